@@ -1,0 +1,40 @@
+# mcpproxy with what most MCP servers need: Python, Node (npx) and uv (uvx).
+#
+#   docker build -t mcpproxy .
+#   docker run --rm -p 8000:8000 -e MCP_SERVER_CONFIG="uvx mcp-server-fetch" -e AUTH_KEY=secret mcpproxy
+#
+# Into an image of your own that has Python 3.11 or newer, one line copies all there is:
+#
+#   COPY --from=mcpproxy /usr/local/bin/mcpproxy.py /usr/local/bin/mcpproxy.py
+#
+# and one starts it beside, or instead of, what the image runs so far:
+#
+#   CMD ["python3", "/usr/local/bin/mcpproxy.py", "--", "your-mcp-server", "--its-flags"]
+
+FROM node:22-bookworm-slim AS node
+
+FROM python:3.13-slim-bookworm
+
+# tini is PID 1: it hands signals on and reaps what servers leave behind.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates git tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir uv \
+    && useradd --create-home --uid 1000 mcp
+
+COPY --from=node /usr/local/bin/node /usr/local/bin/node
+COPY --from=node /usr/local/lib/node_modules /usr/local/lib/node_modules
+RUN ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm \
+    && ln -s ../lib/node_modules/npm/bin/npx-cli.js /usr/local/bin/npx
+
+COPY mcpproxy.py /usr/local/bin/mcpproxy.py
+
+# npx and uvx keep their packages in the home directory: a volume there makes the next start fast.
+USER mcp
+WORKDIR /home/mcp
+EXPOSE 8000
+ENV HOST=0.0.0.0 PORT=8000
+
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import os, urllib.request as request; request.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/healthz', timeout=4)"]
+
+ENTRYPOINT ["tini", "--", "python3", "/usr/local/bin/mcpproxy.py"]

@@ -1,0 +1,4977 @@
+#!/usr/bin/env python3
+"""mcpproxy - put any stdio MCP server on the network, in one file.
+
+    $ python3 mcpproxy.py                                            # a built-in demo server
+    $ python3 mcpproxy.py -- npx -y @modelcontextprotocol/server-everything
+    $ MCP_SERVER_CONFIG="uvx mcp-server-fetch" SHARED_SESSION=false AUTH_KEY=secret python3 mcpproxy.py
+
+It starts a program that speaks MCP on stdin and stdout and offers it over HTTP to many clients at
+once. Python 3.11+, standard library only. Copy it, read it, change it.
+
+     clients                       mcpproxy                        MCP server
+     of any revision -- HTTP, SSE --> (this file) -- stdin, stdout --> one for all, or one for each
+
+Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
+
+    The wire: what the bytes mean. Nothing here opens a socket or reads a clock.
+    1.  Vocabulary             every name and number that appears on a wire
+    2.  Errors                 what can go wrong, and what the client is told
+    3.  Settings               every knob, with its default and its reason
+    4.  HTTP/1.1               bytes into requests, responses into bytes
+    5.  Server-sent events     messages into events
+    6.  JSON-RPC               text into one valid message, changed without being rewritten
+    7.  Protocol eras          what a message of the one era is in the other
+    8.  Access                 who may come in, and what a client may set
+
+    The moving parts: what is alive while the proxy runs.
+    9.  Logs                   what happened, a line each
+    10. Server process         one child process, and its end
+    11. Server connection      JSON-RPC with one server: handshakes, ids, answers
+    12. Servers and sessions   processes that are kept running, and who uses them
+    13. Exchanges              one client request and everything sent in answer to it
+
+    The program: what is met from outside.
+    14. HTTP connections       one socket each
+    15. Endpoints              what each method and path means
+    16. Demo server            a small MCP server to try things with
+    17. The proxy              everything put together
+    18. Command line           arguments and environment into a running proxy
+
+Words
+
+    message     one JSON-RPC object: a request, a notification or a response. Requests and responses
+                of HTTP are never called just that: they are an HTTPRequest and a Reply
+    client id   the id that the client chose for its request; it comes back exactly as it was written
+    server id   the id that we chose for the server; an integer, unique for that server process
+    exchange    one client request and everything that is sent in answer to it
+    legacy      the revisions with an `initialize` handshake, up to 2025-11-25
+    modern      2026-07-28, with metadata on every request
+    session     what an Mcp-Session-Id names: one legacy client
+    instance    one server process that is kept running, and the clients that use it
+    payload     an encoded message on its way out: a list of bytes that are written one after another
+
+The life of a call
+
+    1.  An HTTPConnection reads bytes and feeds them to the RequestParser until it has a whole request.
+    2.  The guards look at its head before the body is read; the first that objects raises an error.
+    3.  The route is looked up, and its endpoint turns the body into one Message.
+    4.  The session is found, or a visitor let in, and with it the instance, which starts its server if it has to.
+    5.  An Exchange is opened. It restates the request in the server's era, under an id of ours, and hands the
+        line to the ServerConnection.
+    6.  The ServerProcess writes the line to the server's stdin, and hands back lines from its stdout.
+    7.  The connection finds the exchange that a line belongs to; the rest goes to the instance.
+    8.  The exchange restates the answer in the client's era, with the client's id, and passes it to its outlet.
+    9.  The outlet writes it to the HTTP connection, as JSON or as an event of a stream.
+"""
+
+import argparse
+import asyncio
+import base64
+import collections
+import dataclasses
+import email.utils
+import enum
+import errno
+import functools
+import hmac
+import itertools
+import json
+import logging
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from json.decoder import scanstring
+from urllib.parse import quote, unquote_to_bytes
+
+__version__ = "1.0.0"
+
+
+# ============================================================================
+# PART I. THE WIRE: what the bytes mean
+# ============================================================================
+#
+# Nothing in this part opens a socket, reads a clock, looks at the environment
+# or starts a process. Everything can be tried in a Python shell.
+
+
+# ============================================================================
+# 1. Vocabulary
+# ============================================================================
+#
+# Every name and number that appears on a wire, said once.
+
+# The revisions with an `initialize` handshake, newest first.
+LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
+
+BATCH_VERSION = "2025-03-26"         # the only one in which several messages may be sent as an array
+
+# The revision with metadata on every request, and the names in its _meta.
+MODERN_VERSION = "2026-07-28"
+RESERVED_PREFIX = "io.modelcontextprotocol/"
+VERSION_KEY = RESERVED_PREFIX + "protocolVersion"
+CLIENT_INFO_KEY = RESERVED_PREFIX + "clientInfo"
+CAPABILITIES_KEY = RESERVED_PREFIX + "clientCapabilities"
+LOG_LEVEL_KEY = RESERVED_PREFIX + "logLevel"
+SERVER_INFO_KEY = RESERVED_PREFIX + "serverInfo"
+SUBSCRIPTION_KEY = RESERVED_PREFIX + "subscriptionId"
+
+# JSON-RPC 2.0, section 5.1, and the code that MCP implementations use for a server that failed.
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+SERVER_FAILED = -32000
+
+# MCP 2026-07-28, Overview, Error Codes; the last one of 2025-11-25 and before.
+HEADER_MISMATCH = -32020
+MISSING_CAPABILITY = -32021
+UNSUPPORTED_VERSION = -32022
+RESOURCE_NOT_FOUND = -32002
+
+JSON_TYPE = "application/json"
+EVENT_STREAM_TYPE = "text/event-stream"
+SESSION_ID_HEADER = "Mcp-Session-Id"
+
+# RFC 5424 severities, mildest first. MCP 2025-11-25, Logging, Log Levels.
+LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+
+# What limits a request's head. nginx takes 8 KiB a line and 32 KiB in all, node 16 KiB in all.
+MAX_HEAD_BYTES = 32 * 1024
+MAX_TARGET_BYTES = 8 * 1024
+MAX_HEADERS = 100
+MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
+
+# What may wait for one client that does not read: enough for a burst, too little to hurt.
+MAX_QUEUED_MESSAGES = 1_000
+MAX_QUEUED_BYTES = 64 * 1024 * 1024
+
+LARGE = 64 * 1024                    # from here on, a copy costs more than a system call
+
+
+# ============================================================================
+# 2. Errors
+# ============================================================================
+#
+# What can go wrong, by who has to act: HTTPError, the HTTP request is refused;
+# RPCError, the message in it is; ServerError, the MCP server failed. Each knows
+# the HTTP status and the JSON-RPC code it becomes; *Endpoints* has the one
+# function that turns them into a response. Their texts are sent to the client,
+# so they hold no path, no secret and nothing of the proxy's inside.
+
+class ProxyError(Exception):
+    """Something that the client is told: an HTTP status and a JSON-RPC error."""
+
+    http_status = 500
+    code = INTERNAL_ERROR
+
+    def __init__(self, message: str, *, status: int | None = None, code: int | None = None,
+                 data: object = None, headers: tuple = ()):
+        super().__init__(message)
+        self.http_status = status or self.http_status
+        self.code = code or self.code
+        self.data = data
+        self.headers = headers           # more HTTP headers, as (name, value) pairs
+
+    def as_object(self) -> dict:
+        """The `error` member of a JSON-RPC response."""
+        error = {"code": self.code, "message": str(self)}
+        if self.data is not None:
+            error["data"] = self.data
+        return error
+
+
+class HTTPError(ProxyError):
+    """The HTTP request was refused; what it carries was not looked at."""
+
+    http_status = 400
+    code = INVALID_REQUEST
+
+
+class RPCError(ProxyError):
+    """The message was understood well enough to be refused."""
+
+    http_status = 400
+    code = INVALID_REQUEST
+
+
+class ServerError(ProxyError):
+    """The MCP server failed, is not available, or took too long."""
+
+    http_status = 502
+    code = SERVER_FAILED
+
+
+class CannotListen(Exception):
+    """The address cannot be listened on; ends the program with exit status 1."""
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; ends the program with exit status 2."""
+
+
+# ============================================================================
+# 3. Settings
+# ============================================================================
+#
+# Every knob with its default and its reason. The command line, `--help` and the
+# README's table are made from these fields (a test compares them), so to add a
+# setting, add a field here and use it.
+
+def setting(default, about: str):
+    """A field of Settings. Its type is that of the default; its text is the help."""
+    return dataclasses.field(default=default, metadata={"about": about})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one proxy behaves. A field's name is its flag's and, in capitals, its variable's."""
+
+    mcp_server_config: str = setting("", "command line of the MCP server, split as a shell would; "
+                                         "the built-in demo server when empty")
+    host: str = setting("0.0.0.0", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 picks a free one and prints it")
+    shared_session: bool = setting(True, "true: all clients share one server process; "
+                                         "false: one process per client session")
+    stateless: bool = setting(False, "Streamable HTTP without session ids: any replica can answer any request")
+    auth_key: str = setting("", "key required on every request; several with commas between")
+    allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
+                                       "Loopback and the host itself always may")
+    allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
+                                     "with commas between; * for all")
+    allowed_env: str = setting("", "variables that clients may set: names and * patterns with commas between; "
+                                   "empty: all but those that load code")
+    base_path: str = setting("", "path prefix under which a reverse proxy publishes this one")
+    heartbeat: float = setting(30.0, "seconds between keep-alive comments on open streams; "
+                                     "less than what proxies cut idle connections after")
+    request_timeout: float = setting(600.0, "seconds a call may take without progress; then it is cancelled")
+    session_idle: float = setting(1800.0, "seconds a session without stream or call is kept")
+    max_message_mb: float = setting(64.0, "largest JSON-RPC message, either direction")
+    max_sessions: int = setting(1000, "sessions at a time; past that clients get 503 with Retry-After")
+    max_processes: int = setting(100, "server processes at a time; past that the same")
+    prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
+                              "when SHARED_SESSION is false")
+    server_era: str = setting("auto", "legacy (initialize handshake), modern (2026-07-28), or auto: find out")
+    shutdown_grace: float = setting(10.0, "seconds that running calls may take on SIGTERM or SIGINT")
+    tls_cert: str = setting("", "certificate chain (PEM file); with it, HTTPS is served")
+    tls_key: str = setting("", "private key (PEM file), when it is not in TLS_CERT")
+    log_level: str = setting("INFO", "DEBUG (with message bodies), INFO, WARNING or ERROR")
+    log_format: str = setting("text", "text, or json for one object a line")
+
+    @property
+    def auth_keys(self) -> tuple[str, ...]:
+        return listed(self.auth_key)
+
+    @property
+    def max_message_bytes(self) -> int:
+        return int(self.max_message_mb * 1024 * 1024)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a setting that has commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_setting(name: str, default, text: str):
+    """The value of setting `name` that `text` stands for; SettingsError when it is none."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "yes": True, "on": True,
+                    "false": False, "0": False, "no": False, "off": False}[text.strip().lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise SettingsError(f"{name.upper()} must be {kind}, not {text!r}") from None
+
+
+def check_settings(settings: Settings) -> Settings:
+    """The settings again, or SettingsError for values that no run can use."""
+    if not 0 <= settings.port <= 65535:
+        raise SettingsError(f"PORT must be from 0 to 65535, not {settings.port}")
+    for name in ("heartbeat", "request_timeout", "session_idle", "max_message_mb"):
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise SettingsError(f"{name.upper()} must be a number above 0")
+    if not 0 <= settings.shutdown_grace < float("inf"):
+        raise SettingsError("SHUTDOWN_GRACE must be 0 or more")
+    if settings.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise SettingsError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
+    for name, least in (("max_sessions", 1), ("max_processes", 1), ("prewarm", 0)):
+        if getattr(settings, name) < least:
+            raise SettingsError(f"{name.upper()} must be {least} or more")
+    if settings.server_era not in ("auto", "legacy", "modern"):
+        raise SettingsError(f"SERVER_ERA must be auto, legacy or modern, not {settings.server_era!r}")
+    if settings.log_format not in ("text", "json"):
+        raise SettingsError(f"LOG_FORMAT must be text or json, not {settings.log_format!r}")
+    if settings.auth_key and not settings.auth_keys:
+        raise SettingsError("AUTH_KEY is set but holds no key")
+    if settings.tls_key and not settings.tls_cert:
+        raise SettingsError("TLS_KEY is of no use without TLS_CERT")
+    if settings.base_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", settings.base_path):
+        raise SettingsError(f"BASE_PATH must look like /prefix, not {settings.base_path!r}")
+    return settings
+
+
+# ============================================================================
+# 4. HTTP/1.1
+# ============================================================================
+#
+# Bytes into requests, responses into bytes. A proxy in front of this one parses
+# the same bytes; if the two can be made to disagree about where a request ends,
+# an attacker's request arrives as part of somebody else's (request smuggling).
+# So whatever RFC 9112 lets a server repair, this parser refuses. Requests are
+# read in two steps, head and body, because access is decided by the head alone.
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                              # RFC 9110 §5.6.2
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)    # RFC 9112 §3
+_FIELD_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)           # RFC 9112 §5
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 §7.1
+
+# Headers that mean something to us and that have one value. Said twice, two readers may each believe another.
+_SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id
+    mcp-method mcp-name mcp-protocol-version mcp-session-id origin transfer-encoding x-api-key""".split())
+
+REASONS = {
+    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+    403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+    504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HTTPHead:
+    """A request without its body. Header names are in lower case, the path is decoded."""
+
+    method: str
+    path: str
+    query: tuple[tuple[str, str], ...]
+    headers: dict[str, str]
+    fields: tuple[tuple[str, str], ...]      # the header lines one by one, for those that may be repeated
+    version: tuple[int, int]
+    keep_alive: bool
+    content_length: int | None               # None: the body is chunked
+    expects_continue: bool
+
+    def query_value(self, name: str) -> str | None:
+        """The value of a query parameter; HTTPError when it is given twice."""
+        values = [value for key, value in self.query if key == name]
+        if len(values) > 1:
+            raise HTTPError(f"{name} is given more than once")
+        return values[0] if values else None
+
+
+class HTTPRequest:
+    """A whole request."""
+
+    __slots__ = ("head", "body")
+
+    def __init__(self, head: HTTPHead, body: bytes):
+        self.head, self.body = head, body
+
+
+def parse_head(raw: bytes) -> HTTPHead:
+    """The head of a request, without the empty line that ends it; HTTPError when two parsers could disagree."""
+    if len(raw) <= 2048:
+        return _parse_small_head(raw)
+    return _parse_head(raw)
+
+
+def _parse_head(raw: bytes) -> HTTPHead:
+    request_line, *lines = raw.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(request_line)
+    if not match:
+        raise HTTPError("malformed request line")
+    version = int(match[3]), int(match[4])
+    if version[0] != 1:
+        raise HTTPError("this is an HTTP/1.1 server", status=505)
+    if len(match[2]) > MAX_TARGET_BYTES:
+        raise HTTPError("request target too long", status=414)
+    fields = parse_fields(lines)
+    headers = {}
+    for name, value in fields:
+        if name in headers:
+            if name in _SINGLETONS:
+                raise HTTPError(f"repeated header: {name}")
+            value = f"{headers[name]}, {value}"              # RFC 9110 §5.3
+        headers[name] = value
+    if version >= (1, 1) and not _HOST.fullmatch(headers.get("host", "none: none")):
+        raise HTTPError("missing or malformed Host header")  # RFC 9112 §3.2
+    authority, path, query = parse_target(match[1].decode(), match[2].decode())
+    if authority is not None:
+        headers["host"] = authority                          # RFC 9112 §3.2.2: the target wins
+    if not _HOST.fullmatch(headers.get("host", "")):
+        raise HTTPError("malformed Host header")
+    connection = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    return HTTPHead(
+        method=match[1].decode(), path=path, query=query, headers=headers, fields=fields, version=version,
+        keep_alive="close" not in connection and (version >= (1, 1) or "keep-alive" in connection),
+        content_length=body_length(headers, version),
+        expects_continue=expects_continue(headers) and version >= (1, 1))
+
+
+# Clients send the same head again and again, so a small one is parsed once, and what follows from it alone
+# is found out once: that is what lru_cache means here and below. What is kept is bounded (512 times 2 KiB)
+# and immutable; a head that was refused is not kept.
+_parse_small_head = functools.lru_cache(maxsize=512)(_parse_head)
+
+
+def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
+    """Header or trailer lines as (name in lower case, value) pairs."""
+    if len(lines) > MAX_HEADERS:
+        raise HTTPError("too many headers", status=431)
+    fields = []
+    for line in lines:
+        # A line that starts with a blank (obsolete folding) or has one before its colon is no field line:
+        # RFC 9112 §5.1 and §5.2 say 400.
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise HTTPError("malformed header line")
+        fields.append((match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")))
+    return tuple(fields)
+
+
+def parse_target(method: str, target: str) -> tuple[str | None, str, tuple[tuple[str, str], ...]]:
+    """(authority or None, decoded path, query parameters) of a request target. RFC 9112 §3.2."""
+    authority = None
+    if target == "*" and method == "OPTIONS":
+        return None, "*", ()
+    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
+        authority, slash, rest = target.partition("://")[2].partition("/")
+        if not authority or "?" in authority:
+            raise HTTPError("malformed request target")
+        target = slash + rest or "/"
+    if not target.startswith("/") or "#" in target or _BAD_ESCAPE.search(target):
+        raise HTTPError("malformed request target")
+    path, _, query = target.partition("?")
+    pairs = (pair.partition("=") for pair in query.split("&") if pair)
+    return authority, percent_decode(path), tuple(
+        (percent_decode(name.replace("+", " ")), percent_decode(value.replace("+", " "))) for name, _, value in pairs)
+
+
+def percent_decode(text: str) -> str:
+    """Text with its percent escapes taken out; HTTPError when they are not UTF-8 or hide control characters."""
+    if "%" in text:
+        try:
+            text = unquote_to_bytes(text).decode()
+        except UnicodeDecodeError:
+            raise HTTPError("request target is not UTF-8") from None
+        if any(character < " " or character == "\x7f" for character in text):
+            raise HTTPError("control character in request target")
+    return text
+
+
+def body_length(headers: dict[str, str], version: tuple[int, int]) -> int | None:
+    """How many bytes the body has; None when it is chunked. RFC 9112 §6.3."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        # RFC 9112 §6.1: both together "might indicate an attempt to perform request smuggling".
+        if length is not None or version < (1, 1):
+            raise HTTPError("Transfer-Encoding does not belong here")
+        codings = [part.strip(" \t").lower() for part in coding.split(",")]
+        if codings.pop() != "chunked" or "chunked" in codings:
+            raise HTTPError("the last transfer coding must be chunked, once")      # RFC 9112 §6.3 and §7.1
+        if codings:
+            raise HTTPError("only the chunked transfer coding is known", status=501)
+        return None
+    if length is None:
+        return 0
+    if not (length.isascii() and length.isdigit()) or len(length) > 15:
+        raise HTTPError("malformed Content-Length")
+    return int(length)
+
+
+def expects_continue(headers: dict[str, str]) -> bool:
+    """Does the client wait for 100 Continue? RFC 9110 §10.1.1."""
+    expectation = headers.get("expect")
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise HTTPError("unknown expectation", status=417)
+    return expectation is not None
+
+
+class BodyState(enum.Enum):
+    """What comes next while a body is read."""
+
+    DATA = enum.auto()          # bytes of the body: all of it, or one chunk
+    CHUNK_END = enum.auto()     # the empty line behind a chunk
+    CHUNK_SIZE = enum.auto()    # the line before a chunk
+    TRAILER = enum.auto()       # a line behind the last chunk
+    DONE = enum.auto()
+
+
+class RequestParser:
+    """Requests out of bytes, however they are cut: feed() them, then ask for next_head() and next_body()."""
+
+    def __init__(self):
+        self.rest = b""                   # bytes that were not looked at yet
+        self._searched = 0                # how far `rest` was searched for the end of a head
+        self._is_between = True           # was nothing of the next head seen yet?
+
+    def feed(self, data: bytes) -> None:
+        self.rest = self.rest + data if self.rest else data
+
+    def next_head(self) -> HTTPHead | None:
+        """The next request's head, or None when bytes are missing."""
+        if self._is_between:
+            if self.rest in (b"", b"\r"):
+                return None
+            self._is_between = False
+            self.rest = self.rest.removeprefix(b"\r\n")      # RFC 9112 §2.2: one empty line is ignored
+        end = self.rest.find(b"\r\n\r\n", max(0, self._searched - 3))
+        if end < 0 or end > MAX_HEAD_BYTES:
+            self._check_unfinished_head()
+            return None
+        head = parse_head(self.rest[:end])
+        self.rest = self.rest[end + 4:]
+        self._searched, self._is_between = 0, True
+        self._body = bytearray()          # so far
+        self._size = head.content_length or 0     # how large it is known to be
+        self._missing = self._size                # how much of this is still to come
+        self._trailers = 0
+        self._is_chunked = head.content_length is None
+        self._state = BodyState.CHUNK_SIZE if self._is_chunked else BodyState.DATA
+        return head
+
+    def _check_unfinished_head(self) -> None:
+        """What can be refused before the head is complete; somebody may never complete it."""
+        if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
+            is_one_line = b"\r\n" not in self.rest[:MAX_HEAD_BYTES]
+            raise HTTPError("request head too large", status=414 if is_one_line else 431)
+        if _BARE_LF.search(self.rest, self._searched) or b"\0" in self.rest[self._searched:]:
+            raise HTTPError("malformed request head")
+        self._searched = len(self.rest)
+
+    def next_body(self, limit: int) -> bytes | None:
+        """The body that belongs to the last head, or None when bytes are missing; 413 when it is over `limit`."""
+        self._at = 0                      # how much of `rest` was used
+        while self._state is not BodyState.DONE:
+            if self._size > limit:
+                raise HTTPError("message too large", status=413)
+            if not (self._read_data() if self._state is BodyState.DATA else self._read_chunk_line()):
+                break
+        self.rest = self.rest[self._at:]
+        return bytes(self._body) if self._state is BodyState.DONE else None
+
+    def _read_data(self) -> bool:
+        part = self.rest[self._at:self._at + self._missing]
+        self._at += len(part)
+        self._missing -= len(part)
+        if not (self._body or self._missing or self._is_chunked):
+            self._body = part             # all of it at once: no copy
+        else:
+            self._body += part
+        if self._missing:
+            return False
+        self._state = BodyState.CHUNK_END if self._is_chunked else BodyState.DONE
+        return True
+
+    def _read_chunk_line(self) -> bool:
+        end = self.rest.find(b"\r\n", self._at, self._at + MAX_CHUNK_LINE_BYTES + 2)
+        line = self.rest[self._at:end if end >= 0 else None]
+        if len(line) > MAX_CHUNK_LINE_BYTES + 1 or b"\n" in line or b"\r" in line[:-1]:
+            raise HTTPError("malformed chunk")
+        if end < 0:
+            return False
+        self._at = end + 2
+        if self._state is BodyState.CHUNK_SIZE:
+            self._start_chunk(line)
+        elif self._state is BodyState.CHUNK_END:
+            if line:
+                raise HTTPError("malformed chunk")
+            self._state = BodyState.CHUNK_SIZE
+        elif line:
+            # Trailers are checked like headers and then forgotten. RFC 9112 §7.1.2.
+            parse_fields([line])
+            self._trailers += 1
+            if self._trailers > MAX_HEADERS:
+                raise HTTPError("too many trailers", status=431)
+        else:
+            self._state = BodyState.DONE
+        return True
+
+    def _start_chunk(self, line: bytes) -> None:
+        match = _CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise HTTPError("malformed chunk")
+        self._missing = int(match[1], 16)
+        self._size += self._missing
+        self._state = BodyState.DATA if self._missing else BodyState.TRAILER
+
+
+@functools.lru_cache(maxsize=256)
+def _encode_head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
+    # Splitting: a CR LF in a value would end the header and start one, or a body, of the sender's choice.
+    for name, value in headers:
+        if not _FIELD_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace")):
+            raise ValueError(f"unusable header {name!r}")
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def encode_head(status: int, headers: tuple[tuple[str, str], ...], date: bytes, length: int | None) -> bytes:
+    """A response's head. `length` is its body's; None, the body comes in chunks or there is none."""
+    head = _encode_head(status, headers)
+    if length is None:
+        return b"%b\r\nDate: %b\r\n\r\n" % (head, date)
+    return b"%b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n" % (head, date, length)
+
+
+def encode_chunk(parts: list) -> list:
+    """One chunk around a payload. RFC 9112 §7.1."""
+    return [b"%x\r\n" % sum(map(len, parts)), *parts, b"\r\n"]
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+# ============================================================================
+# 5. Server-sent events
+# ============================================================================
+#
+# HTML Living Standard, Server-sent events. An event is lines, and an empty line
+# ends it. A line may end with CR, LF or both, so neither may be in the data;
+# JSON has them only between tokens, and *JSON-RPC* takes them out.
+
+def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b"") -> list:
+    """One event around a payload that is a single line."""
+    head = b"id: %b\nevent: %b\ndata: " % (event_id, event) if event_id else b"event: %b\ndata: " % event
+    return [head, *payload, b"\n\n"]
+
+
+HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection alive and means nothing
+
+
+# ============================================================================
+# 6. JSON-RPC
+# ============================================================================
+#
+# Text into exactly one valid request, notification or response, or an error
+# that says why not. The hard part: a proxy must pass on what it does not know,
+# with numbers as they were written (1.0, 1e400, 12345678901234567890), so a
+# message is never parsed and written anew. It is parsed once, and where its
+# members stood is kept; to change one, its text is cut out and another put in.
+
+_WHITESPACE = re.compile(r"[ \t\n\r]*")
+_KEY = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])")
+_BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
+_AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
+
+
+def _no_such_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+# Python's scanner knows NaN and Infinity, which JSON does not. Python also refuses to read integers of
+# more than 4,300 digits; nobody needs their value, so they are then read as floats.
+_scan_value = json.JSONDecoder(parse_constant=_no_such_constant).scan_once
+_scan_huge_integers = json.JSONDecoder(parse_constant=_no_such_constant, parse_int=float).scan_once
+
+
+class Members(dict):
+    """A JSON object: name -> (value, start, end), where the value's text is text[start:end].
+
+    A value is what json.loads() would give, or Members again where the object was opened."""
+
+    __slots__ = ("start", "end")
+
+    def value(self, name: str, default=None):
+        """The plain value of a member."""
+        return self[name][0] if name in self else default
+
+    def plain(self) -> dict:
+        """The object as json.loads() would give it."""
+        return {name: value.plain() if isinstance(value, Members) else value for name, (value, _, _) in self.items()}
+
+
+# Which objects are opened, so that their members can be changed.
+_OPENED = {"params": {"_meta": {}}, "result": {"_meta": {}}, "error": {}}
+
+
+def scan_members(text: str, at: int, opened: dict, scan_value=_scan_value) -> Members:
+    """The object that starts at text[at]; ValueError when there is none, or when it has a name twice."""
+    members = Members()
+    members.start = at
+    end = _WHITESPACE.match(text, at + 1).end()
+    if text[end:end + 1] == "}":
+        members.end = end + 1
+        return members
+    while True:
+        key = _KEY.match(text, end)
+        name, start = (key[1], key.end()) if key else _scan_escaped_key(text, end)
+        if name in members:
+            # The server's parser may take the first of two and ours the last: two views of one message.
+            raise ValueError(f"{name!r} is there twice")
+        if name in opened and text[start:start + 1] == "{":
+            value = scan_members(text, start, opened[name], scan_value)
+            end = value.end
+        else:
+            value, end = scan_value(text, start)
+        members[name] = value, start, end
+        after = _AFTER_VALUE.match(text, end)
+        if not after:
+            raise ValueError("no comma or brace behind a member")
+        end = after.end()
+        if after[1] == "}":
+            members.end = end
+            return members
+
+
+def _scan_escaped_key(text: str, at: int) -> tuple[str, int]:
+    """A name with escapes in it is rare, but "\\u0069d" is "id"."""
+    start = _WHITESPACE.match(text, at).end()
+    if text[start:start + 1] != '"':
+        raise ValueError("no member name")
+    name, end = scanstring(text, start + 1)
+    colon = _COLON.match(text, end)
+    if not colon:
+        raise ValueError("no colon")
+    return name, colon.end()
+
+
+_EMPTY = Members()
+
+
+class Kind(enum.Enum):
+    REQUEST = "request"
+    NOTIFICATION = "notification"
+    RESPONSE = "response"
+
+
+class Message:
+    """One JSON-RPC message: its text, where its members are, and what kind it is."""
+
+    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta")
+
+    def __init__(self, text: str, members: Members):
+        self.text = text
+        self.members = members
+        self.id = members.value("id")              # str, int or float; None: a notification
+        self.method = members.value("method")      # None: a response
+        params = members.value("params")
+        self.params = _EMPTY if params is None else params
+        meta = self.params.value("_meta")
+        self.meta = meta if isinstance(meta, Members) else _EMPTY
+        self.kind = (Kind.RESPONSE if self.method is None else
+                     Kind.NOTIFICATION if "id" not in members else Kind.REQUEST)
+
+    @property
+    def raw_id(self) -> bytes:
+        """The id as it was written."""
+        return self.raw(self.members["id"]).encode()
+
+    def raw(self, member: tuple) -> str:
+        """A member's value as it was written."""
+        return self.text[member[1]:member[2]]
+
+    def opened(self, member: tuple | None) -> Members:
+        """The object that a member is, opened; without members when it is none."""
+        return scan_members(self.text, member[1], {}) if member and isinstance(member[0], dict) else _EMPTY
+
+    def insertion(self, new: dict[str, str]) -> tuple[int, int, str]:
+        """The change that puts members (name -> JSON) into params, which is made where there is none."""
+        inside = ",".join(f'"{name}":{value}' for name, value in new.items())
+        if "params" not in self.members:
+            end = self.members.end - 1
+            return end, end, f',"params":{{{inside}}}'
+        start = self.params.start + 1
+        return start, start, inside + "," if self.params else inside
+
+    @property
+    def is_result(self) -> bool:
+        """Is it a response with a result?"""
+        return "result" in self.members
+
+    def parsed(self) -> "Message":
+        """Itself; an Answer has to be parsed for this."""
+        return self
+
+    @property
+    def payload(self) -> list[bytes]:
+        """The message as it is."""
+        return [self.changed([])]
+
+    def with_id(self, raw_id: bytes) -> list[bytes]:
+        """The payload with another id."""
+        _, start, end = self.members["id"]
+        return [self.changed([(start, end, raw_id.decode())])]
+
+    def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
+        """The message as one line, with text[start:end] replaced for each (start, end, replacement)."""
+        parts, at = [], 0
+        for start, end, replacement in sorted(changes):
+            parts += self.text[at:start], replacement
+            at = end
+        parts.append(self.text[at:])
+        line = "".join(parts)
+        if "\n" in line or "\r" in line:           # only between tokens: a string cannot hold them
+            line = line.replace("\n", " ").replace("\r", " ")
+        return line.encode()
+
+
+def decode_json(body: bytes) -> str:
+    """The text of a body; -32700 when it is not UTF-8."""
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise RPCError("not UTF-8", code=PARSE_ERROR) from None
+
+
+def parse_message(text: str) -> Message:
+    """The one message that `text` is; RPCError with the code that says what it is instead."""
+    start = _WHITESPACE.match(text).end()
+    if text[start:start + 1] != "{":
+        raise _not_an_object(text)
+    try:
+        try:
+            members = scan_members(text, start, _OPENED)
+        except ValueError as error:
+            if "integer string conversion" not in str(error):
+                raise
+            members = scan_members(text, start, _OPENED, _scan_huge_integers)
+        if _WHITESPACE.match(text, members.end).end() != len(text):
+            raise ValueError("text behind the message")
+    except (ValueError, StopIteration):
+        raise RPCError("not valid JSON", code=PARSE_ERROR) from None
+    except RecursionError:
+        raise RPCError("nested too deeply", code=PARSE_ERROR) from None
+    check_message(members)
+    return Message(text, members)
+
+
+def split_batch(text: str) -> list[str]:
+    """The texts of the messages in an array; RPCError when it is none."""
+    texts, after = [], _BATCH_START.match(text)
+    try:
+        while after and after[1] != "]":
+            start = _WHITESPACE.match(text, after.end()).end()
+            if not texts and text[start:start + 1] == "]":
+                after = _AFTER_ELEMENT.match(text, start)
+                break
+            _, end = _scan_huge_integers(text, start)
+            texts.append(text[start:end])
+            after = _AFTER_ELEMENT.match(text, end)
+    except (ValueError, StopIteration, RecursionError):
+        after = None
+    if not after or _WHITESPACE.match(text, after.end()).end() != len(text):
+        raise RPCError("not valid JSON", code=PARSE_ERROR)
+    return texts
+
+
+def _not_an_object(text: str) -> RPCError:
+    try:
+        value = json.loads(text, parse_constant=_no_such_constant, parse_int=float)
+    except (ValueError, RecursionError):
+        return RPCError("not valid JSON", code=PARSE_ERROR)
+    kind = "a batch" if isinstance(value, list) else "not an object"
+    return RPCError(f"not one JSON-RPC message but {kind}")
+
+
+def check_message(members: Members) -> None:
+    """Refuses what is JSON but no JSON-RPC 2.0 message as MCP uses them."""
+    if members.value("jsonrpc") != "2.0":
+        raise RPCError('jsonrpc must be "2.0"')
+    if "id" in members and not is_id(members.value("id")):
+        # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
+        if not ("error" in members and members.value("id") is None):
+            raise RPCError("id must be a string or an integer")
+    if "method" in members:
+        if not isinstance(members.value("method"), str):
+            raise RPCError("method must be a string")
+        if "result" in members or "error" in members:
+            raise RPCError("neither a request nor a response")
+        if "params" in members and not isinstance(members.value("params"), Members):
+            raise RPCError("params must be an object", code=INVALID_PARAMS)
+    elif "id" not in members or ("result" in members) == ("error" in members):
+        raise RPCError("method is missing")
+    elif "error" in members and not isinstance(members.value("error"), Members):
+        raise RPCError("error must be an object")
+
+
+def is_id(value: object) -> bool:
+    """May this be the id of a request, or a progress token? 1.0 is an integer in JSON."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool) or (
+        isinstance(value, float) and value.is_integer())
+
+
+def dump(value: object) -> str:
+    """JSON text without superfluous spaces."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def encode_request(request_id: int | None, method: str, params: dict | None = None) -> bytes:
+    """A message of our own: a request, or without an id a notification."""
+    message = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
+    return dump({name: value for name, value in message.items() if value is not None}).encode()
+
+
+def encode_result(raw_id: bytes, result: bytes = b"{}") -> list[bytes]:
+    """The payload of a successful response; `result` is JSON."""
+    return [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (raw_id, result)]
+
+
+def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
+    """The payload of an error response. MCP 2025-11-25, Transports: without an id when it could not be read."""
+    member = b'"id":%b,' % raw_id if raw_id else b""
+    return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.as_object()).encode())]
+
+
+# A response's id stands at its head or at its tail (TypeScript servers write it last). At the head it is
+# plainly a member of the message; at the tail it is, because the last brace closes the message. So the
+# payload between needs no look, be it a screenshot of 8 MB.
+_VERSION = rb'"jsonrpc": ?"2\.0"'
+_ID = rb'"id": ?([0-9]{1,18})'
+_PAYLOAD = rb'"(result|error)": ?'
+_ANSWER_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
+_PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
+_ANSWER_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
+_TAIL_BYTES = 64
+
+
+class Answer:
+    """A response from a server, as a line that was not parsed: where its id is, and where its result or error."""
+
+    __slots__ = ("line", "id", "start", "end", "is_result", "payload_start")
+
+    def __init__(self, line: bytes, id_match: re.Match, payload_match: re.Match):
+        self.line = line
+        self.id = int(id_match[1])
+        self.start, self.end = id_match.span(1)
+        self.is_result = payload_match[payload_match.lastindex] == b"result"
+        self.payload_start = payload_match.end()
+
+    @property
+    def result_start(self) -> int | None:
+        """Where the members of the result begin; None when it is no object, or an error."""
+        at = self.payload_start
+        return at + 1 if self.is_result and self.line[at:at + 1] == b"{" else None
+
+    def parsed(self) -> "Message":
+        """The whole answer as a Message; RPCError when it is not valid."""
+        return parse_message(decode_json(self.line))
+
+    def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"") -> list:
+        """The payload with another id, and with `insertion` put in at `at`. A large one is not copied."""
+        line, cuts = self.line, [(self.start, self.end, raw_id)]
+        if at is not None:
+            cuts.append((at, at, insertion))
+            cuts.sort()
+        source = line if len(line) < LARGE else memoryview(line)
+        parts, done = [], 0
+        for start, end, new in cuts:
+            parts += source[done:start], new
+            done = end
+        parts.append(source[done:])
+        return [b"".join(parts)] if source is line else parts
+
+
+def find_answer(line: bytes) -> Answer | None:
+    """The line as an Answer if it plainly is one. None: it has to be parsed to know, or to be put on one line."""
+    if b"\r" in line:
+        return None
+    if not line.endswith(b"}"):
+        return None
+    head = _ANSWER_HEAD.match(line)
+    if head:
+        return Answer(line, head, head)
+    payload = _PAYLOAD_FIRST.match(line)
+    tail = _ANSWER_TAIL.search(line, max(0, len(line) - _TAIL_BYTES)) if payload else None
+    return Answer(line, tail, payload) if tail else None
+
+
+def find_answer_id(head: bytes, tail: bytes) -> int | None:
+    """The id of an answer of which only the first and last bytes are known."""
+    match = _ANSWER_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _ANSWER_TAIL.search(tail[-_TAIL_BYTES:])
+    return int(match[1]) if match else None
+
+
+# ============================================================================
+# 7. Protocol eras
+# ============================================================================
+#
+# MCP changed in 2026. Legacy: a client and a server shake hands once
+# (`initialize`), and either may then ask the other. Modern (2026-07-28): every
+# request says in its _meta who sends it and what the sender can do, only clients
+# ask, and a server that wants to know something ends the request with
+# `input_required`; the client then sends the request again with the answers.
+#
+# Here is what a message of the one era is in the other. Which of it happens to
+# whose messages is up to *Exchanges*.
+
+class Era(enum.Enum):
+    LEGACY = "legacy"
+    MODERN = "modern"
+
+
+# Methods with a parameter that names what they are about, a string. Modern requests repeat it in Mcp-Name.
+NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
+REQUIRED_PARAMETERS = {**NAMED_BY, "resources/subscribe": "uri", "resources/unsubscribe": "uri"}
+
+# MCP 2026-07-28, Changelog, Major changes 2, 4 and 5.
+REMOVED_IN_MODERN = frozenset({"initialize", "ping", "logging/setLevel", "resources/subscribe",
+                               "resources/unsubscribe"})
+
+# MCP 2026-07-28, Caching, Cacheable Results.
+CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
+                       "resources/read"})
+
+# MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
+MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
+
+# What a subscription can be to, and the notification that it brings. MCP 2026-07-28, Subscriptions.
+LIST_CHANGES = {
+    "toolsListChanged": ("tools", "notifications/tools/list_changed"),
+    "promptsListChanged": ("prompts", "notifications/prompts/list_changed"),
+    "resourcesListChanged": ("resources", "notifications/resources/list_changed"),
+}
+
+# What a server that many clients share is told of them. Not roots: they are one client's own.
+SHARED_CAPABILITIES = {"sampling": {}, "elicitation": {"form": {}, "url": {}}}
+OUR_INFO = {"name": "mcpproxy", "version": __version__}
+OUR_ENVELOPE = {VERSION_KEY: MODERN_VERSION, CLIENT_INFO_KEY: OUR_INFO, CAPABILITIES_KEY: {}}
+
+
+def our_initialize(is_for_all: bool) -> dict:
+    """The params of the proxy's own `initialize`. Roots are one client's, so a server for all is not told of them."""
+    capabilities = SHARED_CAPABILITIES if is_for_all else {**SHARED_CAPABILITIES, "roots": {}}
+    return {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": capabilities, "clientInfo": OUR_INFO}
+
+
+def check_parameters(message: Message) -> None:
+    """Refuses a request without the parameter that names what it is about."""
+    required = REQUIRED_PARAMETERS.get(message.method)
+    if required and not isinstance(message.params.value(required), str):
+        raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
+
+
+def negotiate(requested: object) -> str:
+    """The revision to answer an `initialize` with. MCP 2025-11-25, Lifecycle, Version Negotiation."""
+    return requested if requested in LEGACY_VERSIONS else LEGACY_VERSIONS[0]
+
+
+def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict | None:
+    """What a client with these capabilities lacks to be asked this by a server; None when it lacks nothing."""
+    if method == "sampling/createMessage":
+        sampling = capabilities.get("sampling")
+        if not isinstance(sampling, dict):
+            return {"sampling": {}}
+        if "tools" in params and "tools" not in sampling:
+            return {"sampling": {"tools": {}}}
+    elif method == "elicitation/create":
+        elicitation = capabilities.get("elicitation")
+        mode = "url" if params.get("mode") == "url" else "form"
+        # MCP 2025-11-25, Elicitation, Capabilities: an empty object means form mode only.
+        if not isinstance(elicitation, dict) or mode not in (elicitation or {"form": {}}):
+            return {"elicitation": {mode: {}}}
+    elif method == "roots/list" and not isinstance(capabilities.get("roots"), dict):
+        return {"roots": {}}
+    return None
+
+
+# Modern requests.
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a modern request says of its sender. MCP 2026-07-28, Overview, _meta."""
+
+    version: str
+    capabilities: dict
+    log_level: str | None
+
+
+def is_modern(message: Message, version_header: str | None) -> bool:
+    """Does a message claim to be of the modern era?"""
+    return VERSION_KEY in message.meta or version_header == MODERN_VERSION
+
+
+def read_envelope(message: Message) -> Envelope:
+    """The envelope of a request; RPCError (-32602) when something required is missing."""
+    version, capabilities = message.meta.value(VERSION_KEY), message.meta.value(CAPABILITIES_KEY)
+    log_level = message.meta.value(LOG_LEVEL_KEY)
+    if not isinstance(version, str):
+        raise RPCError(f"_meta needs {VERSION_KEY}", code=INVALID_PARAMS)
+    if not isinstance(capabilities, dict):
+        raise RPCError(f"_meta needs {CAPABILITIES_KEY}", code=INVALID_PARAMS)
+    if log_level is not None and log_level not in LOG_LEVELS:
+        raise RPCError(f"{LOG_LEVEL_KEY} is no log level", code=INVALID_PARAMS)
+    return Envelope(version, capabilities, log_level)
+
+
+def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
+    """The envelope of a modern request that may go on. `headers` are HTTP's, None on a transport without any.
+
+    The rungs, of which the first that breaks is told: the envelope is whole, the headers say what the
+    body says, the revision is known, the method is one of it. The order is that of the specification's
+    conformance tests: a client that contradicts itself is told so before it is told what we can do."""
+    envelope = read_envelope(message)
+    if headers is not None:
+        check_headers(message, headers, envelope)
+    if envelope.version != MODERN_VERSION:
+        raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
+                       data={"supported": [MODERN_VERSION], "requested": envelope.version})
+    if message.method in REMOVED_IN_MODERN:
+        raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
+    check_parameters(message)
+    return envelope
+
+
+def check_headers(message: Message, headers: dict[str, str], envelope: Envelope) -> None:
+    """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
+    expected = {"mcp-protocol-version": envelope.version, "mcp-method": message.method}
+    if message.method in NAMED_BY:
+        expected["mcp-name"] = message.params.value(NAMED_BY[message.method])
+    for name, value in expected.items():
+        if name not in headers:
+            raise RPCError(f"missing header {name}", code=HEADER_MISMATCH)
+        given = decode_header(headers[name]) if name == "mcp-name" else headers[name]
+        if given != value:
+            raise RPCError(f"the header {name} does not match the body", code=HEADER_MISMATCH)
+
+
+def decode_header(value: str) -> str | None:
+    """What a header's value stands for; None when it cannot be read. Streamable HTTP, Value Encoding."""
+    if not (value.startswith("=?base64?") and value.endswith("?=") and len(value) > 10):
+        return value if value.isascii() else None
+    try:
+        return base64.b64decode(value[9:-2], validate=True).decode()
+    except ValueError:
+        return None
+
+
+def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str, ...]]:
+    """Header name in lower case -> path of the argument that is repeated in it, for a tool's inputSchema."""
+    found = {}
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for name, inner in properties.items() if isinstance(properties, dict) else ():
+        if isinstance(inner, dict):
+            header = inner.get("x-mcp-header")
+            if isinstance(header, str) and inner.get("type") in ("string", "integer", "boolean"):
+                found["mcp-param-" + header.lower()] = (*path, name)
+            found.update(mirrored_parameters(inner, (*path, name)))
+    return found
+
+
+def check_mirrored(parameters: dict[str, tuple[str, ...]], arguments: object, headers: dict[str, str]) -> None:
+    """Compares Mcp-Param-* headers with the arguments that they repeat.
+
+    MCP 2026-07-28, Streamable HTTP, Server Behavior for Custom Headers."""
+    for header, path in parameters.items():
+        value = arguments
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        given = headers.get(header)
+        if value is None:
+            if given is not None:
+                raise RPCError(f"the header {header} repeats an argument that is not there", code=HEADER_MISMATCH)
+        elif given is None:
+            raise RPCError(f"missing header {header}", code=HEADER_MISMATCH)
+        elif not says_the_same(decode_header(given), value):
+            raise RPCError(f"the header {header} does not match the body", code=HEADER_MISMATCH)
+
+
+def says_the_same(text: str | None, value: object) -> bool:
+    """Is this header text the value? Integers are compared as numbers: 42.0 is 42."""
+    if isinstance(value, bool):
+        return text == ("true" if value else "false")
+    if isinstance(value, (int, float)):
+        try:
+            return text is not None and float(text) == value
+        except ValueError:
+            return False
+    return text == value
+
+
+quoted = functools.lru_cache(maxsize=256)(dump)          # the few names that come again and again
+
+
+def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = True) -> list[tuple[int, int, str]]:
+    """The change that puts members (name -> JSON) into a message's params._meta, and takes the envelope out."""
+    old = message.meta
+    members = {name: message.raw(member) for name, member in old.items()
+               if keeps_envelope or not name.startswith(RESERVED_PREFIX)}
+    if not new and len(members) == len(old):
+        return []
+    members.update(new)
+    text = "{" + ",".join([f"{quoted(name)}:{value}" for name, value in members.items()]) + "}"
+    return [(old.start, old.end, text) if "_meta" in message.params else message.insertion({"_meta": text})]
+
+
+# Results.
+
+@functools.lru_cache(maxsize=256)
+def modern_members(method: str, server_info: str | None) -> dict[str, str]:
+    """What every result to a modern client has, as JSON; `server_info` too, in its _meta."""
+    members = {"resultType": '"complete"'}
+    if method in CACHEABLE:
+        # A legacy server says nothing of how long or for whom; so: not at all, and for the asker alone.
+        members.update(ttlMs="0", cacheScope='"private"')
+    if server_info:
+        members["_meta"] = f'{{"{SERVER_INFO_KEY}":{server_info}}}'
+    return members
+
+
+@functools.lru_cache(maxsize=256)
+def _joined(members: tuple[tuple[str, str], ...]) -> bytes:
+    return ",".join(f'"{name}":{value}' for name, value in members).encode()
+
+
+@functools.lru_cache(maxsize=256)
+def _names(names: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(b'"%b"' % name.encode() for name in names)
+
+
+def result_with(answer: "Answer | Message", raw_id: bytes, new: dict[str, str]) -> list:
+    """An answer's payload with another id, and in its result the members `new` that it lacks; _meta is merged."""
+    if isinstance(answer, Answer):
+        at = answer.result_start
+        if at is None:
+            return answer.with_id(raw_id)
+        # None of these names anywhere in the line: they can be put in without a look at the rest.
+        if not any(name in answer.line for name in _names(tuple(new))):
+            inside = _joined(tuple(new.items()))
+            return answer.with_id(raw_id, at, inside if answer.line[at:at + 1] == b"}" else inside + b",")
+        answer = answer.parsed()
+    result = answer.members.value("result")
+    if not isinstance(result, Members):
+        return answer.with_id(raw_id)
+    _, start, end = answer.members["id"]
+    changes = [(start, end, raw_id.decode())]
+    inside = _joined(tuple((name, value) for name, value in new.items() if name not in result)).decode()
+    if inside:
+        changes.append((result.start + 1, result.start + 1, inside + "," if result else inside))
+    meta = result.value("_meta")
+    if "_meta" in new and isinstance(meta, Members) and SERVER_INFO_KEY not in meta:
+        inside = new["_meta"][1:-1]
+        changes.append((meta.start + 1, meta.start + 1, inside + "," if meta else inside))
+    return [answer.changed(changes)]
+
+
+def result_without(answer: "Answer | Message", raw_id: bytes) -> list:
+    """An answer's payload with another id and without the members that only modern results have."""
+    if isinstance(answer, Answer):
+        if b'"resultType"' not in answer.line:
+            return answer.with_id(raw_id)
+        answer = answer.parsed()
+    result = answer.members.value("result")
+    _, start, end = answer.members["id"]
+    changes = [(start, end, raw_id.decode())]
+    if isinstance(result, Members):
+        kept = [f"{dump(name)}:{answer.raw(member)}" for name, member in result.items()
+                if name not in ("resultType", "ttlMs", "cacheScope")]
+        changes.append((result.start, result.end, "{" + ",".join(kept) + "}"))
+    return [answer.changed(changes)]
+
+
+class Identity:
+    """What a server said of itself in its handshake, of either era, kept to tell every client."""
+
+    def __init__(self, era: Era, answer: Message):
+        self.era = era
+        self._answer = answer
+        result = self._result = answer.members.value("result")
+        self.capabilities = result.value("capabilities")
+        if not isinstance(self.capabilities, dict):
+            raise ServerError("the MCP server's answer to the handshake is not one")
+        if era is Era.MODERN:
+            meta = result.value("_meta")
+            self._info = meta.get(SERVER_INFO_KEY) if isinstance(meta, Members) else None
+        else:
+            self._info = result.get("serverInfo")
+        self.info = answer.raw(self._info) if self._info else None       # serverInfo, as JSON
+
+    @property
+    def version(self) -> str:
+        """The revision that the server answered with."""
+        return MODERN_VERSION if self.era is Era.MODERN else negotiate(self._result.value("protocolVersion"))
+
+    @property
+    def about(self) -> str:
+        """Name, version and revision, for the log."""
+        info = self._info[0] if self._info and isinstance(self._info[0], dict) else {}
+        return f"{info.get('name')} {info.get('version')} ({self.version})"
+
+    def initialize_result(self, version: str) -> bytes:
+        """The result of `initialize`, with the revision that was negotiated with one client."""
+        result, text = self._result, self._answer.text
+        if "protocolVersion" in result and self.era is Era.LEGACY:
+            _, start, end = result["protocolVersion"]
+            return f'{text[result.start:start]}"{version}"{text[end:result.end]}'.encode()
+        return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
+                            serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
+
+    def discover_result(self) -> bytes:
+        """The result of `server/discover`."""
+        return self._object(supportedVersions=dump([MODERN_VERSION, *LEGACY_VERSIONS]), capabilities=None,
+                            instructions=None, **modern_members("server/discover", self.info))
+
+    def _object(self, **members: str | None) -> bytes:
+        """An object of these members (name -> JSON); None takes what the server said."""
+        pairs = ((name, value or (self._answer.raw(self._result[name]) if name in self._result else None))
+                 for name, value in members.items())
+        return ("{" + ",".join(f'"{name}":{value}' for name, value in pairs if value) + "}").encode()
+
+    def supported(self, wanted: dict) -> dict:
+        """The part of a subscription filter that a server of these capabilities can serve."""
+        honoured = {}
+        for name, (kind, _) in LIST_CHANGES.items():
+            capability = self.capabilities.get(kind)
+            if wanted.get(name) is True and isinstance(capability, dict) and capability.get("listChanged"):
+                honoured[name] = True
+        uris = wanted.get("resourceSubscriptions")
+        resources = self.capabilities.get("resources")
+        if isinstance(uris, list) and isinstance(resources, dict) and resources.get("subscribe"):
+            honoured["resourceSubscriptions"] = [uri for uri in uris if isinstance(uri, str)]
+        return honoured
+
+    def list_changes(self) -> list[str]:
+        """The notifications that tell a client to read this server's lists again."""
+        return [method for kind, method in LIST_CHANGES.values() if kind in self.capabilities]
+
+
+# ============================================================================
+# 8. Access
+# ============================================================================
+#
+# Who may come in, and what a client may set in the environment of its server.
+
+# Variables that make a program load, fetch or run other code. Whoever may set one of these may run
+# anything, so a client may not, unless the operator names them in ALLOWED_ENV.
+LOADS_CODE = re.compile(r"""
+    PATH | HOME | IFS | ENV | SHELL | SHELLOPTS | PS4 | PROMPT_COMMAND | BASHOPTS | BASH_ENV | BASH_FUNC_.* | ZDOTDIR |
+    EDITOR | VISUAL | PAGER | BROWSER | XDG_CONFIG_.* | XDG_DATA_.* | XDG_CACHE_HOME |
+    LD_.* | DYLD_.* | GCONV_PATH | LOCPATH | NLSPATH | GLIBC_TUNABLES |
+    PYTHON.* | VIRTUAL_ENV | CONDA_.* | UV_.* | PIP_.* | PIPX_.* |
+    NODE_OPTIONS | NODE_PATH | NODE_EXTRA_CA_CERTS | NODE_TLS_REJECT_UNAUTHORIZED | NODE_REPL_.* |
+    NPM_CONFIG_.* | YARN_.* | PNPM_.* | COREPACK_.* | BUN_.* | DENO_DIR | DENO_.*PROXY | TS_NODE_.* | ELECTRON_RUN_.* |
+    JAVA_TOOL_OPTIONS | _JAVA_OPTIONS | JDK_JAVA_OPTIONS | JAVA_OPTS | JAVA_HOME | CLASSPATH | MAVEN_OPTS | GRADLE_.* |
+    RUBYOPT | RUBYLIB | GEM_HOME | GEM_PATH | BUNDLE_.* | PERL5.* | PERLLIB | PHPRC | PHP_INI_SCAN_DIR | LUA_.*PATH.* |
+    R_PROFILE.* | R_ENVIRON.* | R_LIBS.* | JULIA_.*PATH.* | GOFLAGS | GOPROXY | GOPATH | GOROOT | GOTOOLCHAIN | GOENV |
+    GOSUMDB | GONOSUM.* | GOINSECURE | CARGO_HOME | CARGO_BUILD_.* | RUSTC.* | RUSTFLAGS | RUSTUP_.* |
+    DOTNET_STARTUP_HOOKS | DOTNET_ROOT | CORECLR_.* | COMPLUS_.* | OPENSSL_.* | SSL_CERT_.* | SSLKEYLOGFILE |
+    GIT_SSH.* | GIT_EXEC_PATH | GIT_CONFIG.* | GIT_PROXY_COMMAND | GIT_ASKPASS | GIT_EDITOR | GIT_PAGER |
+    GIT_EXTERNAL_.* | SSH_ASKPASS | DOCKER_HOST | DOCKER_CONFIG | KUBECONFIG | (?:HTTP|HTTPS|ALL|NO|FTP)_PROXY """,
+    re.VERBOSE | re.IGNORECASE)
+
+OUR_PREFIX = "MCPPROXY_"          # of variables by which the proxy knows its servers again
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+
+# Query parameters that are ours; every other one is a variable for the server.
+QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server"})
+
+
+def in_utf8(value: str) -> str:
+    """A header's value, which was read as Latin-1, as what most clients mean."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+@functools.lru_cache(maxsize=512)
+def given_key(head: HTTPHead) -> str | None:
+    """The key that a request carries: Authorization: Bearer, X-API-Key or ?auth_key=."""
+    scheme, _, credentials = in_utf8(head.headers.get("authorization", "")).partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    return in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key")
+
+
+def is_known_key(key: str, keys: tuple[str, ...]) -> bool:
+    """Compares with every key in constant time: how long it takes tells nothing of how much was right."""
+    given = key.encode("utf-8", "replace")
+    return any([hmac.compare_digest(given, known.encode("utf-8", "surrogateescape")) for known in keys])
+
+
+# DNS rebinding: a web page at evil.example makes its own name point to 127.0.0.1 or to a machine behind the
+# visitor's firewall, and then calls it as its own host, which no browser forbids. The Host header still says
+# evil.example. Names that only resolve inside a network cannot be taken for this.
+_PRIVATE_HOST = re.compile(r"""(?:[0-9]{1,3}\.){3}[0-9]{1,3} | \[[0-9a-f:.]+\] | [a-z0-9_-]* |
+                               .*\.(?:local|localhost|internal|test|lan|home\.arpa)\.?""", re.VERBOSE | re.IGNORECASE)
+_LOOPBACK_ORIGIN = re.compile(
+    r"https?://(?:localhost|[a-z0-9-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]+)?", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=128)
+def is_allowed_host(host: str, allowed: tuple[str, ...]) -> bool:
+    """May the proxy be called by this Host header without a key?"""
+    name = re.sub(r":[0-9]*$", "", host)
+    return bool(_PRIVATE_HOST.fullmatch(name)) or "*" in allowed or name.lower() in map(str.lower, allowed)
+
+
+def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
+    """May a web page of this origin call? MCP 2025-11-25, Transports, Security Warning."""
+    if _LOOPBACK_ORIGIN.fullmatch(origin) or "*" in allowed or origin in allowed:
+        return True
+    scheme, _, authority = origin.lower().partition("://")
+    default_port = {"http": ":80", "https": ":443"}.get(scheme)
+    return default_port is not None and authority.removesuffix(default_port) == host.lower().removesuffix(default_port)
+
+
+@functools.lru_cache(maxsize=512)
+def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
+    """The variables that a request sets for its server, by ?NAME=value and X-MCP-Env: NAME=value.
+
+    RPCError (-32602) when the client may not set one of them. `allowed` is ALLOWED_ENV."""
+    pairs = [(name, value) for name, value in head.query if name not in QUERY_PARAMETERS]
+    for field, line in head.fields:
+        if field == "x-mcp-env":
+            name, equals, value = in_utf8(line).partition("=")
+            if not equals:
+                raise RPCError("X-MCP-Env must be NAME=value", code=INVALID_PARAMS)
+            pairs.append((name.strip(), value))
+    variables: dict[str, str] = {}
+    for name, value in pairs:
+        if not _VARIABLE_NAME.fullmatch(name):
+            raise RPCError("that is no name for a variable", code=INVALID_PARAMS)
+        if not may_set(name, allowed):
+            raise RPCError(f"the variable {name} may not be set by clients", code=INVALID_PARAMS)
+        if variables.setdefault(name, value) != value:
+            raise RPCError(f"the variable {name} is set twice", code=INVALID_PARAMS)
+    return variables
+
+
+def may_set(name: str, allowed: str) -> bool:
+    """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, whatever it is."""
+    if name.startswith(OUR_PREFIX):
+        return False
+    patterns = listed(allowed)
+    if patterns:
+        return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in patterns)
+    return not LOADS_CODE.fullmatch(name)
+
+
+# ============================================================================
+# PART II. THE MOVING PARTS: what is alive while the proxy runs
+# ============================================================================
+
+
+# ============================================================================
+# 9. Logs
+# ============================================================================
+#
+# What happened, a line each, on stderr. Two rules: a log that nobody reads, or a
+# full disk, must not stop the proxy; and no secret gets in, so what is logged of
+# a message is its method, id, size and time, and its body only at DEBUG.
+#
+#     <  came from a client    >  goes to a client    <> came and was answered    x  was cancelled
+#     =  changed state         !  went wrong
+
+log = logging.getLogger("mcpproxy")
+
+MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
+
+
+class LineHandler(logging.Handler):
+    """Writes the log to a file descriptor, all lines of one turn of the event loop at once, and never waits."""
+
+    def __init__(self, descriptor: int, as_json: bool = False):
+        super().__init__()
+        self.as_json = as_json
+        self.descriptor = descriptor
+        self.dropped = 0
+        self._lines: list[str] = []
+        self._second, self._clock = 0, ""
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        text = record.getMessage()
+        if not text.isprintable():
+            text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self._lines.append(self._format(f"{self._clock}.{int(record.created % 1 * 1000):03}", record.levelname, text))
+        if len(self._lines) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:
+                self.flush()
+
+    def _format(self, clock: str, level: str, text: str) -> bytes:
+        if not self.as_json:
+            return f"{clock} {level:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
+        line = dump({"time": clock, "level": level, "message": text})
+        while len(line) > MAX_LOG_LINE:
+            text = text[:len(text) // 2]        # and not the line, which would be JSON no more
+            line = dump({"time": clock, "level": level, "message": text})
+        return line.encode() + b"\n"
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        block = b""
+        for line in lines:
+            if len(block) + len(line) > select.PIPE_BUF:
+                self._write(block)
+                block = b""
+            block += line
+        if block:
+            self._write(block)
+
+    def _write(self, block: bytes) -> None:
+        try:
+            # A pipe that can be written to has room for PIPE_BUF bytes, so this does not wait.
+            if self._poll.poll(0):
+                os.write(self.descriptor, block)
+                return
+        except OSError:
+            pass                  # a full disk, or stderr is closed: there is nowhere to say so
+        self.dropped += block.count(b"\n")
+
+
+def redact(text: str, secrets: tuple[str, ...]) -> str:
+    """A text for the log, without secrets: as they are, or as they are in JSON."""
+    for secret in secrets:
+        for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
+            text = text.replace(form, "***")
+    return text
+
+
+class Record(logging.LogRecord):
+    """A log record of what LineHandler shows, and nothing else: it takes a third of the time."""
+
+    def __init__(self, name, level, path, line, message, args, exc_info, *_):
+        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
+        self.msg, self.args, self.exc_info, self.exc_text = message, args, exc_info, None
+        self.created = time.time()
+
+
+def start_logging(level: str, as_json: bool) -> None:
+    """Sends the log to stderr from now on."""
+    logging._srcfile = None              # the logging HOWTO, Optimization: the caller is not looked for
+    logging.setLogRecordFactory(Record)
+    log.handlers = [LineHandler(2, as_json)]
+    log.propagate = False
+    log.setLevel(level.upper())
+    logging.getLogger("asyncio").handlers = log.handlers
+
+
+# ============================================================================
+# 10. Server process
+# ============================================================================
+#
+# One MCP server as a child process: lines to its stdin, lines from its stdout,
+# its stderr into the log. Knows lines of bytes, nothing of JSON.
+#
+# The hard part is the end. A server may exit by itself, hang, ignore its stdin,
+# or have children of its own: npx starts a shell that starts node. So every
+# server leads a process group, stopping is a list of steps, each less polite
+# than the one before, and it always comes to an end. Three things could still
+# escape: a child that left the group, all children when the proxy itself is
+# killed with SIGKILL, and a server in mid-start then. For these, every server
+# carries a tag in its environment, which its children inherit; see Guard.
+#
+#     RUNNING --> STOPPING --> GONE
+#        |                      ^
+#        +------ it died -------+
+
+class ProcessState(enum.Enum):
+    RUNNING = "running"
+    STOPPING = "stopping"
+    GONE = "gone"
+
+
+PROCESS_STATES = {
+    ProcessState.RUNNING: {ProcessState.STOPPING},
+    ProcessState.STOPPING: {ProcessState.GONE},
+    ProcessState.GONE: set(),
+}
+
+PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
+STDERR_LINES = 20                # how many of the last lines an error carries
+MAX_STDERR_LINE = 1_000
+
+
+class Guard:
+    """Ends what would outlive its server, and all servers when the proxy is killed.
+
+    Every server has the variable MCPPROXY_TAG in its environment: the guard's nonce, a dash and a number.
+    Processes are found by it in Linux's /proc, wherever they went. A small shell waits for the proxy's end,
+    however that comes: the pipe from the proxy to it closes. Where there is no /proc, groups have to do."""
+
+    SCRIPT = """
+        trap '' HUP INT TERM
+        while read -r _; do :; done
+        for round in 1 2 3 4 5; do
+            found=$(grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
+            [ -n "$found" ] || exit 0
+            for path in $found; do
+                pid=${path#/proc/}; pid=${pid%/environ}
+                kill -s KILL -- "-$pid" "$pid" 2>/dev/null
+            done
+        done"""
+
+    def __init__(self):
+        self.nonce = os.urandom(8).hex()
+        self._numbers = itertools.count(1)
+        self._ended: set[str] = set()         # tags whose leftovers are looked for next
+        self._sweep: asyncio.TimerHandle | None = None
+        try:
+            self._watcher = subprocess.Popen(
+                ["sh", "-c", self.SCRIPT, "mcpproxy-guard", self.nonce], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            self._watcher = None
+            log.warning("! no shell (%s): servers may survive if this program is killed with SIGKILL", error.strerror)
+
+    def new_tag(self) -> str:
+        return f"{self.nonce}-{next(self._numbers)}"
+
+    def ended(self, tag: str) -> None:
+        """Says that a server is gone. What it left behind is killed soon, for many servers at once."""
+        self._ended.add(tag)
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
+
+    def sweep(self) -> None:
+        """Kills what is left of ended servers now. Reads /proc once: 20 µs a process."""
+        ended, self._ended = self._ended, set()
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag in ended]
+        for pid in list_processes() if marks else ():
+            environment = read_file(f"/proc/{pid}/environ")
+            if any(mark in environment for mark in marks):
+                log.info("= killed process %d, left behind by its server", pid)
+                kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends the shell. Every server has to be gone by now."""
+        self.sweep()
+        if self._watcher:
+            self._watcher.stdin.close()
+            self._watcher.wait()
+
+
+def list_processes() -> list[int]:
+    """The ids of all processes that can be seen; none where there is no /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def read_file(path: str) -> bytes:
+    """A small file's bytes; none when it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def kill(pid: int, number: int) -> bool:
+    """Sends a signal to a process, or to a group when negative; False when nobody is there."""
+    try:
+        os.kill(pid, number)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+class LineSplitter:
+    """Lines out of chunks of bytes. A large line is joined once, and only new bytes are searched for its end."""
+
+    def __init__(self, limit: int, on_line, on_too_long):
+        self._limit = limit
+        self._on_line = on_line                # called with each line, without its end
+        self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        lines = data.split(b"\n")
+        if len(lines) > 1:
+            self._parts.append(lines[0])
+            self._size += len(lines[0])
+            self._finish()
+            for line in lines[1:-1]:
+                self._deliver(line, len(line))
+        rest = lines[-1]
+        if rest:
+            self._size += len(rest)
+            self._parts.append(rest)
+            if self._size > self._limit:
+                # What is kept of it is enough to know whose answer it was.
+                joined = b"".join(self._parts)
+                self._parts = [joined[:1024], joined[-1024:]] if len(joined) > 2048 else [joined]
+
+    def _finish(self) -> None:
+        parts, size = self._parts, self._size
+        self._parts, self._size = [], 0
+        self._deliver(parts[0] if len(parts) == 1 else b"".join(parts), size)
+
+    def _deliver(self, line: bytes, size: int) -> None:
+        if size > self._limit:
+            self._on_too_long(line[:1024], line[-1024:])
+        else:
+            self._on_line(line)
+
+
+class ServerProcess(asyncio.SubprocessProtocol):
+    """One run of an MCP server, from start() to stop()."""
+
+    def __init__(self, name: str, guard: Guard, secrets: tuple[str, ...], limit: int, on_line, on_too_long, on_end):
+        self.name = name
+        self.exit_code: int | None = None
+        self.state = ProcessState.RUNNING
+        self.stderr_tail: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._guard, self._tag, self._secrets = guard, guard.new_tag(), secrets
+        self._on_end = on_end                  # called once, when no more lines will come
+        self._stdout = LineSplitter(limit, on_line, on_too_long)
+        self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
+        self._exited = asyncio.Event()
+        self._output_ended = False
+        self._stopping: asyncio.Task | None = None
+
+    async def start(self, command: list[str], environment: dict[str, str]) -> None:
+        """Starts the server in a process group of its own; ServerError when it cannot be executed."""
+        try:
+            await asyncio.get_running_loop().subprocess_exec(
+                lambda: self, *command, env={**environment, "MCPPROXY_TAG": self._tag}, start_new_session=True)
+        except BaseException as error:
+            self._guard.ended(self._tag)           # cancelled, it may have children already
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
+            raise ServerError(f"the MCP server could not be started: {reason}") from None
+        log.info("= server %s started as process %d", self.name, self.pid)
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
+        self._transport = transport
+        self.pid = transport.get_pid()
+        self._stdin = transport.get_pipe_transport(0)
+        self._soon: list[bytes] = []
+        for number in (0, 1):
+            widen_pipe(transport.get_pipe_transport(number).get_extra_info("pipe"))
+
+    def pipe_data_received(self, number: int, data: bytes) -> None:
+        (self._stdout if number == 1 else self._stderr).feed(data)
+
+    def pipe_connection_lost(self, number: int, error: Exception | None) -> None:
+        # MCP, stdio, Shutdown: "The server MAY initiate shutdown by closing its output stream".
+        if number == 2:
+            self._stderr.feed(b"\n")              # its last words may lack the end of the line
+        if number == 1:
+            self._output_ended = True
+        if number == 1 or number == 0 and self.state is ProcessState.RUNNING:       # it will read nothing more
+            self._end_soon()
+
+    def process_exited(self) -> None:
+        self.exit_code = self._transport.get_returncode()
+        self._exited.set()
+        self._end_soon()
+
+    # What the rest of the proxy calls.
+
+    def write(self, line: bytes) -> None:
+        """Sends a line, with all others of this turn of the event loop."""
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._soon += line, b"\n"
+
+    def _flush(self) -> None:
+        lines, self._soon = self._soon, []
+        if lines:
+            self._stdin.write(b"".join(lines))
+
+    @property
+    def unread_input(self) -> int:
+        """How many bytes wait for the server to read them."""
+        return self._stdin.get_write_buffer_size()
+
+    def stop(self) -> asyncio.Task:
+        """Begins the end, unless it has begun; the task is done when nothing of the server is left."""
+        if self._stopping is None:
+            self._become(ProcessState.STOPPING)
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        return self._stopping
+
+    # The end.
+
+    def _end_soon(self) -> None:
+        # The exit and the end of stdout belong together: one brings the exit code, the other the last lines.
+        # But a child may hold the pipe open, and a server may close it and go on: neither is waited for long.
+        both = self._output_ended and self._exited.is_set()
+        asyncio.get_running_loop().call_later(0 if both else 0.25, self._end)
+
+    def _end(self) -> None:
+        if self._on_end:
+            on_end, self._on_end = self._on_end, None
+            self.stop()
+            on_end()
+
+    async def _stop(self) -> None:
+        for step, patience in SHUTDOWN_STEPS:
+            step(self)
+            if await self._is_gone_within(patience):
+                break
+        self._transport.close()
+        self._guard.ended(self._tag)
+        self._become(ProcessState.GONE)
+        log.info("= server %s ended with exit code %s", self.name, self.exit_code)
+        self.ended.set_result(None)
+        self._end()
+
+    def close_stdin(self) -> None:
+        self._flush()
+        self._stdin.close()
+
+    def redact(self, text: str) -> str:
+        """A text of the server's without the values of its client's variables."""
+        return redact(text, self._secrets)
+
+    def signal_group(self, number: int) -> bool:
+        """Signals the server and its children; False when none of them is left."""
+        return kill(-self.pid, number)
+
+    async def _is_gone_within(self, seconds: float) -> bool:
+        """Waits for the server to exit, and then for its process group to be empty."""
+        deadline = time.monotonic() + seconds
+        try:
+            await asyncio.wait_for(self._exited.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        # Children that lost their parent get a moment to notice, and are then treated as it was.
+        deadline = min(deadline, time.monotonic() + 0.5)
+        while self.signal_group(0):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def _become(self, state: ProcessState) -> None:
+        assert state in PROCESS_STATES[self.state], (self.state, state)
+        self.state = state
+
+    def _log_stderr(self, line: bytes) -> None:
+        text = self.redact(line.decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
+        if text:
+            self.stderr_tail.append(text)
+            log.info("server %s: %s", self.name, text)
+
+
+#   what we do                                                   how many seconds we then wait
+SHUTDOWN_STEPS = (
+    (ServerProcess.close_stdin,                                  2.0),     # MCP, stdio, Shutdown
+    (lambda process: process.signal_group(signal.SIGTERM),       3.0),
+    (lambda process: process.signal_group(signal.SIGKILL),       1.0),
+)
+
+
+def widen_pipe(pipe) -> None:
+    """Lets a pipe hold more, where that is possible."""
+    try:
+        import fcntl
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except (ImportError, AttributeError, OSError, ValueError):
+        pass              # not Linux, or this user's pipes hold enough already, or it is closed again
+
+
+# ============================================================================
+# 11. Server connection
+# ============================================================================
+#
+# JSON-RPC with one server: a request gets an id of ours, and what comes back is
+# given to whoever waits for it. Knows messages; nothing of sessions or HTTP.
+
+PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
+
+
+def speaks_modern(answer: Message) -> bool:
+    """Is this the DiscoverResult of a server that speaks the revision we do?"""
+    result = answer.members.value("result")
+    versions = result.value("supportedVersions") if isinstance(result, Members) else None
+    return isinstance(versions, list) and MODERN_VERSION in versions
+
+
+class PendingRequest:
+    """What waits for a server's answer. *Exchanges* has the important kind."""
+
+    client = None              # the Client that the request came from, if it came from one
+    is_endless = False         # a subscription: no time is too long, and nothing is caused by it
+    parked = None              # does it wait for its client, so that nothing more is caused by it?
+
+    def on_answer(self, answer: Answer | Message) -> None:
+        """The server answered."""
+
+    def on_failure(self, error: ServerError) -> None:
+        """It never will."""
+
+    def on_progress(self, message: Message) -> None:
+        """It sent notifications/progress with this request's id as the token."""
+
+    def on_event(self, message: Message) -> None:
+        """It sent a notification for the subscription that this request is."""
+
+    def tick(self, now: float, patience: float) -> None:
+        """Time passed: gives up after `patience` seconds without a sign of life."""
+
+
+class OwnRequest(PendingRequest):
+    """A request that the proxy itself makes. `answer` is the response, parsed."""
+
+    def __init__(self):
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._started = time.monotonic()
+
+    def on_answer(self, answer: Answer | Message) -> None:
+        try:
+            message = answer.parsed() if isinstance(answer, Answer) else answer
+        except RPCError:
+            return self.on_failure(ServerError("the MCP server's answer is not valid"))
+        if not self.answer.done():
+            self.answer.set_result(message)
+
+    def on_failure(self, error: ServerError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()          # nobody has to ask for it
+
+    def tick(self, now: float, patience: float) -> None:
+        if now - self._started > patience:
+            self.on_failure(ServerError("the MCP server took too long", status=504))
+
+    async def result(self) -> Message:
+        """The response, which has a result; HandshakeRefused when it is an error."""
+        message = await self.answer
+        if not isinstance(message.members.value("result"), Members):
+            error = message.members.value("error")
+            raise HandshakeRefused("the MCP server refused", data=error.plain() if error else None)
+        return message
+
+
+class HandshakeRefused(ServerError):
+    """The server answered, and the answer was an error."""
+
+
+class ServerConnection:
+    """One server that is spoken to. Its `process` has to be started, and a handshake made, before anything else."""
+
+    def __init__(self, name: str, guard: Guard, *, limit: int, secrets: tuple[str, ...], on_request, on_notification):
+        self.name = name
+        self.process = ServerProcess(name, guard, secrets, limit, self._on_line, self._on_too_long, self._on_end)
+        self.era = Era.LEGACY
+        self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
+        self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
+        self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
+        self._on_request, self._on_notification = on_request, on_notification
+        self._ids = itertools.count(1)
+
+    # Handshakes. Each returns what the server said of itself, or raises ServerError.
+
+    async def initialize(self, params: dict) -> Identity:
+        """The legacy one. MCP 2025-11-25, Lifecycle, Initialization."""
+        answer = await self.request("initialize", params).result()
+        return self._shaken(Era.LEGACY, answer)
+
+    async def discover(self) -> Identity:
+        """The modern one. MCP 2026-07-28, Discovery."""
+        answer = await self.request("server/discover", {"_meta": OUR_ENVELOPE}).result()
+        if not speaks_modern(answer):
+            raise HandshakeRefused(f"the MCP server does not speak {MODERN_VERSION}")
+        return self._shaken(Era.MODERN, answer)
+
+    async def probe(self, params: dict) -> Identity:
+        """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
+        modern, and none within a reasonable time, mean that the server is legacy."""
+        probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
+        waiting, greeting = {probe}, None
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=None if greeting else PROBE_SECONDS,
+                                                   return_when=asyncio.FIRST_COMPLETED)
+                # A server may just be slow to start, so its late answer counts too.
+                if probe in done and not probe.exception() and speaks_modern(probe.result()):
+                    return self._shaken(Era.MODERN, probe.result())
+                if greeting in done:
+                    if not greeting.exception():
+                        return self._shaken(Era.LEGACY, greeting.result())
+                elif greeting is None and self.process.state is ProcessState.RUNNING:
+                    greeting = asyncio.ensure_future(self.request("initialize", params).result())
+                    waiting.add(greeting)
+            raise (greeting or probe).exception() or HandshakeRefused("the MCP server refused")
+        finally:
+            for task in filter(None, (probe, greeting)):
+                task.cancel()
+
+    def _shaken(self, era: Era, answer: Message) -> Identity:
+        identity = Identity(era, answer)
+        self.era = era
+        if era is Era.LEGACY:
+            self.notify("notifications/initialized")
+        return identity
+
+    # To the server.
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def send(self, line: bytes) -> None:
+        """Writes one message. ServerError when the server has not read what it got before."""
+        process = self.process
+        if process.state is not ProcessState.RUNNING:
+            raise self.failure()
+        if process.unread_input > MAX_QUEUED_BYTES:
+            raise ServerError("the MCP server does not read its input", status=503)
+        process.write(line)
+
+    def open(self, pending: PendingRequest, method: str, params: dict) -> int:
+        """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
+        server_id = self.next_id()
+        self.pending[server_id] = pending
+        if self.era is Era.MODERN:
+            params = {**params, "_meta": OUR_ENVELOPE}
+        try:
+            self.send(encode_request(server_id, method, params))
+        except ServerError as error:
+            del self.pending[server_id]
+            pending.on_failure(error)
+        return server_id
+
+    def request(self, method: str, params: dict | None = None) -> OwnRequest:
+        """A request of the proxy's own whose answer is wanted."""
+        request = OwnRequest()
+        self.open(request, method, params or {})
+        return request
+
+    def cancel(self, server_id: int, reason: str) -> bool:
+        """Tells the server to stop work on a request; False when it is not at work on it."""
+        if self.pending.pop(server_id, None) is None:
+            return False
+        self.notify("notifications/cancelled", {"requestId": server_id, "reason": reason})
+        return True
+
+    def notify(self, method: str, params: dict | None = None) -> None:
+        """A notification of our own; lost when there is nobody to read it."""
+        self.send_if_possible(encode_request(None, method, params))
+
+    def send_if_possible(self, line: bytes) -> None:
+        """Writes a message that nobody waits to be answered."""
+        try:
+            self.send(line)
+        except ServerError:
+            pass
+
+    def failure(self) -> ServerError:
+        """Why nothing more can be had of this server, with what it said last."""
+        return ServerError("the MCP server ended", data={"exitCode": self.process.exit_code,
+                                                         "stderr": list(self.process.stderr_tail)})
+
+    # From the server.
+
+    def _on_line(self, line: bytes) -> None:
+        line = line.rstrip(b"\r")
+        answer = find_answer(line)
+        if answer:
+            self._resolve(answer.id, answer)
+        elif line.startswith(b"["):
+            self._on_batch(line)
+        elif line.strip():
+            self._on_text(line)
+
+    def _on_text(self, line: bytes) -> None:
+        try:
+            self._on_message(parse_message(decode_json(line)))
+        except RPCError as error:
+            self._junk(line, error)
+            if error.code == INVALID_PARAMS and is_id(json.loads(line).get("id")):
+                self.send_if_possible(encode_error(dump(json.loads(line)["id"]).encode(), error)[0])
+        except Exception:
+            log.exception("! a fault of the proxy's own")        # one message is lost, those behind it are not
+
+    def _on_message(self, message: Message) -> None:
+        if message.kind is Kind.RESPONSE:
+            self._resolve(message.id, message)
+        elif message.kind is Kind.REQUEST:
+            self._on_request(self, message)
+        else:
+            self._on_notify(message)
+
+    def _on_notify(self, message: Message) -> None:
+        """A notification goes to the request that it names, if it names one."""
+        token = message.params.value("progressToken") if message.method == "notifications/progress" else None
+        subscription = message.meta.value(SUBSCRIPTION_KEY)
+        pending = self.pending.get(token or subscription) if is_id(token or subscription) else None
+        if pending and token:
+            pending.on_progress(message)
+        elif pending:
+            pending.on_event(message)
+        elif not (token or subscription):
+            self._on_notification(self, message)
+
+    def _junk(self, line: bytes, error: Exception) -> None:
+        text = self.process.redact(line[:MAX_STDERR_LINE].decode("utf-8", "replace"))
+        log.warning("! server %s wrote junk to stdout (%s): %.200s", self.name, error, text)
+
+    def _on_batch(self, line: bytes) -> None:
+        """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
+        try:
+            texts = split_batch(decode_json(line))
+        except RPCError as error:
+            return self._junk(line, error)
+        for text in texts:
+            self._on_text(text.encode())
+
+    def _resolve(self, server_id, answer: Answer | Message) -> None:
+        try:
+            pending = self.pending.pop(server_id, None)
+        except TypeError:
+            pending = None
+        if pending:
+            pending.on_answer(answer)
+        else:
+            # It was cancelled in the meantime, or the server answered twice.
+            log.info("! server %s answered %s, which nobody waits for", self.name, self.process.redact(repr(server_id)))
+
+    def _on_too_long(self, head: bytes, tail: bytes) -> None:
+        """A line over the limit: if it is an answer, one call fails; nothing else does."""
+        pending = self.pending.pop(find_answer_id(head, tail), None)
+        log.warning("! server %s wrote a message over the limit", self.name)
+        if pending:
+            pending.on_failure(ServerError("the answer is larger than MAX_MESSAGE_MB"))
+
+    def _on_end(self) -> None:
+        error = self.failure()
+        log.warning("! server %s is gone, %d calls fail", self.name, len(self.pending))
+        pending, self.pending = self.pending, {}
+        for request in pending.values():
+            request.on_failure(error)
+        self.closed.set_result(error)
+
+
+# ============================================================================
+# 12. Servers and sessions
+# ============================================================================
+#
+# A Server is what was configured. An Instance is one process of it that is kept
+# running, and the clients that use it: in shared mode one for all of them, in
+# independent mode one for each session and one for all callers without a
+# session that set the same variables. All run the same code; an instance that
+# belongs to a session ends with its process, the others start a new one.
+#
+# The hard part is that many clients look like one to the server, and that none
+# of them may notice the others. So what a server sends by itself is routed: to
+# the call that caused it, to those who subscribed, or to all.
+#
+#     NEW --> STARTING --> READY
+#                ^  |        |
+#                |  v        |
+#                PAUSED <----+      (any of them --> CLOSED)
+
+RESTART_DELAY = 0.1, 30.0        # seconds: the first, doubling to the last
+SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
+DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
+
+KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
+KEPT_BYTES = 8 * 1024 * 1024
+KEPT_STREAMS = 16                            # of each session, after they ended
+
+
+class Stream:
+    """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
+    they can be had again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
+
+    def __init__(self, name: str = ""):
+        self.name = name
+        self.is_ended = False
+        self.last_number = 0        # of the messages so far
+        self._sink = None           # takes payloads with write(payload, event_id) and ends with close()
+        self._written = 0           # the number of the last one that somebody listened to
+        self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
+        self.kept_bytes = 0
+
+    @property
+    def is_attached(self) -> bool:
+        return self._sink is not None
+
+    def attach(self, sink, after: int | None = None) -> None:
+        """Somebody listens, in place of who did so far, from behind message number `after` on."""
+        if self._sink:
+            self._sink.close()
+        self._sink = sink
+        for number, payload in list(self._kept):
+            if number > (self._written if after is None else after):
+                self._write([payload], number)
+        if self.is_ended:
+            self.close()
+
+    def detach(self, sink) -> None:
+        """This listener is gone."""
+        if self._sink is sink:
+            self._sink = None
+
+    def send(self, payload: list) -> None:
+        self.last_number += 1
+        if self.name:
+            self._keep(b"".join(payload))
+        if self._sink:
+            self._write(payload, self.last_number)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self.is_ended = True
+        sink, self._sink = self._sink, None
+        if sink:
+            sink.close()
+
+    def event_id(self, number: int) -> bytes:
+        """The id of an event; it names the stream."""
+        return f"{self.name}-{number}".encode() if self.name else b""
+
+    def _write(self, payload: list, number: int) -> None:
+        self._written = max(self._written, number)
+        self._sink.write(payload, self.event_id(number))
+
+    def _keep(self, payload: bytes) -> None:
+        self._kept.append((self.last_number, payload))
+        self.kept_bytes += len(payload)
+        while len(self._kept) > KEPT_EVENTS or self.kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self.kept_bytes -= len(self._kept.popleft()[1])
+
+
+class Client:
+    """Who sends requests to an instance. As it is, a caller without a session, for the time of one request."""
+
+    label = "-"                                     # what the log calls it
+    is_ended = False
+
+    def __init__(self, instance: "Instance", key: str | None):
+        self.instance = instance
+        self.key = key                              # the key that it came with
+        self.capabilities: dict = {}
+        self.info: str | None = None                # clientInfo, as JSON
+        self.version: str | None = None             # the revision that was negotiated
+        self.log_level: str | None = None
+        self.subscriptions: set[str] = set()
+        self.calls: dict[object, PendingRequest] = {}       # running, by client id
+
+    def admits(self, level: object) -> bool:
+        """Does it want log messages of this level?"""
+        if level not in LOG_LEVELS:
+            return True
+        # One that asked for nothing is spared what others asked for.
+        wanted = self.log_level or ("info" if self.instance.log_level else "debug")
+        return LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
+
+
+class Session(Client):
+    """A legacy client that was given an Mcp-Session-Id."""
+
+    def __init__(self, instance: "Instance", key: str | None, is_streamable: bool, on_end):
+        super().__init__(instance, key)
+        self.id = os.urandom(16).hex()
+        self.label = self.id[:8]                    # the id is a secret
+        self.is_streamable = is_streamable          # Streamable HTTP, or else HTTP+SSE
+        self.questions: dict[int, Question] = {}    # asked of the client, by our id
+        self.stream = Stream("0" if is_streamable else "")
+        self.last_used = time.monotonic()
+        self._ended_streams: collections.deque[Stream] = collections.deque()
+        self._open_streams: dict[str, Stream] = {}
+        self._stream_names = itertools.count(1)
+        self._on_end = on_end
+
+    def open_stream(self) -> Stream:
+        """A stream for the answer to one POST."""
+        stream = Stream(str(next(self._stream_names)))
+        self._open_streams[stream.name] = stream
+        return stream
+
+    def end_stream(self, stream: Stream) -> None:
+        """Ends such a stream; it can be had again for a while."""
+        stream.close()
+        self._open_streams.pop(stream.name, None)
+        self._ended_streams.append(stream)
+        ended = self._ended_streams
+        while len(ended) > KEPT_STREAMS or sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
+            ended.popleft()
+
+    def find_event(self, event_id: str) -> tuple[Stream, int]:
+        """The stream that an event was on, and its number there; RPCError when that is not known here."""
+        name, _, number = event_id.partition("-")
+        streams = {stream.name: stream for stream in self._ended_streams} | self._open_streams | {"0": self.stream}
+        if name not in streams or not re.fullmatch(r"[0-9]{1,15}", number) or int(number) > streams[name].last_number:
+            raise RPCError("Last-Event-ID names no event that is kept here")
+        return streams[name], int(number)
+
+    def ask(self, question: "Question", send) -> None:
+        """Passes a request of the server's on to the client; `send` is the way that it takes."""
+        if len(self.questions) >= OPEN_QUESTIONS:
+            self.questions.pop(next(iter(self.questions))).refuse(NO_CLIENT_CAN)
+        self.questions[question.id] = question
+        question.client, question.send = self, send
+        send(question.payload())
+
+    def answer(self, message: Message) -> None:
+        """The client's response to a question; one that nobody asked is forgotten."""
+        question = self.questions.pop(message.id, None)
+        if question:
+            question.answer(message)
+
+    def end(self, error: ServerError | None = None) -> None:
+        """The client is gone, or with an error its server is: takes everything with it that was its own."""
+        if self.is_ended:
+            return
+        self.is_ended = True
+        for call in list(self.calls.values()):
+            if error:
+                call.on_failure(error)
+            else:
+                call.cancel()
+        for question in list(self.questions.values()):
+            question.refuse(ServerError("the client is gone"))
+        self.instance.leave(self)
+        for stream in (self.stream, *self._open_streams.values()):
+            stream.close()
+        self._on_end(self)
+
+
+class Question:
+    """A request from a server to a client, under an id of ours."""
+
+    _ids = itertools.count(1)
+
+    def __init__(self, connection: ServerConnection, message: Message):
+        self.id = next(self._ids)
+        self.connection = connection
+        self.message = message
+        self.method = message.method
+        self.client: Session | None = None       # who is asked, and
+        self.send = None                         # the way that the question took there
+        connection.questions[message.id] = self
+
+    def payload(self) -> list[bytes]:
+        """The request as the client gets it."""
+        return self.message.with_id(b"%d" % self.id)
+
+    def answer(self, response: Message) -> None:
+        """Hands the client's response to the server, under the id that the server chose."""
+        self._reply(response.with_id(self.message.raw_id))
+
+    def hand_over(self, result: str) -> None:
+        """Answers with a result, in JSON."""
+        self._reply(encode_result(self.message.raw_id, result.encode()))
+
+    def refuse(self, error: ProxyError) -> None:
+        self._reply(encode_error(self.message.raw_id, error))
+
+    def _reply(self, payload: list[bytes]) -> None:
+        if self.connection.questions.pop(self.message.id, None) is self:
+            self.connection.send_if_possible(payload[0])
+
+
+class Listening(PendingRequest):
+    """The subscription that an instance has at a modern server for all its legacy clients."""
+
+    def __init__(self, instance: "Instance"):
+        self._instance = instance
+
+    is_endless = True
+
+    def on_event(self, message: Message) -> None:
+        if message.method != "notifications/subscriptions/acknowledged":
+            line = message.changed(restated_meta(message, {}, keeps_envelope=False))     # the subscription is the proxy's
+            self._instance.route(parse_message(line.decode()))
+
+
+class Tools(dict):
+    """A server's tools by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
+
+    def check(self, call: Message, headers: dict[str, str]) -> None:
+        """Refuses a modern tools/call whose headers do not repeat its arguments."""
+        parameters = self.mirrored.get(call.params.value("name"))
+        if parameters:
+            check_mirrored(parameters, call.params.value("arguments"), headers)
+
+    def add(self, tools: object) -> None:
+        """Takes in one page of a tools/list result."""
+        for tool in tools if isinstance(tools, list) else ():
+            if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+                self[tool["name"]] = tool
+                parameters = mirrored_parameters(tool.get("inputSchema"))
+                if parameters:
+                    self.mirrored[tool["name"]] = parameters
+
+
+class InstanceState(enum.Enum):
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    PAUSED = "paused"
+    CLOSED = "closed"
+
+
+INSTANCE_STATES = {
+    InstanceState.NEW: {InstanceState.STARTING, InstanceState.CLOSED},
+    InstanceState.STARTING: {InstanceState.READY, InstanceState.PAUSED, InstanceState.CLOSED},
+    InstanceState.READY: {InstanceState.PAUSED, InstanceState.CLOSED},
+    InstanceState.PAUSED: {InstanceState.STARTING, InstanceState.CLOSED},
+    InstanceState.CLOSED: set(),
+}
+
+
+class Instance:
+    """One server process that is kept running, and the clients that use it."""
+
+    def __init__(self, server: "Server", variables: dict[str, str], is_shared: bool):
+        self.server = server
+        self.variables = variables
+        self.is_shared = is_shared
+        self.state = InstanceState.NEW
+        self.sessions: dict[str, Session] = {}
+        self.listeners: set = set()                 # subscriptions of modern clients at a legacy server
+        self.identity: Identity | None = None
+        self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
+        self.log_level: str | None = None           # what a legacy server was told last
+        self.subscribers: collections.Counter[str] = collections.Counter()
+        self.connection: ServerConnection | None = None       # while READY
+        self.last_used = time.monotonic()
+        self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
+        self._asked_level: str | None = None        # the most verbose level that a modern request asked for
+        self._listening: int | None = None          # the server id of the subscription at a modern server
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wanted = asyncio.Event()              # somebody waits for the server
+        self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
+        self._runner: asyncio.Task | None = None
+        self._process: ServerProcess | None = None            # the last one that was started
+
+    # Running.
+
+    def start(self, initialize: dict | None = None) -> None:
+        """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
+        if self._runner is None and self.state is InstanceState.NEW:
+            self.is_told_ours = initialize is None
+            initialize = initialize or our_initialize(self.server.settings.shared_session)
+            self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
+
+    async def ready(self) -> ServerConnection:
+        """The connection, once the server can be used; ServerError when it cannot be started."""
+        if self.state is InstanceState.CLOSED:
+            raise ServerError("the MCP server was stopped", status=503)
+        self.start()
+        if self.connection is None:
+            self._wanted.set()
+            await asyncio.shield(self._started)
+        return self.connection
+
+    async def close(self) -> None:
+        """Ends the server; returns when nothing of it is left."""
+        self._become(InstanceState.CLOSED)
+        self._settle_start(ServerError("the MCP server was stopped", status=503))
+        if self._runner:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+        if self._process:
+            await self._process.stop()
+
+    async def _run(self, initialize: dict) -> None:
+        error, has_run = None, False
+        while True:
+            self._become(InstanceState.STARTING)
+            connection = None
+            try:
+                connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
+                self._make_ready(connection, has_run)
+                has_run = True
+                await asyncio.wait([connection.closed])
+                error = connection.closed.result()
+            except (ServerError, asyncio.TimeoutError) as reason:
+                if isinstance(reason, asyncio.TimeoutError):
+                    reason = ServerError("the MCP server did not start", status=504)
+                error = reason
+                log.error("! server %s: %s", self.server.name, error)
+                self._settle_start(error)
+            finally:
+                if connection:
+                    await asyncio.shield(connection.process.stop())
+            if not self.is_shared:
+                break
+            self._become(InstanceState.PAUSED)
+            await self._pause()
+        self._become(InstanceState.CLOSED)
+        for session in list(self.sessions.values()):
+            session.end(error)
+
+    async def _connect(self, initialize: dict) -> ServerConnection:
+        """Starts a process and finds out how to speak to it; what was found out is remembered for the next start."""
+        failure, speaks = None, self.server.speaks
+        eras = self._eras_to_try()
+        for era in eras:
+            connection = await self._start_process()
+            try:
+                if era is Era.LEGACY:
+                    self.identity = await connection.initialize(initialize)
+                elif Era.LEGACY in eras[1:]:
+                    self.identity = await connection.probe(initialize)
+                    speaks[Era.MODERN] = connection.era is Era.MODERN
+                else:
+                    self.identity = await connection.discover()
+                speaks.update(dict.fromkeys(eras[:eras.index(era)], False))
+                speaks[connection.era] = True
+                return connection
+            except BaseException as error:
+                await asyncio.shield(connection.process.stop())
+                if not isinstance(error, ServerError):
+                    raise
+                failure = error
+                if isinstance(error, HandshakeRefused):
+                    speaks[era] = False
+                elif era is Era.LEGACY:
+                    break                       # it died or cannot be started; no other words will help
+                else:
+                    self._deaths.append(time.monotonic())
+        if isinstance(failure, HandshakeRefused):
+            speaks.clear()
+        raise failure
+
+    def _eras_to_try(self) -> list[Era]:
+        """In which eras to address a new process, one after the other. A shared server is spoken to in modern if
+        it can be; a session's own in the session's era, because a server may stay with the one it was addressed in."""
+        setting, speaks = self.server.settings.server_era, self.server.speaks
+        if setting != "auto":
+            return [Era(setting)]
+        first, second = (Era.MODERN, Era.LEGACY) if self.is_shared else (Era.LEGACY, Era.MODERN)
+        if speaks.get(first):
+            return [first]
+        return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        return tuple(value for value in self.variables.values() if len(value) > 3)
+
+    def redact(self, text: str) -> str:
+        """A text for the log, without the values of variables."""
+        return redact(text, self._secrets)
+
+    async def _start_process(self) -> ServerConnection:
+        server, variables = self.server, self.variables
+        connection = ServerConnection(
+            server.name, server.guard, limit=server.settings.max_message_bytes, secrets=self._secrets,
+            on_request=self._on_request, on_notification=lambda connection, message: self.route(message))
+        # Which variables its client set, only the demo server asks.
+        names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
+        await connection.process.start(server.command, {**server.environment, **variables, **names})
+        self._process = connection.process
+        return connection
+
+    def _make_ready(self, connection: ServerConnection, is_restart: bool) -> None:
+        """Makes a new process what the one before was to its clients."""
+        log.info("= server %s is ready: %s", self.server.name, self.identity.about)
+        self.connection = connection
+        self._become(InstanceState.READY)
+        connection.closed.add_done_callback(lambda _: self._forget(connection))
+        if is_restart:
+            self._tools = None
+        if connection.era is Era.MODERN:
+            self.listen()
+        else:
+            for uri in self.subscribers:
+                connection.request("resources/subscribe", {"uri": uri})
+            if self.log_level:
+                connection.request("logging/setLevel", {"level": self.log_level})
+        self._settle_start(None)
+        if is_restart:
+            for method in self.identity.list_changes():
+                self.route(parse_message(encode_request(None, method).decode()))
+
+    def _forget(self, connection: ServerConnection) -> None:
+        """A call that comes from now on waits for the next process."""
+        if self.connection is connection:
+            self.connection = None
+            self._listening = None
+
+    async def _pause(self) -> None:
+        """Waits before a restart: longer after each death, and after many of them until somebody asks."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        recent = [death for death in self._deaths if death > now - 60]
+        if len(recent) >= DEATHS_IN_A_MINUTE:
+            log.error("! server %s died %d times in a minute; it is started when it is needed",
+                      self.server.name, len(recent))
+            await self._wanted.wait()
+        else:
+            first, last = RESTART_DELAY
+            await asyncio.sleep(min(last, first * 2 ** (len(recent) - 1)))
+
+    def _settle_start(self, error: ServerError | None) -> None:
+        """Tells those who wait for the server that it can be used, or why it cannot."""
+        self._wanted.clear()
+        settled, self._started = self._started, asyncio.get_running_loop().create_future()
+        if error:
+            settled.set_exception(error)
+            settled.exception()              # there may be nobody who waits
+        else:
+            settled.set_result(None)
+
+    def _become(self, state: InstanceState) -> None:
+        if self.state is state is InstanceState.CLOSED:
+            return
+        assert state in INSTANCE_STATES[self.state], (self.state, state)
+        self.state = state
+
+    # The clients together, as the server sees them.
+
+    def join(self, session: Session) -> None:
+        self.sessions[session.id] = session
+
+    def leave(self, client: Client) -> None:
+        """Takes back what the server does for this client alone."""
+        if isinstance(client, Session):
+            self.sessions.pop(client.id, None)
+        for uri in client.subscriptions:
+            self.unsubscribe(uri)
+        self.adjust_log_level()
+        if not self.is_shared:
+            self.server.end(self)
+
+    def subscribe(self, uri: str) -> None:
+        """Counts a subscription; the first to a resource is told to the server."""
+        self.subscribers[uri] += 1
+        if self.subscribers[uri] == 1:
+            self._tell_subscription("resources/subscribe", uri)
+
+    def unsubscribe(self, uri: str) -> None:
+        """Counts one less; the last is told to the server."""
+        self.subscribers[uri] -= 1
+        if not self.subscribers[uri]:
+            del self.subscribers[uri]
+            self._tell_subscription("resources/unsubscribe", uri)
+
+    def _tell_subscription(self, method: str, uri: str) -> None:
+        if self.connection and self.connection.era is Era.LEGACY:
+            self.connection.request(method, {"uri": uri})
+        else:
+            self.listen()
+
+    def listen(self) -> None:
+        """Subscribes at a modern server to what legacy clients get unasked, and to what they asked for."""
+        connection = self.connection
+        if connection and connection.era is Era.MODERN:
+            wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
+            supported = self.identity.supported(wanted)
+            before = self._listening
+            self._listening = connection.open(Listening(self), "subscriptions/listen", {"notifications": supported})
+            if before:
+                connection.cancel(before, "replaced")
+
+    def ask_for_level(self, level: str) -> None:
+        """A modern request wants log messages of this level, which a legacy server has to be told before."""
+        self._asked_level = min(filter(None, (level, self._asked_level)), key=LOG_LEVELS.index)
+        self.adjust_log_level()
+
+    def adjust_log_level(self) -> None:
+        """Sets a legacy server to the most verbose level that somebody asked for."""
+        levels = [session.log_level for session in self.sessions.values() if session.log_level]
+        if self._asked_level:
+            levels.append(self._asked_level)
+        level = min(levels, key=LOG_LEVELS.index, default=None)
+        if level and level != self.log_level:
+            self.log_level = level
+            if self.connection and self.connection.era is Era.LEGACY and "logging" in self.identity.capabilities:
+                self.connection.request("logging/setLevel", {"level": level})
+
+    async def tools(self, refresh: bool = False) -> "Tools":
+        """The server's tools, asked once and then kept until it says that they changed."""
+        if self._tools is None or refresh:
+            self._tools = asyncio.get_running_loop().create_task(self._list_tools())
+            self._tools.add_done_callback(self._forget_failed_tools)
+        return await asyncio.shield(self._tools)
+
+    def known_tools(self) -> "Tools | None":
+        """The same, or None when it would have to be asked first."""
+        task = self._tools
+        return task.result() if task and task.done() else None
+
+    def _forget_failed_tools(self, task: asyncio.Task) -> None:
+        if (task.cancelled() or task.exception()) and self._tools is task:
+            self._tools = None
+
+    async def _list_tools(self) -> "Tools":
+        connection, tools, cursor = await self.ready(), Tools(), None
+        for _ in range(MAX_PAGES):
+            answer = await connection.request("tools/list", {"cursor": cursor} if cursor else None).answer
+            result = answer.members.value("result")
+            if not isinstance(result, Members):
+                break
+            tools.add(result.value("tools"))
+            cursor = result.value("nextCursor")
+            if not isinstance(cursor, str):
+                break
+        return tools
+
+    def end_subscriptions(self) -> None:
+        """Tells modern clients that no more notifications will come."""
+        calls = list(self.connection.pending.values()) if self.connection else []
+        for call in [*self.listeners, *calls]:
+            if call.client and call.is_endless:
+                call.end_subscription()
+
+    # What the server sends by itself.
+
+    def newest_call(self, can=lambda call: True) -> PendingRequest | None:
+        """The call of a client that was started last, of those that can."""
+        pending = self.connection.pending.values() if self.connection else ()
+        return next((call for call in reversed(pending) if call.client and not call.is_endless and can(call)), None)
+
+    def _on_request(self, connection: ServerConnection, message: Message) -> None:
+        """Sampling, elicitation, roots: asks the client whose call caused it."""
+        if message.method == "ping":
+            return connection.send_if_possible(encode_result(message.raw_id)[0])
+        params = message.params.plain()
+        question = Question(connection, message)
+
+        def missing(call: PendingRequest) -> dict | None:
+            # A server that knows its client's own capabilities is left to them.
+            return missing_capabilities(call.capabilities, message.method, params) if self.is_told_ours else None
+        call = (self.newest_call(lambda call: not call.parked and not missing(call))
+                or self.newest_call(lambda call: not call.parked) or self.newest_call())
+        if call:
+            call.ask(question, missing(call))
+        elif not self.is_shared and self.sessions:
+            session, = self.sessions.values()
+            session.ask(question, session.stream.send)
+        else:
+            question.refuse(NO_CLIENT_CAN)
+        log.info("> %s %s id=%s, from the server", call.client.label if call else "-", message.method, question.id)
+
+    def route(self, message: Message) -> None:
+        """A notification of the server's, to whom it may concern."""
+        NOTIFICATION_ROUTES.get(message.method, Instance._to_cause)(self, message)
+
+    def _to_all(self, message: Message) -> None:
+        """A list changed: to every session, and to those who listen for this."""
+        if message.method == "notifications/tools/list_changed":
+            self._tools = None
+        payload = message.payload
+        for session in list(self.sessions.values()):
+            session.stream.send(payload)
+        for listener in list(self.listeners):
+            listener.on_event(message)
+
+    def _to_subscribers(self, message: Message) -> None:
+        uri = message.params.value("uri")
+        for session in list(self.sessions.values()) if isinstance(uri, str) else ():
+            if not self.is_shared or uri in session.subscriptions:
+                session.stream.send(message.payload)
+        for listener in list(self.listeners):
+            listener.on_event(message)
+
+    def _to_cause(self, message: Message) -> None:
+        """To the call that is running, or with none to all sessions."""
+        call = self.newest_call()
+        if call:
+            call.tell(message.payload)
+        else:
+            for session in list(self.sessions.values()):
+                session.stream.send(message.payload)
+
+    def _to_cause_by_level(self, message: Message) -> None:
+        """Log messages: as above, but to those whose level admits them."""
+        level, call = message.params.value("level"), self.newest_call()
+        if call:
+            if call.admits(level):
+                call.tell(message.payload)
+            return
+        for session in list(self.sessions.values()):
+            if session.admits(level):
+                session.stream.send(message.payload)
+
+    def _to_asked(self, message: Message) -> None:
+        """The server takes a question back: tells the client that was asked."""
+        member = message.params.get("requestId")
+        if not (self.connection and member and is_id(member[0])):
+            return
+        question = self.connection.questions.pop(member[0], None)
+        if question and question.client and question.client.questions.pop(question.id, None):
+            _, start, end = member
+            question.send([message.changed([(start, end, str(question.id))])])
+
+    def _to_nobody(self, message: Message) -> None:
+        """It should have named a request, and did not."""
+
+
+# To route another notification, add a row; what is not here goes to the call that is running.
+NOTIFICATION_ROUTES = {
+    "notifications/cancelled": Instance._to_asked,
+    "notifications/message": Instance._to_cause_by_level,
+    "notifications/progress": Instance._to_nobody,
+    "notifications/resources/updated": Instance._to_subscribers,
+    "notifications/tools/list_changed": Instance._to_all,
+    "notifications/prompts/list_changed": Instance._to_all,
+    "notifications/resources/list_changed": Instance._to_all,
+}
+
+OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
+NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
+MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
+
+
+def too_many(what: str) -> ServerError:
+    """The answer to a client for whom there is no room."""
+    return ServerError(f"too many {what}", status=503, headers=(("Retry-After", "5"),))
+
+
+class Server:
+    """One configured MCP server: how it is started, and its instances and sessions."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], settings: Settings, guard: Guard):
+        self.name = name
+        self.command = command
+        self.environment = environment
+        self.settings = settings
+        self.guard = guard
+        self.speaks: dict[Era, bool] = {}          # what was found out of this command
+        self.sessions: dict[str, Session] = {}
+        self.calls: set[PendingRequest] = set()    # that clients wait for
+        self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
+        self.is_draining = False                   # no new calls: the proxy is about to end
+        self._ending: set[asyncio.Task] = set()
+        self._common: dict[frozenset, Instance] = {}         # for callers without a session, by their variables
+        self._own: set[Instance] = set()                     # of one session each
+        self._spares: list[Instance] = []                    # of sessions to come
+        self._spares_pause = 0.0                             # until when no new ones are started, because one died
+        self.shared = self._common_instance({}) if settings.shared_session else None
+
+    def _common_instance(self, variables: dict[str, str]) -> Instance:
+        if self.settings.shared_session and variables:
+            raise RPCError("all clients share one server here, so variables cannot be set", code=INVALID_PARAMS)
+        key = frozenset(variables.items())
+        instance = self._common.get(key)
+        if instance is None:
+            self._check_room()
+            instance = self._common[key] = Instance(self, variables, True)
+        return instance
+
+    def open_session(self, key: str | None, variables: dict[str, str], is_streamable: bool) -> Session:
+        """A session for a new client, on an instance of its own or on the shared one."""
+        self.check_open()
+        if len(self.sessions) >= self.settings.max_sessions:
+            raise too_many("sessions")
+        if self.settings.shared_session:
+            instance = self._common_instance(variables)
+        else:
+            instance = self._own_instance(variables)
+        session = Session(instance, key, is_streamable, self._forget_session)
+        self.sessions[session.id] = session
+        instance.join(session)
+        log.info("= session %s opened", session.label)
+        return session
+
+    def _own_instance(self, variables: dict[str, str]) -> Instance:
+        """An instance for a new session: a spare one where one will do."""
+        if self._spares and not variables:
+            instance = next((spare for spare in self._spares if spare.connection), self._spares[0])
+            self._spares.remove(instance)
+            asyncio.get_running_loop().call_soon(self.keep_spares)
+        else:
+            self._check_room()
+            instance = Instance(self, variables, False)
+        self._own.add(instance)
+        return instance
+
+    def keep_spares(self) -> None:
+        """Starts spare processes until there are enough; not at once again after one died."""
+        now = time.monotonic()
+        if any(spare.state is InstanceState.CLOSED for spare in self._spares):
+            self._spares = [spare for spare in self._spares if spare.state is not InstanceState.CLOSED]
+            self._spares_pause = now + SPARES_PAUSE
+        if self.is_draining or self.settings.shared_session or now < self._spares_pause:
+            return
+        while len(self._spares) < self.settings.prewarm and len(self.instances) < self.settings.max_processes:
+            spare = Instance(self, {}, False)
+            spare.start()
+            self._spares.append(spare)
+
+    def check_open(self) -> None:
+        """Refuses what would be new when the proxy is about to end."""
+        if self.is_draining:
+            raise ServerError("the proxy is shutting down", status=503, headers=(("Retry-After", "5"),))
+
+    def _check_room(self) -> None:
+        if len(self.instances) + len(self._ending) >= self.settings.max_processes:
+            raise too_many("processes")
+
+    def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
+        """The session that a client names; it has to come with the key that opened it."""
+        if not session_id:
+            raise RPCError("missing session id")
+        session = self.sessions.get(session_id)
+        if session is None or session.key != key or session.is_streamable != is_streamable:
+            raise RPCError("session unknown or ended", status=404)
+        session.last_used = time.monotonic()
+        return session
+
+    def visit(self, key: str | None, variables: dict[str, str]) -> Client:
+        """A caller without a session."""
+        instance = self._common_instance(variables)
+        instance.last_used = time.monotonic()
+        return Client(instance, key)
+
+    def _forget_session(self, session: Session) -> None:
+        self.sessions.pop(session.id, None)
+        log.info("= session %s closed", session.label)
+
+    @property
+    def instances(self) -> list[Instance]:
+        return [*self._common.values(), *self._own, *self._spares]
+
+    def end(self, instance: Instance) -> None:
+        """Ends an instance in the background."""
+        self._own.discard(instance)
+        if instance in self._spares:
+            self._spares.remove(instance)
+        for key, common in list(self._common.items()):
+            if common is instance:
+                del self._common[key]
+        task = asyncio.get_running_loop().create_task(instance.close())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def tick(self, now: float) -> None:
+        """Called now and then: gives up on what takes too long, and ends what nobody uses."""
+        self.keep_spares()
+        patience, idle = self.settings.request_timeout, self.settings.session_idle
+        for instance in self.instances:
+            for request in list(instance.connection.pending.values()) if instance.connection else ():
+                if request.client is None:
+                    request.tick(now, patience)
+            in_use = instance is self.shared or not instance.is_shared or instance.listeners or instance.newest_call()
+            if not in_use and now - instance.last_used > idle:
+                self.end(instance)
+        for call in [*self.calls, *self.parked.values()]:
+            call.tick(now, patience)
+        for session in list(self.sessions.values()):
+            if session.calls or session.stream.is_attached:
+                session.last_used = now
+            elif now - session.last_used > idle:
+                session.end()
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no new calls, and gives those that run some time to finish."""
+        self.is_draining = True
+        deadline = time.monotonic() + seconds
+        while self.calls and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Ends everything; returns when no process is left."""
+        for instance in self.instances:
+            instance.end_subscriptions()
+        for session in list(self.sessions.values()):
+            session.end()
+        for instance in self.instances:
+            self.end(instance)
+        await asyncio.gather(*self._ending)
+
+
+# ============================================================================
+# 13. Exchanges
+# ============================================================================
+#
+# One client request and everything that is sent in answer to it. The exchange
+# puts a server id in the place of the client's and takes it out of the answer
+# again; where its messages go is up to its outlet, which has
+#
+#     send(payload)            a message before the answer
+#     finish(payload, status, headers)   the answer, and what it has in HTTP where that can be said
+#     close()                  there will be no answer: the call was cancelled
+#
+# What happens in between depends on the eras of the two sides: see BRIDGES. The
+# hard part is a server's question, where the eras differ most. The legacy way
+# is a request in the middle of a running call, the modern way is to end the
+# call with `input_required` and be called again. So where a legacy server asks
+# a modern client, the running call is parked until the client comes back with
+# the answers, and where a modern server asks a legacy client, the client's
+# answers are gathered and the call is made again.
+
+RUNNING_CALLS = 1_000            # of one client at a time
+PARKED_CALLS = 1_000             # that wait for their client; past that the oldest is cancelled
+ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
+GATHER_SECONDS = 0.02            # how long further questions are waited for before a call is parked
+
+# MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
+STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
+
+
+class Exchange(PendingRequest):
+    """One client request on its way. `envelope` comes with a modern one."""
+
+    is_done = False
+    connection: ServerConnection | None = None
+    server_id: int | None = None
+    on_error = None                     # called when the server answers with an error
+    on_done = None                      # called when the exchange is over
+    parked: str | None = None           # the requestState under which it waits for its client
+    late = None                         # what came for it while it was parked
+    wanted: dict = {}                   # what a subscription is to
+    _size = 0                           # of the request
+    rounds = 0                          # how often a modern server asked for input
+
+    def __init__(self, client: Client, message: Message, outlet, envelope: Envelope | None = None,
+                 trace: dict[str, str] | None = None):
+        self.client = client
+        self.instance = client.instance
+        self.envelope = envelope
+        self.era = Era.MODERN if envelope else Era.LEGACY
+        self.method = message.method
+        self.is_endless = envelope is not None and self.method == "subscriptions/listen"
+        self.trace = trace or {}            # members for _meta, as JSON
+        self.message: Message | None = message        # the request, while it is needed
+        self.questions: dict[str, Question] = {}      # a legacy server's, to a modern client, by their key
+        self._started = self.last_sign = time.monotonic()        # last_sign: of the call being alive
+        self._serve(message, outlet)
+
+    def _serve(self, message: Message, outlet) -> None:
+        """This is the request that is answered now, and this is where the answer goes."""
+        self._id, self.raw_id = message.id, message.raw_id
+        token = message.meta.get("progressToken")
+        self.token = message.raw(token) if token and is_id(token[0]) else None
+        self.outlet = outlet
+        outlet.exchange = self
+
+    @property
+    def capabilities(self) -> dict:
+        """What the client can be asked."""
+        return self.envelope.capabilities if self.envelope else self.client.capabilities
+
+    def admits(self, level: object) -> bool:
+        """Does the client want log messages of this level with this call?"""
+        if self.envelope is None:
+            return self.client.admits(level)
+        # MCP 2026-07-28, Logging: none "for a request that does not include this field".
+        wanted = self.envelope.log_level
+        return wanted is not None and level in LOG_LEVELS and LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
+
+    # From the client.
+
+    def start(self) -> None:
+        """Sends the request, as soon as there is a server to send it to."""
+        check_parameters(self.message)
+        self.instance.server.check_open()
+        if self._id in self.client.calls:
+            raise RPCError("a request with this id is running")
+        if len(self.client.calls) >= RUNNING_CALLS:
+            raise too_many("running calls")
+        self.client.calls[self._id] = self
+        if not self.is_endless:
+            self.instance.server.calls.add(self)
+        self._size = len(self.message.text)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("< %s %s id=%s %d bytes: %s", self.client.label, self.method, self._id, self._size,
+                      self.instance.redact(self.message.text))
+        connection = self.instance.connection
+        if connection:
+            self._begin(connection)
+        else:
+            if self.method == "initialize" and not self.instance.is_shared:
+                self.instance.start(self.message.params.plain())
+            asyncio.get_running_loop().create_task(self._begin_when_ready())
+
+    async def _begin_when_ready(self) -> None:
+        try:
+            connection = await self.instance.ready()
+        except ServerError as error:
+            self.on_failure(error)
+        else:
+            self._begin(connection)
+
+    def _begin(self, connection: ServerConnection) -> None:
+        if self.is_done:
+            return                          # cancelled in the meantime
+        self.connection = connection
+        self._bridge = BRIDGES[self.era, connection.era]
+        try:
+            intercept = self._bridge.intercepted.get(self.method)
+            if not (intercept and intercept(self, self.message)):
+                self.transmit(self._bridge.restate(self, self.message))
+        except ProxyError as error:
+            self.on_failure(error)
+
+    def transmit(self, changes: list[tuple[int, int, str]]) -> None:
+        """Sends the request to the server under a new server id, which serves as its progress token too."""
+        message, connection = self.message, self.connection
+        self.server_id = connection.next_id()
+        server_id = str(self.server_id)
+        _, start, end = message.members["id"]
+        new_meta = dict(self.trace)
+        if self.token:
+            new_meta["progressToken"] = server_id
+        changes += [(start, end, server_id), *self._bridge.restate_meta(self, message, new_meta)]
+        connection.send(message.changed(changes))
+        connection.pending[self.server_id] = self
+        if not self._bridge.keeps_requests:
+            self.message = None
+
+    def cancel(self, notification: Message | None = None) -> None:
+        """Ends the call: because the client said so, or because it is gone."""
+        if self.is_done or self.method == "initialize" and notification:
+            return                          # MCP 2025-11-25, Cancellation: initialize "MUST NOT be cancelled"
+        log.info("x %s %s id=%s cancelled after %.1f ms", self.client.label, self.method, self._id,
+                 (time.monotonic() - self._started) * 1000)
+        self.drop("the client is gone", notification)
+        self._done()
+        self.outlet.close()
+
+    def drop(self, reason: str, notification: Message | None = None) -> None:
+        """Tells the server to stop; with the client's own notification if there is one."""
+        if self.connection is None or self.server_id is None:
+            return
+        if notification is None:
+            self.connection.cancel(self.server_id, reason)
+        elif self.connection.pending.pop(self.server_id, None):
+            _, start, end = notification.params["requestId"]
+            self.connection.send_if_possible(notification.changed([(start, end, str(self.server_id))]))
+
+    # From the server.
+
+    def on_answer(self, answer: Answer | Message) -> None:
+        self.last_sign = time.monotonic()
+        if self.parked:
+            self.late = answer
+            return
+        try:
+            if self.on_error and not answer.is_result:
+                self.on_error()
+            self._bridge.answer(self, answer)
+        except ProxyError as error:
+            self.on_failure(error)
+
+    def on_failure(self, error: ProxyError) -> None:
+        if self.parked:
+            self.late = error
+        else:
+            self.finish(encode_error(self.raw_id, error), error.http_status, error.headers)
+
+    def on_progress(self, message: Message) -> None:
+        self.last_sign = time.monotonic()
+        if self.token and not self.is_done:
+            _, start, end = message.params["progressToken"]
+            self.tell([message.changed([(start, end, self.token)])])
+
+    def on_event(self, message: Message) -> None:
+        self._bridge.event(self, message)
+
+    def tell(self, payload: list) -> None:
+        if not self.parked:
+            self.outlet.send(payload)
+
+    def ask(self, question: Question, missing: dict | None) -> None:
+        """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
+        self.last_sign = time.monotonic()
+        self._bridge.ask(self, question, missing)
+
+    # The end.
+
+    def finish(self, payload: list, status: int = 200, headers: tuple = ()) -> None:
+        """The answer."""
+        if self.is_done:
+            return
+        self._done()
+        size, elapsed = sum(map(len, payload)), (time.monotonic() - self._started) * 1000
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("> %s %s id=%s %d bytes %.1f ms: %s", self.client.label, self.method, self._id, size, elapsed,
+                      self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+        else:
+            # A line for both messages: at full speed a line for each would be a tenth of all work.
+            log.info("<> %s %s id=%s %d bytes in, %d bytes out, %.1f ms", self.client.label, self.method, self._id,
+                     self._size, size, elapsed)
+        self.outlet.finish(payload, status, headers)
+
+    def _done(self) -> None:
+        self.is_done = True
+        self._forget()
+        if self.on_done:
+            self.on_done()
+
+    def _forget(self) -> None:
+        """The client waits no more."""
+        self.client.calls.pop(self._id, None)
+        self.instance.server.calls.discard(self)
+
+    def end_subscription(self) -> None:
+        """Ends a subscription because the server ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        self.drop("the server ends")
+        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
+                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
+
+    def tick(self, now: float, patience: float) -> None:
+        """Gives up on a call that shows no sign of life, and on one whose client does not come back."""
+        if self.is_endless or now - self.last_sign < patience:
+            return
+        self.drop("timed out")
+        if self.parked:
+            self.instance.server.parked.pop(self.parked, None)
+            self.is_done = True
+            for question in self.questions.values():
+                question.refuse(ServerError("the client did not answer"))
+        else:
+            self.on_failure(ServerError("the MCP server took too long", status=504))
+
+    # Parked calls: a legacy server waits for the answer of a modern client.
+
+    def park_soon(self) -> None:
+        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._park)
+
+    def _park(self) -> None:
+        """Ends the client's request with the questions. The call goes on when the client comes back."""
+        if self.is_done or self.parked or not self.questions:
+            return
+        parked = self.instance.server.parked
+        if len(parked) >= PARKED_CALLS:
+            oldest = next(iter(parked.values()))
+            oldest.tick(float("inf"), 0)
+        # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
+        self.parked = os.urandom(24).hex()
+        parked[self.parked] = self
+        self.last_sign = time.monotonic()
+        self._forget()
+        requests = ",".join(f'"{key}":{input_request(question.message)}' for key, question in self.questions.items())
+        info = self.instance.identity.info
+        meta = f',"_meta":{{"{SERVER_INFO_KEY}":{info}}}' if info else ""
+        result = (f'{{"resultType":"input_required","inputRequests":{{{requests}}},'
+                  f'"requestState":"{self.parked}"{meta}}}')
+        log.info("> %s %s id=%s waits for input", self.client.label, self.method, self._id)
+        self.outlet.finish(encode_result(self.raw_id, result.encode()), 200)
+
+    def resume(self, retry: "Exchange", message: Message) -> None:
+        """The client is back: takes the place of `retry` and hands its answers to the server."""
+        given = message.opened(message.params.get("inputResponses"))
+        for key in self.questions.keys() & given.keys():
+            if not isinstance(given.value(key), dict):
+                raise RPCError("an input response must be an object", code=INVALID_PARAMS)
+        del self.instance.server.parked[self.parked]
+        self.parked = None
+        self.client, self.envelope = retry.client, retry.envelope
+        retry._forget()
+        self._serve(message, retry.outlet)
+        self.client.calls[self._id] = self
+        self.instance.server.calls.add(self)
+        self.last_sign = time.monotonic()
+        for key in self.questions.keys() & given.keys():
+            _, start, end = given[key]
+            self.questions.pop(key).hand_over(message.text[start:end])
+        if isinstance(self.late, ProxyError):
+            self.on_failure(self.late)
+        elif self.late:
+            self.on_answer(self.late)
+        elif self.questions:
+            self.park_soon()                # something is still missing: it is asked again
+
+
+def salient(message: Message) -> dict:
+    """What makes a request the same request when it comes again."""
+    return {name: value for name, value in message.params.plain().items()
+            if name not in ("_meta", "inputResponses", "requestState")}
+
+
+def input_request(request: Message) -> str:
+    """A legacy server's request as a modern input request, in JSON."""
+    # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
+    params = ",".join(f"{dump(name)}:{request.raw(member)}" for name, member in request.params.items()
+                      if name != "elicitationId")
+    return f'{{"method":{dump(request.method)},"params":{{{params}}}}}'
+
+
+class InputQuestion(Question):
+    """A modern server's input request on its way to a legacy client."""
+
+    def __init__(self, key: str, method: str, params: str, on_response):
+        self.id = next(self._ids)
+        self.key = key
+        self.method = method
+        self.params = params
+        self.send = None
+        self.answer = on_response
+
+    def payload(self) -> list[bytes]:
+        return [f'{{"jsonrpc":"2.0","id":{self.id},"method":{dump(self.method)},"params":{self.params}}}'.encode()]
+
+    def refuse(self, error: ProxyError) -> None:
+        """Nobody waits: the server ended its call when it asked."""
+
+
+class Bridge:
+    """What happens between a client and a server: here, what is the same in every pair of eras."""
+
+    keeps_requests = False             # is a request needed after it was sent?
+    intercepted: dict = {}             # method -> function(exchange, message); True: that was the answer
+
+    def restate(self, exchange: Exchange, message: Message) -> list[tuple[int, int, str]]:
+        """The changes that make the client's request one of the server's era."""
+        return []
+
+    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+        """The same for its _meta, into which `new` is put."""
+        return restated_meta(message, new)
+
+    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
+        """The server's answer."""
+        exchange.finish(answer.with_id(exchange.raw_id))
+
+    def event(self, exchange: Exchange, message: Message) -> None:
+        """A notification for a subscription."""
+
+    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
+        """A question of the server's: answered as a client would that cannot."""
+        question.refuse(NO_CLIENT_CAN)
+
+
+def error_status(answer: Answer | Message) -> int:
+    """The HTTP status of a modern answer."""
+    if answer.is_result:
+        return 200
+    message = answer.parsed()
+    return STATUS_OF_CODE.get(message.members.value("error").value("code"), 200)
+
+
+class LegacyClientLegacyServer(Bridge):
+    """Both shake hands; the server's handshake was the proxy's, or a session's own."""
+
+    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
+        # Many servers ask for roots once and keep the answer, and a shared one would use one client's for all.
+        is_for_all = question.method == "roots/list" and exchange.instance.is_shared
+        if missing or is_for_all or not isinstance(exchange.client, Session):
+            return super().ask(exchange, question, missing)
+        exchange.client.ask(question, exchange.outlet.send)
+
+    # What a client may want of a server that others use too.
+
+    def initialize(exchange: Exchange, message: Message) -> bool:
+        client, params = exchange.client, message.params
+        capabilities = params.value("capabilities")
+        client.capabilities = capabilities if isinstance(capabilities, dict) else {}
+        client.info = message.raw(params["clientInfo"]) if "clientInfo" in params else None
+        # A server that was told the client's own words has answered the client; else the proxy answers for it.
+        identity, requested = exchange.instance.identity, params.value("protocolVersion")
+        is_answered = identity.era is Era.LEGACY and not exchange.instance.is_told_ours
+        client.version = identity.version if is_answered else negotiate(requested)
+        exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.initialize_result(client.version)))
+        return True
+
+    def set_level(exchange: Exchange, message: Message) -> bool:
+        level = message.params.value("level")
+        if level not in LOG_LEVELS or "logging" not in exchange.instance.identity.capabilities:
+            return False                    # the server knows what to say to that
+        exchange.client.log_level = level
+        exchange.instance.adjust_log_level()
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    def subscribe(exchange: Exchange, message: Message) -> bool:
+        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        is_first = uri not in instance.subscribers
+        if uri not in client.subscriptions:
+            client.subscriptions.add(uri)
+            instance.subscribers[uri] += 1
+        if is_first:                        # its own request tells the server
+
+            def undo() -> None:
+                if uri in client.subscriptions:
+                    client.subscriptions.discard(uri)
+                    instance.unsubscribe(uri)
+            exchange.on_error = undo
+        else:
+            exchange.finish(encode_result(exchange.raw_id))
+        return not is_first
+
+    def unsubscribe(exchange: Exchange, message: Message) -> bool:
+        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        if uri in client.subscriptions:
+            client.subscriptions.discard(uri)
+            instance.unsubscribe(uri)
+        elif uri not in instance.subscribers:
+            return False                    # nobody's: the server knows what to say to that
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    intercepted = {"initialize": initialize, "logging/setLevel": set_level,
+                   "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
+
+
+class ModernClientModernServer(Bridge):
+    """Neither has a state; ids are all that has to be told apart."""
+
+    def listen(exchange: Exchange, message: Message) -> bool:
+        pending = exchange.connection.pending.values()
+        if sum(bool(request.client) and request.is_endless for request in pending) >= exchange.instance.server.settings.max_sessions:
+            raise too_many("subscriptions")
+        return False
+
+    intercepted = {"subscriptions/listen": listen}
+
+    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
+        if exchange.is_endless:
+            return exchange.finish([self._under_own_id(exchange, answer.parsed(), "result")])
+        exchange.finish(answer.with_id(exchange.raw_id), error_status(answer))
+
+    def event(self, exchange: Exchange, message: Message) -> None:
+        exchange.tell([self._under_own_id(exchange, message, "params")])
+
+    @staticmethod
+    def _under_own_id(exchange: Exchange, message: Message, member: str) -> bytes:
+        """A subscription's message: its id is in _meta, too."""
+        raw_id = exchange.raw_id.decode()
+        changes = [(*message.members["id"][1:], raw_id)] if "id" in message.members else []
+        inside = message.members.value(member)
+        meta = inside.value("_meta") if isinstance(inside, Members) else None
+        if isinstance(meta, Members) and SUBSCRIPTION_KEY in meta:
+            changes.append((*meta[SUBSCRIPTION_KEY][1:], raw_id))
+        return message.changed(changes)
+
+
+class ModernClientLegacyServer(Bridge):
+    """The envelope is taken off, and results get what a modern client expects in them."""
+
+    keeps_requests = True              # to know one again that comes with answers
+
+    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+        if exchange.envelope.log_level:
+            exchange.instance.ask_for_level(exchange.envelope.log_level)
+        return restated_meta(message, new, keeps_envelope=False)
+
+    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
+        if answer.is_result:
+            return exchange.finish(result_with(answer, exchange.raw_id, modern_members(
+                exchange.method, exchange.instance.identity.info)))
+        message = answer.parsed()
+        changes = [(*message.members["id"][1:], exchange.raw_id.decode())]
+        code = message.members.value("error").get("code")
+        if code and code[0] == RESOURCE_NOT_FOUND:       # MCP 2026-07-28, Resources, Error Handling
+            changes.append((*code[1:], str(INVALID_PARAMS)))
+        exchange.finish([message.changed(changes)], STATUS_OF_CODE.get(code and code[0], 200))
+
+    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
+        if exchange.method not in MAY_NEED_INPUT:
+            return super().ask(exchange, question, missing)
+        if missing:
+            question.refuse(NO_CLIENT_CAN)
+            exchange.drop("the client lacks a capability")
+            exchange.on_failure(RPCError("the call needs a capability that the client did not declare",
+                                         code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
+            return
+        exchange.questions[str(question.id)] = question
+        exchange.park_soon()
+
+    def event(self, exchange: Exchange, message: Message) -> None:
+        """The server told all its clients something: is this one listening for it?"""
+        wanted = exchange.wanted
+        if (message.params.value("uri") in wanted.get("resourceSubscriptions", [])
+                or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
+            exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
+
+    def discover(exchange: Exchange, message: Message) -> bool:
+        exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.discover_result()))
+        return True
+
+    def listen(exchange: Exchange, message: Message) -> bool:
+        """A subscription, made of the server's list changes and of legacy subscriptions."""
+        instance, wanted = exchange.instance, message.params.plain().get("notifications")
+        if not isinstance(wanted, dict):
+            raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
+        if len(instance.listeners) >= instance.server.settings.max_sessions:
+            raise too_many("subscriptions")
+        exchange.wanted = instance.identity.supported(wanted)
+        uris = exchange.wanted.get("resourceSubscriptions", ())
+
+        def end() -> None:
+            instance.listeners.discard(exchange)
+            for uri in uris:
+                instance.unsubscribe(uri)
+        exchange.on_done = end
+        instance.listeners.add(exchange)
+        exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: message.id}, "notifications": exchange.wanted})])
+        for uri in uris:
+            instance.subscribe(uri)
+        return True
+
+    def retry(exchange: Exchange, message: Message) -> bool:
+        """A request that comes again with answers goes on where its call was parked."""
+        if "requestState" not in message.params:
+            return False
+        server, state = exchange.instance.server, message.params.value("requestState")
+        parked = server.parked.get(state) if isinstance(state, str) else None
+        if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
+                or parked.method != exchange.method or salient(parked.message) != salient(message)):
+            raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
+        parked.resume(exchange, message)
+        return True
+
+    intercepted = {"server/discover": discover, "subscriptions/listen": listen, **dict.fromkeys(MAY_NEED_INPUT, retry)}
+
+
+class LegacyClientModernServer(Bridge):
+    """The proxy shakes hands for the server, puts an envelope on each request, and asks what the server asks."""
+
+    keeps_requests = True              # to make one again with answers
+
+    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+        client = exchange.client
+        new[VERSION_KEY] = f'"{MODERN_VERSION}"'
+        new[CAPABILITIES_KEY] = dump(client.capabilities)
+        new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
+        if client.log_level:
+            new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
+        return restated_meta(message, new)
+
+    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
+        if isinstance(answer, Message) or b'"input_required"' in answer.line:
+            answer = answer.parsed()
+            result = answer.members.value("result")
+            if isinstance(result, Members) and result.value("resultType") == "input_required":
+                return self._gather(exchange, answer, result)
+        if answer.is_result:
+            return exchange.finish(result_without(answer, exchange.raw_id))
+        message = answer.parsed()
+        changes = [(*message.members["id"][1:], exchange.raw_id.decode())]
+        code = message.members.value("error").get("code")
+        if code and code[0] == INVALID_PARAMS and exchange.method == "resources/read":
+            changes.append((*code[1:], str(RESOURCE_NOT_FOUND)))         # what it was called before 2026-07-28
+        exchange.finish([message.changed(changes)])
+
+    def _gather(self, exchange: Exchange, answer: Message, result: Members) -> None:
+        """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
+        exchange.rounds += 1
+        if exchange.rounds > ROUNDS:
+            raise ServerError("the MCP server asked for input too often")
+        state = answer.raw(result["requestState"]) if "requestState" in result else None
+        wanted = answer.opened(result.get("inputRequests"))
+        answers: dict[str, str] = {}
+
+        def gathered(key: str, text: str) -> None:
+            answers[key] = text
+            exchange.last_sign = time.monotonic()
+            if len(answers) == len(wanted) and not exchange.is_done:
+                self._repeat(exchange, answers, state)
+        for key, (request, start, end) in wanted.items():
+            self._ask_client(exchange, key, request, gathered)
+        if not wanted:
+            self._repeat(exchange, answers, state)
+
+    def _ask_client(self, exchange: Exchange, key: str, request: dict, gathered) -> None:
+        method, params, client = request.get("method"), request.get("params") or {}, exchange.client
+        if not isinstance(client, Session) or missing_capabilities(client.capabilities, method, params):
+            raise ServerError("the MCP server asked for what this client cannot do")
+        if method == "elicitation/create" and params.get("mode") == "url":
+            params = {**params, "elicitationId": f"{exchange.server_id}-{key}"}      # required until 2025-11-25
+
+        def on_response(response: Message) -> None:
+            if "result" in response.members:
+                gathered(key, response.raw(response.members["result"]))
+            elif method == "elicitation/create":
+                gathered(key, '{"action":"cancel"}')
+            else:
+                # There is no way to tell the server of an error, so the call fails with it.
+                error = response.raw(response.members["error"]).encode()
+                exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
+        client.ask(InputQuestion(key, method, dump(params), on_response), exchange.outlet.send)
+
+    def _repeat(self, exchange: Exchange, answers: dict[str, str], state: str | None) -> None:
+        new = {}
+        if answers:
+            new["inputResponses"] = "{" + ",".join(f"{dump(key)}:{text}" for key, text in answers.items()) + "}"
+        if state:
+            new["requestState"] = state
+        try:
+            exchange.transmit([exchange.message.insertion(new)] if new else [])
+        except ServerError as error:
+            exchange.on_failure(error)
+
+    def ping(exchange: Exchange, message: Message) -> bool:
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    def set_level(exchange: Exchange, message: Message) -> bool:
+        if "logging" not in exchange.instance.identity.capabilities:
+            raise RPCError("the server sends no log messages", code=METHOD_NOT_FOUND, status=200)
+        if message.params.value("level") not in LOG_LEVELS:
+            raise RPCError("that is no log level", code=INVALID_PARAMS, status=200)
+        exchange.client.log_level = message.params.value("level")
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    def subscribe(exchange: Exchange, message: Message) -> bool:
+        uri, client = message.params.value("uri"), exchange.client
+        if uri not in client.subscriptions:
+            client.subscriptions.add(uri)
+            exchange.instance.subscribe(uri)
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    def unsubscribe(exchange: Exchange, message: Message) -> bool:
+        uri, client = message.params.value("uri"), exchange.client
+        if uri in client.subscriptions:
+            client.subscriptions.discard(uri)
+            exchange.instance.unsubscribe(uri)
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    intercepted = {"initialize": LegacyClientLegacyServer.initialize, "ping": ping, "logging/setLevel": set_level,
+                   "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
+
+
+#    client      server
+BRIDGES = {
+    (Era.LEGACY, Era.LEGACY): LegacyClientLegacyServer(),
+    (Era.MODERN, Era.MODERN): ModernClientModernServer(),
+    (Era.MODERN, Era.LEGACY): ModernClientLegacyServer(),
+    (Era.LEGACY, Era.MODERN): LegacyClientModernServer(),
+}
+
+
+def pass_notification(session: Session, message: Message) -> None:
+    """A client's notification on its way to the server."""
+    connection, instance = session.instance.connection, session.instance
+    log.info("< %s %s", session.label, message.method)
+    if message.method == "notifications/cancelled":
+        member = message.params.get("requestId")
+        call = session.calls.get(member[0]) if member and is_id(member[0]) else None
+        if call:
+            call.cancel(message)
+    elif message.method == "notifications/initialized":
+        # We told the server when it was ready. But a spare one had no client then that it could ask for its roots.
+        if connection and not instance.is_shared and instance.is_told_ours and "roots" in session.capabilities:
+            connection.notify("notifications/roots/list_changed")
+    elif message.method == "notifications/roots/list_changed" and instance.is_shared:
+        pass                     # a shared server knows of no roots
+    elif connection and connection.era is Era.LEGACY:
+        connection.send_if_possible(message.payload[0])
+
+
+# ============================================================================
+# PART III. THE PROGRAM: what is met from outside
+# ============================================================================
+
+
+# ============================================================================
+# 14. HTTP connections
+# ============================================================================
+#
+# One socket each: bytes in, requests to the application, replies out, in order.
+# Knows HTTP and nothing of MCP; what a request means is the business of the
+# application that is handed in, an object with
+#
+#     check(head, reply)       raises ProxyError when the request may not pass; its body was not read yet
+#     handle(request, reply)   sees to it that the reply is sent, now or later
+#     refuse(error, reply)     sends the reply that an error stands for
+#     max_body                 bytes
+#
+# The hard part is clients that misbehave. A reply that comes before the request
+# was read would be lost if the socket were just closed, because the unread rest
+# makes the system reset the connection; so after a refusal the rest is read and
+# thrown away for a while. One that does not read is cut off, not waited for.
+
+HEAD_SECONDS = 30.0            # from a head's first byte to its last
+BODY_SECONDS = 30.0            # for a body, and a second more for each BODY_RATE bytes of it
+BODY_RATE = 16 * 1024
+IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
+LINGER_SECONDS = 5.0           # after a refusal
+STALL_SECONDS = 60.0           # for a client to read some of a reply
+MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
+TICK = 0.5                     # how often time is looked at
+
+
+class Reply:
+    """The answer to one HTTPRequest: send() it whole, or start_stream(), write() and close()."""
+
+    __slots__ = ("connection", "head", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof",
+                 "keep_alive_bytes", "last_write")
+
+    def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
+        self.connection = connection
+        self.head = head
+        self.headers: tuple = ()           # that it has whatever it will be
+        self.on_gone = None                # called when the client leaves before the reply is complete
+        self.leaves_on_eof = False         # is a client that closes its sending half gone?
+        self.is_stream = self.is_done = False
+
+    def send(self, status: int, body: list, headers: tuple = ()) -> None:
+        """The whole reply; `body` is a payload, `headers` are (name, value) pairs."""
+        if self.is_done:
+            return
+        self.is_done = True
+        connection = self.connection
+        length = sum(map(len, body))
+        headers += self.headers
+        if not connection.keeps_alive:
+            headers += ("Connection", "close"),
+        elif self.head.version < (1, 1):
+            headers += ("Connection", "keep-alive"),
+        head = encode_head(status, headers, http_date(), length if status != 204 else None)
+        connection.write([head] if self.head and self.head.method == "HEAD" else [head, *body])
+        connection.finished()
+
+    def start_stream(self, headers: tuple, keep_alive: bytes) -> None:
+        """Begins a reply without end; `keep_alive` is what is written when nothing else was for a while."""
+        self.is_stream = True
+        self.keep_alive_bytes = keep_alive
+        self.last_write = time.monotonic()
+        headers += self.headers
+        if self.head.version >= (1, 1):
+            headers += ("Transfer-Encoding", "chunked"),
+        else:
+            self.connection.keeps_alive = False
+        if not self.connection.keeps_alive:
+            headers += ("Connection", "close"),
+        self.connection.write([encode_head(200, headers, http_date(), None)])
+
+    def write(self, parts: list) -> None:
+        """More of a stream."""
+        if not self.is_done:
+            self.last_write = time.monotonic()
+            self.connection.write_soon(encode_chunk(parts) if self.head.version >= (1, 1) else parts)
+
+    def close(self) -> None:
+        """The end of a stream."""
+        if not self.is_done:
+            if self.head.version >= (1, 1):
+                self.connection.write_soon([LAST_CHUNK])
+            self.is_done = True
+            self.connection.finished()
+
+
+class HTTPConnection(asyncio.Protocol):
+    """One client's socket."""
+
+    def __init__(self, writer: asyncio.StreamWriter, application, connections: set):
+        self._writer = writer               # kept, because newer Pythons close the socket with it
+        self._transport = writer.transport
+        self._application = application
+        self._connections = connections
+        self._parser = RequestParser()
+        self._incoming: Reply | None = None # to the request whose body is being read
+        self._reply: Reply | None = None    # the one that is on its way
+        self._soon: list = []               # what is written at the end of this turn
+        self._queued = 0                    # messages that wait for the client to read
+        self._is_paused = self._is_busy = self._is_lingering = self._half_closed = False
+        self._since = time.monotonic()      # the beginning of what is waited for
+        self._received = 0                  # bytes since then
+        self.keeps_alive = True
+        connections.add(self)
+
+    # What asyncio calls.
+
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._is_lingering:
+            return
+        if not self._received - len(data):
+            self._since = time.monotonic()
+        self._parser.feed(data)
+        self._advance()
+        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._reply or self._is_paused):
+            self._transport.pause_reading()        # a client that sends on while it is answered can wait
+
+    def eof_received(self) -> bool:
+        # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
+        self._half_closed = True
+        self._eof_at, self._probes = time.monotonic(), 0
+        reply = self._reply
+        return reply is not None and not (reply.is_stream or reply.leaves_on_eof)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.discard(self)
+        reply, self._reply = self._reply, None
+        if reply and not reply.is_done:
+            reply.is_done = True
+            if reply.on_gone:
+                reply.on_gone()
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+        self._stalled_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._queued = 0
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._advance()
+
+    # Reading.
+
+    def _advance(self) -> None:
+        """Hands on whole requests, one at a time, for as long as there are any."""
+        if self._is_busy:
+            return                     # called from within handle(): the loop below goes on
+        self._is_busy = True
+        try:
+            while self._parser.rest and not (self._reply or self._is_paused or self._transport.is_closing()):
+                if not self._next_request():
+                    break
+        finally:
+            self._is_busy = False
+
+    def _next_request(self) -> bool:
+        """Hands on the next request if all of it is there."""
+        try:
+            if self._incoming is None:
+                head = self._parser.next_head()
+                if head is None:
+                    return False
+                self._incoming = Reply(self, head)
+                self._continues = head.expects_continue
+                self.keeps_alive = head.keep_alive
+                self._application.check(head, self._incoming)
+            body = self._parser.next_body(self._application.max_body)
+            if body is None:
+                if self._continues and not self._parser.rest:
+                    self.write([CONTINUE])
+                self._continues = False
+                return False
+        except ProxyError as error:
+            self._refuse(error)
+            return False
+        reply = self._reply = self._incoming
+        self._incoming = None
+        self._application.handle(HTTPRequest(reply.head, body), reply)
+        return True
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answers a request that was not read to its end; where the next one begins is not known."""
+        self.keeps_alive = False
+        reply = self._reply = self._incoming or Reply(self, None)
+        self._incoming = None
+        self._is_lingering = True
+        self._application.refuse(error, reply)
+
+    # Writing.
+
+    def write(self, parts: list) -> None:
+        """Writes at once."""
+        if self._soon:
+            self._flush()
+        size = sum(map(len, parts))
+        if self._is_paused:
+            self._queued += 1
+            if self._queued > MAX_QUEUED_MESSAGES or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
+                log.warning("! a client does not read and is cut off")
+                self._transport.abort()
+                return
+        if size < LARGE:
+            self._transport.write(b"".join(parts))
+        else:
+            for part in parts:
+                self._transport.write(part)
+
+    def write_soon(self, parts: list) -> None:
+        """Writes at the end of this turn of the event loop, so that many events are one write."""
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._soon += parts
+        if self._is_paused:
+            self._queued += 1
+
+    def _flush(self) -> None:
+        parts, self._soon = self._soon, []
+        if parts:
+            self.write(parts)
+
+    def finished(self) -> None:
+        """The reply is complete: on to the next request, or the end."""
+        self._reply = None
+        self._flush()
+        self._since, self._received = time.monotonic(), len(self._parser.rest)
+        if self._is_lingering:
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        elif not self.keeps_alive:
+            self._transport.close()
+        else:
+            self._transport.resume_reading()
+            self._advance()
+            if self._half_closed and self._reply is None:
+                self._transport.close()       # nothing more can come
+
+    # Time.
+
+    def tick(self, now: float, heartbeat: float) -> None:
+        """Called now and then: keeps streams alive, and gives up on what takes too long."""
+        reply = self._reply
+        if self._is_paused and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
+            self._transport.abort()        # a whole reply that nobody reads
+        elif reply is not None:
+            self._probe(reply, now)
+            if reply.is_stream and now - reply.last_write >= heartbeat:
+                reply.write([reply.keep_alive_bytes])
+        elif now > self._deadline():
+            if self._is_lingering or not (self._incoming or self._parser.rest):
+                self._transport.close()
+            else:
+                self._refuse(HTTPError("the request took too long", status=408))
+
+    def _probe(self, reply: Reply, now: float) -> None:
+        """A client that closed its sending half may be waiting or be gone. Only writing tells: if it is gone, the
+        second write fails. An interim response is something that every client has to be able to read over."""
+        if (self._half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
+                and not reply.is_stream and reply.head.version >= (1, 1)):
+            self._probes += 1
+            self.write([CONTINUE])
+
+    def _deadline(self) -> float:
+        if self._is_lingering:
+            return self._since + LINGER_SECONDS
+        if self._incoming:
+            return self._since + BODY_SECONDS + self._received / BODY_RATE
+        return self._since + (HEAD_SECONDS if self._parser.rest else IDLE_SECONDS)
+
+    def close(self) -> None:
+        """Ends the connection once what was written has been sent."""
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        self._transport.abort()
+
+
+_date = 0, b""
+
+
+def http_date() -> bytes:
+    """The time of day as the Date header wants it. RFC 9110 §5.6.7."""
+    global _date
+    second = int(time.time())
+    if second != _date[0]:
+        _date = second, email.utils.formatdate(second, usegmt=True).encode()
+    return _date[1]
+
+
+class HTTPServer:
+    """The listening socket and its connections."""
+
+    def __init__(self, application, heartbeat: float):
+        self.connections: set[HTTPConnection] = set()
+        self._server = self._ticker = None
+        self._application = application
+        self._heartbeat = heartbeat
+
+    async def start(self, host: str, port: int, tls: object) -> int:
+        """Listens; returns the port. CannotListen when that is not possible."""
+        try:
+            self._server = await asyncio.start_server(self._connected, host, port, backlog=1024, ssl=tls)
+        except (OSError, UnicodeError) as error:
+            known = isinstance(error, OSError) and (error.errno or 0) > 0
+            reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or "not an address"
+            raise CannotListen(f"cannot listen on {host} port {port}: {reason}") from None
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        return self._server.sockets[0].getsockname()[1]
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Callbacks take half the time of streams with a task for each connection, so the stream that
+        # start_server made hands its socket over before a byte was read.
+        if len(self.connections) >= MAX_CONNECTIONS:
+            return writer.transport.abort()
+        writer.transport.set_protocol(HTTPConnection(writer, self._application, self.connections))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(min(TICK, self._heartbeat / 2))
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.tick(now, self._heartbeat)
+
+    async def close(self) -> None:
+        """Stops listening and ends all connections."""
+        if self._server is None:
+            return
+        self._ticker.cancel()
+        self._server.close()
+        for connection in list(self.connections):
+            connection.close()
+        for _ in range(100):                   # what was written gets two seconds to be sent
+            if not self.connections:
+                break
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            connection.abort()
+
+
+# ============================================================================
+# 15. Endpoints
+# ============================================================================
+#
+# What each method and path means. To add an endpoint, write a method of
+# Endpoints that takes (request, reply) and add a row to ROUTES; what it raises
+# becomes the reply, in one place.
+#
+# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
+# Streamable HTTP, of the era that the message claims; a GET is the stream of the
+# session that it names, and without a session it is HTTP+SSE.
+
+UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
+RETRY = b"retry: 1000\n"      # ms after which a client may come back for more of a stream
+
+# Streams must not be kept by a cache nor collected by nginx.
+STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
+JSON_HEADERS = (("Content-Type", JSON_TYPE),)
+
+
+class Sink:
+    """Writes payloads to a reply as events."""
+
+    def __init__(self, reply: Reply):
+        self._reply = reply
+
+    def write(self, payload: list, event_id: bytes) -> None:
+        self._reply.write(encode_event(payload, event_id=event_id))
+
+    def close(self) -> None:
+        self._reply.close()
+
+
+class StreamOutlet:
+    """Where an exchange's messages go when the session has one stream for everything: HTTP+SSE."""
+
+    def __init__(self, stream: Stream):
+        self.send = stream.send
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        self.send(payload)
+
+    def close(self) -> None:
+        """Nothing to end: the stream goes on."""
+
+
+class PostOutlet:
+    """Where they go when the answer to a POST is awaited: plain JSON when the answer is the first thing that
+    comes, and comes soon, or else a stream."""
+
+    exchange = None               # whose outlet it is
+
+    def __init__(self, endpoints: "Endpoints", reply: Reply, session: Session | None, is_modern: bool):
+        self.reply = reply
+        self._session = session
+        self._stream: Stream | None = None
+        self._sink: Sink | None = None
+        self._undecided = endpoints.undecided
+        reply.on_gone = self._gone
+        if is_modern:
+            # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing may be said before
+            # the server's first message, because an error of the server's decides on the HTTP status.
+            reply.leaves_on_eof = True
+        else:
+            self._undecided[self] = time.monotonic() + UNDECIDED_SECONDS
+
+    def open(self) -> None:
+        """Makes the reply a stream."""
+        if self._stream is not None:
+            return
+        self._undecided.pop(self, None)
+        session = self._session
+        self._stream = session.open_stream() if session else Stream()
+        if self.reply.is_done:
+            return                        # the client is gone, but it may come back for what is kept of the stream
+        self._sink = Sink(self.reply)
+        self.reply.start_stream((*STREAM_HEADERS, *self._session_header()), HEARTBEAT)
+        if session and session.version == LEGACY_VERSIONS[0]:
+            # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
+            # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
+            self.reply.write([b"id: ", self._stream.event_id(0), b"\n", RETRY, b"data: \n\n"])
+        self._stream.attach(self._sink)
+
+    def send(self, payload: list) -> None:
+        self.open()
+        self._stream.send(payload)
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        if self._stream is None:
+            self._undecided.pop(self, None)
+            self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
+        else:
+            self._stream.send(payload)
+            self._end()
+
+    def close(self) -> None:
+        self.open()
+        self._end()
+
+    def _end(self) -> None:
+        if self._session:
+            self._session.end_stream(self._stream)
+        else:
+            self._stream.close()
+
+    def _session_header(self) -> tuple:
+        """The header of the answer that opens a session."""
+        session = self._session
+        opens = session and not session.is_ended and self.exchange and self.exchange.method == "initialize"
+        return ((SESSION_ID_HEADER, session.id),) if opens else ()
+
+    def _gone(self) -> None:
+        """The client hung up. A legacy call goes on, and its answer can be fetched."""
+        if self._session is None:
+            self.exchange.cancel()        # also that of a caller without a session: nobody could fetch the answer
+        elif self.exchange and self.exchange.method == "initialize":
+            self._session.end()           # nobody knows its id
+        elif self._stream:
+            self._stream.detach(self._sink)
+
+
+class BatchOutlet(PostOutlet):
+    """The same for several requests in one POST. MCP 2025-03-26, Transports."""
+
+    def __init__(self, endpoints: "Endpoints", reply: Reply, session: Session | None, count: int):
+        super().__init__(endpoints, reply, session, False)
+        self._left = count
+        self._answers: list[bytes] = []
+
+    def open(self) -> None:
+        is_new = self._stream is None
+        super().open()
+        if is_new:
+            for answer in self._answers:
+                self._stream.send([answer])
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        if self._stream is None:
+            self._answers.append(b"".join(payload))
+        else:
+            self._stream.send(payload)
+        self._one_less()
+
+    def close(self) -> None:
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self._left -= 1
+        if not self._left:
+            if self._stream is None:
+                super().finish([b"[", b",".join(self._answers), b"]"], 200)
+            else:
+                self._end()
+
+
+class ToolOutlet:
+    """Where the answer to a tool call without MCP goes: the result alone."""
+
+    exchange = None
+
+    def __init__(self, reply: Reply):
+        self._reply = reply
+        reply.on_gone = lambda: self.exchange.cancel()
+
+    def send(self, payload: list) -> None:
+        """Progress has no place in a plain answer."""
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        message = parse_message(b"".join(payload).decode())
+        if message.is_result:
+            return self._reply.send(200, [message.raw(message.members["result"]).encode()], JSON_HEADERS)
+        code = message.members.value("error").value("code")
+        if status == 200:
+            status = {INVALID_PARAMS: 400, METHOD_NOT_FOUND: 404}.get(code, 502)
+        self._reply.send(status, payload, (*JSON_HEADERS, *headers))
+
+    def close(self) -> None:
+        """Only the client itself cancels, by leaving."""
+
+
+class Endpoints:
+    """The application behind HTTP connections."""
+
+    def __init__(self, settings: Settings, server: Server):
+        self.settings = settings
+        self.server = server
+        self.max_body = settings.max_message_bytes
+        self.undecided: dict[PostOutlet, float] = {}         # legacy answers that may still be JSON, until when
+        self._keys = settings.auth_keys
+        self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
+
+    # What an HTTPConnection calls.
+
+    def check(self, head: HTTPHead, reply: Reply) -> None:
+        """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
+        route = self._route(head)
+        if not (route and route.is_public):
+            for guard in GUARDS:
+                guard(self, head, reply)
+        if route is None:
+            raise HTTPError("there is nothing here", status=404, code=METHOD_NOT_FOUND)
+        if head.method not in route.methods:
+            raise HTTPError("method not allowed", status=405, headers=(("Allow", route.allow),))
+
+    # Guards.
+
+    def _check_origin(self, head: HTTPHead, reply: Reply) -> None:
+        origin = head.headers.get("origin")
+        if origin is None:
+            return
+        if not is_allowed_origin(origin, head.headers.get("host", ""), self._origins):
+            raise HTTPError("this origin may not call", status=403)
+        # From here on a browser may see the answer, a refusal too.
+        reply.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+                         ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
+
+    def _check_host(self, head: HTTPHead, reply: Reply) -> None:
+        if not self._keys and not is_allowed_host(head.headers.get("host", ""), self._hosts):
+            raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
+
+    def _check_key(self, head: HTTPHead, reply: Reply) -> None:
+        if not self._keys or head.method == "OPTIONS":
+            return                        # a preflight brings no key, and learns nothing
+        key = given_key(head)
+        if key is None or not is_known_key(key, self._keys):
+            raise HTTPError("missing key" if key is None else "wrong key", status=401,
+                            headers=(("WWW-Authenticate", "Bearer"),))
+
+    # Requests.
+
+    def handle(self, request: HTTPRequest, reply: Reply) -> None:
+        """Runs the endpoint that the request is for."""
+        try:
+            self._route(request.head).methods[request.head.method](self, request, reply)
+        except Exception as error:
+            self.fail(error, reply)
+
+    def fail(self, error: Exception, reply: Reply, raw_id: bytes | None = None) -> None:
+        """Answers with what went wrong; what is not told to clients goes to the log."""
+        if not isinstance(error, ProxyError):
+            log.error("! a fault of the proxy's own", exc_info=error)
+            error = ProxyError("internal error")
+        self.refuse(error, reply, raw_id)
+
+    def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
+        """The one place where an error becomes an HTTP response."""
+        log.info("! refused with %d: %s", error.http_status, error)
+        reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
+
+    def later(self, work, reply: Reply) -> None:
+        """Goes on with a request in a task, because something has to be waited for."""
+        async def run() -> None:
+            try:
+                await work
+            except Exception as error:
+                self.fail(error, reply)
+        asyncio.get_running_loop().create_task(run())
+
+    def tick(self, now: float) -> None:
+        """Called now and then: makes answers streams that took too long to be JSON."""
+        for outlet, deadline in list(self.undecided.items()):
+            if deadline > now:
+                break
+            outlet.open()
+
+    def _route(self, head: HTTPHead) -> "Route | None":
+        path = head.path.removeprefix(self.settings.base_path)
+        return ROUTES.get(path) or ROUTES.get(path.rstrip("/")) or (
+            ROUTES["/tools/"] if path.startswith("/tools/") else None)
+
+    def _key(self, head: HTTPHead) -> str | None:
+        """The key that a session is bound to."""
+        return given_key(head) if self._keys else None
+
+    def _variables(self, head: HTTPHead) -> dict[str, str]:
+        return client_variables(head, self.settings.allowed_env)
+
+    # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
+
+    def _open_sse(self, request: HTTPRequest, reply: Reply) -> None:
+        """A session, and the stream that it lives as long as."""
+        head = request.head
+        session = self.server.open_session(self._key(head), self._variables(head), is_streamable=False)
+        endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
+        if head.query_value("auth_key"):
+            endpoint += f"&auth_key={quote(head.query_value('auth_key'), safe='')}"
+        reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)), HEARTBEAT)
+        reply.on_gone = session.end
+        reply.write(encode_event([endpoint.encode()], b"endpoint"))
+        session.stream.attach(Sink(reply))
+
+    def post_message(self, request: HTTPRequest, reply: Reply) -> None:
+        """POST /messages: one message of a session's client; what is answered goes to its stream."""
+        head = request.head
+        session = self.server.find_session(head.query_value("session_id"), self._key(head), is_streamable=False)
+        if media_type(head, JSON_TYPE) != JSON_TYPE:
+            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
+        message = parse_message(decode_json(request.body))
+        outlet = StreamOutlet(session.stream)
+        try:
+            envelope = None
+            if message.kind is Kind.REQUEST and is_modern(message, None):
+                envelope = check_modern(message, None)
+            self._receive(session, message, outlet, envelope, trace_context(head, message))
+        except ProxyError as error:
+            # The client waits at its stream, so the answer goes there too; but not to a call that is running.
+            if message.kind is Kind.REQUEST and message.id not in session.calls:
+                outlet.send(encode_error(message.raw_id, error))
+            return self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
+        reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
+
+    @staticmethod
+    def _receive(session: Session, message: Message, outlet, envelope: Envelope | None, trace: dict) -> None:
+        """A message from a session's client on its way to where it belongs."""
+        if message.kind is Kind.REQUEST:
+            Exchange(session, message, outlet, envelope, trace).start()
+        elif message.kind is Kind.NOTIFICATION:
+            pass_notification(session, message)
+        else:
+            session.answer(message)
+
+    # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
+
+    def post(self, request: HTTPRequest, reply: Reply) -> None:
+        """POST /mcp: a message of either era."""
+        head = request.head
+        if media_type(head, "") != JSON_TYPE:
+            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
+        if "accept" not in head.headers or not (accepts(head, JSON_TYPE) and accepts(head, EVENT_STREAM_TYPE)):
+            raise HTTPError(f"the client must accept {JSON_TYPE} and {EVENT_STREAM_TYPE}", status=406)
+        text = decode_json(request.body)
+        if text.lstrip(" \t\r\n").startswith("["):
+            return self._post_batch(head, split_batch(text), reply)
+        message = parse_message(text)
+        try:
+            if is_modern(message, head.headers.get("mcp-protocol-version")):
+                self._post_modern(head, message, reply)
+            else:
+                self._post_legacy(head, message, reply)
+        except ProxyError as error:
+            self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
+
+    def _post_legacy(self, head: HTTPHead, message: Message, reply: Reply) -> None:
+        check_version(head)
+        is_initialize = message.kind is Kind.REQUEST and message.method == "initialize"
+        if self.settings.stateless:
+            session, client = None, self.server.visit(self._key(head), self._variables(head))
+        elif is_initialize:
+            session = client = self.server.open_session(self._key(head), self._variables(head), is_streamable=True)
+        else:
+            session = client = self._session(head)
+        if message.kind is not Kind.REQUEST:
+            if session:
+                self._receive(session, message, None, None, {})
+            return reply.send(202, [])
+        outlet = PostOutlet(self, reply, session, False)
+        exchange = Exchange(client, message, outlet, None, trace_context(head, message))
+        if session and is_initialize:
+            exchange.on_done = lambda: session.version or session.end()      # there is no session after all
+        exchange.start()
+
+    def _post_batch(self, head: HTTPHead, texts: list[str], reply: Reply) -> None:
+        """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
+        check_version(head)
+        session = None if self.settings.stateless else self._session(head)
+        version = session.version if session else head.headers.get("mcp-protocol-version", BATCH_VERSION)
+        if version != BATCH_VERSION:
+            raise RPCError(f"batches are for {BATCH_VERSION} only")
+        client = session or self.server.visit(self._key(head), self._variables(head))
+        messages = [parse_message(text) for text in texts]
+        requests = [message for message in messages if message.kind is Kind.REQUEST]
+        if not messages or any(message.method == "initialize" for message in requests):
+            raise RPCError("an empty batch, or one with initialize in it")
+        outlet = BatchOutlet(self, reply, session, len(requests)) if requests else None
+        for message in messages:
+            if message.kind is Kind.REQUEST:
+                try:
+                    Exchange(client, message, outlet).start()
+                except ProxyError as error:
+                    outlet.finish(encode_error(message.raw_id, error), 200)
+            elif session:
+                self._receive(session, message, None, None, {})
+        if not requests:
+            reply.send(202, [])
+
+    def _post_modern(self, head: HTTPHead, message: Message, reply: Reply) -> None:
+        if message.kind is Kind.RESPONSE:
+            raise RPCError(f"clients send no responses in {MODERN_VERSION}")
+        if message.kind is Kind.NOTIFICATION:
+            return reply.send(202, [])
+        envelope = check_modern(message, head.headers)
+        client = self.server.visit(self._key(head), self._variables(head))
+        outlet = PostOutlet(self, reply, None, True)
+        exchange = Exchange(client, message, outlet, envelope, trace_context(head, message))
+        if message.method == "tools/call":
+            tools = client.instance.known_tools()
+            if tools is None or message.params.value("name") not in tools:
+                return self.later(self._start_when_tool_is_known(exchange, head, tools is not None), reply)
+            tools.check(message, head.headers)
+        exchange.start()
+
+    async def _start_when_tool_is_known(self, exchange: Exchange, head: HTTPHead, refresh: bool) -> None:
+        """Which arguments are repeated in headers, only the server's list of tools tells."""
+        message = exchange.message
+        try:
+            (await exchange.instance.tools(refresh)).check(message, head.headers)
+            if not exchange.is_done:
+                exchange.start()
+        except ProxyError as error:
+            self.refuse(error, exchange.outlet.reply, message.raw_id)
+
+    def get(self, request: HTTPRequest, reply: Reply) -> None:
+        """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
+        head = request.head
+        if not accepts(head, EVENT_STREAM_TYPE):
+            raise HTTPError(f"only {EVENT_STREAM_TYPE} can be had here", status=406)
+        if SESSION_ID_HEADER.lower() not in head.headers:
+            if "mcp-protocol-version" in head.headers:
+                raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
+            return self._open_sse(request, reply)
+        check_version(head)
+        session = self._session(head)
+        stream, after = session.stream, None
+        if "last-event-id" in head.headers:
+            stream, after = session.find_event(head.headers["last-event-id"])
+        reply.start_stream(STREAM_HEADERS, HEARTBEAT)
+        if session.version == LEGACY_VERSIONS[0] and after is None:
+            reply.write([b"id: ", stream.event_id(stream.last_number), b"\n", RETRY, b"data: \n\n"])
+        sink = Sink(reply)
+        reply.on_gone = lambda: stream.detach(sink)
+        stream.attach(sink, after)
+
+    def delete(self, request: HTTPRequest, reply: Reply) -> None:
+        """DELETE /mcp: the client needs its session no more."""
+        if self.settings.stateless or SESSION_ID_HEADER.lower() not in request.head.headers and (
+                request.head.headers.get("mcp-protocol-version") == MODERN_VERSION):
+            raise HTTPError("there are no sessions here", status=405, headers=(("Allow", "POST"),))
+        check_version(request.head)
+        self._session(request.head).end()
+        reply.send(204, [])
+
+    def _session(self, head: HTTPHead) -> Session:
+        session_id = head.headers.get(SESSION_ID_HEADER.lower())
+        return self.server.find_session(session_id, self._key(head), is_streamable=True)
+
+    # Tools without MCP.
+
+    def list_tools(self, request: HTTPRequest, reply: Reply) -> None:
+        """GET /tools: what there is."""
+        client = self.server.visit(self._key(request.head), self._variables(request.head))
+
+        async def answer() -> None:
+            tools = await client.instance.tools()
+            reply.send(200, [dump({"tools": list(tools.values())}).encode()], JSON_HEADERS)
+        self.later(answer(), reply)
+
+    def call_tool(self, request: HTTPRequest, reply: Reply) -> None:
+        """POST /tools/<name>: calls a tool with the JSON object that is the body."""
+        head = request.head
+        if request.body and media_type(head, "") != JSON_TYPE:
+            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
+        name = head.path.removeprefix(self.settings.base_path).removeprefix("/tools/")
+        arguments = decode_json(request.body).strip() or "{}"
+        try:
+            message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
+                                    f'"params":{{"name":{dump(name)},"arguments":{arguments}}}}}')
+        except RPCError:
+            raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
+        if not isinstance(message.params.value("arguments"), dict) or set(message.params) != {"name", "arguments"}:
+            raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
+        client = self.server.visit(self._key(head), self._variables(head))
+        outlet = ToolOutlet(reply)
+        exchange = Exchange(client, message, outlet, None, trace_context(head, message))
+
+        async def start() -> None:
+            instance = client.instance
+            if name not in await instance.tools() and name not in await instance.tools(refresh=True):
+                raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
+            if not exchange.is_done:
+                exchange.start()
+        self.later(start(), reply)
+
+    def openapi(self, request: HTTPRequest, reply: Reply) -> None:
+        """GET /openapi.json: the tools as operations."""
+        client = self.server.visit(self._key(request.head), self._variables(request.head))
+
+        async def answer() -> None:
+            document = openapi_document(await client.instance.tools(), client.instance.identity,
+                                        self.settings.base_path, bool(self._keys))
+            reply.send(200, [dump(document).encode()], JSON_HEADERS)
+        self.later(answer(), reply)
+
+    # For browsers, and for those who look after the proxy.
+
+    def preflight(self, request: HTTPRequest, reply: Reply) -> None:
+        """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
+        route, headers = self._route(request.head), ()
+        if "origin" in request.head.headers:
+            wanted = request.head.headers.get("access-control-request-headers", "*")
+            headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
+                       ("Access-Control-Max-Age", "3600"))
+        reply.send(204, [], (("Allow", route.allow), *headers))
+
+    def health(self, request: HTTPRequest, reply: Reply) -> None:
+        """GET /healthz: this process is alive."""
+        reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
+
+
+class Route:
+    """What can be done with a path."""
+
+    def __init__(self, is_public: bool = False, **methods):
+        self.is_public = is_public             # without a key
+        self.methods = {**methods, "OPTIONS": Endpoints.preflight}
+        self.allow = ", ".join(self.methods)
+
+
+# In the order in which they ask; to add a guard, write a method and add it here.
+GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key)
+
+_MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
+
+ROUTES = {
+    "/mcp": _MCP,
+    "/sse": _MCP,
+    "/messages": Route(POST=Endpoints.post_message),
+    "/tools": Route(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
+    "/tools/": Route(POST=Endpoints.call_tool),              # and the tool's name
+    "/openapi.json": Route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
+    "/healthz": Route(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
+}
+
+
+@functools.lru_cache(maxsize=512)
+def media_type(head: HTTPHead, default: str) -> str:
+    """What the body is said to be, without parameters."""
+    return head.headers.get("content-type", default).partition(";")[0].strip().lower()
+
+
+@functools.lru_cache(maxsize=512)
+def accepts(head: HTTPHead, wanted: str) -> bool:
+    """Does the client take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
+    ranges = [part.partition(";")[0].strip().lower() for part in head.headers.get("accept", "*/*").split(",")]
+    return any(accepted in ("*/*", wanted, wanted.partition("/")[0] + "/*") for accepted in ranges)
+
+
+def check_version(head: HTTPHead) -> None:
+    """Refuses a legacy request whose MCP-Protocol-Version is none that we know. A session that was opened at one
+    revision takes every known one, because clients in the field mix them up."""
+    version = head.headers.get("mcp-protocol-version")
+    if version is not None and version not in LEGACY_VERSIONS:
+        raise RPCError("unsupported MCP-Protocol-Version")
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def trace_context(head: HTTPHead, message: Message) -> dict[str, str]:
+    """The trace context of the HTTP request, as members for the message's _meta. MCP 2026-07-28, Overview, _meta."""
+    trace = head.headers.get("traceparent")
+    if trace is None or not _TRACEPARENT.fullmatch(trace) or "traceparent" in message.meta:
+        return {}
+    return {name: dump(head.headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in head.headers}
+
+
+def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key: bool) -> dict:
+    """An OpenAPI 3.1 description of the tools: one operation each."""
+    paths = {}
+    for name, tool in tools.items():
+        path = "/tools/" + quote(name, safe="")
+        pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
+        result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
+                                                   "isError": {"type": "boolean"}}, "required": ["content"]}
+        if isinstance(tool.get("outputSchema"), dict):
+            result["properties"]["structuredContent"] = rebase_references(
+                tool["outputSchema"],
+                pointer + "/responses/200/content/application~1json/schema/properties/structuredContent")
+        schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
+                                   pointer + "/requestBody/content/application~1json/schema")
+        error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
+        paths[path] = {"post": {
+            "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
+            "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}},
+            "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
+                          "default": error}}}
+    document = {"openapi": "3.1.0", "info": {"title": identity.about, "version": __version__},
+                "servers": [{"url": base_path or "/"}], "paths": paths}
+    if needs_key:
+        document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def rebase_references(schema: object, pointer: str) -> object:
+    """A JSON schema whose references to its own parts still hold when it is part of another document."""
+    if isinstance(schema, dict):
+        return {name: pointer + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#")
+                else rebase_references(value, pointer) for name, value in schema.items() if name != "$schema"}
+    if isinstance(schema, list):
+        return [rebase_references(item, pointer) for item in schema]
+    return schema
+
+
+# ============================================================================
+# 16. Demo server
+# ============================================================================
+#
+# A small MCP server, so that there is something to serve without configuration.
+# It runs as a child process like any other server (`mcpproxy.py --demo-server`)
+# and shows what a stdio server is: lines in, lines out.
+
+DEMO_COMMAND = [sys.executable, os.path.abspath(__file__), "--demo-server"]
+
+DEMO_TOOLS = [
+    {"name": "echo", "description": "Returns the text.",
+     "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}},
+    {"name": "add", "description": "Adds two numbers.",
+     "inputSchema": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+                     "required": ["a", "b"]}},
+    {"name": "whoami", "description": "Shows the variables that you set, by ?NAME=value or X-MCP-Env: NAME=value.",
+     "inputSchema": {"type": "object", "properties": {}}},
+    {"name": "slow", "description": "Takes some seconds, reports progress and can be cancelled.",
+     "inputSchema": {"type": "object", "properties": {"seconds": {"type": "number", "default": 3}}}},
+]
+DEMO_RESOURCE = {"uri": "demo://clock", "name": "clock", "description": "The time; subscribe to be told every second.",
+                 "mimeType": "text/plain"}
+DEMO_PROMPT = {"name": "greet", "description": "Asks for a greeting.",
+               "arguments": [{"name": "name", "description": "who is greeted", "required": True}]}
+
+
+class DemoServer:
+    """An MCP server that speaks revision 2025-11-25 and before, in threads."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._cancelled: dict[object, threading.Event] = {}      # by the id of a running slow call
+        self._watched: set[str] = set()
+
+    def run(self) -> None:
+        """Answers until stdin ends."""
+        threading.Thread(target=self._tick, daemon=True).start()
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if message.get("method") == "notifications/cancelled":
+                self._cancelled.get(message["params"].get("requestId"), threading.Event()).set()
+            elif "id" in message and "method" in message:
+                self._answer(message["id"], message["method"], message.get("params", {}))
+
+    def _write(self, **members) -> None:
+        with self._lock:
+            sys.stdout.write(dump({"jsonrpc": "2.0", **members}) + "\n")
+            sys.stdout.flush()
+
+    def _tick(self) -> None:
+        while True:
+            time.sleep(1)
+            for uri in list(self._watched):
+                self._write(method="notifications/resources/updated", params={"uri": uri})
+
+    def _answer(self, request_id, method: str, params: dict) -> None:
+        try:
+            handler = {
+                "initialize": self._initialize, "ping": lambda params: {},
+                "tools/list": lambda params: {"tools": DEMO_TOOLS}, "tools/call": self._call,
+                "resources/list": lambda params: {"resources": [DEMO_RESOURCE]},
+                "resources/read": self._read, "resources/subscribe": self._subscribe,
+                "resources/unsubscribe": self._unsubscribe, "prompts/list": lambda params: {"prompts": [DEMO_PROMPT]},
+                "prompts/get": self._prompt}[method]
+        except KeyError:
+            return self._write(id=request_id, error={"code": METHOD_NOT_FOUND, "message": f"no method {method}"})
+        try:
+            if method == "tools/call" and params["name"] == "slow":
+                self._start_slow(request_id, params)
+            else:
+                self._write(id=request_id, result=handler(params))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            self._write(id=request_id, error={"code": INVALID_PARAMS, "message": f"bad parameter: {error}"})
+
+    def _initialize(self, params: dict) -> dict:
+        return {"protocolVersion": negotiate(params.get("protocolVersion")),
+                "capabilities": {"tools": {}, "prompts": {}, "resources": {"subscribe": True}},
+                "serverInfo": {"name": "mcpproxy-demo", "version": __version__},
+                "instructions": "A small server to try mcpproxy with."}
+
+    def _call(self, params: dict) -> dict:
+        arguments = params.get("arguments") or {}
+        if params["name"] == "echo":
+            text = str(arguments["text"])
+        elif params["name"] == "add":
+            text = str(arguments["a"] + arguments["b"])
+        elif params["name"] == "whoami":
+            names = os.environ.get("MCPPROXY_VARIABLES", "").split()
+            text = "\n".join(f"{name}={os.environ.get(name)}" for name in names) or "you set no variables"
+        else:
+            raise KeyError(f"no tool {params['name']}")
+        return {"content": [{"type": "text", "text": text}]}
+
+    def _start_slow(self, request_id, params: dict) -> None:
+        steps = max(1, int(float((params.get("arguments") or {}).get("seconds", 3)) * 10))
+        token = (params.get("_meta") or {}).get("progressToken")
+        self._cancelled[request_id] = threading.Event()
+        threading.Thread(target=self._slow, args=(request_id, steps, token), daemon=True).start()
+
+    def _slow(self, request_id, steps: int, token) -> None:
+        for step in range(1, steps + 1):
+            if self._cancelled[request_id].wait(0.1):
+                break
+            if token is not None:
+                self._write(method="notifications/progress",
+                            params={"progressToken": token, "progress": step, "total": steps})
+        else:
+            self._write(id=request_id, result={"content": [{"type": "text", "text": f"done in {steps} steps"}]})
+        del self._cancelled[request_id]
+
+    def _read(self, params: dict) -> dict:
+        if params["uri"] != DEMO_RESOURCE["uri"]:
+            raise KeyError(f"no resource {params['uri']}")
+        return {"contents": [{"uri": params["uri"], "mimeType": "text/plain", "text": time.strftime("%H:%M:%S")}]}
+
+    def _subscribe(self, params: dict) -> dict:
+        self._read(params)
+        self._watched.add(params["uri"])
+        return {}
+
+    def _unsubscribe(self, params: dict) -> dict:
+        self._watched.discard(params["uri"])
+        return {}
+
+    def _prompt(self, params: dict) -> dict:
+        if params["name"] != DEMO_PROMPT["name"]:
+            raise KeyError(f"no prompt {params['name']}")
+        name = (params.get("arguments") or {})["name"]
+        return {"messages": [{"role": "user", "content": {"type": "text", "text": f"Please greet {name}."}}]}
+
+
+# ============================================================================
+# 17. The proxy
+# ============================================================================
+#
+# Everything put together: started in order, ended in the opposite one.
+
+class Proxy:
+    """One running mcpproxy."""
+
+    def __init__(self, settings: Settings, environment: dict[str, str]):
+        self.settings = settings
+        command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
+        self.guard = Guard()
+        # A server has no use for the key that protects it.
+        environment = {name: value for name, value in environment.items() if name != "AUTH_KEY"}
+        self.server = Server(server_name(command), command, environment, settings, self.guard)
+        self.endpoints = Endpoints(settings, self.server)
+        self.http = HTTPServer(self.endpoints, settings.heartbeat)
+        self._ticker: asyncio.Task | None = None
+        self._last_shortage = 0.0
+
+    async def start(self) -> int:
+        """Listens, and starts the shared server; returns the port."""
+        self.port = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        if self.server.shared:
+            self.server.shared.start()
+        self.server.keep_spares()
+        return self.port
+
+    async def _tick(self) -> None:
+        """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
+        while True:
+            await asyncio.sleep(TICK / 2)
+            now = time.monotonic()
+            self.endpoints.tick(now)
+            self.server.tick(now)
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
+        """What asyncio has to say. It pauses accepting when descriptors run out, and says so a thousand times."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if time.monotonic() - self._last_shortage > 1:
+                log.error("! no new connections for a second: %s", os.strerror(error.errno))
+                self._last_shortage = time.monotonic()
+        else:
+            log.error("! %s", context.get("message"), exc_info=error)
+
+    async def drain(self) -> None:
+        """Lets running calls finish."""
+        await self.server.drain(self.settings.shutdown_grace)
+
+    async def stop(self) -> None:
+        """Ends everything that was started; afterwards no process is left."""
+        if self._ticker:
+            self._ticker.cancel()
+        await self.server.close()
+        await self.http.close()
+        self.guard.close()
+
+
+def tls_context(settings: Settings):
+    """The ssl.SSLContext of the settings, or None; SettingsError when the files cannot be used."""
+    if not settings.tls_cert:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2          # RFC 8996 deprecates what was before
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"TLS_CERT and TLS_KEY cannot be used: {error.strerror or error}") from None
+    return context
+
+
+def server_name(command: list[str]) -> str:
+    """What a server is called in the log: the program, or what a launcher launches."""
+    if command == DEMO_COMMAND:
+        return "demo"
+    program = os.path.basename(command[0])
+    words = [word for word in command[1:] if re.fullmatch(r"[\w@./:+][\w@./:+-]{0,80}", word)]
+    is_launcher = re.fullmatch(r"npx|uvx|uv|node|deno|bun|python[0-9.]*|sh|bash|env|docker", program)
+    return os.path.basename(words[0].rstrip("/")) if is_launcher and words else program
+
+
+# ============================================================================
+# 18. Command line
+# ============================================================================
+#
+# Arguments and environment into settings, settings into a running proxy.
+
+def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings:
+    """The settings of a run: a flag wins over the environment, which wins over the default."""
+    parser = argument_parser()
+    own, separator, command = arguments, False, []
+    if "--" in arguments:
+        at = arguments.index("--")
+        own, separator, command = arguments[:at], True, arguments[at + 1:]
+    given = vars(parser.parse_args(own))
+    values = {}
+    for field in dataclasses.fields(Settings):
+        text = given[field.name]
+        if text is None:
+            text = environment.get(field.name.upper())
+        # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
+        if text is not None and (text != "" or given[field.name] is not None):
+            values[field.name] = parse_setting(field.name, field.default, text)
+    if separator:
+        if not command:
+            raise SettingsError("-- must be followed by the command of an MCP server")
+        values["mcp_server_config"] = shlex.join(command)
+    settings = check_settings(Settings(**values))
+    check_command(settings.mcp_server_config, environment)
+    return settings
+
+
+def check_command(config: str, environment: dict[str, str]) -> None:
+    """Refuses a command line that can never be started."""
+    try:
+        command = shlex.split(config)
+    except ValueError as error:
+        raise SettingsError(f"MCP_SERVER_CONFIG cannot be split: {error}") from None
+    if config and not command:
+        raise SettingsError("MCP_SERVER_CONFIG is empty")
+    if command and not shutil.which(command[0], path=environment.get("PATH")):
+        raise SettingsError(f"the command {command[0]!r} was not found; is it installed and in PATH?")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str):
+        raise SettingsError(message)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The flags, made from Settings."""
+    parser = ArgumentParser(
+        prog="mcpproxy.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="mcpproxy.py [--flag value ...] [-- command of an MCP server ...]",
+        description="Puts any stdio MCP server on the network. Without a command it serves a built-in demo server.\n"
+                    "Every flag is also an environment variable of the same name: --shared-session is SHARED_SESSION.")
+    parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
+    for field in dataclasses.fields(Settings):
+        default = describe_default(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, metavar="VALUE", default=None,
+                            help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
+    return parser
+
+
+def describe_default(default) -> str:
+    """A setting's default, as help and README say it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default) or "none"
+
+
+def banner(settings: Settings, name: str, port: int) -> str:
+    """What is served, and where: printed when the proxy has started."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
+    key = ' -H "Authorization: Bearer $AUTH_KEY"' if settings.auth_key else ""
+    mode = "one process for all clients" if settings.shared_session else "a process for each client"
+    return (f"mcpproxy {__version__} serves {name} ({mode})\n"
+            f"  MCP, any client  {base}/mcp\n"
+            f"  plain HTTP       {base}/tools\n"
+            f"  try it           curl -s{key} {base}/tools"
+            + ("/echo -H 'Content-Type: application/json' -d '{\"text\":\"hello\"}'\n" if name == "demo" else "\n"))
+
+
+async def run(settings: Settings) -> None:
+    """One run of the program, until SIGTERM or SIGINT."""
+    signals = asyncio.Semaphore(0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.release)
+    proxy = Proxy(settings, dict(os.environ))
+    try:
+        port = await proxy.start()
+        try:
+            print(banner(settings, proxy.server.name, port), end="", flush=True)
+        except OSError as error:
+            log.warning("! stdout: %s", error.strerror)          # a full disk is no reason to stop
+        if not settings.auth_key:
+            log.warning("! AUTH_KEY is not set: whoever reaches this port can use the server")
+        await signals.acquire()
+        log.info("= stopping: running calls may take %g s to finish, or until a second signal", settings.shutdown_grace)
+        draining, impatience = (asyncio.ensure_future(work) for work in (proxy.drain(), signals.acquire()))
+        await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        impatience.cancel()
+    finally:
+        await proxy.stop()
+
+
+def fail(error: Exception, status: int) -> None:
+    """Ends the program with one line."""
+    print("mcpproxy:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def open_standard_streams() -> None:
+    """Puts /dev/null in the place of standard streams that are closed, or the next socket would be taken for them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)               # gets the lowest number that is free
+
+
+def main() -> None:
+    """The program."""
+    if sys.argv[1:] == ["--demo-server"]:
+        return DemoServer().run()
+    try:
+        settings = load_settings(sys.argv[1:], dict(os.environ))
+    except SettingsError as error:
+        fail(error, 2)
+    open_standard_streams()
+    start_logging(settings.log_level, settings.log_format == "json")
+    try:
+        asyncio.run(run(settings))
+    except SettingsError as error:
+        fail(error, 2)
+    except CannotListen as error:
+        fail(error, 1)
+
+
+if __name__ == "__main__":
+    main()
