@@ -64,16 +64,13 @@ The life of a call
     9.  The outlet writes it to the HTTP connection, as JSON or as an event of a stream.
 """
 
-import argparse
 import asyncio
 import base64
 import collections
 import dataclasses
-import email.utils
 import enum
 import errno
 import functools
-import hmac
 import itertools
 import json
 import logging
@@ -91,6 +88,8 @@ from json.decoder import scanstring
 from urllib.parse import quote, unquote_to_bytes
 
 __version__ = "1.0.0"
+
+# A script is compiled at every start, so what only some runs need is imported where it is needed.
 
 
 # ============================================================================
@@ -1391,6 +1390,7 @@ def given_key(head: HTTPHead) -> str | None:
 
 def is_known_key(key: str, keys: tuple[str, ...]) -> bool:
     """Compares with every key in constant time: how long it takes tells nothing of how much was right."""
+    import hmac
     given = key.encode("utf-8", "replace")
     return any([hmac.compare_digest(given, known.encode("utf-8", "surrogateescape")) for known in keys])
 
@@ -3008,6 +3008,7 @@ class Server:
 # answers are gathered and the call is made again.
 
 RUNNING_CALLS = 1_000            # of one client at a time
+SUBSCRIPTIONS = 1_000            # of one client
 PARKED_CALLS = 1_000             # that wait for their client; past that the oldest is cancelled
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
 GATHER_SECONDS = 0.02            # how long further questions are waited for before a call is parked
@@ -3339,6 +3340,12 @@ class Bridge:
         question.refuse(NO_CLIENT_CAN)
 
 
+def check_subscriptions(client: Client) -> None:
+    """Refuses one more than a client may have."""
+    if len(client.subscriptions) >= SUBSCRIPTIONS:
+        raise too_many("subscriptions")
+
+
 def error_status(answer: Answer | Message) -> int:
     """The HTTP status of a modern answer."""
     if answer.is_result:
@@ -3382,6 +3389,7 @@ class LegacyClientLegacyServer(Bridge):
 
     def subscribe(exchange: Exchange, message: Message) -> bool:
         uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        check_subscriptions(client)
         is_first = uri not in instance.subscribers
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
@@ -3615,6 +3623,7 @@ class LegacyClientModernServer(Bridge):
 
     def subscribe(exchange: Exchange, message: Message) -> bool:
         uri, client = message.params.value("uri"), exchange.client
+        check_subscriptions(client)
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
             exchange.instance.subscribe(uri)
@@ -3864,18 +3873,21 @@ class HTTPConnection(asyncio.Protocol):
         """Writes at once."""
         if self._soon:
             self._flush()
-        size = sum(map(len, parts))
         if self._is_paused:
             self._queued += 1
             if self._queued > MAX_QUEUED_MESSAGES or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
                 log.warning("! a client does not read and is cut off")
                 self._transport.abort()
                 return
-        if size < LARGE:
-            self._transport.write(b"".join(parts))
-        else:
-            for part in parts:
+        small: list = []
+        for part in parts:
+            if len(part) < LARGE:
+                small.append(part)
+            else:                             # is not copied
+                self._transport.write(b"".join(small))
                 self._transport.write(part)
+                small = []
+        self._transport.write(b"".join(small))
 
     def write_soon(self, parts: list) -> None:
         """Writes at the end of this turn of the event loop, so that many events are one write."""
@@ -3948,6 +3960,8 @@ class HTTPConnection(asyncio.Protocol):
         self._transport.abort()
 
 
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()                  # in English, whatever the locale
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 _date = 0, b""
 
 
@@ -3956,7 +3970,8 @@ def http_date() -> bytes:
     global _date
     second = int(time.time())
     if second != _date[0]:
-        _date = second, email.utils.formatdate(second, usegmt=True).encode()
+        day = time.gmtime(second)
+        _date = second, time.strftime(f"{DAYS[day.tm_wday]}, %d {MONTHS[day.tm_mon - 1]} %Y %H:%M:%S GMT", day).encode()
     return _date[1]
 
 
@@ -4839,19 +4854,18 @@ def server_name(command: list[str]) -> str:
 
 def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings:
     """The settings of a run: a flag wins over the environment, which wins over the default."""
-    parser = argument_parser()
     own, separator, command = arguments, False, []
     if "--" in arguments:
         at = arguments.index("--")
         own, separator, command = arguments[:at], True, arguments[at + 1:]
-    given = vars(parser.parse_args(own))
+    given = vars(argument_parser().parse_args(own)) if own else {}
     values = {}
     for field in dataclasses.fields(Settings):
-        text = given[field.name]
+        text = given.get(field.name)
         if text is None:
             text = environment.get(field.name.upper())
         # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
-        if text is not None and (text != "" or given[field.name] is not None):
+        if text is not None and (text != "" or given.get(field.name) is not None):
             values[field.name] = parse_setting(field.name, field.default, text)
     if separator:
         if not command:
@@ -4874,26 +4888,26 @@ def check_command(config: str, environment: dict[str, str]) -> None:
         raise SettingsError(f"the command {command[0]!r} was not found; is it installed and in PATH?")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str):
-        raise SettingsError(message)
-
-
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser():
     """The flags, made from Settings."""
-    parser = ArgumentParser(
+    import argparse
+    parser = argparse.ArgumentParser(
         prog="mcpproxy.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="mcpproxy.py [--flag value ...] [-- command of an MCP server ...]",
         description="Puts any stdio MCP server on the network. Without a command it serves a built-in demo server.\n"
                     "Every flag is also an environment variable of the same name: --shared-session is SHARED_SESSION.")
+    parser.error = refuse_arguments
     parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
     for field in dataclasses.fields(Settings):
-        default = describe_default(field.default)
+        about = f"{field.metadata['about']} (default: {describe_default(field.default)})"
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, metavar="VALUE", default=None,
-                            help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
+                            help=about.replace("%", "%%"))
     return parser
+
+
+def refuse_arguments(message: str):
+    """What argparse calls when it cannot go on."""
+    raise SettingsError(message)
 
 
 def describe_default(default) -> str:
@@ -4955,6 +4969,15 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)               # gets the lowest number that is free
 
 
+def raise_descriptor_limit() -> None:
+    """Lets this process have as many open sockets as it may: the usual 1,024 are too few for 1,000 sessions."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """The program."""
     if sys.argv[1:] == ["--demo-server"]:
@@ -4964,6 +4987,7 @@ def main() -> None:
     except SettingsError as error:
         fail(error, 2)
     open_standard_streams()
+    raise_descriptor_limit()
     start_logging(settings.log_level, settings.log_format == "json")
     try:
         asyncio.run(run(settings))
