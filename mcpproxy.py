@@ -67,6 +67,7 @@ The life of a call
 import asyncio
 import base64
 import collections
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -1595,6 +1596,7 @@ PROCESS_STATES = {
 PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
 STDERR_LINES = 20                # how many of the last lines an error carries
 MAX_STDERR_LINE = 1_000
+LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 
 
 class Guard:
@@ -1738,7 +1740,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._stdout = LineSplitter(limit, on_line, on_too_long)
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
         self._exited = asyncio.Event()
-        self._output_ended = False
+        self._open_outputs = {1, 2}            # stdout and stderr
+        self._outputs_ended = asyncio.Event()
         self._stopping: asyncio.Task | None = None
 
     async def start(self, command: list[str], environment: dict[str, str]) -> None:
@@ -1771,8 +1774,9 @@ class ServerProcess(asyncio.SubprocessProtocol):
         # MCP, stdio, Shutdown: "The server MAY initiate shutdown by closing its output stream".
         if number == 2:
             self._stderr.feed(b"\n")              # its last words may lack the end of the line
-        if number == 1:
-            self._output_ended = True
+        self._open_outputs.discard(number)
+        if not self._open_outputs:
+            self._outputs_ended.set()
         if number == 1 or number == 0 and self.state is ProcessState.RUNNING:       # it will read nothing more
             self._end_soon()
 
@@ -1811,8 +1815,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def _end_soon(self) -> None:
         # The exit and the end of stdout belong together: one brings the exit code, the other the last lines.
         # But a child may hold the pipe open, and a server may close it and go on: neither is waited for long.
-        both = self._output_ended and self._exited.is_set()
-        asyncio.get_running_loop().call_later(0 if both else 0.25, self._end)
+        both = 1 not in self._open_outputs and self._exited.is_set()
+        asyncio.get_running_loop().call_later(0 if both else LAST_WORDS_SECONDS, self._end)
 
     def _end(self) -> None:
         if self._on_end:
@@ -1825,6 +1829,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
             step(self)
             if await self._is_gone_within(patience):
                 break
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
         self._guard.ended(self._tag)
         self._become(ProcessState.GONE)
@@ -2081,13 +2087,16 @@ class ServerConnection:
 
     def _on_line(self, line: bytes) -> None:
         line = line.rstrip(b"\r")
-        answer = find_answer(line)
-        if answer:
-            self._resolve(answer.id, answer)
-        elif line.startswith(b"["):
-            self._on_batch(line)
-        elif line.strip():
-            self._on_text(line)
+        try:
+            answer = find_answer(line)
+            if answer:
+                self._resolve(answer.id, answer)
+            elif line.startswith(b"["):
+                self._on_batch(line)
+            elif line.strip():
+                self._on_text(line)
+        except Exception:
+            log.exception("! a fault of the proxy's own")        # one message is lost, those behind it are not
 
     def _on_text(self, line: bytes) -> None:
         try:
@@ -2096,8 +2105,6 @@ class ServerConnection:
             self._junk(line, error)
             if error.code == INVALID_PARAMS and is_id(json.loads(line).get("id")):
                 self.send_if_possible(encode_error(dump(json.loads(line)["id"]).encode(), error)[0])
-        except Exception:
-            log.exception("! a fault of the proxy's own")        # one message is lost, those behind it are not
 
     def _on_message(self, message: Message) -> None:
         if message.kind is Kind.RESPONSE:
@@ -2389,7 +2396,8 @@ class Listening(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method != "notifications/subscriptions/acknowledged":
-            line = message.changed(restated_meta(message, {}, keeps_envelope=False))     # the subscription is the proxy's
+            # The id of the subscription is the proxy's own business.
+            line = message.changed(restated_meta(message, {}, keeps_envelope=False))
             self._instance.route(parse_message(line.decode()))
 
 
@@ -2672,8 +2680,9 @@ class Instance:
         if connection and connection.era is Era.MODERN:
             wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
             supported = self.identity.supported(wanted)
-            before = self._listening
-            self._listening = connection.open(Listening(self), "subscriptions/listen", {"notifications": supported})
+            before, self._listening = self._listening, None
+            if any(supported.values()):
+                self._listening = connection.open(Listening(self), "subscriptions/listen", {"notifications": supported})
             if before:
                 connection.cancel(before, "replaced")
 
@@ -3424,7 +3433,8 @@ class ModernClientModernServer(Bridge):
 
     def listen(exchange: Exchange, message: Message) -> bool:
         pending = exchange.connection.pending.values()
-        if sum(bool(request.client) and request.is_endless for request in pending) >= exchange.instance.server.settings.max_sessions:
+        listening = [request for request in pending if request.client and request.is_endless]
+        if len(listening) >= exchange.instance.server.settings.max_sessions:
             raise too_many("subscriptions")
         return False
 
@@ -4567,8 +4577,12 @@ def media_type(head: HTTPHead, default: str) -> str:
 @functools.lru_cache(maxsize=512)
 def accepts(head: HTTPHead, wanted: str) -> bool:
     """Does the client take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
-    ranges = [part.partition(";")[0].strip().lower() for part in head.headers.get("accept", "*/*").split(",")]
-    return any(accepted in ("*/*", wanted, wanted.partition("/")[0] + "/*") for accepted in ranges)
+    for part in head.headers.get("accept", "*/*").lower().split(","):
+        media_range, *parameters = [piece.strip() for piece in part.split(";")]
+        if media_range in ("*/*", wanted, wanted.partition("/")[0] + "/*") and not any(
+                re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters):
+            return True
+    return False
 
 
 def check_version(head: HTTPHead) -> None:
