@@ -46,7 +46,7 @@ Words
     exchange    one client request and everything that is sent in answer to it
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
     modern      2026-07-28, with metadata on every request
-    session     what an Mcp-Session-Id names: one legacy client
+    session     one legacy client, named by Mcp-Session-Id or, in HTTP+SSE, by ?session_id=
     instance    one server process that is kept running, and the clients that use it
     payload     an encoded message on its way out: a list of bytes that are written one after another
 
@@ -55,7 +55,8 @@ The life of a call
     1.  An HTTPConnection reads bytes and feeds them to the RequestParser until it has a whole request.
     2.  The guards look at its head before the body is read; the first that objects raises an error.
     3.  The route is looked up, and its endpoint turns the body into one Message.
-    4.  The session is found, or a visitor let in, and with it the instance, which starts its server if it has to.
+    4.  The session is found, or a caller without one let in, and with it the instance, which starts its server if
+        it has to.
     5.  An Exchange is opened. It restates the request in the server's era, under an id of ours, and hands the
         line to the ServerConnection.
     6.  The ServerProcess writes the line to the server's stdin, and hands back lines from its stdout.
@@ -162,9 +163,9 @@ LARGE = 64 * 1024                    # from here on, a copy costs more than a sy
 #
 # What can go wrong, by who has to act: HTTPError, the HTTP request is refused;
 # RPCError, the message in it is; ServerError, the MCP server failed. Each knows
-# the HTTP status and the JSON-RPC code it becomes; *Endpoints* has the one
-# function that turns them into a response. Their texts are sent to the client,
-# so they hold no path, no secret and nothing of the proxy's inside.
+# the HTTP status and the JSON-RPC code it becomes; *Endpoints* and *Exchanges*
+# send it. Their texts go to the client, so they hold no path, no secret and
+# nothing of the proxy's inside; `data` may hold what the server said last.
 
 class ProxyError(Exception):
     """Something that the client is told: an HTTP status and a JSON-RPC error."""
@@ -406,7 +407,8 @@ def _parse_head(raw: bytes) -> HTTPHead:
                 raise HTTPError(f"repeated header: {name}")
             value = f"{headers[name]}, {value}"              # RFC 9110 §5.3
         headers[name] = value
-    if version >= (1, 1) and not _HOST.fullmatch(headers.get("host", "none: none")):
+    host = headers.get("host")
+    if version >= (1, 1) and (host is None or not _HOST.fullmatch(host)):
         raise HTTPError("missing or malformed Host header")  # RFC 9112 §3.2
     authority, path, query = parse_target(match[1].decode(), match[2].decode())
     if authority is not None:
@@ -422,7 +424,7 @@ def _parse_head(raw: bytes) -> HTTPHead:
 
 
 # Clients send the same head again and again, so a small one is parsed once, and what follows from it alone
-# is found out once: that is what lru_cache means here and below. What is kept is bounded (512 times 2 KiB)
+# is found out once: that is what lru_cache means here and below. What is kept is bounded (here 512 times 2 KiB)
 # and immutable; a head that was refused is not kept.
 _parse_small_head = functools.lru_cache(maxsize=512)(_parse_head)
 
@@ -888,13 +890,13 @@ def check_message(members: Members) -> None:
         # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
         if not ("error" in members and members.value("id") is None):
             raise RPCError("id must be a string or an integer")
+    if "params" in members and not isinstance(members.value("params"), Members):
+        raise RPCError("params must be an object", code=INVALID_PARAMS)
     if "method" in members:
         if not isinstance(members.value("method"), str):
             raise RPCError("method must be a string")
         if "result" in members or "error" in members:
             raise RPCError("neither a request nor a response")
-        if "params" in members and not isinstance(members.value("params"), Members):
-            raise RPCError("params must be an object", code=INVALID_PARAMS)
     elif "id" not in members or ("result" in members) == ("error" in members):
         raise RPCError("method is missing")
     elif "error" in members and not isinstance(members.value("error"), Members):
@@ -979,7 +981,7 @@ class Answer:
 
 
 def find_answer(line: bytes) -> Answer | None:
-    """The line as an Answer if it plainly is one. None: it has to be parsed to know, or to be put on one line."""
+    """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take out a CR."""
     if b"\r" in line:
         return None
     if not line.endswith(b"}"):
@@ -1188,7 +1190,7 @@ def says_the_same(text: str | None, value: object) -> bool:
         return text == ("true" if value else "false")
     if isinstance(value, (int, float)):
         try:
-            return text is not None and float(text) == value
+            return text is not None and (text == str(value) or float(text) == value)
         except ValueError:
             return False
     return text == value
@@ -1206,7 +1208,7 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
         return []
     members.update(new)
     text = "{" + ",".join([f"{quoted(name)}:{value}" for name, value in members.items()]) + "}"
-    return [(old.start, old.end, text) if "_meta" in message.params else message.insertion({"_meta": text})]
+    return [(*message.params["_meta"][1:], text) if "_meta" in message.params else message.insertion({"_meta": text})]
 
 
 # Results.
@@ -1233,6 +1235,9 @@ def _names(names: tuple[str, ...]) -> tuple[bytes, ...]:
     return tuple(b'"%b"' % name.encode() for name in names)
 
 
+_OBJECT_END = re.compile(rb"[ \t]*\}")
+
+
 def result_with(answer: "Answer | Message", raw_id: bytes, new: dict[str, str]) -> list:
     """An answer's payload with another id, and in its result the members `new` that it lacks; _meta is merged."""
     if isinstance(answer, Answer):
@@ -1242,7 +1247,7 @@ def result_with(answer: "Answer | Message", raw_id: bytes, new: dict[str, str]) 
         # None of these names anywhere in the line: they can be put in without a look at the rest.
         if not any(name in answer.line for name in _names(tuple(new))):
             inside = _joined(tuple(new.items()))
-            return answer.with_id(raw_id, at, inside if answer.line[at:at + 1] == b"}" else inside + b",")
+            return answer.with_id(raw_id, at, inside if _OBJECT_END.match(answer.line, at) else inside + b",")
         answer = answer.parsed()
     result = answer.members.value("result")
     if not isinstance(result, Members):
@@ -1365,7 +1370,7 @@ LOADS_CODE = re.compile(r"""
     GIT_EXTERNAL_.* | SSH_ASKPASS | DOCKER_HOST | DOCKER_CONFIG | KUBECONFIG | (?:HTTP|HTTPS|ALL|NO|FTP)_PROXY """,
     re.VERBOSE | re.IGNORECASE)
 
-OUR_PREFIX = "MCPPROXY_"          # of variables by which the proxy knows its servers again
+OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 # Query parameters that are ours; every other one is a variable for the server.
@@ -1483,7 +1488,7 @@ class LineHandler(logging.Handler):
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0
-        self._lines: list[str] = []
+        self._lines: list[bytes] = []
         self._second, self._clock = 0, ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
@@ -1548,7 +1553,7 @@ class Record(logging.LogRecord):
 
     def __init__(self, name, level, path, line, message, args, exc_info, *_):
         self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
-        self.msg, self.args, self.exc_info, self.exc_text = message, args, exc_info, None
+        self.msg, self.args, self.exc_info = message, args, exc_info
         self.created = time.time()
 
 
@@ -1574,12 +1579,10 @@ def start_logging(level: str, as_json: bool) -> None:
 # server leads a process group, stopping is a list of steps, each less polite
 # than the one before, and it always comes to an end. Three things could still
 # escape: a child that left the group, all children when the proxy itself is
-# killed with SIGKILL, and a server in mid-start then. For these, every server
+# killed with SIGKILL, and a server that was just being started then. For these, every server
 # carries a tag in its environment, which its children inherit; see Guard.
 #
-#     RUNNING --> STOPPING --> GONE
-#        |                      ^
-#        +------ it died -------+
+#     RUNNING --> STOPPING --> GONE     (one that died is stopped too: it may have left children)
 
 class ProcessState(enum.Enum):
     RUNNING = "running"
@@ -1734,7 +1737,6 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self.exit_code: int | None = None
         self.state = ProcessState.RUNNING
         self.stderr_tail: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._guard, self._tag, self._secrets = guard, guard.new_tag(), secrets
         self._on_end = on_end                  # called once, when no more lines will come
         self._stdout = LineSplitter(limit, on_line, on_too_long)
@@ -1835,7 +1837,6 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._guard.ended(self._tag)
         self._become(ProcessState.GONE)
         log.info("= server %s ended with exit code %s", self.name, self.exit_code)
-        self.ended.set_result(None)
         self._end()
 
     def close_stdin(self) -> None:
@@ -1915,7 +1916,7 @@ class PendingRequest:
 
     client = None              # the Client that the request came from, if it came from one
     is_endless = False         # a subscription: no time is too long, and nothing is caused by it
-    parked = None              # does it wait for its client, so that nothing more is caused by it?
+    parked = None              # set while it waits for its client; nothing more is caused by it then
 
     def on_answer(self, answer: Answer | Message) -> None:
         """The server answered."""
@@ -1942,7 +1943,7 @@ class OwnRequest(PendingRequest):
 
     def on_answer(self, answer: Answer | Message) -> None:
         try:
-            message = answer.parsed() if isinstance(answer, Answer) else answer
+            message = answer.parsed()
         except RPCError:
             return self.on_failure(ServerError("the MCP server's answer is not valid"))
         if not self.answer.done():
@@ -2124,7 +2125,7 @@ class ServerConnection:
         elif pending:
             pending.on_event(message)
         elif not (token or subscription):
-            self._on_notification(self, message)
+            self._on_notification(message)
 
     def _junk(self, line: bytes, error: Exception) -> None:
         text = self.process.redact(line[:MAX_STDERR_LINE].decode("utf-8", "replace"))
@@ -2145,7 +2146,11 @@ class ServerConnection:
         except TypeError:
             pending = None
         if pending:
-            pending.on_answer(answer)
+            try:
+                pending.on_answer(answer)
+            except Exception:
+                pending.on_failure(ServerError("the MCP server's answer cannot be understood"))
+                raise
         else:
             # It was cancelled in the meantime, or the server answered twice.
             log.info("! server %s answered %s, which nobody waits for", self.name, self.process.redact(repr(server_id)))
@@ -2188,6 +2193,10 @@ class ServerConnection:
 RESTART_DELAY = 0.1, 30.0        # seconds: the first, doubling to the last
 SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
+
+OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
+NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
+MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
 
 KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
 KEPT_BYTES = 8 * 1024 * 1024
@@ -2257,7 +2266,7 @@ class Stream:
 
 
 class Client:
-    """Who sends requests to an instance. As it is, a caller without a session, for the time of one request."""
+    """Who sends requests to an instance. Not as a Session: a caller without one, for the time of one request."""
 
     label = "-"                                     # what the log calls it
     is_ended = False
@@ -2389,10 +2398,10 @@ class Question:
 class Listening(PendingRequest):
     """The subscription that an instance has at a modern server for all its legacy clients."""
 
+    is_endless = True
+
     def __init__(self, instance: "Instance"):
         self._instance = instance
-
-    is_endless = True
 
     def on_event(self, message: Message) -> None:
         if message.method != "notifications/subscriptions/acknowledged":
@@ -2471,7 +2480,7 @@ class Instance:
     def start(self, initialize: dict | None = None) -> None:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
-            self.is_told_ours = initialize is None
+            self.is_told_ours = not initialize
             initialize = initialize or our_initialize(self.server.settings.shared_session)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
@@ -2480,7 +2489,7 @@ class Instance:
         if self.state is InstanceState.CLOSED:
             raise ServerError("the MCP server was stopped", status=503)
         self.start()
-        if self.connection is None:
+        while self.connection is None:
             self._wanted.set()
             await asyncio.shield(self._started)
         return self.connection
@@ -2511,6 +2520,10 @@ class Instance:
                     reason = ServerError("the MCP server did not start", status=504)
                 error = reason
                 log.error("! server %s: %s", self.server.name, error)
+                self._settle_start(error)
+            except Exception:
+                log.exception("! a fault of the proxy's own")
+                error = ServerError("the MCP server could not be started")
                 self._settle_start(error)
             finally:
                 if connection:
@@ -2578,7 +2591,7 @@ class Instance:
         server, variables = self.server, self.variables
         connection = ServerConnection(
             server.name, server.guard, limit=server.settings.max_message_bytes, secrets=self._secrets,
-            on_request=self._on_request, on_notification=lambda connection, message: self.route(message))
+            on_request=self._on_request, on_notification=self.route)
         # Which variables its client set, only the demo server asks.
         names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
         await connection.process.start(server.command, {**server.environment, **variables, **names})
@@ -2645,11 +2658,10 @@ class Instance:
     def join(self, session: Session) -> None:
         self.sessions[session.id] = session
 
-    def leave(self, client: Client) -> None:
+    def leave(self, session: Session) -> None:
         """Takes back what the server does for this client alone."""
-        if isinstance(client, Session):
-            self.sessions.pop(client.id, None)
-        for uri in client.subscriptions:
+        self.sessions.pop(session.id, None)
+        for uri in session.subscriptions:
             self.unsubscribe(uri)
         self.adjust_log_level()
         if not self.is_shared:
@@ -2724,7 +2736,9 @@ class Instance:
             answer = await connection.request("tools/list", {"cursor": cursor} if cursor else None).answer
             result = answer.members.value("result")
             if not isinstance(result, Members):
-                break
+                if answer.members.value("error").value("code") == METHOD_NOT_FOUND:
+                    break                       # it has none
+                raise ServerError("the MCP server does not list its tools")
             tools.add(result.value("tools"))
             cursor = result.value("nextCursor")
             if not isinstance(cursor, str):
@@ -2833,10 +2847,6 @@ NOTIFICATION_ROUTES = {
     "notifications/resources/list_changed": Instance._to_all,
 }
 
-OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
-NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
-MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
-
 
 def too_many(what: str) -> ServerError:
     """The answer to a client for whom there is no room."""
@@ -2891,6 +2901,7 @@ class Server:
 
     def _own_instance(self, variables: dict[str, str]) -> Instance:
         """An instance for a new session: a spare one where one will do."""
+        self._spares = [spare for spare in self._spares if spare.state is not InstanceState.CLOSED]
         if self._spares and not variables:
             instance = next((spare for spare in self._spares if spare.connection), self._spares[0])
             self._spares.remove(instance)
@@ -2935,6 +2946,7 @@ class Server:
 
     def visit(self, key: str | None, variables: dict[str, str]) -> Client:
         """A caller without a session."""
+        self.check_open()
         instance = self._common_instance(variables)
         instance.last_used = time.monotonic()
         return Client(instance, key)
@@ -3051,11 +3063,11 @@ class Exchange(PendingRequest):
         self.trace = trace or {}            # members for _meta, as JSON
         self.message: Message | None = message        # the request, while it is needed
         self.questions: dict[str, Question] = {}      # a legacy server's, to a modern client, by their key
-        self._started = self.last_sign = time.monotonic()        # last_sign: of the call being alive
+        self._started = self.last_sign = time.monotonic()        # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
 
     def _serve(self, message: Message, outlet) -> None:
-        """This is the request that is answered now, and this is where the answer goes."""
+        """Takes on the request to answer, and the outlet for the answer."""
         self._id, self.raw_id = message.id, message.raw_id
         token = message.meta.get("progressToken")
         self.token = message.raw(token) if token and is_id(token[0]) else None
@@ -3116,9 +3128,12 @@ class Exchange(PendingRequest):
         try:
             intercept = self._bridge.intercepted.get(self.method)
             if not (intercept and intercept(self, self.message)):
-                self.transmit(self._bridge.restate(self, self.message))
+                self.transmit([])
         except ProxyError as error:
             self.on_failure(error)
+        except Exception:
+            log.exception("! a fault of the proxy's own")
+            self.on_failure(ProxyError("internal error"))
 
     def transmit(self, changes: list[tuple[int, int, str]]) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
@@ -3228,9 +3243,11 @@ class Exchange(PendingRequest):
                                   % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
 
     def tick(self, now: float, patience: float) -> None:
-        """Gives up on a call that shows no sign of life, and on one whose client does not come back."""
-        if self.is_endless or now - self.last_sign < patience:
-            return
+        if not self.is_endless and now - self.last_sign >= patience:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Ends a call that shows no sign of life, or whose client does not come back."""
         self.drop("timed out")
         if self.parked:
             self.instance.server.parked.pop(self.parked, None)
@@ -3251,8 +3268,7 @@ class Exchange(PendingRequest):
             return
         parked = self.instance.server.parked
         if len(parked) >= PARKED_CALLS:
-            oldest = next(iter(parked.values()))
-            oldest.tick(float("inf"), 0)
+            next(iter(parked.values())).give_up()
         # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
         self.parked = os.urandom(24).hex()
         parked[self.parked] = self
@@ -3313,25 +3329,24 @@ class InputQuestion(Question):
         self.key = key
         self.method = method
         self.params = params
-        self.send = None
+        self.client, self.send = None, None
         self.answer = on_response
 
     def payload(self) -> list[bytes]:
         return [f'{{"jsonrpc":"2.0","id":{self.id},"method":{dump(self.method)},"params":{self.params}}}'.encode()]
 
     def refuse(self, error: ProxyError) -> None:
-        """Nobody waits: the server ended its call when it asked."""
+        """The client will not answer: as if it had said so itself."""
+        self.answer(parse_message(encode_error(b"0", error)[0].decode()))
 
 
 class Bridge:
-    """What happens between a client and a server: here, what is the same in every pair of eras."""
+    """What happens between a client and a server: here, what is the same in every pair of eras.
+
+    The functions without self are no methods: they are the values of `intercepted`."""
 
     keeps_requests = False             # is a request needed after it was sent?
-    intercepted: dict = {}             # method -> function(exchange, message); True: that was the answer
-
-    def restate(self, exchange: Exchange, message: Message) -> list[tuple[int, int, str]]:
-        """The changes that make the client's request one of the server's era."""
-        return []
+    intercepted: dict = {}             # method -> function(exchange, message); True: nothing is sent to the server
 
     def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         """The same for its _meta, into which `new` is put."""
@@ -3350,7 +3365,9 @@ class Bridge:
 
 
 def check_subscriptions(client: Client) -> None:
-    """Refuses one more than a client may have."""
+    """Refuses what no session would take back, and one more than a client may have."""
+    if not isinstance(client, Session):
+        raise RPCError("subscriptions need a session")
     if len(client.subscriptions) >= SUBSCRIPTIONS:
         raise too_many("subscriptions")
 
@@ -3403,16 +3420,16 @@ class LegacyClientLegacyServer(Bridge):
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
             instance.subscribers[uri] += 1
-        if is_first:                        # its own request tells the server
-
-            def undo() -> None:
-                if uri in client.subscriptions:
-                    client.subscriptions.discard(uri)
-                    instance.unsubscribe(uri)
-            exchange.on_error = undo
-        else:
+        if not is_first:
             exchange.finish(encode_result(exchange.raw_id))
-        return not is_first
+            return True
+
+        def undo() -> None:
+            if uri in client.subscriptions:
+                client.subscriptions.discard(uri)
+                instance.unsubscribe(uri)
+        exchange.on_error = undo
+        return False                        # its own request tells the server
 
     def unsubscribe(exchange: Exchange, message: Message) -> bool:
         uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
@@ -3431,14 +3448,14 @@ class LegacyClientLegacyServer(Bridge):
 class ModernClientModernServer(Bridge):
     """Neither has a state; ids are all that has to be told apart."""
 
-    def listen(exchange: Exchange, message: Message) -> bool:
+    def check_listeners(exchange: Exchange, message: Message) -> bool:
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         if len(listening) >= exchange.instance.server.settings.max_sessions:
             raise too_many("subscriptions")
         return False
 
-    intercepted = {"subscriptions/listen": listen}
+    intercepted = {"subscriptions/listen": check_listeners}
 
     def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
         if exchange.is_endless:
@@ -3722,7 +3739,7 @@ class Reply:
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
-        self.headers: tuple = ()           # that it has whatever it will be
+        self.headers: tuple = ()           # that every answer gets, an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
         self.leaves_on_eof = False         # is a client that closes its sending half gone?
         self.is_stream = self.is_done = False
@@ -3794,11 +3811,11 @@ class HTTPConnection(asyncio.Protocol):
     # What asyncio calls.
 
     def data_received(self, data: bytes) -> None:
-        self._received += len(data)
         if self._is_lingering:
             return
-        if not self._received - len(data):
+        if not self._received:
             self._since = time.monotonic()
+        self._received += len(data)
         self._parser.feed(data)
         self._advance()
         if len(self._parser.rest) > MAX_HEAD_BYTES and (self._reply or self._is_paused):
@@ -3821,7 +3838,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_paused = True
-        self._stalled_since = time.monotonic()
+        self._stalled_since, self._unread = time.monotonic(), self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_paused = False
@@ -3881,14 +3898,28 @@ class HTTPConnection(asyncio.Protocol):
 
     def write(self, parts: list) -> None:
         """Writes at once."""
+        self._flush()
+        self._queued += self._is_paused
+        self._send(parts)
+
+    def write_soon(self, parts: list) -> None:
+        """Writes at the end of this turn of the event loop, so that many events are one write."""
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._soon += parts
+        self._queued += self._is_paused
+
+    def _flush(self) -> None:
         if self._soon:
-            self._flush()
-        if self._is_paused:
-            self._queued += 1
-            if self._queued > MAX_QUEUED_MESSAGES or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
-                log.warning("! a client does not read and is cut off")
-                self._transport.abort()
-                return
+            parts, self._soon = self._soon, []
+            self._send(parts)
+
+    def _send(self, parts: list) -> None:
+        if self._queued > MAX_QUEUED_MESSAGES or (
+                self._is_paused and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
+            log.warning("! a client does not read and is cut off")
+            self._transport.abort()
+            return
         small: list = []
         for part in parts:
             if len(part) < LARGE:
@@ -3898,19 +3929,6 @@ class HTTPConnection(asyncio.Protocol):
                 self._transport.write(part)
                 small = []
         self._transport.write(b"".join(small))
-
-    def write_soon(self, parts: list) -> None:
-        """Writes at the end of this turn of the event loop, so that many events are one write."""
-        if not self._soon:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._soon += parts
-        if self._is_paused:
-            self._queued += 1
-
-    def _flush(self) -> None:
-        parts, self._soon = self._soon, []
-        if parts:
-            self.write(parts)
 
     def finished(self) -> None:
         """The reply is complete: on to the next request, or the end."""
@@ -3933,13 +3951,15 @@ class HTTPConnection(asyncio.Protocol):
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply
+        if self._is_paused and self._transport.get_write_buffer_size() < self._unread:
+            self._stalled_since, self._unread = now, self._transport.get_write_buffer_size()       # it reads some
         if self._is_paused and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # a whole reply that nobody reads
         elif reply is not None:
             self._probe(reply, now)
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([reply.keep_alive_bytes])
-        elif now > self._deadline():
+        elif not self._is_paused and now > self._deadline():
             if self._is_lingering or not (self._incoming or self._parser.rest):
                 self._transport.close()
             else:
@@ -4085,7 +4105,7 @@ class PostOutlet:
     """Where they go when the answer to a POST is awaited: plain JSON when the answer is the first thing that
     comes, and comes soon, or else a stream."""
 
-    exchange = None               # whose outlet it is
+    exchange = None               # whose outlet it is; in a batch the last one
 
     def __init__(self, endpoints: "Endpoints", reply: Reply, session: Session | None, is_modern: bool):
         self.reply = reply
@@ -4143,7 +4163,8 @@ class PostOutlet:
     def _session_header(self) -> tuple:
         """The header of the answer that opens a session."""
         session = self._session
-        opens = session and not session.is_ended and self.exchange and self.exchange.method == "initialize"
+        opens = (session and (session.version or self._stream) and self.exchange
+                 and self.exchange.method == "initialize")
         return ((SESSION_ID_HEADER, session.id),) if opens else ()
 
     def _gone(self) -> None:
@@ -4163,6 +4184,13 @@ class BatchOutlet(PostOutlet):
         super().__init__(endpoints, reply, session, False)
         self._left = count
         self._answers: list[bytes] = []
+        self.exchanges: list[Exchange] = []
+
+    def _gone(self) -> None:
+        if self._session:
+            return super()._gone()
+        for exchange in self.exchanges:
+            exchange.cancel()
 
     def open(self) -> None:
         is_new = self._stream is None
@@ -4280,7 +4308,7 @@ class Endpoints:
         self.refuse(error, reply, raw_id)
 
     def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
-        """The one place where an error becomes an HTTP response."""
+        """Answers an HTTP request with an error; one of a call on its way goes through its outlet instead."""
         log.info("! refused with %d: %s", error.http_status, error)
         reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
 
@@ -4393,8 +4421,12 @@ class Endpoints:
         outlet = PostOutlet(self, reply, session, False)
         exchange = Exchange(client, message, outlet, None, trace_context(head, message))
         if session and is_initialize:
-            exchange.on_done = lambda: session.version or session.end()      # there is no session after all
-        exchange.start()
+            # Without a handshake there is no session after all; its end waits until the error was sent.
+            exchange.on_done = lambda: session.version or asyncio.get_running_loop().call_soon(session.end)
+        try:
+            exchange.start()
+        except ProxyError as error:
+            outlet.finish(encode_error(message.raw_id, error), error.http_status, error.headers)
 
     def _post_batch(self, head: HTTPHead, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
@@ -4412,7 +4444,8 @@ class Endpoints:
         for message in messages:
             if message.kind is Kind.REQUEST:
                 try:
-                    Exchange(client, message, outlet).start()
+                    outlet.exchanges.append(Exchange(client, message, outlet))
+                    outlet.exchange.start()
                 except ProxyError as error:
                     outlet.finish(encode_error(message.raw_id, error), 200)
             elif session:
@@ -4469,8 +4502,9 @@ class Endpoints:
 
     def delete(self, request: HTTPRequest, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""
-        if self.settings.stateless or SESSION_ID_HEADER.lower() not in request.head.headers and (
-                request.head.headers.get("mcp-protocol-version") == MODERN_VERSION):
+        headers = request.head.headers
+        is_modern = SESSION_ID_HEADER.lower() not in headers and headers.get("mcp-protocol-version") == MODERN_VERSION
+        if self.settings.stateless or is_modern:
             raise HTTPError("there are no sessions here", status=405, headers=(("Allow", "POST"),))
         check_version(request.head)
         self._session(request.head).end()
@@ -4503,7 +4537,9 @@ class Endpoints:
                                     f'"params":{{"name":{dump(name)},"arguments":{arguments}}}}}')
         except RPCError:
             raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
-        if not isinstance(message.params.value("arguments"), dict) or set(message.params) != {"name", "arguments"}:
+        # Braces in the body must not have added anything beside the arguments.
+        is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
+        if not is_alone or not isinstance(message.params.value("arguments"), dict):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
         client = self.server.visit(self._key(head), self._variables(head))
         outlet = ToolOutlet(reply)
@@ -4877,9 +4913,9 @@ def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings
     for field in dataclasses.fields(Settings):
         text = given.get(field.name)
         if text is None:
-            text = environment.get(field.name.upper())
-        # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
-        if text is not None and (text != "" or given.get(field.name) is not None):
+            # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
+            text = environment.get(field.name.upper()) or None
+        if text is not None:
             values[field.name] = parse_setting(field.name, field.default, text)
     if separator:
         if not command:

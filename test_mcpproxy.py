@@ -1,48 +1,215 @@
 """Tests of mcpproxy.py, in the order of its sections.
 
     python3 test_mcpproxy.py               installs pytest where it is missing and runs all of this
-    python3 -m pytest -k "http and chunk"  some of it
+    python3 test_mcpproxy.py -k sse        some of it; options are pytest's
+    python3 -m pytest test_mcpproxy.py     all of it, one after the other
+    python3 test_mcpproxy.py bench         a small benchmark, which needs nothing but Python
 
-The wire's sections are tested with plain calls. Everything else is tested from outside: a real
-mcpproxy.py as a process, real sockets, real MCP servers. The clients here are small and literal
-on purpose; the last part does it again with the official SDKs and servers. Those need `uv` and
-`node`, and are skipped where there is none, unless MCPPROXY_TEST_ALL is set.
+First come the helpers: a Proxy is a real mcpproxy.py as a process, HTTP is a socket that speaks literally, and on
+these stand the clients: SSEClient, StreamableClient and ModernClient, small and literal on purpose. Then the fake
+servers, two small MCP servers whose tools do what a test needs to see happen:
 
-FAKE_SERVER is the server behind most tests: its tools do what a test needs to see happen.
+    FAKE_SERVER     legacy (2025-11-25 and before), behind most tests
+    MODERN_SERVER   modern (2026-07-28), which gives the same answers
+
+Then the tests: of each section of mcpproxy.py, of the file itself, under load and faults. The wire's sections are
+tested with plain calls, everything else from outside. Tests that leave a proxy as it was share one. The last two parts
+do it again with the official SDKs, servers and conformance suites. Those need `uv` and `node`, and are skipped where
+there is none, unless MCPPROXY_TEST_ALL is set.
 """
 
+import ast
+import asyncio
+import base64
+import bisect
+import collections
+import concurrent.futures
 import contextlib
+import dataclasses
+import dis
+import functools
+import importlib.util
+import inspect
+import itertools
 import json
+import logging
 import os
+import random
 import re
+import resource
 import shlex
+import shutil
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
+import urllib.parse
+import warnings
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-if __name__ == "__main__" and "pytest" not in sys.modules:
-    # The README's test command. A virtual environment, because the system's pip may refuse to install.
-    try:
-        import pytest
-    except ImportError:
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROXY = os.path.join(HERE, "mcpproxy.py")
+
+
+# ============================================================================
+# Benchmark
+# ============================================================================
+#
+# `python3 test_mcpproxy.py bench` needs nothing but Python. It calls a small server directly, over its pipes,
+# and then through the proxy, 16 calls at a time. Times are the machine's; the ratios can be compared.
+
+ECHO_SERVER = r"""
+import json, sys
+for line in sys.stdin.buffer:
+    message = json.loads(line)
+    if "id" not in message: continue
+    if message["method"] == "initialize":
+        result = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "e", "version": "1"}}
+    elif message["method"] == "tools/list":
+        result = {"tools": [{"name": "echo", "inputSchema": {"type": "object"}}]}
+    elif message["method"] == "tools/call":
+        arguments = message["params"]["arguments"]
+        result = {"content": [{"type": "text", "text": arguments["text"] * arguments["times"]}]}
+    else:
+        sys.stdout.write('{"jsonrpc":"2.0","id":%d,"error":{"code":-32601,"message":"no"}}\n' % message["id"])
+        sys.stdout.flush()
+        continue
+    sys.stdout.write('{"jsonrpc":"2.0","id":%d,"result":%s}\n' % (message["id"], json.dumps(result)))
+    sys.stdout.flush()
+"""
+AT_ONCE = 16
+
+
+def benchmark(seconds=2.0):
+    """Prints what a call costs directly and through the proxy."""
+    command = [sys.executable, "-c", ECHO_SERVER]
+    print(f"{'':34}{'calls/s':>9}{'of direct':>11}{'proxy CPU us/call':>19}")
+    for name, times in (("echo, 5 bytes", 1), ("answers of 1 MB", 200_000)):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            direct = measure(lambda body: (server.stdin.write(body + b"\n"), server.stdin.flush()),
+                             server.stdout.readline, times, None, seconds)[0]
+            server.stdin.close()
+        print(f"{name + ', direct':34}{direct:9.0f}")
+        for way in ("Streamable HTTP", "2026-07-28"):
+            rate, cpu = benchmark_proxy(command, way, times, seconds)
+            print(f"{name + ', ' + way:34}{rate:9.0f}{rate / direct:11.2f}{cpu:19.0f}")
+
+
+def benchmark_proxy(command, way, times, seconds):
+    """(calls per second, microseconds of the proxy's CPU per call) through the proxy."""
+    environment = {**os.environ, "MCP_SERVER_CONFIG": shlex.join(command), "HOST": "127.0.0.1", "PORT": "0"}
+    with subprocess.Popen([sys.executable, PROXY], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as proxy:
+        port = int(re.search(rb"127.0.0.1:(\d+)", proxy.stdout.readline() + proxy.stdout.readline())[1])
+        connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(AT_ONCE)]
+        files = [connection.makefile("rb") for connection in connections]
+        headers = "MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/call\r\nMcp-Name: echo\r\n"
+
+        def send(body, number=iter(range(10**9))):
+            head = (f"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: application/json, text/event-stream\r\n"
+                    f"Content-Type: application/json\r\n{headers}Content-Length: {len(body)}\r\n\r\n")
+            connections[next(number) % AT_ONCE].sendall(head.encode() + body)
+
+        def receive(number=iter(range(10**9))):
+            file, length, session = files[next(number) % AT_ONCE], 0, b""
+            for line in iter(file.readline, b"\r\n"):
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+                session = value.strip() if name.lower() == b"mcp-session-id" else session
+            return file.read(length), session
+        if way == "Streamable HTTP":
+            headers = ""
+            params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "b", "version": "1"}}
+            for _ in range(AT_ONCE):             # so that sender and receiver stay at the same connection
+                send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}).encode())
+                session = receive()[1].decode()
+            headers = f"Mcp-Session-Id: {session}\r\n"
+        result = measure(send, receive, times, proxy.pid, seconds, is_modern=way != "Streamable HTTP")
+        for connection, file in zip(connections, files):
+            file.close()
+            connection.close()
+        proxy.terminate()
+    return result
+
+
+def measure(send, receive, times, pid, seconds, is_modern=False):
+    """(calls per second, microseconds of a process's CPU per call), with AT_ONCE calls on their way at a time."""
+    meta = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
+
+    def call(number):
+        params = {"name": "echo", "arguments": {"text": "hello", "times": times}}
+        if is_modern:
+            params["_meta"] = meta
+        send(json.dumps({"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params}).encode())
+    for number in range(AT_ONCE):
+        call(number + 2)
+    for number in range(AT_ONCE * 5):            # to get warm
+        receive()
+        call(number + 100)
+    before, began, calls = cpu_seconds(pid), time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        receive()
+        calls += 1
+        call(calls + 1000)
+    elapsed = time.perf_counter() - began
+    cpu = cpu_seconds(pid) - before
+    for _ in range(AT_ONCE):
+        receive()
+    return calls / elapsed, cpu / calls * 1e6
+
+
+def cpu_seconds(pid):
+    """The CPU time that a process has used."""
+    if pid is None:
+        return 0.0
+    with open(f"/proc/{pid}/stat") as stat:
+        user, system = stat.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["bench"]:
+        sys.exit(benchmark())
+    if not importlib.util.find_spec("pytest"):
+        # Into a folder of its own, because the system's pip may refuse to install anywhere else.
+        packages = os.path.join(tempfile.gettempdir(), f"mcpproxy-tests-{os.getuid()}")
+        if importlib.util.find_spec("pip"):
+            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", packages,
+                            "pytest"], check=True)
+            os.environ["PYTHONPATH"] = packages + os.pathsep + os.environ.get("PYTHONPATH", "")
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         import venv
-        home = os.path.join(tempfile.gettempdir(), f"mcpproxy-tests-{os.getuid()}")
-        venv.create(home, with_pip=True, clear=not os.path.exists(f"{home}/bin/pip"))
-        subprocess.run([f"{home}/bin/pip", "install", "--quiet", "pytest"], check=True)
-        os.execv(f"{home}/bin/python", [f"{home}/bin/python", *sys.argv])
-    sys.exit(pytest.main([os.path.abspath(__file__), "-q", *sys.argv[1:]]))
+        venv.create(packages, with_pip=True, clear=True)
+        subprocess.run([f"{packages}/bin/pip", "install", "--quiet", "pytest"], check=True)
+        os.execv(f"{packages}/bin/python", [f"{packages}/bin/python", *sys.argv])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
+    if sys.argv[1:]:
+        sys.exit(subprocess.run([*command, *sys.argv[1:]]).returncode)
+    # The tests of the last two parts mostly wait. So they run beside the others, and are shown behind them.
+    last = "test_real or test_conformance"
+    with subprocess.Popen([*command, "-k", last], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as beside:
+        status = subprocess.run([*command, "-k", f"not ({last})"]).returncode
+        print("\nReal servers and clients, conformance:\n" + beside.communicate()[0].decode(), flush=True)
+    sys.exit(status or beside.returncode)
 
 import pytest
 
 import mcpproxy
+from mcpproxy import HTTPError, ProxyError, RPCError, Settings, SettingsError
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PROXY = os.path.join(HERE, "mcpproxy.py")
 PATIENCE = 20.0        # seconds after which something that should happen counts as not happening
+
+
+def case(name, *values):
+    """A row of a table."""
+    return pytest.param(*values, id=name)
 
 
 # ============================================================================
@@ -274,6 +441,13 @@ class Events:
 
 
 CLIENT_INFO = {"name": "test", "version": "1"}
+ACCEPT = {"Accept": "application/json, text/event-stream"}
+VERSION, CAPABILITIES, INFO, LEVEL, SUBSCRIPTION, SERVER_INFO = ("io.modelcontextprotocol/" + name for name in (
+    "protocolVersion", "clientCapabilities", "clientInfo", "logLevel", "subscriptionId", "serverInfo"))
+TOOLS_CHANGED, PROMPTS_CHANGED, RESOURCES_CHANGED = (
+    f"notifications/{kind}/list_changed" for kind in ("tools", "prompts", "resources"))
+UPDATED = "notifications/resources/updated"
+ALL_CAPABILITIES = {"sampling": {}, "elicitation": {"form": {}, "url": {}}, "roots": {}}
 
 
 def request(request_id, method, params=None):
@@ -288,6 +462,23 @@ def notification(method, params=None):
 def initialize(request_id=0, version="2025-06-18", capabilities=None):
     return request(request_id, "initialize", {"protocolVersion": version, "capabilities": capabilities or {},
                                               "clientInfo": CLIENT_INFO})
+
+
+def modern_request(request_id, method, params=None, capabilities=None):
+    """A request of 2026-07-28 and its headers."""
+    params = dict(params or {})
+    params["_meta"] = {VERSION: "2026-07-28", INFO: CLIENT_INFO, CAPABILITIES: capabilities or {},
+                       **params.get("_meta", {})}
+    message = request(request_id, method, params)
+    return message, {**ACCEPT, **modern_headers(message)}
+
+
+def modern_headers(message):
+    """What a client of 2026-07-28 repeats in headers."""
+    params = message["params"]
+    name = params.get("uri" if message["method"] == "resources/read" else "name")
+    return {"MCP-Protocol-Version": params["_meta"].get(VERSION), "Mcp-Method": message["method"],
+            **({"Mcp-Name": name} if name else {})}
 
 
 def tool_call(request_id, name, arguments=None, token=None):
@@ -351,15 +542,464 @@ class SSEClient:
         return text_of(self.stream.answer(self.start(name, arguments)))
 
 
+class Posted(Events):
+    """What comes back for a POST or GET, read by a thread: a stream, or JSON, which counts as one of a single event."""
+
+    def __init__(self, http):
+        self.http, self.response = http, None
+        self.events, self.comments = [], 0
+        self.ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            response = self.http.head()
+            if response.headers.get("content-type") == "text/event-stream":
+                self.response = response
+                self._read()
+            else:
+                response.body = self.http.file.read(int(response.headers.get("content-length", 0)))
+                if response.body:
+                    parsed = response.json()
+                    messages = parsed if isinstance(parsed, list) else [parsed]
+                    self.events = [{"data": json.dumps(message)} for message in messages]
+                self.response = response
+        self.ended.set()
+
+    def head(self):
+        """The response, once there is one."""
+        return until(lambda: self.response, "a response")
+
+    @property
+    def status(self):
+        return self.head().status
+
+    def is_stream(self):
+        return self.head().headers.get("content-type") == "text/event-stream"
+
+    def wait_end(self):
+        """Waits for the end; returns all messages."""
+        assert self.ended.wait(PATIENCE), "the stream did not end"
+        return self.messages()
+
+    def count(self, number):
+        """Waits for so many messages and returns them."""
+        return until(lambda: len(self.messages()) >= number and self.messages(), f"{number} messages")
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.http.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
+        self.http.close()
+
+
+class Peer:
+    """What the clients of all kinds have in common: they answer what the server asks, and keep what they were asked."""
+
+    RESULTS = {"sampling/createMessage": {"role": "assistant", "content": {"type": "text", "text": "hi"}, "model": "m"},
+               "elicitation/create": {"action": "accept", "content": {"name": "Ada"}},
+               "roots/list": {"roots": [{"uri": "file:///here"}]}}
+
+    def __init__(self, proxy, headers=None, capabilities=ALL_CAPABILITIES):
+        self.proxy, self.headers, self.capabilities = proxy, {**ACCEPT, **(headers or {})}, capabilities
+        self.asked, self.path = [], "/mcp"
+        self._ids, self._open = iter(range(100, 1_000_000)), []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stream in self._open:
+            stream.close()
+
+    def send(self, message, headers=None, method="POST", path=None):
+        """Sends a message and returns what will come back for it."""
+        http = HTTP(self.proxy)
+        http.send(encode_http(method, path or self.path, message, {**self.headers, **(headers or {})}))
+        self._open.append(Posted(http))
+        return self._open[-1]
+
+    def post(self, message, expect=200, headers=None, path=None):
+        """The same, when all of it has come."""
+        posted = self.send(message, headers, path=path)
+        posted.wait_end()
+        assert posted.status == expect, (posted.status, posted.messages())
+        return posted.response
+
+    def begin(self, method, params=None, token=None, meta=None):
+        """Starts a request; returns (what comes back, the id)."""
+        request_id, meta = next(self._ids), dict(meta or {})
+        if token is not None:
+            meta["progressToken"] = token
+        message = self.message(request_id, method, {**(params or {}), **({"_meta": meta} if meta else {})})
+        return self.deliver(message), request_id
+
+    def message(self, request_id, method, params=None):
+        return request(request_id, method, params)
+
+    def deliver(self, message):
+        return self.send(message)
+
+    def start(self, name, token=None, **arguments):
+        return self.begin("tools/call", {"name": name, "arguments": arguments}, token)
+
+    def call(self, method, params=None, token=None, meta=None):
+        """The answer to a request; questions are answered on the way."""
+        return self.finish(*self.begin(method, params, token, meta))
+
+    def tool(self, name, **arguments):
+        return text_of(self.finish(*self.start(name, **arguments)))
+
+    def result_of(self, method, params):
+        self.asked.append((method, {name: value for name, value in (params or {}).items() if name != "elicitationId"}))
+        return self.RESULTS[method]
+
+    def finish(self, stream, request_id):
+        """Answers what the server asks until the answer is there."""
+        done = set()
+
+        def look():
+            for message in stream.messages():
+                if "id" in message and "method" in message and message["id"] not in done:
+                    done.add(message["id"])
+                    self.reply(message["id"], self.result_of(message["method"], message.get("params")))
+                elif message.get("id") == request_id and "method" not in message:
+                    return message
+        return until(look, f"the answer to {request_id}")
+
+    def reply(self, question_id, result):
+        self.post({"jsonrpc": "2.0", "id": question_id, "result": result}, 202)
+
+    # What the matrix needs to be said differently by each kind.
+
+    def watch(self, uri):
+        """A stream on which updates of a resource and changes of lists will come."""
+        stream = self.listen()
+        assert "result" in self.call("resources/subscribe", {"uri": uri})
+        return stream
+
+    def cancel(self, stream, request_id):
+        self.post(notification("notifications/cancelled", {"requestId": request_id}), 202)
+
+    def log_at(self, wanted, name, **arguments):
+        """The log messages that come with a call at this level."""
+        assert self.call("logging/setLevel", {"level": wanted})["result"] == {}
+        return self.logs(*self.start(name, **arguments))
+
+    def logs(self, stream, request_id):
+        self.finish(stream, request_id)
+        return [message["params"]["data"] for message in stream.messages()
+                if message.get("method") == "notifications/message"]
+
+
+class StreamableClient(Peer):
+    """A client of Streamable HTTP with a session."""
+
+    def __init__(self, proxy, query="", headers=None, capabilities=ALL_CAPABILITIES, version="2025-06-18", path="/mcp"):
+        super().__init__(proxy, headers, capabilities)
+        self.path = path
+        opened = self.send(initialize(version=version, capabilities=capabilities), path=path + query)
+        self.result = opened.answer(0)["result"]
+        self.session = opened.head().headers["mcp-session-id"]
+        self.headers["Mcp-Session-Id"] = self.session
+        self.post(notification("notifications/initialized"), 202)
+        self.headers["MCP-Protocol-Version"] = self.result["protocolVersion"]
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):          # of a proxy that has ended
+            self.delete()
+        super().__exit__()
+
+    def listen(self, last_event_id=None):
+        """The session's own stream, or the rest of another."""
+        stream = self.send(None, {"Last-Event-ID": last_event_id} if last_event_id else None, "GET")
+        stream.head()
+        return stream
+
+    def delete(self):
+        return self.proxy.request("DELETE", "/mcp", None, self.headers).status
+
+
+class SSEPeer(Peer):
+    """A client of HTTP+SSE."""
+
+    def __init__(self, proxy, headers=None, capabilities=ALL_CAPABILITIES):
+        super().__init__(proxy, headers, capabilities)
+        self.client = SSEClient(proxy, headers=headers, capabilities=capabilities)
+        self.path = self.client.endpoint
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self.client.stream.close()
+
+    def deliver(self, message):
+        self.post(message, 202)
+        return self.client.stream
+
+    def listen(self):
+        return self.client.stream
+
+    def post(self, message, expect=200, headers=None, path=None):
+        return self.client.post(message, expect)
+
+
+class ModernClient(Peer):
+    """A client of 2026-07-28."""
+
+    def message(self, request_id, method, params=None):
+        return modern_request(request_id, method, params, self.capabilities)[0]
+
+    def deliver(self, message, headers=None):
+        return self.send(message, {**modern_headers(message), **(headers or {})})
+
+    def finish(self, stream, request_id):
+        """Comes again with answers for as long as the server wants input."""
+        while True:
+            answer = stream.answer(request_id)
+            if answer.get("result", {}).get("resultType") != "input_required":
+                return answer
+            result = answer["result"]
+            responses = {key: self.result_of(asked["method"], asked.get("params"))
+                         for key, asked in result["inputRequests"].items()}
+            stream, request_id = self.retry(stream.sent, result.get("requestState"), responses)
+
+    def send(self, message, headers=None, method="POST", path=None):
+        posted = super().send(message, headers, method, path)
+        posted.sent = message
+        return posted
+
+    def retry(self, message, state, responses):
+        """Sends a request again with answers."""
+        params = {**message["params"], "inputResponses": responses, **({"requestState": state} if state else {})}
+        request_id = next(self._ids)
+        return self.deliver({**message, "id": request_id, "params": params}), request_id
+
+    def listen(self, request_id=None, **wanted):
+        """A subscription, acknowledged."""
+        message = self.message(request_id or next(self._ids), "subscriptions/listen", {"notifications": wanted})
+        stream = self.deliver(message)
+        stream.wait(lambda message: message.get("method") == "notifications/subscriptions/acknowledged")
+        return stream
+
+    def watch(self, uri):
+        return self.listen(resourceSubscriptions=[uri], toolsListChanged=True)
+
+    def cancel(self, stream, request_id):
+        stream.close()
+
+    def log_at(self, wanted, name, **arguments):
+        return self.logs(*self.begin("tools/call", {"name": name, "arguments": arguments}, meta={LEVEL: wanted}))
+
+
+def meaning(answer):
+    """An answer without what the eras say differently."""
+    if "error" in answer:
+        return {"resource not found" if answer["error"]["code"] in (-32002, -32602) else answer["error"]["code"]}
+    result = {name: value for name, value in answer["result"].items()
+              if name not in ("resultType", "ttlMs", "cacheScope")}
+    meta = {name: value for name, value in result.pop("_meta", {}).items() if name != SERVER_INFO}
+    return {**result, **({"_meta": meta} if meta else {})}
+
+
+def seen(client, method=None):
+    """The messages that the fake server got so far, or those of one method."""
+    return [message for message in json.loads(client.tool("seen")) if method in (None, message.get("method"))]
+
+
+def server_id_of(client, mark):
+    """The server id of the call that has this text in it, as soon as it is there."""
+    def look():
+        return [message["id"] for message in seen(client, "tools/call") if mark in json.dumps(message)]
+    return until(look, "the call at the server")[0]
+
+
+def is_cancelled(client, server_id):
+    """Was this call cancelled at the server?"""
+    return any(message["params"]["requestId"] == server_id for message in seen(client, "notifications/cancelled"))
+
+
+def progress_of(stream):
+    """The progress that came on a stream, as (token, number)."""
+    return [(message["params"]["progressToken"], message["params"]["progress"]) for message in stream.messages()
+            if message.get("method") == "notifications/progress"]
+
+
+def servers_of(proxy):
+    """The MCP servers of a proxy and what they started."""
+    pids = []
+    for pid in proxy.children():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environment:
+            if b"\0MCPPROXY_TAG=" in environment.read():        # not in a test's name, which is in a variable too
+                pids.append(pid)
+    return pids
+
+
+def is_healthy(proxy):
+    return proxy.request("GET", "/healthz").status == 200
+
+
+def see(client, condition, what):
+    """Waits until the fake server got a message for which condition(message) is true."""
+    return until(lambda: next((message for message in seen(client) if condition(message)), None), what)
+
+
+def called(message, argument=None):
+    """The tool that a message calls, or an argument of the call."""
+    params = message.get("params", {})
+    return params.get("arguments", {}).get(argument) if argument else params.get("name")
+
+
+def methods_of(client):
+    """The methods of what came to a client by itself."""
+    return [message["method"] for message in client.stream.messages() if "method" in message]
+
+
+def answer_question(client, method, result):
+    """Answers a request of the server's."""
+    question = client.stream.wait(lambda message: message.get("method") == method and "id" in message, method)
+    client.post({"jsonrpc": "2.0", "id": question["id"], "result": result})
+    return question
+
+
+def failure_of(answer):
+    """(code, data) of an error, which is all of it but the text."""
+    assert "error" in answer, answer
+    return answer["error"]["code"], answer["error"].get("data")
+
+
+def floods(count, size=0):
+    """Code for the tool `run`: so many numbered notifications, of at least so many bytes."""
+    return (f"for n in range({count}):\n"
+            f"    send(method='notifications/tools/list_changed', params={{'n': n, 'x': 'x' * {size}}})\n"
+            "send(id=id, result={'content': [{'type': 'text', 'text': 'done'}]})")
+
+
+def post(proxy, message, session=None, **headers):
+    """One message to /mcp on a connection of its own."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if session:
+        headers["Mcp-Session-Id"] = session
+    return proxy.request("POST", "/mcp", message, {**ACCEPT, **headers})
+
+
+def open_streamable(proxy, **headers):
+    """The id of a new Streamable HTTP session."""
+    response = post(proxy, initialize(), **headers)
+    assert response.status == 200, response.body
+    session = response.headers["mcp-session-id"]
+    assert post(proxy, notification("notifications/initialized"), session, **headers).status == 202
+    return session
+
+
+QUESTION = {"name": "ask", "arguments": {"method": "sampling/createMessage", "params": {"messages": []}}}
+
+
+def ask(http, request_id, headers=None, **more):
+    """A modern call of a tool that asks its client something."""
+    message, own_headers = modern_request(request_id, "tools/call", {**QUESTION, **more}, {"sampling": {}})
+    return http.request("POST", "/mcp", message, {**own_headers, **(headers or {})})
+
+
+def retry_of(result):
+    """What a client adds to its call to answer what it was asked."""
+    return {"requestState": result["requestState"],
+            "inputResponses": {key: {"role": "assistant"} for key in result["inputRequests"]}}
+
+
+def open_sse(proxy):
+    """(connection, endpoint) of an HTTP+SSE client that reads only when told to, by next_event()."""
+    http = HTTP(proxy)
+    http.send(encode_http("GET", "/sse", None, {"Accept": "text/event-stream"}))
+    assert http.head().status == 200
+    return http, next_event(http)["data"]
+
+
+def next_event(http):
+    """The fields of the next event of a stream; comments are skipped."""
+    while True:
+        block = http.file.read(int(http.file.readline(), 16)).decode()
+        http.file.readline()
+        if not block.startswith(":"):
+            return {name: value.removeprefix(" ") for name, _, value in
+                    (line.partition(":") for line in block.strip().split("\n"))}
+
+
+def vanish(http):
+    """Closes a connection as a crash does: with a reset."""
+    http.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    http.close()
+
+
+@contextlib.contextmanager
+def closing_all():
+    """A list of connections, which are closed at the end."""
+    connections = []
+    try:
+        yield connections
+    finally:
+        for http in connections:
+            http.close()
+
+
+def descriptors(proxy):
+    return len(os.listdir(f"/proc/{proxy.process.pid}/fd"))
+
+
+def memory(proxy):
+    """Its resident size, in MB."""
+    with open(f"/proc/{proxy.process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024
+
+
+def rest_state(proxy):
+    """What has to be as it was once all clients are gone: descriptors and processes."""
+    return descriptors(proxy), sorted(proxy.children())
+
+
+def settled(proxy):
+    """The same, once the proxy is up and its server runs."""
+    def is_settled():
+        state = rest_state(proxy)
+        time.sleep(0.1)
+        return state == rest_state(proxy) and state
+    assert proxy.request("GET", "/tools").status == 200
+    return until(is_settled, "rest")
+
+
+@pytest.fixture
+def altered(tmp_path, monkeypatch):
+    """Runs the proxy with other constants, for bounds and times that no setting changes."""
+    def alter(**constants):
+        script = tmp_path / "altered.py"
+        script.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import mcpproxy\n" + "".join(
+            f"mcpproxy.{name} = {value!r}\n" for name, value in constants.items()) + "mcpproxy.main()\n")
+        monkeypatch.setitem(globals(), "PROXY", str(script))
+    return alter
+
+
+@pytest.fixture(scope="module")
+def many_descriptors():
+    """Lets this process, and the proxies it starts, have as many descriptors as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # ============================================================================
 # Fake servers
 # ============================================================================
 
-FAKE_SERVER = r"""
-import json, os, subprocess, sys, threading, time
-lock, answers, cancelled, seen = threading.Lock(), {}, {}, []
-VERSION = os.environ.get("FAKE_VERSION", "2025-06-18")
-CAPABILITIES = {"tools": {"listChanged": True}, "prompts": {}, "logging": {}, "completions": {},
+# What both answer, by method.
+COMMON = r"""
+TOOLS = [{"name": "echo", "inputSchema": {"type": "object"}, "x-unknown": 1.0},
+         {"name": "inquire", "inputSchema": {"type": "object"}},
+         {"name": "mirror", "inputSchema": {"type": "object", "properties": {
+             "region": {"type": "string", "x-mcp-header": "Region"},
+             "number": {"type": "integer", "x-mcp-header": "Number"},
+             "deep": {"type": "object", "properties": {"flag": {"type": "boolean", "x-mcp-header": "Flag"}}}}}}]
+CAPABILITIES = {"tools": {"listChanged": True}, "prompts": {"listChanged": True}, "logging": {}, "completions": {},
                 "resources": {"subscribe": True, "listChanged": True}}
 
 def write(text):
@@ -370,27 +1010,69 @@ def write(text):
 def send(**members):
     write(json.dumps({"jsonrpc": "2.0", **members}))
 
-def ask(method, params):
-    number = "ask-%d" % len(answers)
-    answers[number] = event = [threading.Event(), None]
-    send(id=number, method=method, params=params)
-    event[0].wait(30)
-    return event[1]
+def sleep(id, meta, seconds, steps):
+    cancelled[id] = event = threading.Event()
+    for step in range(steps):
+        time.sleep(seconds / steps)
+        send(method="notifications/progress", params={"progressToken": meta.get("progressToken"), "progress": step})
+    return None if event.wait(0 if steps else seconds) else "slept"
 
-def call(id, name, meta, echo=None, text="", seconds=0, steps=0, method="", params=None, size=0, code=0, line="",
-         level="info", variable=""):
+def common(method, params):
+    if method == "tools/list":
+        cursor = int(params.get("cursor", 0))
+        return {"tools": TOOLS[cursor:cursor + 2], **({"nextCursor": "2"} if cursor == 0 else {})}
+    if method == "resources/list": return {"resources": [{"uri": "test://a", "name": "a"}]}
+    if method == "resources/templates/list": return {"resourceTemplates": [{"uriTemplate": "test://{x}", "name": "t"}]}
+    if method == "resources/read" and params["uri"] != "test://missing":
+        return {"contents": [{"uri": params["uri"], "text": "content"}]}
+    if method == "prompts/list": return {"prompts": [{"name": "greet"}]}
+    if method == "prompts/get" and "arguments" in params:
+        content = {"type": "text", "text": "hello " + params["arguments"]["who"]}
+        return {"messages": [{"role": "user", "content": content}], "_meta": {"com.example/a": 1.0}}
+    if method == "completion/complete": return {"completion": {"values": [params["argument"]["value"] + "!"]}}
+    if method == "custom/method":
+        return {"params": {key: value for key, value in params.items() if key != "_meta"}, "number": 1.0}
+    raise KeyError(method)
+"""
+
+FAKE_SERVER = r"""
+import collections, concurrent.futures, itertools, json, os, subprocess, sys, threading, time
+lock, answers, cancelled, numbers = threading.Lock(), {}, {}, itertools.count()
+seen, lines = collections.deque(maxlen=1000), collections.deque(maxlen=1000)
+VERSION = os.environ.get("FAKE_VERSION", "2025-06-18")
+sys.stdout.reconfigure(errors="surrogateescape")
+""" + COMMON + r"""
+def ask(method, params):
+    number = "ask-%d" % next(numbers)
+    answers[number] = event = [threading.Event(), None]
+    send(id=number, method=method, params=params or {})
+    event[0].wait(30)
+    return event[1] or {}
+
+def call(id, name, meta, text="", seconds=0, steps=0, method="", params=None, size=0, code=0, line="", level="info",
+         variable="", rounds=(), **_):
+    value = os.environ.get(variable, "(unset)")
     if name == "echo": return text
     if name == "pid": return str(os.getpid())
-    if name == "seen": return json.dumps(seen)
-    if name == "variable": return os.environ.get(variable, "(unset)")
-    if name == "sleep":
-        cancelled[id] = event = threading.Event()
-        for step in range(steps):
-            time.sleep(seconds / steps)
-            send(method="notifications/progress", params={"progressToken": meta.get("progressToken"), "progress": step})
-        if event.wait(0 if steps else seconds): return None
-        return "slept"
+    if name == "seen": return json.dumps([*seen])
+    if name == "lines": return "".join(lines)
+    if name == "meta": return json.dumps(meta)
+    if name == "mirror": return "mirrored"
+    if name == "variable": return value
+    if name == "sleep": return sleep(id, meta, seconds, steps)
     if name == "ask": return json.dumps(ask(method, params))
+    if name == "inquire":
+        found = []
+        for questions in rounds:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                found += pool.map(lambda question: ask(*question).get("result"), questions)
+        return json.dumps(found)
+    if name == "staggered":
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            first = pool.submit(ask, method, {"which": 1})
+            time.sleep(seconds)
+            second = pool.submit(ask, method, {"which": 2})
+            return json.dumps([question.result().get("result") for question in (first, second)])
     if name == "log":
         send(method="notifications/message", params={"level": level, "data": text})
         return "logged"
@@ -398,14 +1080,17 @@ def call(id, name, meta, echo=None, text="", seconds=0, steps=0, method="", para
         send(method=method, params=params or {})
         return "notified"
     if name == "later":
-        threading.Timer(seconds, lambda: send(method=method, params=params or {})).start()
+        threading.Timer(seconds, lambda: write(line) if line else send(method=method, params=params or {})).start()
         return "soon"
+    if name == "say":
+        print(value if variable else text, file=sys.stderr, flush=True)
+        return "said"
     if name == "die":
-        print(text, file=sys.stderr, flush=True)
+        print(text.replace("%VARIABLE%", value), file=sys.stderr, flush=True)
         os._exit(code)
     if name == "big": return "x" * size
     if name == "raw":
-        write(line)
+        write(line.replace("%ID%", str(id)).replace("%BIG%", "x" * size).replace("%VARIABLE%", value))
         return "written"
     if name == "twice":
         send(id=id, result={"content": [{"type": "text", "text": "first"}]})
@@ -414,6 +1099,7 @@ def call(id, name, meta, echo=None, text="", seconds=0, steps=0, method="", para
         child = subprocess.Popen(["sleep", "1000"], start_new_session=True, stdin=subprocess.DEVNULL,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return str(child.pid)
+    if name == "run": return exec(text, globals(), {"id": id, "meta": meta})
     if name == "silent": return None
     raise KeyError(name)
 
@@ -421,38 +1107,198 @@ def answer(id, method, params):
     if method == "tools/call":
         text = call(id, params["name"], params.get("_meta") or {}, **params.get("arguments") or {})
         return None if text is None else {"content": [{"type": "text", "text": text}]}
+    if method == "prompts/get" and "rounds" in params.get("arguments", {}):
+        return {"messages": [], "description": call(id, "inquire", {}, **params["arguments"])}
     if method == "initialize":
-        return {"protocolVersion": VERSION, "capabilities": CAPABILITIES, "serverInfo": {"name": "fake", "version": "1"},
-                "x-unknown": 12345678901234567890}
-    if method == "tools/list":
-        return {"tools": [{"name": "echo", "inputSchema": {"type": "object"}, "x-unknown": 1.0}]}
-    if method == "resources/list": return {"resources": [{"uri": "test://a", "name": "a"}]}
-    if method == "resources/read": return {"contents": [{"uri": params["uri"], "text": "content"}]}
-    if method == "prompts/list": return {"prompts": []}
+        return {"protocolVersion": VERSION, "capabilities": CAPABILITIES,
+                "serverInfo": {"name": "fake", "version": "1"}, "x-unknown": 12345678901234567890}
+    if params.get("uri", "").startswith("slow"): time.sleep(0.5)
     if method in ("ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe"): return {}
-    if method == "custom/method": return {"params": params, "number": 1.0}
-    raise KeyError(method)
+    return common(method, params)
 
 def handle(message):
+    method, params = message["method"], message.get("params") or {}
     try:
-        result = answer(message["id"], message["method"], message.get("params") or {})
+        result = answer(message["id"], method, params)
         if result is not None: send(id=message["id"], result=result)
     except KeyError as error:
-        send(id=message["id"], error={"code": -32601, "message": "no %s" % error})
+        code = -32002 if method == "resources/read" else -32601
+        send(id=message["id"], error={"code": code, "message": "no %s" % error})
 
 for line in sys.stdin:
     message = json.loads(line)
-    seen.append(message)
+    if len(line) < 10_000:           # so that what it saw stays small
+        lines.append(line)
+        seen.append(message)
     if "method" not in message:
-        event = answers[message["id"]]
+        event = answers.get(message["id"], [threading.Event(), None])
         event[1] = message
         event[0].set()
     elif message["method"] == "notifications/cancelled":
         if message["params"]["requestId"] in cancelled: cancelled[message["params"]["requestId"]].set()
-    elif "id" in message:
+    elif "id" in message and message["method"] != os.environ.get("FAKE_DEAF_TO"):
         threading.Thread(target=handle, args=(message,), daemon=True).start()
 """
+
+MODERN_SERVER = r"""
+import json, os, sys, threading, time
+lock, cancelled, seen, listening = threading.Lock(), {}, [], {}
+KEY = "io.modelcontextprotocol/"
+LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
+             "resources/read"}
+""" + COMMON + r"""
+def tell(method, params):
+    kind = method.split("/")[1] + "ListChanged"
+    for id, wanted in list(listening.items()):
+        if wanted.get(kind) or params.get("uri") in wanted.get("resourceSubscriptions", ()):
+            send(method=method, params={**params, "_meta": {KEY + "subscriptionId": id}})
+
+class Input(Exception): pass
+
+def call(id, name, meta, request, text="", seconds=0, steps=0, method="", params=None, level="info", rounds=(), **_):
+    if name == "echo": return text
+    if name == "pid": return str(os.getpid())
+    if name == "seen": return json.dumps(seen)
+    if name == "meta": return json.dumps(meta)
+    if name == "mirror": return "mirrored"
+    if name == "sleep": return sleep(id, meta, seconds, steps)
+    if name == "log":
+        if meta.get(KEY + "logLevel") and LEVELS.index(level) >= LEVELS.index(meta[KEY + "logLevel"]):
+            send(method="notifications/message", params={"level": level, "data": text})
+        return "logged"
+    if name == "notify":
+        tell(method, params or {})
+        return "notified"
+    if name == "die": os._exit(1)
+    if name == "silent": return None
+    if name == "for ever": raise Input({"q": ["roots/list", None]}, [])
+    if name == "state only":
+        if "requestState" not in request: raise Input({}, ["x"])
+        return request["requestState"]
+    if name == "inquire":
+        state, responses = json.loads(request.get("requestState", "[]")), request.get("inputResponses", {})
+        if responses: state.append([responses["q%d" % number] for number in range(len(responses))])
+        if len(state) == len(rounds): return json.dumps(sum(state, []))
+        raise Input({"q%d" % number: question for number, question in enumerate(rounds[len(state)])}, state)
+    raise KeyError(name)
+
+def answer(id, method, params, meta):
+    if method == "server/discover":
+        return {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES, "instructions": "be kind"}
+    if method == "tools/call":
+        text = call(id, params["name"], meta, params, **params.get("arguments") or {})
+        return None if text is None else {"content": [{"type": "text", "text": text}]}
+    if method == "prompts/get" and "rounds" in params.get("arguments", {}):
+        return {"messages": [], "description": call(id, "inquire", meta, params, **params["arguments"])}
+    if method == "subscriptions/listen":
+        listening[id] = params["notifications"]
+        return send(method="notifications/subscriptions/acknowledged", params={
+            "_meta": {KEY + "subscriptionId": id}, "notifications": params["notifications"]})
+    return common(method, params)
+
+def handle(id, method, params):
+    meta = params.get("_meta", {})
+    if meta.get(KEY + "protocolVersion") != "2026-07-28" or KEY + "clientCapabilities" not in meta:
+        return send(id=id, error={"code": -32602, "message": "no envelope"})
+    try:
+        result = answer(id, method, params, meta)
+        kind, extra = "complete", {"ttlMs": 5, "cacheScope": "public"} if method in CACHEABLE else {}
+    except Input as wanted:
+        questions, state = wanted.args
+        result = {"requestState": json.dumps(state)}
+        if questions:
+            result["inputRequests"] = {key: {"method": method, "params": params or {}}
+                                       for key, (method, params) in questions.items()}
+        kind, extra = "input_required", {}
+    except KeyError as error:
+        code = -32602 if method == "resources/read" else -32601
+        return send(id=id, error={"code": code, "message": "no %s" % error})
+    if result is not None:
+        meta = {KEY + "serverInfo": {"name": "modern", "version": "1"}, **result.pop("_meta", {})}
+        send(id=id, result={"resultType": kind, **extra, **result, "_meta": meta})
+
+for line in sys.stdin:
+    message = json.loads(line)
+    seen.append(message)
+    if message["method"] == "notifications/cancelled":
+        listening.pop(message["params"]["requestId"], None)
+        if message["params"]["requestId"] in cancelled: cancelled[message["params"]["requestId"]].set()
+    elif "id" in message:
+        parts = message["id"], message["method"], message.get("params", {})
+        threading.Thread(target=handle, args=parts, daemon=True).start()
+"""
 FAKE = [sys.executable, "-c", FAKE_SERVER]
+MODERN = [sys.executable, "-c", MODERN_SERVER]
+SERVERS = {"legacy": FAKE, "modern": MODERN}
+
+
+def fake_server(before="", **variables):
+    """FAKE_SERVER with something done before it starts, and with variables set in the command line."""
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return [*(["env", *settings] if settings else []), sys.executable, "-c", before + "\n" + FAKE_SERVER]
+
+
+# Proxies and clients for all tests that leave them as they were.
+
+def shared_proxy(command=None, **settings):
+    """A fixture that is a proxy, the same for all tests."""
+    @pytest.fixture(scope="module")
+    def proxy():
+        with running_proxy(command, **settings) as proxy:
+            yield proxy
+    return proxy
+
+
+demo = shared_proxy()
+fake = shared_proxy(FAKE)
+independent = shared_proxy(FAKE, SHARED_SESSION="false")
+modern_server = shared_proxy(MODERN)
+stateless = shared_proxy(FAKE, STATELESS="true")
+small = shared_proxy(FAKE, MAX_MESSAGE_MB=1)
+
+
+@pytest.fixture
+def modern(fake):
+    """A modern client of the fake server, which is legacy."""
+    with ModernClient(fake) as client:
+        yield client
+
+
+@pytest.fixture(params=SERVERS.values(), ids=SERVERS)
+def server(request):
+    """The command of a server of each era."""
+    return request.param
+
+
+PEERS = {"sse": SSEPeer, "streamable": StreamableClient, "modern": ModernClient}
+
+
+@pytest.fixture(scope="module", params=[f"{server}-{mode}" for server in SERVERS for mode in ("shared", "own")])
+def any_proxy(request):
+    """A proxy in front of a server of each era, in each session mode, for tests that leave it as it was."""
+    server, _, mode = request.param.partition("-")
+    with running_proxy(SERVERS[server], SHARED_SESSION=mode == "shared") as proxy:
+        proxy.asks_for_roots = request.param != "legacy-shared"
+        yield proxy
+
+
+@pytest.fixture(params=PEERS)
+def peer(request, any_proxy):
+    """A client of each kind, at each of these."""
+    with PEERS[request.param](any_proxy) as peer:
+        yield peer
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def either(request):
+    """The same in front of a server of each era."""
+    with running_proxy(SERVERS[request.param]) as proxy:
+        proxy.era = request.param
+        yield proxy
+
+
+MODES = pytest.mark.parametrize("shared", [True, False], ids=["shared", "independent"])
 
 
 @pytest.fixture(autouse=True)
@@ -466,39 +1312,6 @@ def nothing_is_left_behind():
     until(lambda: left() <= before or left() == before, f"the state before, {before}, from {left()}", 5)
 
 
-import ast
-import asyncio
-import bisect
-import dataclasses
-import dis
-import itertools
-import logging
-import random
-import types
-
-import test_mcpproxy
-from mcpproxy import HTTPError, ProxyError, RPCError, Settings, SettingsError
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """A proxy in front of the demo server, for all tests that leave it as it was."""
-    with running_proxy() as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="module")
-def fake():
-    """A proxy in front of a fake server, likewise."""
-    with running_proxy(FAKE) as proxy:
-        yield proxy
-
-
-def case(name, *values):
-    """A row of a table."""
-    return pytest.param(*values, id=name)
-
-
 # ============================================================================
 # 3. Settings
 # ============================================================================
@@ -506,7 +1319,6 @@ def case(name, *values):
 # A value of each setting that is not its default, where the type alone does not give one.
 SAMPLES = {"mcp_server_config": "cat", "base_path": "/x", "log_level": "DEBUG", "log_format": "json",
            "server_era": "legacy"}
-
 NEEDS = {"tls_key": {"TLS_CERT": "x"}}         # what a setting needs beside it
 
 
@@ -986,7 +1798,7 @@ PIECES_HTTP = [b"\r\n", b"\r", b"\n", b"\0", b" ", b"\t", b":", b";", b"%", b"0"
                b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Host: a\r\n", b"HTTP/1.1", b"\r\n\r\n"]
 
 
-def mutations(seeds, pieces, seconds=2.0):
+def mutations(seeds, pieces, seconds=1.0):
     """Seeds with bytes taken out, put in and doubled, for some seconds; (random numbers, bytes) pairs."""
     deadline, numbers = time.monotonic() + seconds, itertools.count()
     while time.monotonic() < deadline:
@@ -1337,6 +2149,470 @@ def test_protocol_capability_that_is_missing_is_named(capabilities, method, para
     assert mcpproxy.missing_capabilities(capabilities, method, params) == missing
 
 
+# The four cells of the table of eras, times session mode and transport. What a client sees is the same everywhere.
+
+FORM = ["elicitation/create", {"message": "who?", "requestedSchema": {"type": "object"}}]
+URL = ["elicitation/create", {"mode": "url", "message": "log in", "url": "https://example.com/", "elicitationId": "e"}]
+SAMPLING = ["sampling/createMessage", {"messages": [], "maxTokens": 1}]
+ROOTS = ["roots/list", None]
+
+
+def text_result(text):
+    return {"content": [{"type": "text", "text": text}]}
+
+
+STEPS = [
+    case("tools", "tools/call", {"name": "echo", "arguments": {"text": "ä\u2028"}}, text_result("ä\u2028")),
+    case("no such tool", "tools/call", {"name": "nothing"}, {-32601}),
+    case("resources", "resources/list", {}, {"resources": [{"uri": "test://a", "name": "a"}]}),
+    case("templates", "resources/templates/list", {}, {
+        "resourceTemplates": [{"uriTemplate": "test://{x}", "name": "t"}]}),
+    case("resource", "resources/read", {"uri": "test://a"}, {"contents": [{"uri": "test://a", "text": "content"}]}),
+    case("no such resource", "resources/read", {"uri": "test://missing"}, {"resource not found"}),
+    case("prompts", "prompts/list", {}, {"prompts": [{"name": "greet"}]}),
+    case("prompt", "prompts/get", {"name": "greet", "arguments": {"who": "Ada"}}, {
+        "messages": [{"role": "user", "content": {"type": "text", "text": "hello Ada"}}],
+        "_meta": {"com.example/a": 1.0}}),
+    case("completion", "completion/complete", {
+        "ref": {"type": "ref/prompt", "name": "greet"}, "argument": {"name": "who", "value": "A"}}, {
+        "completion": {"values": ["A!"]}}),
+    case("unknown", "custom/method", {"x": [None, 12345678901234567890]}, {
+        "params": {"x": [None, 12345678901234567890]}, "number": 1.0}),
+]
+
+
+@pytest.mark.parametrize("method, params, expected", STEPS)
+def test_era_matrix_answers(peer, method, params, expected):
+    assert meaning(peer.call(method, params)) == expected
+
+
+def test_era_matrix_resource_not_found_has_the_code_of_the_client(peer):
+    code = peer.call("resources/read", {"uri": "test://missing"})["error"]["code"]
+    assert code == (-32602 if isinstance(peer, ModernClient) else -32002)
+
+
+def test_era_matrix_lists_come_in_pages(peer):
+    first = peer.call("tools/list")["result"]
+    second = peer.call("tools/list", {"cursor": first["nextCursor"]})["result"]
+    assert [tool["name"] for tool in first["tools"] + second["tools"]] == ["echo", "inquire", "mirror"]
+    assert "nextCursor" not in second
+
+
+def test_era_matrix_progress_has_the_token_of_the_client(peer):
+    for token in ("a", 7):
+        stream, request_id = peer.start("sleep", token=token, seconds=0.06, steps=3)
+        assert text_of(peer.finish(stream, request_id)) == "slept"
+        assert progress_of(stream)[-3:] == [(token, step) for step in range(3)]
+
+
+def test_era_matrix_logs_are_those_that_were_asked_for(peer):
+    assert peer.log_at("warning", "log", level="info", text="quiet") == []
+    assert peer.log_at("warning", "log", level="error", text="loud")[-1:] == ["loud"]
+
+
+def test_era_matrix_cancellation_reaches_the_server(peer):
+    mark = os.urandom(4).hex()
+    stream, request_id = peer.start("sleep", seconds=60, text=mark)
+    server_id = server_id_of(peer, mark)
+    assert not is_cancelled(peer, server_id)
+    peer.cancel(stream, request_id)
+    until(lambda: is_cancelled(peer, server_id), "the cancellation at the server")
+
+
+def test_era_matrix_changes_are_told(peer):
+    stream = peer.watch("test://a")
+    for method, params in ((TOOLS_CHANGED, {}), (UPDATED, {"uri": "test://a"})):
+        peer.tool("notify", method=method, params=params)
+        message = stream.wait(lambda message: message.get("method") == method, method)
+        assert {name: value for name, value in message.get("params", {}).items() if name != "_meta"} == params
+
+
+@pytest.mark.parametrize("rounds", [
+    case("form", [[FORM]]), case("url", [[URL]]), case("sampling", [[SAMPLING]]), case("roots", [[ROOTS]]),
+    case("two at once", [[FORM, SAMPLING]]), case("three rounds", [[ROOTS], [FORM, URL], [SAMPLING]])])
+def test_era_matrix_questions_of_the_server_reach_the_client(peer, rounds):
+    if not peer.proxy.asks_for_roots and not isinstance(peer, ModernClient):
+        rounds = [[question for question in questions if question is not ROOTS] for questions in rounds]
+    answers = json.loads(peer.tool("inquire", rounds=rounds))
+    questions = [(method, {name: value for name, value in (params or {}).items() if name != "elicitationId"})
+                 for method, params in sum(rounds, [])]
+    assert answers == [peer.RESULTS[method] for method, _ in questions]
+    assert sorted(map(str, peer.asked)) == sorted(map(str, questions))
+
+
+def test_era_matrix_prompts_may_ask_too(peer):
+    result = peer.call("prompts/get", {"name": "p", "arguments": {"rounds": [[FORM]]}})["result"]
+    assert json.loads(result["description"]) == [peer.RESULTS["elicitation/create"]]
+
+
+def test_era_matrix_meta_is_passed_on(peer):
+    meta = {"com.example/key": {"deep": [1.0]}}
+    text = text_of(peer.call("tools/call", {"name": "meta"}, meta=meta))
+    assert json.loads(text)["com.example/key"] == meta["com.example/key"]
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_era_matrix_trace_context_of_the_header_is_passed_on(any_proxy):
+    for kind in (StreamableClient, ModernClient):
+        with kind(any_proxy, headers={"traceparent": TRACE, "tracestate": "a=b"}) as client:
+            meta = json.loads(client.tool("meta"))
+            assert (meta["traceparent"], meta["tracestate"]) == (TRACE, "a=b")
+            meta = json.loads(text_of(client.call("tools/call", {"name": "meta"}, meta={"traceparent": "mine"})))
+            assert meta["traceparent"] == "mine"
+
+
+@pytest.mark.parametrize("change", [
+    case("no version", {VERSION: None}), case("version is no string", {VERSION: 1}),
+    case("no capabilities", {CAPABILITIES: None}), case("capabilities are no object", {CAPABILITIES: "all"}),
+    case("no such log level", {LEVEL: "loud"})])
+def test_era_request_with_an_incomplete_envelope_is_refused(modern, change):
+    message = modern.message(1, "tools/list")
+    meta = message["params"]["_meta"]
+    meta.update(change)
+    message["params"]["_meta"] = {name: value for name, value in meta.items() if value is not None}
+    headers = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/list"}
+    assert modern.post(message, 400, headers).error() == (400, -32602)
+
+
+def test_era_header_without_an_envelope_is_no_missing_session(modern):
+    headers = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/list"}
+    response = modern.post(request(1, "tools/list"), 400, headers)
+    assert response.error() == (400, -32602)
+    assert response.json()["id"] == 1
+
+
+def test_era_client_need_not_name_itself(modern):
+    message = modern.message(1, "tools/list")
+    del message["params"]["_meta"][INFO]
+    assert "result" in modern.deliver(message).answer(1)
+
+
+HEADERS = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "echo"}
+
+
+@pytest.mark.parametrize("change", [
+    *(case("no " + name, {name: None}) for name in HEADERS),
+    case("other version", {"MCP-Protocol-Version": "2025-11-25"}),
+    case("unknown version", {"MCP-Protocol-Version": "2099-01-01"}),
+    case("other method", {"Mcp-Method": "tools/list"}), case("method in capitals", {"Mcp-Method": "Tools/Call"}),
+    case("other name", {"Mcp-Name": "ECHO"}), case("name not in ASCII", {"Mcp-Name": "écho"}),
+    case("other name in base64", {"Mcp-Name": "=?base64?ZWNobzI=?="}),
+    case("bad base64", {"Mcp-Name": "=?base64?ZWNo!bw?="}), case("base64 of no UTF-8", {"Mcp-Name": "=?base64?/w==?="}),
+    case("base64 in capitals", {"Mcp-Name": "=?BASE64?ZWNobw==?="})])
+def test_era_headers_that_do_not_say_what_the_body_says_are_refused(modern, change):
+    message = modern.message(1, "tools/call", {"name": "echo", "arguments": {"text": "x"}})
+    response = modern.post(message, 400, {**HEADERS, **change})
+    assert response.error() == (400, -32020)
+    assert response.json()["id"] == 1
+
+
+def in_base64(text):
+    return f"=?base64?{base64.b64encode(text.encode()).decode()}?="
+
+
+@pytest.mark.parametrize("uri", ["test://a", "test://ä", "test:// ", "=?base64?literal?="])
+def test_era_name_may_be_in_base64(modern, uri):
+    message = modern.message(1, "resources/read", {"uri": uri})
+    stream = modern.deliver(message, {"Mcp-Name": in_base64(uri)})
+    assert stream.answer(1)["result"]["contents"][0]["uri"] == uri
+
+
+MIRRORED = [
+    case("all", {"region": "eu", "number": 42, "deep": {"flag": True}},
+         {"Region": "eu", "Number": "42", "Flag": "true"}, True),
+    case("none", {}, {}, True),
+    case("null", {"region": None}, {}, True),
+    case("number as float", {"number": 42}, {"Number": "42.0"}, True),
+    case("base64", {"region": "ä "}, {"Region": in_base64("ä ")}, True),
+    case("empty", {"region": ""}, {"Region": ""}, True),
+    case("missing", {"region": "eu"}, {}, False),
+    case("missing, nested", {"deep": {"flag": False}}, {}, False),
+    case("other text", {"region": "eu"}, {"Region": "us"}, False),
+    case("other number", {"number": 42}, {"Number": "43"}, False),
+    case("no number", {"number": 42}, {"Number": "x"}, False),
+    case("truth in Python", {"deep": {"flag": True}}, {"Flag": "True"}, False),
+    case("without argument", {}, {"Region": "eu"}, False),
+    case("bad base64", {"region": "eu"}, {"Region": "=?base64?!?="}, False),
+    case("not ASCII", {"region": "ä"}, {"Region": "ä"}, False),
+]
+
+
+@pytest.mark.parametrize("arguments, headers, is_right", MIRRORED)
+def test_era_mirrored_arguments_are_checked(modern, arguments, headers, is_right):
+    message = modern.message(1, "tools/call", {"name": "mirror", "arguments": arguments})
+    stream = modern.deliver(message, {f"Mcp-Param-{name}": value for name, value in headers.items()})
+    if is_right:
+        assert text_of(stream.answer(1)) == "mirrored"
+    else:
+        stream.wait_end()
+        assert stream.response.error() == (400, -32020)
+
+
+def test_era_mirrored_arguments_are_checked_before_tools_were_ever_listed(server):
+    with running_proxy(server) as proxy, ModernClient(proxy) as client:
+        stream, request_id = client.start("mirror", region="eu")
+        assert stream.answer(request_id)["error"]["code"] == -32020
+        assert stream.status == 400
+
+
+def test_era_tools_are_asked_for_once_until_they_change():
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy) as legacy, ModernClient(proxy) as client:
+        for _ in range(2):
+            client.tool("echo")
+        legacy.tool("notify", method=TOOLS_CHANGED)
+        client.tool("echo")
+        names = [message["params"].get("name", "list") for message in seen(legacy)
+                 if message["method"].startswith("tools/")]
+        assert names == ["list", "list", "echo", "echo", "notify", "list", "list", "echo", "seen"]     # two pages each
+
+
+def test_era_header_that_no_tool_asks_for_is_ignored(modern):
+    message = modern.message(1, "tools/call", {"name": "echo", "arguments": {"text": "x"}})
+    assert text_of(modern.deliver(message, {"Mcp-Param-Region": "eu"}).answer(1)) == "x"
+
+
+@pytest.mark.parametrize("version", ["2025-11-25", "2099-01-01"])
+def test_era_version_that_is_not_spoken_is_refused_with_those_that_are(modern, version):
+    message = modern.message(1, "tools/list", {"_meta": {VERSION: version}})
+    stream = modern.deliver(message)
+    error = stream.answer(1)["error"]
+    assert (stream.status, error["code"]) == (400, -32022)
+    assert "2026-07-28" in error["data"]["supported"] and error["data"]["requested"] == version
+
+
+@pytest.mark.parametrize("method", ["initialize", "ping", "logging/setLevel", "resources/subscribe",
+                                    "resources/unsubscribe", "no/such/method"])
+def test_era_method_that_is_none_of_the_revision_is_not_found(either, method):
+    with ModernClient(either) as client:
+        stream, request_id = client.begin(method, {"uri": "test://a", "level": "info"})
+        assert stream.answer(request_id)["error"]["code"] == -32601
+        assert stream.status == 404
+
+
+def test_era_notification_is_accepted_and_a_response_is_not(modern):
+    headers = {"MCP-Protocol-Version": "2026-07-28"}
+    assert modern.post(notification("notifications/anything"), 202, headers).body == b""
+    assert modern.post({"jsonrpc": "2.0", "id": 1, "result": {}}, 400, headers).error() == (400, -32600)
+
+
+def test_era_session_id_of_a_modern_request_is_ignored(modern):
+    message = modern.message(1, "tools/list")
+    posted = modern.deliver(message, {"Mcp-Session-Id": "nonsense"})
+    assert "result" in posted.answer(1)
+    assert "mcp-session-id" not in posted.head().headers
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_era_modern_path_has_no_streams_nor_sessions(fake, method):
+    response = fake.request(method, "/mcp", None, {**ACCEPT, "MCP-Protocol-Version": "2026-07-28"})
+    assert response.error() == (405, -32600)
+    assert "POST" in response.headers["allow"]
+
+
+def test_era_discovery_tells_what_the_server_is(either):
+    with ModernClient(either) as client:
+        result = client.call("server/discover")["result"]
+        assert "2026-07-28" in result["supportedVersions"]
+        assert set(result["capabilities"]) == {"tools", "prompts", "logging", "completions", "resources"}
+        assert result["_meta"][SERVER_INFO]["name"] in ("fake", "modern")
+        assert result["resultType"] == "complete" and result["ttlMs"] >= 0
+        assert result["cacheScope"] in ("public", "private")
+
+
+CACHEABLE = [("tools/list", {}), ("resources/list", {}), ("resources/templates/list", {}), ("prompts/list", {}),
+             ("resources/read", {"uri": "test://a"})]
+NOT_CACHEABLE = [("tools/call", {"name": "echo"}), ("prompts/get", {"name": "greet", "arguments": {"who": "x"}}),
+                 ("completion/complete", {"ref": {}, "argument": {"value": "x"}})]
+
+
+@pytest.mark.parametrize("method, params", CACHEABLE + NOT_CACHEABLE)
+def test_era_result_of_a_legacy_server_gets_what_modern_clients_expect(modern, method, params):
+    result = modern.call(method, params)["result"]
+    assert result["resultType"] == "complete"
+    hints = {name: result[name] for name in ("ttlMs", "cacheScope") if name in result}
+    assert hints == ({"ttlMs": 0, "cacheScope": "private"} if (method, params) in CACHEABLE else {})
+    assert result["_meta"][SERVER_INFO] == {"name": "fake", "version": "1"}
+
+
+def test_era_result_of_a_modern_server_reaches_modern_clients_as_it_is(modern_server):
+    with ModernClient(modern_server) as client:
+        result = client.call("tools/list")["result"]
+        assert (result["ttlMs"], result["cacheScope"], result["resultType"]) == (5, "public", "complete")
+
+
+def test_era_result_of_a_modern_server_reaches_legacy_clients_without_what_is_new(modern_server):
+    with StreamableClient(modern_server) as client:
+        assert not {"ttlMs", "cacheScope", "resultType"} & set(client.call("tools/list")["result"])
+
+
+@pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05"])
+def test_era_handshake_is_made_for_a_modern_server(modern_server, version):
+    with StreamableClient(modern_server, version=version) as client:
+        assert client.result["protocolVersion"] == version
+        assert client.result["serverInfo"] == {"name": "modern", "version": "1"}
+        assert client.result["instructions"] == "be kind"
+        assert client.result["capabilities"]["tools"] == {"listChanged": True}
+        assert client.call("ping")["result"] == {}
+
+
+def test_era_envelope_is_taken_off_for_a_legacy_server(modern):
+    assert json.loads(modern.tool("meta")) == {}
+
+
+def test_era_envelope_is_put_on_for_a_modern_server(modern_server):
+    with StreamableClient(modern_server, capabilities={"roots": {}}) as client:
+        meta = json.loads(client.tool("meta"))
+        assert meta == {VERSION: "2026-07-28", CAPABILITIES: {"roots": {}}, INFO: CLIENT_INFO}
+
+
+def test_era_envelope_of_a_modern_client_reaches_a_modern_server(modern_server):
+    with ModernClient(modern_server, capabilities={"sampling": {}}) as client:
+        assert json.loads(client.tool("meta"))[CAPABILITIES] == {"sampling": {}}
+
+
+def test_era_log_messages_are_for_requests_with_a_level(modern):
+    listener = modern.listen(toolsListChanged=True)
+    assert modern.logs(*modern.start("log", level="emergency", text="x")) == []
+    assert modern.log_at("debug", "log", level="debug", text="x") == ["x"]
+    modern.tool("notify", method=TOOLS_CHANGED)
+    assert [message["method"] for message in listener.count(2)] == [
+        "notifications/subscriptions/acknowledged", TOOLS_CHANGED]
+
+
+def test_era_status_is_that_of_the_answer_although_it_comes_late(modern):
+    stream, request_id = modern.begin("tools/call", {"name": "sleep", "arguments": {"seconds": 2.6}})
+    assert text_of(stream.answer(request_id)) == "slept"
+    assert not stream.is_stream()
+
+
+# Subscriptions.
+
+@pytest.fixture
+def listeners(server):
+    """A modern client of a server of each era."""
+    with running_proxy(server) as proxy, ModernClient(proxy) as client:
+        yield client
+
+
+@pytest.mark.parametrize("listen_id", [7, "7", "ä\\\""])
+def test_era_subscription_is_tagged_with_the_client_id(listeners, listen_id):
+    stream = listeners.listen(listen_id, toolsListChanged=True)
+    listeners.tool("notify", method=TOOLS_CHANGED)
+    first, second = stream.count(2)
+    assert first["params"]["notifications"] == {"toolsListChanged": True}
+    assert [message["params"]["_meta"][SUBSCRIPTION] for message in (first, second)] == [listen_id] * 2
+    assert second["method"] == TOOLS_CHANGED
+
+
+def test_era_subscription_brings_what_was_asked_for_alone(listeners):
+    stream = listeners.listen(promptsListChanged=True, resourceSubscriptions=["test://a"], toolsListChanged=False)
+    for method, params in [(TOOLS_CHANGED, {}), (UPDATED, {"uri": "test://b"}),
+                           (RESOURCES_CHANGED, {}), (UPDATED, {"uri": "test://a"}),
+                           (PROMPTS_CHANGED, {})]:
+        listeners.tool("notify", method=method, params=params)
+    assert [message["method"] for message in stream.count(3)[1:]] == [
+        UPDATED, PROMPTS_CHANGED]
+
+
+def test_era_subscription_is_acknowledged_with_what_a_legacy_server_can():
+    with running_proxy() as proxy, ModernClient(proxy) as client:      # the demo server: no list changes
+        stream = client.listen(toolsListChanged=True, resourceSubscriptions=["demo://clock"], unknown=True)
+        assert stream.messages()[0]["params"]["notifications"] == {"resourceSubscriptions": ["demo://clock"]}
+
+
+def test_era_subscriptions_with_one_id_are_two(listeners):
+    first, second = listeners.listen(1, toolsListChanged=True), listeners.listen(1, promptsListChanged=True)
+    listeners.tool("notify", method=PROMPTS_CHANGED)
+    assert second.count(2)[1]["params"]["_meta"][SUBSCRIPTION] == 1
+    assert len(first.messages()) == 1
+
+
+def test_era_subscription_ends_at_the_server_when_its_client_hangs_up(listeners):
+    first, second = (listeners.listen(resourceSubscriptions=["test://a"]) for _ in range(2))
+    first.close()
+    listeners.tool("echo")
+    listeners.tool("notify", method=UPDATED, params={"uri": "test://a"})
+    assert len(second.count(2)) == 2
+    second.close()
+    until(lambda: is_unwatched(seen(listeners)), "the end of the subscription")
+
+
+def is_unwatched(messages):
+    """Does a server that got these messages watch no resource any more?"""
+    methods = collections.Counter(message.get("method") for message in messages)
+    listens = {message["id"] for message in messages if message["method"] == "subscriptions/listen"
+               and message["params"]["notifications"].get("resourceSubscriptions")}
+    cancelled = {message["params"]["requestId"] for message in messages
+                 if message["method"] == "notifications/cancelled"}
+    return methods["resources/subscribe"] == methods["resources/unsubscribe"] and listens <= cancelled
+
+
+def test_era_subscriptions_to_a_legacy_server_are_counted():
+    with running_proxy(FAKE) as proxy, ModernClient(proxy) as modern, StreamableClient(proxy) as legacy:
+        streams = [modern.listen(resourceSubscriptions=["test://a"]) for _ in range(3)]
+        legacy.call("resources/subscribe", {"uri": "test://a"})
+        for stream in streams:
+            stream.close()
+        legacy.call("resources/unsubscribe", {"uri": "test://a"})
+        until(lambda: seen(modern, "resources/unsubscribe"), "the last one's end")
+        assert len(seen(modern, "resources/subscribe")) == len(seen(modern, "resources/unsubscribe")) == 1
+
+
+@pytest.mark.parametrize("listen_id", [7, "7"])
+def test_era_subscription_ends_gracefully_with_the_proxy(server, listen_id):
+    with running_proxy(server) as proxy, ModernClient(proxy) as client:
+        stream = client.listen(listen_id, toolsListChanged=True)
+        assert proxy.stop() == 0
+        end = stream.wait_end()[-1]
+        assert (end["id"], end["result"]["resultType"]) == (listen_id, "complete")
+        assert end["result"]["_meta"][SUBSCRIPTION] == listen_id
+
+
+def test_era_subscriptions_are_bounded(server):
+    with running_proxy(server, MAX_SESSIONS=5) as proxy, ModernClient(proxy) as client:
+        streams = [client.listen(toolsListChanged=True) for _ in range(5)]
+        refused, request_id = client.begin("subscriptions/listen", {"notifications": {}})
+        until(lambda: refused.messages() or refused.response, "an answer")
+        assert refused.status == 503 and "retry-after" in refused.response.headers
+        streams[0].close()
+        until(lambda: client.begin("subscriptions/listen", {"notifications": {}})[0].status == 200, "room for another")
+
+
+def test_era_thousand_subscriptions_are_told_and_taken_back():
+    with running_proxy(FAKE) as proxy, ModernClient(proxy) as client:
+        streams = []
+        message = client.message(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["test://a"]}})
+        for _ in range(1000):
+            streams.append(HTTP(proxy))
+            streams[-1].send(encode_http("POST", "/mcp", message, {**ACCEPT, **modern_headers(message)}))
+        assert {stream.head().status for stream in streams} == {200}
+        client.tool("notify", method=UPDATED, params={"uri": "test://a"})
+        for stream in streams:
+            events = [b"".join(iter(stream.file.readline, b"\n")) for _ in range(2)]
+            assert b"updated" in b"".join(events)
+            stream.close()
+        until(lambda: seen(client, "resources/unsubscribe"), "the end of the subscription")
+        assert len(seen(client, "resources/subscribe")) == 1
+
+
+@pytest.mark.parametrize("wanted", [None, "all", [], 1])
+def test_era_subscription_without_a_filter_is_refused(modern, wanted):
+    params = {"notifications": wanted} if wanted is not None else {}
+    assert modern.call("subscriptions/listen", params)["error"]["code"] == -32602
+
+
+def test_era_subscription_survives_the_server(server):
+    with running_proxy(server) as proxy, ModernClient(proxy) as client:
+        stream, request_id = client.begin("subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+        stream.count(1)
+        client.call("tools/call", {"name": "die"})
+        # A legacy server is started again, and the lists may have changed; a modern one takes the subscription along.
+        second = stream.count(2)[1]
+        assert second["method"] == TOOLS_CHANGED if server is FAKE else second["id"] == request_id and second["error"]
+
+
 # ============================================================================
 # 8. Access
 # ============================================================================
@@ -1377,6 +2653,7 @@ def test_access_key_is_known(key, expected):
     DOTNET_STARTUP_HOOKS CORECLR_PROFILER_PATH GIT_SSH_COMMAND GIT_CONFIG_GLOBAL GIT_EXEC_PATH GIT_ASKPASS SSH_ASKPASS
     HOME XDG_CONFIG_HOME EDITOR PAGER HTTP_PROXY HTTPS_PROXY ALL_PROXY SSL_CERT_FILE OPENSSL_CONF GCONV_PATH
     NODE_EXTRA_CA_CERTS NODE_TLS_REJECT_UNAUTHORIZED DOCKER_HOST GLIBC_TUNABLES VIRTUAL_ENV CONDA_PREFIX
+    Npm_Config_Node_Options
     """.split())
 def test_access_variable_that_loads_code_may_not_be_set(name):
     assert not mcpproxy.may_set(name, "")
@@ -1387,7 +2664,7 @@ def test_access_variable_that_loads_code_may_not_be_set(name):
     GITHUB_TOKEN GITHUB_PERSONAL_ACCESS_TOKEN GOOGLE_API_KEY GOOGLE_APPLICATION_CREDENTIALS API_KEY OPENAI_API_KEY
     NODE_ENV USER LANG TZ DEBUG DATABASE_URL POSTGRES_PASSWORD AWS_ACCESS_KEY_ID AWS_REGION SLACK_TEAM_ID WORKPATH PATHS
     LOG_LEVEL GIT_TOKEN GITLAB_API_URL GOOGLE_MAPS_KEY ENVIRONMENT HOMEPAGE PIPELINE_ID UVICORN_PORT JAVA_VERSION
-    a _x X1
+    MY_PATH a _x X1
     """.split())
 def test_access_variable_of_a_server_may_be_set(name):
     assert mcpproxy.may_set(name, "")
@@ -1440,6 +2717,388 @@ def test_access_refusal_does_not_repeat_the_value():
     with pytest.raises(RPCError) as error:
         mcpproxy.client_variables(head("/sse?PATH=hunter2"), "")
     assert "hunter2" not in str(error.value) and "PATH" in str(error.value)
+
+
+WITH_KEY = {"Authorization": "Bearer secret"}
+PAGE = {**ACCEPT, "Origin": "https://page.example"}
+ENDPOINTS = [("GET", "/mcp"), ("POST", "/mcp"), ("DELETE", "/mcp"), ("GET", "/sse"), ("POST", "/sse"),
+             ("POST", "/messages?session_id=x"), ("GET", "/tools"), ("POST", "/tools/echo"), ("GET", "/openapi.json"),
+             ("GET", "/nothing/here"), ("PUT", "/mcp")]
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with running_proxy(FAKE, AUTH_KEY="secret, other", ALLOWED_ORIGINS="https://page.example",
+                       MAX_MESSAGE_MB=0.01) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def unguarded():
+    with running_proxy(FAKE, ALLOWED_HOSTS="mcp.example.com") as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("method, path", ENDPOINTS)
+def test_access_no_endpoint_opens_without_the_key(guarded, method, path):
+    response = guarded.request(method, path, b"{}", ACCEPT)
+    assert response.error() == (401, -32600)
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("query, headers", [
+    ("", {"Authorization": "Bearer secret"}), ("", {"authorization": "bearer  secret "}), ("", {"X-API-Key": "secret"}),
+    ("?auth_key=secret", {}), ("?auth_key=other", {}), ("?auth_key=%73ecret", {}),
+    ("?auth_key=secret", {"Authorization": "Basic c2VjcmV0OnNlY3JldA=="})])
+def test_access_each_way_to_bring_a_key_works(guarded, query, headers):
+    assert guarded.request("GET", "/tools" + query, headers=headers).status == 200
+
+
+@pytest.mark.parametrize("query, headers", [
+    ("", {"Authorization": "Bearer"}), ("", {"Authorization": "Bearer "}), ("", {"Authorization": "secret"}),
+    ("", {"Authorization": "Bearer secret, other"}), ("", {"Authorization": "Bearer SECRET"}),
+    ("", {"Authorization": "Bearer secre"}),
+    ("", {"Authorization": "Bearer secret2"}), ("", {"X-API-Key": "secret,"}), ("", {"X-API-Key": ""}),
+    ("", {"X-API-Key": "secretx"}), ("", {"X-API-Key": "\u00fc"}), ("?auth_key=%C3%BC", {}), ("?auth_key=wrong", {}),
+    ("", {"Authorization": "Bearer s\u00e9cret"}), ("", {"Authorization": "Basic secret"}),
+    ("", {"Cookie": "auth_key=secret"}), ("?AUTH_KEY=secret", {}),
+    ("?auth_key=", {}), ("?auth_key=secret%20", {}), ("?auth_key=secret", {"Authorization": "Bearer wrong"})])
+def test_access_anything_else_is_no_key(guarded, query, headers):
+    assert guarded.request("GET", "/tools" + query, headers=headers).error() == (401, -32600)
+
+
+def test_access_a_key_given_twice_is_refused(guarded):
+    assert guarded.request("GET", "/tools?auth_key=secret&auth_key=wrong").status == 400
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_access_health_needs_no_key(guarded, method):
+    assert guarded.request(method, "/healthz").status == 200
+
+
+def test_access_every_key_is_compared_and_each_in_constant_time():
+    looked_at = []
+
+    class Key(str):
+        def encode(self, *args):
+            looked_at.append(str(self))
+            return str.encode(self, *args)
+    assert mcpproxy.is_known_key("a", (Key("a"), Key("b"), Key("c")))
+    assert looked_at == ["a", "b", "c"]
+    assert "hmac.compare_digest" in inspect.getsource(mcpproxy.is_known_key)
+
+
+@pytest.mark.parametrize("key", ["\u20ac", "\x00", "\ud800", "s" * 100_000])
+def test_access_a_strange_key_is_a_wrong_key(key):
+    assert not mcpproxy.is_known_key(key, ("secret", "\u00e9", "\udcff"))
+
+
+def test_access_the_key_is_checked_before_the_body_is_read(guarded):
+    with HTTP(guarded) as http:
+        http.send(encode_http("POST", "/mcp", None, {"Content-Length": 5000, "Expect": "100-continue"}))
+        assert http.response().error() == (401, -32600)
+
+
+def test_access_a_streamable_session_belongs_to_its_key(guarded):
+    session = open_streamable(guarded, X_API_Key="secret")
+    assert post(guarded, request(1, "ping"), session, X_API_Key="other").error() == (404, -32600)
+    for method in "GET", "DELETE":
+        headers = {**ACCEPT, "X-API-Key": "other", "Mcp-Session-Id": session}
+        assert guarded.request(method, "/mcp", None, headers).error() == (404, -32600)
+    assert post(guarded, request(1, "ping"), session, Authorization="Bearer secret").status == 200
+
+
+def test_access_an_sse_session_belongs_to_its_key(guarded):
+    with SSEClient(guarded, "?auth_key=secret") as client:
+        assert client.endpoint.endswith("&auth_key=secret")
+        other = client.endpoint.replace("auth_key=secret", "auth_key=other")
+        assert guarded.request("POST", other, request(9, "ping")).error() == (404, -32600)
+        assert client.tool("echo", text="mine") == "mine"
+
+
+def test_access_a_request_state_belongs_to_its_key(guarded):
+    with HTTP(guarded) as http:
+        result = ask(http, 1, {"X-API-Key": "secret"}).json()["result"]
+        assert ask(http, 2, {"X-API-Key": "other"}, **retry_of(result)).error() == (400, -32602)
+        assert ask(http, 3, {"X-API-Key": "secret"}, **retry_of(result)).status == 200
+
+
+ORIGINS = [
+    # origin                          host                    may call
+    ("http://localhost",              "x.example",            True),
+    ("http://localhost:5173",         "x.example",            True),
+    ("https://app.localhost",         "x.example",            True),
+    ("http://127.0.0.1:6274",         "x.example",            True),
+    ("http://127.9.9.9",              "x.example",            True),
+    ("http://[::1]:3000",             "x.example",            True),
+    ("https://x.example",             "x.example",            True),
+    ("https://X.example:443",         "x.EXAMPLE",            True),
+    ("http://x.example",              "x.example:80",         True),
+    ("http://x.example:8000",         "x.example:8000",       True),
+    ("https://page.example",          "x.example",            True),
+    ("http://x.example:8001",         "x.example:8000",       False),
+    ("http://page.example",           "x.example",            False),
+    ("https://page.example:444",      "x.example",            False),
+    ("https://page.example.evil.com", "x.example",            False),
+    ("https://evil.com/page.example", "x.example",            False),
+    ("https://other.page.example",    "x.example",            False),
+    ("http://localhost.evil.com",     "x.example",            False),
+    ("http://evil.com:80@localhost",  "x.example",            False),
+    ("http://127.0.0.1.evil.com",     "x.example",            False),
+    ("http://notlocalhost",           "x.example",            False),
+    ("file://localhost",              "x.example",            False),
+    ("null",                          "x.example",            False),
+    ("null",                          "",                     False),
+    ("",                              "x.example",            False),
+    ("*",                             "x.example",            False),
+]
+
+
+@pytest.mark.parametrize("origin, host, may_call", ORIGINS)
+def test_access_origins(origin, host, may_call):
+    assert mcpproxy.is_allowed_origin(origin, host, ("https://page.example",)) is may_call
+
+
+def test_access_an_asterisk_allows_all_origins():
+    assert mcpproxy.is_allowed_origin("https://any.example", "x.example", ("*",))
+
+
+HOSTS = [(host, True) for host in (
+    "127.0.0.1", "127.0.0.1:8000", "10.1.2.3:80", "203.0.113.9", "[::1]", "[::1]:8000", "[2001:db8::1]:80", "localhost",
+    "LOCALHOST:8000", "mcp", "my-mcp_1:8000", "printer.local", "mcp.internal:8000", "a.b.localhost", "x.test",
+    "nas.lan", "nas.home.arpa", "mcp.svc.cluster.local", "mcp.example.com", "MCP.example.com:8000")] + [
+    (host, False) for host in (
+    "evil.example", "evil.example:8000", "local.evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "evil.com:127",
+    "evillan.com", "xlocal.com", "a.mcp.example.com", "mcp.example.com.evil.com", "example.com", "home.arpa.com")]
+
+
+@pytest.mark.parametrize("host, is_allowed", HOSTS)
+def test_access_hosts(unguarded, host, is_allowed):
+    response = unguarded.request("GET", "/tools", headers={"Host": host})
+    assert response.status == (200 if is_allowed else 403)
+
+
+def test_access_a_target_cannot_hide_the_host(unguarded):
+    """DNS rebinding: what the target says is what counts, whatever Host says."""
+    response = unguarded.request("GET", "http://evil.example/tools", headers={"Host": "localhost"})
+    assert response.error() == (403, -32600)
+
+
+def test_access_with_a_key_any_host_will_do(guarded):
+    assert guarded.request("GET", "/tools", headers={**WITH_KEY, "Host": "mcp.company.example"}).status == 200
+
+
+CORS = [
+    # status  method  path      body                  headers
+    (200, "GET", "/tools", None, WITH_KEY),
+    (401, "GET", "/tools", None, {}),
+    (401, "POST", "/mcp", b"{}", {"X-API-Key": "wrong"}),
+    (400, "POST", "/mcp", b"{", WITH_KEY),
+    (404, "GET", "/nothing", None, WITH_KEY),
+    (404, "POST", "/mcp", request(1, "ping"), {**WITH_KEY, "Mcp-Session-Id": "x"}),
+    (405, "PUT", "/mcp", b"{}", WITH_KEY),
+    (406, "POST", "/mcp", b"{}", {**WITH_KEY, "Accept": "text/plain"}),
+    (413, "POST", "/mcp", b"x" * 20_000, WITH_KEY),
+    (415, "POST", "/mcp", b"{}", {**WITH_KEY, "Content-Type": "text/plain"}),
+]
+
+
+@pytest.mark.parametrize("status, method, path, body, headers", CORS)
+def test_access_a_page_can_read_every_answer(guarded, status, method, path, body, headers):
+    response = guarded.request(method, path, body, {**PAGE, **headers})
+    assert response.status == status
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
+    assert "origin" in response.headers["vary"].lower()
+    assert "Mcp-Session-Id" in response.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("headers", [{}, WITH_KEY], ids=["no key", "key"])
+@pytest.mark.parametrize("method, path", [("GET", "/tools"), ("POST", "/mcp"), ("OPTIONS", "/mcp"), ("GET", "/sse")])
+def test_access_a_foreign_page_gets_nothing(guarded, method, path, headers):
+    response = guarded.request(method, path, None, {**headers, "Origin": "https://evil.example"})
+    assert response.error() == (403, -32600)
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_access_a_preflight_needs_no_key(guarded):
+    wanted = "authorization,content-type,mcp-session-id,x-mcp-env"
+    response = guarded.request("OPTIONS", "/mcp", None, {
+        "Origin": "https://page.example", "Access-Control-Request-Method": "DELETE",
+        "Access-Control-Request-Headers": wanted})
+    assert response.status == 204 and "content-length" not in response.headers
+    assert {"GET", "POST", "DELETE"} <= set(response.headers["access-control-allow-methods"].split(", "))
+    assert response.headers["access-control-allow-headers"] == wanted
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_access_a_stream_has_cors_headers_too(guarded):
+    with SSEClient(guarded, headers={**WITH_KEY, "Origin": "https://page.example"}) as client:
+        assert client.response.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_access_a_shared_server_takes_no_variables(guarded):
+    assert guarded.request("GET", "/sse?NAME=value", headers=WITH_KEY).error() == (400, -32602)
+    assert guarded.request("GET", "/sse", headers={**WITH_KEY, "X-MCP-Env": "NAME=value"}).error() == (400, -32602)
+    assert guarded.request("GET", "/tools", headers={**WITH_KEY, "X-MCP-Env": "NAME=value"}).error() == (400, -32602)
+
+
+# Secrets.
+
+KEY_SECRET, QUERY_SECRET, HEADER_SECRET = "Kq7-the-key", "Zw5-by-query", "Hx9-by-header"
+
+
+@pytest.fixture(scope="module")
+def secretive():
+    """A proxy that has secrets, and that logs all it can."""
+    with running_proxy(FAKE, AUTH_KEY=KEY_SECRET, SHARED_SESSION="false", LOG_LEVEL="DEBUG") as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def telltale(secretive):
+    """The same; nothing that is logged during the test may tell a secret, or the beginning of one."""
+    before = len(secretive.log())
+    yield secretive
+    until(lambda: secretive.log()[before:], "a line of the log")
+    for secret in (KEY_SECRET, QUERY_SECRET, HEADER_SECRET):
+        assert secret[:6] not in secretive.log()[before:]
+
+
+@pytest.mark.parametrize("path, headers", [
+    (f"/tools?auth_key={KEY_SECRET}x&A={QUERY_SECRET}", {}), (f"/mcp?auth_key={KEY_SECRET}", {}),
+    (f"/tools?PATH={QUERY_SECRET}&auth_key={KEY_SECRET}", {}), (f"/x?auth_key={KEY_SECRET}&A={QUERY_SECRET}", {}),
+    (f"/tools?auth_key={KEY_SECRET}", {"X-MCP-Env": HEADER_SECRET}), (f"/tools?A=%zz{QUERY_SECRET}", {}),
+    (f"/tools?auth_key={KEY_SECRET}&A={QUERY_SECRET}&A=2", {}), (f"/tools?{QUERY_SECRET}!&auth_key={KEY_SECRET}", {}),
+    ("/tools", {"Authorization": f"Bearer {KEY_SECRET}!"}),
+    ("/tools", {"X-API-Key": KEY_SECRET, "Authorization": "Bearer"})])
+def test_access_no_error_and_no_log_tells_a_secret(telltale, path, headers):
+    response = telltale.request("GET", path, None, {"Accept": "text/plain", **headers})
+    assert response.status >= 400
+    assert not [secret for secret in (KEY_SECRET, QUERY_SECRET, HEADER_SECRET) if secret in response.body.decode()]
+
+
+#   how the value of a variable could get into a log
+LEAKS = {
+    "not at all": ("echo", {"text": "hello"}),
+    "stderr": ("say", {"variable": "TOKEN"}),
+    "stdout": ("raw", {"line": "my token is %VARIABLE%", "variable": "TOKEN"}),
+    "answer": ("variable", {"variable": "TOKEN"}),
+    "answer to nothing": ("raw", {"line": '{"jsonrpc":"2.0","id":"%VARIABLE%","result":{}}', "variable": "TOKEN"}),
+    "last words": ("die", {"text": "%VARIABLE%", "variable": "TOKEN"}),
+    **{f"behind {size}": ("die", {"text": "x" * size + "%VARIABLE%", "variable": "TOKEN"}) for size in (980, 990, 995)},
+}
+
+
+@pytest.mark.parametrize("tool, arguments", LEAKS.values(), ids=LEAKS)
+@pytest.mark.parametrize("value", [QUERY_SECRET, QUERY_SECRET + '\u00fc"'], ids=["plain", "quoted"])
+def test_access_no_log_tells_the_value_of_a_variable(telltale, value, tool, arguments):
+    query, before = f"?auth_key={KEY_SECRET}&TOKEN={urllib.parse.quote(value)}", len(telltale.log())
+    with SSEClient(telltale, query, {"X-MCP-Env": f"OTHER={HEADER_SECRET}"}) as client:
+        assert client.tool("say", text="the end is near") == "said"
+        answer = client.stream.answer(client.start(tool, arguments))
+    until(lambda: "the end is near" in telltale.log()[before:] and not servers_of(telltale), "the whole log")
+    assert client.endpoint.partition("session_id=")[2].partition("&")[0] not in telltale.log()[before:]
+    if tool == "die":
+        assert "***" in answer["error"]["data"]["stderr"][-1] and QUERY_SECRET[:6] not in json.dumps(answer)
+
+
+def test_access_no_variable_in_the_command_is_logged():
+    with running_proxy(fake_server(API_KEY="Yt2-in-the-command")) as proxy:
+        with SSEClient(proxy) as client:
+            assert client.tool("variable", variable="API_KEY") == "Yt2-in-the-command"
+        assert "Yt2" not in proxy.log()
+
+
+# TLS.
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A folder with certificates and keys."""
+    folder = tmp_path_factory.mktemp("tls")
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl command")
+    for name, options in (("key", ["-nodes"]), ("other", ["-nodes"]), ("locked", ["-passout", "pass:x"])):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "2", "-subj", "/CN=localhost",
+                        "-addext", "subjectAltName=IP:127.0.0.1", *options, "-keyout", folder / name,
+                        "-out", folder / f"{name}.crt"], check=True, capture_output=True)
+    (folder / "both").write_bytes((folder / "key.crt").read_bytes() + (folder / "key").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tls_proxy(certificate):
+    with running_proxy(FAKE, TLS_CERT=certificate / "key.crt", TLS_KEY=certificate / "key") as proxy:
+        yield proxy
+
+
+def tls_client(proxy, certificate, **versions):
+    """An HTTP client whose socket is wrapped."""
+    context = ssl.create_default_context(cafile=certificate / "key.crt")
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings(action="ignore"):
+        for name, version in versions.items():
+            setattr(context, name, version)
+    http = HTTP(proxy)
+    http.file.close()
+    try:
+        http.socket = context.wrap_socket(http.socket, server_hostname="127.0.0.1")
+    except BaseException:
+        http.socket.close()
+        raise
+    http.file = http.socket.makefile("rb")
+    return http
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_access_tls_serves_everything(tls_proxy, certificate, version):
+    with tls_client(tls_proxy, certificate, maximum_version=version, minimum_version=version) as http:
+        response = http.request("POST", "/mcp", initialize(), ACCEPT)
+        headers = {**ACCEPT, "Mcp-Session-Id": response.headers["mcp-session-id"]}
+        answer = http.request("POST", "/mcp", tool_call(1, "big", {"size": 3_000_000}), headers).json()
+        assert len(text_of(answer)) == 3_000_000
+        http.send(encode_http("GET", "/mcp", None, headers))
+        assert http.head().headers["content-type"] == "text/event-stream"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
+def test_access_tls_below_1_2_is_refused(tls_proxy, certificate, version):
+    with pytest.raises(ssl.SSLError) as error:
+        tls_client(tls_proxy, certificate, minimum_version=version, maximum_version=version)
+    # That is what a refusal by the proxy looks like; our own library's would have another reason.
+    assert error.value.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x80" * 5000, b""])
+def test_access_tls_survives_what_is_not_tls(tls_proxy, certificate, data):
+    with HTTP(tls_proxy) as http:
+        http.send(data)
+        http.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            http.file.read()
+    with tls_client(tls_proxy, certificate) as http:
+        assert http.request("GET", "/healthz").status == 200
+
+
+def test_access_tls_a_refusal_can_be_read_by_a_client_that_still_sends(tls_proxy, certificate):
+    with tls_client(tls_proxy, certificate) as http:
+        http.send(encode_http("POST", "/nothing", None, {"Content-Length": 2_000_000}) + b"x" * 2_000_000)
+        assert http.response().error() == (404, -32601)
+
+
+def test_access_tls_one_file_may_hold_both(certificate):
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, tls_client(proxy, certificate) as http:
+        assert http.request("GET", "/healthz").status == 200
+
+
+@pytest.mark.parametrize("cert, key", [
+    ("nothing", "key"), ("key.crt", "nothing"), ("key.crt", "other"), ("key", "key"), ("key.crt", ""), ("", "key"),
+    (".", "key"), ("locked.crt", "locked")])
+def test_access_tls_files_that_do_not_fit_end_the_program(certificate, cert, key):
+    environment = {**os.environ, "PORT": "0", "HOST": "127.0.0.1", "TLS_CERT": cert and str(certificate / cert),
+                   "TLS_KEY": key and str(certificate / key)}
+    done = subprocess.run([sys.executable, PROXY], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "TLS" in done.stderr
 
 
 # ============================================================================
@@ -1534,15 +3193,18 @@ def test_log_line_is_cut_before_it_is_too_long():
         assert len(line) <= 4096 and line.endswith(b"x\n")
 
 
-@pytest.mark.parametrize("method", ["a\n2026-01-01 00:00:00.000 INFO    = forged", "a\rforged", "a\x1b[2Jforged"],
-                         ids=["LF", "CR", "escape"])
-def test_log_line_cannot_be_forged_by_a_client(fake, method):
-    at = len(fake.log())
-    with SSEClient(fake) as client:
-        client.call(method)
-        client.post(notification(method))
-    log = until(lambda: fake.log()[at:] if fake.log()[at:].count("forged") >= 2 else "", "the lines")
-    assert not [line for line in re.split("[\n\r\x1b]", log) if "forged" in line and not re.search("[<>] ", line)]
+@pytest.mark.parametrize("message", [
+    request(1, "x\nforged"), request("1\nforged", "ping"), notification("x\r\nforged"), notification("x\rforged"),
+    request(1, "x\x1b[2Kforged"), request(1, "x\n2026-01-01 00:00:00.000 INFO    = forged"),
+    request(1, "x\u2028forged"), request(1, "x\x85forged")])
+def test_log_no_client_can_forge_a_line_of_the_log(unguarded, message):
+    session, before = open_streamable(unguarded), len(unguarded.log())
+    post(unguarded, message, session)
+    until(lambda: "forged" in unguarded.log()[before:], "the message in the log")
+    lines = unguarded.log()[before:]
+    right = re.compile(r"\d{4}-\d\d-\d\d [\d:.]+ \w+ +[<>]+ .*forged|(?!.*forged)")
+    assert all(right.match(line) for line in lines.splitlines())
+    assert "\x1b" not in lines
 
 
 # ============================================================================
@@ -1593,6 +3255,182 @@ def test_process_endless_line_is_not_kept():
     assert found == [2048]
 
 
+def test_process_leads_a_group_of_its_own():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        pid = int(client.tool("pid"))
+        assert os.getpgid(pid) == pid != os.getpgid(proxy.process.pid)
+
+
+#   what the server does when its stdin is closed           what it says before it is gone
+ENDS = {
+    "exits": ("", ["stdin ended"]),
+    "obeys SIGTERM": ("signal.signal(15, lambda *_: (say('SIGTERM came'), os._exit(0)))\ntime.sleep(99)",
+                      ["stdin ended", "SIGTERM came"]),
+    "ignores all": ("signal.signal(15, lambda *_: say('SIGTERM came'))\ntime.sleep(99)\nsay('survived')",
+                    ["stdin ended", "SIGTERM came"]),
+}
+
+
+@pytest.mark.parametrize("ending, said", ENDS.values(), ids=ENDS)
+def test_process_is_ended_in_steps(ending, said):
+    say = "\nimport signal\nsay = lambda text: print(text, file=sys.stderr, flush=True)\nsay('stdin ended')\n"
+    with running_proxy([sys.executable, "-c", FAKE_SERVER + say + ending], SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy) as client:
+            pid = int(client.tool("pid"))
+        until(lambda: not is_alive(pid), "the server's end")
+        assert re.findall(r"server \S+: (.*)", proxy.log()) == said
+
+
+@pytest.mark.parametrize("command", [
+    f"sh -c {shlex.quote('sleep 1000 & ' + shlex.join(FAKE) + '; true')}",
+    f"sh -c {shlex.quote('sh -c ' + shlex.quote('trap : TERM; ' + shlex.join(FAKE) + '; sleep 1000') + '; true')}",
+], ids=["beside", "below"])
+def test_process_takes_its_grandchildren_along(command):
+    with running_proxy(command, SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy) as client:
+            assert client.tool("echo", text="hello") == "hello"
+            assert len(servers_of(proxy)) > 1
+        until(lambda: not servers_of(proxy), "the end of all of them")
+
+
+def test_process_takes_a_child_along_that_left_its_group():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy) as client:
+            child = int(client.tool("leave"))
+            assert os.getsid(child) == child
+        until(lambda: not is_alive(child), "the child's end")
+
+
+def test_process_that_is_stubborn_does_not_survive_a_proxy_that_is_killed():
+    with running_proxy([sys.executable, "-c", FAKE_SERVER + "\ntime.sleep(99)"]) as proxy:
+        with SSEClient(proxy) as client:
+            client.tool("leave")
+            proxy.process.kill()
+            proxy.process.wait()
+        proxy.process.stdout.close()
+        until(lambda: not processes_with(proxy.tag), "the end of all processes", patience=2)
+
+
+def test_process_is_no_zombie_when_it_is_gone():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy) as client:
+            pid = int(client.tool("pid"))
+        until(lambda: not os.path.exists(f"/proc/{pid}"), "the server's end")
+
+
+def test_process_leaves_no_descriptor_behind():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        def opened():
+            return len(os.listdir(f"/proc/{proxy.process.pid}/fd"))
+        before = opened()
+        for _ in range(5):
+            with SSEClient(proxy) as client:
+                client.tool("pid")
+        until(lambda: opened() == before and not servers_of(proxy), "the descriptors of before")
+
+
+@pytest.mark.parametrize("text, logged", [("disk is full", "disk is full"), ("\u00fc \u4f60", "\u00fc \u4f60"),
+                                          ("x" * 100_000, "x" * 900)], ids=["line", "unicode", "long"])
+def test_process_has_its_stderr_in_the_log(text, logged):
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        client.tool("say", text=text)
+        until(lambda: logged in proxy.log(), "the line in the log")
+
+
+def test_process_has_its_junk_in_the_log():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        client.tool("raw", line="Starting server ...")
+        assert "Starting server ..." in proxy.log()
+
+
+@MODES
+def test_process_takes_and_gives_20_mb(shared):
+    text = "\u00fc" * 10_000_000
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        assert client.tool("echo", text=text) == text
+
+
+# The order of members is the server's choice.
+@pytest.mark.parametrize("line", [
+    '{"jsonrpc":"2.0","id":%ID%,"result":{"x":"%BIG%"}}',
+    '{"jsonrpc": "2.0", "id": %ID%, "error": {"message": "%BIG%"}}',
+    '{"result":{"x":"%BIG%"},"jsonrpc":"2.0","id":%ID%}', '{"id":%ID%,"jsonrpc":"2.0","result":{"x":"%BIG%"}}',
+    '{"id":%ID%,"result":{"x":"%BIG%"},"jsonrpc":"2.0"}', '{"jsonrpc":"2.0","result":{"x":"%BIG%"},"id":%ID%}',
+], ids=["head", "error", "tail", "id first", "id first, version last", "id last"])
+def test_process_fails_one_call_with_a_message_over_the_limit(small, line):
+    with SSEClient(small) as client:
+        other = client.start("sleep", {"seconds": 0.5})
+        large = client.start("raw", {"line": line, "size": 2_000_000})
+        error = client.stream.answer(large)["error"]
+        assert error["code"] == -32000 and "MAX_MESSAGE_MB" in error["message"]
+        assert text_of(client.stream.answer(other)) == "slept"
+
+
+@MODES
+def test_process_what_a_server_left_behind_ends_with_it(shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        child = int(client.tool("leave"))
+        assert client.stream.answer(client.start("die", {"code": 5}))["error"]["data"]["exitCode"] == 5
+        until(lambda: not is_alive(child), "the end of what it left behind", 5)
+
+
+@MODES
+def test_process_a_server_that_forks_and_leaves_is_gone(shared):
+    """Its child has its pipes and goes on; but it is not the server that was started."""
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        call = client.start("run", {"text": "os.fork() and os._exit(0); time.sleep(100)"})
+        assert client.stream.answer(call)["error"]["data"]["exitCode"] == 0
+        assert not shared or client.tool("echo", text="again") == "again"
+
+
+@pytest.mark.parametrize("before", [
+    "import time; time.sleep(60)", "import signal; signal.signal(15, signal.SIG_IGN)",
+    "import os, signal; signal.signal(15, signal.SIG_IGN); os.close(0); signal.pause()"],
+                         ids=["asleep", "deaf", "deaf and asleep"])
+def test_process_sigterm_ends_a_server_in_any_state(before):
+    with running_proxy(fake_server(before)) as proxy:
+        began = time.monotonic()
+        assert proxy.stop() == 0 and time.monotonic() - began < 8
+
+
+def test_process_sigterm_at_any_moment_of_the_start():
+    for delay in range(12):
+        proxy = Proxy(FAKE)
+        time.sleep(delay / 300)              # where in the start this is does not matter, as long as it varies
+        assert proxy.stop() == 0 and "Traceback" not in proxy.log(), proxy.log()
+        proxy._log.close()
+
+
+@MODES
+def test_process_nothing_survives_sigkill(shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        child = int(client.tool("leave"))
+        client.start("sleep", {"seconds": 60})
+        began = time.monotonic()
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL
+        assert time.monotonic() - began < 2 and not is_alive(child)
+
+
+def test_process_nothing_deaf_survives_sigkill():
+    """A server that notices neither the end of its stdin nor SIGTERM, with a child that does not either."""
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        client.start("run", {"text": "os.fork(); lock.acquire(); os.close(1); os.dup2(2, 1); os.kill(os.getpid(), 19)"})
+        until(lambda: sum(is_stopped(pid) for pid in proxy.children()) == 2)
+        began = time.monotonic()
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL and time.monotonic() - began < 2
+
+
+def test_process_nothing_survives_sigkill_while_servers_start():
+    deaf_for_a_while = fake_server("import time; time.sleep(30)")
+    with running_proxy(deaf_for_a_while, SHARED_SESSION="false") as proxy, closing_all() as opened:
+        for _ in range(8):
+            opened.append(HTTP(proxy))
+            opened[-1].send(encode_http("POST", "/mcp", initialize(), ACCEPT))
+        until(lambda: len(proxy.children()) > 3)
+        began = time.monotonic()
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL and time.monotonic() - began < 2
+
+
 # ============================================================================
 # 11. Server connection
 # ============================================================================
@@ -1625,6 +3463,17 @@ def test_process_endless_line_is_not_kept():
     case("request with a strange id", '{"jsonrpc":"2.0","id":{},"method":"ping"}'),
     case("deep", "[" * 100_000),
     case("5,000 digits", '{"jsonrpc":"2.0","id":' + "9" * 5000 + ',"result":{}}'),
+    case("not UTF-8", "\udcff\udcfe"),
+    case("string", '"text"'),
+    case("no member", "{}"),
+    case("wrong version", '{"jsonrpc": "1.0", "id": 1, "result": {}}'),
+    case("cut off in an answer", '{"jsonrpc": "2.0", "id": 1, "resu'),
+    case("deep object", '{"a":' * 100_000),
+    case("terminal", "\x1b[31mred\x1b[0m"),
+    case("progress of a stranger", '{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":99}}'),
+    case("level is an object",
+         '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":{},"data":1}}'),
+    case("two lines", "junk\njunk"),
 ])
 def test_connection_survives_what_a_server_writes(fake, line):
     at = len(fake.log())
@@ -1653,15 +3502,1304 @@ def test_connection_survives_any_line(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("server_id", ["999999", "0", "-1", '"abc"', "1.5", '"%ID%"'])
+def test_connection_ignores_an_answer_with_an_unknown_id(fake, server_id):
+    line = '{"jsonrpc":"2.0","id":%s,"result":{"content":[{"text":"wrong"}]}}' % server_id
+    with SSEClient(fake) as client:
+        assert client.tool("raw", line=line) == "written"
+        assert client.tool("echo", text="hello") == "hello"
+
+
+def test_connection_takes_the_first_of_two_answers(fake):
+    with SSEClient(fake) as client:
+        request_id = client.start("twice")
+        assert text_of(client.stream.answer(request_id)) == "first"
+        assert client.tool("echo", text="hello") == "hello"
+        assert len([message for message in client.stream.messages() if message.get("id") == request_id]) == 1
+
+
+@pytest.mark.parametrize("line", [
+    '{"result":{"content":[{"text":"yes"}]},"jsonrpc":"2.0","id":%ID%}',
+    '{"id":%ID%,"jsonrpc":"2.0","result":{"content":[{"text":"yes"}]}}',
+    '  {  "\\u0069d" : %ID% , "result":{"content":[{"text":"yes"}]}, "jsonrpc" :"2.0"}  ',
+    '[{"jsonrpc":"2.0","id":%ID%,"result":{"content":[{"text":"yes"}]}}]',
+    '{"jsonrpc":"2.0","id":%ID%.0,"result":{"content":[{"text":"yes"}]}}',
+    '{"jsonrpc":"2.0","id":%ID%,"result":{"content":[{"text":"yes"}],"id":1,"jsonrpc":"2.0"}}\r',
+], ids=["id last", "id first", "spaces", "batch", "float", "carriage return"])
+def test_connection_finds_the_id_wherever_it_is(fake, line):
+    with SSEClient(fake) as client:
+        assert client.tool("raw", line=line) == "yes"
+
+
+def test_connection_gives_answers_to_their_askers_in_any_order(fake):
+    with SSEClient(fake) as client:
+        slow = client.start("sleep", {"seconds": 0.5})
+        assert client.tool("echo", text="hello") == "hello"
+        assert text_of(client.stream.answer(slow)) == "slept"
+
+
+def test_connection_answers_a_ping_of_the_server(fake):
+    with SSEClient(fake) as client:
+        assert json.loads(client.tool("ask", method="ping", params={}))["result"] == {}
+
+
+DISCOVERIES = r"""
+import json, os, sys
+path, behaviour = sys.argv[1:]
+for line in sys.stdin:
+    message = json.loads(line)
+    with open(path, "a") as file: file.write(message["method"] + "\n")
+    if message["method"] == "server/discover":
+        if behaviour == "die": os._exit(3)
+        if behaviour == "error": answer = {"error": {"code": -32000, "message": "not initialized"}}
+        if behaviour == "odd": answer = {"result": {"odd": True}}
+        if behaviour == "other": answer = {"result": {"supportedVersions": ["2030-01-01"], "capabilities": {}}}
+        if behaviour == "silent": continue
+    elif message["method"] == "initialize":
+        answer = {"result": {"protocolVersion": "2025-06-18", "capabilities": {},
+                             "serverInfo": {"name": "x", "version": "1"}}}
+    elif message["method"] == "ping" and behaviour != "never": answer = {"result": {}}
+    elif message["method"] == "custom/die": os._exit(1)
+    else: continue
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **answer}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("behaviour", ["error", "odd", "other", "silent", "die"])
+def test_connection_server_that_does_not_discover_is_legacy_and_not_asked_again(tmp_path, behaviour):
+    record = tmp_path / "record"
+    command = [sys.executable, "-c", DISCOVERIES, str(record), behaviour]
+    with running_proxy(command) as proxy, StreamableClient(proxy) as client:
+        assert client.call("ping")["result"] == {}
+        assert client.call("custom/die")["error"]["code"] == -32000
+        assert client.call("ping")["result"] == {}
+    methods = record.read_text().split()
+    assert methods.count("server/discover") == 1
+    assert methods.count("initialize") == 2
+
+
+@pytest.mark.parametrize("era, first", [("legacy", "initialize"), ("modern", "server/discover")])
+def test_connection_era_can_be_set(tmp_path, era, first):
+    record = tmp_path / "record"
+    with running_proxy([sys.executable, "-c", DISCOVERIES, str(record), "silent"], SERVER_ERA=era):
+        until(record.exists, "the first message")
+    assert set(record.read_text().split()) - {"notifications/initialized"} == {first}
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
+    with running_proxy(FAKE if era == "modern" else MODERN, SERVER_ERA=era) as proxy, ModernClient(proxy) as client:
+        stream, request_id = client.begin("tools/list")
+        assert stream.answer(request_id)["error"]["code"] == -32000
+        assert stream.status == 502
+
+
+def test_connection_session_of_its_own_is_not_probed_with_another_era(tmp_path):
+    record = tmp_path / "record"
+    with running_proxy([sys.executable, "-c", DISCOVERIES, str(record), "error"], SHARED_SESSION="false") as proxy:
+        with StreamableClient(proxy) as client:
+            assert client.call("ping")["result"] == {}
+    assert "server/discover" not in record.read_text()
+
+
+# ============================================================================
+# 12. Servers and sessions
+# ============================================================================
+
+@contextlib.contextmanager
+def two_clients(proxy, first=None, second=None):
+    """Two clients of a proxy; `first` and `second` are their capabilities."""
+    with SSEClient(proxy, capabilities=first) as one, SSEClient(proxy, capabilities=second) as other:
+        yield one, other
+
+
+def test_session_shares_one_server_with_others():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        assert one.tool("pid") == other.tool("pid")
+        assert len(servers_of(proxy)) == 1
+
+
+def test_session_is_initialized_from_what_the_server_said_once():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        assert one.initialized["result"] == other.initialized["result"]
+        assert len(seen(one, "initialize")) == len(seen(one, "notifications/initialized")) == 1
+
+
+def test_session_tells_a_shared_server_of_sampling_and_elicitation_but_not_of_roots():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"roots": {"listChanged": True}}) as client:
+        client.post(notification("notifications/roots/list_changed"))
+        (message,) = seen(client, "initialize")
+        assert set(message["params"]["capabilities"]) == {"sampling", "elicitation"}
+        assert not seen(client, "notifications/roots/list_changed")
+
+
+# Subscriptions.
+
+def test_session_subscriptions_are_counted():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        for client in one, other, one:
+            assert client.call("resources/subscribe", {"uri": "test://a"})["result"] == {}
+        one.call("resources/unsubscribe", {"uri": "test://a"})
+        assert len(seen(one, "resources/subscribe")) == 1 and not seen(one, "resources/unsubscribe")
+        other.call("resources/unsubscribe", {"uri": "test://a"})
+        assert len(seen(one, "resources/unsubscribe")) == 1
+
+
+def test_session_subscribes_once_however_many_ask_at_the_same_time():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        for client in one, other:
+            client.post(request("s", "resources/subscribe", {"uri": "slow://a"}))
+        for client in one, other:
+            assert client.stream.answer("s")["result"] == {}
+        assert len(seen(one, "resources/subscribe")) == 1
+
+
+def test_session_that_ends_takes_its_subscriptions_along():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.call("resources/subscribe", {"uri": "test://a"})
+        one.stream.close()
+        see(other, lambda message: message.get("method") == "resources/unsubscribe", "the unsubscription")
+
+
+def test_session_that_ends_while_it_subscribes_leaves_no_subscription():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.post(request("s", "resources/subscribe", {"uri": "slow://a"}))
+        see(other, lambda message: message.get("method") == "resources/subscribe", "the subscription")
+        one.stream.close()
+        see(other, lambda message: message.get("method") == "resources/unsubscribe", "the unsubscription")
+
+
+# Notifications.
+
+@pytest.mark.parametrize("what", ["tools", "prompts", "resources"])
+def test_session_is_told_that_a_list_changed_whoever_caused_it(fake, what):
+    method = f"notifications/{what}/list_changed"
+    with two_clients(fake) as (one, other):
+        one.tool("notify", method=method)
+        for client in one, other:
+            client.stream.wait(lambda message: message.get("method") == method)
+
+
+@pytest.mark.parametrize("method", ["notifications/message", "notifications/custom"])
+def test_session_alone_gets_what_its_call_caused(fake, method):
+    with two_clients(fake) as (one, other):
+        one.tool("notify", method=method, params={"level": "error", "data": 1.0})
+        one.tool("notify", method="notifications/tools/list_changed")
+        other.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+        assert methods_of(one) == [method, "notifications/tools/list_changed"]
+        assert methods_of(other) == ["notifications/tools/list_changed"]
+
+
+def test_session_gets_what_no_call_caused(fake):
+    with two_clients(fake) as (one, other):
+        one.tool("later", method="notifications/custom", seconds=0.2)
+        for client in one, other:
+            client.stream.wait(lambda message: message.get("method") == "notifications/custom")
+
+
+def test_session_gets_log_messages_that_its_level_admits():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.call("logging/setLevel", {"level": "error"})
+        other.call("logging/setLevel", {"level": "debug"})
+        one.tool("log", level="info", text="of a call")
+        for number, level in enumerate(("debug", "info", "error", "emergency"), 1):
+            one.tool("later", method="notifications/message", params={"level": level}, seconds=0.2 * number)
+        levels = {}
+        for client in one, other:
+            client.stream.wait(lambda message: message.get("params", {}).get("level") == "emergency")
+            levels[client] = [message["params"]["level"] for message in client.stream.messages() if "method" in message]
+        assert levels == {one: ["error", "emergency"], other: ["debug", "info", "error", "emergency"]}
+
+
+def test_session_levels_make_the_most_verbose_one_of_the_server():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        with SSEClient(proxy) as third:
+            for client, level in (one, "error"), (third, "debug"), (other, "warning"):
+                assert client.call("logging/setLevel", {"level": level})["result"] == {}
+        see(one, lambda message: message.get("params") == {"level": "warning"}, "the level of those who are left")
+        levels = [message["params"]["level"] for message in seen(one, "logging/setLevel")]
+        assert levels == ["error", "debug", "warning"]
+
+
+# Requests of the server's.
+
+SAMPLE = "sampling/createMessage"
+ELICIT = "elicitation/create"
+CAPABLE = [
+    ({"sampling": {}}, SAMPLE, {"messages": []}, True),
+    ({}, SAMPLE, {"messages": []}, False),
+    ({"sampling": {"tools": {}}}, SAMPLE, {"messages": [], "tools": []}, True),
+    ({"sampling": {}}, SAMPLE, {"messages": [], "tools": []}, False),
+    ({"elicitation": {}}, ELICIT, {"message": "?", "requestedSchema": {}}, True),
+    ({"elicitation": {"form": {}}}, ELICIT, {"mode": "form", "message": "?"}, True),
+    ({"elicitation": {"form": {}}}, ELICIT, {"mode": "url", "url": "https://x/"}, False),
+    ({"elicitation": {"url": {}}}, ELICIT, {"mode": "url", "url": "https://x/"}, True),
+    ({"elicitation": {"url": {}}}, ELICIT, {"message": "?"}, False),
+    ({"elicitation": {}}, ELICIT, {"mode": "url", "url": "https://x/"}, False),
+    ({}, ELICIT, {"message": "?"}, False),
+    ({}, "custom/question", {}, True),
+]
+
+
+@pytest.mark.parametrize("capabilities, method, params, is_asked", CAPABLE)
+def test_session_is_asked_by_the_server_what_it_can_answer(fake, capabilities, method, params, is_asked):
+    with SSEClient(fake, capabilities=capabilities) as client:
+        call = client.start("ask", {"method": method, "params": params})
+        if is_asked:
+            question = answer_question(client, method, {"x": 1})
+            assert question["params"] == params
+        answer = json.loads(text_of(client.stream.answer(call)))
+        assert answer["id"].startswith("ask-")
+        assert answer.get("result") == {"x": 1} if is_asked else answer["error"]["code"] in (-32601, -32602), answer
+        assert bool(methods_of(client)) == is_asked
+
+
+def test_session_that_caused_a_question_is_asked(fake):
+    with two_clients(fake, first={"sampling": {}}, second={"sampling": {}}) as (one, other):
+        other.start("sleep", {"seconds": 30})
+        call = one.start("ask", {"method": SAMPLE, "params": {}})
+        answer_question(one, SAMPLE, {"x": 1.0})
+        assert json.loads(text_of(one.stream.answer(call)))["result"] == {"x": 1.0}
+        assert methods_of(other) == []
+
+
+def test_session_that_can_is_asked_in_the_place_of_one_that_cannot(fake):
+    with two_clients(fake, first={"sampling": {}}) as (one, other):
+        one.start("sleep", {"seconds": 30})
+        see(other, lambda message: called(message) == "sleep", "the call")
+        call = other.start("ask", {"method": SAMPLE, "params": {}})
+        answer_question(one, SAMPLE, {"x": 1})
+        assert json.loads(text_of(other.stream.answer(call)))["result"] == {"x": 1}
+
+
+def test_session_may_answer_with_an_error(fake):
+    with SSEClient(fake, capabilities={"sampling": {}}) as client:
+        call = client.start("ask", {"method": SAMPLE, "params": {}})
+        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
+        error = {"code": -1, "message": "no", "data": 1.0}
+        client.post({"jsonrpc": "2.0", "id": question["id"], "error": error})
+        assert json.loads(text_of(client.stream.answer(call)))["error"] == error
+
+
+def test_session_is_told_that_a_question_was_taken_back():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
+        client.start("ask", {"method": SAMPLE, "params": {}})
+        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
+        client.tool("notify", method="notifications/cancelled", params={"requestId": "ask-0", "reason": "late"})
+        taken_back = client.stream.wait(lambda message: message.get("method") == "notifications/cancelled")
+        assert taken_back["params"] == {"requestId": question["id"], "reason": "late"}
+
+
+def test_session_that_ends_without_an_answer_leaves_an_error_for_the_server():
+    with running_proxy(FAKE) as proxy, two_clients(proxy, first={"sampling": {}}) as (one, other):
+        one.start("ask", {"method": SAMPLE, "params": {}})
+        one.stream.wait(lambda message: message.get("method") == SAMPLE)
+        one.stream.close()
+        see(other, lambda message: message.get("id") == "ask-0" and "error" in message, "the error")
+
+
+# Leaving.
+
+def test_session_that_ends_cancels_its_calls_and_nobody_elses():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.start("sleep", {"seconds": 30, "text": "one"})
+        mine = other.start("sleep", {"seconds": 1, "text": "other"})
+        call = see(other, lambda message: called(message, "text") == "one", "the call")
+        one.stream.close()
+        see(other, lambda message: message.get("method") == "notifications/cancelled", "the cancellation")
+        (cancelled,) = seen(other, "notifications/cancelled")
+        assert cancelled["params"]["requestId"] == call["id"]
+        assert text_of(other.stream.answer(mine)) == "slept"
+
+
+# A server that dies.
+
+def test_session_calls_fail_at_once_when_the_server_dies_and_the_next_one_works():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        calls = [(client, client.start("silent")) for client in [one, other] * 4] + [(one, one.start("silent"))]
+        calls.append((other, other.start("die", {"text": "out of luck", "code": 3})))
+        began = time.monotonic()
+        for client, request_id in calls:
+            code, data = failure_of(client.stream.answer(request_id))
+            assert code == -32000 and data["exitCode"] == 3 and data["stderr"][-1] == "out of luck"
+        assert time.monotonic() - began < 2
+        assert one.tool("echo", text="eleventh") == "eleventh"
+
+
+def test_session_gets_everything_back_when_the_server_is_restarted():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.call("resources/subscribe", {"uri": "test://a"})
+        other.call("resources/subscribe", {"uri": "test://b"})
+        other.call("logging/setLevel", {"level": "notice"})
+        pid = one.tool("pid")
+        one.stream.answer(one.start("die"))
+        assert one.tool("pid") != pid
+        restored = [message["params"] for message in seen(one)
+                    if message["method"] in ("resources/subscribe", "logging/setLevel")]
+        assert restored == [{"uri": "test://a"}, {"uri": "test://b"}, {"level": "notice"}]
+        for client in one, other:
+            for what in "tools", "resources":
+                client.stream.wait(lambda message: message.get("method") == f"notifications/{what}/list_changed")
+
+
+def test_session_that_is_idle_is_told_of_a_restart():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        os.kill(int(one.tool("pid")), signal.SIGKILL)
+        other.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+        assert other.tool("echo", text="hello") == "hello"
+
+
+def test_session_that_answers_a_server_that_died_disturbs_nobody():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
+        client.start("ask", {"method": SAMPLE, "params": {}})
+        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
+        client.stream.answer(client.start("die"))
+        client.post({"jsonrpc": "2.0", "id": question["id"], "result": {}})
+        assert client.tool("echo", text="hello") == "hello"
+        assert not [message for message in seen(client) if "method" not in message]
+
+
+# Notes each start in a file, shakes hands, and dies.
+MORTAL = """
+import json, sys
+open(sys.argv[1], "a").write("x")
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["method"] == "initialize":
+        result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "mortal", "version": "1"}}
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+        sys.exit(4)
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
+"""
+
+
+def test_session_starts_a_server_that_died_five_times_on_demand(tmp_path):
+    starts = tmp_path / "starts"
+    with running_proxy([sys.executable, "-c", MORTAL, str(starts)]) as proxy:
+        until(lambda: "died 5 times in a minute" in proxy.log(), "the end of the crash loop")
+        assert len(starts.read_text()) == 5
+        with SSEClient(proxy, handshake=False) as client:
+            client.post(initialize())
+            client.stream.answer(0)
+        until(lambda: proxy.log().count("times in a minute") == 2, "the next pause")
+        assert len(starts.read_text()) == 6
+
+
+@MODES
+def test_session_is_told_what_a_server_said_that_exits_at_once(shared):
+    with running_proxy("sh -c 'echo no such module >&2; exit 3'", SHARED_SESSION=shared) as proxy:
+        with SSEClient(proxy, handshake=False) as client:
+            client.post(initialize())
+            code, data = failure_of(client.stream.answer(0))
+            assert code == -32000 and data == {"exitCode": 3, "stderr": ["no such module"]}
+        assert "no such module" in proxy.log()
+
+
+# Independent mode.
+
+def test_session_has_a_process_of_its_own_in_independent_mode():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, two_clients(proxy) as (one, other):
+        pids = {int(one.tool("pid")), int(other.tool("pid"))}
+        assert len(pids) == 2
+        one.stream.close()
+        (left,) = until(lambda: [pids & set(servers_of(proxy))] if len(servers_of(proxy)) == 1 else None)
+        assert left == {int(other.tool("pid"))}
+
+
+def test_session_in_independent_mode_ends_with_its_server():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, two_clients(proxy) as (one, other):
+        code, data = failure_of(one.stream.answer(one.start("die", {"text": "out of luck", "code": 5})))
+        assert code == -32000 and data["exitCode"] == 5 and data["stderr"] == ["out of luck"]
+        assert one.stream.ended.wait(PATIENCE)
+        assert one.post(request(1, "ping"), expect=404).error() == (404, -32600)
+        assert other.tool("echo", text="hello") == "hello"
+
+
+def test_session_in_independent_mode_is_what_its_server_is_told(independent):
+    capabilities = {"roots": {"listChanged": True}, "experimental": {"x": {}}}
+    with SSEClient(independent, capabilities=capabilities) as client:
+        client.post(notification("notifications/roots/list_changed"))
+        (message,) = seen(client, "initialize")
+        assert message["params"]["capabilities"] == capabilities and message["params"]["clientInfo"] == CLIENT_INFO
+        assert len(seen(client, "notifications/roots/list_changed")) == 1
+
+
+def test_session_in_independent_mode_is_asked_without_a_call_too(independent):
+    with SSEClient(independent, capabilities={"roots": {}}) as client:
+        client.tool("later", seconds=0.2, line='{"jsonrpc":"2.0","id":"own","method":"roots/list"}')
+        answer_question(client, "roots/list", {"roots": []})
+        see(client, lambda message: message.get("id") == "own", "the answer")
+
+
+VARIABLES = [
+    ("?COLOUR=blue", {}, "blue"), ("?COLOUR=a%20b%26c%3Dd+e", {}, "a b&c=d e"), ("?COLOUR=%C3%BC", {}, "\u00fc"),
+    ("?COLOUR=", {}, ""), ("", {"X-MCP-Env": "COLOUR=blue"}, "blue"), ("", {"X-MCP-Env": "COLOUR=a=b, c"}, "a=b, c"),
+    ("?COLOUR=blue", {"X-MCP-Env": "COLOUR=blue"}, "blue"), ("?OTHER=x", {}, "(unset)"), ("", {}, "(unset)"),
+]
+
+
+@pytest.mark.parametrize("query, headers, value", VARIABLES)
+def test_session_sets_variables_of_its_server(independent, query, headers, value):
+    with SSEClient(independent, query, headers) as client:
+        assert client.tool("variable", variable="COLOUR") == value
+
+
+@pytest.mark.parametrize("query, headers", [
+    ("?PATH=/tmp", {}), ("?LD_PRELOAD=x", {}), ("?NODE_OPTIONS=x", {}), ("?npm_config_registry=x", {}),
+    ("", {"X-MCP-Env": "PYTHONPATH=x"}), ("?UV_INDEX=x", {}), ("?A=1&A=2", {}), ("?A-B=1", {}),
+    ("", {"X-MCP-Env": "nothing"}), ("?MCPPROXY_TAG=x", {})])
+def test_session_may_not_set_every_variable(independent, query, headers):
+    with closing_all() as opened:
+        client = SSEClient(independent, query, headers)
+        opened.append(client.stream.http)
+        assert client.response.error() == (400, -32602)
+
+
+def test_session_may_set_what_is_allowed_by_name():
+    settings = {"SHARED_SESSION": "false", "ALLOWED_ENV": "API_*, PYTHONPATH"}
+    with running_proxy(FAKE, **settings) as proxy, SSEClient(proxy, "?API_KEY=a&PYTHONPATH=/b") as client:
+        assert [client.tool("variable", variable=name) for name in ("API_KEY", "PYTHONPATH")] == ["a", "/b"]
+        assert proxy.request("GET", "/sse?OTHER=x").error() == (400, -32602)
+
+
+def test_session_that_is_never_initialized_starts_no_process_and_leaves_none():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy, handshake=False):
+            assert servers_of(proxy) == []
+
+
+REVISIONS = ["2025-11-25", "2025-06-18", "2025-03-26"]
+
+
+@pytest.fixture(scope="module", params=["2025-06-18", "2024-11-05"])
+def of_version(request):
+    """A proxy in front of a server of one revision."""
+    with running_proxy(FAKE, FAKE_VERSION=request.param) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("asked, given", [
+    *((version, version) for version in REVISIONS), ("2024-11-05", "2024-11-05"), ("2026-07-28", "2025-11-25"),
+    ("1999-01-01", "2025-11-25"), ("", "2025-11-25")])
+def test_session_negotiates_the_version_apart_from_the_server(of_version, asked, given):
+    with StreamableClient(of_version, version=asked) as client:
+        assert client.result["protocolVersion"] == given
+        assert client.result["serverInfo"] == {"name": "fake", "version": "1"}
+        assert client.result["x-unknown"] == 12345678901234567890
+
+
+@pytest.mark.parametrize("spoken", ["2025-06-18", "2024-11-05"])
+def test_session_in_independent_mode_is_told_the_version_of_its_own_server(spoken):
+    with running_proxy(FAKE, FAKE_VERSION=spoken, SHARED_SESSION="false") as proxy:
+        for asked in "2025-11-25", "2025-03-26", "2024-11-05":
+            with StreamableClient(proxy, version=asked) as client:
+                assert client.result["protocolVersion"] == spoken
+
+
+@MODES
+@pytest.mark.parametrize("version", REVISIONS)
+def test_session_serves_each_revision(version, shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, StreamableClient(proxy, version=version) as client:
+        assert client.tool("echo", text="hello") == "hello"
+        stream = client.listen()
+        client.tool("notify", method=TOOLS_CHANGED)
+        stream.wait(lambda message: message["method"] == TOOLS_CHANGED)
+        assert client.delete() == 204
+        stream.wait_end()
+        client.post(request(1, "tools/list"), 404)
+
+
+def test_session_id_is_visible_ascii_and_no_two_are_the_same(fake):
+    with StreamableClient(fake) as one, StreamableClient(fake) as two:
+        assert one.session != two.session
+        assert re.fullmatch(r"[!-~]{20,}", one.session)
+
+
+def test_session_keeps_its_own_answers(fake):
+    with StreamableClient(fake) as one, StreamableClient(fake) as two:
+        slow = one.send(tool_call("same", "sleep", {"seconds": 0.2}))
+        fast = two.send(tool_call("same", "echo", {"text": "two"}))
+        assert (text_of(slow.answer("same")), text_of(fast.answer("same"))) == ("slept", "two")
+
+
+def test_session_of_its_own_has_its_own_process_and_variables(independent):
+    blue = {"X-MCP-Env": "COLOUR=blue"}
+    with StreamableClient(independent, "?COLOUR=red") as one, StreamableClient(independent, headers=blue) as two:
+        assert [client.tool("variable", variable="COLOUR") for client in (one, two)] == ["red", "blue"]
+        pids = [int(client.tool("pid")) for client in (one, two)]
+        one.delete()
+        until(lambda: not is_alive(pids[0]), "the end of its process")
+        assert is_alive(pids[1])
+
+
+def test_session_that_is_shared_shares_the_process_and_has_no_variables(fake):
+    with StreamableClient(fake) as one, StreamableClient(fake) as two:
+        assert one.tool("pid") == two.tool("pid")
+        refused = one.send(initialize(), {"Mcp-Session-Id": None}, path="/mcp?COLOUR=red")
+        assert refused.head().error() == (400, -32602)
+        assert "mcp-session-id" not in refused.response.headers
+
+
+def test_session_without_use_ends():
+    with running_proxy(FAKE, SESSION_IDLE=1, SHARED_SESSION="false") as proxy, StreamableClient(proxy) as idle:
+        with StreamableClient(proxy) as listening, StreamableClient(proxy) as calling:
+            listening.listen()
+            call, request_id = calling.start("sleep", seconds=3)
+            pid = int(idle.tool("pid"))
+            until(lambda: not is_alive(pid), "the end of the idle session's process")
+            idle.post(request(1, "tools/list"), 404)
+            assert text_of(call.answer(request_id)) == "slept"
+            assert listening.tool("echo", text="x") == "x"
+
+
+def test_session_ends_with_its_own_server():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        failed = client.call("tools/call", {"name": "die", "arguments": {"code": 3, "text": "last words"}})["error"]
+        assert failed["code"] == -32000
+        assert (failed["data"]["exitCode"], failed["data"]["stderr"]) == (3, ["last words"])
+        stream.wait_end()
+        until(lambda: client.send(request(1, "tools/list")).status == 404, "the end of the session")
+
+
+def test_session_stays_when_the_shared_server_ends():
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        pid = client.tool("pid")
+        assert client.call("tools/call", {"name": "die"})["error"]["code"] == -32000
+        assert client.tool("pid") != pid
+        stream.wait(lambda message: message["method"] == TOOLS_CHANGED)
+
+
+def test_session_is_not_opened_when_the_server_refuses():
+    with running_proxy([sys.executable, "-c", "raise SystemExit(3)"], SHARED_SESSION="false") as proxy:
+        posted = proxy.request("POST", "/mcp", initialize(), ACCEPT)
+        assert posted.error() == (502, -32000)
+        assert "mcp-session-id" not in posted.headers
+
+
+@pytest.mark.parametrize("method, body", [
+    ("POST", request(1, "tools/list")), ("POST", notification("x")), ("GET", None), ("DELETE", None)])
+@pytest.mark.parametrize("session, status", [("", 400), ("unknown", 404), ("ended", 404), ("of SSE", 404)])
+def test_session_that_is_missing_or_unknown_is_told(fake, method, body, session, status):
+    with StreamableClient(fake) as client, SSEClient(fake) as sse:
+        client.delete()
+        session = {"ended": client.session, "of SSE": sse.response.headers["mcp-session-id"]}.get(session, session)
+        response = fake.request(method, "/mcp", body, {**ACCEPT, "Mcp-Session-Id": session})
+        assert response.error() == (status, -32600)
+
+
+@pytest.mark.parametrize("method, body", [
+    ("POST", request(1, "tools/list")), ("POST", notification("x")), ("DELETE", None)])
+def test_session_has_to_be_named(fake, method, body):
+    assert fake.request(method, "/mcp", body, ACCEPT).error() == (400, -32600)
+
+
+def test_session_is_deleted_once(fake):
+    with StreamableClient(fake) as client:
+        assert (client.delete(), client.delete()) == (204, 404)
+
+
+def test_session_that_is_deleted_cancels_its_calls(fake):
+    with StreamableClient(fake) as client, StreamableClient(fake) as witness:
+        mark = os.urandom(4).hex()
+        call, _ = client.start("sleep", seconds=60, text=mark)
+        server_id = server_id_of(witness, mark)
+        client.delete()
+        assert call.wait_end() == []
+        until(lambda: is_cancelled(witness, server_id), "the cancellation")
+
+
+@pytest.mark.parametrize("opened", REVISIONS)
+@pytest.mark.parametrize("header, status", [
+    (None, 200), *((version, 200) for version in REVISIONS), ("2024-11-05", 200), ("2099-01-01", 400), ("", 400),
+    ("x", 400)])
+def test_session_takes_every_version_header_that_is_known(fake, opened, header, status):
+    with StreamableClient(fake, version=opened) as client:
+        assert client.post(request(1, "tools/list"), status, {"MCP-Protocol-Version": header}).status == status
+        assert client.send(None, {"MCP-Protocol-Version": header}, "GET").status == status
+
+
+# Several clients of both eras on one shared server.
+
+@pytest.fixture
+def crowd(server):
+    """Clients of all kinds at one shared server."""
+    with running_proxy(server) as proxy, contextlib.ExitStack() as stack:
+        yield [stack.enter_context(PEERS[kind](proxy)) for kind in [*PEERS] * 3]
+
+
+def test_session_sees_only_its_own_progress_among_clients_of_both_eras(crowd):
+    calls = [(peer, peer.start("sleep", token="same", seconds=0.2, steps=4)) for peer in crowd]
+    for peer, (stream, request_id) in calls:
+        assert text_of(peer.finish(stream, request_id)) == "slept"
+        assert progress_of(stream) == [("same", step) for step in range(4)]
+
+
+def test_session_is_asked_only_what_its_own_call_caused(crowd):
+    # One after the other: a legacy server's question says not what caused it, so the newest call it is.
+    for number, peer in enumerate(crowd):
+        rounds = [[FORM, ["sampling/createMessage", {"number": number}]], [["sampling/createMessage", {"round": 2}]]]
+        peer.tool("inquire", rounds=rounds)
+        assert sorted(map(str, peer.asked)) == sorted(map(str, map(tuple, sum(rounds, []))))
+
+
+def test_session_questions_of_a_modern_server_are_told_apart(modern_server):
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(PEERS[kind](modern_server)) for kind in [*PEERS] * 3]
+        calls = [(peer, peer.start("inquire", rounds=[[["roots/list", {"number": number}]]] * 3))
+                 for number, peer in enumerate(peers)]
+        for number, (peer, call) in enumerate(calls):
+            assert json.loads(text_of(peer.finish(*call))) == [peer.RESULTS["roots/list"]] * 3
+            assert peer.asked == [("roots/list", {"number": number})] * 3
+
+
+def test_session_gets_updates_of_what_it_subscribed_to_alone(server):
+    with (running_proxy(server) as proxy, StreamableClient(proxy) as one, StreamableClient(proxy) as two,
+          SSEPeer(proxy) as three):
+        streams = [peer.listen() for peer in (one, two, three)]
+        one.call("resources/subscribe", {"uri": "test://a"})
+        three.call("resources/subscribe", {"uri": "test://b"})
+        for uri in ("test://b", "test://a"):
+            one.tool("notify", method=UPDATED, params={"uri": uri})
+        one.tool("notify", method=PROMPTS_CHANGED)
+        found = []
+        for stream in streams:
+            stream.wait(lambda message: message.get("method") == PROMPTS_CHANGED)
+            found.append([message["params"]["uri"] for message in stream.messages()
+                          if message.get("method") == UPDATED])
+        assert found == [["test://a"], [], ["test://b"]]
+
+
+def test_session_gets_updates_without_the_subscription_of_the_proxy(server):
+    with running_proxy(server) as proxy, StreamableClient(proxy) as client:
+        stream = client.watch("test://a")
+        client.tool("notify", method=UPDATED, params={"uri": "test://a"})
+        assert SUBSCRIPTION not in json.dumps(stream.count(1))
+
+
+# Streams.
+
+def test_session_stream_is_taken_over_by_the_second_listener(fake):
+    with StreamableClient(fake) as client:
+        first = client.listen()
+        second = client.listen()
+        first.wait_end()
+        client.tool("notify", method=TOOLS_CHANGED)
+        assert len(second.count(1)) == 1
+        assert first.messages() == []
+
+
+def test_session_stream_keeps_what_comes_while_nobody_listens(fake):
+    with StreamableClient(fake) as client, StreamableClient(fake) as other:
+        for _ in range(2):
+            other.tool("notify", method=TOOLS_CHANGED)
+        stream = client.listen()
+        client.tool("notify", method=PROMPTS_CHANGED)
+        assert [message["method"].split("/")[1] for message in stream.count(3)] == ["tools", "tools", "prompts"]
+
+
+def test_session_message_is_sent_on_one_stream(fake):
+    with StreamableClient(fake) as client:
+        general = client.listen()
+        calls = [client.start("sleep", token=number, seconds=0.3, steps=3) for number in range(5)]
+        client.tool("notify", method=TOOLS_CHANGED)
+        messages = sum((stream.wait_end() for stream, _ in calls), [])
+        assert len(messages) == 5 * 4
+        assert [message["method"] for message in general.messages()] == [TOOLS_CHANGED]
+
+
+def test_session_may_have_many_streams_at_once(fake):
+    with StreamableClient(fake) as client:
+        calls = [client.start("sleep", token=number, seconds=0.2, steps=2) for number in range(60)]
+        for number, (stream, request_id) in enumerate(calls):
+            assert text_of(stream.answer(request_id)) == "slept"
+            assert {message["params"]["progressToken"] for message in stream.messages()[:-1]} == {number}
+
+
+def test_session_events_have_ids_that_name_their_stream(fake):
+    with StreamableClient(fake) as client:
+        streams = [client.start("sleep", token=1, seconds=0.1, steps=3)[0] for _ in range(3)] + [client.listen()]
+        client.tool("notify", method=TOOLS_CHANGED)
+        streams[3].count(1)
+        for stream in streams[:3]:
+            stream.wait_end()
+        ids = [[event["id"] for event in stream.events if "data" in event] for stream in streams]
+        assert len(set(sum(ids, []))) == 4 + 4 + 4 + 1
+        assert len({re.split(r"\W", event_id)[0] for event_id in sum(ids, [])}) == 4
+
+
+@pytest.mark.parametrize("version", REVISIONS)
+def test_session_streams_are_primed_for_the_revision_that_knows_it(fake, version):
+    with StreamableClient(fake, version=version) as client:
+        for stream in (client.listen(), client.start("sleep", token=1, seconds=0.1, steps=1)[0]):
+            client.tool("notify", method=TOOLS_CHANGED)
+            stream.count(1)
+            first = stream.events[0]
+            primes = first["data"] == "" and "id" in first and int(first["retry"]) > 0
+            assert primes == (version == "2025-11-25")
+
+
+def cut(stream, events):
+    """Ends a connection after so many events; returns the id of the last."""
+    last = until(lambda: len(stream.events) >= events and stream.events[events - 1], f"{events} events")["id"]
+    stream.close()
+    return last
+
+
+@pytest.mark.parametrize("version", REVISIONS)
+def test_session_answer_can_be_fetched_after_the_connection_broke(fake, version):
+    with StreamableClient(fake, version=version) as client:
+        stream, request_id = client.start("sleep", token=1, seconds=0.5, steps=5)
+        last = cut(stream, 2)
+        rest = client.listen(last)
+        messages = rest.wait_end()
+        assert text_of(messages[-1]) == "slept" and messages[-1]["id"] == request_id
+        received = stream.messages()[:2 if version != "2025-11-25" else 1]
+        steps = [message["params"]["progress"] for message in received + messages[:-1]]
+        assert steps == list(range(5))
+
+
+def test_session_answer_that_came_in_the_meantime_can_be_fetched_more_than_once(fake):
+    with StreamableClient(fake) as client:
+        mark = os.urandom(4).hex()
+        stream, request_id = client.start("sleep", token=1, seconds=0.2, steps=2, text=mark)
+        last = cut(stream, 1)
+        client.tool("sleep", seconds=0.5)                       # longer than the other call takes
+        assert not is_cancelled(client, server_id_of(client, mark))
+        first, second = (client.listen(last).wait_end() for _ in range(2))
+        assert first == second and text_of(first[-1]) == "slept" and first[-1]["id"] == request_id
+
+
+def test_session_call_that_said_nothing_yet_goes_on_when_its_connection_breaks(fake):
+    with StreamableClient(fake, version="2025-11-25") as client:
+        stream, request_id = client.start("sleep", seconds=3)
+        last = cut(stream, 1)                          # the priming event, when it became a stream
+        assert text_of(client.listen(last).wait_end()[-1]) == "slept"
+
+
+def test_session_replay_is_of_one_stream_alone(fake):
+    with StreamableClient(fake) as client:
+        one = client.start("sleep", token="one", seconds=0.2, steps=2)[0]
+        two = client.start("sleep", token="two", seconds=0.2, steps=2)[0]
+        client.tool("notify", method=TOOLS_CHANGED)
+        for stream in (one, two):
+            stream.wait_end()
+        replayed = client.listen(one.events[0]["id"]).wait_end()
+        assert replayed == one.messages()[1:]
+
+
+def test_session_general_stream_is_replayed_from_the_event(fake):
+    with StreamableClient(fake) as client:
+        stream = client.listen()
+        for number in range(5):
+            client.tool("notify", method=RESOURCES_CHANGED, params={"number": number})
+        stream.count(5)
+        again = client.listen(stream.events[1]["id"])
+        assert [message["params"]["number"] for message in again.count(3)] == [2, 3, 4]
+        client.tool("notify", method=RESOURCES_CHANGED, params={"number": 5})
+        assert len(again.count(4)) == 4
+
+
+def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
+    with StreamableClient(fake) as client, StreamableClient(fake) as other:
+        foreign = [other.start("sleep", token=1, seconds=0.1, steps=3)[0] for _ in range(3)][2]
+        foreign.wait_end()
+        for event_id in (foreign.events[-1]["id"], "nonsense", "0-999", "-1", "0", "0--1", "99-1", "0-٣"):
+            headers = {**client.headers, "Last-Event-ID": event_id.encode().decode("latin-1")}
+            response = fake.request("GET", "/mcp", None, headers)
+            assert response.error() == (400, -32600), event_id
+
+
+# ============================================================================
+# 13. Exchanges
+# ============================================================================
+
+@pytest.mark.parametrize("raw_id", ["0", "-7", "1.0", "9007199254740993", "12345678901234567890", '"1"', '""',
+                                    '"\\u00e9 \\n\\""'])
+def test_exchange_brings_the_id_back_as_it_was_written(fake, raw_id):
+    with SSEClient(fake) as client:
+        client.post(b'{"jsonrpc":"2.0","id":%b,"method":"tools/list"}' % raw_id.encode())
+        line = until(lambda: next((event["data"] for event in client.stream.events[2:]), None), "the answer")
+        assert re.search(r'"id": ?' + re.escape(raw_id) + "[,}]", line), line
+
+
+def test_exchange_tells_equal_ids_of_two_clients_apart(fake):
+    with two_clients(fake) as (one, other):
+        for client, text in (one, "one"), (other, "other"):
+            client.start("raw", {"line": "", "text": text}, request_id=7)
+            client.start("echo", {"text": text}, request_id="7")
+        for client, text in (one, "one"), (other, "other"):
+            assert text_of(client.stream.answer("7")) == text
+            assert text_of(client.stream.answer(7)) == "written"
+
+
+@pytest.mark.parametrize("token", ["t", 1, "1", 0])
+def test_exchange_tells_equal_progress_tokens_of_two_clients_apart(fake, token):
+    with two_clients(fake) as (one, other):
+        for client, steps in (one, 2), (other, 3):
+            client.start("sleep", {"seconds": 0.2, "steps": steps}, request_id=7, token=token)
+        for client, steps in (one, 2), (other, 3):
+            client.stream.answer(7)
+            progress = [message["params"] for message in client.stream.messages() if "method" in message]
+            assert progress == [{"progressToken": token, "progress": step} for step in range(steps)]
+
+
+def test_exchange_without_a_token_gets_no_progress(fake):
+    with SSEClient(fake) as client:
+        assert client.tool("sleep", seconds=0.1, steps=2) == "slept"
+        assert methods_of(client) == []
+
+
+def test_exchange_that_is_cancelled_is_cancelled_at_the_server_alone():
+    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
+        one.start("sleep", {"seconds": 30, "text": "one"}, request_id=7)
+        other.start("sleep", {"seconds": 1, "text": "other"}, request_id=7)
+        call = see(one, lambda message: called(message, "text") == "one", "the call")
+        one.post(notification("notifications/cancelled", {"requestId": 7, "reason": "enough"}))
+        see(one, lambda message: message.get("method") == "notifications/cancelled", "the cancellation")
+        (cancelled,) = seen(one, "notifications/cancelled")
+        assert cancelled["params"] == {"requestId": call["id"], "reason": "enough"}
+        assert text_of(other.stream.answer(7)) == "slept"
+        assert 7 not in [message.get("id") for message in one.stream.messages()]
+
+
+def test_exchange_may_have_the_id_of_one_that_was_cancelled(fake):
+    with SSEClient(fake) as client:
+        client.start("silent", request_id=7)
+        client.post(notification("notifications/cancelled", {"requestId": 7}))
+        client.start("echo", {"text": "hello"}, request_id=7)
+        assert text_of(client.stream.answer(7)) == "hello"
+
+
+def test_exchange_passes_unknown_methods_on_with_numbers_intact():
+    params = '{"a":1.0,"b":12345678901234567890,"c":1e400,"d":-0,"e":0.10,"_meta":{"x-unknown":1E2}}'
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        client.post(b'{"x":1e400,"jsonrpc":"2.0","method":"custom/method","params":%b,"id":"c"}' % params.encode())
+        answer = client.stream.answer("c")["result"]
+        assert answer["number"] == 1.0 and answer["params"]["b"] == 12345678901234567890
+        line = next(line for line in client.tool("lines").splitlines() if "custom/method" in line)
+        assert params in line and line.startswith('{"x":1e400,')
+
+
+def test_exchange_brings_numbers_of_an_answer_intact(fake):
+    result = '{"content":[{"text":""}],"a":1.0,"b":12345678901234567890,"c":1e400,"d":0.10}'
+    with SSEClient(fake) as client:
+        client.tool("raw", line='{"jsonrpc":"2.0","id":%ID%,"result":' + result + "}")
+        assert client.stream.events[-1]["data"].endswith(result + "}")
+
+
+@MODES
+def test_exchange_is_not_needed_for_unknown_notifications(shared):
+    line = '{"jsonrpc":"2.0","method":"notifications/custom","params":{"a":1.0,"b":1e400,"c":12345678901234567890}}'
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        client.post(line.encode())
+        assert line in client.tool("lines").splitlines()
+        client.tool("raw", line=line)
+        assert line in [event["data"] for event in client.stream.events]
+
+
+def test_exchange_with_an_unknown_method_gets_the_server_s_error(fake):
+    with SSEClient(fake) as client:
+        assert client.call("no/such/method")["error"] == {"code": -32601, "message": "no 'no/such/method'"}
+
+
+def test_exchange_is_one_line_for_the_server_however_it_was_written(fake):
+    body = json.dumps(tool_call("x", "echo", {"text": "a\nb\r\u2028"}), indent=4).replace("\n", "\r\n").encode()
+    with SSEClient(fake) as client:
+        client.post(body)
+        assert text_of(client.stream.answer("x")) == "a\nb\r\u2028"
+
+
+def test_exchange_without_a_required_parameter_is_refused_in_both_places(fake):
+    with SSEClient(fake) as client:
+        response = client.post(request("x", "tools/call", {}), expect=400)
+        assert response.error() == (400, -32602) and response.json()["id"] == "x"
+        assert client.stream.answer("x") == response.json()
+
+
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+def test_exchange_is_in_the_log_and_its_bodies_at_debug_only(level):
+    with running_proxy(FAKE, LOG_LEVEL=level) as proxy, SSEClient(proxy) as client:
+        client.tool("echo", text="a body")
+        until(lambda: "tools/call" in proxy.log(), "the call")
+        assert re.search(r"tools/call.* \d+ bytes.* [\d.]+ ms", proxy.log())
+        assert ("a body" in proxy.log()) == (level == "DEBUG")
+
+
+# Questions of a legacy server to a modern client: the call is parked, and goes on when the client comes back.
+
+def park(client, rounds=((FORM,),), **arguments):
+    """Starts a call that asks; returns (the request, the requestState, the keys)."""
+    stream, request_id = client.start("inquire", rounds=rounds, **arguments)
+    result = stream.answer(request_id)["result"]
+    assert result["resultType"] == "input_required"
+    return stream.sent, result["requestState"], sorted(result["inputRequests"])
+
+
+ACCEPTED = Peer.RESULTS["elicitation/create"]
+
+
+def error_of(stream, request_id):
+    return stream.status, stream.answer(request_id)["error"]["code"]
+
+
+def test_exchange_that_is_parked_asks_as_the_specification_says(modern):
+    stream, request_id = modern.start("inquire", rounds=[[URL]])
+    result = stream.answer(request_id)["result"]
+    (key, asked), = result["inputRequests"].items()
+    assert asked == {"method": "elicitation/create", "params": {name: value for name, value in URL[1].items()
+                                                                if name != "elicitationId"}}
+    assert not {"ttlMs", "cacheScope"} & set(result)
+    assert not stream.is_stream()
+    answer = modern.finish(*modern.retry(stream.sent, result["requestState"], {key: ACCEPTED}))
+    assert json.loads(text_of(answer)) == [ACCEPTED]
+
+
+@pytest.mark.parametrize("state", ["", "x", "0" * 48, None, 1, {}])
+def test_exchange_state_that_is_forged_is_refused(modern, state):
+    message, _, (key,) = park(modern)
+    params = {**message["params"], "inputResponses": {key: ACCEPTED}, "requestState": state}
+    assert error_of(modern.deliver({**message, "id": 1, "params": params}), 1) == (400, -32602)
+
+
+def test_exchange_state_with_a_changed_character_is_refused(modern):
+    message, state, (key,) = park(modern)
+    for changed in (state[:-1] + ("0" if state[-1] != "0" else "1"), state.upper() + "x", state[1:], state + "0"):
+        assert error_of(*modern.retry(message, changed, {key: ACCEPTED})) == (400, -32602)
+    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+
+
+def test_exchange_state_is_good_for_one_use(modern):
+    message, state, (key,) = park(modern)
+    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+    assert error_of(*modern.retry(message, state, {key: ACCEPTED})) == (400, -32602)
+
+
+def test_exchange_state_used_twice_at_once_goes_on_once(modern):
+    message, state, (key,) = park(modern)
+    tries = [modern.retry(message, state, {key: ACCEPTED}) for _ in range(5)]
+    assert sorted("result" in stream.answer(request_id) for stream, request_id in tries) == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("method, change", [
+    case("other arguments", "tools/call", {"arguments": {"rounds": []}}),
+    case("other tool", "tools/call", {"name": "echo"}),
+    case("more", "tools/call", {"more": 1}), case("other method", "prompts/get", {}),
+    case("another one", "resources/read", {"uri": "test://a"})])
+def test_exchange_state_of_another_call_is_refused(modern, method, change):
+    message, state, (key,) = park(modern)
+    params = {**message["params"], **change}
+    stream, request_id = modern.retry({**message, "method": method, "params": params}, state, {key: ACCEPTED})
+    assert error_of(stream, request_id) == (400, -32602)
+    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+
+
+def test_exchange_state_of_other_variables_is_refused():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with ModernClient(proxy, {"X-MCP-Env": "A=1"}) as one, ModernClient(proxy, {"X-MCP-Env": "A=2"}) as two:
+            message, state, (key,) = park(one)
+            assert error_of(*two.retry(message, state, {key: ACCEPTED})) == (400, -32602)
+            assert text_of(one.finish(*one.retry(message, state, {key: ACCEPTED})))
+
+
+def test_exchange_state_may_come_back_over_another_connection_with_another_id_type(modern):
+    message, state, (key,) = park(modern)
+    params = {**message["params"], "inputResponses": {key: ACCEPTED}, "requestState": state}
+    answer = modern.deliver({**message, "id": "other", "params": params}).answer("other")
+    assert json.loads(text_of(answer)) == [ACCEPTED]
+
+
+def test_exchange_missing_answers_are_asked_again(modern):
+    message, state, keys = park(modern, [[FORM, SAMPLING]])
+    stream, request_id = modern.retry(message, state, {keys[0]: ACCEPTED})
+    again = stream.answer(request_id)["result"]
+    assert [*again["inputRequests"]] == [keys[1]]
+    assert again["requestState"] != state
+    stream, request_id = modern.retry(message, again["requestState"], {})
+    again = stream.answer(request_id)["result"]
+    assert [*again["inputRequests"]] == [keys[1]]
+    assert text_of(modern.finish(*modern.retry(message, again["requestState"], {keys[1]: {"answer": 2}})))
+
+
+def test_exchange_answers_to_questions_nobody_asked_are_ignored(modern):
+    message, state, (key,) = park(modern)
+    answers = {"nobody": {"x": 1}, key: ACCEPTED, "q0": ACCEPTED}
+    assert json.loads(text_of(modern.finish(*modern.retry(message, state, answers)))) == [ACCEPTED]
+
+
+@pytest.mark.parametrize("answer", [None, "yes", [], 1, True])
+def test_exchange_answer_that_is_none_is_refused_and_can_be_given_again(modern, answer):
+    message, state, (key,) = park(modern)
+    assert error_of(*modern.retry(message, state, {key: answer})) == (400, -32602)
+    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+
+
+def test_exchange_answers_are_handed_over_as_they_were_written(modern):
+    message, state, (key,) = park(modern)
+    params = {**message["params"], "inputResponses": {key: {"n": "NUMBER"}}, "requestState": state}
+    body = json.dumps({**message, "id": 1, "params": params}).replace('"NUMBER"', "1.0").encode()
+    assert '{"n": 1.0}' in text_of(modern.send(body, modern_headers(message)).answer(1))
+
+
+def test_exchange_second_question_may_come_while_the_first_is_with_the_client(modern):
+    stream, request_id = modern.start("staggered", method="roots/list", seconds=0.3)
+    answers = json.loads(text_of(modern.finish(stream, request_id)))
+    assert answers == [modern.RESULTS["roots/list"]] * 2
+    assert modern.asked == [("roots/list", {"which": 1}), ("roots/list", {"which": 2})]
+
+
+def test_exchange_that_never_comes_back_is_cancelled_at_the_server():
+    with running_proxy(FAKE, REQUEST_TIMEOUT=1) as proxy, ModernClient(proxy) as client:
+        mark = os.urandom(4).hex()
+        message, state, (key,) = park(client, line=mark)
+        server_id = server_id_of(client, mark)
+        until(lambda: is_cancelled(client, server_id), "the cancellation")
+        assert error_of(*client.retry(message, state, {key: ACCEPTED})) == (400, -32602)
+
+
+def test_exchange_of_a_legacy_client_that_never_answers_times_out(server):
+    with running_proxy(server, REQUEST_TIMEOUT=1) as proxy, StreamableClient(proxy) as client:
+        stream, request_id = client.start("inquire", rounds=[[FORM]])
+        assert stream.answer(request_id)["error"]["code"] == -32000
+        assert client.tool("echo", text="x") == "x"
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_exchange_without_progress_times_out_and_with_progress_does_not(server, kind):
+    with running_proxy(server, REQUEST_TIMEOUT=0.7) as proxy, PEERS[kind](proxy) as client:
+        slow = client.start("sleep", token=1, seconds=1.8, steps=12)
+        stuck = client.start("silent")
+        assert stuck[0].answer(stuck[1])["error"]["code"] == -32000
+        assert text_of(slow[0].answer(slow[1])) == "slept"
+        (call,) = [message for message in seen(client, "tools/call") if called(message) == "silent"]
+        until(lambda: is_cancelled(client, call["id"]), "the cancellation")
+
+
+def test_exchange_that_is_parked_fails_when_its_server_dies(modern):
+    message, state, (key,) = park(modern)
+    modern.call("tools/call", {"name": "die"})
+    stream, request_id = modern.retry(message, state, {key: ACCEPTED})
+    assert stream.answer(request_id)["error"]["code"] == -32000
+    assert modern.tool("echo", text="x") == "x"
+
+
+def test_exchange_of_a_legacy_client_fails_when_its_server_dies_while_a_question_is_open(server):
+    with running_proxy(server) as proxy, StreamableClient(proxy) as client:
+        stream, request_id = client.start("inquire", rounds=[[FORM]])
+        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+        client.call("tools/call", {"name": "die"})
+        client.reply(question["id"], ACCEPTED)
+        assert stream.answer(request_id)["error"]["code"] == -32000
+        assert client.tool("echo", text="x") == "x"
+
+
+MISSING = [case("sampling", SAMPLING, {}, {"sampling": {}}),
+           case("sampling with tools", ["sampling/createMessage", {"tools": []}], {"sampling": {}},
+                {"sampling": {"tools": {}}}),
+           case("form", FORM, {"sampling": {}}, {"elicitation": {"form": {}}}),
+           case("form of a client that knows URLs", FORM, {"elicitation": {"url": {}}}, {"elicitation": {"form": {}}}),
+           case("url", URL, {"elicitation": {}}, {"elicitation": {"url": {}}}),
+           case("roots", ROOTS, {"elicitation": {}}, {"roots": {}})]
+
+
+@pytest.fixture(scope="module", params=["true", "false"], ids=["shared", "own"])
+def each_mode(request):
+    """A proxy in front of a fake server, in each session mode."""
+    with running_proxy(FAKE, SHARED_SESSION=request.param) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("question, capabilities, missing", MISSING)
+def test_exchange_that_needs_more_than_a_modern_client_can_is_refused(each_mode, question, capabilities, missing):
+    with ModernClient(each_mode, capabilities=capabilities) as client:
+        mark = os.urandom(4).hex()
+        stream, request_id = client.start("inquire", rounds=[[question]], line=mark)
+        assert error_of(stream, request_id) == (400, -32021)
+        assert stream.answer(request_id)["error"]["data"]["requiredCapabilities"] == missing
+        assert is_cancelled(client, server_id_of(client, mark))
+
+
+@pytest.mark.parametrize("question, capabilities, missing", MISSING)
+def test_exchange_of_a_legacy_client_is_never_asked_what_it_cannot(either, question, capabilities, missing):
+    with StreamableClient(either, capabilities=capabilities) as client:
+        answer = client.call("tools/call", {"name": "inquire", "arguments": {"rounds": [[question]]}})
+        # A legacy server gets an error for an answer and goes on; a modern one's call has ended for good.
+        assert text_of(answer) == "[null]" if either.era == "legacy" else "error" in answer
+        assert client.asked == []
+
+
+def test_exchange_question_goes_to_the_newest_call_of_a_client_that_can(fake):
+    with ModernClient(fake, capabilities={}) as cannot, StreamableClient(fake) as can:
+        mark = os.urandom(4).hex()
+        waiting, waiting_id = can.start("sleep", seconds=1, text=mark)
+        server_id_of(cannot, mark)
+        asking, asking_id = cannot.start("inquire", rounds=[[FORM]])
+        question = waiting.wait(lambda message: message.get("method") == "elicitation/create")
+        can.reply(question["id"], ACCEPTED)
+        assert json.loads(text_of(asking.answer(asking_id))) == [ACCEPTED]
+        assert text_of(waiting.answer(waiting_id)) == "slept"
+
+
+@pytest.mark.parametrize("kind", ["sse", "streamable"])
+def test_exchange_asks_nobody_for_roots_that_a_shared_server_would_take_for_those_of_all(fake, kind):
+    with PEERS[kind](fake) as client:
+        answer = json.loads(client.tool("ask", method="roots/list"))
+        assert answer["error"]["code"] == -32601
+        assert client.asked == []
+
+
+def test_exchange_question_that_no_client_can_answer_is_answered_as_one_would(fake):
+    with StreamableClient(fake, capabilities={}) as client:
+        answer = json.loads(client.tool("ask", method="elicitation/create", params=FORM[1]))
+        assert answer["error"]["code"] in (-32601, -32602)
+
+
+def test_exchange_question_of_a_session_of_its_own_comes_on_the_stream_of_the_call():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, StreamableClient(proxy) as client:
+        general = client.listen()
+        assert json.loads(client.tool("inquire", rounds=[[FORM, ROOTS]])) == [ACCEPTED, client.RESULTS["roots/list"]]
+        client.tool("later", seconds=0.1, method=TOOLS_CHANGED)
+        assert [message["method"] for message in general.count(1)] == [TOOLS_CHANGED]
+
+
+def test_exchange_response_nobody_asked_for_is_accepted_and_forgotten(fake):
+    with StreamableClient(fake) as client:
+        for number in (1, "x", 10 ** 6):
+            client.reply(number, {"mark": "unasked"})
+        assert "unasked" not in client.tool("seen")
+
+
+def test_exchange_question_is_answered_once_and_by_its_client_alone(fake):
+    with StreamableClient(fake) as client, StreamableClient(fake) as other:
+        stream, request_id = client.start("inquire", rounds=[[FORM]])
+        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+        other.reply(question["id"], {"action": "stolen"})
+        client.reply(question["id"], ACCEPTED)
+        client.reply(question["id"], {"action": "again"})
+        assert json.loads(text_of(stream.answer(request_id))) == [ACCEPTED]
+
+
+def test_exchange_question_that_is_refused_by_a_legacy_client(either):
+    with StreamableClient(either) as client:
+        stream, request_id = client.start("inquire", rounds=[[SAMPLING]])
+        question = stream.wait(lambda message: message.get("method") == "sampling/createMessage")
+        client.post({"jsonrpc": "2.0", "id": question["id"], "error": {"code": -1, "message": "no"}}, 202)
+        answer = stream.answer(request_id)
+        if either.era == "legacy":
+            assert text_of(answer) == "[null]"
+        else:
+            assert answer["error"] == {"code": -1, "message": "no"}
+
+
+# A modern server and legacy clients.
+
+def test_exchange_with_a_server_that_asks_for_ever_comes_to_an_end(modern_server):
+    for kind in ("sse", "streamable"):
+        with PEERS[kind](modern_server) as client:
+            assert client.call("tools/call", {"name": "for ever"})["error"]["code"] == -32000
+            assert 1 < len(client.asked) < 1000
+
+
+def test_exchange_that_a_server_wants_repeated_without_questions_is(modern_server):
+    for kind in ("sse", "streamable"):
+        with PEERS[kind](modern_server) as client:
+            assert client.tool("state only") == '["x"]'
+
+
+def test_exchange_of_a_modern_client_with_a_modern_server_keeps_the_state_of_the_server(modern_server):
+    with ModernClient(modern_server) as client:
+        stream, request_id = client.start("inquire", rounds=[[FORM], [ROOTS]])
+        result = stream.answer(request_id)["result"]
+        assert result["requestState"] == "[]" and [*result["inputRequests"]] == ["q0"]
+        assert stream.status == 200
+
+
+def test_exchange_url_question_gets_the_id_that_legacy_clients_need(modern_server):
+    with StreamableClient(modern_server) as client:
+        ids = []
+        for _ in range(2):
+            stream, request_id = client.start("inquire", rounds=[[[URL[0], {"mode": "url", "url": "https://x/"}]]])
+            question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+            ids.append(question["params"]["elicitationId"])
+            client.reply(question["id"], {"action": "accept"})
+        assert len(set(ids)) == 2 and all(isinstance(one, str) for one in ids)
+
+
+def test_exchange_cancelled_while_its_question_is_open_is_over(server):
+    with running_proxy(server) as proxy, StreamableClient(proxy) as client:
+        stream, request_id = client.start("inquire", rounds=[[FORM]])
+        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+        client.cancel(stream, request_id)
+        assert [message for message in stream.wait_end() if message.get("id") == request_id] == []
+        client.reply(question["id"], ACCEPTED)
+        calls = [message for message in seen(client, "tools/call") if message["params"]["name"] == "inquire"]
+        assert len(calls) == 1
+
+
+# Cancellation, and ids.
+
+def test_exchange_of_a_modern_client_that_hangs_up_is_cancelled_after_messages_too(either):
+    with ModernClient(either) as client:
+        mark = os.urandom(4).hex()
+        stream, request_id = client.start("sleep", token=1, seconds=60, steps=600, text=mark)
+        stream.count(2)
+        server_id = server_id_of(client, mark)
+        stream.close()
+        until(lambda: is_cancelled(client, server_id), "the cancellation")
+
+
+def test_exchange_of_a_modern_client_that_half_closes_is_cancelled(modern):
+    mark = os.urandom(4).hex()
+    stream, request_id = modern.start("sleep", seconds=60, text=mark)
+    server_id = server_id_of(modern, mark)
+    stream.http.socket.shutdown(socket.SHUT_WR)
+    until(lambda: is_cancelled(modern, server_id), "the cancellation")
+
+
+def test_exchange_that_is_cancelled_ends_its_stream_without_an_answer(either):
+    with StreamableClient(either) as client:
+        stream, request_id = client.start("sleep", token=1, seconds=60, steps=600)
+        stream.count(1)
+        client.cancel(stream, request_id)
+        assert all("method" in message for message in stream.wait_end())
+
+
+@pytest.mark.parametrize("request_id", [999, "100", None, [], {}, 1.5])
+def test_exchange_cancellation_of_what_does_not_run_changes_nothing(fake, request_id):
+    with StreamableClient(fake) as client, StreamableClient(fake) as other:
+        before = seen(client, "notifications/cancelled")
+        call = other.start("sleep", seconds=0.3)
+        client.post(notification("notifications/cancelled", {"requestId": request_id}), 202)
+        client.post(notification("notifications/cancelled"), 202)
+        assert text_of(call[0].answer(call[1])) == "slept"
+        assert seen(client, "notifications/cancelled") == before
+
+
+def test_exchange_id_that_is_in_use_is_refused_and_the_first_goes_on(fake):
+    with StreamableClient(fake) as client:
+        mark = os.urandom(4).hex()
+        first = client.send(tool_call(1, "sleep", {"seconds": 0.5, "text": mark}))
+        server_id_of(client, mark)
+        assert client.post(tool_call(1, "echo"), 400).error() == (400, -32600)
+        assert text_of(client.post(tool_call("1", "echo", {"text": "x"})).json()) == "x"
+        assert text_of(first.answer(1)) == "slept"
+        assert text_of(client.post(tool_call(1, "echo", {"text": "x"})).json()) == "x"
+
+
+@pytest.mark.parametrize("kind", PEERS)
+@pytest.mark.parametrize("request_id", [0, -1, 2 ** 60, "", "x\"\\\n", "é"])
+def test_exchange_id_comes_back_as_it_was_sent(fake, kind, request_id):
+    with PEERS[kind](fake) as client:
+        stream = client.deliver(client.message(request_id, "tools/call", {"name": "echo", "arguments": {"text": "x"}}))
+        assert text_of(stream.answer(request_id)) == "x"
+
+
 # ============================================================================
 # 14. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-def is_healthy(proxy):
-    return proxy.request("GET", "/healthz").status == 200
 
 
 @ATTACKS
@@ -1711,13 +4849,10 @@ def test_connection_many_pipelined_requests_are_answered(demo):
         assert {http.response().status for _ in range(500)} == {200}
 
 
-BOTH_TYPES = {"Accept": "application/json, text/event-stream"}
-
-
 def slow_call(proxy):
     """A request that takes a moment, in a new session."""
-    session = proxy.request("POST", "/mcp", initialize(), BOTH_TYPES).headers["mcp-session-id"]
-    headers = {**BOTH_TYPES, "Mcp-Session-Id": session}
+    session = proxy.request("POST", "/mcp", initialize(), ACCEPT).headers["mcp-session-id"]
+    headers = {**ACCEPT, "Mcp-Session-Id": session}
     return encode_http("POST", "/mcp", tool_call(1, "slow", {"seconds": 0.2}), headers)
 
 
@@ -1837,6 +4972,587 @@ def test_connection_refusal_repeats_nothing_that_could_be_markup(demo, raw):
         assert "script" not in str(response.headers)
 
 
+def test_http_connection_of_a_stream_is_kept_alive_by_comments():
+    with running_proxy(FAKE, HEARTBEAT=0.2) as proxy, SSEClient(proxy) as client:
+        began = client.stream.comments
+        until(lambda: client.stream.comments >= began + 3, "three comments", 5)
+        assert client.tool("echo", text="hello") == "hello"
+
+
+def test_http_connection_that_is_reset_ends_its_session():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, SSEClient(proxy) as client:
+        pid = int(client.tool("pid"))
+        client.stream.http.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.stream.close()
+        until(lambda: not is_alive(pid), "the server's end")
+        assert proxy.request("POST", client.endpoint, request(1, "ping")).error() == (404, -32600)
+
+
+def test_http_connection_whose_client_is_killed_ends_its_session():
+    script = ("import socket, sys, time\nconnection = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+              "connection.sendall(b'GET /sse HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n')\n"
+              "print(connection.recv(10_000), flush=True)\ntime.sleep(1000)")
+    with running_proxy(FAKE) as proxy:
+        with subprocess.Popen([sys.executable, "-c", script, str(proxy.port)], stdout=subprocess.PIPE) as killed:
+            session = re.search(rb"Mcp-Session-Id: (\w+)", killed.stdout.readline())[1].decode()
+            killed.kill()
+        path = "/messages?session_id=" + session
+        until(lambda: proxy.request("POST", path, notification("notifications/x")).status == 404, "the session's end")
+
+
+# ============================================================================
+# 15. Endpoints
+# ============================================================================
+
+KEY = "se&cret key/+%"
+WAYS = {
+    "query": ("auth_key=se%26cret%20key%2F%2B%25", {}),
+    "bearer": ("", {"Authorization": "Bearer " + KEY}),
+    "lower case": ("", {"authorization": "bearer " + KEY}),
+    "header": ("", {"X-API-Key": KEY}),
+}
+
+
+keyed = shared_proxy(FAKE, AUTH_KEY=KEY)
+
+
+@pytest.mark.parametrize("query, headers", WAYS.values(), ids=WAYS)
+def test_endpoint_takes_the_key_in_every_way(keyed, query, headers):
+    with SSEClient(keyed, "?" + query, headers) as client:
+        assert client.tool("echo", text="hello") == "hello"
+        assert ("auth_key=" in client.endpoint) == bool(query)
+
+
+def test_endpoint_key_is_not_in_the_server_s_environment(keyed):
+    with SSEClient(keyed, "", {"X-API-Key": KEY}) as client:
+        assert client.tool("variable", variable="AUTH_KEY") == "(unset)"
+        with open(f"/proc/{client.tool('pid')}/environ") as environment:
+            assert KEY not in environment.read()
+
+
+def test_endpoint_secrets_are_in_no_error():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, SSEClient(proxy, "?TOKEN=query-secret") as client:
+        client.tool("say", variable="TOKEN")
+        _, data = failure_of(client.stream.answer(client.start("die", {"text": "my token is query-secret"})))
+        assert len(data["stderr"]) == 2 and "query-secret" not in json.dumps(data)
+
+
+def test_endpoint_event_comes_first_and_names_the_session(fake):
+    with SSEClient(fake, handshake=False) as client:
+        headers = client.response.headers
+        assert client.stream.events[0] == {"event": "endpoint", "data": client.endpoint}
+        assert client.endpoint == "/messages?session_id=" + headers["mcp-session-id"]
+        assert headers["content-type"] == "text/event-stream"
+        assert headers["cache-control"] == "no-cache" and headers["x-accel-buffering"] == "no"
+
+
+def test_endpoint_event_has_the_base_path():
+    with running_proxy(FAKE, BASE_PATH="/mcp/one") as proxy, SSEClient(proxy, handshake=False) as stripped:
+        assert stripped.endpoint.startswith("/mcp/one/messages?session_id=")
+        with HTTP(proxy) as http:
+            http.send(encode_http("GET", "/mcp/one/sse"))
+            assert http.head().status == 200
+        stripped.call("initialize", initialize()["params"])
+        assert stripped.tool("echo", text="hello") == "hello"
+
+
+def test_endpoint_for_messages_says_accepted(fake):
+    with SSEClient(fake) as client:
+        for message in request("p", "ping"), notification("notifications/x"), {"jsonrpc": "2.0", "id": 5, "result": {}}:
+            response = client.post(message)
+            assert (response.status, response.body) == (202, b"Accepted")
+        assert client.stream.answer("p")["result"] == {}
+
+
+def test_endpoint_sends_every_message_as_an_event(fake):
+    with SSEClient(fake) as client:
+        client.tool("notify", method="notifications/custom", params={"text": "\u00fc\u2028"})
+        assert {event["event"] for event in client.stream.events[1:]} == {"message"}
+
+
+#   SESSION stands for the endpoint of a client
+REFUSED = [
+    ("GET", "/nothing", None, {}, (404, -32601)),
+    ("GET", "/", None, {}, (404, -32601)),
+    ("GET", "/messages", None, {}, (405, -32600)),
+    ("PUT", "/sse", b"", {}, (405, -32600)),
+    ("POST", "/healthz", b"", {}, (405, -32600)),
+    ("GET", "/sse", None, {"Accept": "application/json"}, (406, -32600)),
+    ("POST", "/messages", {}, {}, (400, -32600)),
+    ("POST", "/messages?session_id=", {}, {}, (400, -32600)),
+    ("POST", "/messages?session_id=0123", request(1, "ping"), {}, (404, -32600)),
+    ("POST", "SESSION", request(1, "ping"), {"Content-Type": "text/plain"}, (415, -32600)),
+    ("POST", "SESSION", b"x" * 3_000_000, {}, (413, -32600)),
+    ("POST", "SESSION", b"{", {}, (400, -32700)),
+    ("POST", "SESSION", b"", {}, (400, -32700)),
+    ("POST", "SESSION", b"\xff", {}, (400, -32700)),
+    ("POST", "SESSION", b"[" * 100_000, {}, (400, -32700)),
+    ("POST", "SESSION", [request(1, "ping")], {}, (400, -32600)),
+    ("POST", "SESSION", {"jsonrpc": "1.0", "id": 1, "method": "ping"}, {}, (400, -32600)),
+    ("POST", "SESSION", {"jsonrpc": "2.0", "id": None, "method": "ping"}, {}, (400, -32600)),
+    ("POST", "SESSION", {"jsonrpc": "2.0", "id": 1}, {}, (400, -32600)),
+    ("POST", "SESSION", {"jsonrpc": "2.0", "id": 1, "method": "ping", "params": []}, {}, (400, -32602)),
+    ("POST", "SESSION", request(1, "prompts/get", {}), {}, (400, -32602)),
+    ("POST", "SESSION", request(1, "resources/read", {"uri": 1}), {}, (400, -32602)),
+]
+
+
+@pytest.mark.parametrize("method, path, body, headers, error", REFUSED)
+def test_endpoint_refuses_with_a_status_and_a_code(small, method, path, body, headers, error):
+    with SSEClient(small) as client:
+        path = path.replace("SESSION", client.endpoint)
+        response = small.request(method, path, body, headers)
+        assert response.error() == error and response.headers["content-type"] == "application/json"
+        assert ("allow" in response.headers) == (error[0] == 405)
+        assert client.tool("echo", text="hello") == "hello"
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "text/*", "text/event-stream",
+                                    "application/json, text/event-stream;q=0.5"])
+def test_endpoint_opens_a_stream_for_who_takes_one(fake, accept):
+    with HTTP(fake) as http:
+        http.send(encode_http("GET", "/sse", None, {"Accept": accept}))
+        assert http.head().status == 200
+
+
+@pytest.mark.parametrize("content_type", [None, "application/json", "Application/JSON; charset=utf-8"])
+def test_endpoint_takes_json_however_it_is_called(fake, content_type):
+    with SSEClient(fake) as client:
+        response = fake.request("POST", client.endpoint, request("p", "ping"), {"Content-Type": content_type})
+        assert response.status == 202
+        client.stream.answer("p")
+
+
+# Plain JSON, or a stream.
+
+def test_endpoint_answers_with_json_what_is_fast_and_with_a_stream_what_is_not(fake):
+    with StreamableClient(fake) as client:
+        began = time.monotonic()
+        slow, slow_id = client.start("sleep", seconds=3.5)
+        assert client.post(tool_call(1, "echo")).headers["content-type"] == "application/json"
+        assert slow.is_stream()
+        assert 1.5 < time.monotonic() - began < 3.2
+        assert text_of(slow.answer(slow_id)) == "slept"
+
+
+def test_endpoint_answers_with_a_stream_what_begins_with_another_message(fake):
+    with StreamableClient(fake) as client:
+        for name, arguments in (("log", {"text": "x"}), ("sleep", {"seconds": 0.1, "steps": 1})):
+            stream, request_id = client.start(name, token=1, **arguments)
+            stream.answer(request_id)
+            stream.wait_end()
+            assert stream.is_stream() and len(stream.messages()) == 2
+            headers = stream.response.headers
+            assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
+@pytest.mark.parametrize("version", REVISIONS)
+def test_endpoint_keeps_every_open_stream_alive(version):
+    with running_proxy(FAKE, HEARTBEAT=0.2) as proxy, StreamableClient(proxy, version=version) as client:
+        streams = [client.listen(), client.start("sleep", token=1, seconds=60, steps=60)[0]]
+        with ModernClient(proxy) as modern:
+            streams += modern.listen(toolsListChanged=True), modern.start("sleep", token=1, seconds=60, steps=60)[0]
+            for stream in streams:
+                until(lambda stream=stream: stream.comments >= 2, "heartbeats")
+        client.delete()
+
+
+def test_endpoint_says_nothing_to_a_modern_client_before_the_server_does():
+    with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, ModernClient(proxy) as client:
+        stream, request_id = client.start("sleep", seconds=2.5)
+        assert text_of(stream.answer(request_id)) == "slept"
+        assert not stream.is_stream()
+
+
+# Batches.
+
+def batch(client, messages, expect=200):
+    """What comes for several messages in one POST."""
+    posted = client.send(messages)
+    answers = posted.wait_end()
+    assert posted.status == expect, answers
+    return posted, answers
+
+
+def test_endpoint_answers_a_batch(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        posted, answers = batch(client, [
+            tool_call(1, "echo", {"text": "one"}), notification("x"), request(2, "no/such"), tool_call("3", "echo")])
+        assert {answer["id"]: "result" in answer for answer in answers} == {1: True, 2: False, "3": True}
+        assert isinstance(posted.response.json(), list)
+
+
+def test_endpoint_answers_a_batch_with_a_stream_when_it_takes_long(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        slow = tool_call(2, "sleep", {"seconds": 0.3, "steps": 2}, 9)
+        posted, answers = batch(client, [tool_call(1, "echo", {"text": "x"}), slow])
+        assert posted.is_stream()
+        assert sorted(answer["id"] for answer in answers if "id" in answer) == [1, 2]
+        assert [answer["params"]["progressToken"] for answer in answers if "method" in answer] == [9, 9]
+
+
+def test_endpoint_takes_a_batch_of_notifications_and_responses(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        posted, _ = batch(client, [notification("x"), {"jsonrpc": "2.0", "id": 5, "result": {}}], 202)
+        assert posted.response.body == b""
+
+
+def test_endpoint_answers_each_of_a_batch_with_one_id_twice(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        _, answers = batch(client, [tool_call(1, "sleep", {"seconds": 0.2}), tool_call(1, "echo")])
+        assert sorted("result" in answer for answer in answers) == [False, True]
+
+
+def test_endpoint_cancels_one_of_a_batch(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        mark = os.urandom(4).hex()
+        calls = [tool_call(1, "sleep", {"seconds": 60, "text": mark}), tool_call(2, "sleep", {"seconds": 0.5})]
+        posted = client.send(calls)
+        server_id_of(client, mark)
+        client.cancel(posted, 1)
+        assert [answer["id"] for answer in posted.wait_end()] == [2]
+
+
+@pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18"])
+def test_endpoint_refuses_a_batch_of_a_revision_without(fake, version):
+    with StreamableClient(fake, version=version) as client:
+        _, answers = batch(client, [request(1, "tools/list")], 400)
+        assert answers[0]["error"]["code"] == -32600
+
+
+@pytest.mark.parametrize("messages", [[], [initialize()], [1], [[]], [{"id": 1}], [tool_call(1, "echo"), "x"]])
+def test_endpoint_refuses_a_batch_that_is_none(fake, messages):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        _, answers = batch(client, messages, 400)
+        assert answers[0]["error"]["code"] == -32600
+
+
+# Bad input.
+
+@pytest.mark.parametrize("method, headers, status", [
+    *(case(f"POST accepts {accept}", "POST", {"Accept": accept}, status) for accept, status in [
+        (None, 406), ("application/json", 406), ("text/event-stream", 406), ("text/html", 406), ("*/*", 200),
+        ("application/*, text/*", 200), ("text/event-stream;q=0.5, application/json;q=0.9", 200),
+        ("APPLICATION/JSON, Text/Event-Stream", 200), ("application/json, text/event-stream;q=0", 406)]),
+    *(case(f"GET accepts {accept}", "GET", {"Accept": accept}, status) for accept, status in [
+        ("application/json", 406), ("text/event-stream", 200), ("*/*", 200)]),
+    *(case(f"POST of {kind}", "POST", {"Content-Type": kind}, status) for kind, status in [
+        (None, 415), ("text/plain", 415), ("application/jsonx", 415), ("application/x-www-form-urlencoded", 415),
+        ("application/json; charset=utf-8", 200), ("Application/JSON", 200)]),
+    case("PUT", "PUT", {}, 405), case("PATCH", "PATCH", {}, 405)])
+def test_endpoint_takes_the_headers_that_the_specification_names(fake, method, headers, status):
+    with StreamableClient(fake) as client:
+        body = None if method == "GET" else request(1, "tools/list")
+        posted = client.send(body, headers, method)
+        assert posted.status == status
+        if status != 200:
+            assert posted.response.json()["error"]["code"] == -32600
+        if status == 405:
+            assert {"GET", "POST", "DELETE"} <= set(re.split(", *", posted.response.headers["allow"]))
+
+
+@pytest.mark.parametrize("body, code", [
+    (b"", -32700), (b"{", -32700), (b"\xff", -32700), (b"NaN", -32700), (b"1", -32600), (b'"x"', -32600),
+    (b"null", -32600),
+    (b'{"jsonrpc":"1.0","id":1,"method":"x"}', -32600), (b'{"jsonrpc":"2.0","id":1}', -32600),
+    (b'{"jsonrpc":"2.0","id":null,"method":"x"}', -32600),
+    (b'{"jsonrpc":"2.0","id":1,"method":"x","params":[1]}', -32602),
+    (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{}}', -32602),
+    (b'{"jsonrpc":"2.0","id":1,"method":"resources/read"}', -32602)])
+def test_endpoint_refuses_a_body_that_is_no_message(fake, body, code):
+    with StreamableClient(fake) as client:
+        assert client.post(body, 400).error() == (400, code)
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_endpoint_names_the_request_that_it_refuses(fake):
+    with StreamableClient(fake) as client:
+        assert client.post(request("mine", "tools/call", {}), 400).json()["id"] == "mine"
+
+
+# One URL for every client.
+
+def test_endpoint_of_sse_serves_streamable_clients(fake):
+    with StreamableClient(fake, path="/sse") as client:
+        stream = client.listen()
+        client.tool("notify", method=TOOLS_CHANGED)
+        assert stream.count(1)
+        assert fake.request("DELETE", "/sse", None, client.headers).status == 204
+
+
+def test_endpoint_of_sse_serves_modern_clients(fake):
+    with ModernClient(fake) as client:
+        client.path = "/sse"
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_endpoint_of_streamable_serves_sse_clients(fake):
+    with HTTP(fake) as http:
+        http.send(encode_http("GET", "/mcp", None, {"Accept": "text/event-stream"}))
+        stream = Events(http)
+        until(lambda: stream.events, "the endpoint event")
+        assert stream.events[0]["event"] == "endpoint"
+        endpoint = stream.events[0]["data"]
+        assert fake.request("POST", endpoint, initialize()).status == 202
+        assert stream.answer(0)["result"]["protocolVersion"] == "2025-06-18"
+        stream.close()
+
+
+def test_endpoint_serves_a_client_that_falls_back_from_one_transport_to_the_other(fake):
+    # The modern probe of a client that then goes on in the legacy way, and the POST of one that then tries GET.
+    probe = fake.request("POST", "/mcp", request(1, "server/discover"), ACCEPT)
+    assert probe.error() == (400, -32600)
+    assert fake.request("POST", "/sse", initialize(), {"Accept": "application/json"}).status == 406
+    with SSEClient(fake) as client:
+        assert client.tool("echo", text="x") == "x"
+
+
+@pytest.mark.parametrize("version", REVISIONS)
+def test_endpoint_without_sessions_answers_any_request(stateless, version):
+    headers = {**ACCEPT, "MCP-Protocol-Version": version}
+    opened = stateless.request("POST", "/mcp", initialize(version=version), ACCEPT)
+    assert opened.json()["result"]["protocolVersion"] == version
+    assert "mcp-session-id" not in opened.headers
+    for session in (None, "of another replica"):
+        headers["Mcp-Session-Id"] = session
+        answer = stateless.request("POST", "/mcp", tool_call(1, "echo", {"text": "x"}), headers)
+        assert text_of(answer.json()) == "x"
+        assert stateless.request("POST", "/mcp", notification("notifications/initialized"), headers).status == 202
+
+
+def test_endpoint_without_sessions_has_none_to_delete(stateless):
+    assert stateless.request("DELETE", "/mcp", None, {"Mcp-Session-Id": "x"}).error() == (405, -32600)
+
+
+def test_endpoint_without_sessions_streams_progress_and_tells_one_id_apart(stateless):
+    with HTTP(stateless) as one, HTTP(stateless) as two:
+        for http, token in ((one, "a"), (two, "b")):
+            http.send(encode_http("POST", "/mcp", tool_call(1, "sleep", {"seconds": 0.2, "steps": 2}, token), ACCEPT))
+        for http, token in ((one, "a"), (two, "b")):
+            stream = Events(http)
+            assert text_of(stream.answer(1)) == "slept"
+            assert {message["params"]["progressToken"] for message in stream.messages()[:-1]} == {token}
+            assert not any("id" in event for event in stream.events)
+            stream.close()
+
+
+def test_endpoint_without_sessions_asks_nobody(stateless):
+    answer = stateless.request("POST", "/mcp", tool_call(1, "ask", {"method": "roots/list", "params": {}}), ACCEPT)
+    assert json.loads(text_of(answer.json()))["error"]["code"] == -32601
+
+
+def test_endpoint_without_sessions_takes_batches_and_modern_requests(stateless):
+    answers = stateless.request("POST", "/mcp", [tool_call(1, "echo"), tool_call(2, "echo")], ACCEPT).json()
+    assert sorted(answer["id"] for answer in answers) == [1, 2]
+    with ModernClient(stateless) as client:
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_endpoint_without_sessions_has_a_process_for_each_set_of_variables():
+    with running_proxy(FAKE, STATELESS="true", SHARED_SESSION="false", SESSION_IDLE=1) as proxy:
+        def pid(colour):
+            return text_of(proxy.request("POST", f"/mcp?COLOUR={colour}", tool_call(1, "pid"), ACCEPT).json())
+        assert pid("red") == pid("red") != pid("blue")
+        ended = int(pid("red"))
+        until(lambda: not is_alive(ended), "the end of the idle process")
+
+
+# Tools without MCP.
+
+def test_endpoint_tools_are_listed(fake):
+    response = fake.request("GET", "/tools")
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
+    assert [tool["name"] for tool in response.json()["tools"]] == ["echo", "inquire", "mirror"]
+
+
+@pytest.mark.parametrize("server_kind", SERVERS)
+def test_endpoint_tool_is_called(server_kind):
+    with running_proxy(SERVERS[server_kind]) as proxy:
+        response = proxy.request("POST", "/tools/echo", {"text": "ä"})
+        assert (response.status, response.headers["content-type"]) == (200, "application/json")
+        assert response.json()["content"] == [{"type": "text", "text": "ä"}]
+        assert proxy.request("POST", "/tools/echo").json()["content"] == [{"type": "text", "text": ""}]
+
+
+@pytest.mark.parametrize("path, body, status, code", [
+    case("unknown", "/tools/nothing", {}, 404, -32602), case("array", "/tools/echo", [], 400, -32602),
+    case("string", "/tools/echo", "x", 400, -32602), case("number", "/tools/echo", 1, 400, -32602),
+    case("null", "/tools/echo", b"null", 400, -32602), case("no JSON", "/tools/echo", b"{", 400, -32700),
+    case("no UTF-8", "/tools/echo", b"\xff", 400, -32700), case("two objects", "/tools/echo", b"{},{}", 400, -32700),
+    case("more params", "/tools/echo", b'{},"name":"pid"', 400, None),
+    case("beyond", "/tools/echo/more", {}, 404, None), case("encoded slash", "/tools/echo%2fmore", {}, 404, None)])
+def test_endpoint_tool_call_that_is_none_is_refused(fake, path, body, status, code):
+    response = fake.request("POST", path, body)
+    assert response.status == status
+    assert code in (None, response.json()["error"]["code"])
+
+
+def test_endpoint_tools_want_the_key_and_take_variables():
+    with running_proxy(FAKE, AUTH_KEY="secret", SHARED_SESSION="false") as proxy:
+        assert {proxy.request(method, path).status for method, path in (
+            ("GET", "/tools"), ("GET", "/openapi.json"), ("POST", "/tools/echo"))} == {401}
+        assert proxy.request("GET", "/tools?COLOUR=red", None, {"X-API-Key": "secret"}).status == 200
+        refused = proxy.request("POST", "/tools/echo?LD_PRELOAD=x", {}, {"X-API-Key": "secret"})
+        assert refused.error() == (400, -32602)
+
+
+def test_endpoint_tools_refuse_variables_in_shared_mode(fake):
+    assert fake.request("POST", "/tools/echo?COLOUR=red", {}).error() == (400, -32602)
+
+
+def test_endpoint_tool_that_asks_is_answered_that_nobody_can(fake):
+    answers = fake.request("POST", "/tools/inquire", {"rounds": [[FORM]]}).json()
+    assert answers["content"][0]["text"] == "[null]"
+
+
+def test_endpoint_tool_of_a_modern_server_that_asks_fails(modern_server):
+    response = modern_server.request("POST", "/tools/inquire", {"rounds": [[FORM]]})
+    assert response.error() == (502, -32000)
+
+
+def test_endpoint_openapi_describes_each_tool(fake):
+    document = fake.request("GET", "/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    assert set(document["paths"]) == {"/tools/echo", "/tools/inquire", "/tools/mirror"}
+    operations = [path["post"] for path in document["paths"].values()]
+    assert len({operation["operationId"] for operation in operations}) == 3
+    schema = document["paths"]["/tools/mirror"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["number"]["type"] == "integer"
+    assert document["info"]["title"] and document["info"]["version"]
+
+
+def test_endpoint_openapi_operation_can_be_called(fake):
+    path, = (path for path in fake.request("GET", "/openapi.json").json()["paths"] if "echo" in path)
+    assert fake.request("POST", path, {"text": "x"}).json()["content"][0]["text"] == "x"
+
+
+# ============================================================================
+# 16. Demo server
+# ============================================================================
+
+@pytest.fixture
+def demo_client(demo):
+    """A client of the demo server."""
+    with SSEClient(demo) as client:
+        yield client
+
+
+def test_demo_lists_what_it_has(demo_client):
+    tools = demo_client.call("tools/list")["result"]["tools"]
+    assert [tool["name"] for tool in tools] == ["echo", "add", "whoami", "slow"]
+    assert len(demo_client.call("resources/list")["result"]["resources"]) == 1
+    assert len(demo_client.call("prompts/list")["result"]["prompts"]) == 1
+
+
+@pytest.mark.parametrize("tool, arguments, text", [
+    ("echo", {"text": "h\u00e9llo\n"}, "h\u00e9llo\n"), ("add", {"a": 2, "b": 3}, "5"),
+    ("add", {"a": 0.5, "b": -2}, "-1.5"),
+    ("whoami", {}, "you set no variables")])
+def test_demo_tools_answer(demo_client, tool, arguments, text):
+    assert demo_client.tool(tool, **arguments) == text
+
+
+@pytest.mark.parametrize("method, params, code", [
+    ("tools/call", {"name": "nothing"}, -32602), ("tools/call", {"name": "echo"}, -32602),
+    ("tools/call", {"name": "add", "arguments": {"a": 1, "b": "x"}}, -32602), ("no/such", {}, -32601),
+    ("tools/call", {"name": "slow", "arguments": {"seconds": "x"}}, -32602),
+    ("tools/call", {"name": "add", "arguments": [1]}, -32602),
+    ("resources/read", {"uri": "demo://nothing"}, -32602), ("resources/subscribe", {"uri": "demo://nothing"}, -32602),
+    ("prompts/get", {"name": "greet"}, -32602),
+    ("prompts/get", {"name": "nothing", "arguments": {"name": "x"}}, -32602)])
+def test_demo_says_what_is_wrong(demo_client, method, params, code):
+    answer = demo_client.call(method, params)
+    assert answer.get("error", {}).get("code") in (code, -32002) or answer["result"]["isError"], answer
+    assert demo_client.tool("echo", text="hello") == "hello"
+
+
+def test_demo_shows_the_variables_that_a_client_set():
+    with running_proxy(SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy, "?COLOUR=blue", {"X-MCP-Env": "SIZE=large one"}) as client:
+            assert client.tool("whoami").splitlines() == ["COLOUR=blue", "SIZE=large one"]
+        with SSEClient(proxy) as client:
+            assert client.tool("whoami") == "you set no variables"
+
+
+def test_demo_reports_progress(demo_client):
+    call = demo_client.start("slow", {"seconds": 0.3}, token="t")
+    assert text_of(demo_client.stream.answer(call)).startswith("done")
+    progress = [message["params"] for message in demo_client.stream.messages() if "method" in message]
+    assert progress == [{"progressToken": "t", "progress": step, "total": 3} for step in (1, 2, 3)]
+
+
+def test_demo_obeys_cancellation():
+    command = [sys.executable, PROXY, "--demo-server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        def say(message):
+            server.stdin.write(json.dumps(message) + "\n")
+        say(tool_call("a", "slow", {"seconds": 30}, token="a"))
+        assert json.loads(server.stdout.readline())["params"]["progressToken"] == "a"
+        say(notification("notifications/cancelled", {"requestId": "a"}))
+        say(tool_call("b", "slow", {"seconds": 0.5}, token="b"))
+        lines = []
+        while not lines or lines[-1].get("id") != "b":
+            lines.append(json.loads(server.stdout.readline()))
+        assert len([line for line in lines if line.get("params", {}).get("progressToken") == "a"]) <= 1
+        server.stdin.close()
+        assert server.wait(PATIENCE) == 0
+
+
+def test_demo_resource_changes_and_can_be_subscribed_to(demo_client):
+    uri = demo_client.call("resources/list")["result"]["resources"][0]["uri"]
+
+    def text():
+        return demo_client.call("resources/read", {"uri": uri})["result"]["contents"][0]["text"]
+    before = text()
+    demo_client.call("resources/subscribe", {"uri": uri})
+    updated = demo_client.stream.wait(lambda message: message.get("method") == "notifications/resources/updated")
+    assert updated["params"]["uri"] == uri
+    until(lambda: text() != before, "a change")
+
+
+def test_demo_is_quiet_for_who_did_not_subscribe(demo):
+    with SSEClient(demo) as one, SSEClient(demo) as other:
+        one.call("resources/subscribe", {"uri": "demo://clock"})
+        one.stream.wait(lambda message: message.get("method") == "notifications/resources/updated")
+        assert other.tool("echo", text="hello") == "hello" and methods_of(other) == []
+
+
+def test_demo_prompt_asks_for_a_greeting(demo_client):
+    (message,) = demo_client.call("prompts/get", {"name": "greet", "arguments": {"name": "Ada"}})["result"]["messages"]
+    assert message["role"] == "user" and "Ada" in message["content"]["text"]
+
+
+# ============================================================================
+# 17. The proxy
+# ============================================================================
+
+@pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_proxy_prints_a_curl_line_that_works_when_pasted(settings):
+    with running_proxy(**settings) as proxy:
+        line = next(line for line in proxy.process.stdout if b"curl" in line)
+        command = "curl" + line.decode().partition("curl")[2]
+        output = subprocess.run(["sh", "-c", command], env={**os.environ, **settings}, capture_output=True,
+                                timeout=PATIENCE)
+        assert "hello" in output.stdout.decode(), output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@MODES
+def test_proxy_ends_everything_on_a_signal(number, shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as one, SSEClient(proxy) as other:
+        one.tool("leave")
+        assert proxy.stop(number) == 0
+        assert one.stream.ended.wait(PATIENCE) and other.stream.ended.wait(PATIENCE)
+
+
+def test_proxy_warns_when_there_is_no_key():
+    for settings, is_warned in (({}, True), ({"AUTH_KEY": KEY}, False)):
+        with running_proxy(**settings) as proxy:
+            until(lambda: "started as process" in proxy.log(), "the log of the start")
+            assert ("AUTH_KEY is not set" in proxy.log()) == is_warned
+
+
 # ============================================================================
 # 18. Command line
 # ============================================================================
@@ -1935,8 +5651,6 @@ with open(PROXY) as file:
     SOURCE = file.read()
 TREE = ast.parse(SOURCE)
 BANNERS = re.findall(r"^# =+\n# (\d+)\. (.+)\n# =+$", SOURCE, re.MULTILINE)
-
-
 STARTS = [SOURCE[:match.start()].count("\n") + 1 for match in re.finditer(r"^# \d+\. ", SOURCE, re.MULTILINE)]
 
 
@@ -1950,8 +5664,8 @@ def test_file_sections_are_numbered_without_gaps():
 
 
 def test_file_tests_have_the_banners_of_the_file():
-    with open(test_mcpproxy.__file__) as file, open(__file__) as more:
-        mine = re.findall(r"^# =+\n# (\d+)\. (.+)\n# =+$", file.read() + more.read(), re.MULTILINE)
+    with open(__file__) as file:
+        mine = re.findall(r"^# =+\n# (\d+)\. (.+)\n# =+$", file.read(), re.MULTILINE)
     assert mine == [banner for banner in BANNERS if banner in mine]
 
 
@@ -2019,3 +5733,1563 @@ def test_file_readme_lists_the_settings():
     with open(os.path.join(HERE, "README.md")) as file:
         rows = re.findall(r"^\| `[A-Z_]+` \|.*\|$", file.read(), re.MULTILINE)
     assert rows == list(readme_rows())
+
+
+# ============================================================================
+# Under load and faults
+# ============================================================================
+
+# Bounds. Each is reached.
+
+def open_one(proxy, transport):
+    """(response, a function that ends the session) of an attempt to open a session."""
+    if transport == "sse":
+        client = SSEClient(proxy, handshake=False)
+        return client.response, client.stream.close
+    response = post(proxy, initialize())
+    headers = {"Mcp-Session-Id": response.headers.get("mcp-session-id", "none")}
+    return response, lambda: proxy.request("DELETE", "/mcp", None, headers)
+
+
+@pytest.mark.parametrize("settings", [{"MAX_SESSIONS": 3}, {"MAX_PROCESSES": 3, "SHARED_SESSION": "false"}],
+                         ids=["session", "process"])
+@pytest.mark.parametrize("transport", ["sse", "streamable"])
+def test_load_one_too_many_is_told_to_come_back(settings, transport):
+    with running_proxy(FAKE, **settings) as proxy:
+        opened = [open_one(proxy, transport) for _ in range(3)]
+        assert [response.status for response, _ in opened] == [200] * 3
+        refused, close = open_one(proxy, transport)
+        close()
+        assert refused.error() == (503, -32000) and int(refused.headers["retry-after"]) > 0
+        for _, close in opened:
+            close()
+
+        def has_room():
+            response, close = open_one(proxy, transport)
+            close()
+            return response.status == 200
+        until(has_room, "room for another one")
+
+
+def test_load_callers_without_a_session_count_as_processes_too():
+    with running_proxy(FAKE, SHARED_SESSION="false", MAX_PROCESSES=2, SESSION_IDLE=1) as proxy:
+        assert [proxy.request("GET", f"/tools?N={n}").status for n in range(3)] == [200, 200, 503]
+        assert proxy.request("GET", "/tools?N=1").status == 200
+        until(lambda: proxy.request("GET", "/tools?N=2").status == 200, "the end of what is idle")
+
+
+def test_load_running_calls_are_bounded_for_each_client():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client, SSEClient(proxy) as other, HTTP(proxy) as http:
+        limit = mcpproxy.RUNNING_CALLS
+        statuses = [http.request("POST", client.endpoint, tool_call(1000 + n, "silent")).status
+                    for n in range(limit + 1)]
+        assert statuses == [202] * limit + [503]
+        assert client.stream.answer(1000 + limit)["error"]["code"] == -32000
+        assert other.tool("echo", text="there") == "there"
+        client.post(notification("notifications/cancelled", {"requestId": 1000}))
+        assert client.tool("echo", text="room") == "room"
+
+
+def test_load_a_batch_with_too_many_calls_runs_what_it_may(altered):
+    altered(RUNNING_CALLS=3)
+    with running_proxy(FAKE) as proxy:
+        session = post(proxy, initialize(version="2025-03-26")).headers["mcp-session-id"]
+        response = post(proxy, [tool_call(n, "sleep", {"seconds": 0.3}) for n in range(5)], session)
+        assert response.status == 200
+        assert sorted((answer["id"], "result" in answer) for answer in response.json()) == [
+            (0, True), (1, True), (2, True), (3, False), (4, False)]
+
+
+def test_load_a_message_over_the_limit_is_one_refusal():
+    with running_proxy(FAKE, MAX_MESSAGE_MB=0.1) as proxy, SSEClient(proxy) as client:
+        assert proxy.request("POST", client.endpoint, b" " * 104_858).error() == (413, -32600)
+        assert len(client.tool("echo", text="x" * 100_000)) == 100_000
+        with HTTP(proxy) as http:
+            http.send(encode_http("POST", "/mcp", None, {"Transfer-Encoding": "chunked"}))
+            http.send(b"8000\r\n" + b" " * 0x8000 + b"\r\n" + b"FFFFFFF\r\n")
+            assert http.response().error() == (413, -32600)
+
+
+@pytest.mark.parametrize("size, count", [(20_000, 3_000), (1_000_000, 120)], ids=["messages", "bytes"])
+def test_load_a_client_that_does_not_read_is_cut_off(size, count):
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as other, HTTP(proxy) as posts, closing_all() as opened:
+        http, endpoint = open_sse(proxy)
+        opened.append(http)
+        for n in range(count):
+            if posts.request("POST", endpoint, tool_call(n, "big", {"size": size})).status != 202:
+                break
+        until(lambda: posts.request("POST", endpoint, request(0, "ping")).status == 404, "the end of its session")
+        assert other.tool("echo", text="still here") == "still here"
+        assert "does not read" in proxy.log() and memory(proxy) < 400
+
+
+def test_load_ten_thousand_calls_and_nothing_read():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as other, HTTP(proxy) as posts, closing_all() as opened:
+        http, endpoint = open_sse(proxy)
+        opened.append(http)
+        before, call = memory(proxy), tool_call(0, "echo", {"text": "x" * 3000})
+        statuses = {posts.request("POST", endpoint, {**call, "id": n}).status for n in range(10_000)}
+        assert {202} <= statuses <= {202, 404, 503}
+        began = time.monotonic()
+        assert other.tool("echo", text="still here") == "still here" and time.monotonic() - began < 2
+        assert memory(proxy) - before < 100
+
+
+def test_load_a_client_that_pipelines_and_never_reads_has_to_wait():
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        before, sent, block = memory(proxy), 0, encode_http("OPTIONS", "/mcp") * 2000
+        http.socket.settimeout(1)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while sent < 200_000_000:
+                sent += http.socket.send(block)
+        assert sent < 50_000_000 and memory(proxy) - before < 50
+        assert is_healthy(proxy)
+
+
+def test_load_a_client_that_had_to_wait_goes_on():
+    """It sends the next request, a large one, before it reads the large answer to the first."""
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        headers = {**ACCEPT, "Mcp-Session-Id": open_streamable(proxy)}
+        http.send(encode_http("POST", "/mcp", tool_call(1, "big", {"size": 30_000_000}), headers))
+        head = http.head()
+        http.send(encode_http("POST", "/mcp", tool_call(2, "echo", {"text": "x" * 300_000}), headers))
+        assert len(http.file.read(int(head.headers["content-length"]))) > 30_000_000
+        assert len(text_of(http.response().json())) == 300_000
+
+
+def test_load_calls_that_are_pipelined_are_answered_in_order():
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        headers = {**ACCEPT, "Mcp-Session-Id": open_streamable(proxy)}
+        calls = [tool_call(n, "echo", {"text": str(n)}) for n in range(500)]
+        http.send(b"".join(encode_http("POST", "/mcp", call, headers) for call in calls))
+        assert [text_of(http.response().json()) for _ in range(500)] == [str(n) for n in range(500)]
+
+
+@pytest.mark.parametrize("count, size, kept", [(1500, 0, mcpproxy.KEPT_EVENTS), (20, 1_000_000, 8)],
+                         ids=["events", "bytes"])
+def test_load_an_event_log_keeps_the_last(count, size, kept):
+    with running_proxy(FAKE) as proxy:
+        session = open_streamable(proxy)
+        assert text_of(post(proxy, tool_call(1, "run", {"text": floods(count, size)}), session).json()) == "done"
+        http = HTTP(proxy)
+        http.send(encode_http("GET", "/mcp", None, {"Accept": "text/event-stream", "Mcp-Session-Id": session}))
+        stream = Events(http)
+        until(lambda: stream.messages()[-1:] and stream.messages()[-1]["params"]["n"] == count - 1)
+        numbers = [message["params"]["n"] for message in stream.messages()]
+        stream.close()
+        assert numbers == list(range(count - kept, count))
+
+
+def test_load_ended_streams_are_kept_for_a_while():
+    with running_proxy(FAKE) as proxy:
+        session, ids = open_streamable(proxy), []
+        for n in range(mcpproxy.KEPT_STREAMS + 2):
+            body = post(proxy, tool_call(n, "sleep", {"seconds": 0.01, "steps": 1}, token=n), session).body.decode()
+            ids.append(re.search("id: (.*)", body)[1])
+        headers = [{**ACCEPT, "Mcp-Session-Id": session, "Last-Event-ID": event_id} for event_id in ids]
+        statuses = [proxy.request("GET", "/mcp", None, each).status for each in headers]
+        assert statuses == [400] * 2 + [200] * mcpproxy.KEPT_STREAMS
+
+
+def test_load_parked_calls_are_bounded(altered):
+    altered(PARKED_CALLS=10)
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        results = [ask(http, n).json()["result"] for n in range(11)]
+        assert ask(http, 1, **retry_of(results[0])).error() == (400, -32602)
+        assert [ask(http, 1, **retry_of(result)).status for result in results[1:]] == [200] * 10
+
+
+@MODES
+def test_load_questions_that_nobody_answers_are_bounded(shared):
+    questions = 'for n in range(5000): send(id="q%d" % n, method="sampling/createMessage", params={})\n'
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
+        with SSEClient(proxy, capabilities={"sampling": {}}) as client:
+            client.stream.answer(client.start("run", {"text": questions + 'send(id=id, result={})'}))
+            until(lambda: '"error"' in client.tool("seen"), "a refusal", 5)
+
+
+def test_load_questions_that_were_answered_are_forgotten():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
+        def ask_and_answer(count):
+            for _ in range(count):
+                call = client.start("ask", {"method": "sampling/createMessage", "params": {"messages": "x" * 500_000}})
+                question = client.stream.wait(lambda message: message.get("method") == "sampling/createMessage")
+                client.post({"jsonrpc": "2.0", "id": question["id"], "result": {}})
+                client.stream.answer(call)
+                client.stream.events.clear()
+        ask_and_answer(10)
+        before = memory(proxy)
+        ask_and_answer(80)
+        assert memory(proxy) - before < 20
+
+
+def test_load_connections_are_bounded(altered):
+    altered(MAX_CONNECTIONS=200)
+    with running_proxy(FAKE) as proxy:
+        before = settled(proxy)
+        with closing_all() as opened:
+            opened += [HTTP(proxy) for _ in range(200)]
+            until(lambda: descriptors(proxy) == before[0] + 200, "all connections")
+            with HTTP(proxy) as http:
+                assert http.is_closed()
+        until(lambda: rest_state(proxy) == before, "the state before")
+        assert is_healthy(proxy)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_load_lines_of_the_log_are_bounded(log_format):
+    with running_proxy(FAKE, LOG_LEVEL="DEBUG", LOG_FORMAT=log_format) as proxy, SSEClient(proxy) as client:
+        client.post(request("\u4e16" * 100_000, "y" * 100_000))
+        client.tool("echo", text="\x01" * 100_000)
+        client.start("run", {"text": 'print("e" * 300_000, file=sys.stderr, flush=True)'})
+        until(lambda: "eee" in proxy.log())
+        assert max(len(line.encode()) for line in proxy.log().splitlines()) <= 4_096
+        assert log_format == "text" or all(json.loads(line) for line in proxy.log().splitlines())
+
+
+# Many clients.
+
+def test_load_a_thousand_clients_share_a_server(many_descriptors):
+    with running_proxy(FAKE, MAX_SESSIONS=1001) as proxy:
+        before = settled(proxy)
+        with closing_all() as opened, HTTP(proxy) as posts:
+            clients = [open_sse(proxy) for _ in range(1000)]
+            opened += [http for http, _ in clients]
+            for n, (http, endpoint) in enumerate(clients):
+                assert posts.request("POST", endpoint, tool_call(7, "echo", {"text": str(n)})).status == 202
+            answers = [text_of(json.loads(next_event(http)["data"])) for http, _ in clients]
+            assert answers == [str(n) for n in range(1000)]
+            with SSEClient(proxy) as client:
+                client.tool("notify", method="notifications/tools/list_changed")
+            assert all("list_changed" in next_event(http)["data"] for http, _ in clients)
+        until(lambda: rest_state(proxy) == before, f"the state before, {before}")
+
+
+@MODES
+def test_load_a_storm_leaves_nothing(shared):
+    """500 clients that connect and vanish, half of them in mid-call."""
+    with running_proxy(FAKE, SHARED_SESSION=shared, MAX_SESSIONS=100, MAX_PROCESSES=4, SESSION_IDLE=1) as proxy:
+        before = settled(proxy)
+        with HTTP(proxy) as posts:
+            for n in range(500):
+                http = HTTP(proxy)
+                http.send(encode_http("GET", "/sse", None, {"Accept": "text/event-stream"}))
+                if n % 2 and http.head().status == 200:
+                    posts.request("POST", next_event(http)["data"], tool_call(n, "sleep", {"seconds": 60}))
+                (vanish if n % 4 < 2 else HTTP.close)(http)
+        # In independent mode the process that told of its tools may end in the meantime.
+        until(lambda: descriptors(proxy) <= before[0] and set(proxy.children()) <= set(before[1]), f"{before} again")
+        for _ in range(4):
+            until(lambda: open_one(proxy, "streamable")[0].status == 200, "room for others")
+
+
+def test_load_clients_that_vanish_from_the_handshake_lock_nobody_out():
+    """Nobody was told the id of such a session, so nobody can use it, or end it."""
+    with running_proxy(FAKE, SHARED_SESSION="false", MAX_PROCESSES=3) as proxy:
+        for _ in range(3):
+            http = HTTP(proxy)
+            http.send(encode_http("POST", "/mcp", initialize(), ACCEPT))
+            vanish(http)
+        until(lambda: post(proxy, initialize()).status == 200, "room for a new client", 8)
+
+
+@pytest.mark.parametrize("leave", [vanish, HTTP.close])
+@pytest.mark.parametrize("settings", [{"STATELESS": "true"}, {}], ids=["legacy", "modern"])
+def test_load_a_caller_without_a_session_that_hangs_up_ends_its_call(settings, leave):
+    """There is no stream that it could come back to. Else calls could be left behind without bound."""
+    with running_proxy(FAKE, HEARTBEAT=1, **settings) as proxy, SSEClient(proxy) as other:
+        message, headers = modern_request(1, "tools/call", {"name": "sleep", "arguments": {"seconds": 60}})
+        if settings:
+            message, headers = tool_call(1, "sleep", {"seconds": 60}), ACCEPT
+        http = HTTP(proxy)
+        http.send(encode_http("POST", "/mcp", message, headers))
+        until(lambda: '"sleep"' in other.tool("seen"), "the call")
+        leave(http)
+        until(lambda: "notifications/cancelled" in other.tool("seen"), "its end", 8)
+
+
+# Servers that misbehave.
+
+def test_load_a_server_that_floods_notifications_stops_nobody():
+    flood = "while True: send(method='notifications/tools/list_changed', params={'x': 'x' * 2000})"
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as reader, closing_all() as opened:
+        opened.append(open_sse(proxy)[0])           # it does not read
+        reader.start("run", {"text": flood})
+        until(lambda: "does not read" in proxy.log(), "the end of the one that does not read")
+        for _ in range(10):
+            began = time.monotonic()
+            assert is_healthy(proxy) and time.monotonic() - began < 2
+        assert memory(proxy) < 400
+
+
+def test_load_a_server_that_stops_reading_is_sent_no_more():
+    with running_proxy(FAKE, REQUEST_TIMEOUT=2) as proxy, SSEClient(proxy) as client, HTTP(proxy) as posts:
+        client.start("run", {"text": "lock.acquire(); os.kill(os.getpid(), 19)"})        # SIGSTOP
+        before = memory(proxy)
+        for n in range(40):
+            call = tool_call(1000 + n, "echo", {"text": "x" * 2_000_000})
+            posts.request("POST", client.endpoint, call)
+        assert "does not read" in client.stream.answer(1039)["error"]["message"]
+        assert memory(proxy) - before < 250 and is_healthy(proxy)
+        assert client.stream.answer(1000)["error"]["code"] == -32000        # timed out
+
+
+def test_load_a_server_that_closes_its_stdin_fails_its_calls():
+    with running_proxy(FAKE, REQUEST_TIMEOUT=60) as proxy, SSEClient(proxy) as client:
+        client.start("run", {"text": "lock.acquire(); os.dup2(os.pipe()[0], 0)"})
+        client.start("echo", {"text": "the read that goes on while the descriptor is replaced"})
+        assert client.stream.answer(client.start("echo", {"text": "x"}))["error"]["code"] == -32000
+
+
+@MODES
+def test_load_a_call_that_is_never_answered_times_out(shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared, REQUEST_TIMEOUT=1) as proxy:
+        session = open_streamable(proxy)
+        assert post(proxy, tool_call(1, "silent"), session).error() == (504, -32000)
+        seen = json.loads(text_of(post(proxy, tool_call(2, "seen"), session).json()))
+        assert [message["method"] for message in seen].count("notifications/cancelled") == 1
+
+
+@pytest.mark.parametrize("method, path, message", [
+    ("GET", "/tools", (None,)), ("GET", "/openapi.json", (None,)), ("POST", "/tools/echo", ({},)),
+    ("POST", "/mcp", modern_request(1, "tools/call", {"name": "echo"}))], ids=["list", "openapi", "tool", "modern"])
+def test_load_a_list_of_tools_that_never_comes_times_out(method, path, message):
+    with running_proxy(FAKE, FAKE_DEAF_TO="tools/list", REQUEST_TIMEOUT=1) as proxy, HTTP(proxy) as http:
+        http.socket.settimeout(6)
+        assert http.request(method, path, *message).error() == (504, -32000)
+
+
+@MODES
+def test_load_a_handshake_that_is_never_answered_times_out(shared):
+    settings = {"FAKE_DEAF_TO": "initialize", "REQUEST_TIMEOUT": 1, "SERVER_ERA": "legacy"}
+    with running_proxy(FAKE, SHARED_SESSION=shared, **settings) as proxy:
+        assert post(proxy, initialize()).error() == (504, -32000)
+
+
+# The end of the proxy.
+
+@MODES
+def test_load_sigterm_lets_running_calls_finish(shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client, HTTP(proxy) as http:
+        headers = {**ACCEPT, "Mcp-Session-Id": open_streamable(proxy)}
+        http.send(encode_http("POST", "/mcp", tool_call(1, "sleep", {"seconds": 1.5}), headers))
+        call = client.start("sleep", {"seconds": 1.5})
+        proxy.process.terminate()
+        until(lambda: "= stopping" in proxy.log())
+        message, modern_headers = modern_request(1, "tools/list")
+        for refused in (post(proxy, initialize()), proxy.request("GET", "/sse", None, ACCEPT),
+                        post(proxy, request(2, "ping"), headers["Mcp-Session-Id"]),
+                        proxy.request("POST", "/mcp", message, modern_headers)):
+            assert refused.error() == (503, -32000) and "retry-after" in refused.headers
+        assert text_of(client.stream.answer(call)) == "slept"
+        assert text_of(http.response().json()) == "slept"
+        assert client.stream.ended.wait(PATIENCE) and proxy.stop() == 0
+
+
+def test_load_sigterm_waits_for_calls_whose_server_is_starting():
+    with running_proxy(fake_server("import time; time.sleep(1)"), STATELESS="true") as proxy, HTTP(proxy) as http:
+        call = tool_call(1, "echo", {"text": "late"})
+        http.send(encode_http("GET", "/healthz") + encode_http("POST", "/mcp", call, ACCEPT))
+        assert http.response().status == 200         # so the call, which was sent with this request, has been read
+        assert is_healthy(proxy)
+        proxy.process.terminate()
+        assert text_of(http.response().json()) == "late"
+
+
+def test_load_sigterm_does_not_wait_for_parked_calls():
+    """Nobody can answer them any more: a retry is a new call."""
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        assert ask(http, 1).json()["result"]["resultType"] == "input_required"
+        began = time.monotonic()
+        assert proxy.stop() == 0 and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("grace, signals", [(0, 1), (0.5, 1), (60, 2)], ids=["at once", "late", "twice"])
+def test_load_what_does_not_finish_is_ended(number, grace, signals):
+    with running_proxy(FAKE, SHUTDOWN_GRACE=grace) as proxy, SSEClient(proxy) as client:
+        client.start("sleep", {"seconds": 60})
+        for _ in range(signals):
+            proxy.process.send_signal(number)
+            until(lambda: "= stopping" in proxy.log())
+        began = time.monotonic()
+        assert proxy.process.wait(PATIENCE) == 0 and time.monotonic() - began < 5
+        assert client.stream.ended.wait(PATIENCE)
+        proxy.stop()
+
+
+def is_stopped(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "T"
+
+
+# Logs that cannot be written.
+
+@contextlib.contextmanager
+def proxy_with_output(stdout, stderr, command=FAKE, **settings):
+    """A Proxy with its output somewhere else; it has to end well."""
+    proxy = object.__new__(Proxy)
+    proxy.tag = f"TEST_TAG={os.urandom(8).hex()}"
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        proxy.port = unused.getsockname()[1]
+    environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(proxy.port), "MCP_SERVER_CONFIG": shlex.join(command),
+                   "TEST_TAG": proxy.tag.partition("=")[2], **settings}
+    proxy.process = subprocess.Popen([sys.executable, PROXY], env=environment, stdin=subprocess.DEVNULL,
+                                     stdout=stdout, stderr=stderr)
+    try:
+        until(lambda: proxy.process.poll() is not None or listens(proxy), "the proxy's start")
+        assert proxy.process.poll() is None
+        yield proxy
+        proxy.process.terminate()
+        assert proxy.process.wait(PATIENCE) == 0
+    finally:
+        proxy.process.kill()
+        proxy.process.wait()
+        until(lambda: not processes_with(proxy.tag), "the end of all processes")
+
+
+def listens(proxy):
+    with contextlib.suppress(ConnectionRefusedError):
+        return is_healthy(proxy)
+
+
+NOISE = {"plain": b"x" * 900, "not UTF-8": b"\xff" * 990, "wide": "\u4e16".encode() * 330, "control": b"\x01" * 990}
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("line", NOISE.values(), ids=NOISE)
+def test_load_a_log_that_nobody_reads_stops_nothing(log_format, line):
+    reading, writing = os.pipe()
+    noise = fake_server(f"import os\nfor _ in range(300): os.write(2, {line!r} + b'\\n')")
+    try:
+        with proxy_with_output(subprocess.DEVNULL, writing, noise, LOG_FORMAT=log_format, LOG_LEVEL="DEBUG") as proxy:
+            with SSEClient(proxy) as client:
+                for _ in range(50):
+                    assert client.tool("echo", text="\u4e16" * 2000) == "\u4e16" * 2000
+            assert len(os.read(reading, 1_000_000)) > 30_000         # it is full
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("stdout, stderr", [("/dev/null", "/dev/full"), ("/dev/full", "/dev/full")])
+def test_load_a_full_disk_stops_nothing(stdout, stderr):
+    with open(stdout, "wb") as out, open(stderr, "wb") as err, proxy_with_output(out, err) as proxy:
+        with SSEClient(proxy) as client:
+            assert client.tool("echo", text="x") == "x"
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stdout", "stderr"])
+def test_load_a_closed_output_stops_nothing(number):
+    reading, writing = os.pipe()
+    os.close(reading)
+    outputs = [subprocess.DEVNULL, subprocess.DEVNULL]
+    outputs[number - 1] = writing
+    try:
+        with proxy_with_output(*outputs) as proxy:
+            assert proxy.request("GET", "/tools").status == 200
+    finally:
+        os.close(writing)
+
+
+# Too few descriptors.
+
+def limit_descriptors(proxy, count):
+    """Lets the proxy have so many more descriptors than it has; returns a function that undoes it."""
+    soft, hard = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (descriptors(proxy) + count, hard))
+    return lambda: resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_load_without_descriptors_accepting_pauses_and_recovers():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        limit_descriptors(proxy, 10)
+        with closing_all() as opened, HTTP(proxy) as waiting:
+            opened += [HTTP(proxy) for _ in range(50)]
+            until(lambda: "Too many open files" in proxy.log(), "a word in the log")
+            opened.append(HTTP(proxy))
+            while opened:
+                opened.pop().close()
+            assert waiting.request("GET", "/healthz").status == 200 and is_healthy(proxy)
+        assert client.tool("echo", text="x") == "x"
+        assert len(proxy.log()) < 20_000
+
+
+def test_load_without_descriptors_a_session_fails_and_later_ones_work():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, HTTP(proxy) as http:
+        assert http.request("GET", "/healthz").status == 200
+        before, undo = rest_state(proxy), limit_descriptors(proxy, 2)
+        assert http.request("POST", "/mcp", initialize(), ACCEPT).error() == (502, -32000)
+        until(lambda: rest_state(proxy) == before, "the state before")
+        undo()
+        assert http.request("POST", "/mcp", initialize(), ACCEPT).status == 200
+
+
+# Clients that are too slow.
+IMPATIENT = dict.fromkeys(("IDLE_SECONDS", "HEAD_SECONDS", "BODY_SECONDS", "LINGER_SECONDS", "STALL_SECONDS"), 0.5)
+
+
+def test_load_a_plain_answer_that_is_not_read_is_given_up(altered):
+    altered(**IMPATIENT)
+    with running_proxy(FAKE) as proxy:
+        session = open_streamable(proxy)
+        before = settled(proxy)
+        with HTTP(proxy) as http:
+            http.send(encode_http("POST", "/mcp", tool_call(1, "big", {"size": 30_000_000}),
+                                  {**ACCEPT, "Mcp-Session-Id": session}))
+            assert http.head().status == 200
+            until(lambda: rest_state(proxy) == before, "the end of the connection", 10)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /hea", encode_http("POST", "/mcp", b"{}")[:-1]],
+                         ids=["idle", "head", "body"])
+def test_load_a_client_that_says_no_more_is_given_up(altered, data):
+    altered(**IMPATIENT)
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        http.send(data)
+        rest = http.file.read()
+        assert rest.startswith(b"HTTP/1.1 408") if data else rest == b""
+
+
+# A server that is killed at every step of a call.
+DEATHS = {
+    # what it does                                                                              its exit code
+    "at once": ("os._exit(9)", 9),
+    "killed": ("os.kill(os.getpid(), 9)", -9),
+    "in mid-answer": ("""os.write(1, b'{"jsonrpc":"2.0","id":%d,"result":{"con' % id); os._exit(9)""", 9),
+    "in a large answer": ("""sys.stdout.write('{"jsonrpc":"2.0","id":%d,"result":{"x":"' % id + "x" * 3_000_000)
+sys.stdout.flush(); os._exit(9)""", 9),
+    "after progress": ("""token = meta["progressToken"]
+send(method="notifications/progress", params={"progressToken": token, "progress": 1}); os._exit(9)""", 9),
+    "after a question": ('send(id="q", method="sampling/createMessage", params={}); os._exit(9)', 9),
+    "with closed output": ("os.close(1); time.sleep(60)", None),
+}
+
+
+@MODES
+@pytest.mark.parametrize("code, exit_code", DEATHS.values(), ids=DEATHS)
+def test_load_a_server_that_dies_in_a_call_fails_that_call(shared, code, exit_code):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
+        with SSEClient(proxy, capabilities={"sampling": {}}) as client:
+            error = client.stream.answer(client.start("run", {"text": code}, token="t"))["error"]
+            assert error["code"] == -32000
+            assert exit_code is None or error["data"]["exitCode"] == exit_code
+            # One process for all: the session goes on. One of its own: it ends with its process.
+            if shared:
+                assert client.tool("echo", text="again") == "again"
+            else:
+                assert client.stream.ended.wait(PATIENCE)
+
+
+@MODES
+@pytest.mark.parametrize("code, exit_code", DEATHS.values(), ids=DEATHS)
+def test_load_a_server_that_dies_in_a_post_fails_it(shared, code, exit_code):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
+        session = open_streamable(proxy)
+        response = post(proxy, tool_call(1, "run", {"text": code}, token="t"), session)
+        assert response.status in (200, 502)
+        assert json.loads(response.body.decode().rpartition("data: ")[2])["error"]["code"] == -32000
+        until(lambda: post(proxy, tool_call(2, "echo"), session).status == (200 if shared else 404))
+        assert text_of(post(proxy, tool_call(3, "echo", {"text": "x"}), open_streamable(proxy)).json()) == "x"
+
+
+@MODES
+def test_load_last_words_are_heard(shared):
+    code = "send(id=id, result={'content': [{'type': 'text', 'text': 'last words'}]}); os._exit(9)"
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        assert client.tool("run", text=code) == "last words"
+
+
+@MODES
+@pytest.mark.parametrize("step, code", [
+    ("before", "os._exit(9)"), ("within", "sys.stdin.readline(); os._exit(9)"),
+    ("after", "import threading; threading.Timer(0.3, os._exit, (9,)).start()")])
+def test_load_a_server_that_dies_around_the_handshake(tmp_path, shared, step, code):
+    """It does so the first time only."""
+    flag = str(tmp_path / "flag")
+    once = f"import os, sys\nif not os.path.exists({flag!r}): open({flag!r}, 'w').close(); {code}"
+    with running_proxy(fake_server(once), SHARED_SESSION=shared, SERVER_ERA="legacy") as proxy:
+        first = post(proxy, initialize())
+        if not shared:
+            assert first.status == (200 if step == "after" else 502)
+            assert step == "after" or first.json()["error"]["data"]["exitCode"] == 9
+        call = tool_call(1, "echo", {"text": "x"})
+        until(lambda: post(proxy, call, open_streamable(proxy)).status == 200, "a server that works")
+
+
+def test_load_a_server_that_is_killed_between_calls_is_replaced():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        for _ in range(4):
+            os.kill(int(client.tool("pid")), signal.SIGKILL)
+            client.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+            client.stream.events.clear()
+            assert client.tool("echo", text="x") == "x"
+
+
+# Everything at once.
+
+class BadDay:
+    """Clients and servers that do whatever comes to their minds, which is the same in every run."""
+
+    def __init__(self, proxy, seed):
+        self.proxy, self.chance, self.clients = proxy, random.Random(seed), []
+
+    def act(self):
+        getattr(self, self.chance.choice("open open call call call vanish junk kill modern half streamable".split()))()
+
+    def open(self):
+        http = HTTP(self.proxy)
+        http.send(encode_http("GET", "/sse", None, ACCEPT))
+        if len(self.clients) < 15 and http.head().status == 200:
+            self.clients.append((http, next_event(http)["data"]))
+        else:
+            http.close()
+
+    def call(self):
+        name, arguments = self.chance.choice([
+            ("echo", {"text": "x" * self.chance.randrange(100_000)}), ("sleep", {"seconds": self.chance.random()}),
+            ("silent", {}), ("raw", {"line": "}{" * self.chance.randrange(100)}), ("big", {"size": 500_000}),
+            ("leave", {}), ("twice", {}), ("run", {"text": floods(100, 1000)}),
+            ("die", {"code": 1, "text": "goodbye"})])
+        if self.clients and (name != "die" or self.chance.random() < 0.2):
+            call = tool_call(self.chance.randrange(10**9), name, arguments)
+            self.proxy.request("POST", self.chance.choice(self.clients)[1], call)
+
+    def vanish(self):
+        if self.clients:
+            self.chance.choice([vanish, HTTP.close])(self.clients.pop(self.chance.randrange(len(self.clients)))[0])
+
+    def junk(self):
+        with HTTP(self.proxy) as http:
+            http.send(self.chance.randbytes(self.chance.randrange(500)))
+
+    def kill(self):
+        servers = [pid for pid in self.proxy.children() if b"json" in mcpproxy.read_file(f"/proc/{pid}/cmdline")]
+        if servers and self.chance.random() < 0.1:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.chance.choice(servers), self.chance.choice([signal.SIGKILL, signal.SIGTERM]))
+
+    def modern(self):
+        message, headers = modern_request(1, "tools/call", {"name": "echo", "arguments": {"text": "x"}})
+        assert self.proxy.request("POST", "/mcp", message, headers).status in (200, 502, 503, 504)
+
+    def half(self):
+        with HTTP(self.proxy) as http:
+            data = encode_http("POST", "/mcp", initialize(), ACCEPT)
+            http.send(data[:self.chance.randrange(len(data))])
+
+    def streamable(self):
+        assert post(self.proxy, initialize()).status in (200, 502, 503, 504)
+
+
+@MODES
+def test_load_a_bad_day(shared):
+    with running_proxy(FAKE, SHARED_SESSION=shared, REQUEST_TIMEOUT=2, SESSION_IDLE=1, MAX_PROCESSES=20) as proxy:
+        before, day, deadline = settled(proxy), BadDay(proxy, 20260728), time.monotonic() + 3
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionError):
+                day.act()
+            assert is_healthy(proxy)
+        for http, _ in day.clients:
+            http.close()
+        until(lambda: post(proxy, initialize()).status == 200, "room for a client")
+        until(lambda: descriptors(proxy) <= before[0], f"no more than {before[0]} descriptors")
+
+
+# ============================================================================
+# Real servers and clients
+# ============================================================================
+
+#
+# The official SDKs, servers and conformance suites, each pinned, since they are what has to keep working.
+REAL_SERVERS = {
+    "everything": ["npx", "-y", "@modelcontextprotocol/server-everything@2026.8.31"],
+    "filesystem": ["npx", "-y", "@modelcontextprotocol/server-filesystem@2026.8.31"],
+    "memory": ["npx", "-y", "@modelcontextprotocol/server-memory@2026.8.31"],
+    "fetch": ["uvx", "mcp-server-fetch==2026.10.24", "--allow-private-ips"],
+}
+PYTHON_SDKS = {"python-1": "mcp==1.30.0", "python-2": "mcp==2.3.0"}
+TYPESCRIPT_SDKS = {"typescript-1": "@modelcontextprotocol/sdk@1.32.2",
+                   "typescript-2": "@modelcontextprotocol/client@2.4.0"}
+OPENAPI_VALIDATOR = "openapi-spec-validator==0.9.0"
+
+# Both clients take the same steps, [what, arguments...], and print a JSON list: the revision they
+# negotiated, then what came of each step, as text. `seen` is what the server sent besides answers.
+PYTHON_CLIENT = r'''
+"""client.py sse|http|modern URL ROOT STEPS"""
+import asyncio, contextlib, json, sys, warnings
+import mcp
+from mcp.client.sse import sse_client
+from mcp.client.streamable_http import streamable_http_client
+
+V2 = hasattr(mcp, "Client")
+if V2:
+    import mcp_types as T
+    warnings.simplefilter("ignore")
+else:
+    import mcp.types as T
+wire, url, root, steps = sys.argv[1:]
+seen, meta = [], {}
+
+async def sample(context, params):
+    seen.append("sampling")
+    return T.CreateMessageResult(role="assistant", model="none", content=T.TextContent(type="text", text="sampled"))
+
+async def elicit(context, params):
+    seen.append("elicitation")
+    return T.ElicitResult(action="accept", content={"name": "Ada", "color": "teal"})
+
+async def list_roots(context):
+    return T.ListRootsResult(roots=[T.Root(uri=root, name="root")])
+
+async def notice(message):
+    message = getattr(message, "root", message)
+    method = getattr(message, "method", "").removeprefix("notifications/")
+    if method and method != "progress":
+        seen.append(f"{method} {getattr(message.params, 'uri', '')}".strip())
+
+async def progress(done, total=None, message=None):
+    seen.append(f"progress {done:g}/{total:g}")
+
+class Steps:
+    def __init__(self, client, stack):
+        self.client, self.stack, self.listening = client, stack, {}
+        self.modern = V2 and client.protocol_version >= "2026"
+
+    async def tools(self):
+        return ", ".join(tool.name for tool in (await self.client.list_tools()).tools)
+
+    async def until(self, text, what, *arguments):
+        while text not in await getattr(self, what)(*arguments):
+            await asyncio.sleep(0.02)
+        return text
+
+    async def call(self, name, arguments=None):
+        result = await self.client.call_tool(name, arguments or {}, progress_callback=progress, **meta)
+        error = result.is_error if V2 else result.isError
+        return "failed: " * bool(error) + "".join(getattr(part, "text", "") for part in result.content)
+
+    async def together(self, count, name, arguments):
+        return ", ".join(await asyncio.gather(*(self.call(name, arguments) for _ in range(count))))
+
+    async def cancel(self, name, arguments):
+        request_id = None if V2 else self.client._request_id
+        call = asyncio.create_task(self.call(name, arguments))
+        await self.seen("progress")
+        if not V2:                                               # 1.x does not say it by itself
+            await self.client.send_notification(T.ClientNotification(T.CancelledNotification(
+                params=T.CancelledNotificationParams(requestId=request_id))))
+        call.cancel()
+        await asyncio.wait([call])
+        return "cancelled" if call.cancelled() else call.result()
+
+    async def read(self, uri):
+        return (await self.client.read_resource(uri)).contents[0].text
+
+    async def prompt(self, name, arguments):
+        return (await self.client.get_prompt(name, arguments)).messages[0].content.text
+
+    async def complete(self, prompt, name, value):
+        reference = T.PromptReference(type="ref/prompt", name=prompt)
+        return ", ".join((await self.client.complete(reference, {"name": name, "value": value})).completion.values)
+
+    async def level(self, level):
+        if self.modern:
+            meta["meta"] = {"io.modelcontextprotocol/logLevel": level}
+        else:
+            await self.client.set_logging_level(level)
+        return level
+
+    async def subscribe(self, uri):
+        if not self.modern:
+            await self.client.subscribe_resource(uri)
+            return uri
+        events = await self.stack.enter_async_context(self.client.listen(resource_subscriptions=[uri]))
+        async def follow():
+            async for event in events:
+                seen.append(f"resources/updated {event.uri}")
+        self.listening[uri] = asyncio.create_task(follow())
+        return uri
+
+    async def unsubscribe(self, uri):
+        if self.modern:
+            self.listening.pop(uri).cancel()
+        else:
+            await self.client.unsubscribe_resource(uri)
+        return uri
+
+    async def seen(self, what, count=1):
+        while len(found := [entry for entry in seen if entry.startswith(what)]) < count:
+            await asyncio.sleep(0.01)
+        seen[:] = [entry for entry in seen if entry not in found]
+        return ", ".join(found)
+
+async def main():
+    transport = (sse_client if wire == "sse" else streamable_http_client)(url)
+    callbacks = dict(sampling_callback=sample, elicitation_callback=elicit, list_roots_callback=list_roots,
+                     message_handler=notice)
+    async with contextlib.AsyncExitStack() as stack:
+        if V2:
+            mode = "2026-07-28" if wire == "modern" else "legacy"
+            client = await stack.enter_async_context(mcp.Client(transport, mode=mode, cache=None, **callbacks))
+            outcomes = [client.protocol_version]
+        else:
+            read, write, *_ = await stack.enter_async_context(transport)
+            client = await stack.enter_async_context(mcp.ClientSession(read, write, **callbacks))
+            outcomes = [(await client.initialize()).protocolVersion]
+        doing = Steps(client, stack)
+        for what, *arguments in json.loads(steps):
+            try:
+                outcomes.append(await asyncio.wait_for(getattr(doing, what)(*arguments), 20))
+            except Exception as error:
+                if not hasattr(error, "error"):
+                    raise RuntimeError(f"{what} {arguments}, seen {seen}") from error
+                outcomes.append(f"error {error.error.code}")
+    print(json.dumps(outcomes))
+
+asyncio.run(main())
+'''
+TYPESCRIPT_CLIENT = r'''
+// client.mjs 1|2 sse|http|modern URL ROOT STEPS
+const [version, wire, url, root, steps] = process.argv.slice(2);
+const V2 = version === '2', V1 = '@modelcontextprotocol/sdk/';
+const sdk = V2 ? await import('@modelcontextprotocol/client') : {
+  ...await import(V1 + 'client/index.js'), ...await import(V1 + 'client/sse.js'),
+  ...await import(V1 + 'client/streamableHttp.js'), ...await import(V1 + 'types.js') };
+const client = new sdk.Client({ name: 'test', version: '1' }, {
+  capabilities: { sampling: {}, elicitation: {}, roots: {} },
+  versionNegotiation: { mode: wire === 'modern' ? { pin: '2026-07-28' } : 'legacy' } });
+
+let seen = [], meta, listening = {};
+const on = (method, schema, answer) => client.setRequestHandler(V2 ? method : sdk[schema], answer);
+on('sampling/createMessage', 'CreateMessageRequestSchema', () => (seen.push('sampling'),
+  { role: 'assistant', model: 'none', content: { type: 'text', text: 'sampled' } }));
+on('elicitation/create', 'ElicitRequestSchema', () => (seen.push('elicitation'),
+  { action: 'accept', content: { name: 'Ada', color: 'teal' } }));
+on('roots/list', 'ListRootsRequestSchema', () => ({ roots: [{ uri: root, name: 'root' }] }));
+client.fallbackNotificationHandler = async ({ method, params }) =>
+  seen.push(`${method.replace('notifications/', '')} ${params?.uri ?? ''}`.trim());
+
+async function until(condition) {
+  const end = Date.now() + 20_000;
+  for (let value; ; await new Promise(resolve => setTimeout(resolve, 10))) {
+    if (value = await condition()) return value;
+    if (Date.now() > end) throw new Error(`nothing came but ${seen}`);
+  }
+}
+async function call(name, args, more) {
+  const params = { name, arguments: args ?? {}, ...(meta && { _meta: meta }) };
+  const onprogress = ({ progress, total }) => total && seen.push(`progress ${progress}/${total}`);
+  const options = { onprogress, ...more };
+  const result = await (V2 ? client.callTool(params, options) : client.callTool(params, undefined, options));
+  return (result.isError ? 'failed: ' : '') + result.content.map(part => part.text ?? '').join('');
+}
+const modern = () => V2 && client.getProtocolEra() === 'modern';
+const tools = async () => (await client.listTools()).tools.map(tool => tool.name);
+const doing = {
+  call, tools,
+  until: (text, what, ...args) => until(async () => String(await doing[what](...args)).includes(text) && text),
+  together: (count, name, args) => Promise.all(Array.from({ length: count }, () => call(name, args))),
+  async cancel(name, args) {
+    const stop = new AbortController();
+    const outcome = call(name, args, { signal: stop.signal }).catch(() => 'cancelled');
+    await doing.seen('progress');
+    stop.abort();
+    return outcome;
+  },
+  read: async uri => (await client.readResource({ uri })).contents[0].text,
+  prompt: async (name, args) => (await client.getPrompt({ name, arguments: args })).messages[0].content.text,
+  complete: async (name, argument, value) => (await client.complete(
+    { ref: { type: 'ref/prompt', name }, argument: { name: argument, value } })).completion.values,
+  async level(level) {
+    if (modern()) meta = { 'io.modelcontextprotocol/logLevel': level }; else await client.setLoggingLevel(level);
+    return level;
+  },
+  async subscribe(uri) {
+    if (modern()) listening[uri] = await client.listen({ resourceSubscriptions: [uri] });
+    else await client.subscribeResource({ uri });
+    return uri;
+  },
+  async unsubscribe(uri) {
+    if (modern()) await listening[uri].close(); else await client.unsubscribeResource({ uri });
+    return uri;
+  },
+  async seen(what, count = 1) {
+    const found = await until(() => {
+      const fit = seen.filter(entry => entry.startsWith(what));
+      return fit.length >= count && fit;
+    });
+    seen = seen.filter(entry => !found.includes(entry));
+    return found;
+  },
+};
+
+const transport = new sdk[wire === 'sse' ? 'SSEClientTransport' : 'StreamableHTTPClientTransport'](new URL(url));
+await client.connect(transport);
+const outcomes = [V2 ? client.getNegotiatedProtocolVersion() : transport.protocolVersion ?? transport._protocolVersion];
+for (const [what, ...args] of JSON.parse(steps)) {
+  const outcome = await doing[what](...args).catch(error => {
+    if (typeof error.code !== 'number') throw error;
+    return `error ${error.code}`;
+  });
+  outcomes.push([].concat(outcome).join(', '));
+}
+await transport.terminateSession?.();
+await client.close();
+console.log(JSON.stringify(outcomes));
+process.exit(0);
+'''
+
+# What users of HTTP+SSE proxies have in their programs.
+USAGE_EXAMPLE = r'''
+import asyncio
+import sys
+
+from mcp import ClientSession
+from mcp.client.sse import sse_client
+
+
+async def main():
+    async with sse_client(sys.argv[1]) as (read, write):
+        async with ClientSession(read, write) as session:
+            await session.initialize()
+            tools = await session.list_tools()
+            print([tool.name for tool in tools.tools])
+
+
+asyncio.run(main())
+'''
+
+# Speaks both eras; the SDK turns what its tools need into requests or into input_required.
+SDK_SERVER = r'''
+import sys
+from typing import Annotated
+import anyio, mcp_types as T
+from mcp.server.mcpserver import Context, Elicit, MCPServer, Resolve, Sample
+from pydantic import BaseModel
+
+server = MCPServer("real")
+
+class Name(BaseModel):
+    name: str
+
+class Color(BaseModel):
+    color: str
+
+async def ask_name() -> Elicit[Name]:
+    return Elicit("Your name?", Name)
+
+async def ask_color(name: Annotated[Name, Resolve(ask_name)]) -> Elicit[Color]:
+    return Elicit(f"Your favourite colour, {name.name}?", Color)
+
+async def ask_model(topic: str) -> Sample:
+    return Sample([T.SamplingMessage(role="user", content=T.TextContent(type="text", text=topic))], max_tokens=9)
+
+@server.tool()
+async def survey(name: Annotated[Name, Resolve(ask_name)], color: Annotated[Color, Resolve(ask_color)]) -> str:
+    return f"{name.name} likes {color.color}"
+
+@server.tool()
+async def poem(topic: str, answer: Annotated[T.CreateMessageResult, Resolve(ask_model)]) -> str:
+    content = answer.content[0] if isinstance(answer.content, list) else answer.content
+    return f"{topic}: {content.text}"
+
+@server.tool()
+async def work(context: Context, name: str, steps: int) -> str:
+    try:
+        for step in range(1, steps + 1):
+            await context.report_progress(step, steps)
+            await anyio.sleep(0.05)
+    except anyio.get_cancelled_exc_class():
+        print(f"{name} was cancelled", file=sys.stderr, flush=True)
+        raise
+    return "worked"
+
+@server.tool()
+async def log(context: Context) -> str:
+    await context.log("warning", "a message")
+    return "logged"
+
+@server.tool()
+async def change(context: Context) -> str:
+    await context.notify_resource_updated("test://thing")
+    if context.protocol_version < "2026":
+        await context.session.send_resource_updated("test://thing")
+    return "changed"
+
+@server.resource("test://thing")
+def thing() -> str:
+    return "a thing"
+
+async def subscribe(context, params):                    # the SDK has none of its own in the legacy era
+    return T.EmptyResult()
+
+server._lowlevel_server.add_request_handler("resources/subscribe", T.SubscribeRequestParams, subscribe)
+server._lowlevel_server.add_request_handler("resources/unsubscribe", T.UnsubscribeRequestParams, subscribe)
+server.run()
+'''
+
+
+def unavailable(reason):
+    """Ends a test that needs what this machine does not have."""
+    (pytest.fail if os.environ.get("MCPPROXY_TEST_ALL") else pytest.skip)(reason)
+
+
+def run(*command, timeout=60, statuses=(0,)):
+    """What a program prints."""
+    done = subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=timeout)
+    if done.returncode not in statuses:          # not an assertion: pytest would repeat all of it
+        pytest.fail(f"{command[0]} ended with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return done.stdout
+
+
+def download(*commands):
+    """Runs shell commands at the same time, each of which brings something from a registry."""
+    for program in ("uv", "npx"):
+        if not shutil.which(program):
+            unavailable(f"{program} is not installed")
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda command: run("sh", "-ec", command, timeout=300), commands))
+    except (pytest.fail.Exception, subprocess.TimeoutExpired) as error:
+        unavailable(f"a download failed: {error}")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A directory with the clients, and all that they and the servers need downloaded, so that no test waits for it."""
+    home = tmp_path_factory.mktemp("real")
+    download(*(f"uv venv -q {home}/{name} && uv pip install -q --python {home}/{name} {package}"
+               for name, package in PYTHON_SDKS.items()),
+             f"npm install --silent --prefix {home} {' '.join(TYPESCRIPT_SDKS.values())}",
+             "; ".join(f"npx -y -p {command[2]} -c true" for command in REAL_SERVERS.values() if command[0] == "npx"),
+             shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
+    for name, text in (("client.py", PYTHON_CLIENT), ("client.mjs", TYPESCRIPT_CLIENT), ("usage.py", USAGE_EXAMPLE),
+                       ("server.py", SDK_SERVER)):
+        (home / name).write_text(text)
+    return home
+
+
+# Every client on every wire that it speaks. "http" is Streamable HTTP up to 2025-11-25, "modern" is 2026-07-28.
+WIRES = [(client, wire) for wire in ("sse", "http", "modern") for client in (*PYTHON_SDKS, *TYPESCRIPT_SDKS)
+         if wire != "modern" or client.endswith("2")]
+EACH_WIRE = pytest.mark.parametrize("client, wire", WIRES)
+
+
+def drive(workshop, proxy, client, wire, steps, root="file:///nowhere", query=""):
+    """Has an SDK's client take the steps; returns the texts it brings back, the revision first."""
+    program = ([workshop / client / "bin" / "python", workshop / "client.py"] if client in PYTHON_SDKS else
+               ["node", workshop / "client.mjs", client[-1]])
+    url = f"http://127.0.0.1:{proxy.port}/{'sse' if wire == 'sse' else 'mcp'}{query}"
+    revision, *outcomes = json.loads(run(*program, wire, url, root, json.dumps(steps)))
+    assert revision == ("2026-07-28" if wire == "modern" else "2025-11-25")
+    return outcomes
+
+
+def drive_all(workshop, proxy, steps, **more):
+    """Runs all clients on all wires at the same time, each with the steps that steps(its name, wire) gives."""
+    def one(client, wire):
+        name = f"{client}-{wire}"
+        return name, drive(workshop, proxy, client, wire, steps(name, wire), **more)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return dict(pool.map(one, *zip(*WIRES)))
+
+
+def has_roots(wire, shared):
+    """Does a server get the roots that it asks for on its own? Not from many clients, nor without a session."""
+    return not shared and wire != "modern"
+
+
+EVERYTHING = [                  # a step, and what its outcome contains
+    (["call", "echo", {"message": "hi"}], "Echo: hi"),
+    (["together", 20, "get-sum", {"a": 2, "b": 3}], ", ".join(["The sum of 2 and 3 is 5."] * 20)),
+    (["call", "trigger-long-running-operation", {"duration": 0.4, "steps": 4}], "completed"),
+    # TypeScript clients drop progress that arrives together with the answer, as 4/4 does.
+    (["seen", "progress", 3], "progress 1/4, progress 2/4, progress 3/4"),
+    (["until", "trigger-sampling-request", "tools"], ""),
+    (["call", "trigger-sampling-request", {"prompt": "hello", "maxTokens": 20}], "sampled"),
+    (["seen", "sampling"], "sampling"),
+    (["until", "trigger-elicitation-request", "tools"], ""),
+    (["call", "trigger-elicitation-request"], "Ada"),
+    (["seen", "elicitation"], "elicitation"),
+    (["read", "demo://resource/dynamic/text/1"], "Resource 1"),
+    (["subscribe", "demo://resource/dynamic/text/1"], ""),
+    (["call", "toggle-subscriber-updates"], "Started"),
+    (["seen", "resources/updated"], "resources/updated demo://resource/dynamic/text/1"),
+    (["call", "toggle-subscriber-updates"], "Stopped"),
+    (["unsubscribe", "demo://resource/dynamic/text/1"], ""),
+    (["prompt", "args-prompt", {"city": "Paris"}], "Paris"),
+    (["complete", "completable-prompt", "department", "E"], "Engineering"),
+    (["level", "debug"], "debug"),
+    (["call", "toggle-simulated-logging"], "Started"),
+    (["seen", "message"], "message"),
+    (["call", "toggle-simulated-logging"], "Stopped"),
+    (["cancel", "trigger-long-running-operation", {"duration": 1, "steps": 20}], "cancelled"),
+    (["call", "no-such-tool"], "-32602"),
+    (["read", "demo://no-such-resource"], "error -32602"),
+]
+
+
+@MODES
+@EACH_WIRE
+def test_real_everything_that_a_client_and_a_server_can_do_works(workshop, client, wire, shared):
+    table = EVERYTHING
+    if has_roots(wire, shared):
+        table = [*table, (["until", "file:///nowhere", "call", "get-roots-list"], "")]
+    with running_proxy(REAL_SERVERS["everything"], SHARED_SESSION=shared) as proxy:
+        outcomes = drive(workshop, proxy, client, wire, [step for step, _ in table])
+    assert [(*row, outcome) for row, outcome in zip(table, outcomes) if row[1] not in outcome] == []
+
+
+@MODES
+def test_real_clients_use_a_filesystem_server_at_once(workshop, tmp_path, shared):
+    """Roots, when they come, take the place of the directory that the server was given."""
+    given, root = tmp_path / "given", tmp_path / "root"
+    given.mkdir()
+    root.mkdir()
+
+    def steps(name, wire):
+        file = str((root if has_roots(wire, shared) else given) / name)
+        return [["until", os.path.dirname(file), "call", "list_allowed_directories"],
+                ["call", "write_file", {"path": file, "content": f"by {name}"}],
+                ["call", "read_text_file", {"path": file}],
+                ["call", "read_text_file", {"path": "/etc/passwd"}]]
+    with running_proxy([*REAL_SERVERS["filesystem"], str(given)], SHARED_SESSION=shared) as proxy:
+        for name, (_, _, text, refusal) in drive_all(workshop, proxy, steps, root=root.as_uri()).items():
+            assert text == f"by {name}" and "failed: Access denied" in refusal
+
+
+@MODES
+def test_real_clients_keep_things_in_a_memory_server(workshop, tmp_path, shared):
+    """One memory for all clients of a shared server; else one each, in a file that the client names."""
+    environment = {"MEMORY_FILE_PATH": tmp_path / "everybodys"} if shared else {}
+    names = []
+    with running_proxy(REAL_SERVERS["memory"], SHARED_SESSION=shared, **environment) as proxy:
+        for client, wire in WIRES:
+            names = [*names, f"{client}-{wire}"] if shared else [f"{client}-{wire}"]
+            entity = {"name": names[-1], "entityType": "client", "observations": ["was here"]}
+            *_, update, graph = drive(
+                workshop, proxy, client, wire, query="" if shared else f"?MEMORY_FILE_PATH={tmp_path}/{names[-1]}",
+                steps=[["subscribe", "memory://knowledge-graph"], ["call", "create_entities", {"entities": [entity]}],
+                       ["seen", "resources/updated"], ["call", "read_graph"]])
+            assert "memory://knowledge-graph" in update
+            assert [entity["name"] for entity in json.loads(graph)["entities"]] == names
+
+
+@MODES
+def test_real_clients_fetch_a_page_at_once(workshop, tmp_path, shared):
+    (tmp_path / "page").write_text("what the page says")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web, \
+            running_proxy(REAL_SERVERS["fetch"], SHARED_SESSION=shared) as proxy:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{web.server_port}/page"
+        results = drive_all(workshop, proxy, lambda *_: [["tools"], ["call", "fetch", {"url": page, "raw": True}]])
+        web.shutdown()
+    for tools, text in results.values():
+        assert tools == "fetch" and "what the page says" in text
+
+
+@MODES
+def test_real_clients_use_a_server_of_both_eras_at_once(workshop, shared):
+    """Also tells whether each client is asked what its own calls need: a shared server is spoken to in modern."""
+    def steps(name, wire):
+        return [["call", "survey"], ["call", "poem", {"topic": name}], ["seen", "elicitation", 2], ["seen", "sampling"],
+                ["call", "work", {"name": name, "steps": 3}], ["seen", "progress", 2],
+                ["subscribe", "test://thing"], ["call", "change"], ["seen", "resources/updated"],
+                ["unsubscribe", "test://thing"], ["cancel", "work", {"name": name, "steps": 1000}],
+                # The SDK has no logging/setLevel, so only a modern client can ask for messages.
+                *([["level", "info"], ["call", "log"], ["seen", "message"]] if wire == "modern" else [])]
+    server = [f"{workshop}/python-2/bin/python", f"{workshop}/server.py"]
+    with running_proxy(server, SHARED_SESSION=shared) as proxy:
+        for name, outcomes in drive_all(workshop, proxy, steps).items():
+            assert outcomes[:4] == ["Ada likes teal", f"{name}: sampled", "elicitation, elicitation", "sampling"]
+            assert outcomes[4:6] == ["worked", "progress 1/3, progress 2/3, progress 3/3"[:len(outcomes[5])]]
+            assert outcomes[7] == "changed" and "resources/updated test://thing" in outcomes[8]
+            assert outcomes[10:] in (["cancelled"], ["cancelled", "info", "logged", "message"])
+            until(lambda: f"{name} was cancelled" in proxy.log(), "the cancellation at the server")
+
+
+def test_real_openapi_description_is_valid_and_says_how_to_call_a_tool(workshop, tmp_path):
+    with running_proxy(REAL_SERVERS["everything"]) as proxy:
+        description = proxy.request("GET", "/openapi.json")
+        (tmp_path / "openapi.json").write_bytes(description.body)
+        run("uvx", OPENAPI_VALIDATOR, tmp_path / "openapi.json")
+        path, operations = next(item for item in description.json()["paths"].items() if item[0].endswith("/echo"))
+        result = proxy.request(*(name.upper() for name in operations), path, {"message": "hi"}).json()
+    assert result["content"] == [{"type": "text", "text": "Echo: hi"}]
+
+
+def test_real_usual_program_for_sse_proxies_runs_unchanged(workshop):
+    with running_proxy(REAL_SERVERS["everything"], AUTH_KEY="secret") as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/sse?auth_key=secret"
+        assert "echo" in run(workshop / "python-1" / "bin" / "python", workshop / "usage.py", url)
+
+
+# ============================================================================
+# Conformance
+# ============================================================================
+
+#
+# The official suites, both of their versions, on all revisions.
+CONFORMANCE = {"old": "@modelcontextprotocol/conformance@0.1.16",
+               "new": "@modelcontextprotocol/conformance@0.2.0-alpha.12"}
+
+# Has every tool, resource and prompt that the suites ask for. What a tool needs from the client is
+# requested in the legacy era, and made input_required in the modern one.
+CONFORMANCE_FIXTURE = r'''
+"""fixture.py legacy|modern"""
+import base64, hashlib, hmac, itertools, json, queue, secrets, sys, threading, time
+
+MODERN, NAMESPACE, KEY = sys.argv[1] == "modern", "io.modelcontextprotocol/", secrets.token_bytes(32)
+LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+lock, numbers, client, level, asked, listening = threading.Lock(), itertools.count(1), {}, ["debug"], {}, {}
+
+def send(**members):
+    with lock:
+        print(json.dumps({"jsonrpc": "2.0", **members}), flush=True)
+
+class Error(Exception):
+    def __init__(self, code, message, **data):
+        self.answer = {"error": {"code": code, "message": message, **({"data": data} if data else {})}}
+
+class InputRequired(Exception):
+    def __init__(self, requests, state):
+        self.answer = {"result": {"resultType": "input_required", "inputRequests": requests,
+                                  **({} if state is None else {"requestState": f"{state}.{signature(state)}"})}}
+
+def signature(state):
+    return hmac.new(KEY, str(state).encode(), hashlib.sha256).hexdigest()
+
+class Call:
+    """One request: what its params say, and what can be done while it runs."""
+    def __init__(self, id, params):
+        self.id, self.params, self.arguments = id, params, params.get("arguments") or {}
+        self.meta, self.inputs, self.state = params.get("_meta") or {}, params.get("inputResponses", {}), None
+        self.client = self.meta.get(NAMESPACE + "clientCapabilities", client)
+        if not isinstance(self.inputs, dict) or not all(isinstance(value, dict) for value in self.inputs.values()):
+            raise Error(-32602, "inputResponses must be an object of objects")
+        if "requestState" in params:
+            state, _, proof = str(params["requestState"]).rpartition(".")
+            if not hmac.compare_digest(proof.encode(), signature(state).encode()):
+                raise Error(-32602, "requestState is not mine")
+            self.state = int(state)
+
+    def require(self, capability):
+        if capability not in self.client:
+            raise Error(-32021 if MODERN else -32602, f"needs {capability}", requiredCapabilities={capability: {}})
+
+    def ask(self, state=None, **requests):
+        """The client's answers, by the names of the requests."""
+        for request in requests.values():
+            self.require(request["method"].split("/")[0])
+        if not MODERN:
+            return {name: self.ask_now(request) for name, request in requests.items()}
+        if not all(name in self.inputs for name in requests):
+            raise InputRequired(requests, state)
+        return self.inputs
+
+    def ask_now(self, request):
+        id = f"ask-{next(numbers)}"
+        asked[id] = queue.Queue()
+        send(id=id, **request)
+        answer = asked[id].get(timeout=30)
+        if "error" in answer:
+            raise Error(answer["error"]["code"], answer["error"]["message"])
+        return answer["result"]
+
+    def progress(self, value):
+        if "progressToken" in self.meta:
+            send(method="notifications/progress",
+                 params={"progressToken": self.meta["progressToken"], "progress": value, "total": 100})
+
+# What is asked of the client.
+
+def schema(*required, **properties):
+    properties = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in properties.items()}
+    return {"type": "object", "properties": properties, **({"required": list(required)} if required else {})}
+
+def form(message, *required, **fields):
+    return {"method": "elicitation/create", "params": {
+        "message": message, "requestedSchema": schema(*required, **fields)}}
+
+def sampling(question):
+    return {"method": "sampling/createMessage", "params": {
+        "maxTokens": 100, "messages": [{"role": "user", "content": {"type": "text", "text": question}}]}}
+
+ROOTS = {"method": "roots/list", "params": {}}
+NAME, COLOR, CONFIRM = form("Name?", name="string"), form("Color?", color="string"), form("OK?", ok="boolean")
+USER = form("Who?", "username", "email", username={"type": "string", "description": "User's response"},
+            email={"type": "string", "description": "User's email address"})
+DEFAULTS = form("Right?", name={"type": "string", "default": "John Doe"}, age={"type": "integer", "default": 30},
+                score={"type": "number", "default": 95.5}, verified={"type": "boolean", "default": True},
+                status={"type": "string", "enum": ["active", "inactive", "pending"], "default": "active"})
+OPTIONS, TITLED = ["option1", "option2", "option3"], [{"const": f"value{i}", "title": f"Choice {i}"} for i in (1, 2, 3)]
+ENUMS = form("Which?", untitledSingle={"type": "string", "enum": OPTIONS},
+             titledSingle={"type": "string", "oneOf": TITLED},
+             legacyEnum={"type": "string", "enum": ["opt1", "opt2"], "enumNames": ["Option One", "Option Two"]},
+             untitledMulti={"type": "array", "items": {"type": "string", "enum": OPTIONS}},
+             titledMulti={"type": "array", "items": {"anyOf": TITLED}})
+
+# Tools. A function gets the Call and returns content: text, or a list of blocks.
+
+def log(call):
+    wanted = call.meta.get(NAMESPACE + "logLevel") if MODERN else level[0]
+    for text in ("started", "working", "done"):
+        if wanted and LEVELS.index("info") >= LEVELS.index(wanted):
+            send(method="notifications/message", params={"level": "info", "data": text})
+    return "logged"
+
+def work(call):
+    for value in (0, 50, 100):
+        call.progress(value)
+        time.sleep(0.05)             # clients drop progress that arrives together with the answer
+    return "worked"
+
+def confirm(call):
+    call.ask(1, confirm=CONFIRM)
+    if MODERN and call.state != 1:
+        raise Error(-32602, "requestState is missing")
+    return "state-ok"
+
+def rounds(call):
+    if call.state != 2:
+        call.ask(1, step1=NAME)
+        if MODERN:
+            raise InputRequired({"step2": COLOR}, 2)
+    return json.dumps(call.ask(2, step2=COLOR))
+
+def able(call):
+    requests = {"name": NAME, "question": sampling("Hello?"), "roots": ROOTS}
+    return json.dumps(call.ask(**{name: request for name, request in requests.items()
+                                  if request["method"].split("/")[0] in call.client}))
+
+def stream(call):
+    call.progress(50)
+    return json.dumps(call.ask(answer=CONFIRM))
+
+def change(kind):
+    if not MODERN:
+        send(method=f"notifications/{kind}/list_changed")
+    for id, wanted in list(listening.items()):
+        if wanted.get(kind + "ListChanged"):
+            send(method=f"notifications/{kind}/list_changed", params={"_meta": {NAMESPACE + "subscriptionId": id}})
+    return "changed"
+
+def block(uri, text, mime="text/plain"):
+    return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": text}}
+
+def elicited(answer):
+    return f"Elicitation completed: action={answer['action']}, content={json.dumps(answer.get('content'))}"
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8DwHwAFBQIAX8jx0gAAAABJRU5ErkJggg=="
+WAV = base64.b64encode(b"RIFF&\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\2\0\0\0\0\0").decode()
+IMAGE = {"type": "image", "data": PNG, "mimeType": "image/png"}
+EMPTY = schema()
+ADDRESS = {**schema(street="string", city="string"), "$anchor": "addressDef"}
+JSON_SCHEMA = {
+    **schema(name="string", address={"$ref": "#/$defs/address"}, phone="string", email="string",
+             contactMethod={"type": "string", "enum": ["phone", "email"]}),
+    "$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": {"address": ADDRESS},
+    "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
+    "if": {"properties": {"contactMethod": {"const": "phone"}}, "required": ["contactMethod"]},
+    "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False}
+TOOLS = {
+    "test_simple_text": (EMPTY, lambda call: "This is a simple text response for testing."),
+    "test_image_content": (EMPTY, lambda call: [IMAGE]),
+    "test_audio_content": (EMPTY, lambda call: [{"type": "audio", "data": WAV, "mimeType": "audio/wav"}]),
+    "test_embedded_resource": (EMPTY, lambda call: [
+        block("test://embedded-resource", "This is an embedded resource content.")]),
+    "test_multiple_content_types": (EMPTY, lambda call: [
+        {"type": "text", "text": "Multiple content types test:"}, IMAGE,
+        block("test://mixed-content-resource", '{"test":"data","value":123}', "application/json")]),
+    "test_error_handling": (EMPTY, lambda call: "This tool intentionally returns an error for testing"),
+    "json_schema_2020_12_tool": (JSON_SCHEMA, lambda call: json.dumps(call.arguments)),
+    "test_tool_with_logging": (EMPTY, log), "test_logging_tool": (EMPTY, log),
+    "test_tool_with_progress": (EMPTY, work),
+    "test_reconnection": (EMPTY, lambda call: time.sleep(0.5) or "reconnected"),
+    "test_sampling": (schema("prompt", prompt="string"), lambda call:
+        "LLM response: " + call.ask(answer=sampling(call.arguments["prompt"]))["answer"]["content"]["text"]),
+    "test_elicitation": (schema("message", message="string"), lambda call:
+        "User response: " + json.dumps(call.ask(answer=USER)["answer"])),
+    "test_elicitation_sep1034_defaults": (EMPTY, lambda call: elicited(call.ask(answer=DEFAULTS)["answer"])),
+    "test_elicitation_sep1330_enums": (EMPTY, lambda call: elicited(call.ask(answer=ENUMS)["answer"])),
+    "test_input_required_result_elicitation": (EMPTY, lambda call:
+        f"Hello, {call.ask(user_name=NAME)['user_name'].get('content', {}).get('name')}!"),
+    "test_input_required_result_sampling": (EMPTY, lambda call:
+        call.ask(capital_question=sampling("Capital?"))["capital_question"]["content"]["text"]),
+    "test_input_required_result_list_roots": (EMPTY, lambda call:
+        json.dumps(call.ask(client_roots=ROOTS)["client_roots"]["roots"])),
+    "test_input_required_result_multiple_inputs": (EMPTY, lambda call: json.dumps(
+        call.ask(1, user_name=NAME, greeting=sampling("Greeting?"), client_roots=ROOTS))),
+    "test_input_required_result_request_state": (EMPTY, confirm),
+    "test_input_required_result_tampered_state": (EMPTY, confirm),
+    "test_input_required_result_multi_round": (EMPTY, rounds),
+    "test_input_required_result_capabilities": (EMPTY, able),
+    "test_missing_capability": (EMPTY, lambda call: call.require("sampling") or "not missing"),
+    "test_streaming_elicitation": (EMPTY, stream),
+    "test_trigger_tool_change": (EMPTY, lambda call: change("tools")),
+    "test_trigger_prompt_change": (EMPTY, lambda call: change("prompts")),
+    "test_x_mcp_header": (schema("region", region={"type": "string", "x-mcp-header": "Region"}),
+                          lambda call: json.dumps(call.arguments)),
+}
+
+def call_tool(call):
+    name = call.params.get("name")
+    if name not in TOOLS:
+        raise Error(-32602, f"no tool {name}")
+    content = TOOLS[name][1](call)
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {"content": blocks, **({"isError": True} if name == "test_error_handling" else {})}
+
+# Resources and prompts.
+
+RESOURCES = {
+    "test://static-text": {"mimeType": "text/plain", "text": "This is the content of the static text resource."},
+    "test://static-binary": {"mimeType": "image/png", "blob": PNG},
+    "test://watched-resource": {"mimeType": "text/plain", "text": "Watched resource content"}}
+
+def read(call):
+    uri = call.params["uri"]
+    content = RESOURCES.get(uri)
+    if uri.startswith("test://template/"):
+        number = uri.split("/")[3]
+        content = {"mimeType": "application/json", "text": json.dumps(
+            {"id": number, "templateTest": True, "data": f"Data for ID: {number}"})}
+    if not content:
+        raise Error(-32602 if MODERN else -32002, "no such resource", uri=uri)
+    return {"contents": [{"uri": uri, **content}]}
+
+PROMPTS = {"test_simple_prompt": [], "test_prompt_with_arguments": ["arg1", "arg2"], "test_prompt_with_image": [],
+           "test_prompt_with_embedded_resource": ["resourceUri"], "test_input_required_result_prompt": []}
+
+def prompt(call):
+    name, given = call.params["name"], call.arguments
+    contents = [{"type": "text", "text": "This is a simple prompt for testing."}]
+    if name == "test_prompt_with_arguments":
+        contents[0]["text"] = f"arg1='{given['arg1']}', arg2='{given['arg2']}'"
+    elif name == "test_prompt_with_image":
+        contents.insert(0, IMAGE)
+    elif name == "test_prompt_with_embedded_resource":
+        contents.insert(0, block(given["resourceUri"], "Embedded resource content for testing."))
+    elif name == "test_input_required_result_prompt":
+        contents[0]["text"] = json.dumps(call.ask(user_context=form("Context?", context="string")))
+    elif name not in PROMPTS:
+        raise Error(-32602, f"no prompt {name}")
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+# Methods.
+
+CAPABILITIES = {"tools": {"listChanged": True}, "prompts": {"listChanged": True}, "logging": {}, "completions": {},
+                "resources": {"subscribe": True, "listChanged": True}}
+INFO = {"name": "fixture", "version": "1"}
+
+def listen(call):
+    """Acknowledges, and is never answered."""
+    mine, wanted = {NAMESPACE + "subscriptionId": call.id}, call.params.get("notifications", {})
+    send(method="notifications/subscriptions/acknowledged", params={"_meta": mine, "notifications": wanted})
+    listening[call.id] = wanted
+
+def initialize(call):
+    client.update(call.params["capabilities"])
+    return {"protocolVersion": call.params["protocolVersion"], "serverInfo": INFO, "capabilities": CAPABILITIES}
+
+METHODS = {
+    "tools/list": lambda call: {"tools": [{"name": name, "description": name, "inputSchema": inputs}
+                                          for name, (inputs, _) in TOOLS.items()]},
+    "tools/call": call_tool,
+    "resources/list": lambda call: {"resources": [{"uri": uri, "name": uri} for uri in RESOURCES]},
+    "resources/templates/list": lambda call: {"resourceTemplates": [
+        {"uriTemplate": "test://template/{id}/data", "name": "template"}]},
+    "resources/read": read,
+    "prompts/list": lambda call: {"prompts": [
+        {"name": name, "description": name, "arguments": [{"name": argument, "required": True} for argument in names]}
+        for name, names in PROMPTS.items()]},
+    "prompts/get": prompt,
+    "completion/complete": lambda call: {"completion": {"values": [call.params["argument"]["value"] + "-one"]}},
+}
+CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
+             "resources/read"}
+if MODERN:
+    METHODS["server/discover"] = lambda call: {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES}
+    METHODS["subscriptions/listen"] = listen
+else:
+    METHODS["initialize"] = initialize
+    METHODS["logging/setLevel"] = lambda call: level.__setitem__(0, call.params["level"]) or {}
+    METHODS.update({method: lambda call: {} for method in ("ping", "resources/subscribe", "resources/unsubscribe")})
+
+def answer(id, method, params):
+    meta = params.get("_meta") or {}
+    version = meta.get(NAMESPACE + "protocolVersion", "2026-07-28")
+    if MODERN and version != "2026-07-28":
+        raise Error(-32022, "unsupported version", supported=["2026-07-28"], requested=version)
+    if MODERN and not {NAMESPACE + "protocolVersion", NAMESPACE + "clientCapabilities"} <= meta.keys():
+        raise Error(-32602, "_meta is incomplete")
+    if method not in METHODS:
+        raise Error(-32601, f"no method {method}")
+    result = METHODS[method](Call(id, params))
+    if MODERN and result is not None:
+        result = {**result, "resultType": "complete", "_meta": {NAMESPACE + "serverInfo": INFO}}
+        if method in CACHEABLE:
+            result.update(ttlMs=1000, cacheScope="public")
+    return result
+
+def handle(id, method, params):
+    try:
+        result = answer(id, method, params)
+        if result is not None:
+            send(id=id, result=result)
+    except (Error, InputRequired) as error:
+        send(id=id, **error.answer)
+
+for line in sys.stdin:
+    message = json.loads(line)
+    if "method" not in message:
+        asked[message["id"]].put(message)
+    elif "id" in message:
+        parts = message["id"], message["method"], message.get("params") or {}
+        threading.Thread(target=handle, args=parts, daemon=True).start()
+    elif message["method"] == "notifications/cancelled":
+        listening.pop(message["params"]["requestId"], None)
+'''
+
+
+@pytest.fixture(scope="session")
+def suites(tmp_path_factory):
+    """A directory with the suites and with the node that they need, whatever node there is."""
+    home = tmp_path_factory.mktemp("conformance")
+    download(f"npm install --silent --prefix {home}/node node@22",
+             *(f"npm install --silent --prefix {home}/{name} {package}" for name, package in CONFORMANCE.items()))
+    (home / "fixture.py").write_text(CONFORMANCE_FIXTURE)
+    return home
+
+
+# What no proxy can make of a legacy server: it does not name its questions nor ask several at once, has no
+# roots to ask for outside of a session, and was told once what its client can do.
+BEYOND_A_LEGACY_SERVER = {
+    "sep-2322-elicitation-incomplete", "sep-2322-ignore-unexpected-params", "sep-2322-list-roots-incomplete",
+    "sep-2322-multiple-inputs-incomplete", "sep-2322-respect-client-capabilities",
+    "sep-2575-missing-capability-http-400", "sep-2575-server-rejects-undeclared-capability"}
+
+
+@MODES
+@pytest.mark.parametrize("suite, revision, era", [
+    ("old", "2025-11-25", "legacy"),
+    ("new", "2025-03-26", "legacy"),
+    ("new", "2025-06-18", "legacy"),
+    ("new", "2025-11-25", "legacy"),
+    ("new", "2025-11-25", "modern"),
+    ("new", "2026-07-28", "modern"),
+    ("new", "2026-07-28", "legacy")])
+def test_conformance_suites_of_the_official_project_pass(suites, tmp_path, suite, revision, era, shared):
+    program = suites / suite / "node_modules/@modelcontextprotocol/conformance/dist/index.js"
+    with running_proxy([sys.executable, str(suites / "fixture.py"), era], SHARED_SESSION=shared) as proxy:
+        output = run(suites / "node/node_modules/.bin/node", program, "server", "--suite", "all", "-o", tmp_path,
+                     "--url", f"http://127.0.0.1:{proxy.port}/mcp",
+                     *(["--spec-version", revision] if suite == "new" else []), timeout=120, statuses=(0, 1))
+    checks = [check for file in tmp_path.rglob("checks.json") for check in json.loads(file.read_text())]
+    beyond = BEYOND_A_LEGACY_SERVER if (revision, era) == ("2026-07-28", "legacy") else set()
+    assert checks, output
+    assert [check for check in checks if check["status"] in ("FAILURE", "WARNING") and check["id"] not in beyond] == []
