@@ -4830,6 +4830,7 @@ class Proxy:
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
+        self._is_stopping = False
 
     async def start(self) -> int:
         """Listens, and starts the shared server; returns the port."""
@@ -4856,6 +4857,8 @@ class Proxy:
             if time.monotonic() - self._last_shortage > 1:
                 log.error("! no new connections for a second: %s", os.strerror(error.errno))
                 self._last_shortage = time.monotonic()
+        elif self._is_stopping and isinstance(error, ValueError):
+            pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
         else:
             log.error("! %s", context.get("message"), exc_info=error)
 
@@ -4865,6 +4868,7 @@ class Proxy:
 
     async def stop(self) -> None:
         """Ends everything that was started; afterwards no process is left."""
+        self._is_stopping = True
         if self._ticker:
             self._ticker.cancel()
         await self.server.close()
