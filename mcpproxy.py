@@ -2400,14 +2400,36 @@ class Listening(PendingRequest):
 
     is_endless = True
 
-    def __init__(self, instance: "Instance"):
+    def __init__(self, instance: "Instance", before: "Listening | None"):
         self._instance = instance
+        self.server_id: int | None = None
+        self.is_settled = False                   # acknowledged, or refused
+        # The one before goes on until this one is acknowledged, or what happens in between would be missed.
+        self.replaced: list[int] = [*before.replaced, before.server_id] if before else []
+        self.waiting: list = before.waiting if before else []        # what is called then
+        if before:
+            before.replaced, before.waiting = [], []
 
     def on_event(self, message: Message) -> None:
-        if message.method != "notifications/subscriptions/acknowledged":
-            # The id of the subscription is the proxy's own business.
-            line = message.changed(restated_meta(message, {}, keeps_envelope=False))
-            self._instance.route(parse_message(line.decode()))
+        if message.method == "notifications/subscriptions/acknowledged":
+            return self._settle()
+        # The id of the subscription is the proxy's own business.
+        line = message.changed(restated_meta(message, {}, keeps_envelope=False))
+        self._instance.route(parse_message(line.decode()))
+
+    def on_answer(self, answer: Answer | Message) -> None:
+        self._settle()
+
+    def on_failure(self, error: ServerError) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        connection, replaced, waiting = self._instance.connection, self.replaced, self.waiting
+        self.is_settled, self.replaced, self.waiting = True, [], []
+        for server_id in replaced if connection else ():
+            connection.cancel(server_id, "replaced")
+        for call in waiting:
+            call()
 
 
 class Tools(dict):
@@ -2468,7 +2490,7 @@ class Instance:
         self.last_used = time.monotonic()
         self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
         self._asked_level: str | None = None        # the most verbose level that a modern request asked for
-        self._listening: int | None = None          # the server id of the subscription at a modern server
+        self._listening: Listening | None = None    # the subscription at a modern server
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
@@ -2692,11 +2714,17 @@ class Instance:
         if connection and connection.era is Era.MODERN:
             wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
             supported = self.identity.supported(wanted)
-            before, self._listening = self._listening, None
             if any(supported.values()):
-                self._listening = connection.open(Listening(self), "subscriptions/listen", {"notifications": supported})
-            if before:
-                connection.cancel(before, "replaced")
+                self._listening = Listening(self, self._listening)
+                self._listening.server_id = connection.open(
+                    self._listening, "subscriptions/listen", {"notifications": supported})
+
+    def when_listening(self, call) -> None:
+        """Calls when a modern server knows of all subscriptions."""
+        if self._listening and not self._listening.is_settled:
+            self._listening.waiting.append(call)
+        else:
+            call()
 
     def ask_for_level(self, level: str) -> None:
         """A modern request wants log messages of this level, which a legacy server has to be told before."""
@@ -3649,12 +3677,12 @@ class LegacyClientModernServer(Bridge):
         return True
 
     def subscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client = message.params.value("uri"), exchange.client
+        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
-            exchange.instance.subscribe(uri)
-        exchange.finish(encode_result(exchange.raw_id))
+            instance.subscribe(uri)
+        instance.when_listening(lambda: exchange.finish(encode_result(exchange.raw_id)))
         return True
 
     def unsubscribe(exchange: Exchange, message: Message) -> bool:
