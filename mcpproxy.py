@@ -4116,6 +4116,11 @@ class Sink:
         self._reply.close()
 
 
+def prime(reply: Reply, stream: Stream, number: int) -> None:
+    """Writes an event without data, whose id lets a client come back for what follows message `number`."""
+    reply.write([b"id: ", stream.event_id(number), b"\n", RETRY, b"data: \n\n"])
+
+
 class StreamOutlet:
     """Where an exchange's messages go when the session has one stream for everything: HTTP+SSE."""
 
@@ -4163,7 +4168,7 @@ class PostOutlet:
         if session and session.version == LEGACY_VERSIONS[0]:
             # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
-            self.reply.write([b"id: ", self._stream.event_id(0), b"\n", RETRY, b"data: \n\n"])
+            prime(self.reply, self._stream, 0)
         self._stream.attach(self._sink)
 
     def send(self, payload: list) -> None:
@@ -4523,7 +4528,7 @@ class Endpoints:
             stream, after = session.find_event(head.headers["last-event-id"])
         reply.start_stream(STREAM_HEADERS, HEARTBEAT)
         if session.version == LEGACY_VERSIONS[0] and after is None:
-            reply.write([b"id: ", stream.event_id(stream.last_number), b"\n", RETRY, b"data: \n\n"])
+            prime(reply, stream, stream.last_number)
         sink = Sink(reply)
         reply.on_gone = lambda: stream.detach(sink)
         stream.attach(sink, after)
