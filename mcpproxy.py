@@ -86,6 +86,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from json.decoder import scanstring
 from urllib.parse import quote, unquote_to_bytes
 
@@ -1475,59 +1476,64 @@ def may_set(name: str, allowed: str) -> bool:
 #     <  came from a client    >  goes to a client    <> came and was answered    x  was cancelled
 #     =  changed state         !  went wrong
 
-log = logging.getLogger("mcpproxy")
-
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
+LOG_SECONDS = 0.05            # for how long lines are collected: to put together many in a row costs half as much
 
 
 class LineHandler(logging.Handler):
-    """Writes the log to a file descriptor, all lines of one turn of the event loop at once, and never waits."""
+    """Writes the log to a file descriptor, many lines at once, and never waits."""
 
     def __init__(self, descriptor: int, as_json: bool = False):
         super().__init__()
         self.as_json = as_json
         self.descriptor = descriptor
-        self.dropped = 0
-        self._lines: list[bytes] = []
+        self.dropped = 0                        # lines that nobody could take
+        self._entries: list[tuple] = []         # (time, level, message, its arguments, error) of lines to come
         self._second, self._clock = 0, ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        text = record.getMessage()
-        if not text.isprintable():
-            text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self._lines.append(self._format(f"{self._clock}.{int(record.created % 1 * 1000):03}", record.levelname, text))
-        if len(self._lines) == 1:
+        self.add(record.levelno, record.msg, record.args, record.exc_info and record.exc_info[1])
+
+    def add(self, level: int, message: str, args: tuple, error: BaseException | None) -> None:
+        """A line for the log, and the traceback of an error."""
+        self._entries.append((time.time(), level, message, args, error))
+        if len(self._entries) == 1:
             try:
-                asyncio.get_running_loop().call_soon(self.flush)
+                asyncio.get_running_loop().call_later(LOG_SECONDS, self.flush)
             except RuntimeError:
                 self.flush()
 
-    def _format(self, clock: str, level: str, text: str) -> bytes:
-        if not self.as_json:
-            return f"{clock} {level:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        line = dump({"time": clock, "level": level, "message": text})
-        while len(line) > MAX_LOG_LINE:
-            text = text[:len(text) // 2]        # and not the line, which would be JSON no more
-            line = dump({"time": clock, "level": level, "message": text})
-        return line.encode() + b"\n"
-
     def flush(self) -> None:
-        lines, self._lines = self._lines, []
+        entries, self._entries = self._entries, []
         block = b""
-        for line in lines:
+        for entry in entries:
+            line = self._line(*entry)
             if len(block) + len(line) > select.PIPE_BUF:
                 self._write(block)
                 block = b""
             block += line
         if block:
             self._write(block)
+
+    def _line(self, when: float, level: int, message: str, args: tuple, error: BaseException | None) -> bytes:
+        second = int(when)
+        if second != self._second:
+            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        text = message % args if args else message
+        if not text.isprintable():
+            text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
+        if error:
+            text += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        clock, name = f"{self._clock}.{int(when % 1 * 1000):03}", logging.getLevelName(level)
+        if not self.as_json:
+            return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
+        line = dump({"time": clock, "level": name, "message": text})
+        while len(line) > MAX_LOG_LINE:
+            text = text[:len(text) // 2]        # and not the line, which would be JSON no more
+            line = dump({"time": clock, "level": name, "message": text})
+        return line.encode() + b"\n"
 
     def _write(self, block: bytes) -> None:
         try:
@@ -1548,19 +1554,22 @@ def redact(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-class Record(logging.LogRecord):
-    """A log record of what LineHandler shows, and nothing else: it takes a third of the time."""
+class LineLogger(logging.Logger):
+    """A Logger that hands on what it is given without a record of where and by whom, which takes most of the time."""
 
-    def __init__(self, name, level, path, line, message, args, exc_info, *_):
-        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
-        self.msg, self.args, self.exc_info = message, args, exc_info
-        self.created = time.time()
+    def _log(self, level, message, args, exc_info=None, **_) -> None:
+        error = sys.exception() if exc_info is True else exc_info
+        for handler in self.handlers:
+            handler.add(level, message, args, error)
+
+
+logging.setLoggerClass(LineLogger)
+log = logging.getLogger("mcpproxy")
+logging.setLoggerClass(logging.Logger)
 
 
 def start_logging(level: str, as_json: bool) -> None:
     """Sends the log to stderr from now on."""
-    logging._srcfile = None              # the logging HOWTO, Optimization: the caller is not looked for
-    logging.setLogRecordFactory(Record)
     log.handlers = [LineHandler(2, as_json)]
     log.propagate = False
     log.setLevel(level.upper())
