@@ -663,140 +663,183 @@ HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection aliv
 # Text into exactly one valid request, notification or response, or an error
 # that says why not. The hard part: a proxy must pass on what it does not know,
 # with numbers as they were written (1.0, 1e400, 12345678901234567890), so a
-# message is never parsed and written anew. It is parsed once, and where its
-# members stood is kept; to change one, its text is cut out and another put in.
+# message is never parsed and written anew. It is parsed once, to be understood;
+# to change a member, the place where it stands in the text is looked for, and
+# another text put there.
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
-_KEY = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+_OBJECT_START = re.compile(r"[ \t\n\r]*\{")
+_FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
+_NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])")
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
+
+
+def dump(value: object) -> str:
+    """JSON text without superfluous spaces."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _no_such_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-# Python's scanner knows NaN and Infinity, which JSON does not. Python also refuses to read integers of
-# more than 4,300 digits; nobody needs their value, so they are then read as floats.
-_scan_value = json.JSONDecoder(parse_constant=_no_such_constant).scan_once
-_scan_huge_integers = json.JSONDecoder(parse_constant=_no_such_constant, parse_int=float).scan_once
+def _scanner(hook):
+    """A function (text, at) -> (the value that starts at text[at], its end). `hook` makes an object of its pairs."""
+    # Python's scanner knows NaN and Infinity, which JSON does not. Python also refuses to read integers of more
+    # than 4,300 digits; nobody needs their value, so they are then read as floats.
+    scan = json.JSONDecoder(object_pairs_hook=hook, parse_constant=_no_such_constant).scan_once
+    scan_huge = json.JSONDecoder(object_pairs_hook=hook, parse_constant=_no_such_constant, parse_int=float).scan_once
+
+    def scan_value(text: str, at: int) -> tuple[object, int]:
+        try:
+            return scan(text, at)
+        except ValueError as error:
+            if "integer string conversion" not in str(error):
+                raise
+            return scan_huge(text, at)
+    return scan_value
 
 
-class Members(dict):
-    """A JSON object: name -> (value, start, end), where the value's text is text[start:end].
-
-    A value is what json.loads() would give, or Members again where the object was opened."""
-
-    __slots__ = ("start", "end")
-
-    def value(self, name: str, default=None):
-        """The plain value of a member."""
-        return self[name][0] if name in self else default
-
-    def plain(self) -> dict:
-        """The object as json.loads() would give it."""
-        return {name: value.plain() if isinstance(value, Members) else value for name, (value, _, _) in self.items()}
+scan_plain = _scanner(None)              # as json.loads() would
+scan_value = _scanner(tuple)             # an object as its (name, value) pairs, so that a name given twice is seen
 
 
-# Which objects are opened, so that their members can be changed.
-_OPENED = {"params": {"_meta": {}}, "result": {"_meta": {}}, "error": {}}
+def members_of(scanned: object) -> dict:
+    """The members of an object that scan_value() read, none of anything else; ValueError when a name is there twice."""
+    if not isinstance(scanned, tuple):
+        return {}
+    members = dict(scanned)
+    if len(members) != len(scanned):
+        # The server's parser may take the first of two and ours the last: two views of one message.
+        raise ValueError("a name is there twice")
+    return members
 
 
-def scan_members(text: str, at: int, opened: dict, scan_value=_scan_value) -> Members:
-    """The object that starts at text[at]; ValueError when there is none, or when it has a name twice."""
-    members = Members()
-    members.start = at
-    end = _WHITESPACE.match(text, at + 1).end()
-    if text[end:end + 1] == "}":
-        members.end = end + 1
-        return members
-    while True:
-        key = _KEY.match(text, end)
-        name, start = (key[1], key.end()) if key else _scan_escaped_key(text, end)
-        if name in members:
-            # The server's parser may take the first of two and ours the last: two views of one message.
-            raise ValueError(f"{name!r} is there twice")
-        if name in opened and text[start:start + 1] == "{":
-            value = scan_members(text, start, opened[name], scan_value)
-            end = value.end
-        else:
-            value, end = scan_value(text, start)
-        members[name] = value, start, end
-        after = _AFTER_VALUE.match(text, end)
-        if not after:
-            raise ValueError("no comma or brace behind a member")
-        end = after.end()
-        if after[1] == "}":
-            members.end = end
-            return members
+_known_name = functools.lru_cache(maxsize=256)(dump)      # the few that come again and again
 
 
-def _scan_escaped_key(text: str, at: int) -> tuple[str, int]:
-    """A name with escapes in it is rare, but "\\u0069d" is "id"."""
-    start = _WHITESPACE.match(text, at).end()
-    if text[start:start + 1] != '"':
-        raise ValueError("no member name")
-    name, end = scanstring(text, start + 1)
-    colon = _COLON.match(text, end)
-    if not colon:
-        raise ValueError("no colon")
-    return name, colon.end()
+def quoted(name: str) -> str:
+    """A member's name in JSON."""
+    return _known_name(name) if len(name) <= 64 else dump(name)
 
 
-_EMPTY = Members()
+def walk_members(text: str, at: int):
+    """(name, start, end) for each member of the object at text[at], where its value is text[start:end]."""
+    match = _FIRST_NAME.match(text, at)
+    while match:
+        name, end = scanstring(text, match.end() + 1)
+        start = _COLON.match(text, end).end()
+        end = scan_value(text, start)[1]
+        yield name, start, end
+        match = _NEXT_NAME.match(text, end)
+
+
+def as_object(members: dict[str, str]) -> str:
+    """An object of members that are JSON already."""
+    return "{" + ",".join([f"{quoted(name)}:{value}" for name, value in members.items()]) + "}"
+
+
+def find_member(text: str, at: int, name: str) -> int:
+    """Where the value of the member `name` starts in the object at text[at]: of the last one, as in json.loads()."""
+    return [start for this, start, _ in walk_members(text, at) if this == name][-1]
+
+
+def find_only_member(text: str, name: str) -> int:
+    """Where the value of the member `name` starts when that is plain without reading all of the text, or else 0.
+
+    It is when this name is nowhere else. Without \\u and \\/ a name can only be written in one way, and a quote
+    that begins a string has no backslash before it."""
+    written = quoted(name)
+    at = text.find(written)
+    if at < 0 or text.find(written, at + 1) >= 0 or text[at - 1] == "\\":
+        return 0
+    if "\\" in text and ("\\u" in text or "\\/" in text):          # the first alone is found much faster
+        return 0
+    colon = _COLON.match(text, at + len(written))
+    return colon.end() if colon else 0
 
 
 class Kind(enum.Enum):
+    """What a message is. JSON-RPC 2.0, sections 4 and 5."""
+
     REQUEST = "request"
     NOTIFICATION = "notification"
     RESPONSE = "response"
 
 
 class Message:
-    """One JSON-RPC message: its text, where its members are, and what kind it is."""
+    """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
 
-    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta")
+    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta", "_id_span")
 
-    def __init__(self, text: str, members: Members):
+    def __init__(self, text: str, members: dict):
         self.text = text
         self.members = members
-        self.id = members.value("id")              # str, int or float; None: a notification
-        self.method = members.value("method")      # None: a response
-        params = members.value("params")
-        self.params = _EMPTY if params is None else params
-        meta = self.params.value("_meta")
-        self.meta = meta if isinstance(meta, Members) else _EMPTY
+        self.id = members.get("id")                # str, int or float; None: a notification
+        self.method = members.get("method")        # None: a response
+        self.params = members_of(members["params"]) if "params" in members else {}
+        self.meta = members_of(self.params["_meta"]) if "_meta" in self.params else {}
         self.kind = (Kind.RESPONSE if self.method is None else
                      Kind.NOTIFICATION if "id" not in members else Kind.REQUEST)
+        self._id_span = None
+
+    def value(self, *path: str) -> object:
+        """The value of a member as json.loads() would give it; `path` are the names that lead to it."""
+        return scan_plain(self.text, self.span(*path)[0])[0]
 
     @property
-    def raw_id(self) -> bytes:
-        """The id as it was written."""
-        return self.raw(self.members["id"]).encode()
+    def plain_params(self) -> dict:
+        """All of the params as json.loads() would give them."""
+        return self.value("params") if self.params else {}
 
-    def raw(self, member: tuple) -> str:
-        """A member's value as it was written."""
-        return self.text[member[1]:member[2]]
+    @property
+    def result(self) -> dict | None:
+        """The result of a response as json.loads() would give it; None when it is no object, or an error."""
+        return self.value("result") if isinstance(self.members.get("result"), tuple) else None
 
-    def opened(self, member: tuple | None) -> Members:
-        """The object that a member is, opened; without members when it is none."""
-        return scan_members(self.text, member[1], {}) if member and isinstance(member[0], dict) else _EMPTY
-
-    def insertion(self, new: dict[str, str]) -> tuple[int, int, str]:
-        """The change that puts members (name -> JSON) into params, which is made where there is none."""
-        inside = ",".join(f'"{name}":{value}' for name, value in new.items())
-        if "params" not in self.members:
-            end = self.members.end - 1
-            return end, end, f',"params":{{{inside}}}'
-        start = self.params.start + 1
-        return start, start, inside + "," if self.params else inside
+    @property
+    def error_code(self) -> int | None:
+        """The code of an error response; None when it is no integer."""
+        code = dict(self.members["error"]).get("code")
+        return code if isinstance(code, int) else None
 
     @property
     def is_result(self) -> bool:
         """Is it a response with a result?"""
         return "result" in self.members
+
+    def span(self, *path: str) -> tuple[int, int]:
+        """(start, end) of a member's value in the text. `path` are the names that lead to it; it has to be there."""
+        start = find_only_member(self.text, path[-1])
+        if not start:
+            start = self._start
+            for name in path:
+                start = find_member(self.text, start, name)
+        return start, scan_value(self.text, start)[1]
+
+    def raw(self, *path: str) -> str:
+        """A member's value as it was written."""
+        start, end = self.span(*path)
+        return self.text[start:end]
+
+    @property
+    def _start(self) -> int:
+        return _OBJECT_START.match(self.text).end() - 1
+
+    @property
+    def id_span(self) -> tuple[int, int]:
+        """Where the id stands."""
+        if self._id_span is None:
+            self._id_span = self.span("id")
+        return self._id_span
+
+    @property
+    def raw_id(self) -> bytes:
+        """The id as it was written."""
+        start, end = self.id_span
+        return self.text[start:end].encode()
 
     def parsed(self) -> "Message":
         """Itself; an Answer has to be parsed for this."""
@@ -809,17 +852,31 @@ class Message:
 
     def with_id(self, raw_id: bytes) -> list[bytes]:
         """The payload with another id."""
-        _, start, end = self.members["id"]
-        return [self.changed([(start, end, raw_id.decode())])]
+        return [self.changed([self.new_id(raw_id)])]
+
+    # Changes to the text are (start, end, replacement).
+
+    def new_id(self, raw_id: bytes) -> tuple[int, int, str]:
+        """The change that gives it another id."""
+        return *self.id_span, raw_id.decode()
+
+    def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
+        """The change that puts members (name -> JSON) into the object at `path`; params are made if need be."""
+        inside = ",".join([f'"{name}":{value}' for name, value in new.items()])
+        if path == ("params",) and "params" not in self.members:
+            start = self._start + 1
+            return start, start, f'"params":{{{inside}}},'
+        start = self.span(*path)[0] + 1
+        is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
+        return start, start, inside if is_empty else inside + ","
 
     def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
-        """The message as one line, with text[start:end] replaced for each (start, end, replacement)."""
-        parts, at = [], 0
-        for start, end, replacement in sorted(changes):
-            parts += self.text[at:start], replacement
+        """The message as one line, with these changes."""
+        text, line, at = self.text, "", 0
+        for start, end, replacement in sorted(changes) if len(changes) > 1 else changes:
+            line += text[at:start] + replacement
             at = end
-        parts.append(self.text[at:])
-        line = "".join(parts)
+        line += text[at:]
         if "\n" in line or "\r" in line:           # only between tokens: a string cannot hold them
             line = line.replace("\n", " ").replace("\r", " ")
         return line.encode()
@@ -835,24 +892,19 @@ def decode_json(body: bytes) -> str:
 
 def parse_message(text: str) -> Message:
     """The one message that `text` is; RPCError with the code that says what it is instead."""
-    start = _WHITESPACE.match(text).end()
-    if text[start:start + 1] != "{":
-        raise _not_an_object(text)
     try:
-        try:
-            members = scan_members(text, start, _OPENED)
-        except ValueError as error:
-            if "integer string conversion" not in str(error):
-                raise
-            members = scan_members(text, start, _OPENED, _scan_huge_integers)
-        if _WHITESPACE.match(text, members.end).end() != len(text):
+        value, end = scan_value(text, _WHITESPACE.match(text).end())
+        if end != len(text) and _WHITESPACE.match(text, end).end() != len(text):
             raise ValueError("text behind the message")
+        if not isinstance(value, tuple):
+            raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'not an object'}")
+        members = members_of(value)
+        check_message(members)
+        return Message(text, members)
     except (ValueError, StopIteration):
         raise RPCError("not valid JSON", code=PARSE_ERROR) from None
     except RecursionError:
         raise RPCError("nested too deeply", code=PARSE_ERROR) from None
-    check_message(members)
-    return Message(text, members)
 
 
 def split_batch(text: str) -> list[str]:
@@ -864,7 +916,7 @@ def split_batch(text: str) -> list[str]:
             if not texts and text[start:start + 1] == "]":
                 after = _AFTER_ELEMENT.match(text, start)
                 break
-            _, end = _scan_huge_integers(text, start)
+            _, end = scan_value(text, start)
             texts.append(text[start:end])
             after = _AFTER_ELEMENT.match(text, end)
     except (ValueError, StopIteration, RecursionError):
@@ -874,33 +926,24 @@ def split_batch(text: str) -> list[str]:
     return texts
 
 
-def _not_an_object(text: str) -> RPCError:
-    try:
-        value = json.loads(text, parse_constant=_no_such_constant, parse_int=float)
-    except (ValueError, RecursionError):
-        return RPCError("not valid JSON", code=PARSE_ERROR)
-    kind = "a batch" if isinstance(value, list) else "not an object"
-    return RPCError(f"not one JSON-RPC message but {kind}")
-
-
-def check_message(members: Members) -> None:
+def check_message(members: dict) -> None:
     """Refuses what is JSON but no JSON-RPC 2.0 message as MCP uses them."""
-    if members.value("jsonrpc") != "2.0":
+    if members.get("jsonrpc") != "2.0":
         raise RPCError('jsonrpc must be "2.0"')
-    if "id" in members and not is_id(members.value("id")):
+    if "id" in members and not is_id(members["id"]):
         # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
-        if not ("error" in members and members.value("id") is None):
+        if not ("error" in members and members["id"] is None):
             raise RPCError("id must be a string or an integer")
-    if "params" in members and not isinstance(members.value("params"), Members):
+    if "params" in members and not isinstance(members["params"], tuple):
         raise RPCError("params must be an object", code=INVALID_PARAMS)
     if "method" in members:
-        if not isinstance(members.value("method"), str):
+        if not isinstance(members["method"], str):
             raise RPCError("method must be a string")
         if "result" in members or "error" in members:
             raise RPCError("neither a request nor a response")
     elif "id" not in members or ("result" in members) == ("error" in members):
         raise RPCError("method is missing")
-    elif "error" in members and not isinstance(members.value("error"), Members):
+    elif "error" in members and not isinstance(members["error"], tuple):
         raise RPCError("error must be an object")
 
 
@@ -908,11 +951,6 @@ def is_id(value: object) -> bool:
     """May this be the id of a request, or a progress token? 1.0 is an integer in JSON."""
     return isinstance(value, (str, int)) and not isinstance(value, bool) or (
         isinstance(value, float) and value.is_integer())
-
-
-def dump(value: object) -> str:
-    """JSON text without superfluous spaces."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def encode_request(request_id: int | None, method: str, params: dict | None = None) -> bytes:
@@ -1056,7 +1094,7 @@ def our_initialize(is_for_all: bool) -> dict:
 def check_parameters(message: Message) -> None:
     """Refuses a request without the parameter that names what it is about."""
     required = REQUIRED_PARAMETERS.get(message.method)
-    if required and not isinstance(message.params.value(required), str):
+    if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
 
 
@@ -1102,14 +1140,15 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 def read_envelope(message: Message) -> Envelope:
     """The envelope of a request; RPCError (-32602) when something required is missing."""
-    version, capabilities = message.meta.value(VERSION_KEY), message.meta.value(CAPABILITIES_KEY)
-    log_level = message.meta.value(LOG_LEVEL_KEY)
+    version, capabilities = message.meta.get(VERSION_KEY), message.meta.get(CAPABILITIES_KEY)
+    log_level = message.meta.get(LOG_LEVEL_KEY)
     if not isinstance(version, str):
         raise RPCError(f"_meta needs {VERSION_KEY}", code=INVALID_PARAMS)
-    if not isinstance(capabilities, dict):
+    if not isinstance(capabilities, tuple):
         raise RPCError(f"_meta needs {CAPABILITIES_KEY}", code=INVALID_PARAMS)
     if log_level is not None and log_level not in LOG_LEVELS:
         raise RPCError(f"{LOG_LEVEL_KEY} is no log level", code=INVALID_PARAMS)
+    capabilities = message.value("params", "_meta", CAPABILITIES_KEY) if capabilities else {}
     return Envelope(version, capabilities, log_level)
 
 
@@ -1135,7 +1174,7 @@ def check_headers(message: Message, headers: dict[str, str], envelope: Envelope)
     """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
     expected = {"mcp-protocol-version": envelope.version, "mcp-method": message.method}
     if message.method in NAMED_BY:
-        expected["mcp-name"] = message.params.value(NAMED_BY[message.method])
+        expected["mcp-name"] = message.params.get(NAMED_BY[message.method])
     for name, value in expected.items():
         if name not in headers:
             raise RPCError(f"missing header {name}", code=HEADER_MISMATCH)
@@ -1197,87 +1236,70 @@ def says_the_same(text: str | None, value: object) -> bool:
     return text == value
 
 
-quoted = functools.lru_cache(maxsize=256)(dump)          # the few names that come again and again
-
-
 def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = True) -> list[tuple[int, int, str]]:
     """The change that puts members (name -> JSON) into a message's params._meta, and takes the envelope out."""
-    old = message.meta
-    members = {name: message.raw(member) for name, member in old.items()
-               if keeps_envelope or not name.startswith(RESERVED_PREFIX)}
-    if not new and len(members) == len(old):
+    kept = [name for name in message.meta if keeps_envelope or not name.startswith(RESERVED_PREFIX)]
+    if not new and len(kept) == len(message.meta):
         return []
-    members.update(new)
-    text = "{" + ",".join([f"{quoted(name)}:{value}" for name, value in members.items()]) + "}"
-    return [(*message.params["_meta"][1:], text) if "_meta" in message.params else message.insertion({"_meta": text})]
+    if "_meta" not in message.params:
+        return [message.new_members({"_meta": as_object(new)}, "params")]
+    start, end = message.span("params", "_meta")
+    old = {name: message.text[at:to] for name, at, to in walk_members(message.text, start)} if kept else {}
+    return [(start, end, as_object({name: old[name] for name in kept} | new))]
 
 
 # Results.
 
-@functools.lru_cache(maxsize=256)
-def modern_members(method: str, server_info: str | None) -> dict[str, str]:
-    """What every result to a modern client has, as JSON; `server_info` too, in its _meta."""
-    members = {"resultType": '"complete"'}
-    if method in CACHEABLE:
-        # A legacy server says nothing of how long or for whom; so: not at all, and for the asker alone.
-        members.update(ttlMs="0", cacheScope='"private"')
-    if server_info:
-        members["_meta"] = f'{{"{SERVER_INFO_KEY}":{server_info}}}'
-    return members
+class Additions:
+    """What every result of a method has for a modern client; the server's info (JSON) too, in its _meta."""
+
+    def __init__(self, method: str, server_info: str | None):
+        self.meta = {SERVER_INFO_KEY: server_info} if server_info else {}
+        self.members = {"resultType": '"complete"'}             # name -> JSON
+        if method in CACHEABLE:
+            # A legacy server says nothing of how long or for whom; so: not at all, and for the asker alone.
+            self.members.update(ttlMs="0", cacheScope='"private"')
+        if self.meta:
+            self.members["_meta"] = as_object(self.meta)
+        self.text = as_object(self.members)[1:-1].encode()
+        self.find_in = re.compile(rb'"(?:%b)"' % "|".join(self.members).encode()).search
 
 
-@functools.lru_cache(maxsize=256)
-def _joined(members: tuple[tuple[str, str], ...]) -> bytes:
-    return ",".join(f'"{name}":{value}' for name, value in members).encode()
-
-
-@functools.lru_cache(maxsize=256)
-def _names(names: tuple[str, ...]) -> tuple[bytes, ...]:
-    return tuple(b'"%b"' % name.encode() for name in names)
-
+additions = functools.lru_cache(maxsize=256)(Additions)
 
 _OBJECT_END = re.compile(rb"[ \t]*\}")
 
 
-def result_with(answer: "Answer | Message", raw_id: bytes, new: dict[str, str]) -> list:
-    """An answer's payload with another id, and in its result the members `new` that it lacks; _meta is merged."""
+def result_with(answer: "Answer | Message", raw_id: bytes, new: Additions) -> list:
+    """An answer's payload with another id, and in its result what it lacks of `new`."""
     if isinstance(answer, Answer):
         at = answer.result_start
         if at is None:
             return answer.with_id(raw_id)
         # None of these names anywhere in the line: they can be put in without a look at the rest.
-        if not any(name in answer.line for name in _names(tuple(new))):
-            inside = _joined(tuple(new.items()))
-            return answer.with_id(raw_id, at, inside if _OBJECT_END.match(answer.line, at) else inside + b",")
+        if not new.find_in(answer.line):
+            return answer.with_id(raw_id, at, new.text if _OBJECT_END.match(answer.line, at) else new.text + b",")
         answer = answer.parsed()
-    result = answer.members.value("result")
-    if not isinstance(result, Members):
+    result = answer.result
+    if result is None:
         return answer.with_id(raw_id)
-    _, start, end = answer.members["id"]
-    changes = [(start, end, raw_id.decode())]
-    inside = _joined(tuple((name, value) for name, value in new.items() if name not in result)).decode()
-    if inside:
-        changes.append((result.start + 1, result.start + 1, inside + "," if result else inside))
-    meta = result.value("_meta")
-    if "_meta" in new and isinstance(meta, Members) and SERVER_INFO_KEY not in meta:
-        inside = new["_meta"][1:-1]
-        changes.append((meta.start + 1, meta.start + 1, inside + "," if meta else inside))
+    changes = [answer.new_id(raw_id)]
+    lacking = {name: value for name, value in new.members.items() if name not in result}
+    if lacking:
+        changes.append(answer.new_members(lacking, "result"))
+    if new.meta and isinstance(result.get("_meta"), dict) and SERVER_INFO_KEY not in result["_meta"]:
+        changes.append(answer.new_members(new.meta, "result", "_meta"))
     return [answer.changed(changes)]
 
 
-def result_without(answer: "Answer | Message", raw_id: bytes) -> list:
+def result_without(answer: Message, raw_id: bytes) -> list:
     """An answer's payload with another id and without the members that only modern results have."""
-    if isinstance(answer, Answer):
-        if b'"resultType"' not in answer.line:
-            return answer.with_id(raw_id)
-        answer = answer.parsed()
-    result = answer.members.value("result")
-    _, start, end = answer.members["id"]
-    changes = [(start, end, raw_id.decode())]
-    if isinstance(result, Members):
-        kept = [f"{dump(name)}:{answer.raw(member)}" for name, member in result.items()
-                if name not in ("resultType", "ttlMs", "cacheScope")]
-        changes.append((result.start, result.end, "{" + ",".join(kept) + "}"))
+    changes = [answer.new_id(raw_id)]
+    if isinstance(answer.members.get("result"), tuple):
+        start, end = answer.span("result")
+        kept = {name: answer.text[at:to] for name, at, to in walk_members(answer.text, start)
+                if name not in ("resultType", "ttlMs", "cacheScope")}
+        changes.append((start, end, as_object(kept)))
     return [answer.changed(changes)]
 
 
@@ -1287,47 +1309,45 @@ class Identity:
     def __init__(self, era: Era, answer: Message):
         self.era = era
         self._answer = answer
-        result = self._result = answer.members.value("result")
-        self.capabilities = result.value("capabilities")
+        self._result = answer.result or {}
+        self.capabilities = self._result.get("capabilities")
         if not isinstance(self.capabilities, dict):
             raise ServerError("the MCP server's answer to the handshake is not one")
-        if era is Era.MODERN:
-            meta = result.value("_meta")
-            self._info = meta.get(SERVER_INFO_KEY) if isinstance(meta, Members) else None
-        else:
-            self._info = result.get("serverInfo")
-        self.info = answer.raw(self._info) if self._info else None       # serverInfo, as JSON
+        path = ("_meta", SERVER_INFO_KEY) if era is Era.MODERN else ("serverInfo",)
+        info = self._result
+        for name in path:
+            info = info.get(name) if isinstance(info, dict) else None
+        self.info = answer.raw("result", *path) if info else None                # serverInfo, as JSON
+        self._info = info if isinstance(info, dict) else {}
 
     @property
     def version(self) -> str:
         """The revision that the server answered with."""
-        return MODERN_VERSION if self.era is Era.MODERN else negotiate(self._result.value("protocolVersion"))
+        return MODERN_VERSION if self.era is Era.MODERN else negotiate(self._result.get("protocolVersion"))
 
     @property
     def about(self) -> str:
         """Name, version and revision, for the log."""
-        info = self._info[0] if self._info and isinstance(self._info[0], dict) else {}
-        return f"{info.get('name')} {info.get('version')} ({self.version})"
+        return f"{self._info.get('name')} {self._info.get('version')} ({self.version})"
 
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
-        result, text = self._result, self._answer.text
-        if "protocolVersion" in result and self.era is Era.LEGACY:
-            _, start, end = result["protocolVersion"]
-            return f'{text[result.start:start]}"{version}"{text[end:result.end]}'.encode()
+        if "protocolVersion" in self._result and self.era is Era.LEGACY:
+            text, (start, end) = self._answer.text, self._answer.span("result")
+            at, to = self._answer.span("result", "protocolVersion")
+            return f'{text[start:at]}"{version}"{text[to:end]}'.encode()
         return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
                             serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
 
     def discover_result(self) -> bytes:
         """The result of `server/discover`."""
         return self._object(supportedVersions=dump([MODERN_VERSION, *LEGACY_VERSIONS]), capabilities=None,
-                            instructions=None, **modern_members("server/discover", self.info))
+                            instructions=None, **additions("server/discover", self.info).members)
 
     def _object(self, **members: str | None) -> bytes:
         """An object of these members (name -> JSON); None takes what the server said."""
-        pairs = ((name, value or (self._answer.raw(self._result[name]) if name in self._result else None))
-                 for name, value in members.items())
-        return ("{" + ",".join(f'"{name}":{value}' for name, value in pairs if value) + "}").encode()
+        return as_object({name: value or self._answer.raw("result", name) for name, value in members.items()
+                          if value or name in self._result}).encode()
 
     def supported(self, wanted: dict) -> dict:
         """The part of a subscription filter that a server of these capabilities can serve."""
@@ -1915,8 +1935,7 @@ PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server 
 
 def speaks_modern(answer: Message) -> bool:
     """Is this the DiscoverResult of a server that speaks the revision we do?"""
-    result = answer.members.value("result")
-    versions = result.value("supportedVersions") if isinstance(result, Members) else None
+    versions = (answer.result or {}).get("supportedVersions")
     return isinstance(versions, list) and MODERN_VERSION in versions
 
 
@@ -1970,9 +1989,8 @@ class OwnRequest(PendingRequest):
     async def result(self) -> Message:
         """The response, which has a result; HandshakeRefused when it is an error."""
         message = await self.answer
-        if not isinstance(message.members.value("result"), Members):
-            error = message.members.value("error")
-            raise HandshakeRefused("the MCP server refused", data=error.plain() if error else None)
+        if message.result is None:
+            raise HandshakeRefused("the MCP server refused", data=None if message.is_result else message.value("error"))
         return message
 
 
@@ -2126,8 +2144,8 @@ class ServerConnection:
 
     def _on_notify(self, message: Message) -> None:
         """A notification goes to the request that it names, if it names one."""
-        token = message.params.value("progressToken") if message.method == "notifications/progress" else None
-        subscription = message.meta.value(SUBSCRIPTION_KEY)
+        token = message.params.get("progressToken") if message.method == "notifications/progress" else None
+        subscription = message.meta.get(SUBSCRIPTION_KEY)
         pending = self.pending.get(token or subscription) if is_id(token or subscription) else None
         if pending and token:
             pending.on_progress(message)
@@ -2450,9 +2468,9 @@ class Tools(dict):
 
     def check(self, call: Message, headers: dict[str, str]) -> None:
         """Refuses a modern tools/call whose headers do not repeat its arguments."""
-        parameters = self.mirrored.get(call.params.value("name"))
+        parameters = self.mirrored.get(call.params.get("name"))
         if parameters:
-            check_mirrored(parameters, call.params.value("arguments"), headers)
+            check_mirrored(parameters, call.plain_params.get("arguments"), headers)
 
     def add(self, tools: object) -> None:
         """Takes in one page of a tools/list result."""
@@ -2771,13 +2789,13 @@ class Instance:
         connection, tools, cursor = await self.ready(), Tools(), None
         for _ in range(MAX_PAGES):
             answer = await connection.request("tools/list", {"cursor": cursor} if cursor else None).answer
-            result = answer.members.value("result")
-            if not isinstance(result, Members):
-                if answer.members.value("error").value("code") == METHOD_NOT_FOUND:
+            result = answer.result
+            if result is None:
+                if not answer.is_result and answer.error_code == METHOD_NOT_FOUND:
                     break                       # it has none
                 raise ServerError("the MCP server does not list its tools")
-            tools.add(result.value("tools"))
-            cursor = result.value("nextCursor")
+            tools.add(result.get("tools"))
+            cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
                 break
         return tools
@@ -2800,7 +2818,7 @@ class Instance:
         """Sampling, elicitation, roots: asks the client whose call caused it."""
         if message.method == "ping":
             return connection.send_if_possible(encode_result(message.raw_id)[0])
-        params = message.params.plain()
+        params = message.plain_params
         question = Question(connection, message)
 
         def missing(call: PendingRequest) -> dict | None:
@@ -2832,7 +2850,7 @@ class Instance:
             listener.on_event(message)
 
     def _to_subscribers(self, message: Message) -> None:
-        uri = message.params.value("uri")
+        uri = message.params.get("uri")
         for session in list(self.sessions.values()) if isinstance(uri, str) else ():
             if not self.is_shared or uri in session.subscriptions:
                 session.stream.send(message.payload)
@@ -2850,7 +2868,7 @@ class Instance:
 
     def _to_cause_by_level(self, message: Message) -> None:
         """Log messages: as above, but to those whose level admits them."""
-        level, call = message.params.value("level"), self.newest_call()
+        level, call = message.params.get("level"), self.newest_call()
         if call:
             if call.admits(level):
                 call.tell(message.payload)
@@ -2861,13 +2879,12 @@ class Instance:
 
     def _to_asked(self, message: Message) -> None:
         """The server takes a question back: tells the client that was asked."""
-        member = message.params.get("requestId")
-        if not (self.connection and member and is_id(member[0])):
+        request_id = message.params.get("requestId")
+        if not (self.connection and is_id(request_id)):
             return
-        question = self.connection.questions.pop(member[0], None)
+        question = self.connection.questions.pop(request_id, None)
         if question and question.client and question.client.questions.pop(question.id, None):
-            _, start, end = member
-            question.send([message.changed([(start, end, str(question.id))])])
+            question.send([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
     def _to_nobody(self, message: Message) -> None:
         """It should have named a request, and did not."""
@@ -3106,8 +3123,8 @@ class Exchange(PendingRequest):
     def _serve(self, message: Message, outlet) -> None:
         """Takes on the request to answer, and the outlet for the answer."""
         self._id, self.raw_id = message.id, message.raw_id
-        token = message.meta.get("progressToken")
-        self.token = message.raw(token) if token and is_id(token[0]) else None
+        has_token = is_id(message.meta.get("progressToken"))
+        self.token = message.raw("params", "_meta", "progressToken") if has_token else None
         self.outlet = outlet
         outlet.exchange = self
 
@@ -3146,7 +3163,7 @@ class Exchange(PendingRequest):
             self._begin(connection)
         else:
             if self.method == "initialize" and not self.instance.is_shared:
-                self.instance.start(self.message.params.plain())
+                self.instance.start(self.message.plain_params)
             asyncio.get_running_loop().create_task(self._begin_when_ready())
 
     async def _begin_when_ready(self) -> None:
@@ -3177,11 +3194,10 @@ class Exchange(PendingRequest):
         message, connection = self.message, self.connection
         self.server_id = connection.next_id()
         server_id = str(self.server_id)
-        _, start, end = message.members["id"]
         new_meta = dict(self.trace)
         if self.token:
             new_meta["progressToken"] = server_id
-        changes += [(start, end, server_id), *self._bridge.restate_meta(self, message, new_meta)]
+        changes += [(*message.id_span, server_id), *self._bridge.restate_meta(self, message, new_meta)]
         connection.send(message.changed(changes))
         connection.pending[self.server_id] = self
         if not self._bridge.keeps_requests:
@@ -3204,8 +3220,8 @@ class Exchange(PendingRequest):
         if notification is None:
             self.connection.cancel(self.server_id, reason)
         elif self.connection.pending.pop(self.server_id, None):
-            _, start, end = notification.params["requestId"]
-            self.connection.send_if_possible(notification.changed([(start, end, str(self.server_id))]))
+            new_id = (*notification.span("params", "requestId"), str(self.server_id))
+            self.connection.send_if_possible(notification.changed([new_id]))
 
     # From the server.
 
@@ -3230,8 +3246,7 @@ class Exchange(PendingRequest):
     def on_progress(self, message: Message) -> None:
         self.last_sign = time.monotonic()
         if self.token and not self.is_done:
-            _, start, end = message.params["progressToken"]
-            self.tell([message.changed([(start, end, self.token)])])
+            self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
 
     def on_event(self, message: Message) -> None:
         self._bridge.event(self, message)
@@ -3321,9 +3336,9 @@ class Exchange(PendingRequest):
 
     def resume(self, retry: "Exchange", message: Message) -> None:
         """The client is back: takes the place of `retry` and hands its answers to the server."""
-        given = message.opened(message.params.get("inputResponses"))
+        given = members_of(message.params.get("inputResponses"))
         for key in self.questions.keys() & given.keys():
-            if not isinstance(given.value(key), dict):
+            if not isinstance(given[key], tuple):
                 raise RPCError("an input response must be an object", code=INVALID_PARAMS)
         del self.instance.server.parked[self.parked]
         self.parked = None
@@ -3334,8 +3349,7 @@ class Exchange(PendingRequest):
         self.instance.server.calls.add(self)
         self.last_sign = time.monotonic()
         for key in self.questions.keys() & given.keys():
-            _, start, end = given[key]
-            self.questions.pop(key).hand_over(message.text[start:end])
+            self.questions.pop(key).hand_over(message.raw("params", "inputResponses", key))
         if isinstance(self.late, ProxyError):
             self.on_failure(self.late)
         elif self.late:
@@ -3346,16 +3360,15 @@ class Exchange(PendingRequest):
 
 def salient(message: Message) -> dict:
     """What makes a request the same request when it comes again."""
-    return {name: value for name, value in message.params.plain().items()
+    return {name: value for name, value in message.plain_params.items()
             if name not in ("_meta", "inputResponses", "requestState")}
 
 
 def input_request(request: Message) -> str:
     """A legacy server's request as a modern input request, in JSON."""
     # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
-    params = ",".join(f"{dump(name)}:{request.raw(member)}" for name, member in request.params.items()
-                      if name != "elicitationId")
-    return f'{{"method":{dump(request.method)},"params":{{{params}}}}}'
+    params = {name: request.raw("params", name) for name in request.params if name != "elicitationId"}
+    return as_object({"method": dump(request.method), "params": as_object(params)})
 
 
 class InputQuestion(Question):
@@ -3409,12 +3422,19 @@ def check_subscriptions(client: Client) -> None:
         raise too_many("subscriptions")
 
 
+def error_with(answer: Message, raw_id: bytes, codes: dict[int, int]) -> list:
+    """An error's payload with another id, and another code where `codes` has one for it."""
+    changes, code = [answer.new_id(raw_id)], answer.error_code
+    if code in codes:
+        changes.append((*answer.span("error", "code"), str(codes[code])))
+    return [answer.changed(changes)]
+
+
 def error_status(answer: Answer | Message) -> int:
     """The HTTP status of a modern answer."""
     if answer.is_result:
         return 200
-    message = answer.parsed()
-    return STATUS_OF_CODE.get(message.members.value("error").value("code"), 200)
+    return STATUS_OF_CODE.get(answer.parsed().error_code, 200)
 
 
 class LegacyClientLegacyServer(Bridge):
@@ -3431,18 +3451,18 @@ class LegacyClientLegacyServer(Bridge):
 
     def initialize(exchange: Exchange, message: Message) -> bool:
         client, params = exchange.client, message.params
-        capabilities = params.value("capabilities")
-        client.capabilities = capabilities if isinstance(capabilities, dict) else {}
-        client.info = message.raw(params["clientInfo"]) if "clientInfo" in params else None
+        is_object = isinstance(params.get("capabilities"), tuple)
+        client.capabilities = message.value("params", "capabilities") if is_object else {}
+        client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
         # A server that was told the client's own words has answered the client; else the proxy answers for it.
-        identity, requested = exchange.instance.identity, params.value("protocolVersion")
+        identity, requested = exchange.instance.identity, params.get("protocolVersion")
         is_answered = identity.era is Era.LEGACY and not exchange.instance.is_told_ours
         client.version = identity.version if is_answered else negotiate(requested)
         exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.initialize_result(client.version)))
         return True
 
     def set_level(exchange: Exchange, message: Message) -> bool:
-        level = message.params.value("level")
+        level = message.params.get("level")
         if level not in LOG_LEVELS or "logging" not in exchange.instance.identity.capabilities:
             return False                    # the server knows what to say to that
         exchange.client.log_level = level
@@ -3451,7 +3471,7 @@ class LegacyClientLegacyServer(Bridge):
         return True
 
     def subscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
         is_first = uri not in instance.subscribers
         if uri not in client.subscriptions:
@@ -3469,7 +3489,7 @@ class LegacyClientLegacyServer(Bridge):
         return False                        # its own request tells the server
 
     def unsubscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         if uri in client.subscriptions:
             client.subscriptions.discard(uri)
             instance.unsubscribe(uri)
@@ -3505,12 +3525,10 @@ class ModernClientModernServer(Bridge):
     @staticmethod
     def _under_own_id(exchange: Exchange, message: Message, member: str) -> bytes:
         """A subscription's message: its id is in _meta, too."""
-        raw_id = exchange.raw_id.decode()
-        changes = [(*message.members["id"][1:], raw_id)] if "id" in message.members else []
-        inside = message.members.value(member)
-        meta = inside.value("_meta") if isinstance(inside, Members) else None
-        if isinstance(meta, Members) and SUBSCRIPTION_KEY in meta:
-            changes.append((*meta[SUBSCRIPTION_KEY][1:], raw_id))
+        changes = [message.new_id(exchange.raw_id)] if "id" in message.members else []
+        meta = members_of(members_of(message.members.get(member)).get("_meta"))
+        if SUBSCRIPTION_KEY in meta:
+            changes.append((*message.span(member, "_meta", SUBSCRIPTION_KEY), exchange.raw_id.decode()))
         return message.changed(changes)
 
 
@@ -3526,14 +3544,11 @@ class ModernClientLegacyServer(Bridge):
 
     def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
         if answer.is_result:
-            return exchange.finish(result_with(answer, exchange.raw_id, modern_members(
+            return exchange.finish(result_with(answer, exchange.raw_id, additions(
                 exchange.method, exchange.instance.identity.info)))
-        message = answer.parsed()
-        changes = [(*message.members["id"][1:], exchange.raw_id.decode())]
-        code = message.members.value("error").get("code")
-        if code and code[0] == RESOURCE_NOT_FOUND:       # MCP 2026-07-28, Resources, Error Handling
-            changes.append((*code[1:], str(INVALID_PARAMS)))
-        exchange.finish([message.changed(changes)], STATUS_OF_CODE.get(code and code[0], 200))
+        # MCP 2026-07-28, Resources, Error Handling
+        codes = {RESOURCE_NOT_FOUND: INVALID_PARAMS}
+        exchange.finish(error_with(answer.parsed(), exchange.raw_id, codes), error_status(answer))
 
     def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
         if exchange.method not in MAY_NEED_INPUT:
@@ -3550,7 +3565,7 @@ class ModernClientLegacyServer(Bridge):
     def event(self, exchange: Exchange, message: Message) -> None:
         """The server told all its clients something: is this one listening for it?"""
         wanted = exchange.wanted
-        if (message.params.value("uri") in wanted.get("resourceSubscriptions", [])
+        if (message.params.get("uri") in wanted.get("resourceSubscriptions", [])
                 or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
 
@@ -3560,7 +3575,7 @@ class ModernClientLegacyServer(Bridge):
 
     def listen(exchange: Exchange, message: Message) -> bool:
         """A subscription, made of the server's list changes and of legacy subscriptions."""
-        instance, wanted = exchange.instance, message.params.plain().get("notifications")
+        instance, wanted = exchange.instance, message.plain_params.get("notifications")
         if not isinstance(wanted, dict):
             raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
         if len(instance.listeners) >= instance.server.settings.max_sessions:
@@ -3584,7 +3599,7 @@ class ModernClientLegacyServer(Bridge):
         """A request that comes again with answers goes on where its call was parked."""
         if "requestState" not in message.params:
             return False
-        server, state = exchange.instance.server, message.params.value("requestState")
+        server, state = exchange.instance.server, message.params.get("requestState")
         parked = server.parked.get(state) if isinstance(state, str) else None
         if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
                 or parked.method != exchange.method or salient(parked.message) != salient(message)):
@@ -3610,35 +3625,32 @@ class LegacyClientModernServer(Bridge):
         return restated_meta(message, new)
 
     def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
-        if isinstance(answer, Message) or b'"input_required"' in answer.line:
-            answer = answer.parsed()
-            result = answer.members.value("result")
-            if isinstance(result, Members) and result.value("resultType") == "input_required":
-                return self._gather(exchange, answer, result)
-        if answer.is_result:
-            return exchange.finish(result_without(answer, exchange.raw_id))
-        message = answer.parsed()
-        changes = [(*message.members["id"][1:], exchange.raw_id.decode())]
-        code = message.members.value("error").get("code")
-        if code and code[0] == INVALID_PARAMS and exchange.method == "resources/read":
-            changes.append((*code[1:], str(RESOURCE_NOT_FOUND)))         # what it was called before 2026-07-28
-        exchange.finish([message.changed(changes)])
+        answer = answer.parsed()
+        if not answer.is_result:
+            # What it was called before 2026-07-28.
+            codes = {INVALID_PARAMS: RESOURCE_NOT_FOUND} if exchange.method == "resources/read" else {}
+            exchange.finish(error_with(answer, exchange.raw_id, codes))
+        elif members_of(answer.members["result"]).get("resultType") == "input_required":
+            self._gather(exchange, answer)
+        else:
+            exchange.finish(result_without(answer, exchange.raw_id))
 
-    def _gather(self, exchange: Exchange, answer: Message, result: Members) -> None:
+    def _gather(self, exchange: Exchange, answer: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
         exchange.rounds += 1
         if exchange.rounds > ROUNDS:
             raise ServerError("the MCP server asked for input too often")
-        state = answer.raw(result["requestState"]) if "requestState" in result else None
-        wanted = answer.opened(result.get("inputRequests"))
-        answers: dict[str, str] = {}
+        result, answers = answer.result, {}
+        state = answer.raw("result", "requestState") if "requestState" in result else None
+        wanted = result.get("inputRequests")
+        wanted = wanted if isinstance(wanted, dict) else {}
 
         def gathered(key: str, text: str) -> None:
             answers[key] = text
             exchange.last_sign = time.monotonic()
             if len(answers) == len(wanted) and not exchange.is_done:
                 self._repeat(exchange, answers, state)
-        for key, (request, start, end) in wanted.items():
+        for key, request in wanted.items():
             self._ask_client(exchange, key, request, gathered)
         if not wanted:
             self._repeat(exchange, answers, state)
@@ -3652,23 +3664,23 @@ class LegacyClientModernServer(Bridge):
 
         def on_response(response: Message) -> None:
             if "result" in response.members:
-                gathered(key, response.raw(response.members["result"]))
+                gathered(key, response.raw("result"))
             elif method == "elicitation/create":
                 gathered(key, '{"action":"cancel"}')
             else:
                 # There is no way to tell the server of an error, so the call fails with it.
-                error = response.raw(response.members["error"]).encode()
+                error = response.raw("error").encode()
                 exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
         client.ask(InputQuestion(key, method, dump(params), on_response), exchange.outlet.send)
 
     def _repeat(self, exchange: Exchange, answers: dict[str, str], state: str | None) -> None:
         new = {}
         if answers:
-            new["inputResponses"] = "{" + ",".join(f"{dump(key)}:{text}" for key, text in answers.items()) + "}"
+            new["inputResponses"] = as_object(answers)
         if state:
             new["requestState"] = state
         try:
-            exchange.transmit([exchange.message.insertion(new)] if new else [])
+            exchange.transmit([exchange.message.new_members(new, "params")] if new else [])
         except ServerError as error:
             exchange.on_failure(error)
 
@@ -3679,14 +3691,14 @@ class LegacyClientModernServer(Bridge):
     def set_level(exchange: Exchange, message: Message) -> bool:
         if "logging" not in exchange.instance.identity.capabilities:
             raise RPCError("the server sends no log messages", code=METHOD_NOT_FOUND, status=200)
-        if message.params.value("level") not in LOG_LEVELS:
+        if message.params.get("level") not in LOG_LEVELS:
             raise RPCError("that is no log level", code=INVALID_PARAMS, status=200)
-        exchange.client.log_level = message.params.value("level")
+        exchange.client.log_level = message.params.get("level")
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
     def subscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client, instance = message.params.value("uri"), exchange.client, exchange.instance
+        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
@@ -3695,7 +3707,7 @@ class LegacyClientModernServer(Bridge):
         return True
 
     def unsubscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client = message.params.value("uri"), exchange.client
+        uri, client = message.params.get("uri"), exchange.client
         if uri in client.subscriptions:
             client.subscriptions.discard(uri)
             exchange.instance.unsubscribe(uri)
@@ -3720,8 +3732,8 @@ def pass_notification(session: Session, message: Message) -> None:
     connection, instance = session.instance.connection, session.instance
     log.info("< %s %s", session.label, message.method)
     if message.method == "notifications/cancelled":
-        member = message.params.get("requestId")
-        call = session.calls.get(member[0]) if member and is_id(member[0]) else None
+        request_id = message.params.get("requestId")
+        call = session.calls.get(request_id) if is_id(request_id) else None
         if call:
             call.cancel(message)
     elif message.method == "notifications/initialized":
@@ -4275,10 +4287,9 @@ class ToolOutlet:
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
         message = parse_message(b"".join(payload).decode())
         if message.is_result:
-            return self._reply.send(200, [message.raw(message.members["result"]).encode()], JSON_HEADERS)
-        code = message.members.value("error").value("code")
+            return self._reply.send(200, [message.raw("result").encode()], JSON_HEADERS)
         if status == 200:
-            status = {INVALID_PARAMS: 400, METHOD_NOT_FOUND: 404}.get(code, 502)
+            status = {INVALID_PARAMS: 400, METHOD_NOT_FOUND: 404}.get(message.error_code, 502)
         self._reply.send(status, payload, (*JSON_HEADERS, *headers))
 
     def close(self) -> None:
@@ -4506,7 +4517,7 @@ class Endpoints:
         exchange = Exchange(client, message, outlet, envelope, trace_context(head, message))
         if message.method == "tools/call":
             tools = client.instance.known_tools()
-            if tools is None or message.params.value("name") not in tools:
+            if tools is None or message.params.get("name") not in tools:
                 return self.later(self._start_when_tool_is_known(exchange, head, tools is not None), reply)
             tools.check(message, head.headers)
         exchange.start()
@@ -4581,7 +4592,7 @@ class Endpoints:
             raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
         # Braces in the body must not have added anything beside the arguments.
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
-        if not is_alone or not isinstance(message.params.value("arguments"), dict):
+        if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
         client = self.server.visit(self._key(head), self._variables(head))
         outlet = ToolOutlet(reply)

@@ -1995,6 +1995,41 @@ def test_json_id_is_replaced_and_nothing_else(text, old):
     assert b"".join(request.with_id(b"7")) == (text % "7").encode()
 
 
+@pytest.mark.parametrize("params", [
+    case("plain", '{"name":1}'),
+    case("blanks", '{ "x" : 2 , "name" :\t1 }'),
+    case("name in a string", '{"x":"name","y":"\\"name","name":1}'),
+    case("name at the end of a name", '{"\\"name":2,"name":1}'),
+    case("name at the end of a name, then escaped", r'{"\"name":2,"\u006eame":1}'),
+    case("name further in, then escaped", r'{"x":{"name":2},"n\u0061me":1}'),
+    case("name further in", '{"x":{"name":2},"name":1,"y":[{"name":3}]}'),
+    case("backslashes", r'{"x\\":"\\","name":1,"y":"\\\""}'),
+])
+def test_json_member_is_found(params):
+    for request in (parse(f'{{"jsonrpc":"2.0","method":"a","params":{params},"name":4}}'),
+                    parse(f' {{"jsonrpc":"2.0","method":"a","params":{params}}}')):
+        assert request.params["name"] == request.value("params", "name") == 1
+        assert request.raw("params", "name") == "1" and request.raw("params") == params
+        changed = json.loads(request.changed([request.new_members({"new": "5"}, "params")]))
+        assert changed["params"] == {"new": 5} | json.loads(params)
+
+
+def test_json_member_with_a_strange_name_is_found():
+    names = ["a/b", "a\\b", "a\bb", "\xe9", '"', "\u2028", "\U0001f600", ""]
+    for texts in itertools.product((json.dumps, lambda name: json.dumps(name, ensure_ascii=False)), repeat=2):
+        first, second = texts
+        params = ",".join(f'{first(name)}:{number},"x{number}":{second(name)}' for number, name in enumerate(names))
+        request = parse(f'{{"jsonrpc":"2.0","method":"a","params":{{{params}}}}}')
+        assert [request.raw("params", name) for name in names] == [str(number) for number in range(len(names))]
+
+
+@pytest.mark.parametrize("params, expected", [
+    ("", {"new": 1}), (',"params":{}', {"new": 1}), (',"params":{ }', {"new": 1}), (',"params":{"a":2}', {"new": 1, "a": 2})])
+def test_json_members_are_put_into_params(params, expected):
+    request = parse(f'{{"jsonrpc":"2.0","method":"a"{params}}}')
+    assert json.loads(request.changed([request.new_members({"new": "1"}, "params")]))["params"] == expected
+
+
 def test_json_line_ends_between_tokens_are_taken_out():
     text = '{\r\n  "jsonrpc": "2.0",\n  "id": 1,\r  "method": "a\\nb",\n"params":\n{"x": "\u2028"}\n}\n'
     line = b"".join(parse(text).payload)
@@ -2004,8 +2039,7 @@ def test_json_line_ends_between_tokens_are_taken_out():
 
 def test_json_several_changes_are_made_at_once():
     request = parse('{"jsonrpc":"2.0","id":1,"method":"a","params":{"_meta":{"progressToken":"t"}}}')
-    changes = [(*request.meta["progressToken"][1:], "22"), (*request.members["id"][1:], "333")]
-    line = request.changed(changes)
+    line = request.changed([(*request.span("params", "_meta", "progressToken"), "22"), request.new_id(b"333")])
     assert line == b'{"jsonrpc":"2.0","id":333,"method":"a","params":{"_meta":{"progressToken":22}}}'
 
 
@@ -2105,6 +2139,9 @@ def test_json_any_bytes_are_a_message_or_refused():
             mcpproxy.check_parameters(parsed)
             line = b"".join(parsed.payload)
             assert json.loads(line) == json.loads(data) and b"\n" not in line, data
+            for path in [(name,) for name in parsed.members] + [("params", name) for name in parsed.params]:
+                at = functools.reduce(lambda value, name: value[name], path, json.loads(data))
+                assert parsed.value(*path) == at == json.loads(parsed.raw(*path)), data
         with contextlib.suppress(ProxyError):
             mcpproxy.split_batch(mcpproxy.decode_json(data))
 
