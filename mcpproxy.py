@@ -1497,11 +1497,10 @@ def may_set(name: str, allowed: str) -> bool:
 #     =  changed state         !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
-LOG_SECONDS = 0.05            # for how long lines are collected: to put together many in a row costs half as much
 
 
 class LineHandler(logging.Handler):
-    """Writes the log to a file descriptor, many lines at once, and never waits."""
+    """Writes the log to a file descriptor, all lines of one turn of the event loop at once, and never waits."""
 
     def __init__(self, descriptor: int, as_json: bool = False):
         super().__init__()
@@ -1521,7 +1520,7 @@ class LineHandler(logging.Handler):
         self._entries.append((time.time(), level, message, args, error))
         if len(self._entries) == 1:
             try:
-                asyncio.get_running_loop().call_later(LOG_SECONDS, self.flush)
+                asyncio.get_running_loop().call_soon(self.flush)
             except RuntimeError:
                 self.flush()
 
