@@ -40,7 +40,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. Requests and responses
-                of HTTP are never called just that: they are an HTTPRequest and a Reply
+                of HTTP are never called just that: they are a head with a body, and a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that server process
     exchange    one client request and everything that is sent in answer to it
@@ -150,6 +150,8 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
+KNOWN_HEADS = 8                      # of a connection that are kept; most clients send three, again and again
+KNOWN_HEAD_BYTES = 1024              # of the largest that is kept
 
 # What may wait for one client that does not read: enough for a burst, too little to hurt.
 MAX_QUEUED_MESSAGES = 1_000
@@ -352,7 +354,7 @@ REASONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class HTTPHead:
     """A request without its body. Header names are in lower case, the path is decoded."""
 
@@ -365,6 +367,7 @@ class HTTPHead:
     keep_alive: bool
     content_length: int | None               # None: the body is chunked
     expects_continue: bool
+    admission: object = None                 # what the application made of it, for when it comes again
 
     def query_value(self, name: str) -> str | None:
         """The value of a query parameter; HTTPError when it is given twice."""
@@ -374,24 +377,9 @@ class HTTPHead:
         return values[0] if values else None
 
 
-class HTTPRequest:
-    """A whole request."""
-
-    __slots__ = ("head", "body")
-
-    def __init__(self, head: HTTPHead, body: bytes):
-        self.head, self.body = head, body
-
-
 def parse_head(raw: bytes) -> HTTPHead:
     """The head of a request, without the empty line that ends it; HTTPError when two parsers could disagree."""
-    if len(raw) <= 2048:
-        return _parse_small_head(raw)
-    return _parse_head(raw)
-
-
-def _parse_head(raw: bytes) -> HTTPHead:
-    request_line, *lines = raw.split(b"\r\n")
+    request_line, *lines = raw.removeprefix(b"\r\n").split(b"\r\n")     # RFC 9112 §2.2: one empty line is ignored
     match = _REQUEST_LINE.fullmatch(request_line)
     if not match:
         raise HTTPError("malformed request line")
@@ -422,12 +410,6 @@ def _parse_head(raw: bytes) -> HTTPHead:
         keep_alive="close" not in connection and (version >= (1, 1) or "keep-alive" in connection),
         content_length=body_length(headers, version),
         expects_continue=expects_continue(headers) and version >= (1, 1))
-
-
-# Clients send the same head again and again, so a small one is parsed once, and what follows from it alone
-# is found out once: that is what lru_cache means here and below. What is kept is bounded (here 512 times 2 KiB)
-# and immutable; a head that was refused is not kept.
-_parse_small_head = functools.lru_cache(maxsize=512)(_parse_head)
 
 
 def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
@@ -514,49 +496,68 @@ class BodyState(enum.Enum):
 
 
 class RequestParser:
-    """Requests out of bytes, however they are cut: feed() them, then ask for next_head() and next_body()."""
+    """One connection's requests out of its bytes, however they are cut: feed() them, then ask for next_head() and
+    next_body()."""
 
     def __init__(self):
         self.rest = b""                   # bytes that were not looked at yet
         self._searched = 0                # how far `rest` was searched for the end of a head
-        self._is_between = True           # was nothing of the next head seen yet?
+        self._known: dict[bytes, HTTPHead] = {}     # clients send the same head again and again
+        self._state = BodyState.DONE
+        self._is_chunked = False
+        self._body = bytearray()          # so far
+        self._size = 0                    # how large the body is known to be
+        self._missing = 0                 # how much of this is still to come
+        self._trailers = 0
 
     def feed(self, data: bytes) -> None:
+        """Takes the next bytes."""
         self.rest = self.rest + data if self.rest else data
+
+    @property
+    def is_between(self) -> bool:
+        """Was nothing of the next request seen yet? An empty line before it is nothing."""
+        return self.rest in (b"", b"\r", b"\r\n")
 
     def next_head(self) -> HTTPHead | None:
         """The next request's head, or None when bytes are missing."""
-        if self._is_between:
-            if self.rest in (b"", b"\r"):
-                return None
-            self._is_between = False
-            self.rest = self.rest.removeprefix(b"\r\n")      # RFC 9112 §2.2: one empty line is ignored
-        end = self.rest.find(b"\r\n\r\n", max(0, self._searched - 3))
+        end = self.rest.find(b"\r\n\r\n", self._searched)
         if end < 0 or end > MAX_HEAD_BYTES:
             self._check_unfinished_head()
             return None
-        head = parse_head(self.rest[:end])
+        raw = self.rest[:end]
+        head = self._known.get(raw) or self._parse_head(raw)
         self.rest = self.rest[end + 4:]
-        self._searched, self._is_between = 0, True
-        self._body = bytearray()          # so far
-        self._size = head.content_length or 0     # how large it is known to be
-        self._missing = self._size                # how much of this is still to come
-        self._trailers = 0
+        self._searched = 0
         self._is_chunked = head.content_length is None
+        self._size = self._missing = head.content_length or 0
         self._state = BodyState.CHUNK_SIZE if self._is_chunked else BodyState.DATA
+        return head
+
+    def _parse_head(self, raw: bytes) -> HTTPHead:
+        head = parse_head(raw)
+        if len(raw) <= KNOWN_HEAD_BYTES:
+            if len(self._known) >= KNOWN_HEADS:
+                self._known.clear()
+            self._known[raw] = head
         return head
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
         if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
-            is_one_line = b"\r\n" not in self.rest[:MAX_HEAD_BYTES]
+            is_one_line = b"\r\n" not in self.rest[2:MAX_HEAD_BYTES]
             raise HTTPError("request head too large", status=414 if is_one_line else 431)
         if _BARE_LF.search(self.rest, self._searched) or b"\0" in self.rest[self._searched:]:
             raise HTTPError("malformed request head")
-        self._searched = len(self.rest)
+        self._searched = max(0, len(self.rest) - 3)      # where the empty line may have begun
 
     def next_body(self, limit: int) -> bytes | None:
         """The body that belongs to the last head, or None when bytes are missing; 413 when it is over `limit`."""
+        if len(self.rest) >= self._size <= limit and self._state is BodyState.DATA and not (
+                self._is_chunked or self._body):
+            self._state = BodyState.DONE              # all of it is there: no copy
+            body, self.rest = self.rest[:self._size], self.rest[self._size:]
+            return body
         self._at = 0                      # how much of `rest` was used
         while self._state is not BodyState.DONE:
             if self._size > limit:
@@ -564,16 +565,16 @@ class RequestParser:
             if not (self._read_data() if self._state is BodyState.DATA else self._read_chunk_line()):
                 break
         self.rest = self.rest[self._at:]
-        return bytes(self._body) if self._state is BodyState.DONE else None
+        if self._state is not BodyState.DONE:
+            return None
+        body, self._body, self._trailers = bytes(self._body), bytearray(), 0
+        return body
 
     def _read_data(self) -> bool:
         part = self.rest[self._at:self._at + self._missing]
         self._at += len(part)
         self._missing -= len(part)
-        if not (self._body or self._missing or self._is_chunked):
-            self._body = part             # all of it at once: no copy
-        else:
-            self._body += part
+        self._body += part
         if self._missing:
             return False
         self._state = BodyState.CHUNK_END if self._is_chunked else BodyState.DONE
@@ -905,6 +906,11 @@ def parse_message(text: str) -> Message:
         raise RPCError("not valid JSON", code=PARSE_ERROR) from None
     except RecursionError:
         raise RPCError("nested too deeply", code=PARSE_ERROR) from None
+
+
+def is_batch(text: str) -> bool:
+    """Is this an array, if it is JSON at all?"""
+    return text.startswith("[") or text[:1].isspace() and _BATCH_START.match(text) is not None
 
 
 def split_batch(text: str) -> list[str]:
@@ -1406,7 +1412,6 @@ def in_utf8(value: str) -> str:
         return value
 
 
-@functools.lru_cache(maxsize=512)
 def given_key(head: HTTPHead) -> str | None:
     """The key that a request carries: Authorization: Bearer, X-API-Key or ?auth_key=."""
     scheme, _, credentials = in_utf8(head.headers.get("authorization", "")).partition(" ")
@@ -1447,7 +1452,6 @@ def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
     return default_port is not None and authority.removesuffix(default_port) == host.lower().removesuffix(default_port)
 
 
-@functools.lru_cache(maxsize=512)
 def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
     """The variables that a request sets for its server, by ?NAME=value and X-MCP-Env: NAME=value.
 
@@ -3193,7 +3197,7 @@ class Exchange(PendingRequest):
         message, connection = self.message, self.connection
         self.server_id = connection.next_id()
         server_id = str(self.server_id)
-        new_meta = dict(self.trace)
+        new_meta = dict(self.trace) if "traceparent" not in message.meta else {}
         if self.token:
             new_meta["progressToken"] = server_id
         changes += [(*message.id_span, server_id), *self._bridge.restate_meta(self, message, new_meta)]
@@ -3758,10 +3762,12 @@ def pass_notification(session: Session, message: Message) -> None:
 # Knows HTTP and nothing of MCP; what a request means is the business of the
 # application that is handed in, an object with
 #
-#     check(head, reply)       raises ProxyError when the request may not pass; its body was not read yet
-#     handle(request, reply)   sees to it that the reply is sent, now or later
-#     refuse(error, reply)     sends the reply that an error stands for
-#     max_body                 bytes
+#     admit(head)                     raises ProxyError when a request with this head may not pass; its body was not
+#                                     read yet. What it returns is kept for when the head comes again; its
+#                                     `headers` are (name, value) pairs for every reply
+#     handle(admission, body, reply)  sees to it that the reply is sent, now or later
+#     refuse(error, reply)            sends the reply that an error stands for
+#     max_body                        bytes
 #
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
@@ -3779,7 +3785,7 @@ TICK = 0.5                     # how often time is looked at
 
 
 class Reply:
-    """The answer to one HTTPRequest: send() it whole, or start_stream(), write() and close()."""
+    """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
     __slots__ = ("connection", "head", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof",
                  "keep_alive_bytes", "last_write")
@@ -3919,7 +3925,9 @@ class HTTPConnection(asyncio.Protocol):
                 self._incoming = Reply(self, head)
                 self._continues = head.expects_continue
                 self.keeps_alive = head.keep_alive
-                self._application.check(head, self._incoming)
+                if head.admission is None:
+                    head.admission = self._application.admit(head)
+                self._incoming.headers = head.admission.headers
             body = self._parser.next_body(self._application.max_body)
             if body is None:
                 if self._continues and not self._parser.rest:
@@ -3931,7 +3939,7 @@ class HTTPConnection(asyncio.Protocol):
             return False
         reply = self._reply = self._incoming
         self._incoming = None
-        self._application.handle(HTTPRequest(reply.head, body), reply)
+        self._application.handle(reply.head.admission, body, reply)
         return True
 
     def _refuse(self, error: ProxyError) -> None:
@@ -3982,7 +3990,7 @@ class HTTPConnection(asyncio.Protocol):
         """The reply is complete: on to the next request, or the end."""
         self._reply = None
         self._flush()
-        self._since, self._received = time.monotonic(), len(self._parser.rest)
+        self._since, self._received = time.monotonic(), 0 if self._parser.is_between else len(self._parser.rest)
         if self._is_lingering:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -4008,7 +4016,7 @@ class HTTPConnection(asyncio.Protocol):
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([reply.keep_alive_bytes])
         elif not self._is_paused and now > self._deadline():
-            if self._is_lingering or not (self._incoming or self._parser.rest):
+            if self._is_lingering or not self._incoming and self._parser.is_between:
                 self._transport.close()
             else:
                 self._refuse(HTTPError("the request took too long", status=408))
@@ -4026,7 +4034,7 @@ class HTTPConnection(asyncio.Protocol):
             return self._since + LINGER_SECONDS
         if self._incoming:
             return self._since + BODY_SECONDS + self._received / BODY_RATE
-        return self._since + (HEAD_SECONDS if self._parser.rest else IDLE_SECONDS)
+        return self._since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
 
     def close(self) -> None:
         """Ends the connection once what was written has been sent."""
@@ -4295,6 +4303,66 @@ class ToolOutlet:
         """Only the client itself cancels, by leaving."""
 
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Caller:
+    """What the head of a request says of who sends it, and what for. A head that comes again has the same Caller, so
+    what costs anything is found out once."""
+
+    def __init__(self, head: HTTPHead, settings: Settings):
+        self.head = head
+        self.endpoint = None                   # the method of Endpoints that it calls
+        self.headers: tuple = ()               # of every reply, as (name, value) pairs
+        self._settings = settings
+
+    @functools.cached_property
+    def key(self) -> str | None:
+        """The key that it brings; None when none is asked for."""
+        return given_key(self.head) if self._settings.auth_key else None
+
+    @functools.cached_property
+    def variables(self) -> dict[str, str]:
+        """The variables that it sets for its server."""
+        return client_variables(self.head, self._settings.allowed_env)
+
+    @functools.cached_property
+    def session_id(self) -> str | None:
+        return self.head.headers.get(SESSION_ID_HEADER.lower())
+
+    @functools.cached_property
+    def version(self) -> str | None:
+        """The revision of its MCP-Protocol-Version."""
+        return self.head.headers.get("mcp-protocol-version")
+
+    @functools.cached_property
+    def media_type(self) -> str:
+        """What its body is said to be, without parameters."""
+        return self.head.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def accepts(self, wanted: str) -> bool:
+        """Does it take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
+        for part in self.head.headers.get("accept", "*/*").lower().split(","):
+            media_range, *parameters = [piece.strip() for piece in part.split(";")]
+            if media_range in ("*/*", wanted, wanted.partition("/")[0] + "/*") and not any(
+                    re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters):
+                return True
+        return False
+
+    @functools.cached_property
+    def accepts_answers(self) -> bool:
+        """Does it say that it takes what a POST may be answered with?"""
+        return "accept" in self.head.headers and self.accepts(JSON_TYPE) and self.accepts(EVENT_STREAM_TYPE)
+
+    @functools.cached_property
+    def trace(self) -> dict[str, str]:
+        """Its trace context, as members (name -> JSON) for a message's _meta. MCP 2026-07-28, Overview, _meta."""
+        headers = self.head.headers
+        if not _TRACEPARENT.fullmatch(headers.get("traceparent", "")):
+            return {}
+        return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
+
+
 class Endpoints:
     """The application behind HTTP connections."""
 
@@ -4308,47 +4376,53 @@ class Endpoints:
 
     # What an HTTPConnection calls.
 
-    def check(self, head: HTTPHead, reply: Reply) -> None:
+    def admit(self, head: HTTPHead) -> Caller:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
+        caller = Caller(head, self.settings)
         route = self._route(head)
-        if not (route and route.is_public):
-            for guard in GUARDS:
-                guard(self, head, reply)
-        if route is None:
-            raise HTTPError("there is nothing here", status=404, code=METHOD_NOT_FOUND)
-        if head.method not in route.methods:
-            raise HTTPError("method not allowed", status=405, headers=(("Allow", route.allow),))
+        try:
+            for guard in GUARDS if not (route and route.is_public) else ():
+                guard(self, caller)
+            if route is None:
+                raise HTTPError("there is nothing here", status=404, code=METHOD_NOT_FOUND)
+            if head.method not in route.methods:
+                raise HTTPError("method not allowed", status=405, headers=(("Allow", route.allow),))
+        except HTTPError as error:
+            error.headers += caller.headers
+            raise
+        caller.endpoint = route.methods[head.method]
+        return caller
 
     # Guards.
 
-    def _check_origin(self, head: HTTPHead, reply: Reply) -> None:
-        origin = head.headers.get("origin")
+    def _check_origin(self, caller: Caller) -> None:
+        headers = caller.head.headers
+        origin = headers.get("origin")
         if origin is None:
             return
-        if not is_allowed_origin(origin, head.headers.get("host", ""), self._origins):
+        if not is_allowed_origin(origin, headers.get("host", ""), self._origins):
             raise HTTPError("this origin may not call", status=403)
         # From here on a browser may see the answer, a refusal too.
-        reply.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                         ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
+        caller.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+                          ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
 
-    def _check_host(self, head: HTTPHead, reply: Reply) -> None:
-        if not self._keys and not is_allowed_host(head.headers.get("host", ""), self._hosts):
+    def _check_host(self, caller: Caller) -> None:
+        if not self._keys and not is_allowed_host(caller.head.headers.get("host", ""), self._hosts):
             raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
 
-    def _check_key(self, head: HTTPHead, reply: Reply) -> None:
-        if not self._keys or head.method == "OPTIONS":
+    def _check_key(self, caller: Caller) -> None:
+        if not self._keys or caller.head.method == "OPTIONS":
             return                        # a preflight brings no key, and learns nothing
-        key = given_key(head)
-        if key is None or not is_known_key(key, self._keys):
-            raise HTTPError("missing key" if key is None else "wrong key", status=401,
+        if caller.key is None or not is_known_key(caller.key, self._keys):
+            raise HTTPError("missing key" if caller.key is None else "wrong key", status=401,
                             headers=(("WWW-Authenticate", "Bearer"),))
 
     # Requests.
 
-    def handle(self, request: HTTPRequest, reply: Reply) -> None:
+    def handle(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """Runs the endpoint that the request is for."""
         try:
-            self._route(request.head).methods[request.head.method](self, request, reply)
+            caller.endpoint(self, caller, body, reply)
         except Exception as error:
             self.fail(error, reply)
 
@@ -4385,19 +4459,12 @@ class Endpoints:
         return ROUTES.get(path) or ROUTES.get(path.rstrip("/")) or (
             ROUTES["/tools/"] if path.startswith("/tools/") else None)
 
-    def _key(self, head: HTTPHead) -> str | None:
-        """The key that a session is bound to."""
-        return given_key(head) if self._keys else None
-
-    def _variables(self, head: HTTPHead) -> dict[str, str]:
-        return client_variables(head, self.settings.allowed_env)
-
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
-    def _open_sse(self, request: HTTPRequest, reply: Reply) -> None:
+    def _open_sse(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
-        head = request.head
-        session = self.server.open_session(self._key(head), self._variables(head), is_streamable=False)
+        head = caller.head
+        session = self.server.open_session(caller.key, caller.variables, is_streamable=False)
         endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
         if head.query_value("auth_key"):
             endpoint += f"&auth_key={quote(head.query_value('auth_key'), safe='')}"
@@ -4406,19 +4473,19 @@ class Endpoints:
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
         session.stream.attach(Sink(reply))
 
-    def post_message(self, request: HTTPRequest, reply: Reply) -> None:
+    def post_message(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
-        head = request.head
-        session = self.server.find_session(head.query_value("session_id"), self._key(head), is_streamable=False)
-        if media_type(head, JSON_TYPE) != JSON_TYPE:
-            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
-        message = parse_message(decode_json(request.body))
+        session_id = caller.head.query_value("session_id")
+        session = self.server.find_session(session_id, caller.key, is_streamable=False)
+        if "content-type" in caller.head.headers:          # older clients do not say it
+            check_is_json(caller)
+        message = parse_message(decode_json(body))
         outlet = StreamOutlet(session.stream)
         try:
             envelope = None
             if message.kind is Kind.REQUEST and is_modern(message, None):
                 envelope = check_modern(message, None)
-            self._receive(session, message, outlet, envelope, trace_context(head, message))
+            self._receive(session, message, outlet, envelope, caller.trace)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running.
             if message.kind is Kind.REQUEST and message.id not in session.calls:
@@ -4438,40 +4505,38 @@ class Endpoints:
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
 
-    def post(self, request: HTTPRequest, reply: Reply) -> None:
+    def post(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """POST /mcp: a message of either era."""
-        head = request.head
-        if media_type(head, "") != JSON_TYPE:
-            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
-        if "accept" not in head.headers or not (accepts(head, JSON_TYPE) and accepts(head, EVENT_STREAM_TYPE)):
+        check_is_json(caller)
+        if not caller.accepts_answers:
             raise HTTPError(f"the client must accept {JSON_TYPE} and {EVENT_STREAM_TYPE}", status=406)
-        text = decode_json(request.body)
-        if text.lstrip(" \t\r\n").startswith("["):
-            return self._post_batch(head, split_batch(text), reply)
+        text = decode_json(body)
+        if is_batch(text):
+            return self._post_batch(caller, split_batch(text), reply)
         message = parse_message(text)
         try:
-            if is_modern(message, head.headers.get("mcp-protocol-version")):
-                self._post_modern(head, message, reply)
+            if is_modern(message, caller.version):
+                self._post_modern(caller, message, reply)
             else:
-                self._post_legacy(head, message, reply)
+                self._post_legacy(caller, message, reply)
         except ProxyError as error:
             self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
 
-    def _post_legacy(self, head: HTTPHead, message: Message, reply: Reply) -> None:
-        check_version(head)
+    def _post_legacy(self, caller: Caller, message: Message, reply: Reply) -> None:
+        check_version(caller)
         is_initialize = message.kind is Kind.REQUEST and message.method == "initialize"
         if self.settings.stateless:
-            session, client = None, self.server.visit(self._key(head), self._variables(head))
+            session, client = None, self.server.visit(caller.key, caller.variables)
         elif is_initialize:
-            session = client = self.server.open_session(self._key(head), self._variables(head), is_streamable=True)
+            session = client = self.server.open_session(caller.key, caller.variables, is_streamable=True)
         else:
-            session = client = self._session(head)
+            session = client = self._session(caller)
         if message.kind is not Kind.REQUEST:
             if session:
                 self._receive(session, message, None, None, {})
             return reply.send(202, [])
         outlet = PostOutlet(self, reply, session, False)
-        exchange = Exchange(client, message, outlet, None, trace_context(head, message))
+        exchange = Exchange(client, message, outlet, None, caller.trace)
         if session and is_initialize:
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: session.version or asyncio.get_running_loop().call_soon(session.end)
@@ -4480,14 +4545,14 @@ class Endpoints:
         except ProxyError as error:
             outlet.finish(encode_error(message.raw_id, error), error.http_status, error.headers)
 
-    def _post_batch(self, head: HTTPHead, texts: list[str], reply: Reply) -> None:
+    def _post_batch(self, caller: Caller, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
-        check_version(head)
-        session = None if self.settings.stateless else self._session(head)
-        version = session.version if session else head.headers.get("mcp-protocol-version", BATCH_VERSION)
+        check_version(caller)
+        session = None if self.settings.stateless else self._session(caller)
+        version = session.version if session else caller.version or BATCH_VERSION
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
-        client = session or self.server.visit(self._key(head), self._variables(head))
+        client = session or self.server.visit(caller.key, caller.variables)
         messages = [parse_message(text) for text in texts]
         requests = [message for message in messages if message.kind is Kind.REQUEST]
         if not messages or any(message.method == "initialize" for message in requests):
@@ -4505,46 +4570,47 @@ class Endpoints:
         if not requests:
             reply.send(202, [])
 
-    def _post_modern(self, head: HTTPHead, message: Message, reply: Reply) -> None:
+    def _post_modern(self, caller: Caller, message: Message, reply: Reply) -> None:
         if message.kind is Kind.RESPONSE:
             raise RPCError(f"clients send no responses in {MODERN_VERSION}")
         if message.kind is Kind.NOTIFICATION:
             return reply.send(202, [])
-        envelope = check_modern(message, head.headers)
-        client = self.server.visit(self._key(head), self._variables(head))
+        headers = caller.head.headers
+        envelope = check_modern(message, headers)
+        client = self.server.visit(caller.key, caller.variables)
         outlet = PostOutlet(self, reply, None, True)
-        exchange = Exchange(client, message, outlet, envelope, trace_context(head, message))
+        exchange = Exchange(client, message, outlet, envelope, caller.trace)
         if message.method == "tools/call":
             tools = client.instance.known_tools()
             if tools is None or message.params.get("name") not in tools:
-                return self.later(self._start_when_tool_is_known(exchange, head, tools is not None), reply)
-            tools.check(message, head.headers)
+                return self.later(self._start_when_tool_is_known(exchange, headers, tools is not None), reply)
+            tools.check(message, headers)
         exchange.start()
 
-    async def _start_when_tool_is_known(self, exchange: Exchange, head: HTTPHead, refresh: bool) -> None:
+    async def _start_when_tool_is_known(self, exchange: Exchange, headers: dict, refresh: bool) -> None:
         """Which arguments are repeated in headers, only the server's list of tools tells."""
         message = exchange.message
         try:
-            (await exchange.instance.tools(refresh)).check(message, head.headers)
+            (await exchange.instance.tools(refresh)).check(message, headers)
             if not exchange.is_done:
                 exchange.start()
         except ProxyError as error:
             self.refuse(error, exchange.outlet.reply, message.raw_id)
 
-    def get(self, request: HTTPRequest, reply: Reply) -> None:
+    def get(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
-        head = request.head
-        if not accepts(head, EVENT_STREAM_TYPE):
+        if not caller.accepts(EVENT_STREAM_TYPE):
             raise HTTPError(f"only {EVENT_STREAM_TYPE} can be had here", status=406)
-        if SESSION_ID_HEADER.lower() not in head.headers:
-            if "mcp-protocol-version" in head.headers:
+        if caller.session_id is None:
+            if caller.version is not None:
                 raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
-            return self._open_sse(request, reply)
-        check_version(head)
-        session = self._session(head)
+            return self._open_sse(caller, body, reply)
+        check_version(caller)
+        session = self._session(caller)
         stream, after = session.stream, None
-        if "last-event-id" in head.headers:
-            stream, after = session.find_event(head.headers["last-event-id"])
+        last_event_id = caller.head.headers.get("last-event-id")
+        if last_event_id is not None:
+            stream, after = session.find_event(last_event_id)
         reply.start_stream(STREAM_HEADERS, HEARTBEAT)
         if session.version == LEGACY_VERSIONS[0] and after is None:
             prime(reply, stream, stream.last_number)
@@ -4552,38 +4618,34 @@ class Endpoints:
         reply.on_gone = lambda: stream.detach(sink)
         stream.attach(sink, after)
 
-    def delete(self, request: HTTPRequest, reply: Reply) -> None:
+    def delete(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""
-        headers = request.head.headers
-        is_modern = SESSION_ID_HEADER.lower() not in headers and headers.get("mcp-protocol-version") == MODERN_VERSION
-        if self.settings.stateless or is_modern:
+        if self.settings.stateless or caller.session_id is None and caller.version == MODERN_VERSION:
             raise HTTPError("there are no sessions here", status=405, headers=(("Allow", "POST"),))
-        check_version(request.head)
-        self._session(request.head).end()
+        check_version(caller)
+        self._session(caller).end()
         reply.send(204, [])
 
-    def _session(self, head: HTTPHead) -> Session:
-        session_id = head.headers.get(SESSION_ID_HEADER.lower())
-        return self.server.find_session(session_id, self._key(head), is_streamable=True)
+    def _session(self, caller: Caller) -> Session:
+        return self.server.find_session(caller.session_id, caller.key, is_streamable=True)
 
     # Tools without MCP.
 
-    def list_tools(self, request: HTTPRequest, reply: Reply) -> None:
+    def list_tools(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        client = self.server.visit(self._key(request.head), self._variables(request.head))
+        client = self.server.visit(caller.key, caller.variables)
 
         async def answer() -> None:
             tools = await client.instance.tools()
             reply.send(200, [dump({"tools": list(tools.values())}).encode()], JSON_HEADERS)
         self.later(answer(), reply)
 
-    def call_tool(self, request: HTTPRequest, reply: Reply) -> None:
+    def call_tool(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
-        head = request.head
-        if request.body and media_type(head, "") != JSON_TYPE:
-            raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
-        name = head.path.removeprefix(self.settings.base_path).removeprefix("/tools/")
-        arguments = decode_json(request.body).strip() or "{}"
+        if body:
+            check_is_json(caller)
+        name = caller.head.path.removeprefix(self.settings.base_path).removeprefix("/tools/")
+        arguments = decode_json(body).strip() or "{}"
         try:
             message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
                                     f'"params":{{"name":{dump(name)},"arguments":{arguments}}}}}')
@@ -4593,9 +4655,9 @@ class Endpoints:
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
-        client = self.server.visit(self._key(head), self._variables(head))
+        client = self.server.visit(caller.key, caller.variables)
         outlet = ToolOutlet(reply)
-        exchange = Exchange(client, message, outlet, None, trace_context(head, message))
+        exchange = Exchange(client, message, outlet, None, caller.trace)
 
         async def start() -> None:
             instance = client.instance
@@ -4605,9 +4667,9 @@ class Endpoints:
                 exchange.start()
         self.later(start(), reply)
 
-    def openapi(self, request: HTTPRequest, reply: Reply) -> None:
+    def openapi(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
-        client = self.server.visit(self._key(request.head), self._variables(request.head))
+        client = self.server.visit(caller.key, caller.variables)
 
         async def answer() -> None:
             document = openapi_document(await client.instance.tools(), client.instance.identity,
@@ -4617,16 +4679,16 @@ class Endpoints:
 
     # For browsers, and for those who look after the proxy.
 
-    def preflight(self, request: HTTPRequest, reply: Reply) -> None:
+    def preflight(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
-        route, headers = self._route(request.head), ()
-        if "origin" in request.head.headers:
-            wanted = request.head.headers.get("access-control-request-headers", "*")
+        route, headers = self._route(caller.head), ()
+        if "origin" in caller.head.headers:
+            wanted = caller.head.headers.get("access-control-request-headers", "*")
             headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
                        ("Access-Control-Max-Age", "3600"))
         reply.send(204, [], (("Allow", route.allow), *headers))
 
-    def health(self, request: HTTPRequest, reply: Reply) -> None:
+    def health(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /healthz: this process is alive."""
         reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
 
@@ -4656,40 +4718,17 @@ ROUTES = {
 }
 
 
-@functools.lru_cache(maxsize=512)
-def media_type(head: HTTPHead, default: str) -> str:
-    """What the body is said to be, without parameters."""
-    return head.headers.get("content-type", default).partition(";")[0].strip().lower()
+def check_is_json(caller: Caller) -> None:
+    """Refuses a body that is not said to be JSON."""
+    if caller.media_type != JSON_TYPE:
+        raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
 
 
-@functools.lru_cache(maxsize=512)
-def accepts(head: HTTPHead, wanted: str) -> bool:
-    """Does the client take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
-    for part in head.headers.get("accept", "*/*").lower().split(","):
-        media_range, *parameters = [piece.strip() for piece in part.split(";")]
-        if media_range in ("*/*", wanted, wanted.partition("/")[0] + "/*") and not any(
-                re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters):
-            return True
-    return False
-
-
-def check_version(head: HTTPHead) -> None:
+def check_version(caller: Caller) -> None:
     """Refuses a legacy request whose MCP-Protocol-Version is none that we know. A session that was opened at one
     revision takes every known one, because clients in the field mix them up."""
-    version = head.headers.get("mcp-protocol-version")
-    if version is not None and version not in LEGACY_VERSIONS:
+    if caller.version is not None and caller.version not in LEGACY_VERSIONS:
         raise RPCError("unsupported MCP-Protocol-Version")
-
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-def trace_context(head: HTTPHead, message: Message) -> dict[str, str]:
-    """The trace context of the HTTP request, as members for the message's _meta. MCP 2026-07-28, Overview, _meta."""
-    trace = head.headers.get("traceparent")
-    if trace is None or not _TRACEPARENT.fullmatch(trace) or "traceparent" in message.meta:
-        return {}
-    return {name: dump(head.headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in head.headers}
 
 
 def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key: bool) -> dict:
