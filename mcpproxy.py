@@ -673,6 +673,9 @@ _OBJECT_START = re.compile(r"[ \t\n\r]*\{")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
+_ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
+_TAIL_LENGTH = 64
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
@@ -831,9 +834,11 @@ class Message:
 
     @property
     def id_span(self) -> tuple[int, int]:
-        """Where the id stands."""
+        """Where the id stands: mostly at the head or the tail of the message, where a look is enough."""
         if self._id_span is None:
-            self._id_span = self.span("id")
+            text = self.text
+            match = _ID_AT_HEAD.match(text) or _ID_AT_TAIL.search(text, max(0, len(text) - _TAIL_LENGTH))
+            self._id_span = match.span(1) if match else self.span("id")
         return self._id_span
 
     @property
@@ -985,7 +990,6 @@ _PAYLOAD = rb'"(result|error)": ?'
 _ANSWER_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
 _PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
 _ANSWER_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
-_TAIL_BYTES = 64
 
 
 class Answer:
@@ -1012,36 +1016,31 @@ class Answer:
 
     def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"") -> list:
         """The payload with another id, and with `insertion` put in at `at`. A large one is not copied."""
-        line, cuts = self.line, [(self.start, self.end, raw_id)]
-        if at is not None:
-            cuts.append((at, at, insertion))
-            cuts.sort()
-        source = line if len(line) < LARGE else memoryview(line)
-        parts, done = [], 0
-        for start, end, new in cuts:
-            parts += source[done:start], new
-            done = end
-        parts.append(source[done:])
-        return [b"".join(parts)] if source is line else parts
+        line, start, end = self.line, self.start, self.end
+        if len(line) >= LARGE:
+            line = memoryview(line)
+        if at is None:
+            return [line[:start], raw_id, line[end:]]
+        if at < start:
+            return [line[:at], insertion, line[at:start], raw_id, line[end:]]
+        return [line[:start], raw_id, line[end:at], insertion, line[at:]]
 
 
 def find_answer(line: bytes) -> Answer | None:
     """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take out a CR."""
-    if b"\r" in line:
-        return None
-    if not line.endswith(b"}"):
+    if b"\r" in line or line[-1:] != b"}":
         return None
     head = _ANSWER_HEAD.match(line)
     if head:
         return Answer(line, head, head)
     payload = _PAYLOAD_FIRST.match(line)
-    tail = _ANSWER_TAIL.search(line, max(0, len(line) - _TAIL_BYTES)) if payload else None
+    tail = _ANSWER_TAIL.search(line, max(0, len(line) - _TAIL_LENGTH)) if payload else None
     return Answer(line, tail, payload) if tail else None
 
 
 def find_answer_id(head: bytes, tail: bytes) -> int | None:
     """The id of an answer of which only the first and last bytes are known."""
-    match = _ANSWER_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _ANSWER_TAIL.search(tail[-_TAIL_BYTES:])
+    match = _ANSWER_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _ANSWER_TAIL.search(tail[-_TAIL_LENGTH:])
     return int(match[1]) if match else None
 
 
@@ -1059,8 +1058,12 @@ def find_answer_id(head: bytes, tail: bytes) -> int | None:
 # whose messages is up to *Exchanges*.
 
 class Era(enum.Enum):
+    """Whether a side shakes hands or says all with each request."""
+
     LEGACY = "legacy"
     MODERN = "modern"
+
+    __hash__ = object.__hash__             # its members are singletons; Enum's own hash is slow
 
 
 # Methods with a parameter that names what they are about, a string. Modern requests repeat it in Mcp-Name.
@@ -1777,6 +1780,9 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
         self._stopping: asyncio.Task | None = None
+        self._soon: list[bytes] = []           # what is written at the end of this turn
+        self._is_clogged = False               # does input wait for the server to read it?
+        self._loop = asyncio.get_running_loop()
 
     async def start(self, command: list[str], environment: dict[str, str]) -> None:
         """Starts the server in a process group of its own; ServerError when it cannot be executed."""
@@ -1797,7 +1803,6 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._transport = transport
         self.pid = transport.get_pid()
         self._stdin = transport.get_pipe_transport(0)
-        self._soon: list[bytes] = []
         for number in (0, 1):
             widen_pipe(transport.get_pipe_transport(number).get_extra_info("pipe"))
 
@@ -1814,6 +1819,12 @@ class ServerProcess(asyncio.SubprocessProtocol):
         if number == 1 or number == 0 and self.state is ProcessState.RUNNING:       # it will read nothing more
             self._end_soon()
 
+    def pause_writing(self) -> None:
+        self._is_clogged = True
+
+    def resume_writing(self) -> None:
+        self._is_clogged = False
+
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
         self._exited.set()
@@ -1824,7 +1835,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def write(self, line: bytes) -> None:
         """Sends a line, with all others of this turn of the event loop."""
         if not self._soon:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         self._soon += line, b"\n"
 
     def _flush(self) -> None:
@@ -1833,9 +1844,9 @@ class ServerProcess(asyncio.SubprocessProtocol):
             self._stdin.write(b"".join(lines))
 
     @property
-    def unread_input(self) -> int:
-        """How many bytes wait for the server to read them."""
-        return self._stdin.get_write_buffer_size()
+    def reads_its_input(self) -> bool:
+        """Has the server read most of what it was sent?"""
+        return not self._is_clogged or self._stdin.get_write_buffer_size() <= MAX_QUEUED_BYTES
 
     def stop(self) -> asyncio.Task:
         """Begins the end, unless it has begun; the task is done when nothing of the server is left."""
@@ -2068,7 +2079,7 @@ class ServerConnection:
         process = self.process
         if process.state is not ProcessState.RUNNING:
             raise self.failure()
-        if process.unread_input > MAX_QUEUED_BYTES:
+        if not process.reads_its_input:
             raise ServerError("the MCP server does not read its input", status=503)
         process.write(line)
 
@@ -3126,7 +3137,7 @@ class Exchange(PendingRequest):
     def _serve(self, message: Message, outlet) -> None:
         """Takes on the request to answer, and the outlet for the answer."""
         self._id, self.raw_id = message.id, message.raw_id
-        has_token = is_id(message.meta.get("progressToken"))
+        has_token = message.meta and is_id(message.meta.get("progressToken"))
         self.token = message.raw("params", "_meta", "progressToken") if has_token else None
         self.outlet = outlet
         outlet.exchange = self
@@ -3148,7 +3159,8 @@ class Exchange(PendingRequest):
 
     def start(self) -> None:
         """Sends the request, as soon as there is a server to send it to."""
-        check_parameters(self.message)
+        if self.envelope is None:
+            check_parameters(self.message)
         self.instance.server.check_open()
         if self._id in self.client.calls:
             raise RPCError("a request with this id is running")
@@ -3229,9 +3241,8 @@ class Exchange(PendingRequest):
     # From the server.
 
     def on_answer(self, answer: Answer | Message) -> None:
-        self.last_sign = time.monotonic()
         if self.parked:
-            self.late = answer
+            self.late, self.last_sign = answer, time.monotonic()
             return
         try:
             if self.on_error and not answer.is_result:
@@ -3640,7 +3651,7 @@ class LegacyClientModernServer(Bridge):
 
     def _gather(self, exchange: Exchange, answer: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
-        exchange.rounds += 1
+        exchange.rounds, exchange.last_sign = exchange.rounds + 1, time.monotonic()
         if exchange.rounds > ROUNDS:
             raise ServerError("the MCP server asked for input too often")
         result, answers = answer.result, {}
@@ -3832,14 +3843,13 @@ class Reply:
         """More of a stream."""
         if not self.is_done:
             self.last_write = time.monotonic()
-            self.connection.write_soon(encode_chunk(parts) if self.head.version >= (1, 1) else parts)
+            self.connection.write_soon(parts)
 
     def close(self) -> None:
         """The end of a stream."""
         if not self.is_done:
-            if self.head.version >= (1, 1):
-                self.connection.write_soon([LAST_CHUNK])
             self.is_done = True
+            self.connection.write([LAST_CHUNK] if self.head.version >= (1, 1) else [])
             self.connection.finished()
 
 
@@ -3854,6 +3864,7 @@ class HTTPConnection(asyncio.Protocol):
         self._parser = RequestParser()
         self._incoming: Reply | None = None # to the request whose body is being read
         self._reply: Reply | None = None    # the one that is on its way
+        self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # messages that wait for the client to read
         self._is_paused = self._is_busy = self._is_lingering = self._half_closed = False
@@ -3884,7 +3895,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
-        reply, self._reply = self._reply, None
+        reply, self._reply, self._soon = self._reply, None, []
         if reply and not reply.is_done:
             reply.is_done = True
             if reply.on_gone:
@@ -3954,27 +3965,31 @@ class HTTPConnection(asyncio.Protocol):
 
     def write(self, parts: list) -> None:
         """Writes at once."""
-        self._flush()
+        if self._soon:
+            self._flush()
         self._queued += self._is_paused
         self._send(parts)
 
     def write_soon(self, parts: list) -> None:
-        """Writes at the end of this turn of the event loop, so that many events are one write."""
+        """Writes more of a stream at the end of this turn of the event loop, so that many events are one chunk."""
         if not self._soon:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         self._soon += parts
         self._queued += self._is_paused
 
     def _flush(self) -> None:
         if self._soon:
             parts, self._soon = self._soon, []
-            self._send(parts)
+            self._send(encode_chunk(parts) if self._reply.head.version >= (1, 1) else parts)
 
     def _send(self, parts: list) -> None:
         if self._queued > MAX_QUEUED_MESSAGES or (
                 self._is_paused and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
             log.warning("! a client does not read and is cut off")
             self._transport.abort()
+            return
+        if sum(map(len, parts)) < LARGE:
+            self._transport.write(b"".join(parts))
             return
         small: list = []
         for part in parts:
@@ -3989,7 +4004,6 @@ class HTTPConnection(asyncio.Protocol):
     def finished(self) -> None:
         """The reply is complete: on to the next request, or the end."""
         self._reply = None
-        self._flush()
         self._since, self._received = time.monotonic(), 0 if self._parser.is_between else len(self._parser.rest)
         if self._is_lingering:
             if self._transport.can_write_eof():
@@ -3998,7 +4012,8 @@ class HTTPConnection(asyncio.Protocol):
             self._transport.close()
         else:
             self._transport.resume_reading()
-            self._advance()
+            if self._parser.rest:
+                self._advance()
             if self._half_closed and self._reply is None:
                 self._transport.close()       # nothing more can come
 
