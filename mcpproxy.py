@@ -2316,15 +2316,15 @@ class Client:
 
     label = "-"                                     # what the log calls it
     is_ended = False
+    capabilities: dict = {}
+    info: str | None = None                         # clientInfo, as JSON
+    version: str | None = None                      # the revision that was negotiated
+    log_level: str | None = None
+    subscriptions = frozenset()                     # to resources, by URI
 
     def __init__(self, instance: "Instance", key: str | None):
         self.instance = instance
         self.key = key                              # the key that it came with
-        self.capabilities: dict = {}
-        self.info: str | None = None                # clientInfo, as JSON
-        self.version: str | None = None             # the revision that was negotiated
-        self.log_level: str | None = None
-        self.subscriptions: set[str] = set()
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
 
     def admits(self, level: object) -> bool:
@@ -2344,6 +2344,7 @@ class Session(Client):
         self.id = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP, or else HTTP+SSE
+        self.subscriptions: set[str] = set()
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
         self.stream = Stream("0" if is_streamable else "")
         self.last_used = time.monotonic()
