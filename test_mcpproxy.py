@@ -34,6 +34,7 @@ import itertools
 import json
 import logging
 import os
+import py_compile
 import random
 import re
 import resource
@@ -250,7 +251,7 @@ def processes_with(tag):
 class Proxy:
     """A running mcpproxy.py."""
 
-    def __init__(self, command=None, arguments=(), **settings):
+    def __init__(self, command=None, arguments=(), program=PROXY, **settings):
         self.tag = f"TEST_TAG={os.urandom(8).hex()}"
         environment = {name: value for name, value in os.environ.items()
                        if name not in mcpproxy.Settings.__dataclass_fields__ and name.lower() not in
@@ -260,7 +261,7 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, PROXY, *arguments], env=environment, stdin=subprocess.DEVNULL,
+        self.process = subprocess.Popen([sys.executable, program, *arguments], env=environment, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=self._log)
         line = self.process.stdout.readline()
         while line and b"http" not in line:
@@ -5651,6 +5652,20 @@ def test_command_line_server_stands_behind_the_dashes():
         assert " INFO " not in proxy.log()
     finally:
         assert proxy.stop() == 0
+
+
+def test_command_line_program_runs_compiled(tmp_path):
+    compiled = py_compile.compile(PROXY, str(tmp_path / "mcpproxy.pyc"), doraise=True)
+    with running_proxy(program=compiled) as proxy:
+        answer = proxy.request("POST", "/tools/echo", b'{"text":"hello"}', {"Content-Type": "application/json"})
+        assert answer.json() == {"content": [{"type": "text", "text": "hello"}]}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
+def test_command_line_program_without_tls_does_without_ssl():
+    with running_proxy() as proxy:
+        with open(f"/proc/{proxy.process.pid}/maps") as maps:
+            assert "_ssl." not in maps.read()
 
 
 def test_command_line_program_runs_without_stderr():
