@@ -694,12 +694,17 @@ def _no_such_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-def _scanner(hook):
+def _finite(number: str) -> float:
+    return max(-sys.float_info.max, min(float(number), sys.float_info.max))       # 1e400 is more than a float holds
+
+
+def _scanner(hook, parse_float=None):
     """A function (text, at) -> (the value that starts at text[at], its end). `hook` makes an object of its pairs."""
     # Python's scanner knows NaN and Infinity, which JSON does not. Python also refuses to read integers of more
     # than 4,300 digits; nobody needs their value, so they are then read as floats.
-    scan = json.JSONDecoder(object_pairs_hook=hook, parse_constant=_no_such_constant).scan_once
-    scan_huge = json.JSONDecoder(object_pairs_hook=hook, parse_constant=_no_such_constant, parse_int=float).scan_once
+    options = {"object_pairs_hook": hook, "parse_constant": _no_such_constant, "parse_float": parse_float}
+    scan = json.JSONDecoder(**options).scan_once
+    scan_huge = json.JSONDecoder(**options, parse_int=parse_float or float).scan_once
 
     def scan_value(text: str, at: int) -> tuple[object, int]:
         try:
@@ -711,7 +716,7 @@ def _scanner(hook):
     return scan_value
 
 
-scan_plain = _scanner(None)              # as json.loads() would
+scan_plain = _scanner(None, _finite)     # as json.loads() would, for what may have to be written again
 scan_value = _scanner(tuple)             # an object as its (name, value) pairs, so that a name given twice is seen
 
 
@@ -1110,6 +1115,13 @@ def check_parameters(message: Message) -> None:
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
+
+
+def concerns(uri: object, subscriptions) -> bool:
+    """Is a resource one of those subscribed to, or a part of one? MCP 2025-11-25, Schema, ResourceUpdatedNotification:
+    "This might be a sub-resource of the one that the client actually subscribed to." """
+    return isinstance(uri, str) and (uri in subscriptions or any(
+        uri.startswith(whole) and (whole[-1:] == "/" or uri[len(whole)] in "/?#") for whole in subscriptions))
 
 
 def negotiate(requested: object) -> str:
@@ -1639,6 +1651,7 @@ PROCESS_STATES = {
 PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
 STDERR_LINES = 20                # how many of the last lines an error carries
 MAX_STDERR_LINE = 1_000
+KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 
 
@@ -1753,9 +1766,8 @@ class LineSplitter:
             self._size += len(rest)
             self._parts.append(rest)
             if self._size > self._limit:
-                # What is kept of it is enough to know whose answer it was.
                 joined = b"".join(self._parts)
-                self._parts = [joined[:1024], joined[-1024:]] if len(joined) > 2048 else [joined]
+                self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
 
     def _finish(self) -> None:
         parts, size = self._parts, self._size
@@ -1764,7 +1776,7 @@ class LineSplitter:
 
     def _deliver(self, line: bytes, size: int) -> None:
         if size > self._limit:
-            self._on_too_long(line[:1024], line[-1024:])
+            self._on_too_long(line[:KEPT_ENDS], line[-KEPT_ENDS:])
         else:
             self._on_line(line)
 
@@ -1977,8 +1989,9 @@ class PendingRequest:
     def on_event(self, message: Message) -> None:
         """It sent a notification for the subscription that this request is."""
 
-    def tick(self, now: float, patience: float) -> None:
-        """Time passed: gives up after `patience` seconds without a sign of life."""
+    def is_overdue(self, now: float, patience: float) -> bool:
+        """Has it waited for more than `patience` seconds without a sign of life?"""
+        return False
 
 
 class OwnRequest(PendingRequest):
@@ -2001,9 +2014,8 @@ class OwnRequest(PendingRequest):
             self.answer.set_exception(error)
             self.answer.exception()          # nobody has to ask for it
 
-    def tick(self, now: float, patience: float) -> None:
-        if now - self._started > patience:
-            self.on_failure(ServerError("the MCP server took too long", status=504))
+    def is_overdue(self, now: float, patience: float) -> bool:
+        return now - self._started >= patience
 
     async def result(self) -> Message:
         """The response, which has a result; HandshakeRefused when it is an error."""
@@ -2051,7 +2063,8 @@ class ServerConnection:
         waiting, greeting = {probe}, None
         try:
             while waiting:
-                done, waiting = await asyncio.wait(waiting, timeout=None if greeting else PROBE_SECONDS,
+                is_greeting = greeting in waiting
+                done, waiting = await asyncio.wait(waiting, timeout=None if is_greeting else PROBE_SECONDS,
                                                    return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
@@ -2059,6 +2072,8 @@ class ServerConnection:
                 if greeting in done:
                     if not greeting.exception():
                         return self._shaken(Era.LEGACY, greeting.result())
+                elif greeting and not done:
+                    break                       # one was refused, and the other is not answered
                 elif greeting is None and self.process.state is ProcessState.RUNNING:
                     greeting = asyncio.ensure_future(self.request("initialize", params).result())
                     waiting.add(greeting)
@@ -2107,12 +2122,17 @@ class ServerConnection:
         self.open(request, method, params or {})
         return request
 
-    def cancel(self, server_id: int, reason: str) -> bool:
-        """Tells the server to stop work on a request; False when it is not at work on it."""
-        if self.pending.pop(server_id, None) is None:
-            return False
-        self.notify("notifications/cancelled", {"requestId": server_id, "reason": reason})
-        return True
+    def cancel(self, server_id: int, reason: str) -> None:
+        """Tells the server to stop work on a request, if it is at work on it."""
+        if self.pending.pop(server_id, None):
+            self.notify("notifications/cancelled", {"requestId": server_id, "reason": reason})
+
+    def give_up(self, now: float, patience: float) -> None:
+        """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
+        for server_id, request in list(self.pending.items()):
+            if request.client is None and request.is_overdue(now, patience):
+                self.cancel(server_id, "timed out")
+                request.on_failure(ServerError("the MCP server took too long", status=504))
 
     def notify(self, method: str, params: dict | None = None) -> None:
         """A notification of our own; lost when there is nobody to read it."""
@@ -2150,8 +2170,21 @@ class ServerConnection:
             self._on_message(parse_message(decode_json(line)))
         except RPCError as error:
             self._junk(line, error)
-            if error.code == INVALID_PARAMS and is_id(json.loads(line).get("id")):
-                self.send_if_possible(encode_error(dump(json.loads(line)["id"]).encode(), error)[0])
+            self._answer_junk(line, error)
+
+    def _answer_junk(self, line: bytes, error: RPCError) -> None:
+        """Nobody shall wait for an answer that is no valid one, nor the server for one to its request."""
+        try:
+            junk = json.loads(line)
+            request_id = junk["id"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return                              # not even that
+        if not is_id(request_id):
+            return
+        if "method" in junk:
+            self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
+        elif request_id in self.pending:
+            self.pending.pop(request_id).on_failure(ServerError("the MCP server's answer is not valid"))
 
     def _on_message(self, message: Message) -> None:
         if message.kind is Kind.RESPONSE:
@@ -2174,7 +2207,7 @@ class ServerConnection:
             self._on_notification(message)
 
     def _junk(self, line: bytes, error: Exception) -> None:
-        text = self.process.redact(line[:MAX_STDERR_LINE].decode("utf-8", "replace"))
+        text = self.process.redact(line.decode("utf-8", "replace"))
         log.warning("! server %s wrote junk to stdout (%s): %.200s", self.name, error, text)
 
     def _on_batch(self, line: bytes) -> None:
@@ -2258,7 +2291,7 @@ class Stream:
         self.is_ended = False
         self.last_number = 0        # of the messages so far
         self._sink = None           # takes payloads with write(payload, event_id) and ends with close()
-        self._written = 0           # the number of the last one that somebody listened to
+        self.written = 0            # the number of the last one that somebody listened to
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
         self.kept_bytes = 0
 
@@ -2272,7 +2305,7 @@ class Stream:
             self._sink.close()
         self._sink = sink
         for number, payload in list(self._kept):
-            if number > (self._written if after is None else after):
+            if number > (self.written if after is None else after):
                 self._write([payload], number)
         if self.is_ended:
             self.close()
@@ -2301,7 +2334,7 @@ class Stream:
         return f"{self.name}-{number}".encode() if self.name else b""
 
     def _write(self, payload: list, number: int) -> None:
-        self._written = max(self._written, number)
+        self.written = max(self.written, number)
         self._sink.write(payload, self.event_id(number))
 
     def _keep(self, payload: bytes) -> None:
@@ -2533,6 +2566,8 @@ class Instance:
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # what a legacy server was told last
         self.subscribers: collections.Counter[str] = collections.Counter()
+        self.subscribed: set[str] = set()           # what the server was told
+        self.subscribing: dict[str, list] = {}      # what it is being asked, and the calls that wait for that too
         self.connection: ServerConnection | None = None       # while READY
         self.last_used = time.monotonic()
         self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
@@ -2550,7 +2585,7 @@ class Instance:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
             self.is_told_ours = not initialize
-            initialize = initialize or our_initialize(self.server.settings.shared_session)
+            initialize = initialize or our_initialize(self.is_shared)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
     async def ready(self) -> ServerConnection:
@@ -2740,6 +2775,7 @@ class Instance:
         """Counts a subscription; the first to a resource is told to the server."""
         self.subscribers[uri] += 1
         if self.subscribers[uri] == 1:
+            self.subscribed.add(uri)
             self._tell_subscription("resources/subscribe", uri)
 
     def unsubscribe(self, uri: str) -> None:
@@ -2747,6 +2783,7 @@ class Instance:
         self.subscribers[uri] -= 1
         if not self.subscribers[uri]:
             del self.subscribers[uri]
+            self.subscribed.discard(uri)
             self._tell_subscription("resources/unsubscribe", uri)
 
     def _tell_subscription(self, method: str, uri: str) -> None:
@@ -2870,9 +2907,8 @@ class Instance:
             listener.on_event(message)
 
     def _to_subscribers(self, message: Message) -> None:
-        uri = message.params.get("uri")
-        for session in list(self.sessions.values()) if isinstance(uri, str) else ():
-            if not self.is_shared or uri in session.subscriptions:
+        for session in list(self.sessions.values()):
+            if not self.is_shared or concerns(message.params.get("uri"), session.subscriptions):
                 session.stream.send(message.payload)
         for listener in list(self.listeners):
             listener.on_event(message)
@@ -3006,7 +3042,9 @@ class Server:
 
     def _check_room(self) -> None:
         if len(self.instances) + len(self._ending) >= self.settings.max_processes:
-            raise too_many("processes")
+            if not self._spares:
+                raise too_many("processes")
+            self.end(self._spares[0])              # to make room for one that somebody wants
 
     def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
         """The session that a client names; it has to come with the key that opened it."""
@@ -3050,14 +3088,14 @@ class Server:
         self.keep_spares()
         patience, idle = self.settings.request_timeout, self.settings.session_idle
         for instance in self.instances:
-            for request in list(instance.connection.pending.values()) if instance.connection else ():
-                if request.client is None:
-                    request.tick(now, patience)
+            if instance.connection:
+                instance.connection.give_up(now, patience)
             in_use = instance is self.shared or not instance.is_shared or instance.listeners or instance.newest_call()
             if not in_use and now - instance.last_used > idle:
                 self.end(instance)
         for call in [*self.calls, *self.parked.values()]:
-            call.tick(now, patience)
+            if call.is_overdue(now, patience):
+                call.give_up()
         for session in list(self.sessions.values()):
             if session.calls or session.stream.is_attached:
                 session.last_used = now
@@ -3118,7 +3156,7 @@ class Exchange(PendingRequest):
     is_done = False
     connection: ServerConnection | None = None
     server_id: int | None = None
-    on_error = None                     # called when the server answers with an error
+    on_answered = None                  # called with the server's answer
     on_done = None                      # called when the exchange is over
     parked: str | None = None           # the requestState under which it waits for its client
     late = None                         # what came for it while it was parked
@@ -3181,7 +3219,7 @@ class Exchange(PendingRequest):
                       self.instance.redact(self.message.text))
         connection = self.instance.connection
         if connection:
-            self._begin(connection)
+            self.begin(connection)
         else:
             if self.method == "initialize" and not self.instance.is_shared:
                 self.instance.start(self.message.plain_params)
@@ -3193,9 +3231,10 @@ class Exchange(PendingRequest):
         except ServerError as error:
             self.on_failure(error)
         else:
-            self._begin(connection)
+            self.begin(connection)
 
-    def _begin(self, connection: ServerConnection) -> None:
+    def begin(self, connection: ServerConnection) -> None:
+        """Sends the request, or does what is done in its place."""
         if self.is_done:
             return                          # cancelled in the meantime
         self.connection = connection
@@ -3251,8 +3290,8 @@ class Exchange(PendingRequest):
             self.late, self.last_sign = answer, time.monotonic()
             return
         try:
-            if self.on_error and not answer.is_result:
-                self.on_error()
+            if self.on_answered:
+                self.on_answered(answer)
             self._bridge.answer(self, answer)
         except ProxyError as error:
             self.on_failure(error)
@@ -3314,9 +3353,8 @@ class Exchange(PendingRequest):
         self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
                                   % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
 
-    def tick(self, now: float, patience: float) -> None:
-        if not self.is_endless and now - self.last_sign >= patience:
-            self.give_up()
+    def is_overdue(self, now: float, patience: float) -> bool:
+        return now - self.last_sign >= patience
 
     def give_up(self) -> None:
         """Ends a call that shows no sign of life, or whose client does not come back."""
@@ -3493,19 +3531,29 @@ class LegacyClientLegacyServer(Bridge):
     def subscribe(exchange: Exchange, message: Message) -> bool:
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
-        is_first = uri not in instance.subscribers
         if uri not in client.subscriptions:
             client.subscriptions.add(uri)
             instance.subscribers[uri] += 1
-        if not is_first:
+        if uri in instance.subscribed:
             exchange.finish(encode_result(exchange.raw_id))
             return True
+        if uri in instance.subscribing:
+            instance.subscribing[uri].append(exchange)
+            return True
+        instance.subscribing[uri] = []
 
-        def undo() -> None:
-            if uri in client.subscriptions:
-                client.subscriptions.discard(uri)
-                instance.unsubscribe(uri)
-        exchange.on_error = undo
+        def settle(answer: Answer | Message | None = None) -> None:
+            """An answer is for all who asked meanwhile; without one, they have to ask themselves."""
+            others = instance.subscribing.pop(uri, ())
+            if answer and answer.is_result and uri in instance.subscribers:
+                instance.subscribed.add(uri)
+            for each in (exchange, *others) if answer and not answer.is_result else ():
+                if uri in each.client.subscriptions:
+                    each.client.subscriptions.discard(uri)
+                    instance.unsubscribe(uri)
+            for other in others:
+                other.finish(answer.with_id(other.raw_id)) if answer else other.begin(other.connection)
+        exchange.on_answered = exchange.on_done = settle
         return False                        # its own request tells the server
 
     def unsubscribe(exchange: Exchange, message: Message) -> bool:
@@ -3585,7 +3633,7 @@ class ModernClientLegacyServer(Bridge):
     def event(self, exchange: Exchange, message: Message) -> None:
         """The server told all its clients something: is this one listening for it?"""
         wanted = exchange.wanted
-        if (message.params.get("uri") in wanted.get("resourceSubscriptions", [])
+        if (concerns(message.params.get("uri"), wanted.get("resourceSubscriptions", ()))
                 or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
 
@@ -3897,7 +3945,7 @@ class HTTPConnection(asyncio.Protocol):
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         reply = self._reply
-        return reply is not None and not (reply.is_stream or reply.leaves_on_eof)
+        return reply is not None and not (reply.is_stream or reply.leaves_on_eof) and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
@@ -3931,6 +3979,8 @@ class HTTPConnection(asyncio.Protocol):
                     break
         finally:
             self._is_busy = False
+        if self._half_closed and not (self._reply or self._is_paused):
+            self._transport.close()           # nothing more can come
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there."""
@@ -4018,10 +4068,8 @@ class HTTPConnection(asyncio.Protocol):
             self._transport.close()
         else:
             self._transport.resume_reading()
-            if self._parser.rest:
+            if self._parser.rest or self._half_closed:
                 self._advance()
-            if self._half_closed and self._reply is None:
-                self._transport.close()       # nothing more can come
 
     # Time.
 
@@ -4475,8 +4523,13 @@ class Endpoints:
                 break
             outlet.open()
 
+    def _path(self, head: HTTPHead) -> str:
+        """The path as it is without a reverse proxy, which may or may not have taken its prefix off."""
+        base = self.settings.base_path
+        return head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
+
     def _route(self, head: HTTPHead) -> "Route | None":
-        path = head.path.removeprefix(self.settings.base_path)
+        path = self._path(head)
         return ROUTES.get(path) or ROUTES.get(path.rstrip("/")) or (
             ROUTES["/tools/"] if path.startswith("/tools/") else None)
 
@@ -4634,7 +4687,7 @@ class Endpoints:
             stream, after = session.find_event(last_event_id)
         reply.start_stream(STREAM_HEADERS, HEARTBEAT)
         if session.version == LEGACY_VERSIONS[0] and after is None:
-            prime(reply, stream, stream.last_number)
+            prime(reply, stream, stream.written)
         sink = Sink(reply)
         reply.on_gone = lambda: stream.detach(sink)
         stream.attach(sink, after)
@@ -4665,7 +4718,7 @@ class Endpoints:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
         if body:
             check_is_json(caller)
-        name = caller.head.path.removeprefix(self.settings.base_path).removeprefix("/tools/")
+        name = self._path(caller.head).removeprefix("/tools/")
         arguments = decode_json(body).strip() or "{}"
         try:
             message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
@@ -4829,7 +4882,7 @@ class DemoServer:
         """Answers until stdin ends."""
         threading.Thread(target=self._tick, daemon=True).start()
         for line in sys.stdin.buffer:
-            message = json.loads(line)
+            message, _ = scan_plain(line.decode(), 0)
             if message.get("method") == "notifications/cancelled":
                 self._cancelled.get(message["params"].get("requestId"), threading.Event()).set()
             elif "id" in message and "method" in message:
@@ -5085,7 +5138,8 @@ def describe_default(default) -> str:
 
 def banner(settings: Settings, name: str, port: int) -> str:
     """What is served, and where: printed when the proxy has started."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
     base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
     key = ' -H "Authorization: Bearer $AUTH_KEY"' if settings.auth_key else ""
     mode = "one process for all clients" if settings.shared_session else "a process for each client"

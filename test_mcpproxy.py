@@ -331,6 +331,7 @@ class HTTP:
     def __init__(self, proxy):
         self.socket = socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE)
         self.file = self.socket.makefile("rb")
+        self.blocks = []                 # of a stream, that came and were not looked at
 
     def __enter__(self):
         return self
@@ -919,8 +920,10 @@ def open_sse(proxy):
 def next_event(http):
     """The fields of the next event of a stream; comments are skipped."""
     while True:
-        block = http.file.read(int(http.file.readline(), 16)).decode()
-        http.file.readline()
+        if not http.blocks:
+            http.blocks += http.file.read(int(http.file.readline(), 16)).decode().split("\n\n")[:-1]
+            http.file.readline()
+        block = http.blocks.pop(0)
         if not block.startswith(":"):
             return {name: value.removeprefix(" ") for name, _, value in
                     (line.partition(":") for line in block.strip().split("\n"))}
@@ -2096,6 +2099,12 @@ def test_json_answer_of_any_size_gets_the_client_id_back(form, size):
     assert b"".join(mcpproxy.find_answer(line).with_id(b'"client"')) == line.replace(b'"id":5', b'"id":"client"')
 
 
+def test_json_numbers_that_no_float_holds_can_be_written_again():
+    value, _ = mcpproxy.scan_plain(f'[1e400, -1e400, 1.5, 7, {"9" * 5000}]', 0)
+    assert value == [sys.float_info.max, -sys.float_info.max, 1.5, 7, sys.float_info.max]
+    assert json.loads(mcpproxy.dump(value)) == value
+
+
 @pytest.mark.parametrize("text, expected", [
     ("[]", []), (" [ ] ", []), ('[{"a":1}]', ['{"a":1}']),
     ('[ {"a":1.0} ,\n[2, 3],"]" ]', ['{"a":1.0}', "[2, 3]", '"]"']),
@@ -2637,6 +2646,14 @@ def test_era_subscription_survives_the_server(server):
         assert second["method"] == TOOLS_CHANGED if server is FAKE else second["id"] == request_id and second["error"]
 
 
+@pytest.mark.parametrize("uri, subscribed, expected", [
+    ("file:///d", ["file:///d"], True), ("file:///d/a", ["file:///d"], True), ("file:///d/a", ["file:///d/"], True),
+    ("file:///data", ["file:///d"], False), ("file:///d", ["file:///d/a"], False), ("a:b#c", ["x:y", "a:b"], True),
+    (None, ["file:///d"], False), (["file:///d"], ["file:///d"], False), ("file:///d", [], False)])
+def test_era_update_concerns_those_subscribed_to_the_resource_or_to_what_it_is_a_part_of(uri, subscribed, expected):
+    assert mcpproxy.concerns(uri, subscribed) == expected
+
+
 # ============================================================================
 # 8. Access
 # ============================================================================
@@ -3103,6 +3120,14 @@ def test_access_tls_survives_what_is_not_tls(tls_proxy, certificate, data):
         assert http.request("GET", "/healthz").status == 200
 
 
+def test_access_tls_client_may_hang_up_during_a_call(tls_proxy, certificate):
+    with tls_client(tls_proxy, certificate) as http:
+        http.send(encode_http("POST", "/tools/sleep", {"seconds": 9}))
+    with tls_client(tls_proxy, certificate) as http:
+        assert http.request("GET", "/tools").status == 200
+    assert "eof_received" not in tls_proxy.log()
+
+
 def test_access_tls_a_refusal_can_be_read_by_a_client_that_still_sends(tls_proxy, certificate):
     with tls_client(tls_proxy, certificate) as http:
         http.send(encode_http("POST", "/nothing", None, {"Content-Length": 2_000_000}) + b"x" * 2_000_000)
@@ -3261,12 +3286,12 @@ def test_process_line_over_the_limit_is_the_same_however_it_is_cut():
         assert split(pieces, 3) == [b"ab", (b"abcd", b"abcd"), b"abc", b"x"], pieces
 
 
-@pytest.mark.parametrize("size", [1, 1000, 1500, 5000, 50_000])
+@pytest.mark.parametrize("size", [1, 1000, 5000, 9000, 50_000])
 def test_process_line_over_the_limit_reports_its_ends(size):
     line = bytes(number % 240 + 11 for number in range(20_000)).replace(b"\n", b"x")
     data = b"a\n" + line + b"\nb\n"
     assert split([data[at:at + size] for at in range(0, len(data), size)], 10_000) == [
-        b"a", (line[:1024], line[-1024:]), b"b"]
+        b"a", (line[:4096], line[-4096:]), b"b"]
 
 
 def test_process_endless_line_is_not_kept():
@@ -3274,9 +3299,9 @@ def test_process_endless_line_is_not_kept():
     splitter = mcpproxy.LineSplitter(1000, found.append, lambda head, tail: found.append(len(head) + len(tail)))
     for _ in range(1000):
         splitter.feed(b"x" * 1000)
-    assert sum(map(len, splitter._parts)) <= 4096
+    assert sum(map(len, splitter._parts)) <= 16_384
     splitter.feed(b"\n")
-    assert found == [2048]
+    assert found == [8192]
 
 
 def test_process_leads_a_group_of_its_own():
@@ -3508,6 +3533,30 @@ def test_connection_survives_what_a_server_writes(fake, line):
     assert "Traceback" not in fake.log()[at:]
 
 
+@pytest.mark.parametrize("rest", ['"params":[1],"result":{}', '"x":1', '"x":1,"result":{},"error":{}', '"x":1,"error":"no"'])
+def test_connection_answer_that_is_not_valid_fails_its_call(fake, rest):
+    with SSEClient(fake) as client:
+        code = 'write(\'{"jsonrpc":"2.0","id":%d,' + rest + '}\' % id)'
+        answer = client.stream.answer(client.start("run", {"text": code}))
+        assert answer["error"]["code"] == -32000
+        assert client.tool("echo", text="hello") == "hello"
+
+
+REFUSES = """
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["method"] == "initialize":
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": 1, "message": "no"}}), flush=True)
+"""
+
+
+def test_connection_server_that_refuses_the_one_handshake_and_ignores_the_other_fails_its_callers():
+    with running_proxy([sys.executable, "-c", REFUSES]) as proxy, SSEClient(proxy, handshake=False) as client:
+        client.post(initialize())
+        assert client.stream.answer(0)["error"]["data"] == {"code": 1, "message": "no"}
+
+
 def test_connection_survives_any_line(caplog):
     async def read():
         guard = mcpproxy.Guard()
@@ -3676,6 +3725,34 @@ def test_session_subscribes_once_however_many_ask_at_the_same_time():
         for client in one, other:
             assert client.stream.answer("s")["result"] == {}
         assert len(seen(one, "resources/subscribe")) == 1
+
+
+REFUSE_SUBSCRIPTIONS = """
+def refuse(id, method, params, answer=answer):
+    if method != "resources/subscribe": return answer(id, method, params)
+    time.sleep(0.3)
+    raise KeyError("a subscription")
+globals()["answer"] = refuse
+send(id=id, result={"content": [{"type": "text", "text": "done"}]})
+"""
+
+
+def test_session_is_refused_a_subscription_that_another_one_is_refused_meanwhile():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as one, SSEClient(proxy) as other:
+        assert one.tool("run", text=REFUSE_SUBSCRIPTIONS) == "done"
+        for number in range(2):
+            for client in one, other:
+                client.post(request(f"s{number}", "resources/subscribe", {"uri": "a:b"}))
+            for client in one, other:
+                assert client.stream.answer(f"s{number}")["error"]["code"] == -32601
+
+
+def test_session_subscribes_itself_when_the_one_that_it_waits_for_leaves():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as other:
+        with SSEClient(proxy) as one:
+            for client in one, other:
+                client.post(request("s", "resources/subscribe", {"uri": "slow:b"}))
+        assert other.stream.answer("s")["result"] == {}
 
 
 def test_session_that_ends_takes_its_subscriptions_along():
@@ -3895,6 +3972,13 @@ for line in sys.stdin:
         sys.exit(4)
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
 """
+
+
+def test_session_has_room_where_a_spare_process_took_it():
+    with running_proxy(FAKE, SHARED_SESSION="false", PREWARM=1, MAX_PROCESSES=1) as proxy:
+        until(lambda: "is ready" in proxy.log(), "the spare process")
+        with SSEClient(proxy, "?NAME=value") as client:
+            assert client.tool("variable", variable="NAME") == "value"
 
 
 def test_session_starts_a_server_that_died_five_times_on_demand(tmp_path):
@@ -4896,6 +4980,14 @@ def test_connection_that_is_half_closed_gets_all_its_answers(demo):
         assert http.is_closed()
 
 
+def test_connection_that_is_half_closed_gets_the_answers_of_all_that_was_sent_ahead(demo):
+    with HTTP(demo) as http:
+        http.send(slow_call(demo) + HEALTHZ * 3)
+        http.socket.shutdown(socket.SHUT_WR)
+        assert [http.response().status for _ in range(4)] == [200] * 4
+        assert http.is_closed()
+
+
 def test_connection_request_may_come_byte_by_byte(demo):
     with HTTP(demo) as http:
         http.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5078,6 +5170,15 @@ def test_endpoint_event_has_the_base_path():
             assert http.head().status == 200
         stripped.call("initialize", initialize()["params"])
         assert stripped.tool("echo", text="hello") == "hello"
+
+
+@pytest.mark.parametrize("base", ["/mcp", "/m"])
+def test_endpoint_is_found_whether_or_not_the_base_path_was_taken_off(base):
+    with running_proxy(BASE_PATH=base) as proxy:
+        for path in ("/mcp", base + "/mcp"):
+            assert proxy.request("GET", path, None, {"MCP-Protocol-Version": "2026-07-28"}).status == 405
+        for path in ("/tools/echo", base + "/tools/echo"):
+            assert proxy.request("POST", path, {"text": "hello"}).json()["content"][0]["text"] == "hello"
 
 
 def test_endpoint_for_messages_says_accepted(fake):
@@ -5461,6 +5562,12 @@ def demo_client(demo):
         yield client
 
 
+def test_demo_survives_a_number_of_5000_digits(demo):
+    body = b'{"a":%s,"b":1}' % (b"9" * 5000)
+    for _ in range(2):
+        assert demo.request("POST", "/tools/add", body, {"Content-Type": "application/json"}).status == 200
+
+
 def test_demo_lists_what_it_has(demo_client):
     tools = demo_client.call("tools/list")["result"]["tools"]
     assert [tool["name"] for tool in tools] == ["echo", "add", "whoami", "slow"]
@@ -5628,6 +5735,11 @@ def test_command_line_port_in_use_ends_the_program_with_one_line():
 ])
 def test_command_line_host_that_is_not_ours_ends_the_program_with_one_line(host):
     assert_one_line(run_program("--host", host, "--port", "0"), 1)
+
+
+@pytest.mark.parametrize("host, shown", [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("a", "a")])
+def test_command_line_banner_shows_an_address_that_can_be_used(host, shown):
+    assert f"http://{shown}:80/mcp" in mcpproxy.banner(Settings(host=host), "x", 80)
 
 
 def test_command_line_version_is_shown():
