@@ -162,6 +162,8 @@ KNOWN_HEAD_BYTES = 1024              # of the largest that is kept
 MAX_QUEUED_MESSAGES = 1_000
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 
+LARGEST_FLOAT = 1.7976931348623157e308
+
 LARGE = 64 * 1024                    # from here on, a copy costs more than a system call
 
 
@@ -218,12 +220,20 @@ class ServerError(ProxyError):
     code = SERVER_FAILED
 
 
-class CannotListen(Exception):
-    """The address cannot be listened on; ends the program with exit status 1."""
+class StartError(Exception):
+    """Ends the program, with one line and this exit status."""
+
+    exit_status = 1
 
 
-class SettingsError(Exception):
-    """A setting that cannot be used; ends the program with exit status 2."""
+class CannotListen(StartError):
+    """The address cannot be listened on."""
+
+
+class SettingsError(StartError):
+    """A setting that cannot be used."""
+
+    exit_status = 2
 
 
 # ============================================================================
@@ -695,7 +705,7 @@ def _no_such_constant(name: str):
 
 
 def _finite(number: str) -> float:
-    return max(-sys.float_info.max, min(float(number), sys.float_info.max))       # 1e400 is more than a float holds
+    return max(-LARGEST_FLOAT, min(float(number), LARGEST_FLOAT))          # 1e400 is more than a float holds
 
 
 def _scanner(hook, parse_float=None):
@@ -1589,7 +1599,7 @@ class LineHandler(logging.Handler):
         self.dropped += block.count(b"\n")
 
 
-def redact(text: str, secrets: tuple[str, ...]) -> str:
+def redact(secrets: tuple[str, ...], text: str) -> str:
     """A text for the log, without secrets: as they are, or as they are in JSON."""
     for secret in secrets:
         for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
@@ -1754,14 +1764,16 @@ class LineSplitter:
         self._size = 0
 
     def feed(self, data: bytes) -> None:
-        lines = data.split(b"\n")
-        if len(lines) > 1:
-            self._parts.append(lines[0])
-            self._size += len(lines[0])
-            self._finish()
-            for line in lines[1:-1]:
-                self._deliver(line, len(line))
-        rest = lines[-1]
+        """Takes the next bytes."""
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            size = self._size + len(line)
+            if self._parts:
+                line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
+            if size > self._limit:
+                self._on_too_long(line[:KEPT_ENDS], line[-KEPT_ENDS:])
+            else:
+                self._on_line(line)
         if rest:
             self._size += len(rest)
             self._parts.append(rest)
@@ -1769,27 +1781,17 @@ class LineSplitter:
                 joined = b"".join(self._parts)
                 self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
 
-    def _finish(self) -> None:
-        parts, size = self._parts, self._size
-        self._parts, self._size = [], 0
-        self._deliver(parts[0] if len(parts) == 1 else b"".join(parts), size)
-
-    def _deliver(self, line: bytes, size: int) -> None:
-        if size > self._limit:
-            self._on_too_long(line[:KEPT_ENDS], line[-KEPT_ENDS:])
-        else:
-            self._on_line(line)
-
 
 class ServerProcess(asyncio.SubprocessProtocol):
     """One run of an MCP server, from start() to stop()."""
 
-    def __init__(self, name: str, guard: Guard, secrets: tuple[str, ...], limit: int, on_line, on_too_long, on_end):
+    def __init__(self, name: str, guard: Guard, redact, limit: int, on_line, on_too_long, on_end):
         self.name = name
         self.exit_code: int | None = None
         self.state = ProcessState.RUNNING
         self.stderr_tail: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._guard, self._tag, self._secrets = guard, guard.new_tag(), secrets
+        self._guard, self._tag = guard, guard.new_tag()
+        self.redact = redact                   # takes the values of its client's variables out of a text of its own
         self._on_end = on_end                  # called once, when no more lines will come
         self._stdout = LineSplitter(limit, on_line, on_too_long)
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
@@ -1902,10 +1904,6 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def close_stdin(self) -> None:
         self._flush()
         self._stdin.close()
-
-    def redact(self, text: str) -> str:
-        """A text of the server's without the values of its client's variables."""
-        return redact(text, self._secrets)
 
     def signal_group(self, number: int) -> bool:
         """Signals the server and its children; False when none of them is left."""
@@ -2026,15 +2024,15 @@ class OwnRequest(PendingRequest):
 
 
 class HandshakeRefused(ServerError):
-    """The server answered, and the answer was an error."""
+    """The server answered, but not with what a handshake needs."""
 
 
 class ServerConnection:
     """One server that is spoken to. Its `process` has to be started, and a handshake made, before anything else."""
 
-    def __init__(self, name: str, guard: Guard, *, limit: int, secrets: tuple[str, ...], on_request, on_notification):
+    def __init__(self, name: str, guard: Guard, *, limit: int, redact, on_request, on_notification):
         self.name = name
-        self.process = ServerProcess(name, guard, secrets, limit, self._on_line, self._on_too_long, self._on_end)
+        self.process = ServerProcess(name, guard, redact, limit, self._on_line, self._on_too_long, self._on_end)
         self.era = Era.LEGACY
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
@@ -2220,10 +2218,7 @@ class ServerConnection:
             self._on_text(text.encode())
 
     def _resolve(self, server_id, answer: Answer | Message) -> None:
-        try:
-            pending = self.pending.pop(server_id, None)
-        except TypeError:
-            pending = None
+        pending = self.pending.pop(server_id, None)
         if pending:
             try:
                 pending.on_answer(answer)
@@ -2269,7 +2264,7 @@ class ServerConnection:
 #                |  v        |
 #                PAUSED <----+      (any of them --> CLOSED)
 
-RESTART_DELAY = 0.1, 30.0        # seconds: the first, doubling to the last
+RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
 SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 
@@ -2290,7 +2285,7 @@ class Stream:
         self.name = name
         self.is_ended = False
         self.last_number = 0        # of the messages so far
-        self._sink = None           # takes payloads with write(payload, event_id) and ends with close()
+        self._sink = None           # who listens: takes bytes with write(parts), and ends with close()
         self.written = 0            # the number of the last one that somebody listened to
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
         self.kept_bytes = 0
@@ -2335,7 +2330,7 @@ class Stream:
 
     def _write(self, payload: list, number: int) -> None:
         self.written = max(self.written, number)
-        self._sink.write(payload, self.event_id(number))
+        self._sink.write(encode_event(payload, event_id=self.event_id(number)))
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self.last_number, payload))
@@ -2345,7 +2340,7 @@ class Stream:
 
 
 class Client:
-    """Who sends requests to an instance. Not as a Session: a caller without one, for the time of one request."""
+    """Who sends requests to an instance: as such, a caller without a session, for the time of one request."""
 
     label = "-"                                     # what the log calls it
     is_ended = False
@@ -2372,7 +2367,7 @@ class Client:
 class Session(Client):
     """A legacy client that was given an Mcp-Session-Id."""
 
-    def __init__(self, instance: "Instance", key: str | None, is_streamable: bool, on_end):
+    def __init__(self, instance: "Instance", key: str | None, is_streamable: bool):
         super().__init__(instance, key)
         self.id = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
@@ -2381,33 +2376,29 @@ class Session(Client):
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
         self.stream = Stream("0" if is_streamable else "")
         self.last_used = time.monotonic()
-        self._ended_streams: collections.deque[Stream] = collections.deque()
-        self._open_streams: dict[str, Stream] = {}
+        self._streams = {"0": self.stream}          # by name; those that ended, for a while
         self._stream_names = itertools.count(1)
-        self._on_end = on_end
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
         stream = Stream(str(next(self._stream_names)))
-        self._open_streams[stream.name] = stream
+        self._streams[stream.name] = stream
         return stream
 
     def end_stream(self, stream: Stream) -> None:
         """Ends such a stream; it can be had again for a while."""
         stream.close()
-        self._open_streams.pop(stream.name, None)
-        self._ended_streams.append(stream)
-        ended = self._ended_streams
+        ended = [stream for stream in self._streams.values() if stream.is_ended]
         while len(ended) > KEPT_STREAMS or sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
-            ended.popleft()
+            del self._streams[ended.pop(0).name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int]:
         """The stream that an event was on, and its number there; RPCError when that is not known here."""
         name, _, number = event_id.partition("-")
-        streams = {stream.name: stream for stream in self._ended_streams} | self._open_streams | {"0": self.stream}
-        if name not in streams or not re.fullmatch(r"[0-9]{1,15}", number) or int(number) > streams[name].last_number:
+        stream = self._streams.get(name)
+        if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number):
             raise RPCError("Last-Event-ID names no event that is kept here")
-        return streams[name], int(number)
+        return stream, int(number)
 
     def ask(self, question: "Question", send) -> None:
         """Passes a request of the server's on to the client; `send` is the way that it takes."""
@@ -2415,7 +2406,7 @@ class Session(Client):
             self.questions.pop(next(iter(self.questions))).refuse(NO_CLIENT_CAN)
         self.questions[question.id] = question
         question.client, question.send = self, send
-        send(question.payload())
+        send(question.payload)
 
     def answer(self, message: Message) -> None:
         """The client's response to a question; one that nobody asked is forgotten."""
@@ -2436,80 +2427,52 @@ class Session(Client):
         for question in list(self.questions.values()):
             question.refuse(ServerError("the client is gone"))
         self.instance.leave(self)
-        for stream in (self.stream, *self._open_streams.values()):
+        for stream in self._streams.values():
             stream.close()
-        self._on_end(self)
+        log.info("= session %s closed", self.label)
 
 
 class Question:
-    """A request from a server to a client, under an id of ours."""
+    """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
 
     _ids = itertools.count(1)
 
-    def __init__(self, connection: ServerConnection, message: Message):
+    def __init__(self, payload, on_answer, message: Message | None = None):
         self.id = next(self._ids)
-        self.connection = connection
-        self.message = message
-        self.method = message.method
+        self.payload = payload(b"%d" % self.id)  # as the client gets it
+        self.answer = on_answer                  # takes the client's response, whatever its id
+        self.message = message                   # a legacy server's request
         self.client: Session | None = None       # who is asked, and
         self.send = None                         # the way that the question took there
-        connection.questions[message.id] = self
-
-    def payload(self) -> list[bytes]:
-        """The request as the client gets it."""
-        return self.message.with_id(b"%d" % self.id)
-
-    def answer(self, response: Message) -> None:
-        """Hands the client's response to the server, under the id that the server chose."""
-        self._reply(response.with_id(self.message.raw_id))
-
-    def hand_over(self, result: str) -> None:
-        """Answers with a result, in JSON."""
-        self._reply(encode_result(self.message.raw_id, result.encode()))
 
     def refuse(self, error: ProxyError) -> None:
-        self._reply(encode_error(self.message.raw_id, error))
-
-    def _reply(self, payload: list[bytes]) -> None:
-        if self.connection.questions.pop(self.message.id, None) is self:
-            self.connection.send_if_possible(payload[0])
+        """Answers for the client, as if it had said so itself."""
+        self.answer(parse_message(encode_error(b"0", error)[0].decode()))
 
 
 class Listening(PendingRequest):
     """The subscription that an instance has at a modern server for all its legacy clients."""
 
     is_endless = True
+    server_id: int | None = None
 
-    def __init__(self, instance: "Instance", before: "Listening | None"):
+    def __init__(self, instance: "Instance"):
         self._instance = instance
-        self.server_id: int | None = None
-        self.is_settled = False                   # acknowledged, or refused
-        # The one before goes on until this one is acknowledged, or what happens in between would be missed.
-        self.replaced: list[int] = [*before.replaced, before.server_id] if before else []
-        self.waiting: list = before.waiting if before else []        # what is called then
-        if before:
-            before.replaced, before.waiting = [], []
+        self.settled = asyncio.get_running_loop().create_future()      # done when it is acknowledged, or refused
 
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
-            return self._settle()
+            return self.settle()
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         self._instance.route(parse_message(line.decode()))
 
-    def on_answer(self, answer: Answer | Message) -> None:
-        self._settle()
+    def settle(self, _=None) -> None:
+        """Lets those go on who wait for it."""
+        if not self.settled.done():
+            self.settled.set_result(None)
 
-    def on_failure(self, error: ServerError) -> None:
-        self._settle()
-
-    def _settle(self) -> None:
-        connection, replaced, waiting = self._instance.connection, self.replaced, self.waiting
-        self.is_settled, self.replaced, self.waiting = True, [], []
-        for server_id in replaced if connection else ():
-            connection.cancel(server_id, "replaced")
-        for call in waiting:
-            call()
+    on_answer = on_failure = settle
 
 
 class Tools(dict):
@@ -2558,7 +2521,8 @@ class Instance:
     def __init__(self, server: "Server", variables: dict[str, str], is_shared: bool):
         self.server = server
         self.variables = variables
-        self.is_shared = is_shared
+        self.redact = functools.partial(redact, tuple(value for value in variables.values() if len(value) > 3))
+        self.is_shared = is_shared                  # by many callers, or else one session's own
         self.state = InstanceState.NEW
         self.sessions: dict[str, Session] = {}
         self.listeners: set = set()                 # subscriptions of modern clients at a legacy server
@@ -2683,18 +2647,10 @@ class Instance:
             return [first]
         return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
 
-    @property
-    def _secrets(self) -> tuple[str, ...]:
-        return tuple(value for value in self.variables.values() if len(value) > 3)
-
-    def redact(self, text: str) -> str:
-        """A text for the log, without the values of variables."""
-        return redact(text, self._secrets)
-
     async def _start_process(self) -> ServerConnection:
         server, variables = self.server, self.variables
         connection = ServerConnection(
-            server.name, server.guard, limit=server.settings.max_message_bytes, secrets=self._secrets,
+            server.name, server.guard, limit=server.settings.max_message_bytes, redact=self.redact,
             on_request=self._on_request, on_notification=self.route)
         # Which variables its client set, only the demo server asks.
         names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
@@ -2738,8 +2694,7 @@ class Instance:
                       self.server.name, len(recent))
             await self._wanted.wait()
         else:
-            first, last = RESTART_DELAY
-            await asyncio.sleep(min(last, first * 2 ** (len(recent) - 1)))
+            await asyncio.sleep(RESTART_DELAY * 2 ** (len(recent) - 1))
 
     def _settle_start(self, error: ServerError | None) -> None:
         """Tells those who wait for the server that it can be used, or why it cannot."""
@@ -2759,12 +2714,10 @@ class Instance:
 
     # The clients together, as the server sees them.
 
-    def join(self, session: Session) -> None:
-        self.sessions[session.id] = session
-
     def leave(self, session: Session) -> None:
         """Takes back what the server does for this client alone."""
         self.sessions.pop(session.id, None)
+        self.server.sessions.pop(session.id, None)
         for uri in session.subscriptions:
             self.unsubscribe(uri)
         self.adjust_log_level()
@@ -2799,14 +2752,18 @@ class Instance:
             wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
             supported = self.identity.supported(wanted)
             if any(supported.values()):
-                self._listening = Listening(self, self._listening)
+                before, self._listening = self._listening, Listening(self)
+                if before:
+                    # It goes on until the new one is acknowledged, or what happens in between would be missed.
+                    self._listening.settled.add_done_callback(
+                        lambda _: before.settle() or connection.cancel(before.server_id, "replaced"))
                 self._listening.server_id = connection.open(
                     self._listening, "subscriptions/listen", {"notifications": supported})
 
     def when_listening(self, call) -> None:
         """Calls when a modern server knows of all subscriptions."""
-        if self._listening and not self._listening.is_settled:
-            self._listening.waiting.append(call)
+        if self._listening:
+            self._listening.settled.add_done_callback(lambda _: call())
         else:
             call()
 
@@ -2828,19 +2785,14 @@ class Instance:
 
     async def tools(self, refresh: bool = False) -> "Tools":
         """The server's tools, asked once and then kept until it says that they changed."""
-        if self._tools is None or refresh:
+        if refresh or self._tools is None or self._tools.done() and self._tools.exception():
             self._tools = asyncio.get_running_loop().create_task(self._list_tools())
-            self._tools.add_done_callback(self._forget_failed_tools)
         return await asyncio.shield(self._tools)
 
     def known_tools(self) -> "Tools | None":
         """The same, or None when it would have to be asked first."""
         task = self._tools
-        return task.result() if task and task.done() else None
-
-    def _forget_failed_tools(self, task: asyncio.Task) -> None:
-        if (task.cancelled() or task.exception()) and self._tools is task:
-            self._tools = None
+        return task.result() if task and task.done() and not task.exception() else None
 
     async def _list_tools(self) -> "Tools":
         connection, tools, cursor = await self.ready(), Tools(), None
@@ -2876,7 +2828,11 @@ class Instance:
         if message.method == "ping":
             return connection.send_if_possible(encode_result(message.raw_id)[0])
         params = message.plain_params
-        question = Question(connection, message)
+
+        def answer(response: Message) -> None:
+            if connection.questions.pop(message.id, None) is question:
+                connection.send_if_possible(response.with_id(message.raw_id)[0])
+        question = connection.questions[message.id] = Question(message.with_id, answer, message)
 
         def missing(call: PendingRequest) -> dict | None:
             # A server that knows its client's own capabilities is left to them.
@@ -3003,9 +2959,8 @@ class Server:
             instance = self._common_instance(variables)
         else:
             instance = self._own_instance(variables)
-        session = Session(instance, key, is_streamable, self._forget_session)
-        self.sessions[session.id] = session
-        instance.join(session)
+        session = Session(instance, key, is_streamable)
+        self.sessions[session.id] = instance.sessions[session.id] = session
         log.info("= session %s opened", session.label)
         return session
 
@@ -3062,10 +3017,6 @@ class Server:
         instance = self._common_instance(variables)
         instance.last_used = time.monotonic()
         return Client(instance, key)
-
-    def _forget_session(self, session: Session) -> None:
-        self.sessions.pop(session.id, None)
-        log.info("= session %s closed", session.label)
 
     @property
     def instances(self) -> list[Instance]:
@@ -3407,7 +3358,8 @@ class Exchange(PendingRequest):
         self.instance.server.calls.add(self)
         self.last_sign = time.monotonic()
         for key in self.questions.keys() & given.keys():
-            self.questions.pop(key).hand_over(message.raw("params", "inputResponses", key))
+            result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
+            self.questions.pop(key).answer(parse_message(result.decode()))
         if isinstance(self.late, ProxyError):
             self.on_failure(self.late)
         elif self.late:
@@ -3429,25 +3381,6 @@ def input_request(request: Message) -> str:
     return as_object({"method": dump(request.method), "params": as_object(params)})
 
 
-class InputQuestion(Question):
-    """A modern server's input request on its way to a legacy client."""
-
-    def __init__(self, key: str, method: str, params: str, on_response):
-        self.id = next(self._ids)
-        self.key = key
-        self.method = method
-        self.params = params
-        self.client, self.send = None, None
-        self.answer = on_response
-
-    def payload(self) -> list[bytes]:
-        return [f'{{"jsonrpc":"2.0","id":{self.id},"method":{dump(self.method)},"params":{self.params}}}'.encode()]
-
-    def refuse(self, error: ProxyError) -> None:
-        """The client will not answer: as if it had said so itself."""
-        self.answer(parse_message(encode_error(b"0", error)[0].decode()))
-
-
 class Bridge:
     """What happens between a client and a server: here, what is the same in every pair of eras.
 
@@ -3457,7 +3390,7 @@ class Bridge:
     intercepted: dict = {}             # method -> function(exchange, message); True: nothing is sent to the server
 
     def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
-        """The same for its _meta, into which `new` is put."""
+        """The changes that a request's _meta needs for the server, with the members `new` (name -> JSON) put in."""
         return restated_meta(message, new)
 
     def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
@@ -3500,7 +3433,7 @@ class LegacyClientLegacyServer(Bridge):
 
     def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
         # Many servers ask for roots once and keep the answer, and a shared one would use one client's for all.
-        is_for_all = question.method == "roots/list" and exchange.instance.is_shared
+        is_for_all = question.message.method == "roots/list" and exchange.instance.is_shared
         if missing or is_for_all or not isinstance(exchange.client, Session):
             return super().ask(exchange, question, missing)
         exchange.client.ask(question, exchange.outlet.send)
@@ -3739,7 +3672,8 @@ class LegacyClientModernServer(Bridge):
                 # There is no way to tell the server of an error, so the call fails with it.
                 error = response.raw("error").encode()
                 exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
-        client.ask(InputQuestion(key, method, dump(params), on_response), exchange.outlet.send)
+        question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
+        client.ask(question, exchange.outlet.send)
 
     def _repeat(self, exchange: Exchange, answers: dict[str, str], state: str | None) -> None:
         new = {}
@@ -3795,8 +3729,10 @@ BRIDGES = {
 }
 
 
-def pass_notification(session: Session, message: Message) -> None:
-    """A client's notification on its way to the server."""
+def receive(session: Session, message: Message) -> None:
+    """A client's response to a question, or its notification on its way to the server."""
+    if message.kind is Kind.RESPONSE:
+        return session.answer(message)
     connection, instance = session.instance.connection, session.instance
     log.info("< %s %s", session.label, message.method)
     if message.method == "notifications/cancelled":
@@ -4185,7 +4121,7 @@ class HTTPServer:
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (request, reply) and add a row to ROUTES; what it raises
+# Endpoints that takes (caller, body, reply) and add a row to ROUTES; what it raises
 # becomes the reply, in one place.
 #
 # /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
@@ -4198,19 +4134,6 @@ RETRY = b"retry: 1000\n"      # ms after which a client may come back for more o
 # Streams must not be kept by a cache nor collected by nginx.
 STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 JSON_HEADERS = (("Content-Type", JSON_TYPE),)
-
-
-class Sink:
-    """Writes payloads to a reply as events."""
-
-    def __init__(self, reply: Reply):
-        self._reply = reply
-
-    def write(self, payload: list, event_id: bytes) -> None:
-        self._reply.write(encode_event(payload, event_id=event_id))
-
-    def close(self) -> None:
-        self._reply.close()
 
 
 def prime(reply: Reply, stream: Stream, number: int) -> None:
@@ -4241,7 +4164,6 @@ class PostOutlet:
         self.reply = reply
         self._session = session
         self._stream: Stream | None = None
-        self._sink: Sink | None = None
         self._undecided = endpoints.undecided
         reply.on_gone = self._gone
         if is_modern:
@@ -4260,13 +4182,12 @@ class PostOutlet:
         self._stream = session.open_stream() if session else Stream()
         if self.reply.is_done:
             return                        # the client is gone, but it may come back for what is kept of the stream
-        self._sink = Sink(self.reply)
         self.reply.start_stream((*STREAM_HEADERS, *self._session_header()), HEARTBEAT)
         if session and session.version == LEGACY_VERSIONS[0]:
             # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
             prime(self.reply, self._stream, 0)
-        self._stream.attach(self._sink)
+        self._stream.attach(self.reply)
 
     def send(self, payload: list) -> None:
         self.open()
@@ -4304,7 +4225,7 @@ class PostOutlet:
         elif self.exchange and self.exchange.method == "initialize":
             self._session.end()           # nobody knows its id
         elif self._stream:
-            self._stream.detach(self._sink)
+            self._stream.detach(self.reply)
 
 
 class BatchOutlet(PostOutlet):
@@ -4383,6 +4304,9 @@ class Caller:
         self.head = head
         self.endpoint = None                   # the method of Endpoints that it calls
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
+        self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
+        self.version = head.headers.get("mcp-protocol-version")
+        self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._settings = settings
 
     @functools.cached_property
@@ -4394,20 +4318,6 @@ class Caller:
     def variables(self) -> dict[str, str]:
         """The variables that it sets for its server."""
         return client_variables(self.head, self._settings.allowed_env)
-
-    @functools.cached_property
-    def session_id(self) -> str | None:
-        return self.head.headers.get(SESSION_ID_HEADER.lower())
-
-    @functools.cached_property
-    def version(self) -> str | None:
-        """The revision of its MCP-Protocol-Version."""
-        return self.head.headers.get("mcp-protocol-version")
-
-    @functools.cached_property
-    def media_type(self) -> str:
-        """What its body is said to be, without parameters."""
-        return self.head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def accepts(self, wanted: str) -> bool:
         """Does it take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
@@ -4545,7 +4455,7 @@ class Endpoints:
         reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)), HEARTBEAT)
         reply.on_gone = session.end
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
-        session.stream.attach(Sink(reply))
+        session.stream.attach(reply)
 
     def post_message(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
@@ -4556,26 +4466,17 @@ class Endpoints:
         message = parse_message(decode_json(body))
         outlet = StreamOutlet(session.stream)
         try:
-            envelope = None
-            if message.kind is Kind.REQUEST and is_modern(message, None):
-                envelope = check_modern(message, None)
-            self._receive(session, message, outlet, envelope, caller.trace)
+            if message.kind is Kind.REQUEST:
+                envelope = check_modern(message, None) if is_modern(message, None) else None
+                Exchange(session, message, outlet, envelope, caller.trace).start()
+            else:
+                receive(session, message)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running.
             if message.kind is Kind.REQUEST and message.id not in session.calls:
                 outlet.send(encode_error(message.raw_id, error))
             return self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
         reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
-
-    @staticmethod
-    def _receive(session: Session, message: Message, outlet, envelope: Envelope | None, trace: dict) -> None:
-        """A message from a session's client on its way to where it belongs."""
-        if message.kind is Kind.REQUEST:
-            Exchange(session, message, outlet, envelope, trace).start()
-        elif message.kind is Kind.NOTIFICATION:
-            pass_notification(session, message)
-        else:
-            session.answer(message)
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
 
@@ -4607,7 +4508,7 @@ class Endpoints:
             session = client = self._session(caller)
         if message.kind is not Kind.REQUEST:
             if session:
-                self._receive(session, message, None, None, {})
+                receive(session, message)
             return reply.send(202, [])
         outlet = PostOutlet(self, reply, session, False)
         exchange = Exchange(client, message, outlet, None, caller.trace)
@@ -4640,7 +4541,7 @@ class Endpoints:
                 except ProxyError as error:
                     outlet.finish(encode_error(message.raw_id, error), 200)
             elif session:
-                self._receive(session, message, None, None, {})
+                receive(session, message)
         if not requests:
             reply.send(202, [])
 
@@ -4688,9 +4589,8 @@ class Endpoints:
         reply.start_stream(STREAM_HEADERS, HEARTBEAT)
         if session.version == LEGACY_VERSIONS[0] and after is None:
             prime(reply, stream, stream.written)
-        sink = Sink(reply)
-        reply.on_gone = lambda: stream.detach(sink)
-        stream.attach(sink, after)
+        reply.on_gone = lambda: stream.detach(reply)
+        stream.attach(reply, after)
 
     def delete(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""
@@ -5174,12 +5074,6 @@ async def run(settings: Settings) -> None:
         await proxy.stop()
 
 
-def fail(error: Exception, status: int) -> None:
-    """Ends the program with one line."""
-    print("mcpproxy:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(status)
-
-
 def open_standard_streams() -> None:
     """Puts /dev/null in the place of standard streams that are closed, or the next socket would be taken for them."""
     for number in range(3):
@@ -5204,17 +5098,13 @@ def main() -> None:
         return DemoServer().run()
     try:
         settings = load_settings(sys.argv[1:], dict(os.environ))
-    except SettingsError as error:
-        fail(error, 2)
-    open_standard_streams()
-    raise_descriptor_limit()
-    start_logging(settings.log_level, settings.log_format == "json")
-    try:
+        open_standard_streams()
+        raise_descriptor_limit()
+        start_logging(settings.log_level, settings.log_format == "json")
         asyncio.run(run(settings))
-    except SettingsError as error:
-        fail(error, 2)
-    except CannotListen as error:
-        fail(error, 1)
+    except StartError as error:
+        print("mcpproxy:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":
