@@ -48,6 +48,7 @@ Words
     modern      2026-07-28, with metadata on every request
     session     one legacy client, named by Mcp-Session-Id or, in HTTP+SSE, by ?session_id=
     instance    one server process that is kept running, and the clients that use it
+    outlet      where the messages of an exchange go: into the answer to a POST, or a session's stream
     payload     an encoded message on its way out: a list of bytes that are written one after another
 
 The life of a call
@@ -2631,7 +2632,7 @@ class Instance:
                 elif era is Era.LEGACY:
                     break                       # it died or cannot be started; no other words will help
                 else:
-                    self._deaths.append(time.monotonic())
+                    self._deaths.append(time.monotonic())          # of the question; the next process is asked less
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
         raise failure
@@ -2837,6 +2838,7 @@ class Instance:
         def missing(call: PendingRequest) -> dict | None:
             # A server that knows its client's own capabilities is left to them.
             return missing_capabilities(call.capabilities, message.method, params) if self.is_told_ours else None
+        # One whose client can answer, or else is told what it lacks; a parked one if there is no other.
         call = (self.newest_call(lambda call: not call.parked and not missing(call))
                 or self.newest_call(lambda call: not call.parked) or self.newest_call())
         if call:
@@ -3082,6 +3084,7 @@ class Server:
 #     send(payload)            a message before the answer
 #     finish(payload, status, headers)   the answer, and what it has in HTTP where that can be said
 #     close()                  there will be no answer: the call was cancelled
+#     exchange                 is set to the exchange
 #
 # What happens in between depends on the eras of the two sides: see BRIDGES. The
 # hard part is a server's question, where the eras differ most. The legacy way
@@ -3192,7 +3195,7 @@ class Exchange(PendingRequest):
         self._bridge = BRIDGES[self.era, connection.era]
         try:
             intercept = self._bridge.intercepted.get(self.method)
-            if not (intercept and intercept(self, self.message)):
+            if not (intercept and intercept(self._bridge, self, self.message)):
                 self.transmit([])
         except ProxyError as error:
             self.on_failure(error)
@@ -3384,10 +3387,11 @@ def input_request(request: Message) -> str:
 class Bridge:
     """What happens between a client and a server: here, what is the same in every pair of eras.
 
-    The functions without self are no methods: they are the values of `intercepted`."""
+    What is done before, or in place of, sending a request is a method that takes (exchange, message), has a row in
+    `intercepted`, and returns whether the request is dealt with."""
 
     keeps_requests = False             # is a request needed after it was sent?
-    intercepted: dict = {}             # method -> function(exchange, message); True: nothing is sent to the server
+    intercepted: dict = {}             # MCP method -> method of the bridge
 
     def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         """The changes that a request's _meta needs for the server, with the members `new` (name -> JSON) put in."""
@@ -3428,7 +3432,49 @@ def error_status(answer: Answer | Message) -> int:
     return STATUS_OF_CODE.get(answer.parsed().error_code, 200)
 
 
-class LegacyClientLegacyServer(Bridge):
+class LegacyClientBridge(Bridge):
+    """What a legacy client may want that changes more than its own: other clients use the server too."""
+
+    def initialize(self, exchange: Exchange, message: Message) -> bool:
+        """Shakes hands for the server."""
+        client, params, identity = exchange.client, message.params, exchange.instance.identity
+        is_object = isinstance(params.get("capabilities"), tuple)
+        client.capabilities = message.value("params", "capabilities") if is_object else {}
+        client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
+        # A server that was told the client's own words has answered the client; else the proxy answers for it.
+        is_answered = identity.era is Era.LEGACY and not exchange.instance.is_told_ours
+        client.version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
+        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(client.version)))
+        return True
+
+    def set_level(self, exchange: Exchange, message: Message) -> bool:
+        """Remembers which log messages the client wants; the server is told the most verbose level of all."""
+        level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
+        if level not in LOG_LEVELS or not has_logs:
+            if exchange.connection.era is Era.LEGACY:
+                return False                # the server knows what to say to that; a modern one has no such method
+            raise RPCError("the server sends no log messages of this level", status=200,
+                           code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
+        exchange.client.log_level = level
+        exchange.instance.adjust_log_level()
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    def unsubscribe(self, exchange: Exchange, message: Message) -> bool:
+        """Takes back a subscription; the server is told of the last."""
+        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
+        if uri in client.subscriptions:
+            client.subscriptions.discard(uri)
+            instance.unsubscribe(uri)
+        elif uri not in instance.subscribers and exchange.connection.era is Era.LEGACY:
+            return False                    # nobody's: the server knows what to say to that
+        exchange.finish(encode_result(exchange.raw_id))
+        return True
+
+    intercepted = {"initialize": initialize, "logging/setLevel": set_level, "resources/unsubscribe": unsubscribe}
+
+
+class LegacyClientLegacyServer(LegacyClientBridge):
     """Both shake hands; the server's handshake was the proxy's, or a session's own."""
 
     def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
@@ -3438,30 +3484,8 @@ class LegacyClientLegacyServer(Bridge):
             return super().ask(exchange, question, missing)
         exchange.client.ask(question, exchange.outlet.send)
 
-    # What a client may want of a server that others use too.
-
-    def initialize(exchange: Exchange, message: Message) -> bool:
-        client, params = exchange.client, message.params
-        is_object = isinstance(params.get("capabilities"), tuple)
-        client.capabilities = message.value("params", "capabilities") if is_object else {}
-        client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
-        # A server that was told the client's own words has answered the client; else the proxy answers for it.
-        identity, requested = exchange.instance.identity, params.get("protocolVersion")
-        is_answered = identity.era is Era.LEGACY and not exchange.instance.is_told_ours
-        client.version = identity.version if is_answered else negotiate(requested)
-        exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.initialize_result(client.version)))
-        return True
-
-    def set_level(exchange: Exchange, message: Message) -> bool:
-        level = message.params.get("level")
-        if level not in LOG_LEVELS or "logging" not in exchange.instance.identity.capabilities:
-            return False                    # the server knows what to say to that
-        exchange.client.log_level = level
-        exchange.instance.adjust_log_level()
-        exchange.finish(encode_result(exchange.raw_id))
-        return True
-
-    def subscribe(exchange: Exchange, message: Message) -> bool:
+    def subscribe(self, exchange: Exchange, message: Message) -> bool:
+        """The first subscription to a resource goes to the server; its answer is that of those who ask meanwhile."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
         if uri not in client.subscriptions:
@@ -3489,24 +3513,14 @@ class LegacyClientLegacyServer(Bridge):
         exchange.on_answered = exchange.on_done = settle
         return False                        # its own request tells the server
 
-    def unsubscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
-        if uri in client.subscriptions:
-            client.subscriptions.discard(uri)
-            instance.unsubscribe(uri)
-        elif uri not in instance.subscribers:
-            return False                    # nobody's: the server knows what to say to that
-        exchange.finish(encode_result(exchange.raw_id))
-        return True
-
-    intercepted = {"initialize": initialize, "logging/setLevel": set_level,
-                   "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
+    intercepted = {**LegacyClientBridge.intercepted, "resources/subscribe": subscribe}
 
 
 class ModernClientModernServer(Bridge):
     """Neither has a state; ids are all that has to be told apart."""
 
-    def check_listeners(exchange: Exchange, message: Message) -> bool:
+    def check_listeners(self, exchange: Exchange, message: Message) -> bool:
+        """Refuses one subscription too many."""
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         if len(listening) >= exchange.instance.server.settings.max_sessions:
@@ -3570,11 +3584,12 @@ class ModernClientLegacyServer(Bridge):
                 or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
 
-    def discover(exchange: Exchange, message: Message) -> bool:
+    def discover(self, exchange: Exchange, message: Message) -> bool:
+        """Answers from the server's handshake."""
         exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.discover_result()))
         return True
 
-    def listen(exchange: Exchange, message: Message) -> bool:
+    def listen(self, exchange: Exchange, message: Message) -> bool:
         """A subscription, made of the server's list changes and of legacy subscriptions."""
         instance, wanted = exchange.instance, message.plain_params.get("notifications")
         if not isinstance(wanted, dict):
@@ -3596,7 +3611,7 @@ class ModernClientLegacyServer(Bridge):
             instance.subscribe(uri)
         return True
 
-    def retry(exchange: Exchange, message: Message) -> bool:
+    def retry(self, exchange: Exchange, message: Message) -> bool:
         """A request that comes again with answers goes on where its call was parked."""
         if "requestState" not in message.params:
             return False
@@ -3611,7 +3626,7 @@ class ModernClientLegacyServer(Bridge):
     intercepted = {"server/discover": discover, "subscriptions/listen": listen, **dict.fromkeys(MAY_NEED_INPUT, retry)}
 
 
-class LegacyClientModernServer(Bridge):
+class LegacyClientModernServer(LegacyClientBridge):
     """The proxy shakes hands for the server, puts an envelope on each request, and asks what the server asks."""
 
     keeps_requests = True              # to make one again with answers
@@ -3686,20 +3701,13 @@ class LegacyClientModernServer(Bridge):
         except ServerError as error:
             exchange.on_failure(error)
 
-    def ping(exchange: Exchange, message: Message) -> bool:
+    def ping(self, exchange: Exchange, message: Message) -> bool:
+        """Modern servers have no such method."""
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
-    def set_level(exchange: Exchange, message: Message) -> bool:
-        if "logging" not in exchange.instance.identity.capabilities:
-            raise RPCError("the server sends no log messages", code=METHOD_NOT_FOUND, status=200)
-        if message.params.get("level") not in LOG_LEVELS:
-            raise RPCError("that is no log level", code=INVALID_PARAMS, status=200)
-        exchange.client.log_level = message.params.get("level")
-        exchange.finish(encode_result(exchange.raw_id))
-        return True
-
-    def subscribe(exchange: Exchange, message: Message) -> bool:
+    def subscribe(self, exchange: Exchange, message: Message) -> bool:
+        """Becomes a part of what the proxy listens for at the server."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         check_subscriptions(client)
         if uri not in client.subscriptions:
@@ -3708,16 +3716,7 @@ class LegacyClientModernServer(Bridge):
         instance.when_listening(lambda: exchange.finish(encode_result(exchange.raw_id)))
         return True
 
-    def unsubscribe(exchange: Exchange, message: Message) -> bool:
-        uri, client = message.params.get("uri"), exchange.client
-        if uri in client.subscriptions:
-            client.subscriptions.discard(uri)
-            exchange.instance.unsubscribe(uri)
-        exchange.finish(encode_result(exchange.raw_id))
-        return True
-
-    intercepted = {"initialize": LegacyClientLegacyServer.initialize, "ping": ping, "logging/setLevel": set_level,
-                   "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
+    intercepted = {**LegacyClientBridge.intercepted, "ping": ping, "resources/subscribe": subscribe}
 
 
 #    client      server
@@ -4219,7 +4218,7 @@ class PostOutlet:
         return ((SESSION_ID_HEADER, session.id),) if opens else ()
 
     def _gone(self) -> None:
-        """The client hung up. A legacy call goes on, and its answer can be fetched."""
+        """The client hung up. A legacy call goes on, and what comes on its stream can be fetched."""
         if self._session is None:
             self.exchange.cancel()        # also that of a caller without a session: nobody could fetch the answer
         elif self.exchange and self.exchange.method == "initialize":

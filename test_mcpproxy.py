@@ -3565,8 +3565,9 @@ def test_connection_server_that_refuses_the_one_handshake_and_ignores_the_other_
 def test_connection_survives_any_line(caplog):
     async def read():
         guard = mcpproxy.Guard()
-        connection = mcpproxy.ServerConnection("x", guard, limit=2000, redact=lambda text: text, on_request=lambda *_: None,
-                                               on_notification=lambda *_: None)
+        connection = mcpproxy.ServerConnection("x", guard, limit=2000, redact=lambda text: text,
+                                               on_request=lambda *_: None, on_notification=lambda *_: None)
+        connection.process.write = lambda line: None
         for chance, data in mutations(SEEDS_JSON, PIECES_JSON):
             connection.pending[5] = mcpproxy.PendingRequest()
             data += b"\n"
