@@ -261,8 +261,8 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, program, *arguments], env=environment, stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=self._log)
+        self.process = subprocess.Popen([sys.executable, program, *arguments], env=environment,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
         line = self.process.stdout.readline()
         while line and b"http" not in line:
             line = self.process.stdout.readline()
@@ -2028,7 +2028,8 @@ def test_json_member_with_a_strange_name_is_found():
 
 
 @pytest.mark.parametrize("params, expected", [
-    ("", {"new": 1}), (',"params":{}', {"new": 1}), (',"params":{ }', {"new": 1}), (',"params":{"a":2}', {"new": 1, "a": 2})])
+    ("", {"new": 1}), (',"params":{}', {"new": 1}), (',"params":{ }', {"new": 1}),
+    (',"params":{"a":2}', {"new": 1, "a": 2})])
 def test_json_members_are_put_into_params(params, expected):
     request = parse(f'{{"jsonrpc":"2.0","method":"a"{params}}}')
     assert json.loads(request.changed([request.new_members({"new": "1"}, "params")]))["params"] == expected
@@ -3538,7 +3539,8 @@ def test_connection_survives_what_a_server_writes(fake, line):
     assert "Traceback" not in fake.log()[at:]
 
 
-@pytest.mark.parametrize("rest", ['"params":[1],"result":{}', '"x":1', '"x":1,"result":{},"error":{}', '"x":1,"error":"no"'])
+@pytest.mark.parametrize("rest", ['"params":[1],"result":{}', '"x":1', '"x":1,"result":{},"error":{}',
+                                  '"x":1,"error":"no"'])
 def test_connection_answer_that_is_not_valid_fails_its_call(fake, rest):
     with SSEClient(fake) as client:
         code = 'write(\'{"jsonrpc":"2.0","id":%d,' + rest + '}\' % id)'
