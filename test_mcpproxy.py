@@ -251,7 +251,7 @@ def processes_with(tag):
 class Proxy:
     """A running mcpproxy.py."""
 
-    def __init__(self, command=None, arguments=(), program=PROXY, **settings):
+    def __init__(self, command=None, arguments=(), program=None, **settings):
         self.tag = f"TEST_TAG={os.urandom(8).hex()}"
         environment = {name: value for name, value in os.environ.items()
                        if name not in mcpproxy.Settings.__dataclass_fields__ and name.lower() not in
@@ -261,7 +261,7 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, program, *arguments], env=environment,
+        self.process = subprocess.Popen([sys.executable, program or PROXY, *arguments], env=environment,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
         line = self.process.stdout.readline()
         while line and b"http" not in line:
