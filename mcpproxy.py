@@ -156,8 +156,9 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
-KNOWN_HEADS = 8                      # of a connection that are kept; most clients send three, again and again
-KNOWN_HEAD_BYTES = 1024              # of the largest that is kept
+KNOWN_HEADS = 4                      # of a connection that are kept; most clients send three, again and again
+KNOWN_HEAD_BYTES = 1024              # of the largest that is kept, and
+KNOWN_HEAD_FIELDS = 32               # how many lines it may have: each takes 150 bytes more than its own
 
 # What may wait for one client that does not read: enough for a burst, too little to hurt.
 MAX_QUEUED_MESSAGES = 1_000
@@ -552,7 +553,7 @@ class RequestParser:
 
     def _parse_head(self, raw: bytes) -> HTTPHead:
         head = parse_head(raw)
-        if len(raw) <= KNOWN_HEAD_BYTES:
+        if len(raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 self._known.clear()
             self._known[raw] = head
@@ -692,6 +693,7 @@ _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 _ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
 _ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
 _TAIL_LENGTH = 64
+SPARE_DEPTH = 100                      # of the stack, for code that looks into a message again
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
@@ -727,16 +729,25 @@ def _scanner(hook, parse_float=None):
     return scan_value
 
 
+def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
+    """The same with less of the stack left, so that what was read once can be read again from anywhere."""
+    return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
+
+
 scan_plain = _scanner(None, _finite)     # as json.loads() would, for what may have to be written again
+_skip_value = _scanner(None)             # the quickest, when only the end is wanted
 scan_value = _scanner(tuple)             # an object as its (name, value) pairs, so that a name given twice is seen
 
 
 def members_of(scanned: object) -> dict:
-    """The members of an object that scan_value() read, none of anything else; ValueError when a name is there twice."""
-    if not isinstance(scanned, tuple):
-        return {}
-    members = dict(scanned)
-    if len(members) != len(scanned):
+    """The members of an object that scan_value() read, by name; none of anything else."""
+    return dict(scanned) if isinstance(scanned, tuple) else {}
+
+
+def unique_members_of(scanned: object) -> dict:
+    """The same; ValueError when a name is there twice."""
+    members = members_of(scanned)
+    if members and len(members) != len(scanned):
         # The server's parser may take the first of two and ours the last: two views of one message.
         raise ValueError("a name is there twice")
     return members
@@ -750,25 +761,22 @@ def quoted(name: str) -> str:
     return _known_name(name) if len(name) <= 64 else dump(name)
 
 
-def walk_members(text: str, at: int):
-    """(name, start, end) for each member of the object at text[at], where its value is text[start:end]."""
+def walk_members(text: str, at: int) -> dict[str, tuple[int, int]]:
+    """name -> (start, end) of the member's value, for the object at text[at]; the last of two counts, as in dict()."""
+    places = {}
     match = _FIRST_NAME.match(text, at)
     while match:
         name, end = scanstring(text, match.end() + 1)
         start = _COLON.match(text, end).end()
-        end = scan_value(text, start)[1]
-        yield name, start, end
+        end = _skip_value(text, start)[1]
+        places[name] = start, end
         match = _NEXT_NAME.match(text, end)
+    return places
 
 
 def as_object(members: dict[str, str]) -> str:
     """An object of members that are JSON already."""
     return "{" + ",".join([f"{quoted(name)}:{value}" for name, value in members.items()]) + "}"
-
-
-def find_member(text: str, at: int, name: str) -> int:
-    """Where the value of the member `name` starts in the object at text[at]: of the last one, as in json.loads()."""
-    return [start for this, start, _ in walk_members(text, at) if this == name][-1]
 
 
 def find_only_member(text: str, name: str) -> int:
@@ -797,18 +805,18 @@ class Kind(enum.Enum):
 class Message:
     """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
 
-    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta", "_id_span")
+    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta", "_id_span", "_walked")
 
     def __init__(self, text: str, members: dict):
         self.text = text
         self.members = members
         self.id = members.get("id")                # str, int or float; None: a notification
         self.method = members.get("method")        # None: a response
-        self.params = members_of(members["params"]) if "params" in members else {}
-        self.meta = members_of(self.params["_meta"]) if "_meta" in self.params else {}
+        self.params = unique_members_of(members["params"]) if "params" in members else {}
+        self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
         self.kind = (Kind.RESPONSE if self.method is None else
                      Kind.NOTIFICATION if "id" not in members else Kind.REQUEST)
-        self._id_span = None
+        self._id_span = self._walked = None
 
     def value(self, *path: str) -> object:
         """The value of a member as json.loads() would give it; `path` are the names that lead to it."""
@@ -827,8 +835,8 @@ class Message:
     @property
     def error_code(self) -> int | None:
         """The code of an error response; None when it is no integer."""
-        code = dict(self.members["error"]).get("code")
-        return code if isinstance(code, int) else None
+        code = members_of(self.members["error"]).get("code")
+        return int(code) if is_id(code) and not isinstance(code, str) else None
 
     @property
     def is_result(self) -> bool:
@@ -838,16 +846,24 @@ class Message:
     def span(self, *path: str) -> tuple[int, int]:
         """(start, end) of a member's value in the text. `path` are the names that lead to it; it has to be there."""
         start = find_only_member(self.text, path[-1])
-        if not start:
-            start = self._start
-            for name in path:
-                start = find_member(self.text, start, name)
-        return start, scan_value(self.text, start)[1]
+        return (start, _skip_value(self.text, start)[1]) if start else self._places(path[:-1])[path[-1]]
+
+    def _places(self, path: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Where all members of the object at `path` stand; every object is walked once."""
+        if self._walked is None:
+            self._walked = {(): walk_members(self.text, self._start)}
+        if path not in self._walked:
+            self._walked[path] = walk_members(self.text, self.span(*path)[0])
+        return self._walked[path]
 
     def raw(self, *path: str) -> str:
-        """A member's value as it was written."""
+        """A member's value as it was written, in one line."""
         start, end = self.span(*path)
-        return self.text[start:end]
+        return one_line(self.text[start:end])
+
+    def raw_members(self, *path: str) -> dict[str, str]:
+        """The same for all members of the object at `path`, by name."""
+        return {name: one_line(self.text[start:end]) for name, (start, end) in self._places(path).items()}
 
     @property
     def _start(self) -> int:
@@ -903,10 +919,14 @@ class Message:
         for start, end, replacement in sorted(changes) if len(changes) > 1 else changes:
             line += text[at:start] + replacement
             at = end
-        line += text[at:]
-        if "\n" in line or "\r" in line:           # only between tokens: a string cannot hold them
-            line = line.replace("\n", " ").replace("\r", " ")
-        return line.encode()
+        return one_line(line + text[at:]).encode()
+
+
+def one_line(text: str) -> str:
+    """JSON without line ends; they are only between tokens, because a string cannot hold them."""
+    if "\n" in text or "\r" in text:
+        text = text.replace("\n", " ").replace("\r", " ")
+    return text
 
 
 def decode_json(body: bytes) -> str:
@@ -920,12 +940,13 @@ def decode_json(body: bytes) -> str:
 def parse_message(text: str) -> Message:
     """The one message that `text` is; RPCError with the code that says what it is instead."""
     try:
-        value, end = scan_value(text, _WHITESPACE.match(text).end())
+        is_shallow = text.count("[") + text.count("{") < SPARE_DEPTH
+        value, end = (scan_value if is_shallow else _scan_deeper_down)(text, _WHITESPACE.match(text).end())
         if end != len(text) and _WHITESPACE.match(text, end).end() != len(text):
             raise ValueError("text behind the message")
         if not isinstance(value, tuple):
             raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'not an object'}")
-        members = members_of(value)
+        members = unique_members_of(value)
         check_message(members)
         return Message(text, members)
     except (ValueError, StopIteration):
@@ -1273,16 +1294,20 @@ def says_the_same(text: str | None, value: object) -> bool:
     return text == value
 
 
-def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = True) -> list[tuple[int, int, str]]:
-    """The change that puts members (name -> JSON) into a message's params._meta, and takes the envelope out."""
+def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = True,
+                  beside: dict[str, str] | None = None) -> list[tuple[int, int, str]]:
+    """The changes that put members (name -> JSON) into a message's params._meta, and `beside` it into the params;
+    they may take the envelope out."""
+    beside = beside or {}
     kept = [name for name in message.meta if keeps_envelope or not name.startswith(RESERVED_PREFIX)]
-    if not new and len(kept) == len(message.meta):
-        return []
-    if "_meta" not in message.params:
-        return [message.new_members({"_meta": as_object(new)}, "params")]
-    start, end = message.span("params", "_meta")
-    old = {name: message.text[at:to] for name, at, to in walk_members(message.text, start)} if kept else {}
-    return [(start, end, as_object({name: old[name] for name in kept} | new))]
+    is_new = bool(new) and "_meta" not in message.params
+    if is_new:
+        beside = {**beside, "_meta": as_object(new)}
+    changes = [message.new_members(beside, "params")] if beside else []
+    if not is_new and (new or len(kept) < len(message.meta)):
+        old = message.raw_members("params", "_meta") if kept else {}
+        changes.append((*message.span("params", "_meta"), as_object({name: old[name] for name in kept} | new)))
+    return changes
 
 
 # Results.
@@ -1317,14 +1342,13 @@ def result_with(answer: "Answer | Message", raw_id: bytes, new: Additions) -> li
         if not new.find_in(answer.line):
             return answer.with_id(raw_id, at, new.text if _OBJECT_END.match(answer.line, at) else new.text + b",")
         answer = answer.parsed()
-    result = answer.result
-    if result is None:
+    if not isinstance(answer.members.get("result"), tuple):
         return answer.with_id(raw_id)
-    changes = [answer.new_id(raw_id)]
+    result, changes = members_of(answer.members["result"]), [answer.new_id(raw_id)]
     lacking = {name: value for name, value in new.members.items() if name not in result}
     if lacking:
         changes.append(answer.new_members(lacking, "result"))
-    if new.meta and isinstance(result.get("_meta"), dict) and SERVER_INFO_KEY not in result["_meta"]:
+    if new.meta and isinstance(result.get("_meta"), tuple) and SERVER_INFO_KEY not in members_of(result["_meta"]):
         changes.append(answer.new_members(new.meta, "result", "_meta"))
     return [answer.changed(changes)]
 
@@ -1333,10 +1357,9 @@ def result_without(answer: Message, raw_id: bytes) -> list:
     """An answer's payload with another id and without the members that only modern results have."""
     changes = [answer.new_id(raw_id)]
     if isinstance(answer.members.get("result"), tuple):
-        start, end = answer.span("result")
-        kept = {name: answer.text[at:to] for name, at, to in walk_members(answer.text, start)
+        kept = {name: value for name, value in answer.raw_members("result").items()
                 if name not in ("resultType", "ttlMs", "cacheScope")}
-        changes.append((start, end, as_object(kept)))
+        changes.append((*answer.span("result"), as_object(kept)))
     return [answer.changed(changes)]
 
 
@@ -1354,8 +1377,8 @@ class Identity:
         info = self._result
         for name in path:
             info = info.get(name) if isinstance(info, dict) else None
-        self.info = answer.raw("result", *path) if info else None                # serverInfo, as JSON
         self._info = info if isinstance(info, dict) else {}
+        self.info = answer.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
 
     @property
     def version(self) -> str:
@@ -1372,7 +1395,7 @@ class Identity:
         if "protocolVersion" in self._result and self.era is Era.LEGACY:
             text, (start, end) = self._answer.text, self._answer.span("result")
             at, to = self._answer.span("result", "protocolVersion")
-            return f'{text[start:at]}"{version}"{text[to:end]}'.encode()
+            return one_line(f'{text[start:at]}"{version}"{text[to:end]}').encode()
         return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
                             serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
 
@@ -1611,10 +1634,12 @@ def redact(secrets: tuple[str, ...], text: str) -> str:
 class LineLogger(logging.Logger):
     """A Logger that hands on what it is given without a record of where and by whom, which takes most of the time."""
 
-    def _log(self, level, message, args, exc_info=None, **_) -> None:
-        error = sys.exception() if exc_info is True else exc_info
-        for handler in self.handlers:
-            handler.add(level, message, args, error)
+    lines: LineHandler | None = None
+
+    def _log(self, level, message, args, exc_info=None, **more) -> None:
+        if self.lines is None:
+            return super()._log(level, message, args, exc_info, **more)
+        self.lines.add(level, message, args, sys.exception() if exc_info is True else exc_info)
 
 
 logging.setLoggerClass(LineLogger)
@@ -1624,10 +1649,9 @@ logging.setLoggerClass(logging.Logger)
 
 def start_logging(level: str, as_json: bool) -> None:
     """Sends the log to stderr from now on."""
-    log.handlers = [LineHandler(2, as_json)]
-    log.propagate = False
+    log.lines = LineHandler(2, as_json)
     log.setLevel(level.upper())
-    logging.getLogger("asyncio").handlers = log.handlers
+    logging.getLogger("asyncio").handlers = [log.lines]
 
 
 # ============================================================================
@@ -3117,6 +3141,7 @@ class Exchange(PendingRequest):
     wanted: dict = {}                   # what a subscription is to
     _size = 0                           # of the request
     rounds = 0                          # how often a modern server asked for input
+    gathered: dict[str, str] = {}       # what it gets with the next round, as members (name -> JSON) of the params
 
     def __init__(self, client: Client, message: Message, outlet, envelope: Envelope | None = None,
                  trace: dict[str, str] | None = None):
@@ -3196,14 +3221,14 @@ class Exchange(PendingRequest):
         try:
             intercept = self._bridge.intercepted.get(self.method)
             if not (intercept and intercept(self._bridge, self, self.message)):
-                self.transmit([])
+                self.transmit()
         except ProxyError as error:
             self.on_failure(error)
         except Exception:
             log.exception("! a fault of the proxy's own")
             self.on_failure(ProxyError("internal error"))
 
-    def transmit(self, changes: list[tuple[int, int, str]]) -> None:
+    def transmit(self) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
         message, connection = self.message, self.connection
         self.server_id = connection.next_id()
@@ -3211,7 +3236,7 @@ class Exchange(PendingRequest):
         new_meta = dict(self.trace) if "traceparent" not in message.meta else {}
         if self.token:
             new_meta["progressToken"] = server_id
-        changes += [(*message.id_span, server_id), *self._bridge.restate_meta(self, message, new_meta)]
+        changes = [(*message.id_span, server_id), *self._bridge.restate_meta(self, message, new_meta)]
         connection.send(message.changed(changes))
         connection.pending[self.server_id] = self
         if not self._bridge.keeps_requests:
@@ -3247,7 +3272,9 @@ class Exchange(PendingRequest):
             if self.on_answered:
                 self.on_answered(answer)
             self._bridge.answer(self, answer)
-        except ProxyError as error:
+        except RPCError:
+            self.on_failure(ServerError("the MCP server's answer is not valid"))
+        except ServerError as error:
             self.on_failure(error)
 
     def on_failure(self, error: ProxyError) -> None:
@@ -3380,7 +3407,8 @@ def salient(message: Message) -> dict:
 def input_request(request: Message) -> str:
     """A legacy server's request as a modern input request, in JSON."""
     # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
-    params = {name: request.raw("params", name) for name in request.params if name != "elicitationId"}
+    params = request.raw_members("params") if request.params else {}
+    params.pop("elicitationId", None)
     return as_object({"method": dump(request.method), "params": as_object(params)})
 
 
@@ -3638,7 +3666,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
         if client.log_level:
             new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
-        return restated_meta(message, new)
+        return restated_meta(message, new, beside=exchange.gathered)
 
     def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
         answer = answer.parsed()
@@ -3672,7 +3700,11 @@ class LegacyClientModernServer(LegacyClientBridge):
             self._repeat(exchange, answers, state)
 
     def _ask_client(self, exchange: Exchange, key: str, request: dict, gathered) -> None:
-        method, params, client = request.get("method"), request.get("params") or {}, exchange.client
+        client = exchange.client
+        params = request.get("params", {}) if isinstance(request, dict) else None
+        if not isinstance(params, dict):
+            raise ServerError("the MCP server asked for something that is no request")
+        method = request.get("method")
         if not isinstance(client, Session) or missing_capabilities(client.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         if method == "elicitation/create" and params.get("mode") == "url":
@@ -3691,13 +3723,11 @@ class LegacyClientModernServer(LegacyClientBridge):
         client.ask(question, exchange.outlet.send)
 
     def _repeat(self, exchange: Exchange, answers: dict[str, str], state: str | None) -> None:
-        new = {}
-        if answers:
-            new["inputResponses"] = as_object(answers)
+        exchange.gathered = {"inputResponses": as_object(answers)} if answers else {}
         if state:
-            new["requestState"] = state
+            exchange.gathered["requestState"] = state
         try:
-            exchange.transmit([exchange.message.new_members(new, "params")] if new else [])
+            exchange.transmit()
         except ServerError as error:
             exchange.on_failure(error)
 
@@ -4281,7 +4311,11 @@ class ToolOutlet:
         """Progress has no place in a plain answer."""
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
-        message = parse_message(b"".join(payload).decode())
+        try:
+            message = parse_message(decode_json(b"".join(payload)))
+        except RPCError:
+            error = ServerError("the MCP server's answer is not valid")
+            return self._reply.send(error.http_status, encode_error(b"1", error), JSON_HEADERS)
         if message.is_result:
             return self._reply.send(200, [message.raw("result").encode()], JSON_HEADERS)
         if status == 200:

@@ -1746,6 +1746,15 @@ def test_http_empty_line_between_requests_is_ignored():
     assert [request.head.path for request in requests] == ["/messages", "/next"] and status is None
 
 
+def test_http_large_heads_are_not_kept():
+    parser = mcpproxy.RequestParser()
+    for number in range(20):
+        for lines in (1, 98):
+            parser.feed(b"GET /%d HTTP/1.1\r\nHost: a\r\n" % number + b"x:\r\n" * lines + b"\r\n")
+            assert parser.next_head().path == f"/{number}" and parser.next_body(0) == b""
+    assert 0 < len(parser._known) <= 4 and all(len(head.fields) < 10 for head in parser._known.values())
+
+
 def test_http_body_of_exactly_the_limit_is_read():
     parser = mcpproxy.RequestParser()
     parser.feed(CHUNKED + b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n")
@@ -2098,6 +2107,23 @@ def test_json_answer_with_a_carriage_return_stays_one_event(line):
 def test_json_answer_of_any_size_gets_the_client_id_back(form, size):
     line = (form % ("x" * size)).encode()
     assert b"".join(mcpproxy.find_answer(line).with_id(b'"client"')) == line.replace(b'"id":5', b'"id":"client"')
+
+
+@pytest.mark.parametrize("code, expected", [
+    ("-32601", -32601), ("-32601.0", -32601), ("1.5", None), ('"x"', None), ("[1]", None), ("null", None),
+    ("true", None)])
+def test_json_code_of_an_error_is_an_integer(code, expected):
+    assert parse(f'{{"jsonrpc":"2.0","id":1,"error":{{"code":{code},"message":"x"}}}}').error_code == expected
+
+
+@pytest.mark.parametrize("depth", [10, 90, 200, 400, 600, 800, 850, 900, 950, 1000, 5000])
+def test_json_what_was_parsed_can_be_read_again_deeper_down(depth):
+    def deeper(frames, read):
+        return read() if not frames else deeper(frames - 1, read)
+    text = '{"jsonrpc":"2.0","method":"a","params":{"x":%s,"y":"id"},"id":7.0}' % ("[" * depth + "]" * depth)
+    with contextlib.suppress(RPCError):
+        request = parse(text)
+        assert deeper(50, lambda: request.raw_id) == b"7.0" and deeper(50, lambda: request.plain_params)["y"] == "id"
 
 
 def test_json_numbers_that_no_float_holds_can_be_written_again():
@@ -2658,6 +2684,16 @@ def test_era_subscription_survives_the_server(server):
     (None, ["file:///d"], False), (["file:///d"], ["file:///d"], False), ("file:///d", [], False)])
 def test_era_update_concerns_those_subscribed_to_the_resource_or_to_what_it_is_a_part_of(uri, subscribed, expected):
     assert mcpproxy.concerns(uri, subscribed) == expected
+
+
+@pytest.mark.parametrize("params, expected", [
+    ("", {"_meta": {"m": 1}, "n": 2}), (',"params":{}', {"_meta": {"m": 1}, "n": 2}),
+    (',"params":{"a":0}', {"_meta": {"m": 1}, "n": 2, "a": 0}), (',"params":{"_meta":{}}', {"_meta": {"m": 1}, "n": 2}),
+    (',"params":{"a":0,"_meta":{"b":3}}', {"_meta": {"m": 1, "b": 3}, "n": 2, "a": 0})])
+def test_era_members_are_put_into_meta_and_beside_it(params, expected):
+    request = parse(f'{{"jsonrpc":"2.0","id":1,"method":"a"{params}}}')
+    line = request.changed(mcpproxy.restated_meta(request, {"m": "1"}, beside={"n": "2"}))
+    assert line.count(b'"params"') == 1 and json.loads(line)["params"] == expected
 
 
 # ============================================================================
@@ -3982,6 +4018,18 @@ for line in sys.stdin:
 """
 
 
+def test_session_is_not_left_behind_by_a_handshake_that_is_nested_too_deeply():
+    with running_proxy(FAKE, MAX_SESSIONS=1) as proxy:
+        for depth in range(800, 1001, 4):
+            body = json.dumps(initialize()).replace("{}", '{"x":%s}' % ("[" * depth + "]" * depth), 1)
+            response = post(proxy, body.encode())
+            assert response.status in (200, 400), (depth, response.status)
+            if response.status == 200:
+                session = {"Mcp-Session-Id": response.headers["mcp-session-id"]}
+                assert proxy.request("DELETE", "/mcp", None, session).status == 204
+        assert post(proxy, initialize()).status == 200
+
+
 def test_session_has_room_where_a_spare_process_took_it():
     with running_proxy(FAKE, SHARED_SESSION="false", PREWARM=1, MAX_PROCESSES=1) as proxy:
         until(lambda: "is ready" in proxy.log(), "the spare process")
@@ -5178,6 +5226,21 @@ def test_endpoint_event_has_the_base_path():
             assert http.head().status == 200
         stripped.call("initialize", initialize()["params"])
         assert stripped.tool("echo", text="hello") == "hello"
+
+
+NO_NUMBER = """
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    result = {"initialize": '{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":{}}',
+              "tools/list": '{"tools":[{"name":"x","inputSchema":{}}]}', "tools/call": '{"a":NaN}'}.get(message["method"])
+    if result: print('{"jsonrpc":"2.0","id":%d,"result":%s}' % (message["id"], result), flush=True)
+"""
+
+
+def test_endpoint_tool_whose_result_is_no_json_fails():
+    with running_proxy([sys.executable, "-c", NO_NUMBER], SERVER_ERA="legacy") as proxy:
+        assert proxy.request("POST", "/tools/x", {}).error() == (502, -32000)
 
 
 @pytest.mark.parametrize("base", ["/mcp", "/m"])
