@@ -851,9 +851,9 @@ class Message:
     def _places(self, path: tuple[str, ...]) -> dict[str, tuple[int, int]]:
         """Where all members of the object at `path` stand; every object is walked once."""
         if self._walked is None:
-            self._walked = {(): walk_members(self.text, self._start)}
+            self._walked = {}
         if path not in self._walked:
-            self._walked[path] = walk_members(self.text, self.span(*path)[0])
+            self._walked[path] = walk_members(self.text, self.span(*path)[0] if path else self._start)
         return self._walked[path]
 
     def raw(self, *path: str) -> str:
