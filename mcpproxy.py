@@ -690,10 +690,6 @@ _OBJECT_START = re.compile(r"[ \t\n\r]*\{")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
-_ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
-_TAIL_LENGTH = 64
-SPARE_DEPTH = 100                      # of the stack, for code that looks into a message again
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
@@ -729,14 +725,16 @@ def _scanner(hook, parse_float=None):
     return scan_value
 
 
-def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
-    """The same with less of the stack left, so that what was read once can be read again from anywhere."""
-    return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
-
-
+scan_value = _scanner(tuple)             # an object as its (name, value) pairs, so that a name given twice is seen
 scan_plain = _scanner(None, _finite)     # as json.loads() would, for what may have to be written again
 _skip_value = _scanner(None)             # the quickest, when only the end is wanted
-scan_value = _scanner(tuple)             # an object as its (name, value) pairs, so that a name given twice is seen
+
+SPARE_DEPTH = 100                        # frames of the stack for those who look into a message again
+
+
+def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
+    """scan_value() with less of the stack left, so that what was read once can be read again from anywhere."""
+    return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
 
 
 def members_of(scanned: object) -> dict:
@@ -792,6 +790,12 @@ def find_only_member(text: str, name: str) -> int:
         return 0
     colon = _COLON.match(text, at + len(written))
     return colon.end() if colon else 0
+
+
+# An id at the head of a message is plainly its own; one at the tail is, because the last brace closes the message.
+_ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
+_ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
+_TAIL_LENGTH = 64
 
 
 class Kind(enum.Enum):
@@ -1023,9 +1027,8 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
     return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.as_object()).encode())]
 
 
-# A response's id stands at its head or at its tail (TypeScript servers write it last). At the head it is
-# plainly a member of the message; at the tail it is, because the last brace closes the message. So the
-# payload between needs no look, be it a screenshot of 8 MB.
+# A server's response is not even parsed where its id stands at the head or the tail (TypeScript servers write it
+# last): the payload needs no look then, be it a screenshot of 8 MB.
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
 _PAYLOAD = rb'"(result|error)": ?'
