@@ -2468,10 +2468,14 @@ class Question:
     def __init__(self, payload, on_answer, message: Message | None = None):
         self.id = next(self._ids)
         self.payload = payload(b"%d" % self.id)  # as the client gets it
-        self.answer = on_answer                  # takes the client's response, whatever its id
+        self._on_answer = on_answer              # called with the question and the client's response
         self.message = message                   # a legacy server's request
         self.client: Session | None = None       # who is asked, and
         self.send = None                         # the way that the question took there
+
+    def answer(self, response: Message) -> None:
+        """Takes the client's response, whatever its id."""
+        self._on_answer(self, response)
 
     def refuse(self, error: ProxyError) -> None:
         """Answers for the client, as if it had said so itself."""
@@ -2857,7 +2861,7 @@ class Instance:
             return connection.send_if_possible(encode_result(message.raw_id)[0])
         params = message.plain_params
 
-        def answer(response: Message) -> None:
+        def answer(question: Question, response: Message) -> None:
             if connection.questions.pop(message.id, None) is question:
                 connection.send_if_possible(response.with_id(message.raw_id)[0])
         question = connection.questions[message.id] = Question(message.with_id, answer, message)
@@ -3319,12 +3323,14 @@ class Exchange(PendingRequest):
             log.info("<> %s %s id=%s %d bytes in, %d bytes out, %.1f ms", self.client.label, self.method, self._id,
                      self._size, size, elapsed)
         self.outlet.finish(payload, status, headers)
+        self.outlet.exchange = None           # a cycle less: what a call took is free at once, and warm for the next
 
     def _done(self) -> None:
         self.is_done = True
         self._forget()
         if self.on_done:
             self.on_done()
+        self.on_done = self.on_answered = None
 
     def _forget(self) -> None:
         """The client waits no more."""
@@ -3713,7 +3719,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         if method == "elicitation/create" and params.get("mode") == "url":
             params = {**params, "elicitationId": f"{exchange.server_id}-{key}"}      # required until 2025-11-25
 
-        def on_response(response: Message) -> None:
+        def on_response(_: Question, response: Message) -> None:
             if "result" in response.members:
                 gathered(key, response.raw("result"))
             elif method == "elicitation/create":
@@ -3835,7 +3841,7 @@ class Reply:
         """The whole reply; `body` is a payload, `headers` are (name, value) pairs."""
         if self.is_done:
             return
-        self.is_done = True
+        self.is_done, self.on_gone = True, None
         connection = self.connection
         length = sum(map(len, body))
         headers += self.headers
@@ -3870,7 +3876,7 @@ class Reply:
     def close(self) -> None:
         """The end of a stream."""
         if not self.is_done:
-            self.is_done = True
+            self.is_done, self.on_gone = True, None
             self.connection.write([LAST_CHUNK] if self.head.version >= (1, 1) else [])
             self.connection.finished()
 
