@@ -944,7 +944,7 @@ def decode_json(body: bytes) -> str:
 def parse_message(text: str) -> Message:
     """The one message that `text` is; RPCError with the code that says what it is instead."""
     try:
-        is_shallow = text.count("[") + text.count("{") < SPARE_DEPTH
+        is_shallow = len(text) < LARGE and text.count("[") + text.count("{") < SPARE_DEPTH
         value, end = (scan_value if is_shallow else _scan_deeper_down)(text, _WHITESPACE.match(text).end())
         if end != len(text) and _WHITESPACE.match(text, end).end() != len(text):
             raise ValueError("text behind the message")
@@ -1601,7 +1601,10 @@ class LineHandler(logging.Handler):
         second = int(when)
         if second != self._second:
             self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        text = message % args if args else message
+        try:
+            text = message % args if args else message
+        except (TypeError, ValueError):
+            text = f"{message} {args}"          # a mistake of ours is no reason to lose the other lines
         if not text.isprintable():
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
@@ -2324,9 +2327,9 @@ class Stream:
 
     def attach(self, sink, after: int | None = None) -> None:
         """Somebody listens, in place of who did so far, from behind message number `after` on."""
-        if self._sink:
-            self._sink.close()
-        self._sink = sink
+        before, self._sink = self._sink, sink
+        if before:
+            before.close()
         for number, payload in list(self._kept):
             if number > (self.written if after is None else after):
                 self._write([payload], number)
@@ -2490,7 +2493,10 @@ class Listening(PendingRequest):
 
     def __init__(self, instance: "Instance"):
         self._instance = instance
+        self.before: Listening | None = instance.listening             # that it is to replace
         self.settled = asyncio.get_running_loop().create_future()      # done when it is acknowledged, or refused
+        self.settled.add_done_callback(self._replace)
+        self.is_refused = False
 
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
@@ -2499,12 +2505,29 @@ class Listening(PendingRequest):
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         self._instance.route(parse_message(line.decode()))
 
-    def settle(self, _=None) -> None:
+    def on_answer(self, _) -> None:
+        self.is_refused = not self.settled.done()
+        self.settle()
+
+    on_failure = on_answer
+
+    def settle(self) -> None:
         """Lets those go on who wait for it."""
         if not self.settled.done():
             self.settled.set_result(None)
 
-    on_answer = on_failure = settle
+    def _replace(self, _) -> None:
+        """The one before goes on until this one is acknowledged, or what happens in between would be missed."""
+        instance, before = self._instance, self.before
+        if self.is_refused:
+            if instance.listening is self:
+                instance.listening = before
+            return
+        while before and instance.connection:
+            before.settle()
+            instance.connection.cancel(before.server_id, "replaced")
+            before = before.before
+        self.before = None
 
 
 class Tools(dict):
@@ -2568,7 +2591,7 @@ class Instance:
         self.last_used = time.monotonic()
         self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
         self._asked_level: str | None = None        # the most verbose level that a modern request asked for
-        self._listening: Listening | None = None    # the subscription at a modern server
+        self.listening: Listening | None = None    # the subscription at a modern server
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
@@ -2714,7 +2737,7 @@ class Instance:
         """A call that comes from now on waits for the next process."""
         if self.connection is connection:
             self.connection = None
-            self._listening = None
+            self.listening = None
 
     async def _pause(self) -> None:
         """Waits before a restart: longer after each death, and after many of them until somebody asks."""
@@ -2750,8 +2773,8 @@ class Instance:
         """Takes back what the server does for this client alone."""
         self.sessions.pop(session.id, None)
         self.server.sessions.pop(session.id, None)
-        for uri in session.subscriptions:
-            self.unsubscribe(uri)
+        while session.subscriptions:
+            self.unsubscribe(session.subscriptions.pop())
         self.adjust_log_level()
         if not self.is_shared:
             self.server.end(self)
@@ -2769,6 +2792,7 @@ class Instance:
         if not self.subscribers[uri]:
             del self.subscribers[uri]
             self.subscribed.discard(uri)
+            self.subscribing.pop(uri, None)         # what comes of it is of no interest: the next has to ask anew
             self._tell_subscription("resources/unsubscribe", uri)
 
     def _tell_subscription(self, method: str, uri: str) -> None:
@@ -2784,18 +2808,14 @@ class Instance:
             wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
             supported = self.identity.supported(wanted)
             if any(supported.values()):
-                before, self._listening = self._listening, Listening(self)
-                if before:
-                    # It goes on until the new one is acknowledged, or what happens in between would be missed.
-                    self._listening.settled.add_done_callback(
-                        lambda _: before.settle() or connection.cancel(before.server_id, "replaced"))
-                self._listening.server_id = connection.open(
-                    self._listening, "subscriptions/listen", {"notifications": supported})
+                self.listening = Listening(self)
+                self.listening.server_id = connection.open(
+                    self.listening, "subscriptions/listen", {"notifications": supported})
 
     def when_listening(self, call) -> None:
         """Calls when a modern server knows of all subscriptions."""
-        if self._listening:
-            self._listening.settled.add_done_callback(lambda _: call())
+        if self.listening:
+            self.listening.settled.add_done_callback(lambda _: call())
         else:
             call()
 
@@ -3074,7 +3094,9 @@ class Server:
         for instance in self.instances:
             if instance.connection:
                 instance.connection.give_up(now, patience)
-            in_use = instance is self.shared or not instance.is_shared or instance.listeners or instance.newest_call()
+            calls = instance.connection.pending.values() if instance.connection else ()
+            in_use = (instance is self.shared or not instance.is_shared or instance.listeners
+                      or any(call.client for call in calls))
             if not in_use and now - instance.last_used > idle:
                 self.end(instance)
         for call in [*self.calls, *self.parked.values()]:
@@ -3534,14 +3556,18 @@ class LegacyClientLegacyServer(LegacyClientBridge):
         if uri in instance.subscribing:
             instance.subscribing[uri].append(exchange)
             return True
-        instance.subscribing[uri] = []
+        waiting = instance.subscribing[uri] = []
 
         def settle(answer: Answer | Message | None = None) -> None:
             """An answer is for all who asked meanwhile; without one, they have to ask themselves."""
-            others = instance.subscribing.pop(uri, ())
-            if answer and answer.is_result and uri in instance.subscribers:
+            is_latest = instance.subscribing.get(uri) is waiting          # nobody unsubscribed the last in between
+            if is_latest:
+                del instance.subscribing[uri]
+            others = waiting[:]
+            waiting.clear()
+            if is_latest and answer and answer.is_result:
                 instance.subscribed.add(uri)
-            for each in (exchange, *others) if answer and not answer.is_result else ():
+            for each in (exchange, *others) if is_latest and answer and not answer.is_result else ():
                 if uri in each.client.subscriptions:
                     each.client.subscriptions.discard(uri)
                     instance.unsubscribe(uri)
@@ -3919,7 +3945,8 @@ class HTTPConnection(asyncio.Protocol):
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         reply = self._reply
-        return reply is not None and not (reply.is_stream or reply.leaves_on_eof) and self._transport.can_write_eof()
+        waits = self._is_paused if reply is None else not (reply.is_stream or reply.leaves_on_eof)
+        return waits and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
@@ -3938,7 +3965,7 @@ class HTTPConnection(asyncio.Protocol):
         self._queued = 0
         if not self._transport.is_closing():
             self._transport.resume_reading()
-            self._advance()
+            self._loop.call_soon(self._advance)       # asyncio must not be told to close from within this
 
     # Reading.
 

@@ -3791,6 +3791,26 @@ def test_session_is_refused_a_subscription_that_another_one_is_refused_meanwhile
                 assert client.stream.answer(f"s{number}")["error"]["code"] == -32601
 
 
+def test_session_subscribes_anew_when_another_one_unsubscribed_meanwhile():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as one, SSEClient(proxy) as other:
+        one.post(request("s", "resources/subscribe", {"uri": "slow:x"}))
+        one.call("resources/unsubscribe", {"uri": "slow:x"})
+        other.post(request("s", "resources/subscribe", {"uri": "slow:x"}))
+        assert other.stream.answer("s")["result"] == {}
+        assert len(seen(other, "resources/subscribe")) == 2
+
+
+def test_session_that_leaves_while_it_is_refused_a_subscription_is_counted_once():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as one, ModernClient(proxy) as modern:
+        assert one.tool("run", text=REFUSE_SUBSCRIPTIONS) == "done"
+        with SSEClient(proxy) as other:
+            for client in one, other:
+                client.post(request("s", "resources/subscribe", {"uri": "a:b"}))
+        assert one.stream.answer("s")["error"]["code"] == -32601
+        with contextlib.closing(modern.listen(resourceSubscriptions=["a:b"])):
+            until(lambda: len(seen(one, "resources/subscribe")) == 2, "a subscription of its own")
+
+
 def test_session_subscribes_itself_when_the_one_that_it_waits_for_leaves():
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as other:
         with SSEClient(proxy) as one:
@@ -5042,6 +5062,22 @@ def test_connection_that_is_half_closed_gets_the_answers_of_all_that_was_sent_ah
         http.socket.shutdown(socket.SHUT_WR)
         assert [http.response().status for _ in range(4)] == [200] * 4
         assert http.is_closed()
+
+
+def test_connection_that_is_half_closed_and_reads_late_gets_all_its_answers(fake):
+    session = open_streamable(fake)
+    with HTTP(fake) as http:
+        http.send(b"".join(encode_http("POST", "/mcp", tool_call(n, "big", {"size": 3_000_000}), {
+            **ACCEPT, "Mcp-Session-Id": session}) for n in range(4)))
+        http.socket.shutdown(socket.SHUT_WR)
+        until(lambda: is_full(http.socket), "an answer that waits to be read")
+        assert [http.response().json()["id"] for _ in range(4)] == [0, 1, 2, 3]
+        assert http.is_closed()
+
+
+def is_full(sock):
+    """Is there more to read than a little?"""
+    return len(sock.recv(100_000, socket.MSG_PEEK)) == 100_000
 
 
 def test_connection_request_may_come_byte_by_byte(demo):
