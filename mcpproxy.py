@@ -69,6 +69,9 @@ The life of a call
 import os
 import sys
 
+if sys.version_info < (3, 11):
+    sys.exit("mcpproxy needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+
 # A program that serves no HTTPS keeps ssl away from asyncio, which imports it where it can: an eighth of all memory.
 if __name__ == "__main__" and not (os.environ.get("TLS_CERT") or "--tls-cert" in " ".join(sys.argv)):
     sys.modules["ssl"] = None
@@ -89,6 +92,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -262,13 +266,16 @@ class Settings:
     shared_session: bool = setting(True, "true: all clients share one server process; "
                                          "false: one process per client session")
     stateless: bool = setting(False, "Streamable HTTP without session ids: any replica can answer any request")
+    require_session: bool = setting(False, "refuse legacy requests without Mcp-Session-Id to a shared server, instead "
+                                           "of serving them as STATELESS does")
     auth_key: str = setting("", "key required on every request; several with commas between")
     allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
                                        "Loopback and the host itself always may")
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
                                      "with commas between; * for all")
-    allowed_env: str = setting("", "variables that clients may set: names and * patterns with commas between; "
-                                   "empty: all but those that load code")
+    allowed_env: str = setting("", "variables that clients may set, and settings of the proxy that its server "
+                                   "gets too: names and * patterns with commas between; "
+                                   "empty: all but those that load code, and none")
     base_path: str = setting("", "path prefix under which a reverse proxy publishes this one")
     heartbeat: float = setting(30.0, "seconds between keep-alive comments on open streams; "
                                      "less than what proxies cut idle connections after")
@@ -302,10 +309,11 @@ def listed(text: str) -> tuple[str, ...]:
 
 def parse_setting(name: str, default, text: str):
     """The value of setting `name` that `text` stands for; SettingsError when it is none."""
+    text = text.strip() or text            # a file of variables with CR LF leaves a CR behind that nobody sees
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "yes": True, "on": True,
-                    "false": False, "0": False, "no": False, "off": False}[text.strip().lower()]
+                    "false": False, "0": False, "no": False, "off": False}[text.lower()]
         return type(default)(text)
     except (KeyError, ValueError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
@@ -321,7 +329,7 @@ def check_settings(settings: Settings) -> Settings:
             raise SettingsError(f"{name.upper()} must be a number above 0")
     if not 0 <= settings.shutdown_grace < float("inf"):
         raise SettingsError("SHUTDOWN_GRACE must be 0 or more")
-    if settings.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+    if settings.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "WARN", "ERROR"):
         raise SettingsError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
     for name, least in (("max_sessions", 1), ("max_processes", 1), ("prewarm", 0)):
         if getattr(settings, name) < least:
@@ -354,8 +362,11 @@ _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKE
 _FIELD_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)           # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)([^#]*)", re.IGNORECASE)                    # RFC 3986 §3
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # RFC 9112 §7.1
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'             # RFC 9110 §5.6.4
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
+                         % (_TOKEN, _TOKEN, _QUOTED))                                  # RFC 9112 §7.1 and §7.1.1
 
 # Headers that mean something to us and that have one value. Said twice, two readers may each believe another.
 _SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id
@@ -449,11 +460,11 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, tuple[tuple
     authority = None
     if target == "*" and method == "OPTIONS":
         return None, "*", ()
-    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
-        authority, slash, rest = target.partition("://")[2].partition("/")
-        if not authority or "?" in authority:
-            raise HTTPError("malformed request target")
-        target = slash + rest or "/"
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute:
+        authority, target = absolute.groups()
+        if not target.startswith("/"):
+            target = "/" + target                            # RFC 3986 §6.2.3: an empty path is /
     if not target.startswith("/") or "#" in target or _BAD_ESCAPE.search(target):
         raise HTTPError("malformed request target")
     path, _, query = target.partition("?")
@@ -564,6 +575,8 @@ class RequestParser:
         if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
             is_one_line = b"\r\n" not in self.rest[2:MAX_HEAD_BYTES]
             raise HTTPError("request head too large", status=414 if is_one_line else 431)
+        if self.rest.startswith(b"\x16\x03"):             # RFC 8446 §5.1: a handshake
+            raise HTTPError("this port speaks plain HTTP, not TLS: use http://, or set TLS_CERT")
         if _BARE_LF.search(self.rest, self._searched) or b"\0" in self.rest[self._searched:]:
             raise HTTPError("malformed request head")
         self._searched = max(0, len(self.rest) - 3)      # where the empty line may have begun
@@ -941,8 +954,9 @@ def decode_json(body: bytes) -> str:
         raise RPCError("not UTF-8", code=PARSE_ERROR) from None
 
 
-def parse_message(text: str) -> Message:
-    """The one message that `text` is; RPCError with the code that says what it is instead."""
+def parse_message(text: str, is_servers: bool = False) -> Message:
+    """The one message that `text` is; RPCError with the code that says what it is instead. What SDKs forgive a server
+    is mended, so that the message's text is another then."""
     try:
         is_shallow = len(text) < LARGE and text.count("[") + text.count("{") < SPARE_DEPTH
         value, end = (scan_value if is_shallow else _scan_deeper_down)(text, _WHITESPACE.match(text).end())
@@ -951,12 +965,32 @@ def parse_message(text: str) -> Message:
         if not isinstance(value, tuple):
             raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'not an object'}")
         members = unique_members_of(value)
+        if None in members.values() or is_servers and "method" not in members:
+            text, members = mended(text, members, is_servers)
         check_message(members)
-        return Message(text, members)
+        message = Message(text, members)
+        if not is_servers and "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
+            raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
+        return message
     except (ValueError, StopIteration):
         raise RPCError("not valid JSON", code=PARSE_ERROR) from None
     except RecursionError:
         raise RPCError("nested too deeply", code=PARSE_ERROR) from None
+
+
+def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
+    """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response an
+    error that is null beside its result; a result that is not there at all becomes an empty one."""
+    is_response = is_servers and "method" not in members and "id" in members
+    drop = [name for name in ("params", "error") if name in members and members[name] is None
+            and (name == "params" or is_response)]
+    is_empty = is_response and members.get("error") is None and members.keys() <= {"jsonrpc", "id", "error"}
+    if not (drop or is_empty):
+        return text, members
+    kept = {name: text[start:end] for name, (start, end) in walk_members(text, text.index("{")).items()
+            if name not in drop}
+    members = {name: value for name, value in members.items() if name not in drop}
+    return as_object(kept | ({"result": "{}"} if is_empty else {})), members | ({"result": ()} if is_empty else {})
 
 
 def is_batch(text: str) -> bool:
@@ -1010,6 +1044,11 @@ def is_id(value: object) -> bool:
         isinstance(value, float) and value.is_integer())
 
 
+def own_id(value: object) -> object:
+    """An id that we chose, as it comes back: some SDKs make a string of it."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) else value
+
+
 def encode_request(request_id: int | None, method: str, params: dict | None = None) -> bytes:
     """A message of our own: a request, or without an id a notification."""
     message = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
@@ -1031,8 +1070,9 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 # last): the payload needs no look then, be it a screenshot of 8 MB.
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
-_PAYLOAD = rb'"(result|error)": ?'
+_PAYLOAD = rb'"(result|error)": ?(?!null)'
 _ANSWER_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
+_NO_ERROR = re.compile(rb'"error": ?null')
 _PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
 _ANSWER_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
 
@@ -1072,8 +1112,8 @@ class Answer:
 
 
 def find_answer(line: bytes) -> Answer | None:
-    """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take out a CR."""
-    if b"\r" in line or line[-1:] != b"}":
+    """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take something out."""
+    if b"\r" in line or line[-1:] != b"}" or b"null" in line[-_TAIL_LENGTH:] and _NO_ERROR.search(line[-_TAIL_LENGTH:]):
         return None
     head = _ANSWER_HEAD.match(line)
     if head:
@@ -1081,6 +1121,16 @@ def find_answer(line: bytes) -> Answer | None:
     payload = _PAYLOAD_FIRST.match(line)
     tail = _ANSWER_TAIL.search(line, max(0, len(line) - _TAIL_LENGTH)) if payload else None
     return Answer(line, tail, payload) if tail else None
+
+
+def escape_separators(line: bytes) -> bytes:
+    """JSON with what some readers of lines take for an end escaped: U+2028, U+2029 and U+0085. RPCError when it is not
+    UTF-8. It can only be in a string; so it means the same."""
+    decode_json(line)
+    for raw, escaped in (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"):
+        if raw in line:
+            line = line.replace(raw, escaped)
+    return line
 
 
 def find_answer_id(head: bytes, tail: bytes) -> int | None:
@@ -1113,7 +1163,10 @@ class Era(enum.Enum):
 
 # Methods with a parameter that names what they are about, a string. Modern requests repeat it in Mcp-Name.
 NAMED_BY = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
-REQUIRED_PARAMETERS = {**NAMED_BY, "resources/subscribe": "uri", "resources/unsubscribe": "uri"}
+REQUIRED_PARAMETERS = {**NAMED_BY, "initialize": "protocolVersion", "resources/subscribe": "uri",
+                       "resources/unsubscribe": "uri"}
+# The tasks extension (SEP-2663), Streamable HTTP: Routing Headers, adds to what Mcp-Name repeats.
+NAMED_IN_HEADER = {**NAMED_BY, **dict.fromkeys(("tasks/get", "tasks/update", "tasks/cancel"), "taskId")}
 
 # MCP 2026-07-28, Changelog, Major changes 2, 4 and 5.
 REMOVED_IN_MODERN = frozenset({"initialize", "ping", "logging/setLevel", "resources/subscribe",
@@ -1121,7 +1174,7 @@ REMOVED_IN_MODERN = frozenset({"initialize", "ping", "logging/setLevel", "resour
 
 # MCP 2026-07-28, Caching, Cacheable Results.
 CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
-                       "resources/read"})
+                       "resources/read", "skills/list", "skills/get"})          # the last two: SEP-2640
 
 # MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
@@ -1195,8 +1248,8 @@ class Envelope:
 
 
 def is_modern(message: Message, version_header: str | None) -> bool:
-    """Does a message claim to be of the modern era?"""
-    return VERSION_KEY in message.meta or version_header == MODERN_VERSION
+    """Does a message claim to be of the modern era? `initialize` negotiates, so its header decides nothing."""
+    return VERSION_KEY in message.meta or version_header == MODERN_VERSION and message.method != "initialize"
 
 
 def read_envelope(message: Message) -> Envelope:
@@ -1234,8 +1287,8 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
 def check_headers(message: Message, headers: dict[str, str], envelope: Envelope) -> None:
     """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
     expected = {"mcp-protocol-version": envelope.version, "mcp-method": message.method}
-    if message.method in NAMED_BY:
-        expected["mcp-name"] = message.params.get(NAMED_BY[message.method])
+    if message.method in NAMED_IN_HEADER:
+        expected["mcp-name"] = message.params.get(NAMED_IN_HEADER[message.method])
     for name, value in expected.items():
         if name not in headers:
             raise RPCError(f"missing header {name}", code=HEADER_MISMATCH)
@@ -1384,14 +1437,18 @@ class Identity:
         self.info = answer.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
 
     @property
-    def version(self) -> str:
-        """The revision that the server answered with."""
-        return MODERN_VERSION if self.era is Era.MODERN else negotiate(self._result.get("protocolVersion"))
+    def version(self) -> object:
+        """The revision that the server answered with; of a legacy one it may be anything."""
+        return MODERN_VERSION if self.era is Era.MODERN else self._result.get("protocolVersion")
 
     @property
-    def about(self) -> str:
-        """Name, version and revision, for the log."""
-        return f"{self._info.get('name')} {self._info.get('version')} ({self.version})"
+    def name(self) -> str:
+        return str(self._info.get("name"))
+
+    @property
+    def release(self) -> str:
+        """The version of the program."""
+        return str(self._info.get("version"))
 
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
@@ -1458,7 +1515,7 @@ OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 # Query parameters that are ours; every other one is a variable for the server.
-QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server"})
+QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "client"})
 
 
 def in_utf8(value: str) -> str:
@@ -1510,15 +1567,18 @@ def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
 
 
 def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
-    """The variables that a request sets for its server, by ?NAME=value and X-MCP-Env: NAME=value.
+    """The variables that a request sets for its server, by ?NAME=value and X-MCP-Env-NAME: value.
 
     RPCError (-32602) when the client may not set one of them. `allowed` is ALLOWED_ENV."""
     pairs = [(name, value) for name, value in head.query if name not in QUERY_PARAMETERS]
     for field, line in head.fields:
-        if field == "x-mcp-env":
+        if field.startswith("x-mcp-env-"):
+            pairs.append((field.removeprefix("x-mcp-env-").upper().replace("-", "_"), in_utf8(line)))
+        elif field == "x-mcp-env":                 # the older form: NAME=value
             name, equals, value = in_utf8(line).partition("=")
-            if not equals:
-                raise RPCError("X-MCP-Env must be NAME=value", code=INVALID_PARAMS)
+            if not equals or re.search(", [A-Za-z_][A-Za-z0-9_]*=", value):        # two headers, merged on the way
+                raise RPCError("X-MCP-Env holds one NAME=value; X-MCP-Env-NAME: value says it better",
+                               code=INVALID_PARAMS)
             pairs.append((name.strip(), value))
     variables: dict[str, str] = {}
     for name, value in pairs:
@@ -1535,10 +1595,20 @@ def may_set(name: str, allowed: str) -> bool:
     """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, whatever it is."""
     if name.startswith(OUR_PREFIX):
         return False
-    patterns = listed(allowed)
-    if patterns:
-        return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in patterns)
-    return not LOADS_CODE.fullmatch(name)
+    return is_named(name, allowed) if listed(allowed) else not LOADS_CODE.fullmatch(name)
+
+
+def is_named(name: str, patterns: str) -> bool:
+    """Is a name one of those that a setting lists, which may have * in them?"""
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in listed(patterns))
+
+
+def server_environment(environment: dict[str, str], allowed: str) -> dict[str, str]:
+    """What a server gets of our environment: none of our settings, because one that also knows HTTP would take our
+    PORT for its own; but those that ALLOWED_ENV names. Never the key that protects it."""
+    ours = {field.name.upper() for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in environment.items()
+            if name not in ours or name != "AUTH_KEY" and is_named(name, allowed)}
 
 
 # ============================================================================
@@ -1560,25 +1630,47 @@ def may_set(name: str, allowed: str) -> bool:
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
 
 
-class LineHandler(logging.Handler):
-    """Writes the log to a file descriptor, all lines of one turn of the event loop at once, and never waits."""
+class Log(logging.Handler):
+    """Writes lines to a file descriptor, all of one turn of the event loop at once, and never waits.
 
-    def __init__(self, descriptor: int, as_json: bool = False):
-        super().__init__()
+    A line is a %-template and the fields that it names. As JSON it is an object of both; "-" stands for none."""
+
+    def __init__(self, descriptor: int = 2, level: str = "INFO", as_json: bool = False):
+        super().__init__(level.upper())
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0                        # lines that nobody could take
-        self._entries: list[tuple] = []         # (time, level, message, its arguments, error) of lines to come
-        self._second, self._clock = 0, ""
+        self._entries: list[tuple] = []         # (time, level, template, fields, error) of lines to come
+        self._second, self._clock, self._zone = 0, "", ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.add(record.levelno, record.msg, record.args, record.exc_info and record.exc_info[1])
+    def debug(self, template: str, **fields) -> None:
+        self.add(logging.DEBUG, template, fields)
 
-    def add(self, level: int, message: str, args: tuple, error: BaseException | None) -> None:
+    def info(self, template: str, **fields) -> None:
+        self.add(logging.INFO, template, fields)
+
+    def warning(self, template: str, **fields) -> None:
+        self.add(logging.WARNING, template, fields)
+
+    def error(self, template: str, **fields) -> None:
+        self.add(logging.ERROR, template, fields)
+
+    def fault(self, error: BaseException | None) -> None:
+        """Something that should not have happened, with its traceback."""
+        self.add(logging.ERROR, "! a fault of the proxy's own", {}, error)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """What asyncio has to say."""
+        self.add(record.levelno, "! %(problem)s", {"problem": record.getMessage()},
+                 record.exc_info and record.exc_info[1])
+
+    def add(self, level: int, template: str, fields: dict, error: BaseException | None = None) -> None:
         """A line for the log, and the traceback of an error."""
-        self._entries.append((time.time(), level, message, args, error))
+        if level < self.level:
+            return
+        self._entries.append((time.time(), level, template, fields, error))
         if len(self._entries) == 1:
             try:
                 asyncio.get_running_loop().call_soon(self.flush)
@@ -1597,14 +1689,16 @@ class LineHandler(logging.Handler):
         if block:
             self._write(block)
 
-    def _line(self, when: float, level: int, message: str, args: tuple, error: BaseException | None) -> bytes:
+    def _line(self, when: float, level: int, template: str, fields: dict, error: BaseException | None) -> bytes:
         second = int(when)
         if second != self._second:
-            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            local = time.localtime(second)
+            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", local)
+            self._zone = time.strftime("%z", local)[:3] + ":" + time.strftime("%z", local)[3:]
         try:
-            text = message % args if args else message
-        except (TypeError, ValueError):
-            text = f"{message} {args}"          # a mistake of ours is no reason to lose the other lines
+            text = template % fields if fields else template
+        except (TypeError, ValueError, KeyError):
+            text = f"{template} {fields}"       # a mistake of ours is no reason to lose the other lines
         if not text.isprintable():
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
@@ -1612,10 +1706,12 @@ class LineHandler(logging.Handler):
         clock, name = f"{self._clock}.{int(when % 1 * 1000):03}", logging.getLevelName(level)
         if not self.as_json:
             return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        line = dump({"time": clock, "level": name, "message": text})
-        while len(line) > MAX_LOG_LINE:
-            text = text[:len(text) // 2]        # and not the line, which would be JSON no more
-            line = dump({"time": clock, "level": name, "message": text})
+        limit, line = MAX_LOG_LINE, ""
+        while not line or len(line) > MAX_LOG_LINE:             # texts are cut, and not the line, or it is JSON no more
+            entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
+            line = dump({field: value[:limit] if isinstance(value, str) else value
+                         for field, value in entry.items() if value != "-"})
+            limit //= 2
         return line.encode() + b"\n"
 
     def _write(self, block: bytes) -> None:
@@ -1637,27 +1733,13 @@ def redact(secrets: tuple[str, ...], text: str) -> str:
     return text
 
 
-class LineLogger(logging.Logger):
-    """A Logger that hands on what it is given without a record of where and by whom, which takes most of the time."""
-
-    lines: LineHandler | None = None
-
-    def _log(self, level, message, args, exc_info=None, **more) -> None:
-        if self.lines is None:
-            return super()._log(level, message, args, exc_info, **more)
-        self.lines.add(level, message, args, sys.exception() if exc_info is True else exc_info)
-
-
-logging.setLoggerClass(LineLogger)
-log = logging.getLogger("mcpproxy")
-logging.setLoggerClass(logging.Logger)
+log = Log()
 
 
 def start_logging(level: str, as_json: bool) -> None:
-    """Sends the log to stderr from now on."""
-    log.lines = LineHandler(2, as_json)
-    log.setLevel(level.upper())
-    logging.getLogger("asyncio").handlers = [log.lines]
+    """Sends the log to stderr in this form from now on."""
+    log.__init__(2, level, as_json)
+    logging.getLogger("asyncio").handlers = [log]
 
 
 # ============================================================================
@@ -1726,7 +1808,8 @@ class Guard:
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             self._watcher = None
-            log.warning("! no shell (%s): servers may survive if this program is killed with SIGKILL", error.strerror)
+            log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
+                        reason=error.strerror)
 
     def new_tag(self) -> str:
         return f"{self.nonce}-{next(self._numbers)}"
@@ -1747,7 +1830,7 @@ class Guard:
         for pid in list_processes() if marks else ():
             environment = read_file(f"/proc/{pid}/environ")
             if any(mark in environment for mark in marks):
-                log.info("= killed process %d, left behind by its server", pid)
+                log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
@@ -1796,8 +1879,8 @@ class LineSplitter:
 
     def feed(self, data: bytes) -> None:
         """Takes the next bytes."""
-        *lines, rest = data.split(b"\n")
-        for line in lines:
+        *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
+        for line in lines:                                                  # screenshot has no line end in it
             size = self._size + len(line)
             if self._parts:
                 line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
@@ -1830,6 +1913,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
         self._stopping: asyncio.Task | None = None
+        self.was_stopped = False               # by us, and did not end by itself
         self._soon: list[bytes] = []           # what is written at the end of this turn
         self._is_clogged = False               # does input wait for the server to read it?
         self._loop = asyncio.get_running_loop()
@@ -1845,7 +1929,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
             raise ServerError(f"the MCP server could not be started: {reason}") from None
-        log.info("= server %s started as process %d", self.name, self.pid)
+        log.debug("= server %(server)s started as process %(pid)d", server=self.name, pid=self.pid)
 
     # What asyncio calls.
 
@@ -1894,6 +1978,24 @@ class ServerProcess(asyncio.SubprocessProtocol):
             self._stdin.write(b"".join(lines))
 
     @property
+    def how_it_ended(self) -> str:
+        """" with exit code 1", or the signal; nothing when that is not known."""
+        if self.exit_code is None or self.exit_code >= 0:
+            return "" if self.exit_code is None else f" with exit code {self.exit_code}"
+        return f" by signal {-self.exit_code} ({signal.strsignal(-self.exit_code)})"
+
+    @property
+    def unread(self) -> int:
+        """How much of its input the server has not read, in units of the system's; 0 where it does not say."""
+        import fcntl
+        import termios
+        for number in (termios.TIOCOUTQ, termios.FIONREAD):          # of a socket, of a pipe
+            with contextlib.suppress(OSError, AttributeError, ValueError):
+                return int.from_bytes(fcntl.ioctl(self._stdin.get_extra_info("pipe").fileno(), number, bytes(4)),
+                                      sys.byteorder)
+        return 0
+
+    @property
     def reads_its_input(self) -> bool:
         """Has the server read most of what it was sent?"""
         return not self._is_clogged or self._stdin.get_write_buffer_size() <= MAX_QUEUED_BYTES
@@ -1916,6 +2018,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def _end(self) -> None:
         if self._on_end:
             on_end, self._on_end = self._on_end, None
+            self.was_stopped = self._stopping is not None
             self.stop()
             on_end()
 
@@ -1929,7 +2032,6 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._transport.close()
         self._guard.ended(self._tag)
         self._become(ProcessState.GONE)
-        log.info("= server %s ended with exit code %s", self.name, self.exit_code)
         self._end()
 
     def close_stdin(self) -> None:
@@ -1963,7 +2065,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
         text = self.redact(line.decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
             self.stderr_tail.append(text)
-            log.info("server %s: %s", self.name, text)
+            log.info("server %(server)s: %(text)s", server=self.name, text=text)
 
 
 #   what we do                                                   how many seconds we then wait
@@ -1991,6 +2093,7 @@ def widen_pipe(pipe) -> None:
 # given to whoever waits for it. Knows messages; nothing of sessions or HTTP.
 
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
+GREETING_SECONDS = 10.0    # for the answer to that, of a server that reads; then the question has struck it dumb
 
 
 def speaks_modern(answer: Message) -> bool:
@@ -2065,6 +2168,7 @@ class ServerConnection:
         self.name = name
         self.process = ServerProcess(name, guard, redact, limit, self._on_line, self._on_too_long, self._on_end)
         self.era = Era.LEGACY
+        self.is_shaken = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
@@ -2087,13 +2191,16 @@ class ServerConnection:
 
     async def probe(self, params: dict) -> Identity:
         """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
-        modern, and none within a reasonable time, mean that the server is legacy."""
+        modern, and none within a reasonable time, mean that the server is legacy.
+
+        One that reads and never says a word again is not waited for: a fresh process will have to be asked. One that
+        has read nothing has not started yet; npx may be fetching it."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
-        waiting, greeting = {probe}, None
+        waiting, greeting, unread = {probe}, None, 0
         try:
             while waiting:
                 is_greeting = greeting in waiting
-                done, waiting = await asyncio.wait(waiting, timeout=None if is_greeting else PROBE_SECONDS,
+                done, waiting = await asyncio.wait(waiting, timeout=GREETING_SECONDS if is_greeting else PROBE_SECONDS,
                                                    return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
@@ -2101,9 +2208,14 @@ class ServerConnection:
                 if greeting in done:
                     if not greeting.exception():
                         return self._shaken(Era.LEGACY, greeting.result())
+                elif is_greeting and not done:
+                    before, unread = unread, self.process.unread
+                    if has_begun or not unread or unread < before:
+                        raise ServerError("the MCP server does not answer")
                 elif greeting and not done:
                     break                       # one was refused, and the other is not answered
                 elif greeting is None and self.process.state is ProcessState.RUNNING:
+                    has_begun = bool(done) or not self.process.unread
                     greeting = asyncio.ensure_future(self.request("initialize", params).result())
                     waiting.add(greeting)
             raise (greeting or probe).exception() or HandshakeRefused("the MCP server refused")
@@ -2113,7 +2225,7 @@ class ServerConnection:
 
     def _shaken(self, era: Era, answer: Message) -> Identity:
         identity = Identity(era, answer)
-        self.era = era
+        self.era, self.is_shaken = era, True
         if era is Era.LEGACY:
             self.notify("notifications/initialized")
         return identity
@@ -2176,14 +2288,17 @@ class ServerConnection:
 
     def failure(self) -> ServerError:
         """Why nothing more can be had of this server, with what it said last."""
-        return ServerError("the MCP server ended", data={"exitCode": self.process.exit_code,
-                                                         "stderr": list(self.process.stderr_tail)})
+        words = list(self.process.stderr_tail)
+        return ServerError(": ".join([f"the MCP server ended{self.process.how_it_ended}", *words[-1:]]),
+                           data={"exitCode": self.process.exit_code, "stderr": words})
 
     # From the server.
 
     def _on_line(self, line: bytes) -> None:
         line = line.rstrip(b"\r")
         try:
+            if not line.isascii():
+                line = escape_separators(line)
             answer = find_answer(line)
             if answer:
                 self._resolve(answer.id, answer)
@@ -2191,20 +2306,24 @@ class ServerConnection:
                 self._on_batch(line)
             elif line.strip():
                 self._on_text(line)
-        except Exception:
-            log.exception("! a fault of the proxy's own")        # one message is lost, those behind it are not
-
-    def _on_text(self, line: bytes) -> None:
-        try:
-            self._on_message(parse_message(decode_json(line)))
         except RPCError as error:
             self._junk(line, error)
             self._answer_junk(line, error)
+        except Exception as error:
+            log.fault(error)                    # one message is lost, those behind it are not
+
+    def _on_text(self, line: bytes) -> None:
+        text = decode_json(line)
+        message = parse_message(text, is_servers=True)
+        if message.text is not text:
+            log.debug("! server %(server)s wrote what is no JSON-RPC but is meant as such: %(text)s",
+                      server=self.name, text=self.process.redact(text[:200]))
+        self._on_message(message)
 
     def _answer_junk(self, line: bytes, error: RPCError) -> None:
         """Nobody shall wait for an answer that is no valid one, nor the server for one to its request."""
         try:
-            junk = json.loads(line)
+            junk = json.loads(line.decode("utf-8", "replace"))
             request_id = junk["id"]
         except (ValueError, LookupError, TypeError, RecursionError):
             return                              # not even that
@@ -2212,12 +2331,13 @@ class ServerConnection:
             return
         if "method" in junk:
             self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
-        elif request_id in self.pending:
-            self.pending.pop(request_id).on_failure(ServerError("the MCP server's answer is not valid"))
+        elif own_id(request_id) in self.pending:
+            self.pending.pop(own_id(request_id)).on_failure(
+                ServerError(f"the MCP server's answer is not valid: {error}"))
 
     def _on_message(self, message: Message) -> None:
         if message.kind is Kind.RESPONSE:
-            self._resolve(message.id, message)
+            self._resolve(own_id(message.id), message)
         elif message.kind is Kind.REQUEST:
             self._on_request(self, message)
         else:
@@ -2227,7 +2347,7 @@ class ServerConnection:
         """A notification goes to the request that it names, if it names one."""
         token = message.params.get("progressToken") if message.method == "notifications/progress" else None
         subscription = message.meta.get(SUBSCRIPTION_KEY)
-        pending = self.pending.get(token or subscription) if is_id(token or subscription) else None
+        pending = self.pending.get(own_id(token or subscription)) if is_id(token or subscription) else None
         if pending and token:
             pending.on_progress(message)
         elif pending:
@@ -2237,16 +2357,15 @@ class ServerConnection:
 
     def _junk(self, line: bytes, error: Exception) -> None:
         text = self.process.redact(line.decode("utf-8", "replace"))
-        log.warning("! server %s wrote junk to stdout (%s): %.200s", self.name, error, text)
+        log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
+                    reason=str(error), text=text[:200])
 
     def _on_batch(self, line: bytes) -> None:
         """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
-        try:
-            texts = split_batch(decode_json(line))
-        except RPCError as error:
-            return self._junk(line, error)
-        for text in texts:
-            self._on_text(text.encode())
+        for text in split_batch(decode_json(line)):
+            if text.startswith("["):
+                raise RPCError("a batch in a batch")
+            self._on_line(text.encode())
 
     def _resolve(self, server_id, answer: Answer | Message) -> None:
         pending = self.pending.pop(server_id, None)
@@ -2258,18 +2377,22 @@ class ServerConnection:
                 raise
         else:
             # It was cancelled in the meantime, or the server answered twice.
-            log.info("! server %s answered %s, which nobody waits for", self.name, self.process.redact(repr(server_id)))
+            log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
+                     id=self.process.redact(repr(server_id)))
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
         """A line over the limit: if it is an answer, one call fails; nothing else does."""
         pending = self.pending.pop(find_answer_id(head, tail), None)
-        log.warning("! server %s wrote a message over the limit", self.name)
+        log.warning("! server %(server)s wrote a message over the limit", server=self.name)
         if pending:
             pending.on_failure(ServerError("the answer is larger than MAX_MESSAGE_MB"))
 
     def _on_end(self) -> None:
         error = self.failure()
-        log.warning("! server %s is gone, %d calls fail", self.name, len(self.pending))
+        if self.is_shaken:              # otherwise it is told that the start failed
+            add = log.info if self.process.was_stopped else log.warning
+            add("= server %(server)s, process %(pid)d: %(reason)s; %(calls)d calls fail", server=self.name,
+                pid=self.process.pid, reason=str(error), calls=len(self.pending))
         pending, self.pending = self.pending, {}
         for request in pending.values():
             request.on_failure(error)
@@ -2299,6 +2422,7 @@ RESTART_DELAY = 0.1              # seconds, doubling with each death in the last
 SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 
+UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
 NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
 MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
@@ -2403,6 +2527,7 @@ class Session(Client):
         self.id = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP, or else HTTP+SSE
+        self.is_followed = False                    # did its client come again?
         self.subscriptions: set[str] = set()
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
         self.stream = Stream("0" if is_streamable else "")
@@ -2441,7 +2566,7 @@ class Session(Client):
 
     def answer(self, message: Message) -> None:
         """The client's response to a question; one that nobody asked is forgotten."""
-        question = self.questions.pop(message.id, None)
+        question = self.questions.pop(own_id(message.id), None)
         if question:
             question.answer(message)
 
@@ -2460,7 +2585,7 @@ class Session(Client):
         self.instance.leave(self)
         for stream in self._streams.values():
             stream.close()
-        log.info("= session %s closed", self.label)
+        log.info("= session %(session)s closed", session=self.label)
 
 
 class Question:
@@ -2582,6 +2707,7 @@ class Instance:
         self.sessions: dict[str, Session] = {}
         self.listeners: set = set()                 # subscriptions of modern clients at a legacy server
         self.identity: Identity | None = None
+        self.has_failed = False                     # did it not start, in whichever era it was asked?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # what a legacy server was told last
         self.subscribers: collections.Counter[str] = collections.Counter()
@@ -2604,7 +2730,7 @@ class Instance:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
             self.is_told_ours = not initialize
-            initialize = initialize or our_initialize(self.is_shared)
+            initialize = initialize or our_initialize(self.server.settings.shared_session)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
     async def ready(self) -> ServerConnection:
@@ -2642,10 +2768,10 @@ class Instance:
                 if isinstance(reason, asyncio.TimeoutError):
                     reason = ServerError("the MCP server did not start", status=504)
                 error = reason
-                log.error("! server %s: %s", self.server.name, error)
+                log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
                 self._settle_start(error)
-            except Exception:
-                log.exception("! a fault of the proxy's own")
+            except Exception as fault:
+                log.fault(fault)
                 error = ServerError("the MCP server could not be started")
                 self._settle_start(error)
             finally:
@@ -2675,6 +2801,7 @@ class Instance:
                     self.identity = await connection.discover()
                 speaks.update(dict.fromkeys(eras[:eras.index(era)], False))
                 speaks[connection.era] = True
+                self.has_failed = False
                 return connection
             except BaseException as error:
                 await asyncio.shield(connection.process.stop())
@@ -2684,20 +2811,21 @@ class Instance:
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
                 elif era is Era.LEGACY:
+                    self.has_failed = True
                     break                       # it died or cannot be started; no other words will help
-                else:
-                    self._deaths.append(time.monotonic())          # of the question; the next process is asked less
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
         raise failure
 
     def _eras_to_try(self) -> list[Era]:
         """In which eras to address a new process, one after the other. A shared server is spoken to in modern if
-        it can be; a session's own in the session's era, because a server may stay with the one it was addressed in."""
+        it can be; a session's own in the session's era, because a server may stay with the one it was addressed in.
+        One that died of either is asked in the era that tells so with one process."""
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
-        first, second = (Era.MODERN, Era.LEGACY) if self.is_shared else (Era.LEGACY, Era.MODERN)
+        first, second = (Era.MODERN, Era.LEGACY) if self.is_shared and not self.has_failed else (
+            Era.LEGACY, Era.MODERN)
         if speaks.get(first):
             return [first]
         return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
@@ -2715,7 +2843,10 @@ class Instance:
 
     def _make_ready(self, connection: ServerConnection, is_restart: bool) -> None:
         """Makes a new process what the one before was to its clients."""
-        log.info("= server %s is ready: %s", self.server.name, self.identity.about)
+        log.info("= server %(server)s is ready for %(session)s: process %(pid)d, %(name)s %(version)s, revision "
+                 "%(revision)s", server=self.server.name, pid=connection.process.pid, name=self.identity.name,
+                 version=self.identity.release, revision=str(self.identity.version),
+                 session="all" if self.is_shared else next((each.label for each in self.sessions.values()), "-"))
         self.connection = connection
         self._become(InstanceState.READY)
         connection.closed.add_done_callback(lambda _: self._forget(connection))
@@ -2745,8 +2876,8 @@ class Instance:
         self._deaths.append(now)
         recent = [death for death in self._deaths if death > now - 60]
         if len(recent) >= DEATHS_IN_A_MINUTE:
-            log.error("! server %s died %d times in a minute; it is started when it is needed",
-                      self.server.name, len(recent))
+            log.error("! server %(server)s died %(deaths)d times in a minute; it is started when it is needed",
+                      server=self.server.name, deaths=len(recent))
             await self._wanted.wait()
         else:
             await asyncio.sleep(RESTART_DELAY * 2 ** (len(recent) - 1))
@@ -2854,7 +2985,8 @@ class Instance:
             if result is None:
                 if not answer.is_result and answer.error_code == METHOD_NOT_FOUND:
                     break                       # it has none
-                raise ServerError("the MCP server does not list its tools")
+                words = "" if answer.is_result else f": {members_of(answer.members['error']).get('message')}"
+                raise ServerError(f"the MCP server does not list its tools{words}")
             tools.add(result.get("tools"))
             cursor = result.get("nextCursor")
             if not isinstance(cursor, str):
@@ -2899,7 +3031,8 @@ class Instance:
             session.ask(question, session.stream.send)
         else:
             question.refuse(NO_CLIENT_CAN)
-        log.info("> %s %s id=%s, from the server", call.client.label if call else "-", message.method, question.id)
+        log.info("> %(session)s %(method)s id=%(id)d, from the server", session=call.client.label if call else "-",
+                 method=message.method, id=question.id)
 
     def route(self, message: Message) -> None:
         """A notification of the server's, to whom it may concern."""
@@ -2967,9 +3100,9 @@ NOTIFICATION_ROUTES = {
 }
 
 
-def too_many(what: str) -> ServerError:
-    """The answer to a client for whom there is no room."""
-    return ServerError(f"too many {what}", status=503, headers=(("Retry-After", "5"),))
+def try_later(why: str) -> ServerError:
+    """The answer to a client that may come again."""
+    return ServerError(why, status=503, headers=(("Retry-After", "5"),))
 
 
 class Server:
@@ -2987,34 +3120,37 @@ class Server:
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
         self.is_draining = False                   # no new calls: the proxy is about to end
         self._ending: set[asyncio.Task] = set()
-        self._common: dict[frozenset, Instance] = {}         # for callers without a session, by their variables
+        self._common: dict[tuple, Instance] = {}             # for callers without a session, by who they are
         self._own: set[Instance] = set()                     # of one session each
         self._spares: list[Instance] = []                    # of sessions to come
         self._spares_pause = 0.0                             # until when no new ones are started, because one died
         self.shared = self._common_instance({}) if settings.shared_session else None
 
-    def _common_instance(self, variables: dict[str, str]) -> Instance:
+    def _common_instance(self, variables: dict[str, str], *caller: str | None) -> Instance:
+        """The instance for callers without a session: one for all, or for each (key, name) and set of variables."""
         if self.settings.shared_session and variables:
-            raise RPCError("all clients share one server here, so variables cannot be set", code=INVALID_PARAMS)
-        key = frozenset(variables.items())
-        instance = self._common.get(key)
+            raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
+                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
+        who = () if self.settings.shared_session else (*caller, frozenset(variables.items()))
+        instance = self._common.get(who)
         if instance is None:
             self._check_room()
-            instance = self._common[key] = Instance(self, variables, True)
+            instance = self._common[who] = Instance(self, variables, True)
         return instance
 
     def open_session(self, key: str | None, variables: dict[str, str], is_streamable: bool) -> Session:
         """A session for a new client, on an instance of its own or on the shared one."""
         self.check_open()
         if len(self.sessions) >= self.settings.max_sessions:
-            raise too_many("sessions")
+            raise try_later("too many sessions")
         if self.settings.shared_session:
             instance = self._common_instance(variables)
         else:
             instance = self._own_instance(variables)
         session = Session(instance, key, is_streamable)
         self.sessions[session.id] = instance.sessions[session.id] = session
-        log.info("= session %s opened", session.label)
+        pid = instance.connection.process.pid if instance.connection else "that is to come"
+        log.info("= session %(session)s opened, at process %(pid)s", session=session.label, pid=pid)
         return session
 
     def _own_instance(self, variables: dict[str, str]) -> Instance:
@@ -3046,12 +3182,12 @@ class Server:
     def check_open(self) -> None:
         """Refuses what would be new when the proxy is about to end."""
         if self.is_draining:
-            raise ServerError("the proxy is shutting down", status=503, headers=(("Retry-After", "5"),))
+            raise try_later("the proxy is shutting down")
 
     def _check_room(self) -> None:
         if len(self.instances) + len(self._ending) >= self.settings.max_processes:
             if not self._spares:
-                raise too_many("processes")
+                raise try_later("too many processes")
             self.end(self._spares[0])              # to make room for one that somebody wants
 
     def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
@@ -3061,13 +3197,13 @@ class Server:
         session = self.sessions.get(session_id)
         if session is None or session.key != key or session.is_streamable != is_streamable:
             raise RPCError("session unknown or ended", status=404)
-        session.last_used = time.monotonic()
+        session.last_used, session.is_followed = time.monotonic(), True
         return session
 
-    def visit(self, key: str | None, variables: dict[str, str]) -> Client:
-        """A caller without a session."""
+    def visit(self, key: str | None, variables: dict[str, str], name: str | None) -> Client:
+        """A caller without a session; `name` tells apart those with one key."""
         self.check_open()
-        instance = self._common_instance(variables)
+        instance = self._common_instance(variables, key, name)
         instance.last_used = time.monotonic()
         return Client(instance, key)
 
@@ -3105,7 +3241,7 @@ class Server:
         for session in list(self.sessions.values()):
             if session.calls or session.stream.is_attached:
                 session.last_used = now
-            elif now - session.last_used > idle:
+            elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
                 session.end()
 
     async def drain(self, seconds: float) -> None:
@@ -3119,6 +3255,9 @@ class Server:
         """Ends everything; returns when no process is left."""
         for instance in self.instances:
             instance.end_subscriptions()
+        for call in list(self.calls):
+            call.drop("the proxy ends")
+            call.on_failure(try_later("the proxy was stopped"))
         for session in list(self.sessions.values()):
             session.end()
         for instance in self.instances:
@@ -3138,6 +3277,7 @@ class Server:
 #     finish(payload, status, headers)   the answer, and what it has in HTTP where that can be said
 #     close()                  there will be no answer: the call was cancelled
 #     exchange                 is set to the exchange
+#     asks                     can a question of the server's be sent, and be answered?
 #
 # What happens in between depends on the eras of the two sides: see BRIDGES. The
 # hard part is a server's question, where the eras differ most. The legacy way
@@ -3171,6 +3311,7 @@ class Exchange(PendingRequest):
     _size = 0                           # of the request
     rounds = 0                          # how often a modern server asked for input
     gathered: dict[str, str] = {}       # what it gets with the next round, as members (name -> JSON) of the params
+    lacking: tuple = ()                 # questions that its client cannot be asked, with what it lacks for them
 
     def __init__(self, client: Client, message: Message, outlet, envelope: Envelope | None = None,
                  trace: dict[str, str] | None = None):
@@ -3189,6 +3330,9 @@ class Exchange(PendingRequest):
     def _serve(self, message: Message, outlet) -> None:
         """Takes on the request to answer, and the outlet for the answer."""
         self._id, self.raw_id = message.id, message.raw_id
+        name = message.params.get(NAMED_BY.get(message.method))
+        self._named = {"session": self.client.label, "method": self.method, "id": self._id,
+                       "name": name if isinstance(name, str) else "-"}
         has_token = message.meta and is_id(message.meta.get("progressToken"))
         self.token = message.raw("params", "_meta", "progressToken") if has_token else None
         self.outlet = outlet
@@ -3197,7 +3341,9 @@ class Exchange(PendingRequest):
     @property
     def capabilities(self) -> dict:
         """What the client can be asked."""
-        return self.envelope.capabilities if self.envelope else self.client.capabilities
+        if self.envelope:
+            return self.envelope.capabilities
+        return self.client.capabilities if self.outlet.asks else {}
 
     def admits(self, level: object) -> bool:
         """Does the client want log messages of this level with this call?"""
@@ -3217,14 +3363,14 @@ class Exchange(PendingRequest):
         if self._id in self.client.calls:
             raise RPCError("a request with this id is running")
         if len(self.client.calls) >= RUNNING_CALLS:
-            raise too_many("running calls")
+            raise try_later("too many running calls")
         self.client.calls[self._id] = self
         if not self.is_endless:
             self.instance.server.calls.add(self)
         self._size = len(self.message.text)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("< %s %s id=%s %d bytes: %s", self.client.label, self.method, self._id, self._size,
-                      self.instance.redact(self.message.text))
+        if log.level <= logging.DEBUG:
+            log.debug("< %(session)s %(method)s %(name)s id=%(id)s %(bytes)d bytes: %(body)s", **self._named,
+                      bytes=self._size, body=self.instance.redact(self.message.text))
         connection = self.instance.connection
         if connection:
             self.begin(connection)
@@ -3253,8 +3399,8 @@ class Exchange(PendingRequest):
                 self.transmit()
         except ProxyError as error:
             self.on_failure(error)
-        except Exception:
-            log.exception("! a fault of the proxy's own")
+        except Exception as fault:
+            log.fault(fault)
             self.on_failure(ProxyError("internal error"))
 
     def transmit(self) -> None:
@@ -3275,8 +3421,7 @@ class Exchange(PendingRequest):
         """Ends the call: because the client said so, or because it is gone."""
         if self.is_done or self.method == "initialize" and notification:
             return                          # MCP 2025-11-25, Cancellation: initialize "MUST NOT be cancelled"
-        log.info("x %s %s id=%s cancelled after %.1f ms", self.client.label, self.method, self._id,
-                 (time.monotonic() - self._started) * 1000)
+        log.info("x %(session)s %(method)s %(name)s id=%(id)s cancelled after %(ms)s ms", **self._named, ms=self._ms)
         self.drop("the client is gone", notification)
         self._done()
         self.outlet.close()
@@ -3336,16 +3481,20 @@ class Exchange(PendingRequest):
         if self.is_done:
             return
         self._done()
-        size, elapsed = sum(map(len, payload)), (time.monotonic() - self._started) * 1000
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("> %s %s id=%s %d bytes %.1f ms: %s", self.client.label, self.method, self._id, size, elapsed,
-                      self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+        size = sum(map(len, payload))
+        if log.level <= logging.DEBUG:
+            log.debug("> %(session)s %(method)s %(name)s id=%(id)s %(bytes)d bytes %(ms)s ms: %(body)s", **self._named,
+                      bytes=size, ms=self._ms, body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
         else:
             # A line for both messages: at full speed a line for each would be a tenth of all work.
-            log.info("<> %s %s id=%s %d bytes in, %d bytes out, %.1f ms", self.client.label, self.method, self._id,
-                     self._size, size, elapsed)
+            log.info("<> %(session)s %(method)s %(name)s id=%(id)s %(bytes_in)d bytes in, %(bytes_out)d bytes out, "
+                     "%(ms)s ms", **self._named, bytes_in=self._size, bytes_out=size, ms=self._ms)
         self.outlet.finish(payload, status, headers)
         self.outlet.exchange = None           # a cycle less: what a call took is free at once, and warm for the next
+
+    @property
+    def _ms(self) -> float:
+        return round((time.monotonic() - self._started) * 1000, 1)
 
     def _done(self) -> None:
         self.is_done = True
@@ -3356,7 +3505,8 @@ class Exchange(PendingRequest):
 
     def _forget(self) -> None:
         """The client waits no more."""
-        self.client.calls.pop(self._id, None)
+        if self.client.calls.get(self._id) is self:           # one that was refused has another's id, maybe
+            del self.client.calls[self._id]
         self.instance.server.calls.discard(self)
 
     def end_subscription(self) -> None:
@@ -3386,7 +3536,17 @@ class Exchange(PendingRequest):
 
     def _park(self) -> None:
         """Ends the client's request with the questions. The call goes on when the client comes back."""
-        if self.is_done or self.parked or not self.questions:
+        lacking, self.lacking = self.lacking, ()
+        for question, _ in lacking:
+            question.refuse(NO_CLIENT_CAN)
+        if self.is_done or self.parked:
+            return
+        if not self.questions:
+            if lacking:
+                self.drop("the client lacks a capability")
+                self.on_failure(RPCError("the call needs a capability that the client did not declare",
+                                         code=MISSING_CAPABILITY, data={"requiredCapabilities": dict(
+                                             pair for _, missing in lacking for pair in missing.items())}))
             return
         parked = self.instance.server.parked
         if len(parked) >= PARKED_CALLS:
@@ -3401,7 +3561,7 @@ class Exchange(PendingRequest):
         meta = f',"_meta":{{"{SERVER_INFO_KEY}":{info}}}' if info else ""
         result = (f'{{"resultType":"input_required","inputRequests":{{{requests}}},'
                   f'"requestState":"{self.parked}"{meta}}}')
-        log.info("> %s %s id=%s waits for input", self.client.label, self.method, self._id)
+        log.info("> %(session)s %(method)s %(name)s id=%(id)s waits for input", **self._named)
         self.outlet.finish(encode_result(self.raw_id, result.encode()), 200)
 
     def resume(self, retry: "Exchange", message: Message) -> None:
@@ -3473,7 +3633,7 @@ def check_subscriptions(client: Client) -> None:
     if not isinstance(client, Session):
         raise RPCError("subscriptions need a session")
     if len(client.subscriptions) >= SUBSCRIPTIONS:
-        raise too_many("subscriptions")
+        raise try_later("too many subscriptions")
 
 
 def error_with(answer: Message, raw_id: bytes, codes: dict[int, int]) -> list:
@@ -3500,8 +3660,9 @@ class LegacyClientBridge(Bridge):
         is_object = isinstance(params.get("capabilities"), tuple)
         client.capabilities = message.value("params", "capabilities") if is_object else {}
         client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
-        # A server that was told the client's own words has answered the client; else the proxy answers for it.
-        is_answered = identity.era is Era.LEGACY and not exchange.instance.is_told_ours
+        # A server that was told the client's own words has answered the client; else the proxy answers for it, also
+        # where the answer is a revision that nobody knows.
+        is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
         client.version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(client.version)))
         return True
@@ -3509,6 +3670,8 @@ class LegacyClientBridge(Bridge):
     def set_level(self, exchange: Exchange, message: Message) -> bool:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
         level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
+        if not isinstance(exchange.client, Session):
+            raise RPCError("a log level needs a session")
         if level not in LOG_LEVELS or not has_logs:
             if exchange.connection.era is Era.LEGACY:
                 return False                # the server knows what to say to that; a modern one has no such method
@@ -3539,7 +3702,7 @@ class LegacyClientLegacyServer(LegacyClientBridge):
     def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
         # Many servers ask for roots once and keep the answer, and a shared one would use one client's for all.
         is_for_all = question.message.method == "roots/list" and exchange.instance.is_shared
-        if missing or is_for_all or not isinstance(exchange.client, Session):
+        if missing or is_for_all or not exchange.outlet.asks:
             return super().ask(exchange, question, missing)
         exchange.client.ask(question, exchange.outlet.send)
 
@@ -3587,7 +3750,7 @@ class ModernClientModernServer(Bridge):
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         if len(listening) >= exchange.instance.server.settings.max_sessions:
-            raise too_many("subscriptions")
+            raise try_later("too many subscriptions")
         return False
 
     intercepted = {"subscriptions/listen": check_listeners}
@@ -3631,13 +3794,11 @@ class ModernClientLegacyServer(Bridge):
     def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
         if exchange.method not in MAY_NEED_INPUT:
             return super().ask(exchange, question, missing)
+        # What of several questions can be asked is asked; the call fails when that is none.
         if missing:
-            question.refuse(NO_CLIENT_CAN)
-            exchange.drop("the client lacks a capability")
-            exchange.on_failure(RPCError("the call needs a capability that the client did not declare",
-                                         code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
-            return
-        exchange.questions[str(question.id)] = question
+            exchange.lacking = (*exchange.lacking, (question, missing))
+        else:
+            exchange.questions[str(question.id)] = question
         exchange.park_soon()
 
     def event(self, exchange: Exchange, message: Message) -> None:
@@ -3658,7 +3819,7 @@ class ModernClientLegacyServer(Bridge):
         if not isinstance(wanted, dict):
             raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
         if len(instance.listeners) >= instance.server.settings.max_sessions:
-            raise too_many("subscriptions")
+            raise try_later("too many subscriptions")
         exchange.wanted = instance.identity.supported(wanted)
         uris = exchange.wanted.get("resourceSubscriptions", ())
 
@@ -3697,7 +3858,7 @@ class LegacyClientModernServer(LegacyClientBridge):
     def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         client = exchange.client
         new[VERSION_KEY] = f'"{MODERN_VERSION}"'
-        new[CAPABILITIES_KEY] = dump(client.capabilities)
+        new[CAPABILITIES_KEY] = dump(exchange.capabilities)
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
         if client.log_level:
             new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
@@ -3740,7 +3901,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         if not isinstance(params, dict):
             raise ServerError("the MCP server asked for something that is no request")
         method = request.get("method")
-        if not isinstance(client, Session) or missing_capabilities(client.capabilities, method, params):
+        if not exchange.outlet.asks or missing_capabilities(exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         if method == "elicitation/create" and params.get("mode") == "url":
             params = {**params, "elicitationId": f"{exchange.server_id}-{key}"}      # required until 2025-11-25
@@ -3798,7 +3959,7 @@ def receive(session: Session, message: Message) -> None:
     if message.kind is Kind.RESPONSE:
         return session.answer(message)
     connection, instance = session.instance.connection, session.instance
-    log.info("< %s %s", session.label, message.method)
+    log.info("< %(session)s %(method)s", session=session.label, method=message.method)
     if message.method == "notifications/cancelled":
         request_id = message.params.get("requestId")
         call = session.calls.get(request_id) if is_id(request_id) else None
@@ -3879,6 +4040,12 @@ class Reply:
         connection.write([head] if self.head and self.head.method == "HEAD" else [head, *body])
         connection.finished()
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What the log says of the request; not its query, which may hold a key."""
+        return {"method": self.head.method if self.head else "-", "path": self.head.path if self.head else "-",
+                "address": self.connection.address}
+
     def start_stream(self, headers: tuple, keep_alive: bytes) -> None:
         """Begins a reply without end; `keep_alive` is what is written when nothing else was for a while."""
         self.is_stream = True
@@ -3918,6 +4085,8 @@ class HTTPConnection(asyncio.Protocol):
         self._parser = RequestParser()
         self._incoming: Reply | None = None # to the request whose body is being read
         self._reply: Reply | None = None    # the one that is on its way
+        host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # messages that wait for the client to read
@@ -3985,6 +4154,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there."""
+        refusal = None                 # by the head alone
         try:
             if self._incoming is None:
                 head = self._parser.next_head()
@@ -3993,21 +4163,29 @@ class HTTPConnection(asyncio.Protocol):
                 self._incoming = Reply(self, head)
                 self._continues = head.expects_continue
                 self.keeps_alive = head.keep_alive
-                if head.admission is None:
-                    head.admission = self._application.admit(head)
-                self._incoming.headers = head.admission.headers
+                try:
+                    if head.admission is None:
+                        head.admission = self._application.admit(head)
+                    self._incoming.headers = head.admission.headers
+                except ProxyError as error:
+                    refusal = error
             body = self._parser.next_body(self._application.max_body)
-            if body is None:
-                if self._continues and not self._parser.rest:
-                    self.write([CONTINUE])
-                self._continues = False
-                return False
         except ProxyError as error:
-            self._refuse(error)
+            self._refuse(refusal or error)
+            return False
+        if body is None:
+            if refusal:
+                self._refuse(refusal)
+            elif self._continues and not self._parser.rest:
+                self.write([CONTINUE])
+            self._continues = False
             return False
         reply = self._reply = self._incoming
         self._incoming = None
-        self._application.handle(reply.head.admission, body, reply)
+        if refusal:
+            self._application.refuse(refusal, reply)
+        else:
+            self._application.handle(reply.head.admission, body, reply)
         return True
 
     def _refuse(self, error: ProxyError) -> None:
@@ -4042,7 +4220,7 @@ class HTTPConnection(asyncio.Protocol):
     def _send(self, parts: list) -> None:
         if self._queued > MAX_QUEUED_MESSAGES or (
                 self._is_paused and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
-            log.warning("! a client does not read and is cut off")
+            log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             self._transport.abort()
             return
         if sum(map(len, parts)) < LARGE:
@@ -4132,24 +4310,40 @@ def http_date() -> bytes:
 
 
 class HTTPServer:
-    """The listening socket and its connections."""
+    """The listening sockets and their connections."""
 
     def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
-        self._server = self._ticker = None
+        self._servers: list[asyncio.Server] = []
+        self._ticker: asyncio.Task | None = None
         self._application = application
         self._heartbeat = heartbeat
 
-    async def start(self, host: str, port: int, tls: object) -> int:
-        """Listens; returns the port. CannotListen when that is not possible."""
+    async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
+        """Listens at all addresses of a host, :: for both families; returns them. CannotListen when none will do."""
+        name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
-            self._server = await asyncio.start_server(self._connected, host, port, backlog=1024, ssl=tls)
+            found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM,
+                                                                 flags=socket.AI_PASSIVE)
+            for family, *_, address in dict.fromkeys(found):
+                try:
+                    listener = socket.create_server((address[0], port, *address[2:]), family=family, backlog=1024,
+                                                    dualstack_ipv6=name == "::" and socket.has_dualstack_ipv6())
+                except OSError as error:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):      # a family that is turned off
+                        raise
+                    problem = error
+                    continue
+                port = port or listener.getsockname()[1]          # the same for all
+                self._servers.append(await asyncio.start_server(self._connected, sock=listener, ssl=tls))
+            if not self._servers:
+                raise problem
         except (OSError, UnicodeError) as error:
             known = isinstance(error, OSError) and (error.errno or 0) > 0
             reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or "not an address"
             raise CannotListen(f"cannot listen on {host} port {port}: {reason}") from None
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
-        return self._server.sockets[0].getsockname()[1]
+        return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
@@ -4167,10 +4361,10 @@ class HTTPServer:
 
     async def close(self) -> None:
         """Stops listening and ends all connections."""
-        if self._server is None:
-            return
-        self._ticker.cancel()
-        self._server.close()
+        if self._ticker:
+            self._ticker.cancel()
+        for server in self._servers:
+            server.close()
         for connection in list(self.connections):
             connection.close()
         for _ in range(100):                   # what was written gets two seconds to be sent
@@ -4194,6 +4388,7 @@ class HTTPServer:
 # session that it names, and without a session it is HTTP+SSE.
 
 UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
+SILENT_SECONDS = 5.0          # the same for a modern one
 RETRY = b"retry: 1000\n"      # ms after which a client may come back for more of a stream
 
 # Streams must not be kept by a cache nor collected by nginx.
@@ -4209,6 +4404,8 @@ def prime(reply: Reply, stream: Stream, number: int) -> None:
 class StreamOutlet:
     """Where an exchange's messages go when the session has one stream for everything: HTTP+SSE."""
 
+    asks = True
+
     def __init__(self, stream: Stream):
         self.send = stream.send
 
@@ -4221,26 +4418,29 @@ class StreamOutlet:
 
 class PostOutlet:
     """Where they go when the answer to a POST is awaited: plain JSON when the answer is the first thing that
-    comes, and comes soon, or else a stream."""
+    comes, and comes soon, or else a stream; for a client that takes only one of both, that."""
 
     exchange = None               # whose outlet it is; in a batch the last one
 
-    def __init__(self, endpoints: "Endpoints", reply: Reply, session: Session | None, is_modern: bool):
+    def __init__(self, endpoints: "Endpoints", caller: "Caller", reply: Reply, session: Session | None,
+                 era: Era = Era.LEGACY):
         self.reply = reply
         self._session = session
         self._stream: Stream | None = None
         self._undecided = endpoints.undecided
+        self._takes_json, self._takes_stream = caller.takes_json, caller.takes_stream
+        self.asks = session is not None and self._takes_stream
         reply.on_gone = self._gone
-        if is_modern:
-            # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing may be said before
-            # the server's first message, because an error of the server's decides on the HTTP status.
-            reply.leaves_on_eof = True
-        else:
-            self._undecided[self] = time.monotonic() + UNDECIDED_SECONDS
+        # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing is said for a while
+        # before the server's first message, because an error of the server's decides on the HTTP status; but what
+        # sits in between cuts connections that are silent for long.
+        reply.leaves_on_eof = era is Era.MODERN
+        if self._takes_stream:
+            self._undecided[self] = time.monotonic() + (SILENT_SECONDS if era is Era.MODERN else UNDECIDED_SECONDS)
 
     def open(self) -> None:
-        """Makes the reply a stream."""
-        if self._stream is not None:
+        """Makes the reply a stream, if the client takes one."""
+        if self._stream is not None or not self._takes_stream:
             return
         self._undecided.pop(self, None)
         session = self._session
@@ -4256,9 +4456,12 @@ class PostOutlet:
 
     def send(self, payload: list) -> None:
         self.open()
-        self._stream.send(payload)
+        if self._stream:
+            self._stream.send(payload)
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        if status == 200 and not self._takes_json:
+            self.open()
         if self._stream is None:
             self._undecided.pop(self, None)
             self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
@@ -4268,7 +4471,10 @@ class PostOutlet:
 
     def close(self) -> None:
         self.open()
-        self._end()
+        if self._stream:
+            self._end()
+        else:
+            self.reply.send(202, [])          # a call that was cancelled has no answer
 
     def _end(self) -> None:
         if self._session:
@@ -4296,8 +4502,8 @@ class PostOutlet:
 class BatchOutlet(PostOutlet):
     """The same for several requests in one POST. MCP 2025-03-26, Transports."""
 
-    def __init__(self, endpoints: "Endpoints", reply: Reply, session: Session | None, count: int):
-        super().__init__(endpoints, reply, session, False)
+    def __init__(self, endpoints: "Endpoints", caller: "Caller", reply: Reply, session: Session | None, count: int):
+        super().__init__(endpoints, caller, reply, session)
         self._left = count
         self._answers: list[bytes] = []
         self.exchanges: list[Exchange] = []
@@ -4311,7 +4517,7 @@ class BatchOutlet(PostOutlet):
     def open(self) -> None:
         is_new = self._stream is None
         super().open()
-        if is_new:
+        if is_new and self._stream:
             for answer in self._answers:
                 self._stream.send([answer])
 
@@ -4328,6 +4534,8 @@ class BatchOutlet(PostOutlet):
     def _one_less(self) -> None:
         self._left -= 1
         if not self._left:
+            if not self._takes_json:
+                self.open()
             if self._stream is None:
                 super().finish([b"[", b",".join(self._answers), b"]"], 200)
             else:
@@ -4338,6 +4546,7 @@ class ToolOutlet:
     """Where the answer to a tool call without MCP goes: the result alone."""
 
     exchange = None
+    asks = False
 
     def __init__(self, reply: Reply):
         self._reply = reply
@@ -4386,7 +4595,22 @@ class Caller:
     @functools.cached_property
     def variables(self) -> dict[str, str]:
         """The variables that it sets for its server."""
-        return client_variables(self.head, self._settings.allowed_env)
+        head = self.head
+        if self._settings.shared_session:
+            # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
+            query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
+            if len(query) < sum(name not in QUERY_PARAMETERS for name, _ in head.query):
+                log.debug("= query parameters that are no variables were ignored")
+            head = dataclasses.replace(head, query=query)
+        return client_variables(head, self._settings.allowed_env)
+
+    @functools.cached_property
+    def name(self) -> str | None:
+        """What tells apart clients without a session that come with the same key."""
+        name = self.head.query_value("client")
+        if name is not None and not re.fullmatch("[A-Za-z0-9._-]{1,64}", name):
+            raise RPCError("client must be 1 to 64 of A-Z a-z 0-9 . _ -", code=INVALID_PARAMS)
+        return name
 
     def accepts(self, wanted: str) -> bool:
         """Does it take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
@@ -4398,9 +4622,12 @@ class Caller:
         return False
 
     @functools.cached_property
-    def accepts_answers(self) -> bool:
-        """Does it say that it takes what a POST may be answered with?"""
-        return "accept" in self.head.headers and self.accepts(JSON_TYPE) and self.accepts(EVENT_STREAM_TYPE)
+    def takes_json(self) -> bool:
+        return self.accepts(JSON_TYPE)
+
+    @functools.cached_property
+    def takes_stream(self) -> bool:
+        return self.accepts(EVENT_STREAM_TYPE)
 
     @functools.cached_property
     def trace(self) -> dict[str, str]:
@@ -4428,31 +4655,36 @@ class Endpoints:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
         caller = Caller(head, self.settings)
         route = self._route(head)
+        self._let_read(caller)
         try:
-            for guard in GUARDS if not (route and route.is_public) else ():
+            if route is None:             # for everybody: who is asked for a key here would look for OAuth
+                raise HTTPError("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
+                                "{0}/openapi.json".format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
+            for guard in GUARDS if not route.is_public else ():
                 guard(self, caller)
-            if route is None:
-                raise HTTPError("there is nothing here", status=404, code=METHOD_NOT_FOUND)
             if head.method not in route.methods:
                 raise HTTPError("method not allowed", status=405, headers=(("Allow", route.allow),))
+            if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
+                raise HTTPError("a body must come as it is, without Content-Encoding", status=415,
+                                headers=(("Accept-Encoding", "identity"),))
         except HTTPError as error:
             error.headers += caller.headers
             raise
         caller.endpoint = route.methods[head.method]
         return caller
 
+    def _let_read(self, caller: Caller) -> None:
+        """Lets a browser show its page the answer, also a refusal, if pages of that origin may call."""
+        origin, host = (caller.head.headers.get(name, "") for name in ("origin", "host"))
+        if origin and is_allowed_origin(origin, host, self._origins):
+            caller.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+                              ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
+
     # Guards.
 
     def _check_origin(self, caller: Caller) -> None:
-        headers = caller.head.headers
-        origin = headers.get("origin")
-        if origin is None:
-            return
-        if not is_allowed_origin(origin, headers.get("host", ""), self._origins):
-            raise HTTPError("this origin may not call", status=403)
-        # From here on a browser may see the answer, a refusal too.
-        caller.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                          ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
+        if "origin" in caller.head.headers and not caller.headers:
+            raise HTTPError("pages of this origin may not call; name it in ALLOWED_ORIGINS", status=403)
 
     def _check_host(self, caller: Caller) -> None:
         if not self._keys and not is_allowed_host(caller.head.headers.get("host", ""), self._hosts):
@@ -4462,7 +4694,8 @@ class Endpoints:
         if not self._keys or caller.head.method == "OPTIONS":
             return                        # a preflight brings no key, and learns nothing
         if caller.key is None or not is_known_key(caller.key, self._keys):
-            raise HTTPError("missing key" if caller.key is None else "wrong key", status=401,
+            how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"
+            raise HTTPError(f"missing key: {how}" if caller.key is None else "wrong key", status=401,
                             headers=(("WWW-Authenticate", "Bearer"),))
 
     # Requests.
@@ -4477,14 +4710,21 @@ class Endpoints:
     def fail(self, error: Exception, reply: Reply, raw_id: bytes | None = None) -> None:
         """Answers with what went wrong; what is not told to clients goes to the log."""
         if not isinstance(error, ProxyError):
-            log.error("! a fault of the proxy's own", exc_info=error)
+            log.fault(error)
             error = ProxyError("internal error")
         self.refuse(error, reply, raw_id)
 
     def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
         """Answers an HTTP request with an error; one of a call on its way goes through its outlet instead."""
-        log.info("! refused with %d: %s", error.http_status, error)
+        log.info("! %(method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **reply.about,
+                 status=error.http_status, reason=str(error))
         reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
+
+    def answer(self, reply: Reply, value: object) -> None:
+        """Answers with JSON what is no call."""
+        body = dump(value).encode()
+        log.info("<> %(method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about, bytes_out=len(body))
+        reply.send(200, [body], JSON_HEADERS)
 
     def later(self, work, reply: Reply) -> None:
         """Goes on with a request in a task, because something has to be waited for."""
@@ -4498,9 +4738,8 @@ class Endpoints:
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON."""
         for outlet, deadline in list(self.undecided.items()):
-            if deadline > now:
-                break
-            outlet.open()
+            if deadline <= now:
+                outlet.open()
 
     def _path(self, head: HTTPHead) -> str:
         """The path as it is without a reverse proxy, which may or may not have taken its prefix off."""
@@ -4552,13 +4791,13 @@ class Endpoints:
     def post(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """POST /mcp: a message of either era."""
         check_is_json(caller)
-        if not caller.accepts_answers:
-            raise HTTPError(f"the client must accept {JSON_TYPE} and {EVENT_STREAM_TYPE}", status=406)
         text = decode_json(body)
         if is_batch(text):
             return self._post_batch(caller, split_batch(text), reply)
         message = parse_message(text)
         try:
+            if message.kind is Kind.REQUEST:
+                check_accept(caller, is_endless=message.method == "subscriptions/listen")
             if is_modern(message, caller.version):
                 self._post_modern(caller, message, reply)
             else:
@@ -4567,41 +4806,44 @@ class Endpoints:
             self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
 
     def _post_legacy(self, caller: Caller, message: Message, reply: Reply) -> None:
-        check_version(caller)
         is_initialize = message.kind is Kind.REQUEST and message.method == "initialize"
-        if self.settings.stateless:
-            session, client = None, self.server.visit(caller.key, caller.variables)
-        elif is_initialize:
-            session = client = self.server.open_session(caller.key, caller.variables, is_streamable=True)
+        if is_initialize:
+            check_parameters(message)         # before a session is opened for it
         else:
-            session = client = self._session(caller)
+            check_version(caller)
+        if is_initialize and not self.settings.stateless:
+            client = self.server.open_session(caller.key, caller.variables, is_streamable=True)
+        else:
+            client = self._client(caller)
+        session = client if isinstance(client, Session) else None
         if message.kind is not Kind.REQUEST:
             if session:
                 receive(session, message)
             return reply.send(202, [])
-        outlet = PostOutlet(self, reply, session, False)
-        exchange = Exchange(client, message, outlet, None, caller.trace)
+        exchange = Exchange(client, message, PostOutlet(self, caller, reply, session), None, caller.trace)
         if session and is_initialize:
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: session.version or asyncio.get_running_loop().call_soon(session.end)
         try:
             exchange.start()
         except ProxyError as error:
-            outlet.finish(encode_error(message.raw_id, error), error.http_status, error.headers)
+            exchange.on_failure(error)
 
     def _post_batch(self, caller: Caller, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
         check_version(caller)
-        session = None if self.settings.stateless else self._session(caller)
+        client = self._client(caller)
+        session = client if isinstance(client, Session) else None
         version = session.version if session else caller.version or BATCH_VERSION
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
-        client = session or self.server.visit(caller.key, caller.variables)
         messages = [parse_message(text) for text in texts]
         requests = [message for message in messages if message.kind is Kind.REQUEST]
         if not messages or any(message.method == "initialize" for message in requests):
             raise RPCError("an empty batch, or one with initialize in it")
-        outlet = BatchOutlet(self, reply, session, len(requests)) if requests else None
+        if requests:
+            check_accept(caller)
+        outlet = BatchOutlet(self, caller, reply, session, len(requests)) if requests else None
         for message in messages:
             if message.kind is Kind.REQUEST:
                 try:
@@ -4621,9 +4863,8 @@ class Endpoints:
             return reply.send(202, [])
         headers = caller.head.headers
         envelope = check_modern(message, headers)
-        client = self.server.visit(caller.key, caller.variables)
-        outlet = PostOutlet(self, reply, None, True)
-        exchange = Exchange(client, message, outlet, envelope, caller.trace)
+        client = self._visit(caller)
+        exchange = Exchange(client, message, PostOutlet(self, caller, reply, None, Era.MODERN), envelope, caller.trace)
         if message.method == "tools/call":
             tools = client.instance.known_tools()
             if tools is None or message.params.get("name") not in tools:
@@ -4639,17 +4880,19 @@ class Endpoints:
             if not exchange.is_done:
                 exchange.start()
         except ProxyError as error:
-            self.refuse(error, exchange.outlet.reply, message.raw_id)
+            exchange.on_failure(error)           # the reply may be a stream by now
 
     def get(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
         if not caller.accepts(EVENT_STREAM_TYPE):
             raise HTTPError(f"only {EVENT_STREAM_TYPE} can be had here", status=406)
-        if caller.session_id is None:
-            if caller.version is not None:
-                raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
-            return self._open_sse(caller, body, reply)
+        # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
+        is_streamable = caller.version == MODERN_VERSION or self.settings.stateless and caller.version is not None
+        if caller.session_id is None and is_streamable:
+            raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
         check_version(caller)
+        if caller.session_id is None:
+            return self._open_sse(caller, body, reply)
         session = self._session(caller)
         stream, after = session.stream, None
         last_event_id = caller.head.headers.get("last-event-id")
@@ -4672,15 +4915,27 @@ class Endpoints:
     def _session(self, caller: Caller) -> Session:
         return self.server.find_session(caller.session_id, caller.key, is_streamable=True)
 
+    def _visit(self, caller: Caller) -> Client:
+        return self.server.visit(caller.key, caller.variables, caller.name)
+
+    def _client(self, caller: Caller) -> Client:
+        """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
+        Hosted clients never send the id back that they were given."""
+        settings = self.settings
+        if settings.stateless or (
+                caller.session_id is None and settings.shared_session and not settings.require_session):
+            return self._visit(caller)
+        return self._session(caller)
+
     # Tools without MCP.
 
     def list_tools(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        client = self.server.visit(caller.key, caller.variables)
+        client = self._visit(caller)
 
         async def answer() -> None:
             tools = await client.instance.tools()
-            reply.send(200, [dump({"tools": list(tools.values())}).encode()], JSON_HEADERS)
+            self.answer(reply, {"tools": list(tools.values())})
         self.later(answer(), reply)
 
     def call_tool(self, caller: Caller, body: bytes, reply: Reply) -> None:
@@ -4698,7 +4953,7 @@ class Endpoints:
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
-        client = self.server.visit(caller.key, caller.variables)
+        client = self._visit(caller)
         outlet = ToolOutlet(reply)
         exchange = Exchange(client, message, outlet, None, caller.trace)
 
@@ -4712,12 +4967,12 @@ class Endpoints:
 
     def openapi(self, caller: Caller, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
-        client = self.server.visit(caller.key, caller.variables)
+        client = self._visit(caller)
 
         async def answer() -> None:
             document = openapi_document(await client.instance.tools(), client.instance.identity,
                                         self.settings.base_path, bool(self._keys))
-            reply.send(200, [dump(document).encode()], JSON_HEADERS)
+            self.answer(reply, document)
         self.later(answer(), reply)
 
     # For browsers, and for those who look after the proxy.
@@ -4767,6 +5022,13 @@ def check_is_json(caller: Caller) -> None:
         raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
 
 
+def check_accept(caller: Caller, is_endless: bool = False) -> None:
+    """Refuses a request whose answer its client takes in no form; one that never ends has only one."""
+    if not (caller.takes_stream or caller.takes_json and not is_endless):
+        raise HTTPError(f"the answer would be {EVENT_STREAM_TYPE}{'' if is_endless else ' or ' + JSON_TYPE}, which the "
+                        "Accept header leaves out", status=406)
+
+
 def check_version(caller: Caller) -> None:
     """Refuses a legacy request whose MCP-Protocol-Version is none that we know. A session that was opened at one
     revision takes every known one, because clients in the field mix them up."""
@@ -4788,13 +5050,14 @@ def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key
                 pointer + "/responses/200/content/application~1json/schema/properties/structuredContent")
         schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
                                    pointer + "/requestBody/content/application~1json/schema")
+        is_required = isinstance(schema, dict) and bool(schema.get("required"))
         error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
         paths[path] = {"post": {
             "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
-            "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}},
+            "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
             "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
                           "default": error}}}
-    document = {"openapi": "3.1.0", "info": {"title": identity.about, "version": __version__},
+    document = {"openapi": "3.1.0", "info": {"title": identity.name, "version": identity.release},
                 "servers": [{"url": base_path or "/"}], "paths": paths}
     if needs_key:
         document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
@@ -4828,7 +5091,7 @@ DEMO_TOOLS = [
     {"name": "add", "description": "Adds two numbers.",
      "inputSchema": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
                      "required": ["a", "b"]}},
-    {"name": "whoami", "description": "Shows the variables that you set, by ?NAME=value or X-MCP-Env: NAME=value.",
+    {"name": "whoami", "description": "Shows the variables that you set, by ?NAME=value or X-MCP-Env-NAME: value.",
      "inputSchema": {"type": "object", "properties": {}}},
     {"name": "slow", "description": "Takes some seconds, reports progress and can be cancelled.",
      "inputSchema": {"type": "object", "properties": {"seconds": {"type": "number", "default": 3}}}},
@@ -4957,8 +5220,7 @@ class Proxy:
         self.settings = settings
         command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
         self.guard = Guard()
-        # A server has no use for the key that protects it.
-        environment = {name: value for name, value in environment.items() if name != "AUTH_KEY"}
+        environment = server_environment(environment, settings.allowed_env)
         self.server = Server(server_name(command), command, environment, settings, self.guard)
         self.endpoints = Endpoints(settings, self.server)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
@@ -4966,15 +5228,15 @@ class Proxy:
         self._last_shortage = 0.0
         self._is_stopping = False
 
-    async def start(self) -> int:
-        """Listens, and starts the shared server; returns the port."""
-        self.port = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
+    async def start(self) -> list[tuple[str, int]]:
+        """Listens, and starts the shared server; returns the addresses."""
+        addresses = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         if self.server.shared:
             self.server.shared.start()
         self.server.keep_spares()
-        return self.port
+        return addresses
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
@@ -4989,12 +5251,12 @@ class Proxy:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             if time.monotonic() - self._last_shortage > 1:
-                log.error("! no new connections for a second: %s", os.strerror(error.errno))
+                log.error("! no new connections for a second: %(reason)s", reason=os.strerror(error.errno))
                 self._last_shortage = time.monotonic()
         elif self._is_stopping and isinstance(error, ValueError):
             pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
         else:
-            log.error("! %s", context.get("message"), exc_info=error)
+            log.add(logging.ERROR, "! %(problem)s", {"problem": context.get("message")}, error)
 
     async def drain(self) -> None:
         """Lets running calls finish."""
@@ -5015,7 +5277,24 @@ def tls_context(settings: Settings):
     if not settings.tls_cert:
         return None
     import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    class Context(ssl.SSLContext):
+        def wrap_bio(self, incoming, outgoing, **options):
+            wrapped = super().wrap_bio(incoming, outgoing, **options)
+            wrapped.outgoing = outgoing
+            return wrapped
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except ssl.SSLError as error:
+                if error.reason == "HTTP_REQUEST":         # the client is told in its own words, and will leave
+                    self.outgoing.write(plain_refusal())
+                    raise ssl.SSLWantReadError from None
+                raise
+    context = Context(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = Handshake
     context.minimum_version = ssl.TLSVersion.TLSv1_2          # RFC 8996 deprecates what was before
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
@@ -5024,14 +5303,30 @@ def tls_context(settings: Settings):
     return context
 
 
+def plain_refusal() -> bytes:
+    """The answer to plain HTTP at a port that speaks HTTPS."""
+    log.info("! refused with 400: plain HTTP at the HTTPS port")
+    body, = encode_error(None, HTTPError("this port speaks HTTPS: use https://"))
+    return encode_head(400, (*JSON_HEADERS, ("Connection", "close")), http_date(), len(body)) + body
+
+
+_LAUNCHERS = re.compile(r"npx|npm|pnpm|yarn|bunx?|uvx?|pipx|node|deno|python[0-9.]*|sh|bash|env|docker|podman")
+_LAUNCHED = re.compile(r"(?!(?:run|exec|dlx|tool|x)\Z)[\w@./:+][\w@./:+-]{0,80}(?:[=<>~!]=[\w.*]+)?")
+
+
 def server_name(command: list[str]) -> str:
-    """What a server is called in the log: the program, or what a launcher launches."""
+    """What a server is called in the log: the program, or the package that a launcher launches."""
     if command == DEMO_COMMAND:
         return "demo"
     program = os.path.basename(command[0])
-    words = [word for word in command[1:] if re.fullmatch(r"[\w@./:+][\w@./:+-]{0,80}", word)]
-    is_launcher = re.fullmatch(r"npx|uvx|uv|node|deno|bun|python[0-9.]*|sh|bash|env|docker", program)
-    return os.path.basename(words[0].rstrip("/")) if is_launcher and words else program
+    words = [word for word in command[1:] if _LAUNCHED.fullmatch(word)]
+    if not (_LAUNCHERS.fullmatch(program) and words):
+        return program
+    package = words[0].rpartition("node_modules/")[2]
+    if package != words[0]:
+        return "/".join(package.split("/")[:2 if package.startswith("@") else 1])
+    is_path = package.startswith(("/", ".")) or os.path.exists(package)
+    return os.path.basename(package.rstrip("/")) if is_path else re.split(r"(?<=.)@|[=<>~!]=", package)[0]
 
 
 # ============================================================================
@@ -5042,10 +5337,7 @@ def server_name(command: list[str]) -> str:
 
 def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings:
     """The settings of a run: a flag wins over the environment, which wins over the default."""
-    own, separator, command = arguments, False, []
-    if "--" in arguments:
-        at = arguments.index("--")
-        own, separator, command = arguments[:at], True, arguments[at + 1:]
+    own, separator, command = split_arguments(arguments)
     given = vars(argument_parser().parse_args(own)) if own else {}
     values = {}
     for field in dataclasses.fields(Settings):
@@ -5064,16 +5356,67 @@ def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings
     return settings
 
 
+def split_arguments(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """(flags with their values, is there a command?, the command), which stands behind -- or begins with the first word
+    that is no flag and no flag's value."""
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
+        takes_next = "=" not in arguments[at] and arguments[at] not in ("-h", "--help", "--version")
+        at += 1 + (takes_next and at + 1 < len(arguments) and arguments[at + 1] != "--")
+    rest = arguments[at:]
+    return arguments[:at], bool(rest), rest[1:] if rest[:1] == ["--"] else rest
+
+
+_SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]>.*|.*\$(?:[A-Za-z_]|\{).*|~(?:/.*)?", re.DOTALL)
+
+
 def check_command(config: str, environment: dict[str, str]) -> None:
-    """Refuses a command line that can never be started."""
+    """Refuses a command line that can never be started, and says what to write instead."""
+    if config.lstrip()[:1] in ("[", "{"):
+        raise SettingsError("MCP_SERVER_CONFIG is a command line as you would type it, not JSON: npx -y some-server")
     try:
         command = shlex.split(config)
     except ValueError as error:
         raise SettingsError(f"MCP_SERVER_CONFIG cannot be split: {error}") from None
     if config and not command:
         raise SettingsError("MCP_SERVER_CONFIG is empty")
-    if command and not shutil.which(command[0], path=environment.get("PATH")):
-        raise SettingsError(f"the command {command[0]!r} was not found; is it installed and in PATH?")
+    program = command[0] if command else sys.executable
+    if shutil.which(program, path=environment.get("PATH")) and program != "cd":
+        return
+    if re.match(r"[A-Za-z_]\w*=", program):
+        hint = f"no shell reads the command, so write env before variables: env {program.partition('=')[0]}=..."
+    elif " " in program:
+        hint = f"it is one word because of the quotes around it: write {program}"
+    elif program == "cd" or _SHELL_WORD.fullmatch(program):
+        hint = f"no shell reads the command; where one is needed, write sh -c {shlex.quote(config)}"
+    elif os.path.isfile(program):
+        hint = f"the file is there but not executable: chmod +x {program}, or name its interpreter before it"
+    else:
+        hint = "is it installed and in PATH?"
+    raise SettingsError(f"the command {program!r} was not found; {hint}")
+
+
+def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
+    """What can be used but is hardly meant so, a line each."""
+    lines = [f"{word!r} in the command is passed as it is, because no shell reads it; where one is needed, write "
+             "sh -c '...'" for word in shlex.split(settings.mcp_server_config)[1:] if _SHELL_WORD.fullmatch(word)
+             and shlex.split(settings.mcp_server_config)[:2][-1] != "-c"]
+    names = [field.name.upper() for field in dataclasses.fields(Settings)]
+    for given in sorted(environment.keys() - names):
+        lines += [f"{given} is no setting; was {name} meant?" for name in names
+                  if len(name) > 5 and is_nearly(given, name)]
+    without_effect = (
+        ("PREWARM", settings.prewarm and settings.shared_session, "SHARED_SESSION=true"),
+        ("REQUIRE_SESSION", settings.require_session and not settings.shared_session, "SHARED_SESSION=false"),
+        ("REQUIRE_SESSION", settings.require_session and settings.stateless, "STATELESS=true"),
+        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"))
+    return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
+
+
+def is_nearly(given: str, name: str) -> bool:
+    """Do two words differ in a letter?"""
+    same = sum(len(os.path.commonprefix(pair)) for pair in ((given, name), (given[::-1], name[::-1])))
+    return given != name and same >= max(len(given), len(name)) - 1
 
 
 def argument_parser():
@@ -5105,14 +5448,17 @@ def describe_default(default) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default) or "none"
 
 
-def banner(settings: Settings, name: str, port: int) -> str:
+def banner(settings: Settings, name: str, addresses: list[tuple[str, int]]) -> str:
     """What is served, and where: printed when the proxy has started."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    host = f"[{host}]" if ":" in host else host
+    in_brackets = [(f"[{host}]" if ":" in host else host, port) for host, port in addresses]
+    host, port = in_brackets[0]
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
-    key = ' -H "Authorization: Bearer $AUTH_KEY"' if settings.auth_key else ""
-    mode = "one process for all clients" if settings.shared_session else "a process for each client"
+    key = ' -H "Authorization: Bearer <your key>"' if settings.auth_key else ""
+    mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
+            "a process for each client")
     return (f"mcpproxy {__version__} serves {name} ({mode})\n"
+            f"  listening on     {', '.join(f'{host}:{port}' for host, port in in_brackets)}\n"
             f"  MCP, any client  {base}/mcp\n"
             f"  plain HTTP       {base}/tools\n"
             f"  try it           curl -s{key} {base}/tools"
@@ -5124,17 +5470,26 @@ async def run(settings: Settings) -> None:
     signals = asyncio.Semaphore(0)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.release)
+    # A terminal that closes, and those who hope for a reload, do not mean to end the program.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: log.info("= SIGHUP: nothing to read again"))
     proxy = Proxy(settings, dict(os.environ))
     try:
-        port = await proxy.start()
+        text = banner(settings, proxy.server.name, await proxy.start())
         try:
-            print(banner(settings, proxy.server.name, port), end="", flush=True)
+            if settings.log_format == "json":
+                for line in text.splitlines():
+                    log.info("= %(line)s", line=line.strip())
+            else:
+                print(text, end="", flush=True)
         except OSError as error:
-            log.warning("! stdout: %s", error.strerror)          # a full disk is no reason to stop
+            log.warning("! stdout: %(reason)s", reason=error.strerror)          # a full disk is no reason to stop
         if not settings.auth_key:
             log.warning("! AUTH_KEY is not set: whoever reaches this port can use the server")
+        for doubt in doubts(settings, dict(os.environ)):
+            log.warning("! %(doubt)s", doubt=doubt)
         await signals.acquire()
-        log.info("= stopping: running calls may take %g s to finish, or until a second signal", settings.shutdown_grace)
+        log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
+                 seconds=settings.shutdown_grace)
         draining, impatience = (asyncio.ensure_future(work) for work in (proxy.drain(), signals.acquire()))
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
@@ -5165,15 +5520,24 @@ def main() -> None:
     """The program."""
     if sys.argv[1:] == ["--demo-server"]:
         return DemoServer().run()
+    open_standard_streams()
+    # Also what is wrong with the settings is said in the form that they ask for.
+    start_logging("INFO", "json" in re.findall(r"--log-format[ =](\w+)", " ".join(sys.argv))[-1:]
+                  or os.environ.get("LOG_FORMAT") == "json")
     try:
         settings = load_settings(sys.argv[1:], dict(os.environ))
-        open_standard_streams()
         raise_descriptor_limit()
         start_logging(settings.log_level, settings.log_format == "json")
         asyncio.run(run(settings))
     except StartError as error:
-        print("mcpproxy:", " ".join(str(error).split()), file=sys.stderr)
+        text = " ".join(str(error).split())
+        if log.as_json:
+            log.error("! %(reason)s", reason=text)
+        else:
+            print("mcpproxy:", text, file=sys.stderr)
         sys.exit(error.exit_status)
+    finally:
+        log.flush()
 
 
 if __name__ == "__main__":

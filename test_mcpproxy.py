@@ -263,10 +263,11 @@ class Proxy:
         self._log = tempfile.TemporaryFile()
         self.process = subprocess.Popen([sys.executable, program or PROXY, *arguments], env=environment,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
-        line = self.process.stdout.readline()
-        while line and b"http" not in line:
-            line = self.process.stdout.readline()
-        match = re.search(rb"https?://[^/]*:(\d+)", line)
+        if settings.get("LOG_FORMAT") == "json":         # the banner is in the log then
+            line = until(lambda: self.log() if "http" in self.log() or self.process.poll() is not None else "")
+        else:
+            line = next((line for line in self.process.stdout if b"http" in line), b"").decode()
+        match = re.search(r"https?://[^/]*:(\d+)", line)
         assert match, f"mcpproxy did not start: {self.log()}"
         self.port = int(match[1])
 
@@ -1375,6 +1376,12 @@ def test_settings_without_any_are_the_defaults():
     case("flags of the command", "-- cat --port 5", {}, {"port": 8000, "mcp_server_config": "cat --port 5"}),
     case("second -- is the command's", "-- cat -- -x", {}, {"mcp_server_config": "cat -- -x"}),
     case("word with blanks", "-- cat 'a b'", {}, {"mcp_server_config": "cat 'a b'"}),
+    case("command without --", "cat -u", {}, {"mcp_server_config": "cat -u"}),
+    case("command behind a flag", "--port 5 cat -- -x", {}, {"port": 5, "mcp_server_config": "cat -- -x"}),
+    case("command behind a flag with =", "--port=5 cat --port 6", {}, {"port": 5, "mcp_server_config": "cat --port 6"}),
+    case("CR at the end", "", {"LOG_LEVEL": "INFO\r", "HOST": "::1\r"}, {"log_level": "INFO", "host": "::1"}),
+    case("blanks at the end", "--base-path '/a '", {"PORT": "80 "}, {"port": 80, "base_path": "/a"}),
+    case("a short word for warnings", "--log-level warn", {}, {"log_level": "warn"}),
 ])
 def test_settings_are_read_from(arguments, environment, expected):
     settings = load(arguments, **environment)
@@ -1391,7 +1398,6 @@ def test_settings_truth_is_spelled_in_many_ways(text, expected):
 BAD_SETTINGS = pytest.mark.parametrize("arguments, environment, word", [
     case("unknown flag", "--frobnicate 1", {}, "--frobnicate"),
     case("abbreviated flag", "--po 1", {}, "--po"),
-    case("stray word", "cat", {}, "cat"),
     case("flag without value", "--port", {}, "--port"),
     case("port is a word", "--port http", {}, "PORT"),
     case("port is empty", "--port ''", {}, "PORT"),
@@ -1426,6 +1432,36 @@ def test_settings_that_cannot_be_used_are_told_by_name(arguments, environment, w
     with pytest.raises(SettingsError) as error:
         load(arguments, **environment)
     assert word in str(error.value)
+
+
+COMMANDS = {           # what people write, and a word of what they are told to write
+    '["npx", "-y", "x"]': "not JSON", '{"command": "npx"}': "not JSON", "'cat -u'": "write cat -u",
+    "X=1 cat": "env X=", "cd / && cat": "sh -c 'cd / && cat'", "cd /": "sh -c", "~/no-such-server": "sh -c",
+    "$HOME/no-such-server": "sh -c", f"{os.path.join(HERE, 'README.md')} -x": "chmod +x", "no-such-server": "PATH"}
+
+
+@pytest.mark.parametrize("config, hint", COMMANDS.items())
+def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config, hint):
+    with pytest.raises(SettingsError) as error:
+        load(MCP_SERVER_CONFIG=config)
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("environment, doubt", [
+    case("nearly a setting", {"SHARED_SESION": "false"}, "SHARED_SESSION"),
+    case("two for one", {"AUTH_KEYS": "x"}, "AUTH_KEY"),
+    case("no underscore", {"LOGLEVEL": "INFO"}, "LOG_LEVEL"),
+    case("spares for all", {"PREWARM": "1"}, "SHARED_SESSION"),
+    case("names that a key makes needless", {"AUTH_KEY": "x", "ALLOWED_HOSTS": "y"}, "ALLOWED_HOSTS"),
+    case("sessions where there are none", {"REQUIRE_SESSION": "true", "STATELESS": "true"}, "STATELESS"),
+    case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "$HOME"),
+    case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "'|'"),
+    case("nothing", {"PREWARM": "1", "SHARED_SESSION": "false", "HOSTS": "x", "PATH": "/bin"}, None),
+    case("a shell", {"MCP_SERVER_CONFIG": "sh -c 'cat | tee $HOME'"}, None),
+])
+def test_settings_that_are_hardly_meant_so_are_told(environment, doubt):
+    lines = mcpproxy.doubts(load(**environment), environment)
+    assert doubt in lines[0] if doubt else lines == []
 
 
 # ============================================================================
@@ -1501,6 +1537,10 @@ def one_request(raw):
          {"path": "/x", "query": (("y", "1"),), "headers": {"host": "b:80"}}),
     case("absolute form without path", b"GET HTTP://b HTTP/1.1\r\nHost: a\r\n\r\n",
          {"path": "/", "headers": {"host": "b"}}),
+    case("absolute form with a query alone", b"GET http://b?y=1 HTTP/1.1\r\nHost: a\r\n\r\n",      # RFC 3986 §6.2.3
+         {"path": "/", "query": (("y", "1"),), "headers": {"host": "b"}}),
+    case("path that begins with two slashes", b"GET //mcp?a=b HTTP/1.1\r\nHost: a\r\n\r\n",
+         {"path": "//mcp", "query": (("a", "b"),), "headers": {"host": "a"}}),
     case("HTTP/1.0", b"GET / HTTP/1.0\r\n\r\n", {"version": (1, 0), "headers": {}, "keep_alive": False}),
     case("HTTP/1.0 that stays", b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", {"keep_alive": True}),
     case("HTTP/1.0 does not wait", b"POST / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n", {"expects_continue": False}),
@@ -1546,6 +1586,7 @@ def test_http_head_says(raw, expected):
     # RFC 9112 §7.1.1: "A recipient MUST ignore unrecognized chunk extensions."
     case("extension", CHUNKED + b"5;a=b\r\nhello\r\n0;c\r\n\r\n", b"hello"),
     case("extension behind a blank", CHUNKED + b'5 ;a="b; c"\r\nhello\r\n0\r\n\r\n', b"hello"),
+    case("extensions", CHUNKED + b'5;a;b = "\\"\\\\" ; c=d\r\nhello\r\n0\r\n\r\n', b"hello"),
     case("trailers", CHUNKED + b"5\r\nhello\r\n0\r\nX: y\r\nContent-Length: 9\r\n\r\n", b"hello"),
     case("Chunked", POST + b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"hello"),
     case("chunked behind blanks", POST + b"Transfer-Encoding: \t chunked \r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"hello"),
@@ -1636,6 +1677,9 @@ ATTACKS = pytest.mark.parametrize("raw, status", [
     case("chunk size that ends in CR CR LF", CHUNKED + b"5\r\r\nhello\r\n0\r\n\r\n", 400),
     case("LF in an extension", CHUNKED + b"5;a\nb\r\nhello\r\n0\r\n\r\n", 400),
     case("NUL in an extension", CHUNKED + b"5;\0\r\nhello\r\n0\r\n\r\n", 400),
+    # RFC 9112 §7.1.1
+    *(case(f"extension {text}", CHUNKED + b"5" + text + b"\r\nhello\r\n0\r\n\r\n", 400) for text in (
+        b";", b"; ", b";;a", b";a=", b";=b", b";a b", b';a="b', b";a=b;", b";(a)", b';a="\\"')),
     case("extension over 4 KiB", CHUNKED + b"5;" + b"a" * 5000 + b"\r\nhello\r\n0\r\n\r\n", 400),
     case("trailer without colon", CHUNKED + b"0\r\nx\r\n\r\n", 400),
     case("folded trailer", CHUNKED + b"0\r\nX: y\r\n z\r\n\r\n", 400),
@@ -1968,7 +2012,11 @@ LONG = b"9" * 5_000                # Python itself reads no integer of more than
     case("error is null", message(b'"id":1,"error":null'), -32600),
 
     case("params is an array", message(b'"id":1,"method":"a","params":[1]'), -32602),
-    case("params is null", message(b'"id":1,"method":"a","params":null'), -32602),
+    case("_meta is an array", message(b'"id":1,"method":"a","params":{"_meta":[]}'), -32602),
+    case("_meta is null", message(b'"id":1,"method":"a","params":{"_meta":null}'), -32602),
+    case("_meta of a notification", message(b'"method":"a","params":{"_meta":1}'), -32602),
+    case("handshake without a revision", message(b'"id":1,"method":"initialize","params":{}'), -32602),
+    case("handshake with a number", message(b'"id":1,"method":"initialize","params":{"protocolVersion":1}'), -32602),
     case("params is a string", message(b'"id":1,"method":"a","params":"x"'), -32602),
     case("params of a notification", message(b'"method":"a","params":[]'), -32602),
     case("tool without name", message(b'"id":1,"method":"tools/call","params":{}'), -32602),
@@ -2114,6 +2162,43 @@ def test_json_answer_of_any_size_gets_the_client_id_back(form, size):
     ("true", None)])
 def test_json_code_of_an_error_is_an_integer(code, expected):
     assert parse(f'{{"jsonrpc":"2.0","id":1,"error":{{"code":{code},"message":"x"}}}}').error_code == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    case("params are null", '{"jsonrpc":"2.0","id":1,"method":"a","params":null}',
+         '{"jsonrpc":"2.0","id":1,"method":"a"}'),
+    case("error beside a result", ' {"result": [1.0], "error": null, "jsonrpc":"2.0","id":"1"}',
+         '{"result":[1.0],"jsonrpc":"2.0","id":"1"}'),
+    case("nothing", '{"jsonrpc":"2.0","id":1}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
+    case("no error", '{"jsonrpc":"2.0","id":1,"error":null}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
+    case("null is a result", '{"jsonrpc":"2.0","id":1,"result":null}', '{"jsonrpc":"2.0","id":1,"result":null}'),
+    case("_meta is null", '{"jsonrpc":"2.0","method":"a","params":{"_meta":null}}',
+         '{"jsonrpc":"2.0","method":"a","params":{"_meta":null}}'),
+])
+def test_json_what_sdks_forgive_a_server_is_mended(text, expected):
+    message = mcpproxy.parse_message(text, is_servers=True)
+    assert message.payload == [expected.encode()]
+    assert mcpproxy.find_answer(text.encode()) is None
+
+
+def test_json_params_that_are_null_are_none_of_a_client_either():
+    message = parse('{"jsonrpc":"2.0","id":1,"method":"a","params":null}')
+    assert message.changed([message.new_members({"x": "1"}, "params")]) == (
+        b'{"params":{"x":1},"jsonrpc":"2.0","id":1,"method":"a"}')
+    assert verdict(b'{"jsonrpc":"2.0","id":1,"result":{},"error":null}') == -32600
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("1", 1), (1, 1), ("007", 7), ("x", "x"), ("", ""), ("1.0", "1.0"), ("\u0661", "\u0661"), (1.0, 1),
+    ("9" * 19, "9" * 19)])
+def test_json_own_id_may_come_back_as_a_string(value, expected):
+    assert mcpproxy.own_id(value) == expected
+
+
+def test_json_separators_of_lines_are_escaped():
+    line = '{"a":"\u2028\u2029\x85\xe9\u2030"}'
+    assert mcpproxy.escape_separators(line.encode()) == '{"a":"\\u2028\\u2029\\u0085\xe9\u2030"}'.encode()
+    assert json.loads(mcpproxy.escape_separators(line.encode())) == json.loads(line)
 
 
 @pytest.mark.parametrize("depth", [10, 90, 200, 400, 600, 800, 850, 900, 950, 1000, 5000])
@@ -2770,6 +2855,9 @@ def test_access_allowed_env_names_what_may_be_set(allowed, name, expected):
     case("header", head("/sse", "X-MCP-Env: API_KEY=a=b"), {"API_KEY": "a=b"}),
     case("two headers", head("/sse", "X-MCP-Env: A=1", "X-MCP-Env: B=2, 3"), {"A": "1", "B": "2, 3"}),
     case("both", head("/sse?A=1", "X-MCP-Env: B=2"), {"A": "1", "B": "2"}),
+    case("named header", head("/sse", "X-MCP-Env-API-Key: a=b, C=d"), {"API_KEY": "a=b, C=d"}),
+    case("named headers", head("/sse", "x-mcp-env-a_b: 1", "X-MCP-Env-C:"), {"A_B": "1", "C": ""}),
+    case("client", head("/sse?client=ann&A=1"), {"A": "1"}),
     case("the same twice", head("/sse?A=1", "X-MCP-Env: A=1"), {"A": "1"}),
     case("header in UTF-8", head("/sse", "X-MCP-Env: A=\xfc"), {"A": "\xfc"}),
 ])
@@ -2783,6 +2871,10 @@ def test_access_variables_are_set_by(given, expected):
     case("two values", head("/sse?A=1&A=2")),
     case("two values in two ways", head("/sse?A=1", "X-MCP-Env: A=2")),
     case("no =", head("/sse", "X-MCP-Env: A")),
+    case("two in one", head("/sse", "X-MCP-Env: A=1, B=2")),
+    case("forbidden in a named header", head("/sse", "X-MCP-Env-Path: x")),
+    case("two values in named headers", head("/sse", "X-MCP-Env-A: 1", "X-MCP-Env-A: 2")),
+    case("named header without a name", head("/sse", "X-MCP-Env-: 1")),
     case("no name", head("/sse?=x")),
     case("digit first", head("/sse?1A=x")),
     case("dash in the name", head("/sse?a-b=x")),
@@ -2802,11 +2894,23 @@ def test_access_refusal_does_not_repeat_the_value():
     assert "hunter2" not in str(error.value) and "PATH" in str(error.value)
 
 
+def test_access_settings_of_the_proxy_do_not_reach_its_server():
+    given = {name.upper(): "x" for name in Settings.__dataclass_fields__} | {"PATH": "/bin", "OTHER": "y"}
+    assert mcpproxy.server_environment(given, "") == {"PATH": "/bin", "OTHER": "y"}
+    named = {"PATH", "OTHER", "PORT", "LOG_LEVEL", "LOG_FORMAT"}
+    assert mcpproxy.server_environment(given, "PORT, LOG_*").keys() == named
+    assert "AUTH_KEY" not in mcpproxy.server_environment(given, "*")
+    with running_proxy(FAKE, LOG_LEVEL="DEBUG", SERVER_ERA="legacy", ALLOWED_ENV="SERVER_*") as proxy, \
+            SSEClient(proxy) as client:
+        values = {name: client.tool("variable", variable=name) for name in ("PORT", "HOST", "LOG_LEVEL", "SERVER_ERA")}
+    assert values == {"PORT": "(unset)", "HOST": "(unset)", "LOG_LEVEL": "(unset)", "SERVER_ERA": "legacy"}
+
+
 WITH_KEY = {"Authorization": "Bearer secret"}
 PAGE = {**ACCEPT, "Origin": "https://page.example"}
 ENDPOINTS = [("GET", "/mcp"), ("POST", "/mcp"), ("DELETE", "/mcp"), ("GET", "/sse"), ("POST", "/sse"),
              ("POST", "/messages?session_id=x"), ("GET", "/tools"), ("POST", "/tools/echo"), ("GET", "/openapi.json"),
-             ("GET", "/nothing/here"), ("PUT", "/mcp")]
+             ("PUT", "/mcp")]
 
 
 @pytest.fixture(scope="module")
@@ -2827,6 +2931,29 @@ def test_access_no_endpoint_opens_without_the_key(guarded, method, path):
     response = guarded.request(method, path, b"{}", ACCEPT)
     assert response.error() == (401, -32600)
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", [
+    "/", "/nothing", "/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server/mcp", "/token"])
+def test_access_where_there_is_nothing_nobody_is_asked_for_a_key(guarded, path):
+    """A client that is challenged there begins an OAuth that does not exist."""
+    for headers in {}, WITH_KEY, {"Origin": "https://evil.example"}, {"Host": "evil.example"}:
+        response = guarded.request("GET", path, None, headers)
+        assert response.error() == (404, -32601) and "www-authenticate" not in response.headers
+        assert all(place in response.json()["error"]["message"] for place in ("/mcp", "/tools", "/openapi.json"))
+
+
+@pytest.mark.parametrize("path, headers, word", [
+    ("/tools", {"Authorization": "secret"}, "Bearer <key>"), ("/tools", {}, "X-API-Key"),
+    ("/tools", {"Origin": "https://evil.example"}, "ALLOWED_ORIGINS"),
+    ("/tools?NAME=value", WITH_KEY, "SHARED_SESSION=false"), ("/tools?NAME=value", WITH_KEY, "NAME")])
+def test_access_refusals_say_what_to_do(guarded, path, headers, word):
+    assert word in guarded.request("GET", path, None, headers).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("query", ["utm_source=x", "a-b=x", "1A=x", "%C3%A9=x", "=x", "client=x"])
+def test_access_what_can_be_no_variable_is_ignored_by_a_shared_server(guarded, query):
+    assert guarded.request("GET", f"/tools?{query}", headers=WITH_KEY).status == 200
 
 
 @pytest.mark.parametrize("query, headers", [
@@ -2980,7 +3107,7 @@ CORS = [
     (404, "GET", "/nothing", None, WITH_KEY),
     (404, "POST", "/mcp", request(1, "ping"), {**WITH_KEY, "Mcp-Session-Id": "x"}),
     (405, "PUT", "/mcp", b"{}", WITH_KEY),
-    (406, "POST", "/mcp", b"{}", {**WITH_KEY, "Accept": "text/plain"}),
+    (406, "POST", "/mcp", request(1, "ping"), {**WITH_KEY, "Accept": "text/plain"}),
     (413, "POST", "/mcp", b"x" * 20_000, WITH_KEY),
     (415, "POST", "/mcp", b"{}", {**WITH_KEY, "Content-Type": "text/plain"}),
 ]
@@ -3162,6 +3289,17 @@ def test_access_tls_survives_what_is_not_tls(tls_proxy, certificate, data):
         assert http.request("GET", "/healthz").status == 200
 
 
+def test_access_tls_and_plain_http_at_the_wrong_port_are_told_so(tls_proxy, demo, certificate):
+    with HTTP(tls_proxy) as http:
+        http.send(encode_http("GET", "/healthz"))
+        response = http.response()
+        assert response.status == 400 and "https://" in response.json()["error"]["message"]
+    before = len(demo.log())
+    with socket.create_connection(("127.0.0.1", demo.port), PATIENCE) as plain, pytest.raises(OSError):
+        ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
+    until(lambda: "TLS_CERT" in demo.log()[before:], "a line of the log")
+
+
 def test_access_tls_client_may_hang_up_during_a_call(tls_proxy, certificate):
     with tls_client(tls_proxy, certificate) as http:
         http.send(encode_http("POST", "/tools/sleep", {"seconds": 9}))
@@ -3215,14 +3353,10 @@ def fill(write):
     os.set_blocking(write, True)
 
 
-def record(text):
-    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO})
-
-
 def test_log_lines_are_written():
     with a_pipe() as (read, write):
-        handler = mcpproxy.LineHandler(write)
-        handler.emit(record("hello"))
+        handler = mcpproxy.Log(write)
+        handler.info("hello")
         assert re.fullmatch(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO    hello\n", os.read(read, 4096))
         assert handler.dropped == 0
 
@@ -3230,11 +3364,11 @@ def test_log_lines_are_written():
 def test_log_lines_of_one_turn_are_written_together_and_in_order():
     async def turn(handler):
         for number in range(3):
-            handler.emit(record(f"line {number}"))
+            handler.info(f"line {number}")
         await asyncio.sleep(0)
 
     with a_pipe() as (read, write):
-        asyncio.run(turn(mcpproxy.LineHandler(write)))
+        asyncio.run(turn(mcpproxy.Log(write)))
         assert re.findall(rb"line \d", os.read(read, 4096)) == [b"line 0", b"line 1", b"line 2"]
 
 
@@ -3243,10 +3377,10 @@ def test_log_lines_of_one_turn_are_written_together_and_in_order():
                          ids=["short", "ASCII", "euros", "faces"])
 def test_log_never_waits_for_a_reader(text, room):
     with a_pipe() as (read, write):
-        handler = mcpproxy.LineHandler(write)
+        handler = mcpproxy.Log(write)
         fill(write)
         os.read(read, room)
-        writer = threading.Thread(target=lambda: [handler.emit(record(text)) for _ in range(5)])
+        writer = threading.Thread(target=lambda: [handler.info(text) for _ in range(5)])
         writer.start()
         writer.join(2)
         is_stuck = writer.is_alive()
@@ -3260,26 +3394,26 @@ def test_log_never_waits_for_a_reader(text, room):
 
 def test_log_goes_on_when_there_is_a_reader_again():
     with a_pipe() as (read, write):
-        handler = mcpproxy.LineHandler(write)
+        handler = mcpproxy.Log(write)
         fill(write)
-        handler.emit(record("lost"))
+        handler.info("lost")
         os.read(read, 1_000_000)
-        handler.emit(record("found"))
+        handler.info("found")
         assert b"found" in os.read(read, 4096) and handler.dropped == 1
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["reader", "writer"])
 def test_log_survives_a_closed_descriptor(end):
     with a_pipe() as pipe:
-        handler = mcpproxy.LineHandler(pipe[1])
+        handler = mcpproxy.Log(pipe[1])
         os.close(pipe[end])
-        handler.emit(record("lost"))
+        handler.info("lost")
         assert handler.dropped == 1
 
 
 def test_log_line_is_cut_before_it_is_too_long():
     with a_pipe() as (read, write):
-        mcpproxy.LineHandler(write).emit(record("x" * 100_000))
+        mcpproxy.Log(write).info("x" * 100_000)
         line = os.read(read, 100_000)
         assert len(line) <= 4096 and line.endswith(b"x\n")
 
@@ -3296,6 +3430,51 @@ def test_log_no_client_can_forge_a_line_of_the_log(unguarded, message):
     right = re.compile(r"\d{4}-\d\d-\d\d [\d:.]+ \w+ +[<>]+ .*forged|(?!.*forged)")
     assert all(right.match(line) for line in lines.splitlines())
     assert "\x1b" not in lines
+
+
+def test_log_lines_name_what_they_are_about():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with StreamableClient(proxy) as client:
+            client.tool("echo", text="x")
+            label, pid = client.session[:8], client.tool("pid")
+        proxy.request("GET", "/tools", headers={"Host": "evil.example"})
+        proxy.request("GET", "/tools")
+        for pattern in (f"= session {label} opened", f"ready for {label}: process {pid}, fake 1, revision 2025-06-18",
+                        f"<> {label} tools/call echo id=100 .* ms", r"GET /tools from 127[\d.:]+ refused with 403: ",
+                        r"<> GET /tools from 127[\d.:]+, \d+ bytes out", f"process {pid}: .* with exit code 0"):
+            until(lambda pattern=pattern: re.search(pattern, proxy.log()), pattern)
+        assert proxy.log().count(" WARNING ") == 1                # that there is no key
+
+
+def test_log_of_a_server_that_does_not_start_is_a_line_for_each_try():
+    with running_proxy([sys.executable, "-c", "raise SystemExit(3)"]) as proxy:
+        until(lambda: "times in a minute" in proxy.log(), "the end of the tries")
+        lines = [line for line in proxy.log().splitlines() if "AUTH_KEY" not in line]
+    assert len(lines) == 6 and all("did not start: the MCP server ended with exit code 3" in line for line in lines[:5])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--port", "x"]], ids=["running", "mistake"])
+def test_log_as_json_is_json_in_every_line(arguments):
+    environment = {**os.environ, "LOG_FORMAT": "json", "HOST": "127.0.0.1", "PORT": "0"}
+    with subprocess.Popen([sys.executable, PROXY, *arguments, *FAKE], env=environment, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as program:
+        lines = [json.loads(program.stdout.readline())]
+        if not arguments:
+            while "pid" not in lines[-1]:
+                lines.append(json.loads(program.stdout.readline()))
+            assert lines[-1]["name"] == "fake" and lines[-1]["session"] == "all" and "/mcp" in str(lines)
+            program.terminate()
+        lines += map(json.loads, program.stdout)
+    assert program.returncode == (2 if arguments else 0)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}[+-]\d\d:\d\d", line["time"]) for line in lines)
+
+
+def test_log_line_as_json_is_cut_and_stays_json():
+    with a_pipe() as (read, write):
+        mcpproxy.Log(write, as_json=True).info("%(a)s %(b)d %(c)s", a="\u20ac" * 100_000, b=5, c="-")
+        line = os.read(read, 100_000)
+    entry = json.loads(line)
+    assert len(line) <= 4096 and entry["b"] == 5 and "c" not in entry and entry["a"].startswith("\u20ac")
 
 
 # ============================================================================
@@ -3600,7 +3779,7 @@ def test_connection_server_that_refuses_the_one_handshake_and_ignores_the_other_
         assert client.stream.answer(0)["error"]["data"] == {"code": 1, "message": "no"}
 
 
-def test_connection_survives_any_line(caplog):
+def test_connection_survives_any_line(monkeypatch):
     async def read():
         guard = mcpproxy.Guard()
         connection = mcpproxy.ServerConnection("x", guard, limit=2000, redact=lambda text: text,
@@ -3614,12 +3793,93 @@ def test_connection_survives_any_line(caplog):
             connection.process.pipe_data_received(1, data[at:])
         guard.close()
 
-    caplog.set_level(logging.ERROR, "mcpproxy")
+    faults = []
+    monkeypatch.setattr(mcpproxy.log, "fault", faults.append)
+    monkeypatch.setattr(mcpproxy.log, "level", logging.ERROR)
     asyncio.run(read())
-    assert not caplog.records
+    assert not faults
 
 
-@pytest.mark.parametrize("server_id", ["999999", "0", "-1", '"abc"', "1.5", '"%ID%"'])
+def answered(line):
+    """Code for the tool `run`: a line with the id, as it is and as a string."""
+    return f"write({line!r} % {{'id': id, 'token': meta.get('progressToken')}})"
+
+
+@pytest.mark.parametrize("line", [
+    case("id as a string", '{"jsonrpc":"2.0","id":"%(id)d","result":{"content":[{"text":"right"}]}}'),
+    case("error that is null", '{"jsonrpc":"2.0","id":%(id)d,"error":null,"result":{"content":[{"text":"right"}]}}'),
+    case("error that is null at the tail", '{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"right"}]},'
+                                           '"error": null}'),
+    case("error that is null before a tail", '{"result":{"content":[{"text":"right"}]},"error":null,"jsonrpc":"2.0",'
+                                             '"id":%(id)d}'),
+])
+def test_connection_takes_what_sdks_take(fake, line):
+    with SSEClient(fake) as client:
+        answer = client.stream.answer(client.start("run", {"text": answered(line)}))
+        assert answer["result"] == {"content": [{"text": "right"}]} and "error" not in answer
+
+
+def test_connection_takes_an_answer_with_nothing_in_it(fake):
+    with SSEClient(fake) as client:
+        answer = client.stream.answer(client.start("run", {"text": answered('{"jsonrpc":"2.0","id":%(id)d}')}))
+        assert answer["result"] == {}
+
+
+def test_connection_takes_a_progress_token_that_became_a_string(fake):
+    progress = '{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":"%(token)s","progress":1}}'
+    with SSEClient(fake) as client:
+        end = "; send(id=id, result={'content': [{'text': 'done'}]})"
+        client.stream.answer(client.start("run", {"text": answered(progress) + end}, token="mine"))
+        assert progress_of(client.stream) == [("mine", 1)]
+
+
+def test_connection_answer_that_is_not_utf_8_fails_its_call_and_says_so(fake):
+    with SSEClient(fake) as client:
+        code = answered('{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"\udcff"}]}}')
+        answer = client.stream.answer(client.start("run", {"text": code}))
+        assert answer["error"]["code"] == -32000 and "not UTF-8" in answer["error"]["message"]
+
+
+def test_connection_line_separators_reach_no_event(fake):
+    with HTTP(fake) as http, StreamableClient(fake) as client:
+        line = '{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"a\u2028b\u2029c\x85d\xe9"}]}}'
+        http.send(encode_http("POST", "/mcp", tool_call(1, "run", {"text": answered(line)}), {
+            **ACCEPT, "Mcp-Session-Id": client.session}))
+        body = http.response().body
+    assert json.loads(body)["result"]["content"][0]["text"] == "a\u2028b\u2029c\x85d\xe9"
+    assert not set("\u2028\u2029\x85") & set(body.decode()) and "\xe9" in body.decode()
+
+
+DUMB = """
+import json, os, sys, time
+with open(sys.argv[1], "a") as starts:
+    starts.write("x")
+time.sleep(float(sys.argv[2]))
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["method"] == "server/discover":
+        time.sleep(1000 if sys.argv[3] == "dumb" else 0)
+    if "id" in message and message["method"] != "server/discover":
+        result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay, kind, processes", [(0, "dumb", 2), (1, "slow", 1)])
+def test_connection_server_that_is_struck_dumb_is_asked_anew_but_not_one_that_is_slow(
+        altered, tmp_path, delay, kind, processes):
+    altered(PROBE_SECONDS=0.3, GREETING_SECONDS=0.3)
+    starts = tmp_path / "starts"
+    with running_proxy([sys.executable, "-c", DUMB, str(starts), str(delay), kind]) as proxy:
+        until(lambda: "is ready" in proxy.log(), "the server")
+        assert len(starts.read_text()) == processes
+        for pid in servers_of(proxy):
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: proxy.log().count("is ready") == 2, "its successor")
+        assert len(starts.read_text()) == processes + 1           # what was learned is remembered
+
+
+@pytest.mark.parametrize("server_id", ["999999", "0", "-1", '"abc"', "1.5", '"%ID% "'])
 def test_connection_ignores_an_answer_with_an_unknown_id(fake, server_id):
     line = '{"jsonrpc":"2.0","id":%s,"result":{"content":[{"text":"wrong"}]}}' % server_id
     with SSEClient(fake) as client:
@@ -4074,12 +4334,35 @@ def test_session_is_told_what_a_server_said_that_exits_at_once(shared):
     with running_proxy("sh -c 'echo no such module >&2; exit 3'", SHARED_SESSION=shared) as proxy:
         with SSEClient(proxy, handshake=False) as client:
             client.post(initialize())
-            code, data = failure_of(client.stream.answer(0))
-            assert code == -32000 and data == {"exitCode": 3, "stderr": ["no such module"]}
+            answer = client.stream.answer(0)
+            assert failure_of(answer) == (-32000, {"exitCode": 3, "stderr": ["no such module"]})
+            assert answer["error"]["message"] == "the MCP server ended with exit code 3: no such module"
         assert "no such module" in proxy.log()
 
 
 # Independent mode.
+
+@pytest.mark.parametrize("revision", ["2024-10-07", "1.0", None, 5])
+def test_session_is_told_the_revision_it_asked_for_when_nobody_knows_that_of_its_server(revision):
+    server = fake_server()
+    server[-1] = server[-1].replace('{"protocolVersion": VERSION', '{"protocolVersion": %r' % revision)
+    with running_proxy(server, SHARED_SESSION="false") as proxy:
+        for asked, told in (("2024-11-05", "2024-11-05"), ("2025-06-18", "2025-06-18"), ("2099-01-01", "2025-11-25")):
+            assert post(proxy, initialize(version=asked)).json()["result"]["protocolVersion"] == told
+
+
+def test_session_and_callers_without_one_have_a_process_for_each_key_and_name():
+    with running_proxy(FAKE, SHARED_SESSION="false", AUTH_KEY="one, other") as proxy:
+        def pid(key, query=""):
+            message, headers = modern_request(1, "tools/call", {"name": "pid", "arguments": {}})
+            return text_of(proxy.request("POST", "/mcp" + query, message, {**headers, "X-API-Key": key}).json())
+        pids = [pid("one"), pid("other"), pid("one", "?client=a.B-1_"), pid("one", "?client=b"), pid("one", "?X=1")]
+        assert len(set(pids)) == 5 and pid("one", "?client=b") == pids[3]
+        for name in "", "a" * 65, "a%20b":
+            message, headers = modern_request(1, "tools/list")
+            response = proxy.request("POST", f"/mcp?client={name}", message, {**headers, "X-API-Key": "one"})
+            assert response.error() == (400, -32602)
+
 
 def test_session_has_a_process_of_its_own_in_independent_mode():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy, two_clients(proxy) as (one, other):
@@ -4273,10 +4556,39 @@ def test_session_that_is_missing_or_unknown_is_told(fake, method, body, session,
         assert response.error() == (status, -32600)
 
 
+def test_session_need_not_be_named_at_a_shared_server(fake):
+    """Hosted clients open one, and never send its id back."""
+    assert post(fake, initialize()).headers["mcp-session-id"]
+    assert post(fake, notification("notifications/initialized")).status == 202
+    assert text_of(post(fake, tool_call(1, "echo", {"text": "x"})).json()) == "x"
+    asked = json.loads(text_of(post(fake, tool_call(2, "ask", {"method": "roots/list"})).json()))
+    assert asked["error"]["code"] == -32601
+    for method, params in (("resources/subscribe", {"uri": "x"}), ("logging/setLevel", {"level": "info"})):
+        assert post(fake, request(3, method, params)).error() == (400, -32600)
+    answers = fake.request("POST", "/mcp", [request(4, "ping"), request(5, "ping")], ACCEPT).json()
+    assert sorted(answer["id"] for answer in answers) == [4, 5]
+
+
+def test_session_has_to_be_named_where_it_is_required():
+    with running_proxy(FAKE, REQUIRE_SESSION="true") as proxy:
+        for message in request(1, "tools/list"), notification("x"):
+            assert post(proxy, message).error() == (400, -32600)
+        assert post(proxy, request(1, "tools/list"), open_streamable(proxy)).status == 200
+
+
+def test_session_that_nothing_follows_ends_soon(altered):
+    altered(UNFOLLOWED_SECONDS=0.3)
+    with running_proxy(FAKE) as proxy:
+        session = open_streamable(proxy)
+        left = post(proxy, initialize()).headers["mcp-session-id"]
+        until(lambda: f"session {left[:8]} closed" in proxy.log(), "the end of the one that nothing followed")
+        assert post(proxy, request(1, "ping"), session).status == 200
+
+
 @pytest.mark.parametrize("method, body", [
     ("POST", request(1, "tools/list")), ("POST", notification("x")), ("DELETE", None)])
-def test_session_has_to_be_named(fake, method, body):
-    assert fake.request(method, "/mcp", body, ACCEPT).error() == (400, -32600)
+def test_session_has_to_be_named_where_one_is_needed(independent, method, body):
+    assert independent.request(method, "/mcp", body, ACCEPT).error() == (400, -32600)
 
 
 def test_session_is_deleted_once(fake):
@@ -4833,6 +5145,20 @@ def test_exchange_asks_nobody_for_roots_that_a_shared_server_would_take_for_thos
         assert client.asked == []
 
 
+def test_exchange_of_two_questions_asks_the_one_that_can_be_answered(fake):
+    with ModernClient(fake, capabilities={"elicitation": {}}) as client:
+        assert json.loads(client.tool("inquire", rounds=[[FORM, [SAMPLE, {"messages": []}]]])) == [
+            ACCEPTED, None]
+        assert [method for method, _ in client.asked] == ["elicitation/create"]
+
+
+def test_exchange_of_a_modern_client_is_asked_for_roots_in_a_process_of_its_own(independent):
+    with ModernClient(independent) as client:
+        assert json.loads(client.tool("inquire", rounds=[[ROOTS]])) == [client.RESULTS["roots/list"]]
+        told = next(message for message in seen(client) if message["method"] == "initialize")
+        assert "roots" in told["params"]["capabilities"]
+
+
 def test_exchange_question_that_no_client_can_answer_is_answered_as_one_would(fake):
     with StreamableClient(fake, capabilities={}) as client:
         answer = json.loads(client.tool("ask", method="elicitation/create", params=FORM[1]))
@@ -5144,7 +5470,20 @@ def test_connection_error_of_head_has_no_body_either(demo):
     with HTTP(demo) as http:
         response = http.request("HEAD", "/messages")
         assert response.status == 405 and "POST" in response.headers["allow"]
-        assert http.is_closed()
+        assert http.request("GET", "/healthz").body
+
+
+@pytest.mark.parametrize("method, path, headers, status", [
+    ("GET", "/tools", {"Host": "evil.example"}, 403), ("POST", "/nothing", {}, 404), ("PUT", "/mcp", {}, 405),
+    ("HEAD", "/mcp", {}, 405), ("POST", "/mcp", {"Content-Encoding": "gzip"}, 415)])
+def test_connection_goes_on_in_step_after_a_refusal_of_what_was_read(demo, method, path, headers, status):
+    body = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" if method in ("POST", "PUT") else None
+    with HTTP(demo) as http:
+        http.send(encode_http(method, path, body, headers) + encode_http("GET", "/healthz"))
+        assert http.response(method).status == status
+        assert http.response().json() == {"status": "ok"}
+        http.send(encode_http("GET", "/healthz"))
+        assert http.response().status == 200
 
 
 def test_connection_response_has_a_date(demo):
@@ -5170,7 +5509,7 @@ def test_connection_key_in_the_endpoint_event_is_escaped(demo, key):
     case("query", b"GET /messages?session_id=%22%7D%3Cscript%3E HTTP/1.1\r\nHost: a\r\n\r\n"),
     case("session id", b"GET /mcp HTTP/1.1\r\nHost: a\r\nMcp-Session-Id: \x85<script>\r\n\r\n"),
     case("version", b"POST /mcp HTTP/1.1\r\nHost: a\r\nMCP-Protocol-Version: <script>\r\nContent-Length: 0\r\n\r\n"),
-    case("variable", b"GET /sse?script%3Cscript%3E=1 HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n"),
+    case("variable", b"GET /sse?A=%3Cscript%3E HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n"),
 ])
 def test_connection_refusal_repeats_nothing_that_could_be_markup(demo, raw):
     with HTTP(demo) as http:
@@ -5185,6 +5524,20 @@ def test_http_connection_of_a_stream_is_kept_alive_by_comments():
         began = client.stream.comments
         until(lambda: client.stream.comments >= began + 3, "three comments", 5)
         assert client.tool("echo", text="hello") == "hello"
+
+
+@pytest.mark.parametrize("host, addresses", [
+    case("both families", "::", ["127.0.0.1", "::1"]), case("in brackets", "[::1]", ["::1"]),
+    case("a name", "localhost", sorted({address[4][0] for address in socket.getaddrinfo("localhost", 1)}))])
+def test_http_server_listens_at_all_addresses_of_its_host(host, addresses):
+    if not socket.has_ipv6 or not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    with running_proxy(HOST=host) as proxy:
+        banner = [proxy.process.stdout.readline().decode() for _ in range(2)] and proxy.log()
+        for address in addresses:
+            with socket.create_connection((address, proxy.port), PATIENCE) as sock:
+                sock.sendall(encode_http("GET", "/healthz"))
+                assert sock.recv(100).startswith(b"HTTP/1.1 200"), banner
 
 
 def test_http_connection_that_is_reset_ends_its_session():
@@ -5390,11 +5743,86 @@ def test_endpoint_keeps_every_open_stream_alive(version):
         client.delete()
 
 
-def test_endpoint_says_nothing_to_a_modern_client_before_the_server_does():
+def test_endpoint_says_nothing_to_a_modern_client_before_the_server_does_but_after_a_while(altered):
+    altered(SILENT_SECONDS=0.8)
     with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, ModernClient(proxy) as client:
-        stream, request_id = client.start("sleep", seconds=2.5)
-        assert text_of(stream.answer(request_id)) == "slept"
-        assert stream.status == 200 and not stream.is_stream()
+        soon, soon_id = client.start("sleep", seconds=0.3)
+        late, late_id = client.start("sleep", seconds=2)
+        wrong, wrong_id = client.start("run", text="time.sleep(2); send(id=id, error={'code': -32601, 'message': ''})")
+        assert text_of(soon.answer(soon_id)) == "slept"
+        assert soon.status == 200 and not soon.is_stream()
+        assert text_of(late.answer(late_id)) == "slept" and late.comments > 2
+        assert wrong.answer(wrong_id)["error"]["code"] == -32601 and wrong.status == 200 and wrong.is_stream()
+
+
+def test_endpoint_late_refusal_of_a_modern_call_is_in_its_stream(altered):
+    """The server's tools, which have to be known first, do not come."""
+    altered(SILENT_SECONDS=0.2)
+    with running_proxy(fake_server(FAKE_DEAF_TO="tools/list"), REQUEST_TIMEOUT=1.5) as proxy, \
+            ModernClient(proxy) as client:
+        stream, request_id = client.start("echo", text="x")
+        assert stream.is_stream() and stream.answer(request_id)["error"]["code"] == -32000
+
+
+@pytest.mark.parametrize("kind", ["streamable", "modern"])
+def test_endpoint_answers_in_the_form_that_the_client_takes(fake, kind):
+    with PEERS[kind](fake) as client:
+        client.headers["Accept"] = "application/json"
+        stream, request_id = client.start("sleep", token=1, seconds=2.5, steps=5)
+        assert stream.answer(request_id) and not stream.is_stream() and len(stream.messages()) == 1
+        client.headers["Accept"] = "text/event-stream"
+        stream, request_id = client.start("echo", text="x")
+        assert text_of(stream.answer(request_id)) == "x" and stream.is_stream()
+        assert client.begin("no/such", {})[0].wait_end()[0]["error"]["code"] == -32601
+        client.headers["Accept"] = None
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_endpoint_asks_no_client_that_takes_no_stream(fake):
+    with StreamableClient(fake) as client:
+        client.headers["Accept"] = "application/json"
+        assert json.loads(client.tool("ask", method="elicitation/create", params=FORM[1]))["error"]
+        stream, request_id = client.start("sleep", seconds=60)
+        client.cancel(stream, request_id)
+        stream.wait_end()
+        assert client.asked == [] and stream.status == 202
+
+
+def test_endpoint_refuses_a_subscription_to_who_takes_no_stream(fake):
+    with ModernClient(fake) as client:
+        client.headers["Accept"] = "application/json"
+        assert client.begin("subscriptions/listen", {"notifications": {}})[0].status == 406
+
+
+def test_endpoint_needs_no_accept_where_there_is_no_body(fake):
+    with StreamableClient(fake) as client:
+        client.post(notification("x"), 202, {"Accept": "image/png"})
+
+
+@pytest.mark.parametrize("version", ["2099-01-01", "2026-07-28", "x"])
+def test_endpoint_version_in_the_header_decides_nothing_about_a_handshake(fake, version):
+    response = post(fake, initialize(version="2025-06-18"), MCP_Protocol_Version=version)
+    assert response.json()["result"]["protocolVersion"] == "2025-06-18"
+
+
+@pytest.mark.parametrize("settings, version, status", [
+    ({}, "2025-11-25", 200), ({}, "2024-11-05", 200), ({}, "2026-07-28", 405), ({}, "2099-01-01", 400),
+    ({"STATELESS": "true"}, "2025-11-25", 405)])
+def test_endpoint_event_comes_also_to_who_names_a_revision(fake, stateless, settings, version, status):
+    with HTTP(stateless if settings else fake) as http:
+        http.send(encode_http("GET", "/mcp", None, {"Accept": "text/event-stream", "MCP-Protocol-Version": version}))
+        assert http.head().status == status
+        assert status != 200 or next_event(http)["event"] == "endpoint"
+
+
+@pytest.mark.parametrize("method", ["tasks/get", "tasks/update", "tasks/cancel"])
+def test_endpoint_name_of_a_task_is_repeated_in_the_header(modern_server, method):
+    message, headers = modern_request(1, method, {"taskId": "t1"})
+    for name in None, "t2":
+        assert modern_server.request("POST", "/mcp", message, {**headers, "Mcp-Name": name}).error() == (400, -32020)
+    assert modern_server.request("POST", "/mcp", message, {**headers, "Mcp-Name": "t1"}).error() == (404, -32601)
+
+
 
 
 # Batches.
@@ -5464,9 +5892,10 @@ def test_endpoint_refuses_a_batch_that_is_none(fake, messages):
 
 @pytest.mark.parametrize("method, headers, status", [
     *(case(f"POST accepts {accept}", "POST", {"Accept": accept}, status) for accept, status in [
-        (None, 406), ("application/json", 406), ("text/event-stream", 406), ("text/html", 406), ("*/*", 200),
+        (None, 200), ("application/json", 200), ("text/event-stream", 200), ("text/html", 406), ("*/*", 200),
         ("application/*, text/*", 200), ("text/event-stream;q=0.5, application/json;q=0.9", 200),
-        ("APPLICATION/JSON, Text/Event-Stream", 200), ("application/json, text/event-stream;q=0", 406)]),
+        ("APPLICATION/JSON, Text/Event-Stream", 200), ("application/json, text/event-stream;q=0", 200),
+        ("application/json;q=0, text/event-stream;q=0.0", 406)]),
     *(case(f"GET accepts {accept}", "GET", {"Accept": accept}, status) for accept, status in [
         ("application/json", 406), ("text/event-stream", 200), ("*/*", 200)]),
     *(case(f"POST of {kind}", "POST", {"Content-Type": kind}, status) for kind, status in [
@@ -5534,8 +5963,8 @@ def test_endpoint_of_streamable_serves_sse_clients(fake):
 def test_endpoint_serves_a_client_that_falls_back_from_one_transport_to_the_other(fake):
     # The modern probe of a client that then goes on in the legacy way, and the POST of one that then tries GET.
     probe = fake.request("POST", "/mcp", request(1, "server/discover"), ACCEPT)
-    assert probe.error() == (400, -32600)
-    assert fake.request("POST", "/sse", initialize(), {"Accept": "application/json"}).status == 406
+    assert probe.error() == (200, -32601)
+    assert fake.request("POST", "/sse", initialize(), {"Accept": "text/html"}).status == 406
     with SSEClient(fake) as client:
         assert client.tool("echo", text="x") == "x"
 
@@ -5651,7 +6080,8 @@ def test_endpoint_openapi_describes_each_tool(fake):
     assert len({operation["operationId"] for operation in operations}) == 3
     schema = document["paths"]["/tools/mirror"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["number"]["type"] == "integer"
-    assert document["info"]["title"] and document["info"]["version"]
+    assert document["info"] == {"title": "fake", "version": "1"}
+    assert not any(operation["requestBody"]["required"] for operation in operations)
 
 
 def test_endpoint_openapi_operation_can_be_called(fake):
@@ -5770,7 +6200,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 def test_proxy_prints_a_curl_line_that_works_when_pasted(settings):
     with running_proxy(**settings) as proxy:
         line = next(line for line in proxy.process.stdout if b"curl" in line)
-        command = "curl" + line.decode().partition("curl")[2]
+        command = "curl" + line.decode().partition("curl")[2].replace("<your key>", KEY)
         output = subprocess.run(["sh", "-c", command], env={**os.environ, **settings}, capture_output=True,
                                 timeout=PATIENCE)
         assert "hello" in output.stdout.decode(), output
@@ -5785,10 +6215,25 @@ def test_proxy_ends_everything_on_a_signal(number, shared):
         assert one.stream.ended.wait(PATIENCE) and other.stream.ended.wait(PATIENCE)
 
 
+def test_proxy_goes_on_after_sighup(demo):
+    before = len(demo.log())
+    demo.process.send_signal(signal.SIGHUP)
+    until(lambda: "SIGHUP" in demo.log()[before:], "a line of the log")
+    assert is_healthy(demo)
+
+
+def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
+    with running_proxy(FAKE, SHUTDOWN_GRACE=0) as proxy, StreamableClient(proxy) as client:
+        call, request_id = client.start("sleep", seconds=60)
+        see(client, lambda message: called(message) == "sleep", "the call")
+        proxy.process.send_signal(signal.SIGTERM)
+        assert call.status == 503 and "the proxy" in call.answer(request_id)["error"]["message"]
+
+
 def test_proxy_warns_when_there_is_no_key():
     for settings, is_warned in (({}, True), ({"AUTH_KEY": KEY}, False)):
         with running_proxy(**settings) as proxy:
-            until(lambda: "started as process" in proxy.log(), "the log of the start")
+            until(lambda: "is ready" in proxy.log(), "the log of the start")
             assert ("AUTH_KEY is not set" in proxy.log()) == is_warned
 
 
@@ -5847,7 +6292,24 @@ def test_command_line_host_that_is_not_ours_ends_the_program_with_one_line(host)
 
 @pytest.mark.parametrize("host, shown", [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("a", "a")])
 def test_command_line_banner_shows_an_address_that_can_be_used(host, shown):
-    assert f"http://{shown}:80/mcp" in mcpproxy.banner(Settings(host=host), "x", 80)
+    assert f"http://{shown}:80/mcp" in mcpproxy.banner(Settings(), "x", [(host, 80)])
+
+
+@pytest.mark.parametrize("command, name", [
+    ("npx -y @playwright/mcp@latest --headless", "@playwright/mcp"), ("npx mcp-remote@0.1.2 x", "mcp-remote"),
+    ("node /x/node_modules/@playwright/mcp/cli.js", "@playwright/mcp"), ("node node_modules/a/b.js", "a"),
+    ("node /srv/app/server.js", "server.js"), ("uvx mcp-server-fetch==1.0", "mcp-server-fetch"),
+    ("uvx --from mcp-git@1 serve", "mcp-git"), ("uv run server.py", "server.py"), ("python3 -m my_server", "my_server"),
+    ("docker run -i --rm mcp/fetch", "mcp/fetch"), ("pnpm dlx @a/b", "@a/b"), ("/opt/bin/thing --x", "thing"),
+    ("npx", "npx")])
+def test_command_line_server_has_the_name_that_people_know(command, name):
+    assert mcpproxy.server_name(shlex.split(command)) == name
+
+
+def test_command_line_banner_names_every_address_and_no_key():
+    text = mcpproxy.banner(Settings(auth_key="secret"), "x", [("127.0.0.1", 80), ("::1", 80)])
+    assert "127.0.0.1:80, [::1]:80" in text and "Bearer <your key>" in text and "secret" not in text
+    assert os.access(PROXY, os.X_OK)
 
 
 def test_command_line_version_is_shown():
@@ -5892,7 +6354,7 @@ def test_command_line_program_runs_without_stderr():
     command = [sys.executable, PROXY, "--host", "127.0.0.1", "--port", "0"]
     program = subprocess.Popen(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True)
     try:
-        assert "http://127.0.0.1:" in "".join(itertools.islice(program.stdout, 2)), "it did not start"
+        assert "http://127.0.0.1:" in "".join(itertools.islice(program.stdout, 3)), "it did not start"
         program.send_signal(signal.SIGTERM)
         assert program.wait(PATIENCE) == 0
     finally:
@@ -7196,19 +7658,26 @@ def test_real_usual_program_for_sse_proxies_runs_unchanged(workshop):
 CONFORMANCE = {"old": "@modelcontextprotocol/conformance@0.1.16",
                "new": "@modelcontextprotocol/conformance@0.2.0-alpha.12"}
 
-# Has every tool, resource and prompt that the suites ask for. What a tool needs from the client is
-# requested in the legacy era, and made input_required in the modern one.
+# Has every tool, resource, prompt and skill that the suites ask for. What a tool needs from the client is
+# requested in the legacy era, and made input_required in the modern one, which has tasks, too.
 CONFORMANCE_FIXTURE = r'''
 """fixture.py legacy|modern"""
 import base64, hashlib, hmac, itertools, json, queue, secrets, sys, threading, time
 
 MODERN, NAMESPACE, KEY = sys.argv[1] == "modern", "io.modelcontextprotocol/", secrets.token_bytes(32)
 LEVELS = ["debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"]
+TASKS, SKILLS, tasks = NAMESPACE + "tasks", NAMESPACE + "skills", {}
 lock, numbers, client, level, asked, listening = threading.Lock(), itertools.count(1), {}, ["debug"], {}, {}
 
 def send(**members):
     with lock:
         print(json.dumps({"jsonrpc": "2.0", **members}), flush=True)
+
+def notify(notification, wants, **params):
+    """Tells those whose subscription wants it."""
+    for id, wanted in list(listening.items()):
+        if wants(wanted):
+            send(method=notification, params={**params, "_meta": {NAMESPACE + "subscriptionId": id}})
 
 class Error(Exception):
     def __init__(self, code, message, **data):
@@ -7227,7 +7696,8 @@ class Call:
     def __init__(self, id, params):
         self.id, self.params, self.arguments = id, params, params.get("arguments") or {}
         self.meta, self.inputs, self.state = params.get("_meta") or {}, params.get("inputResponses", {}), None
-        self.client = self.meta.get(NAMESPACE + "clientCapabilities", client)
+        able = self.meta.get(NAMESPACE + "clientCapabilities", client)
+        self.client = {**able, **able.get("extensions", {})}
         if not isinstance(self.inputs, dict) or not all(isinstance(value, dict) for value in self.inputs.values()):
             raise Error(-32602, "inputResponses must be an object of objects")
         if "requestState" in params:
@@ -7238,7 +7708,8 @@ class Call:
 
     def require(self, capability):
         if capability not in self.client:
-            raise Error(-32021 if MODERN else -32602, f"needs {capability}", requiredCapabilities={capability: {}})
+            needed = {"extensions": {TASKS: {}}} if capability == TASKS else {capability: {}}
+            raise Error(-32021 if MODERN else -32602, f"needs {capability}", requiredCapabilities=needed)
 
     def ask(self, state=None, **requests):
         """The client's answers, by the names of the requests."""
@@ -7263,6 +7734,46 @@ class Call:
         if "progressToken" in self.meta:
             send(method="notifications/progress",
                  params={"progressToken": self.meta["progressToken"], "progress": value, "total": 100})
+
+class Task:
+    """A tool's work that goes on after the answer to its call, and anew when it gets what it asked for."""
+    def __init__(self, call, work):
+        self.call, self.work, self.id, now = call, work, secrets.token_hex(16), "2026-07-28T00:00:00Z"
+        self.created = self.state = {"taskId": self.id, "status": "working", "createdAt": now, "lastUpdatedAt": now,
+                                     "ttlMs": 60000, "pollIntervalMs": 100}
+        tasks[self.id] = self
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        try:
+            self.become("completed", result=tool_result(self.call, self.work()))
+        except InputRequired as error:
+            requests = error.answer["result"]["inputRequests"]
+            self.become("input_required", inputRequests={
+                name: requests[name] for name in requests if name not in self.call.inputs})
+        except Error as error:
+            self.become("failed", **error.answer)
+
+    def become(self, status, **more):
+        if self.state["status"] in ("working", "input_required"):
+            self.state = {**self.created, "status": status, **more}
+            notify("notifications/tasks", lambda wanted: self.id in wanted.get("taskIds", ()), **self.state)
+
+    def update(self, inputs):
+        wanted = self.state.get("inputRequests", {})
+        self.call.inputs.update({name: inputs[name] for name in inputs if name in wanted})
+        if wanted:
+            self.run()
+
+def later(call, work):
+    """Leaves the work to a task where the client knows them."""
+    return {**Task(call, work).created, "resultType": "task"} if TASKS in call.client else work()
+
+def task_of(call):
+    call.require(TASKS)
+    if call.params["taskId"] not in tasks:
+        raise Error(-32602, "no such task")
+    return tasks[call.params["taskId"]]
 
 # What is asked of the client.
 
@@ -7292,7 +7803,7 @@ ENUMS = form("Which?", untitledSingle={"type": "string", "enum": OPTIONS},
              untitledMulti={"type": "array", "items": {"type": "string", "enum": OPTIONS}},
              titledMulti={"type": "array", "items": {"anyOf": TITLED}})
 
-# Tools. A function gets the Call and returns content: text, or a list of blocks.
+# Tools. A function gets the Call and returns content: text, a list of blocks, or a task.
 
 def log(call):
     wanted = call.meta.get(NAMESPACE + "logLevel") if MODERN else level[0]
@@ -7332,10 +7843,11 @@ def stream(call):
 def change(kind):
     if not MODERN:
         send(method=f"notifications/{kind}/list_changed")
-    for id, wanted in list(listening.items()):
-        if wanted.get(kind + "ListChanged"):
-            send(method=f"notifications/{kind}/list_changed", params={"_meta": {NAMESPACE + "subscriptionId": id}})
+    notify(f"notifications/{kind}/list_changed", lambda wanted: wanted.get(kind + "ListChanged"))
     return "changed"
+
+def hello(call):
+    return f"Hello, {call.ask(user_name=NAME)['user_name'].get('content', {}).get('name')}!"
 
 def block(uri, text, mime="text/plain"):
     return {"type": "resource", "resource": {"uri": uri, "mimeType": mime, "text": text}}
@@ -7375,8 +7887,7 @@ TOOLS = {
         "User response: " + json.dumps(call.ask(answer=USER)["answer"])),
     "test_elicitation_sep1034_defaults": (EMPTY, lambda call: elicited(call.ask(answer=DEFAULTS)["answer"])),
     "test_elicitation_sep1330_enums": (EMPTY, lambda call: elicited(call.ask(answer=ENUMS)["answer"])),
-    "test_input_required_result_elicitation": (EMPTY, lambda call:
-        f"Hello, {call.ask(user_name=NAME)['user_name'].get('content', {}).get('name')}!"),
+    "test_input_required_result_elicitation": (EMPTY, hello),
     "test_input_required_result_sampling": (EMPTY, lambda call:
         call.ask(capital_question=sampling("Capital?"))["capital_question"]["content"]["text"]),
     "test_input_required_result_list_roots": (EMPTY, lambda call:
@@ -7393,19 +7904,36 @@ TOOLS = {
     "test_trigger_prompt_change": (EMPTY, lambda call: change("prompts")),
     "test_x_mcp_header": (schema("region", region={"type": "string", "x-mcp-header": "Region"}),
                           lambda call: json.dumps(call.arguments)),
+    "greet": (schema(name="string"), lambda call: f"Hello, {call.arguments['name']}!"),
+    "slow_compute": (schema(seconds="number", label="string"), lambda call:
+        later(call, lambda: time.sleep(call.arguments["seconds"]) or "computed")),
+    "failing_job": (EMPTY, lambda call: call.require(TASKS) or later(call, lambda: "failed")),
+    "protocol_error_job": (EMPTY, lambda call: later(call, lambda: call.require("nothing that there is"))),
+    "confirm_delete": (schema(filename="string"), lambda call:
+        later(call, lambda: json.dumps(call.ask(confirm=CONFIRM)))),
+    "multi_input": (EMPTY, lambda call: later(call, lambda: json.dumps(call.ask(name=NAME, confirm=CONFIRM)))),
+    "test_tool_with_task": (EMPTY, lambda call: hello(call) and later(call, lambda: hello(call))),
 }
+
+def tool_result(call, content):
+    if isinstance(content, dict):
+        return content
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {"content": blocks, "isError": call.params["name"] in ("test_error_handling", "failing_job")}
 
 def call_tool(call):
     name = call.params.get("name")
     if name not in TOOLS:
         raise Error(-32602, f"no tool {name}")
-    content = TOOLS[name][1](call)
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {"content": blocks, **({"isError": True} if name == "test_error_handling" else {})}
+    return tool_result(call, TOOLS[name][1](call))
 
-# Resources and prompts.
+# Resources, skills and prompts.
 
+SKILL, DESCRIBED = "skill://greeter/SKILL.md", {"name": "greeter", "description": "Greets."}
+FILES = {SKILL: "---\nname: greeter\ndescription: Greets.\n---\nUse the words of references/words.md.\n",
+         "skill://greeter/references/words.md": "Hello, good day.\n"}
 RESOURCES = {
+    **{uri: {"mimeType": "text/markdown", "text": text} for uri, text in FILES.items()},
     "test://static-text": {"mimeType": "text/plain", "text": "This is the content of the static text resource."},
     "test://static-binary": {"mimeType": "image/png", "blob": PNG},
     "test://watched-resource": {"mimeType": "text/plain", "text": "Watched resource content"}}
@@ -7420,6 +7948,21 @@ def read(call):
     if not content:
         raise Error(-32602 if MODERN else -32002, "no such resource", uri=uri)
     return {"contents": [{"uri": uri, **content}]}
+
+def directory(call):
+    inside = call.params["uri"] + "/"
+    names = dict.fromkeys(uri[len(inside):].split("/")[0] for uri in FILES if uri.startswith(inside))
+    if not names:
+        raise Error(-32602, "no such directory")
+    return {"resources": [{"uri": inside + name, "name": name, "mimeType": (
+        "text/markdown" if inside + name in FILES else "inode/directory")} for name in names]}
+
+def skill(call):
+    if call.params.get("uri", SKILL) != SKILL:
+        raise Error(-32602, "no such skill")
+    return {"uri": SKILL, "frontmatter": DESCRIBED, "resources": [
+        {"uri": uri, "digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest(), "size": len(text)}
+        for uri, text in FILES.items()]}
 
 PROMPTS = {"test_simple_prompt": [], "test_prompt_with_arguments": ["arg1", "arg2"], "test_prompt_with_image": [],
            "test_prompt_with_embedded_resource": ["resourceUri"], "test_input_required_result_prompt": []}
@@ -7442,12 +7985,15 @@ def prompt(call):
 # Methods.
 
 CAPABILITIES = {"tools": {"listChanged": True}, "prompts": {"listChanged": True}, "logging": {}, "completions": {},
-                "resources": {"subscribe": True, "listChanged": True}}
+                "resources": {"subscribe": True, "listChanged": True},
+                "extensions": {SKILLS: {"directoryRead": True}, **({TASKS: {}} if MODERN else {})}}
 INFO = {"name": "fixture", "version": "1"}
 
 def listen(call):
     """Acknowledges, and is never answered."""
     mine, wanted = {NAMESPACE + "subscriptionId": call.id}, call.params.get("notifications", {})
+    if "taskIds" in wanted:
+        call.require(TASKS)
     send(method="notifications/subscriptions/acknowledged", params={"_meta": mine, "notifications": wanted})
     listening[call.id] = wanted
 
@@ -7459,7 +8005,8 @@ METHODS = {
     "tools/list": lambda call: {"tools": [{"name": name, "description": name, "inputSchema": inputs}
                                           for name, (inputs, _) in TOOLS.items()]},
     "tools/call": call_tool,
-    "resources/list": lambda call: {"resources": [{"uri": uri, "name": uri} for uri in RESOURCES]},
+    "resources/list": lambda call: {"resources": [
+        {"uri": uri, "name": uri, **(DESCRIBED if uri == SKILL else {})} for uri in RESOURCES]},
     "resources/templates/list": lambda call: {"resourceTemplates": [
         {"uriTemplate": "test://template/{id}/data", "name": "template"}]},
     "resources/read": read,
@@ -7468,12 +8015,19 @@ METHODS = {
         for name, names in PROMPTS.items()]},
     "prompts/get": prompt,
     "completion/complete": lambda call: {"completion": {"values": [call.params["argument"]["value"] + "-one"]}},
+    "skills/list": lambda call: {"skills": [skill(call)]},
+    "skills/get": lambda call: {"skill": skill(call)},
+    "resources/directory/read": directory,
 }
 CACHEABLE = {"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
-             "resources/read"}
+             "resources/read", "skills/list", "skills/get"}
 if MODERN:
-    METHODS["server/discover"] = lambda call: {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES}
-    METHODS["subscriptions/listen"] = listen
+    METHODS.update({
+        "server/discover": lambda call: {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES},
+        "subscriptions/listen": listen,
+        "tasks/get": lambda call: task_of(call).state,
+        "tasks/update": lambda call: task_of(call).update(call.inputs) or {},
+        "tasks/cancel": lambda call: task_of(call).become("cancelled") or {}})
 else:
     METHODS["initialize"] = initialize
     METHODS["logging/setLevel"] = lambda call: level.__setitem__(0, call.params["level"]) or {}
@@ -7490,7 +8044,7 @@ def answer(id, method, params):
         raise Error(-32601, f"no method {method}")
     result = METHODS[method](Call(id, params))
     if MODERN and result is not None:
-        result = {**result, "resultType": "complete", "_meta": {NAMESPACE + "serverInfo": INFO}}
+        result = {"resultType": "complete", **result, "_meta": {NAMESPACE + "serverInfo": INFO}}
         if method in CACHEABLE:
             result.update(ttlMs=1000, cacheScope="public")
     return result
@@ -7525,6 +8079,19 @@ def suites(tmp_path_factory):
     return home
 
 
+def examine(suites, home, suite, era, shared, *selections):
+    """The checks of what is selected of a suite, all of it at the same time, on the fixture behind a proxy."""
+    program = suites / suite / "node_modules/@modelcontextprotocol/conformance/dist/index.js"
+    with (running_proxy([sys.executable, str(suites / "fixture.py"), era], SHARED_SESSION=shared) as proxy,
+          concurrent.futures.ThreadPoolExecutor() as pool):
+        output = list(pool.map(lambda selection: run(
+            suites / "node/node_modules/.bin/node", program, "server", *selection, "-o", home,
+            "--url", f"http://127.0.0.1:{proxy.port}/mcp", timeout=120, statuses=(0, 1)), selections))
+    checks = [check for file in home.rglob("checks.json") for check in json.loads(file.read_text())]
+    assert checks, output
+    return checks
+
+
 # What no proxy can make of a legacy server: it does not name its questions nor ask several at once, has no
 # roots to ask for outside of a session, and was told once what its client can do.
 BEYOND_A_LEGACY_SERVER = {
@@ -7543,12 +8110,47 @@ BEYOND_A_LEGACY_SERVER = {
     ("new", "2026-07-28", "modern"),
     ("new", "2026-07-28", "legacy")])
 def test_conformance_suites_of_the_official_project_pass(suites, tmp_path, suite, revision, era, shared):
-    program = suites / suite / "node_modules/@modelcontextprotocol/conformance/dist/index.js"
-    with running_proxy([sys.executable, str(suites / "fixture.py"), era], SHARED_SESSION=shared) as proxy:
-        output = run(suites / "node/node_modules/.bin/node", program, "server", "--suite", "all", "-o", tmp_path,
-                     "--url", f"http://127.0.0.1:{proxy.port}/mcp",
-                     *(["--spec-version", revision] if suite == "new" else []), timeout=120, statuses=(0, 1))
-    checks = [check for file in tmp_path.rglob("checks.json") for check in json.loads(file.read_text())]
+    checks = examine(suites, tmp_path, suite, era, shared, ["--suite", "all", *(
+        ["--spec-version", revision] if suite == "new" else [])])
     beyond = BEYOND_A_LEGACY_SERVER if (revision, era) == ("2026-07-28", "legacy") else set()
-    assert checks, output
     assert [check for check in checks if check["status"] in ("FAILURE", "WARNING") and check["id"] not in beyond] == []
+
+
+# Extensions are of no revision, so that the suite runs their scenarios on a given one by name and by force alone. Tasks
+# are for modern clients and servers: what a client can do comes with each request, and what a call results in is told
+# by its resultType. tasks-status-notifications is not here, because the suite skips all of it so far.
+SKILLS_SCENARIOS = ["sep-2640-skills-directory", "sep-2640-skills-enumeration", "sep-2640-skills-manifest"]
+TASKS_SCENARIOS = ["tasks-lifecycle", "tasks-capability-negotiation", "tasks-wire-fields",
+                   "tasks-request-state-removal", "tasks-mrtr-input", "tasks-request-headers",
+                   "tasks-dispatch-and-envelope", "tasks-required-task-error", "tasks-mrtr-composition"]
+# What legacy results do not have.
+NOT_IN_LEGACY = {"sep-2640-skills-list-cache-attributes", "sep-2640-skills-get-cache-attributes"}
+
+
+@MODES
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize("revision", ["2025-11-25", "2026-07-28"])
+def test_conformance_scenarios_of_extensions_pass(suites, tmp_path, revision, era, shared):
+    scenarios = SKILLS_SCENARIOS + TASKS_SCENARIOS * ((revision, era) == ("2026-07-28", "modern"))
+    checks = examine(suites, tmp_path, "new", era, shared, *(
+        ["--scenario", scenario, "--spec-version", revision, "--force"] for scenario in scenarios))
+    assert {check["id"] for check in checks if check["status"] == "SKIPPED"} == (
+        NOT_IN_LEGACY if revision == "2025-11-25" else set())
+    assert [check for check in checks if check["status"] in ("FAILURE", "WARNING")] == []
+
+
+@MODES
+def test_conformance_of_notifications_of_tasks(tmp_path, shared):
+    """What tasks-status-notifications is about."""
+    (tmp_path / "fixture.py").write_text(CONFORMANCE_FIXTURE)
+    with (running_proxy([sys.executable, str(tmp_path / "fixture.py"), "modern"], SHARED_SESSION=shared) as proxy,
+          ModernClient(proxy, capabilities={"extensions": {"io.modelcontextprotocol/tasks": {}}}) as client):
+        one, other = (client.finish(*client.start("slow_compute", seconds=60))["result"]["taskId"] for _ in range(2))
+        stream = client.listen("mine", taskIds=[one])
+        for task in (other, one):
+            cancel = client.message(task, "tasks/cancel", {"taskId": task})
+            assert client.deliver(cancel, {"Mcp-Name": task}).answer(task)["result"]["resultType"] == "complete"
+        first, second = stream.count(2)
+    assert first["params"] == {"_meta": {SUBSCRIPTION: "mine"}, "notifications": {"taskIds": [one]}}
+    assert second["method"] == "notifications/tasks"
+    assert second["params"].items() >= {"taskId": one, "status": "cancelled", "_meta": {SUBSCRIPTION: "mine"}}.items()
