@@ -160,7 +160,7 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
-KNOWN_HEADS = 4                      # of a connection that are kept; most clients send three, again and again
+KNOWN_HEADS = 2_048                  # of all connections that are kept; most clients send three, again and again
 KNOWN_HEAD_BYTES = 1024              # of the largest that is kept, and
 KNOWN_HEAD_FIELDS = 32               # how many lines it may have: each takes 150 bytes more than its own
 
@@ -527,10 +527,10 @@ class RequestParser:
     """One connection's requests out of its bytes, however they are cut: feed() them, then ask for next_head() and
     next_body()."""
 
-    def __init__(self):
+    def __init__(self, known: dict[bytes, HTTPHead] | None = None):
         self.rest = b""                   # bytes that were not looked at yet
         self._searched = 0                # how far `rest` was searched for the end of a head
-        self._known: dict[bytes, HTTPHead] = {}     # clients send the same head again and again
+        self._known = {} if known is None else known      # heads that were parsed, of all connections
         self._state = BodyState.DONE
         self._is_chunked = False
         self._body = bytearray()          # so far
@@ -566,7 +566,7 @@ class RequestParser:
         head = parse_head(raw)
         if len(raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
-                self._known.clear()
+                del self._known[next(iter(self._known))]
             self._known[raw] = head
         return head
 
@@ -918,7 +918,7 @@ class Message:
 
     def new_id(self, raw_id: bytes) -> tuple[int, int, str]:
         """The change that gives it another id."""
-        return *self.id_span, raw_id.decode()
+        return (*self.id_span, raw_id.decode())
 
     def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
         """The change that puts members (name -> JSON) into the object at `path`; params are made if need be."""
@@ -968,10 +968,7 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
         if None in members.values() or is_servers and "method" not in members:
             text, members = mended(text, members, is_servers)
         check_message(members)
-        message = Message(text, members)
-        if not is_servers and "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
-            raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
-        return message
+        return Message(text, members)
     except (ValueError, StopIteration):
         raise RPCError("not valid JSON", code=PARSE_ERROR) from None
     except RecursionError:
@@ -980,17 +977,16 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
 
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
     """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response an
-    error that is null beside its result; a result that is not there at all becomes an empty one."""
+    error that is null, or a result that is beside an error; a result that is not there at all becomes an empty one."""
     is_response = is_servers and "method" not in members and "id" in members
-    drop = [name for name in ("params", "error") if name in members and members[name] is None
-            and (name == "params" or is_response)]
-    is_empty = is_response and members.get("error") is None and members.keys() <= {"jsonrpc", "id", "error"}
-    if not (drop or is_empty):
+    drops = {"params"} if not is_response else {"error", "result"} if members.get("error") else {"error"}
+    kept = {name: value for name, value in members.items() if value is not None or name not in drops}
+    if is_response and kept.keys() == {"jsonrpc", "id"}:
+        kept["result"] = ()
+    if kept.keys() == members.keys():
         return text, members
-    kept = {name: text[start:end] for name, (start, end) in walk_members(text, text.index("{")).items()
-            if name not in drop}
-    members = {name: value for name, value in members.items() if name not in drop}
-    return as_object(kept | ({"result": "{}"} if is_empty else {})), members | ({"result": ()} if is_empty else {})
+    places = walk_members(text, text.index("{"))
+    return as_object({name: text[slice(*places[name])] if name in places else "{}" for name in kept}), kept
 
 
 def is_batch(text: str) -> bool:
@@ -1044,8 +1040,8 @@ def is_id(value: object) -> bool:
         isinstance(value, float) and value.is_integer())
 
 
-def own_id(value: object) -> object:
-    """An id that we chose, as it comes back: some SDKs make a string of it."""
+def as_own_id(value: object) -> object:
+    """An id that we chose, from what comes back: some SDKs make a string of it."""
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) else value
 
 
@@ -1070,14 +1066,14 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 # last): the payload needs no look then, be it a screenshot of 8 MB.
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
-_PAYLOAD = rb'"(result|error)": ?(?!null)'
-_ANSWER_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
-_NO_ERROR = re.compile(rb'"error": ?null')
+_PAYLOAD = rb'"(result|error)":(?! *null) ?'
+_RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
+_NULL = re.compile(rb'"(?:result|error)": *null')
 _PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
-_ANSWER_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
+_RESPONSE_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
 
 
-class Answer:
+class ResponseLine:
     """A response from a server, as a line that was not parsed: where its id is, and where its result or error."""
 
     __slots__ = ("line", "id", "start", "end", "is_result", "payload_start")
@@ -1097,7 +1093,7 @@ class Answer:
 
     def parsed(self) -> "Message":
         """The whole answer as a Message; RPCError when it is not valid."""
-        return parse_message(decode_json(self.line))
+        return parse_message(decode_json(self.line), is_servers=True)
 
     def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"") -> list:
         """The payload with another id, and with `insertion` put in at `at`. A large one is not copied."""
@@ -1111,31 +1107,29 @@ class Answer:
         return [line[:start], raw_id, line[end:at], insertion, line[at:]]
 
 
-def find_answer(line: bytes) -> Answer | None:
+def find_response(line: bytes) -> ResponseLine | None:
     """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take something out."""
-    if b"\r" in line or line[-1:] != b"}" or b"null" in line[-_TAIL_LENGTH:] and _NO_ERROR.search(line[-_TAIL_LENGTH:]):
+    if b"\r" in line or line[-1:] != b"}" or _NULL.search(line, 0 if len(line) < 512 else len(line) - _TAIL_LENGTH):
         return None
-    head = _ANSWER_HEAD.match(line)
+    head = _RESPONSE_HEAD.match(line)
     if head:
-        return Answer(line, head, head)
+        return ResponseLine(line, head, head)
     payload = _PAYLOAD_FIRST.match(line)
-    tail = _ANSWER_TAIL.search(line, max(0, len(line) - _TAIL_LENGTH)) if payload else None
-    return Answer(line, tail, payload) if tail else None
+    tail = _RESPONSE_TAIL.search(line, max(0, len(line) - _TAIL_LENGTH)) if payload else None
+    return ResponseLine(line, tail, payload) if tail else None
 
 
 def escape_separators(line: bytes) -> bytes:
     """JSON with what some readers of lines take for an end escaped: U+2028, U+2029 and U+0085. RPCError when it is not
     UTF-8. It can only be in a string; so it means the same."""
     decode_json(line)
-    for raw, escaped in (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"):
-        if raw in line:
-            line = line.replace(raw, escaped)
-    return line
+    return line.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(
+        b"\xc2\x85", b"\\u0085")
 
 
-def find_answer_id(head: bytes, tail: bytes) -> int | None:
+def find_response_id(head: bytes, tail: bytes) -> int | None:
     """The id of an answer of which only the first and last bytes are known."""
-    match = _ANSWER_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _ANSWER_TAIL.search(tail[-_TAIL_LENGTH:])
+    match = _RESPONSE_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _RESPONSE_TAIL.search(tail[-_TAIL_LENGTH:])
     return int(match[1]) if match else None
 
 
@@ -1199,7 +1193,9 @@ def our_initialize(is_for_all: bool) -> dict:
 
 
 def check_parameters(message: Message) -> None:
-    """Refuses a request without the parameter that names what it is about."""
+    """Refuses a request without the parameter that names what it is about, and a _meta that is none."""
+    if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
+        raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
@@ -1388,35 +1384,35 @@ additions = functools.lru_cache(maxsize=256)(Additions)
 _OBJECT_END = re.compile(rb"[ \t]*\}")
 
 
-def result_with(answer: "Answer | Message", raw_id: bytes, new: Additions) -> list:
-    """An answer's payload with another id, and in its result what it lacks of `new`."""
-    if isinstance(answer, Answer):
-        at = answer.result_start
+def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions) -> list:
+    """A response's payload with another id, and in its result what it lacks of `new`."""
+    if isinstance(response, ResponseLine):
+        at = response.result_start
         if at is None:
-            return answer.with_id(raw_id)
+            return response.with_id(raw_id)
         # None of these names anywhere in the line: they can be put in without a look at the rest.
-        if not new.find_in(answer.line):
-            return answer.with_id(raw_id, at, new.text if _OBJECT_END.match(answer.line, at) else new.text + b",")
-        answer = answer.parsed()
-    if not isinstance(answer.members.get("result"), tuple):
-        return answer.with_id(raw_id)
-    result, changes = members_of(answer.members["result"]), [answer.new_id(raw_id)]
+        if not new.find_in(response.line):
+            return response.with_id(raw_id, at, new.text if _OBJECT_END.match(response.line, at) else new.text + b",")
+        response = response.parsed()
+    if not isinstance(response.members.get("result"), tuple):
+        return response.with_id(raw_id)
+    result, changes = members_of(response.members["result"]), [response.new_id(raw_id)]
     lacking = {name: value for name, value in new.members.items() if name not in result}
     if lacking:
-        changes.append(answer.new_members(lacking, "result"))
+        changes.append(response.new_members(lacking, "result"))
     if new.meta and isinstance(result.get("_meta"), tuple) and SERVER_INFO_KEY not in members_of(result["_meta"]):
-        changes.append(answer.new_members(new.meta, "result", "_meta"))
-    return [answer.changed(changes)]
+        changes.append(response.new_members(new.meta, "result", "_meta"))
+    return [response.changed(changes)]
 
 
-def result_without(answer: Message, raw_id: bytes) -> list:
-    """An answer's payload with another id and without the members that only modern results have."""
-    changes = [answer.new_id(raw_id)]
-    if isinstance(answer.members.get("result"), tuple):
-        kept = {name: value for name, value in answer.raw_members("result").items()
+def result_without(response: Message, raw_id: bytes) -> list:
+    """A response's payload with another id and without the members that only modern results have."""
+    changes = [response.new_id(raw_id)]
+    if isinstance(response.members.get("result"), tuple):
+        kept = {name: value for name, value in response.raw_members("result").items()
                 if name not in ("resultType", "ttlMs", "cacheScope")}
-        changes.append((*answer.span("result"), as_object(kept)))
-    return [answer.changed(changes)]
+        changes.append((*response.span("result"), as_object(kept)))
+    return [response.changed(changes)]
 
 
 class Identity:
@@ -1640,33 +1636,22 @@ class Log(logging.Handler):
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0                        # lines that nobody could take
+        self.debug, self.info, self.warning, self.error = (functools.partial(self.add, level) for level in (
+            logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error) of lines to come
         self._second, self._clock, self._zone = 0, "", ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
-    def debug(self, template: str, **fields) -> None:
-        self.add(logging.DEBUG, template, fields)
-
-    def info(self, template: str, **fields) -> None:
-        self.add(logging.INFO, template, fields)
-
-    def warning(self, template: str, **fields) -> None:
-        self.add(logging.WARNING, template, fields)
-
-    def error(self, template: str, **fields) -> None:
-        self.add(logging.ERROR, template, fields)
+    def emit(self, record: logging.LogRecord) -> None:
+        """What asyncio has to say."""
+        self.add(record.levelno, "! %(problem)s", record.exc_info and record.exc_info[1], problem=record.getMessage())
 
     def fault(self, error: BaseException | None) -> None:
         """Something that should not have happened, with its traceback."""
-        self.add(logging.ERROR, "! a fault of the proxy's own", {}, error)
+        self.error("! a fault of the proxy's own", error)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """What asyncio has to say."""
-        self.add(record.levelno, "! %(problem)s", {"problem": record.getMessage()},
-                 record.exc_info and record.exc_info[1])
-
-    def add(self, level: int, template: str, fields: dict, error: BaseException | None = None) -> None:
+    def add(self, level: int, template: str, error: BaseException | None = None, **fields) -> None:
         """A line for the log, and the traceback of an error."""
         if level < self.level:
             return
@@ -1706,12 +1691,12 @@ class Log(logging.Handler):
         clock, name = f"{self._clock}.{int(when % 1 * 1000):03}", logging.getLevelName(level)
         if not self.as_json:
             return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        limit, line = MAX_LOG_LINE, ""
-        while not line or len(line) > MAX_LOG_LINE:             # texts are cut, and not the line, or it is JSON no more
-            entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
-            line = dump({field: value[:limit] if isinstance(value, str) else value
+        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
+        for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
+            line = dump({field: value if isinstance(value, (int, float)) and abs(value) < 1e18 else str(value)[:limit]
                          for field, value in entry.items() if value != "-"})
-            limit //= 2
+            if len(line) <= MAX_LOG_LINE:
+                break
         return line.encode() + b"\n"
 
     def _write(self, block: bytes) -> None:
@@ -1738,7 +1723,8 @@ log = Log()
 
 def start_logging(level: str, as_json: bool) -> None:
     """Sends the log to stderr in this form from now on."""
-    log.__init__(2, level, as_json)
+    log.setLevel(level.upper())
+    log.as_json = as_json
     logging.getLogger("asyncio").handlers = [log]
 
 
@@ -1746,30 +1732,18 @@ def start_logging(level: str, as_json: bool) -> None:
 # 10. Server process
 # ============================================================================
 #
-# One MCP server as a child process: lines to its stdin, lines from its stdout,
-# its stderr into the log. Knows lines of bytes, nothing of JSON.
+# A link is what a server is spoken to through: lines out, lines in, and one end.
+# A process is the one kind: lines to its stdin, lines from its stdout, its stderr
+# into the log. It knows lines of bytes, nothing of JSON.
 #
 # The hard part is the end. A server may exit by itself, hang, ignore its stdin,
 # or have children of its own: npx starts a shell that starts node. So every
 # server leads a process group, stopping is a list of steps, each less polite
 # than the one before, and it always comes to an end. Three things could still
 # escape: a child that left the group, all children when the proxy itself is
-# killed with SIGKILL, and a server that was just being started then. For these, every server
-# carries a tag in its environment, which its children inherit; see Guard.
-#
-#     RUNNING --> STOPPING --> GONE     (one that died is stopped too: it may have left children)
-
-class ProcessState(enum.Enum):
-    RUNNING = "running"
-    STOPPING = "stopping"
-    GONE = "gone"
-
-
-PROCESS_STATES = {
-    ProcessState.RUNNING: {ProcessState.STOPPING},
-    ProcessState.STOPPING: {ProcessState.GONE},
-    ProcessState.GONE: set(),
-}
+# killed with SIGKILL, and a server that was just being started then. For these,
+# every server carries a tag in its environment, which its children inherit; see
+# Reaper. One that died is stopped like any other: it may have left children.
 
 PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
 STDERR_LINES = 20                # how many of the last lines an error carries
@@ -1778,10 +1752,10 @@ KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it wa
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 
 
-class Guard:
+class Reaper:
     """Ends what would outlive its server, and all servers when the proxy is killed.
 
-    Every server has the variable MCPPROXY_TAG in its environment: the guard's nonce, a dash and a number.
+    Every server has the variable MCPPROXY_TAG in its environment: a nonce, a dash and a number.
     Processes are found by it in Linux's /proc, wherever they went. A small shell waits for the proxy's end,
     however that comes: the pipe from the proxy to it closes. Where there is no /proc, groups have to do."""
 
@@ -1804,7 +1778,7 @@ class Guard:
         self._sweep: asyncio.TimerHandle | None = None
         try:
             self._watcher = subprocess.Popen(
-                ["sh", "-c", self.SCRIPT, "mcpproxy-guard", self.nonce], stdin=subprocess.PIPE,
+                ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce], stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             self._watcher = None
@@ -1896,46 +1870,74 @@ class LineSplitter:
                 self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
 
 
-class ServerProcess(asyncio.SubprocessProtocol):
-    """One run of an MCP server, from start() to stop()."""
+class Link:
+    """What a ServerConnection speaks through. Whoever speaks sets what is called, and then calls start()."""
 
-    def __init__(self, name: str, guard: Guard, redact, limit: int, on_line, on_too_long, on_end):
-        self.name = name
-        self.exit_code: int | None = None
-        self.state = ProcessState.RUNNING
-        self.stderr_tail: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._guard, self._tag = guard, guard.new_tag()
-        self.redact = redact                   # takes the values of its client's variables out of a text of its own
-        self._on_end = on_end                  # called once, when no more lines will come
-        self._stdout = LineSplitter(limit, on_line, on_too_long)
+    on_line = None          # called with each line from the server, and with the id of the call it belongs to if the
+                            # link knows it (cause=)
+    on_too_long = None      # called with the first and last bytes of a line over the limit
+    on_end = None           # called once, when no more lines will come
+
+    name = "-"              # of the link, for the log: a process id
+    exit_code: int | None = None
+    was_stopped = False     # by us; it did not end by itself
+    how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
+    last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
+    is_open = True          # can lines be written?
+    reads_its_input = True  # has the server read most of what it was sent?
+    unread = 0              # how much it has not read, in units of the system's; 0 where that is not known
+
+    async def start(self) -> None:
+        """Brings the server up; ServerError when that is not possible."""
+
+    def write(self, line: bytes, about: tuple | None = None) -> None:
+        """Sends a line. `about` says what it is, (server id, method, name), where it is a client's request."""
+        raise NotImplementedError
+
+    def stop(self) -> asyncio.Future:
+        """Begins the end, unless it has begun; the future is done when nothing of the server is left."""
+        raise NotImplementedError
+
+
+class ServerProcess(Link, asyncio.SubprocessProtocol):
+    """One run of an MCP server."""
+
+    def __init__(self, server: str, command: list[str], environment: dict[str, str], reaper: Reaper, redact,
+                 limit: int):
+        self._server, self._command, self._environment = server, command, environment
+        self._reaper, self._tag = reaper, reaper.new_tag()
+        self._redact = redact                  # takes the values of its client's variables out of a text of its own
+        self.last_words = collections.deque(maxlen=STDERR_LINES)
+        self._limit = limit                    # of a line from stdout, in bytes
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
         self._exited = asyncio.Event()
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
         self._stopping: asyncio.Task | None = None
-        self.was_stopped = False               # by us, and did not end by itself
         self._soon: list[bytes] = []           # what is written at the end of this turn
         self._is_clogged = False               # does input wait for the server to read it?
         self._loop = asyncio.get_running_loop()
 
-    async def start(self, command: list[str], environment: dict[str, str]) -> None:
+    async def start(self) -> None:
         """Starts the server in a process group of its own; ServerError when it cannot be executed."""
+        self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
         try:
-            await asyncio.get_running_loop().subprocess_exec(
-                lambda: self, *command, env={**environment, "MCPPROXY_TAG": self._tag}, start_new_session=True)
+            await self._loop.subprocess_exec(lambda: self, *self._command, start_new_session=True,
+                                             env={**self._environment, "MCPPROXY_TAG": self._tag})
         except BaseException as error:
-            self._guard.ended(self._tag)           # cancelled, it may have children already
+            self._reaper.ended(self._tag)          # cancelled, it may have children already
             if not isinstance(error, (OSError, ValueError)):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
             raise ServerError(f"the MCP server could not be started: {reason}") from None
-        log.debug("= server %(server)s started as process %(pid)d", server=self.name, pid=self.pid)
+        log.debug("= server %(server)s started as process %(pid)s", server=self._server, pid=self.name)
 
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
-        self.pid = transport.get_pid()
+        self._pid = transport.get_pid()
+        self.name = str(self._pid)
         self._stdin = transport.get_pipe_transport(0)
         for number in (0, 1):
             widen_pipe(transport.get_pipe_transport(number).get_extra_info("pipe"))
@@ -1950,7 +1952,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._open_outputs.discard(number)
         if not self._open_outputs:
             self._outputs_ended.set()
-        if number == 1 or number == 0 and self.state is ProcessState.RUNNING:       # it will read nothing more
+        if number == 1 or number == 0 and self.is_open:       # it will read nothing more
             self._end_soon()
 
     def pause_writing(self) -> None:
@@ -1966,7 +1968,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
     # What the rest of the proxy calls.
 
-    def write(self, line: bytes) -> None:
+    def write(self, line: bytes, about: tuple | None = None) -> None:
         """Sends a line, with all others of this turn of the event loop."""
         if not self._soon:
             self._loop.call_soon(self._flush)
@@ -1978,15 +1980,17 @@ class ServerProcess(asyncio.SubprocessProtocol):
             self._stdin.write(b"".join(lines))
 
     @property
+    def is_open(self) -> bool:
+        return self._stopping is None
+
+    @property
     def how_it_ended(self) -> str:
-        """" with exit code 1", or the signal; nothing when that is not known."""
         if self.exit_code is None or self.exit_code >= 0:
             return "" if self.exit_code is None else f" with exit code {self.exit_code}"
         return f" by signal {-self.exit_code} ({signal.strsignal(-self.exit_code)})"
 
     @property
     def unread(self) -> int:
-        """How much of its input the server has not read, in units of the system's; 0 where it does not say."""
         import fcntl
         import termios
         for number in (termios.TIOCOUTQ, termios.FIONREAD):          # of a socket, of a pipe
@@ -1997,14 +2001,12 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
     @property
     def reads_its_input(self) -> bool:
-        """Has the server read most of what it was sent?"""
         return not self._is_clogged or self._stdin.get_write_buffer_size() <= MAX_QUEUED_BYTES
 
     def stop(self) -> asyncio.Task:
-        """Begins the end, unless it has begun; the task is done when nothing of the server is left."""
+        """Begins the end: steps that become less polite."""
         if self._stopping is None:
-            self._become(ProcessState.STOPPING)
-            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+            self._stopping = self._loop.create_task(self._stop())
         return self._stopping
 
     # The end.
@@ -2013,11 +2015,11 @@ class ServerProcess(asyncio.SubprocessProtocol):
         # The exit and the end of stdout belong together: one brings the exit code, the other the last lines.
         # But a child may hold the pipe open, and a server may close it and go on: neither is waited for long.
         both = 1 not in self._open_outputs and self._exited.is_set()
-        asyncio.get_running_loop().call_later(0 if both else LAST_WORDS_SECONDS, self._end)
+        self._loop.call_later(0 if both else LAST_WORDS_SECONDS, self._end)
 
     def _end(self) -> None:
-        if self._on_end:
-            on_end, self._on_end = self._on_end, None
+        if self.on_end:
+            on_end, self.on_end = self.on_end, None
             self.was_stopped = self._stopping is not None
             self.stop()
             on_end()
@@ -2030,8 +2032,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
-        self._guard.ended(self._tag)
-        self._become(ProcessState.GONE)
+        self._reaper.ended(self._tag)
         self._end()
 
     def close_stdin(self) -> None:
@@ -2040,7 +2041,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
     def signal_group(self, number: int) -> bool:
         """Signals the server and its children; False when none of them is left."""
-        return kill(-self.pid, number)
+        return kill(-self._pid, number)
 
     async def _is_gone_within(self, seconds: float) -> bool:
         """Waits for the server to exit, and then for its process group to be empty."""
@@ -2057,15 +2058,11 @@ class ServerProcess(asyncio.SubprocessProtocol):
             await asyncio.sleep(0.02)
         return True
 
-    def _become(self, state: ProcessState) -> None:
-        assert state in PROCESS_STATES[self.state], (self.state, state)
-        self.state = state
-
     def _log_stderr(self, line: bytes) -> None:
-        text = self.redact(line.decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
+        text = self._redact(line.decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
-            self.stderr_tail.append(text)
-            log.info("server %(server)s: %(text)s", server=self.name, text=text)
+            self.last_words.append(text)
+            log.info("server %(server)s: %(text)s", server=self._server, text=text)
 
 
 #   what we do                                                   how many seconds we then wait
@@ -2089,28 +2086,29 @@ def widen_pipe(pipe) -> None:
 # 11. Server connection
 # ============================================================================
 #
-# JSON-RPC with one server: a request gets an id of ours, and what comes back is
-# given to whoever waits for it. Knows messages; nothing of sessions or HTTP.
+# JSON-RPC with one server over the link that is handed in: a request gets an id
+# of ours, and what comes back is given to whoever waits for it. Knows messages;
+# nothing of sessions or HTTP. `now` is the clock: a function that returns seconds.
 
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that, of a server that reads; then the question has struck it dumb
 
 
-def speaks_modern(answer: Message) -> bool:
+def speaks_modern(response: Message) -> bool:
     """Is this the DiscoverResult of a server that speaks the revision we do?"""
-    versions = (answer.result or {}).get("supportedVersions")
+    versions = (response.result or {}).get("supportedVersions")
     return isinstance(versions, list) and MODERN_VERSION in versions
 
 
 class PendingRequest:
-    """What waits for a server's answer. *Exchanges* has the important kind."""
+    """What waits for a server's response. *Exchanges* has the important kind: a client's."""
 
     client = None              # the Client that the request came from, if it came from one
     is_endless = False         # a subscription: no time is too long, and nothing is caused by it
-    parked = None              # set while it waits for its client; nothing more is caused by it then
+    is_parked = False          # while it waits for its client nothing more is caused by it
 
-    def on_answer(self, answer: Answer | Message) -> None:
-        """The server answered."""
+    def on_response(self, response: ResponseLine | Message) -> None:
+        """The server responded."""
 
     def on_failure(self, error: ServerError) -> None:
         """It never will."""
@@ -2127,31 +2125,31 @@ class PendingRequest:
 
 
 class OwnRequest(PendingRequest):
-    """A request that the proxy itself makes. `answer` is the response, parsed."""
+    """A request that the proxy itself makes."""
 
-    def __init__(self):
-        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._started = time.monotonic()
+    def __init__(self, now: float):
+        self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._started = now
 
-    def on_answer(self, answer: Answer | Message) -> None:
+    def on_response(self, response: ResponseLine | Message) -> None:
         try:
-            message = answer.parsed()
+            message = response.parsed()
         except RPCError:
             return self.on_failure(ServerError("the MCP server's answer is not valid"))
-        if not self.answer.done():
-            self.answer.set_result(message)
+        if not self.response.done():
+            self.response.set_result(message)
 
     def on_failure(self, error: ServerError) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
-            self.answer.exception()          # nobody has to ask for it
+        if not self.response.done():
+            self.response.set_exception(error)
+            self.response.exception()        # nobody has to ask for it
 
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self._started >= patience
 
     async def result(self) -> Message:
         """The response, which has a result; HandshakeRefused when it is an error."""
-        message = await self.answer
+        message = await self.response
         if message.result is None:
             raise HandshakeRefused("the MCP server refused", data=None if message.is_result else message.value("error"))
         return message
@@ -2162,32 +2160,33 @@ class HandshakeRefused(ServerError):
 
 
 class ServerConnection:
-    """One server that is spoken to. Its `process` has to be started, and a handshake made, before anything else."""
+    """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
-    def __init__(self, name: str, guard: Guard, *, limit: int, redact, on_request, on_notification):
+    def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification):
         self.name = name
-        self.process = ServerProcess(name, guard, redact, limit, self._on_line, self._on_too_long, self._on_end)
+        self.link = link
+        link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
         self.era = Era.LEGACY
         self.is_shaken = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self._on_request, self._on_notification = on_request, on_notification
+        self._now, self._redact = now, redact
         self._ids = itertools.count(1)
 
     # Handshakes. Each returns what the server said of itself, or raises ServerError.
 
     async def initialize(self, params: dict) -> Identity:
         """The legacy one. MCP 2025-11-25, Lifecycle, Initialization."""
-        answer = await self.request("initialize", params).result()
-        return self._shaken(Era.LEGACY, answer)
+        return self._shaken(Era.LEGACY, await self.request("initialize", params).result())
 
     async def discover(self) -> Identity:
         """The modern one. MCP 2026-07-28, Discovery."""
-        answer = await self.request("server/discover", {"_meta": OUR_ENVELOPE}).result()
-        if not speaks_modern(answer):
+        response = await self.request("server/discover", {"_meta": OUR_ENVELOPE}).result()
+        if not speaks_modern(response):
             raise HandshakeRefused(f"the MCP server does not speak {MODERN_VERSION}")
-        return self._shaken(Era.MODERN, answer)
+        return self._shaken(Era.MODERN, response)
 
     async def probe(self, params: dict) -> Identity:
         """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
@@ -2196,7 +2195,7 @@ class ServerConnection:
         One that reads and never says a word again is not waited for: a fresh process will have to be asked. One that
         has read nothing has not started yet; npx may be fetching it."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
-        waiting, greeting, unread = {probe}, None, 0
+        waiting, greeting, unread, has_begun = {probe}, None, 0, False
         try:
             while waiting:
                 is_greeting = greeting in waiting
@@ -2209,13 +2208,15 @@ class ServerConnection:
                     if not greeting.exception():
                         return self._shaken(Era.LEGACY, greeting.result())
                 elif is_greeting and not done:
-                    before, unread = unread, self.process.unread
+                    before, unread = unread, self.link.unread
+                    log.warning("! server %(server)s has not answered yet: does it speak MCP on stdin and stdout?",
+                                server=self.name)
                     if has_begun or not unread or unread < before:
                         raise ServerError("the MCP server does not answer")
                 elif greeting and not done:
                     break                       # one was refused, and the other is not answered
-                elif greeting is None and self.process.state is ProcessState.RUNNING:
-                    has_begun = bool(done) or not self.process.unread
+                elif greeting is None and self.link.is_open:
+                    has_begun = bool(done) or not self.link.unread
                     greeting = asyncio.ensure_future(self.request("initialize", params).result())
                     waiting.add(greeting)
             raise (greeting or probe).exception() or HandshakeRefused("the MCP server refused")
@@ -2223,8 +2224,8 @@ class ServerConnection:
             for task in filter(None, (probe, greeting)):
                 task.cancel()
 
-    def _shaken(self, era: Era, answer: Message) -> Identity:
-        identity = Identity(era, answer)
+    def _shaken(self, era: Era, response: Message) -> Identity:
+        identity = Identity(era, response)
         self.era, self.is_shaken = era, True
         if era is Era.LEGACY:
             self.notify("notifications/initialized")
@@ -2235,14 +2236,14 @@ class ServerConnection:
     def next_id(self) -> int:
         return next(self._ids)
 
-    def send(self, line: bytes) -> None:
+    def send(self, line: bytes, about: tuple | None = None) -> None:
         """Writes one message. ServerError when the server has not read what it got before."""
-        process = self.process
-        if process.state is not ProcessState.RUNNING:
+        link = self.link
+        if not link.is_open:
             raise self.failure()
-        if not process.reads_its_input:
+        if not link.reads_its_input:
             raise ServerError("the MCP server does not read its input", status=503)
-        process.write(line)
+        link.write(line, about)
 
     def open(self, pending: PendingRequest, method: str, params: dict) -> int:
         """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
@@ -2258,8 +2259,8 @@ class ServerConnection:
         return server_id
 
     def request(self, method: str, params: dict | None = None) -> OwnRequest:
-        """A request of the proxy's own whose answer is wanted."""
-        request = OwnRequest()
+        """A request of the proxy's own whose response is wanted."""
+        request = OwnRequest(self._now())
         self.open(request, method, params or {})
         return request
 
@@ -2280,7 +2281,7 @@ class ServerConnection:
         self.send_if_possible(encode_request(None, method, params))
 
     def send_if_possible(self, line: bytes) -> None:
-        """Writes a message that nobody waits to be answered."""
+        """Writes a message to which nobody awaits a response."""
         try:
             self.send(line)
         except ServerError:
@@ -2288,42 +2289,68 @@ class ServerConnection:
 
     def failure(self) -> ServerError:
         """Why nothing more can be had of this server, with what it said last."""
-        words = list(self.process.stderr_tail)
-        return ServerError(": ".join([f"the MCP server ended{self.process.how_it_ended}", *words[-1:]]),
-                           data={"exitCode": self.process.exit_code, "stderr": words})
+        words = list(self.link.last_words)
+        return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
+                           data={"exitCode": self.link.exit_code, "stderr": words})
 
     # From the server.
 
-    def _on_line(self, line: bytes) -> None:
+    def _on_line(self, line: bytes, cause: int | None = None) -> None:
         line = line.rstrip(b"\r")
         try:
-            if not line.isascii():
+            if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
-            answer = find_answer(line)
-            if answer:
-                self._resolve(answer.id, answer)
+            response = find_response(line)
+            if response:
+                self._resolve(response.id, response)
             elif line.startswith(b"["):
-                self._on_batch(line)
+                self._on_batch(line, cause)
             elif line.strip():
-                self._on_text(line)
+                self._on_text(line, cause)
         except RPCError as error:
-            self._junk(line, error)
-            self._answer_junk(line, error)
+            self._on_junk(line, error)
         except Exception as error:
             log.fault(error)                    # one message is lost, those behind it are not
 
-    def _on_text(self, line: bytes) -> None:
+    def _on_text(self, line: bytes, cause: int | None) -> None:
         text = decode_json(line)
         message = parse_message(text, is_servers=True)
         if message.text is not text:
             log.debug("! server %(server)s wrote what is no JSON-RPC but is meant as such: %(text)s",
-                      server=self.name, text=self.process.redact(text[:200]))
-        self._on_message(message)
+                      server=self.name, text=self._redact(text[:200]))
+        if message.kind is Kind.RESPONSE:
+            self._resolve(as_own_id(message.id), message)
+        elif message.kind is Kind.REQUEST:
+            self._on_request(self, message, self.pending.get(cause))
+        else:
+            self._on_notify(message, cause)
 
-    def _answer_junk(self, line: bytes, error: RPCError) -> None:
-        """Nobody shall wait for an answer that is no valid one, nor the server for one to its request."""
+    def _on_notify(self, message: Message, cause: int | None) -> None:
+        """A notification goes to the request that it names, if it names one."""
+        token = message.params.get("progressToken") if message.method == "notifications/progress" else None
+        subscription = message.meta.get(SUBSCRIPTION_KEY)
+        pending = self.pending.get(as_own_id(token or subscription)) if is_id(token or subscription) else None
+        if pending and token:
+            pending.on_progress(message)
+        elif pending:
+            pending.on_event(message)
+        elif not (token or subscription):
+            self._on_notification(message, self.pending.get(cause))
+
+    def _on_batch(self, line: bytes, cause: int | None) -> None:
+        """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
+        for text in split_batch(line.decode("utf-8", "surrogateescape")):          # one bad message spoils no other
+            if text.startswith("["):
+                raise RPCError("a batch in a batch")
+            self._on_line(text.encode("utf-8", "surrogateescape"), cause)
+
+    def _on_junk(self, line: bytes, error: RPCError) -> None:
+        """Nobody shall wait for a response that is no valid one, nor the server for one to its request."""
+        text = line.decode("utf-8", "replace")
+        log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
+                    reason=str(error), text=self._redact(text)[:200])
         try:
-            junk = json.loads(line.decode("utf-8", "replace"))
+            junk = json.loads(text)
             request_id = junk["id"]
         except (ValueError, LookupError, TypeError, RecursionError):
             return                              # not even that
@@ -2331,58 +2358,26 @@ class ServerConnection:
             return
         if "method" in junk:
             self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
-        elif own_id(request_id) in self.pending:
-            self.pending.pop(own_id(request_id)).on_failure(
+        elif as_own_id(request_id) in self.pending:
+            self.pending.pop(as_own_id(request_id)).on_failure(
                 ServerError(f"the MCP server's answer is not valid: {error}"))
 
-    def _on_message(self, message: Message) -> None:
-        if message.kind is Kind.RESPONSE:
-            self._resolve(own_id(message.id), message)
-        elif message.kind is Kind.REQUEST:
-            self._on_request(self, message)
-        else:
-            self._on_notify(message)
-
-    def _on_notify(self, message: Message) -> None:
-        """A notification goes to the request that it names, if it names one."""
-        token = message.params.get("progressToken") if message.method == "notifications/progress" else None
-        subscription = message.meta.get(SUBSCRIPTION_KEY)
-        pending = self.pending.get(own_id(token or subscription)) if is_id(token or subscription) else None
-        if pending and token:
-            pending.on_progress(message)
-        elif pending:
-            pending.on_event(message)
-        elif not (token or subscription):
-            self._on_notification(message)
-
-    def _junk(self, line: bytes, error: Exception) -> None:
-        text = self.process.redact(line.decode("utf-8", "replace"))
-        log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
-                    reason=str(error), text=text[:200])
-
-    def _on_batch(self, line: bytes) -> None:
-        """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
-        for text in split_batch(decode_json(line)):
-            if text.startswith("["):
-                raise RPCError("a batch in a batch")
-            self._on_line(text.encode())
-
-    def _resolve(self, server_id, answer: Answer | Message) -> None:
+    def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
             try:
-                pending.on_answer(answer)
+                pending.on_response(response)
             except Exception:
                 pending.on_failure(ServerError("the MCP server's answer cannot be understood"))
                 raise
         else:
             # It was cancelled in the meantime, or the server answered twice.
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
-                     id=self.process.redact(repr(server_id)))
+                     id=self._redact(repr(server_id)))
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
-        """A line over the limit: if it is an answer, one call fails; nothing else does."""
-        pending = self.pending.pop(find_answer_id(head, tail), None)
+        """A line over the limit: if it is a response, one call fails; nothing else does."""
+        pending = self.pending.pop(find_response_id(head, tail), None)
         log.warning("! server %(server)s wrote a message over the limit", server=self.name)
         if pending:
             pending.on_failure(ServerError("the answer is larger than MAX_MESSAGE_MB"))
@@ -2390,9 +2385,10 @@ class ServerConnection:
     def _on_end(self) -> None:
         error = self.failure()
         if self.is_shaken:              # otherwise it is told that the start failed
-            add = log.info if self.process.was_stopped else log.warning
-            add("= server %(server)s, process %(pid)d: %(reason)s; %(calls)d calls fail", server=self.name,
-                pid=self.process.pid, reason=str(error), calls=len(self.pending))
+            level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
+                logging.WARNING, f": {error}; {len(self.pending)} calls fail")
+            log.add(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
+                    pid=self.link.name, reason=reason)
         pending, self.pending = self.pending, {}
         for request in pending.values():
             request.on_failure(error)
@@ -2400,14 +2396,213 @@ class ServerConnection:
 
 
 # ============================================================================
-# 12. Servers and sessions
+# 12. Streams and questions
 # ============================================================================
 #
-# A Server is what was configured. An Instance is one process of it that is kept
-# running, and the clients that use it: in shared mode one for all of them, in
-# independent mode one for each session and one for all callers without a
-# session that set the same variables. All run the same code; an instance that
-# belongs to a session ends with its process, the others start a new one.
+# What goes to a client by itself: messages in order, and requests of a server's
+# that the client answers.
+
+KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
+KEPT_BYTES = 8 * 1024 * 1024
+
+NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
+
+
+class Stream:
+    """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
+    they can be fetched again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
+
+    def __init__(self, name: str = ""):
+        self.name = name
+        self.is_ended = False
+        self.last_number = 0        # of the messages so far
+        self.written = 0            # the number of the last one that somebody listened to
+        self.kept_bytes = 0
+        self._listener = None       # takes bytes with write(parts), and ends with close()
+        self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
+
+    @property
+    def is_attached(self) -> bool:
+        return self._listener is not None
+
+    def attach(self, listener, after: int | None = None) -> None:
+        """Somebody listens, in place of who did so far, from behind message number `after` on."""
+        before, self._listener = self._listener, listener
+        if before:
+            before.close()
+        for number, payload in list(self._kept):
+            if number > (self.written if after is None else after):
+                self._write([payload], number)
+        if self.is_ended:
+            self.close()
+
+    def detach(self, listener) -> None:
+        """This listener is gone."""
+        if self._listener is listener:
+            self._listener = None
+
+    def send(self, payload: list) -> None:
+        self.last_number += 1
+        if self.name:
+            self._keep(b"".join(payload))
+        if self._listener:
+            self._write(payload, self.last_number)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self.is_ended = True
+        listener, self._listener = self._listener, None
+        if listener:
+            listener.close()
+
+    def event_id(self, number: int) -> bytes:
+        """The id of an event; it names the stream."""
+        return f"{self.name}-{number}".encode() if self.name else b""
+
+    def _write(self, payload: list, number: int) -> None:
+        self.written = max(self.written, number)
+        self._listener.write(encode_event(payload, event_id=self.event_id(number)))
+
+    def _keep(self, payload: bytes) -> None:
+        self._kept.append((self.last_number, payload))
+        self.kept_bytes += len(payload)
+        while len(self._kept) > KEPT_EVENTS or self.kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self.kept_bytes -= len(self._kept.popleft()[1])
+
+
+class Question:
+    """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
+
+    _ids = itertools.count(1)
+
+    def __init__(self, payload, on_response, message: Message | None = None):
+        self.id = next(self._ids)
+        self.payload = payload(b"%d" % self.id)  # as the client gets it
+        self._on_response = on_response          # called with the question and the client's response
+        self.message = message                   # a legacy server's request
+        self.client = None                       # the session that is asked, and
+        self.send = None                         # the way that the question took there
+
+    def respond(self, response: Message) -> None:
+        """Takes the client's response, whatever its id."""
+        self._on_response(self, response)
+
+    def refuse(self, error: ProxyError) -> None:
+        """Responds for the client, as if it had said so itself."""
+        self.respond(parse_message(encode_error(b"0", error)[0].decode()))
+
+
+# ============================================================================
+# 13. Subscriptions
+# ============================================================================
+#
+# Many clients of one instance look like one to its server. So the first who
+# subscribes to a resource makes the proxy ask the server, under a request of its
+# own that no client can cancel, and what the server says to that is said to all
+# who wait; the last who leaves makes it take the subscription back. A legacy
+# server is asked for each resource; a modern one is listened to, once for all
+# resources and lists, anew when what is wanted changes.
+
+class Topic:
+    """A resource that clients of an instance are told of: who they are, and what the server said when it was asked."""
+
+    def __init__(self, instance, uri: str):
+        self.instance = instance
+        self.uri = uri
+        self.subscribers: set = set()          # sessions, and exchanges that listen; each has it in its `topics`
+        self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
+
+
+class ListenRequest(PendingRequest):
+    """One `subscriptions/listen` at a modern server."""
+
+    is_endless = True
+
+    def __init__(self, listening: "Listening", topics: list[Topic]):
+        self.listening = listening
+        self.topics = topics
+        self.server_id: int | None = None
+
+    def on_event(self, message: Message) -> None:
+        if message.method == "notifications/subscriptions/acknowledged":
+            honoured = message.value("params").get("notifications") if message.params else None
+            return self.listening.on_acknowledged(self, honoured if isinstance(honoured, dict) else {})
+        # The id of the subscription is the proxy's own business.
+        line = message.changed(restated_meta(message, {}, keeps_envelope=False))
+        self.listening.instance.route(parse_message(line.decode()))
+
+    def on_response(self, response: ResponseLine | Message) -> None:
+        self.listening.on_ended(self, RPCError("the MCP server refused the subscription", status=200,
+                                               code=INVALID_PARAMS))
+
+    def on_failure(self, error: ServerError) -> None:
+        self.listening.on_ended(self, error)
+
+
+class Listening:
+    """What an instance listens for at a modern server: one request that is acknowledged, and at most one that is to
+    take its place. The one before goes on until then, or what happens in between would be missed."""
+
+    def __init__(self, instance):
+        self.instance = instance
+        self._current: ListenRequest | None = None
+        self._next: ListenRequest | None = None
+        self._is_outdated = False              # did what is wanted change after the next one was sent?
+
+    def renew(self) -> None:
+        """Asks for what is wanted now."""
+        if self._next:
+            self._is_outdated = True
+            return
+        instance, topics = self.instance, list(self.instance.topics.values())
+        wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
+        supported = instance.identity.supported(wanted)
+        if "resourceSubscriptions" not in supported:
+            for topic in topics:
+                instance.settle(topic, RPCError("the server has no subscriptions", status=200, code=METHOD_NOT_FOUND))
+        if any(supported.values()):
+            self._next = request = ListenRequest(self, topics)
+            request.server_id = instance.connection.open(request, "subscriptions/listen", {"notifications": supported})
+
+    def on_acknowledged(self, request: ListenRequest, honoured: dict) -> None:
+        """The server listens; what it leaves out it has refused."""
+        if request is not self._next:
+            return
+        before, self._current, self._next = self._current, request, None
+        if before:
+            self.instance.connection.cancel(before.server_id, "replaced")
+        uris = honoured.get("resourceSubscriptions")
+        for topic in request.topics:
+            is_refused = isinstance(uris, list) and topic.uri not in uris
+            self.instance.settle(topic, RPCError("the MCP server refused the subscription", status=200,
+                                                 code=INVALID_PARAMS) if is_refused else None)
+        self._go_on()
+
+    def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
+        """The server ended a request. If it had not acknowledged it, what was new in it is refused."""
+        if request is self._current:
+            self._current = None
+        elif request is self._next:
+            self._next = None
+            for topic in request.topics:
+                self.instance.settle(topic, error)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._is_outdated and self.instance.listening is self:
+            self._is_outdated = False
+            self.renew()
+
+
+# ============================================================================
+# 14. Instances
+# ============================================================================
+#
+# An instance is one link to a server that is kept running and put back to what
+# its clients need. In shared mode there is one for all of them; in independent
+# mode one for each session, and one for all callers without a session that are
+# the same user: same key, name and variables. All run the same code; one that
+# belongs to a session ends with its link, the others start a new one.
 #
 # The hard part is that many clients look like one to the server, and that none
 # of them may notice the others. So what a server sends by itself is routed: to
@@ -2419,240 +2614,8 @@ class ServerConnection:
 #                PAUSED <----+      (any of them --> CLOSED)
 
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
-SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
-
-UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
-OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
-NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
 MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
-
-KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
-KEPT_BYTES = 8 * 1024 * 1024
-KEPT_STREAMS = 16                            # of each session, after they ended
-
-
-class Stream:
-    """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
-    they can be had again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
-
-    def __init__(self, name: str = ""):
-        self.name = name
-        self.is_ended = False
-        self.last_number = 0        # of the messages so far
-        self._sink = None           # who listens: takes bytes with write(parts), and ends with close()
-        self.written = 0            # the number of the last one that somebody listened to
-        self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
-        self.kept_bytes = 0
-
-    @property
-    def is_attached(self) -> bool:
-        return self._sink is not None
-
-    def attach(self, sink, after: int | None = None) -> None:
-        """Somebody listens, in place of who did so far, from behind message number `after` on."""
-        before, self._sink = self._sink, sink
-        if before:
-            before.close()
-        for number, payload in list(self._kept):
-            if number > (self.written if after is None else after):
-                self._write([payload], number)
-        if self.is_ended:
-            self.close()
-
-    def detach(self, sink) -> None:
-        """This listener is gone."""
-        if self._sink is sink:
-            self._sink = None
-
-    def send(self, payload: list) -> None:
-        self.last_number += 1
-        if self.name:
-            self._keep(b"".join(payload))
-        if self._sink:
-            self._write(payload, self.last_number)
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self.is_ended = True
-        sink, self._sink = self._sink, None
-        if sink:
-            sink.close()
-
-    def event_id(self, number: int) -> bytes:
-        """The id of an event; it names the stream."""
-        return f"{self.name}-{number}".encode() if self.name else b""
-
-    def _write(self, payload: list, number: int) -> None:
-        self.written = max(self.written, number)
-        self._sink.write(encode_event(payload, event_id=self.event_id(number)))
-
-    def _keep(self, payload: bytes) -> None:
-        self._kept.append((self.last_number, payload))
-        self.kept_bytes += len(payload)
-        while len(self._kept) > KEPT_EVENTS or self.kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            self.kept_bytes -= len(self._kept.popleft()[1])
-
-
-class Client:
-    """Who sends requests to an instance: as such, a caller without a session, for the time of one request."""
-
-    label = "-"                                     # what the log calls it
-    is_ended = False
-    capabilities: dict = {}
-    info: str | None = None                         # clientInfo, as JSON
-    version: str | None = None                      # the revision that was negotiated
-    log_level: str | None = None
-    subscriptions = frozenset()                     # to resources, by URI
-
-    def __init__(self, instance: "Instance", key: str | None):
-        self.instance = instance
-        self.key = key                              # the key that it came with
-        self.calls: dict[object, PendingRequest] = {}       # running, by client id
-
-    def admits(self, level: object) -> bool:
-        """Does it want log messages of this level?"""
-        if level not in LOG_LEVELS:
-            return True
-        # One that asked for nothing is spared what others asked for.
-        wanted = self.log_level or ("info" if self.instance.log_level else "debug")
-        return LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
-
-
-class Session(Client):
-    """A legacy client that was given an Mcp-Session-Id."""
-
-    def __init__(self, instance: "Instance", key: str | None, is_streamable: bool):
-        super().__init__(instance, key)
-        self.id = os.urandom(16).hex()
-        self.label = self.id[:8]                    # the id is a secret
-        self.is_streamable = is_streamable          # Streamable HTTP, or else HTTP+SSE
-        self.is_followed = False                    # did its client come again?
-        self.subscriptions: set[str] = set()
-        self.questions: dict[int, Question] = {}    # asked of the client, by our id
-        self.stream = Stream("0" if is_streamable else "")
-        self.last_used = time.monotonic()
-        self._streams = {"0": self.stream}          # by name; those that ended, for a while
-        self._stream_names = itertools.count(1)
-
-    def open_stream(self) -> Stream:
-        """A stream for the answer to one POST."""
-        stream = Stream(str(next(self._stream_names)))
-        self._streams[stream.name] = stream
-        return stream
-
-    def end_stream(self, stream: Stream) -> None:
-        """Ends such a stream; it can be had again for a while."""
-        stream.close()
-        ended = [stream for stream in self._streams.values() if stream.is_ended]
-        while len(ended) > KEPT_STREAMS or sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
-            del self._streams[ended.pop(0).name]
-
-    def find_event(self, event_id: str) -> tuple[Stream, int]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here."""
-        name, _, number = event_id.partition("-")
-        stream = self._streams.get(name)
-        if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number):
-            raise RPCError("Last-Event-ID names no event that is kept here")
-        return stream, int(number)
-
-    def ask(self, question: "Question", send) -> None:
-        """Passes a request of the server's on to the client; `send` is the way that it takes."""
-        if len(self.questions) >= OPEN_QUESTIONS:
-            self.questions.pop(next(iter(self.questions))).refuse(NO_CLIENT_CAN)
-        self.questions[question.id] = question
-        question.client, question.send = self, send
-        send(question.payload)
-
-    def answer(self, message: Message) -> None:
-        """The client's response to a question; one that nobody asked is forgotten."""
-        question = self.questions.pop(own_id(message.id), None)
-        if question:
-            question.answer(message)
-
-    def end(self, error: ServerError | None = None) -> None:
-        """The client is gone, or with an error its server is: takes everything with it that was its own."""
-        if self.is_ended:
-            return
-        self.is_ended = True
-        for call in list(self.calls.values()):
-            if error:
-                call.on_failure(error)
-            else:
-                call.cancel()
-        for question in list(self.questions.values()):
-            question.refuse(ServerError("the client is gone"))
-        self.instance.leave(self)
-        for stream in self._streams.values():
-            stream.close()
-        log.info("= session %(session)s closed", session=self.label)
-
-
-class Question:
-    """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
-
-    _ids = itertools.count(1)
-
-    def __init__(self, payload, on_answer, message: Message | None = None):
-        self.id = next(self._ids)
-        self.payload = payload(b"%d" % self.id)  # as the client gets it
-        self._on_answer = on_answer              # called with the question and the client's response
-        self.message = message                   # a legacy server's request
-        self.client: Session | None = None       # who is asked, and
-        self.send = None                         # the way that the question took there
-
-    def answer(self, response: Message) -> None:
-        """Takes the client's response, whatever its id."""
-        self._on_answer(self, response)
-
-    def refuse(self, error: ProxyError) -> None:
-        """Answers for the client, as if it had said so itself."""
-        self.answer(parse_message(encode_error(b"0", error)[0].decode()))
-
-
-class Listening(PendingRequest):
-    """The subscription that an instance has at a modern server for all its legacy clients."""
-
-    is_endless = True
-    server_id: int | None = None
-
-    def __init__(self, instance: "Instance"):
-        self._instance = instance
-        self.before: Listening | None = instance.listening             # that it is to replace
-        self.settled = asyncio.get_running_loop().create_future()      # done when it is acknowledged, or refused
-        self.settled.add_done_callback(self._replace)
-        self.is_refused = False
-
-    def on_event(self, message: Message) -> None:
-        if message.method == "notifications/subscriptions/acknowledged":
-            return self.settle()
-        # The id of the subscription is the proxy's own business.
-        line = message.changed(restated_meta(message, {}, keeps_envelope=False))
-        self._instance.route(parse_message(line.decode()))
-
-    def on_answer(self, _) -> None:
-        self.is_refused = not self.settled.done()
-        self.settle()
-
-    on_failure = on_answer
-
-    def settle(self) -> None:
-        """Lets those go on who wait for it."""
-        if not self.settled.done():
-            self.settled.set_result(None)
-
-    def _replace(self, _) -> None:
-        """The one before goes on until this one is acknowledged, or what happens in between would be missed."""
-        instance, before = self._instance, self.before
-        if self.is_refused:
-            if instance.listening is self:
-                instance.listening = before
-            return
-        while before and instance.connection:
-            before.settle()
-            instance.connection.cancel(before.server_id, "replaced")
-            before = before.before
-        self.before = None
 
 
 class Tools(dict):
@@ -2696,33 +2659,36 @@ INSTANCE_STATES = {
 
 
 class Instance:
-    """One server process that is kept running, and the clients that use it."""
+    """One link to a server that is kept running, and the clients that use it."""
 
-    def __init__(self, server: "Server", variables: dict[str, str], is_shared: bool):
+    def __init__(self, server, owner: object, variables: dict[str, str]):
         self.server = server
+        self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.variables = variables
         self.redact = functools.partial(redact, tuple(value for value in variables.values() if len(value) > 3))
-        self.is_shared = is_shared                  # by many callers, or else one session's own
         self.state = InstanceState.NEW
-        self.sessions: dict[str, Session] = {}
-        self.listeners: set = set()                 # subscriptions of modern clients at a legacy server
+        self.sessions: dict[str, object] = {}       # that use it, by id
+        self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
+        self.topics: dict[str, Topic] = {}          # by URI
         self.identity: Identity | None = None
         self.has_failed = False                     # did it not start, in whichever era it was asked?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # what a legacy server was told last
-        self.subscribers: collections.Counter[str] = collections.Counter()
-        self.subscribed: set[str] = set()           # what the server was told
-        self.subscribing: dict[str, list] = {}      # what it is being asked, and the calls that wait for that too
         self.connection: ServerConnection | None = None       # while READY
-        self.last_used = time.monotonic()
-        self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
+        self.listening: Listening | None = None     # at a modern server
+        self.last_used = server.now()
         self._asked_level: str | None = None        # the most verbose level that a modern request asked for
-        self.listening: Listening | None = None    # the subscription at a modern server
+        self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
-        self._process: ServerProcess | None = None            # the last one that was started
+        self._link: Link | None = None              # the last one that was started
+
+    @property
+    def is_private(self) -> bool:
+        """Is it one session's own, or will it be? Then it ends with its link."""
+        return not isinstance(self.owner, tuple)
 
     # Running.
 
@@ -2730,7 +2696,7 @@ class Instance:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
             self.is_told_ours = not initialize
-            initialize = initialize or our_initialize(self.server.settings.shared_session)
+            initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
     async def ready(self) -> ServerConnection:
@@ -2750,34 +2716,34 @@ class Instance:
         if self._runner:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        if self._process:
-            await self._process.stop()
+        if self._link:
+            await self._link.stop()
 
     async def _run(self, initialize: dict) -> None:
-        error, has_run = None, False
+        has_run = False
         while True:
             self._become(InstanceState.STARTING)
-            connection = None
+            connection = error = None
             try:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
                 self._make_ready(connection, has_run)
                 has_run = True
                 await asyncio.wait([connection.closed])
                 error = connection.closed.result()
-            except (ServerError, asyncio.TimeoutError) as reason:
-                if isinstance(reason, asyncio.TimeoutError):
-                    reason = ServerError("the MCP server did not start", status=504)
+            except ServerError as reason:
                 error = reason
-                log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
-                self._settle_start(error)
+            except asyncio.TimeoutError:
+                error = ServerError("the MCP server did not start", status=504)
             except Exception as fault:
                 log.fault(fault)
                 error = ServerError("the MCP server could not be started")
-                self._settle_start(error)
             finally:
                 if connection:
-                    await asyncio.shield(connection.process.stop())
-            if not self.is_shared:
+                    await asyncio.shield(connection.link.stop())
+            if not connection:
+                log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
+                self._settle_start(error)
+            if self.is_private:
                 break
             self._become(InstanceState.PAUSED)
             await self._pause()
@@ -2786,11 +2752,15 @@ class Instance:
             session.end(error)
 
     async def _connect(self, initialize: dict) -> ServerConnection:
-        """Starts a process and finds out how to speak to it; what was found out is remembered for the next start."""
+        """Starts a link and finds out how to speak to it; what was found out is remembered for the next start."""
         failure, speaks = None, self.server.speaks
         eras = self._eras_to_try()
         for era in eras:
-            connection = await self._start_process()
+            link = self.server.new_link(self.variables, self.redact)
+            connection = ServerConnection(self.server.name, link, now=self.server.now, redact=self.redact,
+                                          on_request=self._on_request, on_notification=self.route)
+            await link.start()
+            self._link = link
             try:
                 if era is Era.LEGACY:
                     self.identity = await connection.initialize(initialize)
@@ -2804,7 +2774,7 @@ class Instance:
                 self.has_failed = False
                 return connection
             except BaseException as error:
-                await asyncio.shield(connection.process.stop())
+                await asyncio.shield(link.stop())
                 if not isinstance(error, ServerError):
                     raise
                 failure = error
@@ -2818,45 +2788,34 @@ class Instance:
         raise failure
 
     def _eras_to_try(self) -> list[Era]:
-        """In which eras to address a new process, one after the other. A shared server is spoken to in modern if
-        it can be; a session's own in the session's era, because a server may stay with the one it was addressed in.
-        One that died of either is asked in the era that tells so with one process."""
+        """In which eras to address a new link, one after the other. One for many is spoken to in modern if it can be;
+        a session's own in the session's era, because a server may stay with the one it was addressed in. One that
+        died of either is asked in the era that tells so with one process."""
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
-        first, second = (Era.MODERN, Era.LEGACY) if self.is_shared and not self.has_failed else (
-            Era.LEGACY, Era.MODERN)
+        first, second = (Era.LEGACY, Era.MODERN) if self.is_private or self.has_failed else (Era.MODERN, Era.LEGACY)
         if speaks.get(first):
             return [first]
         return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
 
-    async def _start_process(self) -> ServerConnection:
-        server, variables = self.server, self.variables
-        connection = ServerConnection(
-            server.name, server.guard, limit=server.settings.max_message_bytes, redact=self.redact,
-            on_request=self._on_request, on_notification=self.route)
-        # Which variables its client set, only the demo server asks.
-        names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
-        await connection.process.start(server.command, {**server.environment, **variables, **names})
-        self._process = connection.process
-        return connection
-
     def _make_ready(self, connection: ServerConnection, is_restart: bool) -> None:
-        """Makes a new process what the one before was to its clients."""
-        log.info("= server %(server)s is ready for %(session)s: process %(pid)d, %(name)s %(version)s, revision "
-                 "%(revision)s", server=self.server.name, pid=connection.process.pid, name=self.identity.name,
-                 version=self.identity.release, revision=str(self.identity.version),
-                 session="all" if self.is_shared else next((each.label for each in self.sessions.values()), "-"))
+        """Makes a new link what the one before was to its clients."""
+        whose = next((session.label for session in self.sessions.values()), "-") if self.is_private else "all"
+        log.info("= server %(server)s is ready for %(session)s: process %(pid)s, %(name)s %(version)s, revision "
+                 "%(revision)s", server=self.server.name, pid=connection.link.name, name=self.identity.name,
+                 version=self.identity.release, revision=str(self.identity.version), session=whose)
         self.connection = connection
         self._become(InstanceState.READY)
         connection.closed.add_done_callback(lambda _: self._forget(connection))
         if is_restart:
             self._tools = None
         if connection.era is Era.MODERN:
-            self.listen()
+            self.listening = Listening(self)
+            self.listening.renew()
         else:
-            for uri in self.subscribers:
-                connection.request("resources/subscribe", {"uri": uri})
+            for topic in self.topics.values():
+                self._subscribe(topic)
             if self.log_level:
                 connection.request("logging/setLevel", {"level": self.log_level})
         self._settle_start(None)
@@ -2865,14 +2824,13 @@ class Instance:
                 self.route(parse_message(encode_request(None, method).decode()))
 
     def _forget(self, connection: ServerConnection) -> None:
-        """A call that comes from now on waits for the next process."""
+        """A call that comes from now on waits for the next link."""
         if self.connection is connection:
-            self.connection = None
-            self.listening = None
+            self.connection = self.listening = None
 
     async def _pause(self) -> None:
         """Waits before a restart: longer after each death, and after many of them until somebody asks."""
-        now = time.monotonic()
+        now = self.server.now()
         self._deaths.append(now)
         recent = [death for death in self._deaths if death > now - 60]
         if len(recent) >= DEATHS_IN_A_MINUTE:
@@ -2900,55 +2858,56 @@ class Instance:
 
     # The clients together, as the server sees them.
 
-    def leave(self, session: Session) -> None:
+    def leave(self, session) -> None:
         """Takes back what the server does for this client alone."""
         self.sessions.pop(session.id, None)
-        self.server.sessions.pop(session.id, None)
-        while session.subscriptions:
-            self.unsubscribe(session.subscriptions.pop())
+        for topic in [topic for topic in session.topics if topic.instance is self]:
+            self.unsubscribe(session, topic)
         self.adjust_log_level()
-        if not self.is_shared:
+        if self.is_private:
             self.server.end(self)
 
-    def subscribe(self, uri: str) -> None:
-        """Counts a subscription; the first to a resource is told to the server."""
-        self.subscribers[uri] += 1
-        if self.subscribers[uri] == 1:
-            self.subscribed.add(uri)
-            self._tell_subscription("resources/subscribe", uri)
+    def subscribe(self, subscriber, uri: str) -> Topic:
+        """Takes in a session, or an exchange that listens; the first to a resource makes the server be asked."""
+        topic = self.topics.get(uri)
+        if topic is None:
+            topic = self.topics[uri] = Topic(self, uri)
+            if self.listening:
+                self.listening.renew()
+            elif self.connection:
+                self._subscribe(topic)
+        topic.subscribers.add(subscriber)
+        subscriber.topics.add(topic)
+        return topic
 
-    def unsubscribe(self, uri: str) -> None:
-        """Counts one less; the last is told to the server."""
-        self.subscribers[uri] -= 1
-        if not self.subscribers[uri]:
-            del self.subscribers[uri]
-            self.subscribed.discard(uri)
-            self.subscribing.pop(uri, None)         # what comes of it is of no interest: the next has to ask anew
-            self._tell_subscription("resources/unsubscribe", uri)
+    def _subscribe(self, topic: Topic) -> None:
+        def on_response(response: asyncio.Future) -> None:
+            error = response.exception()
+            if not error and not response.result().is_result:
+                said = response.result().value("error")
+                error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
+            self.settle(topic, error)
+        self.connection.request("resources/subscribe", {"uri": topic.uri}).response.add_done_callback(on_response)
 
-    def _tell_subscription(self, method: str, uri: str) -> None:
-        if self.connection and self.connection.era is Era.LEGACY:
-            self.connection.request(method, {"uri": uri})
-        else:
-            self.listen()
+    def settle(self, topic: Topic, error: ProxyError | None) -> None:
+        """The server said what becomes of a subscription; a refused one is nobody's."""
+        if not topic.verdict.done():
+            topic.verdict.set_result(error)
+            if error and self.topics.get(topic.uri) is topic:
+                del self.topics[topic.uri]
+                for subscriber in topic.subscribers:
+                    subscriber.topics.discard(topic)
 
-    def listen(self) -> None:
-        """Subscribes at a modern server to what legacy clients get unasked, and to what they asked for."""
-        connection = self.connection
-        if connection and connection.era is Era.MODERN:
-            wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": list(self.subscribers)}
-            supported = self.identity.supported(wanted)
-            if any(supported.values()):
-                self.listening = Listening(self)
-                self.listening.server_id = connection.open(
-                    self.listening, "subscriptions/listen", {"notifications": supported})
-
-    def when_listening(self, call) -> None:
-        """Calls when a modern server knows of all subscriptions."""
-        if self.listening:
-            self.listening.settled.add_done_callback(lambda _: call())
-        else:
-            call()
+    def unsubscribe(self, subscriber, topic: Topic) -> None:
+        """Takes one out; the last makes the server be told."""
+        topic.subscribers.discard(subscriber)
+        subscriber.topics.discard(topic)
+        if not topic.subscribers and self.topics.get(topic.uri) is topic:
+            del self.topics[topic.uri]
+            if self.listening:
+                self.listening.renew()
+            elif self.connection:
+                self.connection.request("resources/unsubscribe", {"uri": topic.uri})
 
     def ask_for_level(self, level: str) -> None:
         """A modern request wants log messages of this level, which a legacy server has to be told before."""
@@ -2966,26 +2925,26 @@ class Instance:
             if self.connection and self.connection.era is Era.LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
 
-    async def tools(self, refresh: bool = False) -> "Tools":
+    async def tools(self, refresh: bool = False) -> Tools:
         """The server's tools, asked once and then kept until it says that they changed."""
         if refresh or self._tools is None or self._tools.done() and self._tools.exception():
             self._tools = asyncio.get_running_loop().create_task(self._list_tools())
         return await asyncio.shield(self._tools)
 
-    def known_tools(self) -> "Tools | None":
+    def known_tools(self) -> Tools | None:
         """The same, or None when it would have to be asked first."""
         task = self._tools
         return task.result() if task and task.done() and not task.exception() else None
 
-    async def _list_tools(self) -> "Tools":
+    async def _list_tools(self) -> Tools:
         connection, tools, cursor = await self.ready(), Tools(), None
         for _ in range(MAX_PAGES):
-            answer = await connection.request("tools/list", {"cursor": cursor} if cursor else None).answer
-            result = answer.result
+            response = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
+            result = response.result
             if result is None:
-                if not answer.is_result and answer.error_code == METHOD_NOT_FOUND:
+                if not response.is_result and response.error_code == METHOD_NOT_FOUND:
                     break                       # it has none
-                words = "" if answer.is_result else f": {members_of(answer.members['error']).get('message')}"
+                words = "" if response.is_result else f": {members_of(response.members['error']).get('message')}"
                 raise ServerError(f"the MCP server does not list its tools{words}")
             tools.add(result.get("tools"))
             cursor = result.get("nextCursor")
@@ -3000,45 +2959,45 @@ class Instance:
             if call.client and call.is_endless:
                 call.end_subscription()
 
-    # What the server sends by itself.
+    # What the server sends by itself. `cause` is the call that it belongs to, where the link knows that.
 
     def newest_call(self, can=lambda call: True) -> PendingRequest | None:
         """The call of a client that was started last, of those that can."""
         pending = self.connection.pending.values() if self.connection else ()
         return next((call for call in reversed(pending) if call.client and not call.is_endless and can(call)), None)
 
-    def _on_request(self, connection: ServerConnection, message: Message) -> None:
+    def _on_request(self, connection: ServerConnection, message: Message, cause: PendingRequest | None) -> None:
         """Sampling, elicitation, roots: asks the client whose call caused it."""
         if message.method == "ping":
             return connection.send_if_possible(encode_result(message.raw_id)[0])
         params = message.plain_params
 
-        def answer(question: Question, response: Message) -> None:
+        def on_response(question: Question, response: Message) -> None:
             if connection.questions.pop(message.id, None) is question:
                 connection.send_if_possible(response.with_id(message.raw_id)[0])
-        question = connection.questions[message.id] = Question(message.with_id, answer, message)
+        question = connection.questions[message.id] = Question(message.with_id, on_response, message)
 
         def missing(call: PendingRequest) -> dict | None:
             # A server that knows its client's own capabilities is left to them.
             return missing_capabilities(call.capabilities, message.method, params) if self.is_told_ours else None
         # One whose client can answer, or else is told what it lacks; a parked one if there is no other.
-        call = (self.newest_call(lambda call: not call.parked and not missing(call))
-                or self.newest_call(lambda call: not call.parked) or self.newest_call())
+        call = (cause or self.newest_call(lambda call: not call.is_parked and not missing(call))
+                or self.newest_call(lambda call: not call.is_parked) or self.newest_call())
+        log.info("> %(session)s %(method)s id=%(id)d, from the server", session=call.client.label if call else "-",
+                 method=message.method, id=question.id)
         if call:
             call.ask(question, missing(call))
-        elif not self.is_shared and self.sessions:
+        elif self.is_private and self.sessions:
             session, = self.sessions.values()
             session.ask(question, session.stream.send)
         else:
             question.refuse(NO_CLIENT_CAN)
-        log.info("> %(session)s %(method)s id=%(id)d, from the server", session=call.client.label if call else "-",
-                 method=message.method, id=question.id)
 
-    def route(self, message: Message) -> None:
-        """A notification of the server's, to whom it may concern."""
-        NOTIFICATION_ROUTES.get(message.method, Instance._to_cause)(self, message)
+    def route(self, message: Message, cause: PendingRequest | None = None) -> None:
+        """A notification of the server's, to those whom it concerns."""
+        NOTIFICATION_ROUTES.get(message.method, Instance._to_cause)(self, message, cause)
 
-    def _to_all(self, message: Message) -> None:
+    def _to_all(self, message: Message, cause: PendingRequest | None) -> None:
         """A list changed: to every session, and to those who listen for this."""
         if message.method == "notifications/tools/list_changed":
             self._tools = None
@@ -3048,34 +3007,36 @@ class Instance:
         for listener in list(self.listeners):
             listener.on_event(message)
 
-    def _to_subscribers(self, message: Message) -> None:
+    def _to_subscribers(self, message: Message, cause: PendingRequest | None) -> None:
+        concerned = {subscriber for topic in self.topics.values() if concerns(message.params.get("uri"), (topic.uri,))
+                     for subscriber in topic.subscribers}
         for session in list(self.sessions.values()):
-            if not self.is_shared or concerns(message.params.get("uri"), session.subscriptions):
+            if self.is_private or session in concerned:
                 session.stream.send(message.payload)
         for listener in list(self.listeners):
             listener.on_event(message)
 
-    def _to_cause(self, message: Message) -> None:
+    def _to_cause(self, message: Message, cause: PendingRequest | None) -> None:
         """To the call that is running, or with none to all sessions."""
-        call = self.newest_call()
+        call = cause or self.newest_call()
         if call:
             call.tell(message.payload)
         else:
             for session in list(self.sessions.values()):
                 session.stream.send(message.payload)
 
-    def _to_cause_by_level(self, message: Message) -> None:
+    def _to_cause_by_level(self, message: Message, cause: PendingRequest | None) -> None:
         """Log messages: as above, but to those whose level admits them."""
-        level, call = message.params.get("level"), self.newest_call()
+        level, call = message.params.get("level"), cause or self.newest_call()
         if call:
             if call.admits(level):
                 call.tell(message.payload)
             return
         for session in list(self.sessions.values()):
-            if session.admits(level):
+            if session.admits(level, self):
                 session.stream.send(message.payload)
 
-    def _to_asked(self, message: Message) -> None:
+    def _to_asked(self, message: Message, cause: PendingRequest | None) -> None:
         """The server takes a question back: tells the client that was asked."""
         request_id = message.params.get("requestId")
         if not (self.connection and is_id(request_id)):
@@ -3084,7 +3045,7 @@ class Instance:
         if question and question.client and question.client.questions.pop(question.id, None):
             question.send([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
-    def _to_nobody(self, message: Message) -> None:
+    def _to_nobody(self, message: Message, cause: PendingRequest | None) -> None:
         """It should have named a request, and did not."""
 
 
@@ -3100,125 +3061,238 @@ NOTIFICATION_ROUTES = {
 }
 
 
+# ============================================================================
+# 15. Clients, servers and mounts
+# ============================================================================
+#
+# A mount is what clients meet at one URL: it has their sessions, their calls, and
+# the limits. A server is what was configured: how its links are made, and its
+# instances. A client is attached to the instance of a server that it uses when it
+# uses it for the first time, and each request picks one.
+
+SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
+UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
+OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
+KEPT_STREAMS = 16                # of each session, after they ended
+
+
 def try_later(why: str) -> ServerError:
     """The answer to a client that may come again."""
     return ServerError(why, status=503, headers=(("Retry-After", "5"),))
 
 
-class Server:
-    """One configured MCP server: how it is started, and its instances and sessions."""
+class Client:
+    """Who sends requests: a session, or a visitor for the time of one."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], settings: Settings, guard: Guard):
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str]):
+        self.mount = mount
+        self.key = key                              # that it came with
+        self.variables = variables                  # that it sets for its servers
+        self.calls: dict[object, PendingRequest] = {}       # running, by client id
+        self._instances: dict[Server, Instance] = {}        # that it uses
+
+    def at(self, server: "Server") -> Instance:
+        """The instance of a server that it uses, from its first use on."""
+        instance = self._instances.get(server)
+        if instance is None:
+            instance = self._instances[server] = server.instance_for(self)
+        return instance
+
+
+class Visitor(Client):
+    """A caller without a session; `name` tells apart those that come with the same key."""
+
+    label = "-"                                     # what the log calls it
+    capabilities: dict = {}                         # nobody can ask it anything,
+    info = version = log_level = None               # and it has said nothing of itself
+
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], name: str | None):
+        super().__init__(mount, key, variables)
         self.name = name
-        self.command = command
-        self.environment = environment
-        self.settings = settings
-        self.guard = guard
-        self.speaks: dict[Era, bool] = {}          # what was found out of this command
-        self.sessions: dict[str, Session] = {}
-        self.calls: set[PendingRequest] = set()    # that clients wait for
-        self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
-        self.is_draining = False                   # no new calls: the proxy is about to end
-        self._ending: set[asyncio.Task] = set()
-        self._common: dict[tuple, Instance] = {}             # for callers without a session, by who they are
-        self._own: set[Instance] = set()                     # of one session each
-        self._spares: list[Instance] = []                    # of sessions to come
-        self._spares_pause = 0.0                             # until when no new ones are started, because one died
-        self.shared = self._common_instance({}) if settings.shared_session else None
 
-    def _common_instance(self, variables: dict[str, str], *caller: str | None) -> Instance:
-        """The instance for callers without a session: one for all, or for each (key, name) and set of variables."""
-        if self.settings.shared_session and variables:
+    def admits(self, level: object, instance: Instance) -> bool:
+        """Does it want log messages of this level?"""
+        return is_admitted(level, "info" if instance.log_level else "debug")
+
+
+class Session(Client):
+    """A legacy client that was given an Mcp-Session-Id."""
+
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], is_streamable: bool):
+        super().__init__(mount, key, variables)
+        self.id = os.urandom(16).hex()
+        self.label = self.id[:8]                    # the id is a secret
+        self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
+        self.is_followed = False                    # did its client come again?
+        self.is_ended = False
+        self.capabilities: dict = {}
+        self.info: str | None = None                # clientInfo, as JSON
+        self.version: str | None = None             # the revision that was negotiated
+        self.log_level: str | None = None           # that it asked for
+        self.topics: set[Topic] = set()             # that it subscribed to
+        self.questions: dict[int, Question] = {}    # asked of the client, by our id
+        self.stream = Stream("0" if is_streamable else "")
+        self.last_used = mount.now()
+        self._streams = {"0": self.stream}          # by name; those that ended, for a while
+        self._stream_names = itertools.count(1)
+
+    def admits(self, level: object, instance: Instance) -> bool:
+        """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
+        return is_admitted(level, self.log_level or ("info" if instance.log_level else "debug"))
+
+    def open_stream(self) -> Stream:
+        """A stream for the answer to one POST."""
+        stream = Stream(str(next(self._stream_names)))
+        self._streams[stream.name] = stream
+        return stream
+
+    def end_stream(self, stream: Stream) -> None:
+        """Ends such a stream; it can be fetched again for a while."""
+        stream.close()
+        ended = [stream for stream in self._streams.values() if stream.is_ended]
+        while len(ended) > KEPT_STREAMS or sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
+            del self._streams[ended.pop(0).name]
+
+    def find_event(self, event_id: str) -> tuple[Stream, int]:
+        """The stream that an event was on, and its number there; RPCError when that is not known here."""
+        name, _, number = event_id.partition("-")
+        stream = self._streams.get(name)
+        if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number):
+            raise RPCError("Last-Event-ID names no event that is kept here")
+        return stream, int(number)
+
+    def ask(self, question: Question, send) -> None:
+        """Passes a request of the server's on to the client; `send` is the way that it takes."""
+        if len(self.questions) >= OPEN_QUESTIONS:
+            self.questions.pop(next(iter(self.questions))).refuse(NO_CLIENT_CAN)
+        self.questions[question.id] = question
+        question.client, question.send = self, send
+        send(question.payload)
+
+    def receive(self, message: Message) -> None:
+        """The client's response to a question, or its notification on its way to the servers that it uses."""
+        if message.kind is Kind.RESPONSE:
+            question = self.questions.pop(as_own_id(message.id), None)      # one that nobody asked is forgotten
+            return question.respond(message) if question else None
+        log.info("< %(session)s %(method)s", session=self.label, method=message.method)
+        if message.method == "notifications/cancelled":
+            request_id = message.params.get("requestId")
+            call = self.calls.get(request_id) if is_id(request_id) else None
+            return call.cancel(message) if call else None
+        for instance in self._instances.values():
+            connection = instance.connection
+            if connection is None or connection.era is Era.MODERN:
+                continue
+            if message.method == "notifications/initialized":
+                # We told the server when it was ready. A spare one had no client then that it could ask for roots.
+                if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
+                    connection.notify("notifications/roots/list_changed")
+            elif message.method != "notifications/roots/list_changed" or instance.is_private:
+                connection.send_if_possible(message.payload[0])          # one for many knows of no roots
+
+    def end(self, error: ServerError | None = None) -> None:
+        """The client is gone, or with an error its server is: takes everything with it that was its own."""
+        if self.is_ended:
+            return
+        self.is_ended = True
+        self.mount.sessions.pop(self.id, None)
+        for call in list(self.calls.values()):
+            if error:
+                call.on_failure(error)
+            else:
+                call.cancel()
+        for question in list(self.questions.values()):
+            question.refuse(ServerError("the client is gone"))
+        for instance in self._instances.values():
+            instance.leave(self)
+        for stream in self._streams.values():
+            stream.close()
+        log.info("= session %(session)s closed", session=self.label)
+
+
+def is_admitted(level: object, wanted: str) -> bool:
+    """Is a log message's level at least as high as what is wanted? One that is unknown passes."""
+    return level not in LOG_LEVELS or LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
+
+
+class Server:
+    """One configured MCP server: how links to it are made, and its instances.
+
+    An instance is kept under whom it is for, its owner: (), all clients; (key, name, variables), the visitors that are
+    one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
+
+    def __init__(self, name: str, settings: Settings, new_link, now):
+        self.name = name
+        self.settings = settings
+        self.new_link = new_link                   # takes (variables, redact), returns a Link that is not started yet
+        self.now = now                             # the clock: returns seconds
+        self.is_for_all = settings.shared_session
+        self.spares_wanted = 0 if self.is_for_all else settings.prewarm
+        self.speaks: dict[Era, bool] = {}          # what was found out of it
+        self.instances: dict[object, Instance] = {}
+        self._ending: set[asyncio.Task] = set()
+        self._spares_pause = 0.0                   # until when no new ones are started, because one died
+
+    def instance_for(self, client: Client) -> Instance:
+        """The instance that a client uses; RPCError or ServerError when it cannot have one."""
+        variables = client.variables
+        if variables and self.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
                            "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
-        who = () if self.settings.shared_session else (*caller, frozenset(variables.items()))
-        instance = self._common.get(who)
+        is_session = isinstance(client, Session)
+        owner = () if self.is_for_all else client if is_session else (
+            client.key, client.name, frozenset(variables.items()))
+        instance = self.instances.get(owner)
         if instance is None:
-            self._check_room()
-            instance = self._common[who] = Instance(self, variables, True)
+            spare = self._spare() if is_session and not variables else None
+            instance = self._adopt(spare, client) if spare else self.make_instance(owner, variables)
+        if is_session:
+            instance.sessions[client.id] = client
+        instance.last_used = self.now()
         return instance
 
-    def open_session(self, key: str | None, variables: dict[str, str], is_streamable: bool) -> Session:
-        """A session for a new client, on an instance of its own or on the shared one."""
-        self.check_open()
-        if len(self.sessions) >= self.settings.max_sessions:
-            raise try_later("too many sessions")
-        if self.settings.shared_session:
-            instance = self._common_instance(variables)
-        else:
-            instance = self._own_instance(variables)
-        session = Session(instance, key, is_streamable)
-        self.sessions[session.id] = instance.sessions[session.id] = session
-        pid = instance.connection.process.pid if instance.connection else "that is to come"
-        log.info("= session %(session)s opened, at process %(pid)s", session=session.label, pid=pid)
-        return session
-
-    def _own_instance(self, variables: dict[str, str]) -> Instance:
-        """An instance for a new session: a spare one where one will do."""
-        self._spares = [spare for spare in self._spares if spare.state is not InstanceState.CLOSED]
-        if self._spares and not variables:
-            instance = next((spare for spare in self._spares if spare.connection), self._spares[0])
-            self._spares.remove(instance)
-            asyncio.get_running_loop().call_soon(self.keep_spares)
-        else:
-            self._check_room()
-            instance = Instance(self, variables, False)
-        self._own.add(instance)
+    def make_instance(self, owner: object = (), variables: dict[str, str] | None = None) -> Instance:
+        """A new instance; ServerError when there is no room for one more."""
+        if len(self.instances) + len(self._ending) >= self.settings.max_processes:
+            spare = self._spare()
+            if not spare:
+                raise try_later("too many processes")
+            self.end(spare)                        # to make room for one that somebody wants
+        instance = self.instances[owner] = Instance(self, owner, variables or {})
         return instance
+
+    def _spare(self) -> Instance | None:
+        """A spare instance, one that is ready if there is any."""
+        spares = [instance for instance in self.instances.values() if instance.owner is instance
+                  and instance.state is not InstanceState.CLOSED]
+        return next((spare for spare in spares if spare.connection), spares[0] if spares else None)
+
+    def _adopt(self, spare: Instance, session: Session) -> Instance:
+        del self.instances[spare]
+        spare.owner = session
+        self.instances[session] = spare
+        asyncio.get_running_loop().call_soon(self.keep_spares)
+        return spare
 
     def keep_spares(self) -> None:
         """Starts spare processes until there are enough; not at once again after one died."""
-        now = time.monotonic()
-        if any(spare.state is InstanceState.CLOSED for spare in self._spares):
-            self._spares = [spare for spare in self._spares if spare.state is not InstanceState.CLOSED]
-            self._spares_pause = now + SPARES_PAUSE
-        if self.is_draining or self.settings.shared_session or now < self._spares_pause:
+        spares = [instance for instance in self.instances.values() if instance.owner is instance]
+        for spare in spares:
+            if spare.state is InstanceState.CLOSED:
+                del self.instances[spare]
+                self._spares_pause = self.now() + SPARES_PAUSE
+        if self.now() < self._spares_pause:
             return
-        while len(self._spares) < self.settings.prewarm and len(self.instances) < self.settings.max_processes:
-            spare = Instance(self, {}, False)
+        room = self.settings.max_processes - len(self.instances)
+        for _ in range(min(self.spares_wanted - len(spares), room)):
+            spare = Instance(self, None, {})
+            spare.owner = spare
+            self.instances[spare] = spare
             spare.start()
-            self._spares.append(spare)
-
-    def check_open(self) -> None:
-        """Refuses what would be new when the proxy is about to end."""
-        if self.is_draining:
-            raise try_later("the proxy is shutting down")
-
-    def _check_room(self) -> None:
-        if len(self.instances) + len(self._ending) >= self.settings.max_processes:
-            if not self._spares:
-                raise try_later("too many processes")
-            self.end(self._spares[0])              # to make room for one that somebody wants
-
-    def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
-        """The session that a client names; it has to come with the key that opened it."""
-        if not session_id:
-            raise RPCError("missing session id")
-        session = self.sessions.get(session_id)
-        if session is None or session.key != key or session.is_streamable != is_streamable:
-            raise RPCError("session unknown or ended", status=404)
-        session.last_used, session.is_followed = time.monotonic(), True
-        return session
-
-    def visit(self, key: str | None, variables: dict[str, str], name: str | None) -> Client:
-        """A caller without a session; `name` tells apart those with one key."""
-        self.check_open()
-        instance = self._common_instance(variables, key, name)
-        instance.last_used = time.monotonic()
-        return Client(instance, key)
-
-    @property
-    def instances(self) -> list[Instance]:
-        return [*self._common.values(), *self._own, *self._spares]
 
     def end(self, instance: Instance) -> None:
         """Ends an instance in the background."""
-        self._own.discard(instance)
-        if instance in self._spares:
-            self._spares.remove(instance)
-        for key, common in list(self._common.items()):
-            if common is instance:
-                del self._common[key]
+        self.instances.pop(instance.owner, None)
         task = asyncio.get_running_loop().create_task(instance.close())
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -3226,18 +3300,83 @@ class Server:
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and ends what nobody uses."""
         self.keep_spares()
-        patience, idle = self.settings.request_timeout, self.settings.session_idle
-        for instance in self.instances:
+        for instance in list(self.instances.values()):
             if instance.connection:
-                instance.connection.give_up(now, patience)
+                instance.connection.give_up(now, self.settings.request_timeout)
             calls = instance.connection.pending.values() if instance.connection else ()
-            in_use = (instance is self.shared or not instance.is_shared or instance.listeners
-                      or any(call.client for call in calls))
-            if not in_use and now - instance.last_used > idle:
+            in_use = instance.owner == () or instance.is_private or instance.listeners or any(
+                call.client for call in calls)
+            if not in_use and now - instance.last_used > self.settings.session_idle:
                 self.end(instance)
+
+    async def close(self) -> None:
+        """Ends all instances; returns when no process is left."""
+        for instance in list(self.instances.values()):
+            self.end(instance)
+        await asyncio.gather(*self._ending)
+
+
+class Mount:
+    """What clients meet at one URL: sessions, calls, and what limits them."""
+
+    def __init__(self, server: Server, settings: Settings, now):
+        self.server = server
+        self.settings = settings
+        self.now = now                             # the clock: returns seconds
+        self.sessions: dict[str, Session] = {}
+        self.calls: set[PendingRequest] = set()    # that clients wait for
+        self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
+        self.is_draining = False                   # no new calls: the proxy is about to end
+
+    def start(self) -> None:
+        """Starts what is there before any client is."""
+        if self.server.is_for_all:
+            self.server.make_instance().start()
+        self.server.keep_spares()
+
+    def pick(self, client: Client) -> Instance:
+        """The instance to which a request of a client's goes."""
+        return client.at(self.server)
+
+    def check_open(self) -> None:
+        """Refuses what would be new when the proxy is about to end."""
+        if self.is_draining:
+            raise try_later("the proxy is shutting down")
+
+    def open_session(self, key: str | None, variables: dict[str, str], is_streamable: bool) -> Session:
+        """A session for a new client, once there is room for it and what it uses."""
+        self.check_open()
+        if len(self.sessions) >= self.settings.max_sessions:
+            raise try_later("too many sessions")
+        session = Session(self, key, variables, is_streamable)
+        connection = self.pick(session).connection
+        self.sessions[session.id] = session
+        log.info("= session %(session)s opened" + (", at process %(pid)s" if connection else ""),
+                 session=session.label, pid=connection.link.name if connection else "-")
+        return session
+
+    def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
+        """The session that a client names; it has to come with the key that opened it."""
+        if not session_id:
+            raise RPCError("missing Mcp-Session-Id: send initialize first, its answer has one")
+        session = self.sessions.get(session_id)
+        if session is None or session.key != key or session.is_streamable != is_streamable:
+            raise RPCError("session unknown or ended", status=404)
+        session.last_used, session.is_followed = self.now(), True
+        return session
+
+    def visit(self, key: str | None, variables: dict[str, str], name: str | None) -> Visitor:
+        """A caller without a session."""
+        self.check_open()
+        return Visitor(self, key, variables, name)
+
+    def tick(self, now: float) -> None:
+        """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
+        self.server.tick(now)
         for call in [*self.calls, *self.parked.values()]:
-            if call.is_overdue(now, patience):
-                call.give_up()
+            if call.is_overdue(now, self.settings.request_timeout):
+                call.time_out()
+        idle = self.settings.session_idle
         for session in list(self.sessions.values()):
             if session.calls or session.stream.is_attached:
                 session.last_used = now
@@ -3246,361 +3385,41 @@ class Server:
 
     async def drain(self, seconds: float) -> None:
         """Takes no new calls, and gives those that run some time to finish."""
-        self.is_draining = True
-        deadline = time.monotonic() + seconds
-        while self.calls and time.monotonic() < deadline:
+        self.is_draining, self.server.spares_wanted = True, 0
+        deadline = self.now() + seconds
+        while self.calls and self.now() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Ends everything; returns when no process is left."""
-        for instance in self.instances:
+        for instance in list(self.server.instances.values()):
             instance.end_subscriptions()
         for call in list(self.calls):
-            call.drop("the proxy ends")
             call.on_failure(try_later("the proxy was stopped"))
         for session in list(self.sessions.values()):
             session.end()
-        for instance in self.instances:
-            self.end(instance)
-        await asyncio.gather(*self._ending)
+        await self.server.close()
 
 
 # ============================================================================
-# 13. Exchanges
+# 16. Bridges
 # ============================================================================
 #
-# One client request and everything that is sent in answer to it. The exchange
-# puts a server id in the place of the client's and takes it out of the answer
-# again; where its messages go is up to its outlet, which has
-#
-#     send(payload)            a message before the answer
-#     finish(payload, status, headers)   the answer, and what it has in HTTP where that can be said
-#     close()                  there will be no answer: the call was cancelled
-#     exchange                 is set to the exchange
-#     asks                     can a question of the server's be sent, and be answered?
-#
-# What happens in between depends on the eras of the two sides: see BRIDGES. The
-# hard part is a server's question, where the eras differ most. The legacy way
-# is a request in the middle of a running call, the modern way is to end the
-# call with `input_required` and be called again. So where a legacy server asks
-# a modern client, the running call is parked until the client comes back with
-# the answers, and where a modern server asks a legacy client, the client's
-# answers are gathered and the call is made again.
+# What happens to the messages of an exchange (the next section: one request of a
+# client's and all that is sent in answer to it) depends on the eras of its two
+# sides, so there are four bridges. Between sides of one era a message only gets
+# another id. Between eras the hard part is a server's question. The legacy way is
+# a request in the middle of a running call; the modern way is to end the call
+# with `input_required` and to be called again. So where a legacy server asks a
+# modern client, the running call is parked until the client comes back with the
+# answers, and where a modern server asks a legacy client, the client's answers
+# are gathered and the call is made again.
 
-RUNNING_CALLS = 1_000            # of one client at a time
 SUBSCRIPTIONS = 1_000            # of one client
-PARKED_CALLS = 1_000             # that wait for their client; past that the oldest is cancelled
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
-GATHER_SECONDS = 0.02            # how long further questions are waited for before a call is parked
 
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
 STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
-
-
-class Exchange(PendingRequest):
-    """One client request on its way. `envelope` comes with a modern one."""
-
-    is_done = False
-    connection: ServerConnection | None = None
-    server_id: int | None = None
-    on_answered = None                  # called with the server's answer
-    on_done = None                      # called when the exchange is over
-    parked: str | None = None           # the requestState under which it waits for its client
-    late = None                         # what came for it while it was parked
-    wanted: dict = {}                   # what a subscription is to
-    _size = 0                           # of the request
-    rounds = 0                          # how often a modern server asked for input
-    gathered: dict[str, str] = {}       # what it gets with the next round, as members (name -> JSON) of the params
-    lacking: tuple = ()                 # questions that its client cannot be asked, with what it lacks for them
-
-    def __init__(self, client: Client, message: Message, outlet, envelope: Envelope | None = None,
-                 trace: dict[str, str] | None = None):
-        self.client = client
-        self.instance = client.instance
-        self.envelope = envelope
-        self.era = Era.MODERN if envelope else Era.LEGACY
-        self.method = message.method
-        self.is_endless = envelope is not None and self.method == "subscriptions/listen"
-        self.trace = trace or {}            # members for _meta, as JSON
-        self.message: Message | None = message        # the request, while it is needed
-        self.questions: dict[str, Question] = {}      # a legacy server's, to a modern client, by their key
-        self._started = self.last_sign = time.monotonic()        # last_sign: when it last showed that it is alive
-        self._serve(message, outlet)
-
-    def _serve(self, message: Message, outlet) -> None:
-        """Takes on the request to answer, and the outlet for the answer."""
-        self._id, self.raw_id = message.id, message.raw_id
-        name = message.params.get(NAMED_BY.get(message.method))
-        self._named = {"session": self.client.label, "method": self.method, "id": self._id,
-                       "name": name if isinstance(name, str) else "-"}
-        has_token = message.meta and is_id(message.meta.get("progressToken"))
-        self.token = message.raw("params", "_meta", "progressToken") if has_token else None
-        self.outlet = outlet
-        outlet.exchange = self
-
-    @property
-    def capabilities(self) -> dict:
-        """What the client can be asked."""
-        if self.envelope:
-            return self.envelope.capabilities
-        return self.client.capabilities if self.outlet.asks else {}
-
-    def admits(self, level: object) -> bool:
-        """Does the client want log messages of this level with this call?"""
-        if self.envelope is None:
-            return self.client.admits(level)
-        # MCP 2026-07-28, Logging: none "for a request that does not include this field".
-        wanted = self.envelope.log_level
-        return wanted is not None and level in LOG_LEVELS and LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
-
-    # From the client.
-
-    def start(self) -> None:
-        """Sends the request, as soon as there is a server to send it to."""
-        if self.envelope is None:
-            check_parameters(self.message)
-        self.instance.server.check_open()
-        if self._id in self.client.calls:
-            raise RPCError("a request with this id is running")
-        if len(self.client.calls) >= RUNNING_CALLS:
-            raise try_later("too many running calls")
-        self.client.calls[self._id] = self
-        if not self.is_endless:
-            self.instance.server.calls.add(self)
-        self._size = len(self.message.text)
-        if log.level <= logging.DEBUG:
-            log.debug("< %(session)s %(method)s %(name)s id=%(id)s %(bytes)d bytes: %(body)s", **self._named,
-                      bytes=self._size, body=self.instance.redact(self.message.text))
-        connection = self.instance.connection
-        if connection:
-            self.begin(connection)
-        else:
-            if self.method == "initialize" and not self.instance.is_shared:
-                self.instance.start(self.message.plain_params)
-            asyncio.get_running_loop().create_task(self._begin_when_ready())
-
-    async def _begin_when_ready(self) -> None:
-        try:
-            connection = await self.instance.ready()
-        except ServerError as error:
-            self.on_failure(error)
-        else:
-            self.begin(connection)
-
-    def begin(self, connection: ServerConnection) -> None:
-        """Sends the request, or does what is done in its place."""
-        if self.is_done:
-            return                          # cancelled in the meantime
-        self.connection = connection
-        self._bridge = BRIDGES[self.era, connection.era]
-        try:
-            intercept = self._bridge.intercepted.get(self.method)
-            if not (intercept and intercept(self._bridge, self, self.message)):
-                self.transmit()
-        except ProxyError as error:
-            self.on_failure(error)
-        except Exception as fault:
-            log.fault(fault)
-            self.on_failure(ProxyError("internal error"))
-
-    def transmit(self) -> None:
-        """Sends the request to the server under a new server id, which serves as its progress token too."""
-        message, connection = self.message, self.connection
-        self.server_id = connection.next_id()
-        server_id = str(self.server_id)
-        new_meta = dict(self.trace) if "traceparent" not in message.meta else {}
-        if self.token:
-            new_meta["progressToken"] = server_id
-        changes = [(*message.id_span, server_id), *self._bridge.restate_meta(self, message, new_meta)]
-        connection.send(message.changed(changes))
-        connection.pending[self.server_id] = self
-        if not self._bridge.keeps_requests:
-            self.message = None
-
-    def cancel(self, notification: Message | None = None) -> None:
-        """Ends the call: because the client said so, or because it is gone."""
-        if self.is_done or self.method == "initialize" and notification:
-            return                          # MCP 2025-11-25, Cancellation: initialize "MUST NOT be cancelled"
-        log.info("x %(session)s %(method)s %(name)s id=%(id)s cancelled after %(ms)s ms", **self._named, ms=self._ms)
-        self.drop("the client is gone", notification)
-        self._done()
-        self.outlet.close()
-
-    def drop(self, reason: str, notification: Message | None = None) -> None:
-        """Tells the server to stop; with the client's own notification if there is one."""
-        if self.connection is None or self.server_id is None:
-            return
-        if notification is None:
-            self.connection.cancel(self.server_id, reason)
-        elif self.connection.pending.pop(self.server_id, None):
-            new_id = (*notification.span("params", "requestId"), str(self.server_id))
-            self.connection.send_if_possible(notification.changed([new_id]))
-
-    # From the server.
-
-    def on_answer(self, answer: Answer | Message) -> None:
-        if self.parked:
-            self.late, self.last_sign = answer, time.monotonic()
-            return
-        try:
-            if self.on_answered:
-                self.on_answered(answer)
-            self._bridge.answer(self, answer)
-        except RPCError:
-            self.on_failure(ServerError("the MCP server's answer is not valid"))
-        except ServerError as error:
-            self.on_failure(error)
-
-    def on_failure(self, error: ProxyError) -> None:
-        if self.parked:
-            self.late = error
-        else:
-            self.finish(encode_error(self.raw_id, error), error.http_status, error.headers)
-
-    def on_progress(self, message: Message) -> None:
-        self.last_sign = time.monotonic()
-        if self.token and not self.is_done:
-            self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
-
-    def on_event(self, message: Message) -> None:
-        self._bridge.event(self, message)
-
-    def tell(self, payload: list) -> None:
-        if not self.parked:
-            self.outlet.send(payload)
-
-    def ask(self, question: Question, missing: dict | None) -> None:
-        """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
-        self.last_sign = time.monotonic()
-        self._bridge.ask(self, question, missing)
-
-    # The end.
-
-    def finish(self, payload: list, status: int = 200, headers: tuple = ()) -> None:
-        """The answer."""
-        if self.is_done:
-            return
-        self._done()
-        size = sum(map(len, payload))
-        if log.level <= logging.DEBUG:
-            log.debug("> %(session)s %(method)s %(name)s id=%(id)s %(bytes)d bytes %(ms)s ms: %(body)s", **self._named,
-                      bytes=size, ms=self._ms, body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
-        else:
-            # A line for both messages: at full speed a line for each would be a tenth of all work.
-            log.info("<> %(session)s %(method)s %(name)s id=%(id)s %(bytes_in)d bytes in, %(bytes_out)d bytes out, "
-                     "%(ms)s ms", **self._named, bytes_in=self._size, bytes_out=size, ms=self._ms)
-        self.outlet.finish(payload, status, headers)
-        self.outlet.exchange = None           # a cycle less: what a call took is free at once, and warm for the next
-
-    @property
-    def _ms(self) -> float:
-        return round((time.monotonic() - self._started) * 1000, 1)
-
-    def _done(self) -> None:
-        self.is_done = True
-        self._forget()
-        if self.on_done:
-            self.on_done()
-        self.on_done = self.on_answered = None
-
-    def _forget(self) -> None:
-        """The client waits no more."""
-        if self.client.calls.get(self._id) is self:           # one that was refused has another's id, maybe
-            del self.client.calls[self._id]
-        self.instance.server.calls.discard(self)
-
-    def end_subscription(self) -> None:
-        """Ends a subscription because the server ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
-        self.drop("the server ends")
-        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
-                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
-
-    def is_overdue(self, now: float, patience: float) -> bool:
-        return now - self.last_sign >= patience
-
-    def give_up(self) -> None:
-        """Ends a call that shows no sign of life, or whose client does not come back."""
-        self.drop("timed out")
-        if self.parked:
-            self.instance.server.parked.pop(self.parked, None)
-            self.is_done = True
-            for question in self.questions.values():
-                question.refuse(ServerError("the client did not answer"))
-        else:
-            self.on_failure(ServerError("the MCP server took too long", status=504))
-
-    # Parked calls: a legacy server waits for the answer of a modern client.
-
-    def park_soon(self) -> None:
-        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._park)
-
-    def _park(self) -> None:
-        """Ends the client's request with the questions. The call goes on when the client comes back."""
-        lacking, self.lacking = self.lacking, ()
-        for question, _ in lacking:
-            question.refuse(NO_CLIENT_CAN)
-        if self.is_done or self.parked:
-            return
-        if not self.questions:
-            if lacking:
-                self.drop("the client lacks a capability")
-                self.on_failure(RPCError("the call needs a capability that the client did not declare",
-                                         code=MISSING_CAPABILITY, data={"requiredCapabilities": dict(
-                                             pair for _, missing in lacking for pair in missing.items())}))
-            return
-        parked = self.instance.server.parked
-        if len(parked) >= PARKED_CALLS:
-            next(iter(parked.values())).give_up()
-        # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
-        self.parked = os.urandom(24).hex()
-        parked[self.parked] = self
-        self.last_sign = time.monotonic()
-        self._forget()
-        requests = ",".join(f'"{key}":{input_request(question.message)}' for key, question in self.questions.items())
-        info = self.instance.identity.info
-        meta = f',"_meta":{{"{SERVER_INFO_KEY}":{info}}}' if info else ""
-        result = (f'{{"resultType":"input_required","inputRequests":{{{requests}}},'
-                  f'"requestState":"{self.parked}"{meta}}}')
-        log.info("> %(session)s %(method)s %(name)s id=%(id)s waits for input", **self._named)
-        self.outlet.finish(encode_result(self.raw_id, result.encode()), 200)
-
-    def resume(self, retry: "Exchange", message: Message) -> None:
-        """The client is back: takes the place of `retry` and hands its answers to the server."""
-        given = members_of(message.params.get("inputResponses"))
-        for key in self.questions.keys() & given.keys():
-            if not isinstance(given[key], tuple):
-                raise RPCError("an input response must be an object", code=INVALID_PARAMS)
-        del self.instance.server.parked[self.parked]
-        self.parked = None
-        self.client, self.envelope = retry.client, retry.envelope
-        retry._forget()
-        self._serve(message, retry.outlet)
-        self.client.calls[self._id] = self
-        self.instance.server.calls.add(self)
-        self.last_sign = time.monotonic()
-        for key in self.questions.keys() & given.keys():
-            result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
-            self.questions.pop(key).answer(parse_message(result.decode()))
-        if isinstance(self.late, ProxyError):
-            self.on_failure(self.late)
-        elif self.late:
-            self.on_answer(self.late)
-        elif self.questions:
-            self.park_soon()                # something is still missing: it is asked again
-
-
-def salient(message: Message) -> dict:
-    """What makes a request the same request when it comes again."""
-    return {name: value for name, value in message.plain_params.items()
-            if name not in ("_meta", "inputResponses", "requestState")}
-
-
-def input_request(request: Message) -> str:
-    """A legacy server's request as a modern input request, in JSON."""
-    # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
-    params = request.raw_members("params") if request.params else {}
-    params.pop("elicitationId", None)
-    return as_object({"method": dump(request.method), "params": as_object(params)})
 
 
 class Bridge:
@@ -3612,62 +3431,55 @@ class Bridge:
     keeps_requests = False             # is a request needed after it was sent?
     intercepted: dict = {}             # MCP method -> method of the bridge
 
-    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
-        """The changes that a request's _meta needs for the server, with the members `new` (name -> JSON) put in."""
+    def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+        """The changes that a request needs for the server beside its id, with the members `new` (name -> JSON) put into
+        its _meta."""
         return restated_meta(message, new)
 
-    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
-        """The server's answer."""
-        exchange.finish(answer.with_id(exchange.raw_id))
+    def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
+        """The server's response."""
+        exchange.finish(response.with_id(exchange.raw_id))
 
-    def event(self, exchange: Exchange, message: Message) -> None:
+    def notify(self, exchange: "Exchange", message: Message) -> None:
         """A notification for a subscription."""
 
-    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
-        """A question of the server's: answered as a client would that cannot."""
+    def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
+        """A question of the server's, and what the client lacks to answer it: refused as a client would that cannot."""
         question.refuse(NO_CLIENT_CAN)
 
 
-def check_subscriptions(client: Client) -> None:
-    """Refuses what no session would take back, and one more than a client may have."""
-    if not isinstance(client, Session):
-        raise RPCError("subscriptions need a session")
-    if len(client.subscriptions) >= SUBSCRIPTIONS:
-        raise try_later("too many subscriptions")
-
-
-def error_with(answer: Message, raw_id: bytes, codes: dict[int, int]) -> list:
+def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
     """An error's payload with another id, and another code where `codes` has one for it."""
-    changes, code = [answer.new_id(raw_id)], answer.error_code
+    changes, code = [response.new_id(raw_id)], response.error_code
     if code in codes:
-        changes.append((*answer.span("error", "code"), str(codes[code])))
-    return [answer.changed(changes)]
+        changes.append((*response.span("error", "code"), str(codes[code])))
+    return [response.changed(changes)]
 
 
-def error_status(answer: Answer | Message) -> int:
-    """The HTTP status of a modern answer."""
-    if answer.is_result:
-        return 200
-    return STATUS_OF_CODE.get(answer.parsed().error_code, 200)
+def error_status(response: ResponseLine | Message) -> int:
+    """The HTTP status of a modern response."""
+    return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
 
 
 class LegacyClientBridge(Bridge):
     """What a legacy client may want that changes more than its own: other clients use the server too."""
 
-    def initialize(self, exchange: Exchange, message: Message) -> bool:
+    def initialize(self, exchange: "Exchange", message: Message) -> bool:
         """Shakes hands for the server."""
         client, params, identity = exchange.client, message.params, exchange.instance.identity
-        is_object = isinstance(params.get("capabilities"), tuple)
-        client.capabilities = message.value("params", "capabilities") if is_object else {}
-        client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
-        # A server that was told the client's own words has answered the client; else the proxy answers for it, also
-        # where the answer is a revision that nobody knows.
+        # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
+        # also where the answer is a revision that nobody knows.
         is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
-        client.version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
-        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(client.version)))
+        version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
+        if isinstance(client, Session):
+            client.version = version
+            client.capabilities = message.value("params", "capabilities") if isinstance(
+                params.get("capabilities"), tuple) else {}
+            client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
+        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
         return True
 
-    def set_level(self, exchange: Exchange, message: Message) -> bool:
+    def set_level(self, exchange: "Exchange", message: Message) -> bool:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
         level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
         if not isinstance(exchange.client, Session):
@@ -3682,70 +3494,74 @@ class LegacyClientBridge(Bridge):
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
-    def unsubscribe(self, exchange: Exchange, message: Message) -> bool:
-        """Takes back a subscription; the server is told of the last."""
+    def subscribe(self, exchange: "Exchange", message: Message) -> bool:
+        """Joins those who subscribed to a resource, and tells the client what the server says to that."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
-        if uri in client.subscriptions:
-            client.subscriptions.discard(uri)
-            instance.unsubscribe(uri)
-        elif uri not in instance.subscribers and exchange.connection.era is Era.LEGACY:
+        if not isinstance(client, Session):
+            raise RPCError("subscriptions need a session")
+        if len(client.topics) >= SUBSCRIPTIONS:
+            raise try_later("too many subscriptions")
+        is_new = all(topic.uri != uri or topic.instance is not instance for topic in client.topics)
+        topic = instance.subscribe(client, uri)
+
+        def settle(verdict: asyncio.Future) -> None:
+            if verdict.result():
+                exchange.fail(verdict.result())
+            elif exchange.is_done:                     # cancelled meanwhile
+                if is_new:
+                    instance.unsubscribe(client, topic)
+            else:
+                exchange.finish(encode_result(exchange.raw_id))
+        topic.verdict.add_done_callback(settle)
+        return True
+
+    def unsubscribe(self, exchange: "Exchange", message: Message) -> bool:
+        """Leaves them; the server is told by the last."""
+        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
+        topic = instance.topics.get(uri)
+        if topic and client in topic.subscribers:
+            instance.unsubscribe(client, topic)
+        elif topic is None and exchange.connection.era is Era.LEGACY:
             return False                    # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
-    intercepted = {"initialize": initialize, "logging/setLevel": set_level, "resources/unsubscribe": unsubscribe}
+    intercepted = {"initialize": initialize, "logging/setLevel": set_level, "resources/subscribe": subscribe,
+                   "resources/unsubscribe": unsubscribe}
 
 
 class LegacyClientLegacyServer(LegacyClientBridge):
-    """Both shake hands; the server's handshake was the proxy's, or a session's own."""
+    """Both shake hands; the server's handshake was the proxy's, or a session's own. (Here and below, what is the same
+    in each message is left out.)
 
-    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
-        # Many servers ask for roots once and keep the answer, and a shared one would use one client's for all.
-        is_for_all = question.message.method == "roots/list" and exchange.instance.is_shared
-        if missing or is_for_all or not exchange.outlet.asks:
+        client > {"id":"a","method":"tools/call","params":{"name":"x"}}
+                 server > {"id":7,"method":"tools/call","params":{"name":"x"}}
+                 server < {"id":1,"method":"elicitation/create","params":{...}}
+        client < {"id":31,"method":"elicitation/create","params":{...}}
+        client > {"id":31,"result":{"action":"decline"}}
+                 server > {"id":1,"result":{"action":"decline"}}
+                 server < {"id":7,"result":{"content":[]}}
+        client < {"id":"a","result":{"content":[]}}
+    """
+
+    def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
+        # Many servers ask for roots once and keep the answer; one for many would use one client's for all.
+        is_for_many = question.message.method == "roots/list" and not exchange.instance.is_private
+        if missing or is_for_many or not exchange.outlet.asks:
             return super().ask(exchange, question, missing)
         exchange.client.ask(question, exchange.outlet.send)
 
-    def subscribe(self, exchange: Exchange, message: Message) -> bool:
-        """The first subscription to a resource goes to the server; its answer is that of those who ask meanwhile."""
-        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
-        check_subscriptions(client)
-        if uri not in client.subscriptions:
-            client.subscriptions.add(uri)
-            instance.subscribers[uri] += 1
-        if uri in instance.subscribed:
-            exchange.finish(encode_result(exchange.raw_id))
-            return True
-        if uri in instance.subscribing:
-            instance.subscribing[uri].append(exchange)
-            return True
-        waiting = instance.subscribing[uri] = []
-
-        def settle(answer: Answer | Message | None = None) -> None:
-            """An answer is for all who asked meanwhile; without one, they have to ask themselves."""
-            is_latest = instance.subscribing.get(uri) is waiting          # nobody unsubscribed the last in between
-            if is_latest:
-                del instance.subscribing[uri]
-            others = waiting[:]
-            waiting.clear()
-            if is_latest and answer and answer.is_result:
-                instance.subscribed.add(uri)
-            for each in (exchange, *others) if is_latest and answer and not answer.is_result else ():
-                if uri in each.client.subscriptions:
-                    each.client.subscriptions.discard(uri)
-                    instance.unsubscribe(uri)
-            for other in others:
-                other.finish(answer.with_id(other.raw_id)) if answer else other.begin(other.connection)
-        exchange.on_answered = exchange.on_done = settle
-        return False                        # its own request tells the server
-
-    intercepted = {**LegacyClientBridge.intercepted, "resources/subscribe": subscribe}
-
 
 class ModernClientModernServer(Bridge):
-    """Neither has a state; ids are all that has to be told apart."""
+    """Neither has a state; ids are all that has to be told apart. That of a subscription is in _meta, too.
 
-    def check_listeners(self, exchange: Exchange, message: Message) -> bool:
+        client > {"id":"a","method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true},...}}
+                 server > {"id":7,"method":"subscriptions/listen",...}
+                 server < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":7}}}
+        client < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":"a"}}}
+    """
+
+    def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
         """Refuses one subscription too many."""
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
@@ -3755,17 +3571,16 @@ class ModernClientModernServer(Bridge):
 
     intercepted = {"subscriptions/listen": check_listeners}
 
-    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
+    def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         if exchange.is_endless:
-            return exchange.finish([self._under_own_id(exchange, answer.parsed(), "result")])
-        exchange.finish(answer.with_id(exchange.raw_id), error_status(answer))
+            return exchange.finish([self._under_own_id(exchange, response.parsed(), "result")])
+        exchange.finish(response.with_id(exchange.raw_id), error_status(response))
 
-    def event(self, exchange: Exchange, message: Message) -> None:
+    def notify(self, exchange: "Exchange", message: Message) -> None:
         exchange.tell([self._under_own_id(exchange, message, "params")])
 
     @staticmethod
-    def _under_own_id(exchange: Exchange, message: Message, member: str) -> bytes:
-        """A subscription's message: its id is in _meta, too."""
+    def _under_own_id(exchange: "Exchange", message: Message, member: str) -> bytes:
         changes = [message.new_id(exchange.raw_id)] if "id" in message.members else []
         meta = members_of(members_of(message.members.get(member)).get("_meta"))
         if SUBSCRIPTION_KEY in meta:
@@ -3774,73 +3589,93 @@ class ModernClientModernServer(Bridge):
 
 
 class ModernClientLegacyServer(Bridge):
-    """The envelope is taken off, and results get what a modern client expects in them."""
+    """The envelope is taken off, and results get what a modern client expects in them. A question parks the call.
+
+        client > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{".../protocolVersion":"2026-07-28",...}}}
+                 server > {"id":7,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                 server < {"id":1,"method":"elicitation/create","params":{...}}
+        client < {"id":1,"result":{"resultType":"input_required","inputRequests":{"31":{...}},"requestState":"c0ffee"}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x","inputResponses":{"31":{...}},
+                                                         "requestState":"c0ffee","_meta":{...}}}
+                 server > {"id":1,"result":{...}}
+                 server < {"id":7,"result":{"content":[]}}
+        client < {"id":2,"result":{"resultType":"complete","content":[]}}
+    """
 
     keeps_requests = True              # to know one again that comes with answers
 
-    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+    def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         if exchange.envelope.log_level:
             exchange.instance.ask_for_level(exchange.envelope.log_level)
         return restated_meta(message, new, keeps_envelope=False)
 
-    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
-        if answer.is_result:
-            return exchange.finish(result_with(answer, exchange.raw_id, additions(
+    def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
+        if response.is_result:
+            return exchange.finish(result_with(response, exchange.raw_id, additions(
                 exchange.method, exchange.instance.identity.info)))
         # MCP 2026-07-28, Resources, Error Handling
         codes = {RESOURCE_NOT_FOUND: INVALID_PARAMS}
-        exchange.finish(error_with(answer.parsed(), exchange.raw_id, codes), error_status(answer))
+        exchange.finish(error_with(response.parsed(), exchange.raw_id, codes), error_status(response))
 
-    def ask(self, exchange: Exchange, question: Question, missing: dict | None) -> None:
-        if exchange.method not in MAY_NEED_INPUT:
-            return super().ask(exchange, question, missing)
-        # What of several questions can be asked is asked; the call fails when that is none.
-        if missing:
-            exchange.lacking = (*exchange.lacking, (question, missing))
+    def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
+        if exchange.method in MAY_NEED_INPUT:
+            exchange.ask_by_parking(question, missing)
         else:
-            exchange.questions[str(question.id)] = question
-        exchange.park_soon()
+            super().ask(exchange, question, missing)
 
-    def event(self, exchange: Exchange, message: Message) -> None:
+    def notify(self, exchange: "Exchange", message: Message) -> None:
         """The server told all its clients something: is this one listening for it?"""
         wanted = exchange.wanted
         if (concerns(message.params.get("uri"), wanted.get("resourceSubscriptions", ()))
                 or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
 
-    def discover(self, exchange: Exchange, message: Message) -> bool:
+    def discover(self, exchange: "Exchange", message: Message) -> bool:
         """Answers from the server's handshake."""
         exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.discover_result()))
         return True
 
-    def listen(self, exchange: Exchange, message: Message) -> bool:
-        """A subscription, made of the server's list changes and of legacy subscriptions."""
+    def listen(self, exchange: "Exchange", message: Message) -> bool:
+        """A subscription, made of the server's list changes and of legacy subscriptions; acknowledged when the server
+        has said which of those it takes."""
         instance, wanted = exchange.instance, message.plain_params.get("notifications")
         if not isinstance(wanted, dict):
             raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
         if len(instance.listeners) >= instance.server.settings.max_sessions:
             raise try_later("too many subscriptions")
-        exchange.wanted = instance.identity.supported(wanted)
-        uris = exchange.wanted.get("resourceSubscriptions", ())
+        exchange.wanted, exchange.topics = instance.identity.supported(wanted), set()
+        uris = dict.fromkeys(exchange.wanted.get("resourceSubscriptions", ()))
 
         def end() -> None:
             instance.listeners.discard(exchange)
-            for uri in uris:
-                instance.unsubscribe(uri)
+            for topic in list(exchange.topics):
+                instance.unsubscribe(exchange, topic)
         exchange.on_done = end
-        instance.listeners.add(exchange)
-        exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: message.id}, "notifications": exchange.wanted})])
-        for uri in uris:
-            instance.subscribe(uri)
+        topics = [instance.subscribe(exchange, uri) for uri in uris]
+        if topics:
+            asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
+        else:
+            self._acknowledge(exchange)
         return True
 
-    def retry(self, exchange: Exchange, message: Message) -> bool:
+    async def _acknowledge_settled(self, exchange: "Exchange", topics: list[Topic]) -> None:
+        await asyncio.wait([topic.verdict for topic in topics])
+        exchange.wanted["resourceSubscriptions"] = [topic.uri for topic in topics if not topic.verdict.result()]
+        if not exchange.is_done:
+            self._acknowledge(exchange)
+
+    @staticmethod
+    def _acknowledge(exchange: "Exchange") -> None:
+        exchange.instance.listeners.add(exchange)
+        exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: exchange.id}, "notifications": exchange.wanted})])
+
+    def retry(self, exchange: "Exchange", message: Message) -> bool:
         """A request that comes again with answers goes on where its call was parked."""
         if "requestState" not in message.params:
             return False
-        server, state = exchange.instance.server, message.params.get("requestState")
-        parked = server.parked.get(state) if isinstance(state, str) else None
+        state = message.params.get("requestState")
+        parked = exchange.client.mount.parked.get(state) if isinstance(state, str) else None
         if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
                 or parked.method != exchange.method or salient(parked.message) != salient(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
@@ -3850,44 +3685,63 @@ class ModernClientLegacyServer(Bridge):
     intercepted = {"server/discover": discover, "subscriptions/listen": listen, **dict.fromkeys(MAY_NEED_INPUT, retry)}
 
 
+def salient(message: Message) -> dict:
+    """What makes a request the same request when it comes again."""
+    return {name: value for name, value in message.plain_params.items()
+            if name not in ("_meta", "inputResponses", "requestState")}
+
+
 class LegacyClientModernServer(LegacyClientBridge):
-    """The proxy shakes hands for the server, puts an envelope on each request, and asks what the server asks."""
+    """The proxy shakes hands for the server, puts an envelope on each request, and asks what the server asks.
+
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                 server > {"id":7,"method":"tools/call","params":{"name":"x","_meta":{...}}}
+                 server < {"id":7,"result":{"resultType":"input_required","inputRequests":{"q":{...}},
+                                           "requestState":"s"}}
+        client < {"id":31,"method":"elicitation/create","params":{...}}
+        client > {"id":31,"result":{...}}
+                 server > {"id":8,"method":"tools/call","params":{"name":"x","inputResponses":{"q":{...}},
+                                                                  "requestState":"s","_meta":{...}}}
+                 server < {"id":8,"result":{"resultType":"complete","content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+    """
 
     keeps_requests = True              # to make one again with answers
 
-    def restate_meta(self, exchange: Exchange, message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
+    def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         client = exchange.client
         new[VERSION_KEY] = f'"{MODERN_VERSION}"'
         new[CAPABILITIES_KEY] = dump(exchange.capabilities)
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
         if client.log_level:
             new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
-        return restated_meta(message, new, beside=exchange.gathered)
+        return restated_meta(message, new, beside=exchange.dialogue and exchange.dialogue.gathered)
 
-    def answer(self, exchange: Exchange, answer: Answer | Message) -> None:
-        answer = answer.parsed()
-        if not answer.is_result:
+    def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
+        response = response.parsed()
+        if not response.is_result:
             # What it was called before 2026-07-28.
             codes = {INVALID_PARAMS: RESOURCE_NOT_FOUND} if exchange.method == "resources/read" else {}
-            exchange.finish(error_with(answer, exchange.raw_id, codes))
-        elif members_of(answer.members["result"]).get("resultType") == "input_required":
-            self._gather(exchange, answer)
+            exchange.finish(error_with(response, exchange.raw_id, codes))
+        elif members_of(response.members["result"]).get("resultType") == "input_required":
+            self._gather(exchange, response)
         else:
-            exchange.finish(result_without(answer, exchange.raw_id))
+            exchange.finish(result_without(response, exchange.raw_id))
 
-    def _gather(self, exchange: Exchange, answer: Message) -> None:
+    def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
-        exchange.rounds, exchange.last_sign = exchange.rounds + 1, time.monotonic()
-        if exchange.rounds > ROUNDS:
+        dialogue = exchange.begin_dialogue()
+        dialogue.rounds += 1
+        if dialogue.rounds > ROUNDS:
             raise ServerError("the MCP server asked for input too often")
-        result, answers = answer.result, {}
-        state = answer.raw("result", "requestState") if "requestState" in result else None
+        result, answers = response.result, {}
+        state = response.raw("result", "requestState") if "requestState" in result else None
         wanted = result.get("inputRequests")
         wanted = wanted if isinstance(wanted, dict) else {}
 
         def gathered(key: str, text: str) -> None:
             answers[key] = text
-            exchange.last_sign = time.monotonic()
+            exchange.touch()
             if len(answers) == len(wanted) and not exchange.is_done:
                 self._repeat(exchange, answers, state)
         for key, request in wanted.items():
@@ -3895,8 +3749,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         if not wanted:
             self._repeat(exchange, answers, state)
 
-    def _ask_client(self, exchange: Exchange, key: str, request: dict, gathered) -> None:
-        client = exchange.client
+    def _ask_client(self, exchange: "Exchange", key: str, request: dict, gathered) -> None:
         params = request.get("params", {}) if isinstance(request, dict) else None
         if not isinstance(params, dict):
             raise ServerError("the MCP server asked for something that is no request")
@@ -3916,33 +3769,23 @@ class LegacyClientModernServer(LegacyClientBridge):
                 error = response.raw("error").encode()
                 exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
         question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
-        client.ask(question, exchange.outlet.send)
+        exchange.client.ask(question, exchange.outlet.send)
 
-    def _repeat(self, exchange: Exchange, answers: dict[str, str], state: str | None) -> None:
-        exchange.gathered = {"inputResponses": as_object(answers)} if answers else {}
+    def _repeat(self, exchange: "Exchange", answers: dict[str, str], state: str | None) -> None:
+        gathered = exchange.dialogue.gathered = {"inputResponses": as_object(answers)} if answers else {}
         if state:
-            exchange.gathered["requestState"] = state
+            gathered["requestState"] = state
         try:
             exchange.transmit()
         except ServerError as error:
-            exchange.on_failure(error)
+            exchange.fail(error)
 
-    def ping(self, exchange: Exchange, message: Message) -> bool:
+    def ping(self, exchange: "Exchange", message: Message) -> bool:
         """Modern servers have no such method."""
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
-    def subscribe(self, exchange: Exchange, message: Message) -> bool:
-        """Becomes a part of what the proxy listens for at the server."""
-        uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
-        check_subscriptions(client)
-        if uri not in client.subscriptions:
-            client.subscriptions.add(uri)
-            instance.subscribe(uri)
-        instance.when_listening(lambda: exchange.finish(encode_result(exchange.raw_id)))
-        return True
-
-    intercepted = {**LegacyClientBridge.intercepted, "ping": ping, "resources/subscribe": subscribe}
+    intercepted = {**LegacyClientBridge.intercepted, "ping": ping}
 
 
 #    client      server
@@ -3954,25 +3797,446 @@ BRIDGES = {
 }
 
 
-def receive(session: Session, message: Message) -> None:
-    """A client's response to a question, or its notification on its way to the server."""
-    if message.kind is Kind.RESPONSE:
-        return session.answer(message)
-    connection, instance = session.instance.connection, session.instance
-    log.info("< %(session)s %(method)s", session=session.label, method=message.method)
-    if message.method == "notifications/cancelled":
-        request_id = message.params.get("requestId")
-        call = session.calls.get(request_id) if is_id(request_id) else None
-        if call:
-            call.cancel(message)
-    elif message.method == "notifications/initialized":
-        # We told the server when it was ready. But a spare one had no client then that it could ask for its roots.
-        if connection and not instance.is_shared and instance.is_told_ours and "roots" in session.capabilities:
-            connection.notify("notifications/roots/list_changed")
-    elif message.method == "notifications/roots/list_changed" and instance.is_shared:
-        pass                     # a shared server knows of no roots
-    elif connection and connection.era is Era.LEGACY:
-        connection.send_if_possible(message.payload[0])
+# ============================================================================
+# 17. Exchanges
+# ============================================================================
+#
+# One client request and everything that is sent in answer to it. The exchange
+# puts a server id in the place of the client's and takes it out of the response
+# again; where its messages go is up to its outlet, and what they become is up to
+# the bridge. It begins when its instance is ready, and it has one way out, end(),
+# whatever ends it: so nothing is forgotten at the server, at the client or in the
+# books, and the log has a line of each.
+#
+#     WAITING --> RUNNING <--> PARKED        (any of them --> DONE)
+#     for the     at the       for the
+#     server      server       client
+
+RUNNING_CALLS = 1_000            # of one client at a time
+PARKED_CALLS = 1_000             # that wait for their client; past that the oldest is cancelled
+GATHER_SECONDS = 0.02            # how long further questions are waited for before a call is parked
+
+
+class Outlet:
+    """Where the messages of an exchange go: into the answer to a POST, or to a session's stream."""
+
+    exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
+    asks = False                           # can a question of the server's be sent this way, and be answered?
+
+    def send(self, payload: list) -> None:
+        """A message before the answer."""
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        """The answer, and what it has in HTTP where that can be said."""
+
+    def close(self) -> None:
+        """There will be no answer: the call was cancelled."""
+
+
+class ExchangeState(enum.Enum):
+    __hash__ = object.__hash__             # as of Era
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PARKED = "parked"
+    DONE = "done"
+
+
+EXCHANGE_STATES = {
+    ExchangeState.WAITING: {ExchangeState.RUNNING, ExchangeState.DONE},
+    ExchangeState.RUNNING: {ExchangeState.PARKED, ExchangeState.DONE},
+    ExchangeState.PARKED: {ExchangeState.RUNNING, ExchangeState.DONE},
+    ExchangeState.DONE: set(),
+}
+WAITING, RUNNING, PARKED, DONE = ExchangeState
+
+
+class Outcome(enum.Enum):
+    """How an exchange ends, or is interrupted."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    CANCELLED = "cancelled"            # the client said so, or is gone
+    TIMED_OUT = "timed out"
+    PARKED = "waits for input"
+
+
+class Dialogue:
+    """What a server asks in the course of one exchange, where client and server are of different eras."""
+
+    def __init__(self):
+        self.questions: dict[str, Question] = {}      # a legacy server's, to a modern client, by their key
+        self.lacking: list[tuple] = []                # those that the client cannot be asked, with what it lacks
+        self.request_state = ""                       # under which the parked call is known
+        self.late = None                              # what the server said last while the call was parked
+        self.rounds = 0                               # how often a modern server asked for input
+        self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
+
+    def refuse_lacking(self) -> dict:
+        """Refuses what the client cannot be asked; returns what it lacks for that."""
+        lacking, self.lacking = self.lacking, []
+        for question, _ in lacking:
+            question.refuse(NO_CLIENT_CAN)
+        merged: dict[str, dict] = {}
+        for name, value in (pair for _, missing in lacking for pair in missing.items()):
+            merged.setdefault(name, {}).update(value)
+        return merged
+
+
+class Exchange(PendingRequest):
+    """One client request on its way. `envelope` comes with a modern one; `headers` with one whose arguments may have to
+    be repeated in them."""
+
+    def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
+                 envelope: Envelope | None = None, trace: dict[str, str] | None = None,
+                 headers: dict[str, str] | None = None):
+        self.client = client
+        self.instance = instance
+        self.message: Message | None = message        # the request, while it is needed
+        self.envelope = envelope
+        self.era = Era.MODERN if envelope else Era.LEGACY
+        self.method = message.method
+        self.is_endless = envelope is not None and self.method == "subscriptions/listen"
+        self.trace = trace                            # members for _meta, as JSON
+        self.headers = headers
+        self.state = WAITING
+        self.connection: ServerConnection | None = None
+        self.server_id: int | None = None
+        self.dialogue: Dialogue | None = None
+        self.wanted = self.topics = None              # what a subscription is to
+        self.on_done = None                           # called when the exchange is over
+        self._started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
+        self._serve(message, outlet)
+
+    def _serve(self, message: Message, outlet: Outlet) -> None:
+        """Takes on the request to answer, and the outlet for the answer."""
+        self.id, self.raw_id = message.id, message.raw_id
+        self.name = message.params.get(NAMED_BY.get(self.method))
+        self.size = len(message.text)
+        has_token = message.meta and is_id(message.meta.get("progressToken"))
+        self.token = message.raw("params", "_meta", "progressToken") if has_token else None
+        self.outlet = outlet
+        outlet.exchange = self
+
+    @property
+    def is_done(self) -> bool:
+        return self.state is DONE
+
+    @property
+    def is_parked(self) -> bool:
+        return self.state is PARKED
+
+    @property
+    def capabilities(self) -> dict:
+        """What the client can be asked."""
+        if self.envelope:
+            return self.envelope.capabilities
+        return self.client.capabilities if self.outlet.asks else {}
+
+    def admits(self, level: object) -> bool:
+        """Does the client want log messages of this level with this call?"""
+        if self.envelope is None:
+            return self.client.admits(level, self.instance)
+        # MCP 2026-07-28, Logging: none "for a request that does not include this field".
+        wanted = self.envelope.log_level
+        return wanted is not None and level in LOG_LEVELS and is_admitted(level, wanted)
+
+    def touch(self) -> None:
+        """It shows that it is alive."""
+        self.last_sign = self.client.mount.now()
+
+    def _become(self, state: ExchangeState) -> None:
+        assert state in EXCHANGE_STATES[self.state], (self.state, state)
+        self.state = state
+
+    # From the client.
+
+    def start(self) -> None:
+        """Sends the request, as soon as there is a server to send it to and it is known to be right."""
+        client, connection = self.client, self.instance.connection
+        if self.envelope is None:
+            check_parameters(self.message)
+        client.mount.check_open()
+        if self.id in client.calls:
+            raise RPCError("a request with this id is running")
+        if len(client.calls) >= RUNNING_CALLS:
+            raise try_later("too many running calls")
+        self._enter_books()
+        if log.level <= logging.DEBUG:
+            log.debug("< %(session)s %(method)s %(name)s id=%(id)s %(bytes_in)d bytes: %(body)s", **self._fields(),
+                      body=self.instance.redact(self.message.text))
+        if connection and self._is_checked():
+            self.begin(connection)
+        else:
+            if self.method == "initialize" and self.instance.is_private:
+                self.instance.start(self.message.plain_params)
+            asyncio.get_running_loop().create_task(self._begin_when_ready())
+
+    def _is_checked(self) -> bool:
+        """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
+        if self.headers is None:
+            return True
+        tools = self.instance.known_tools()
+        if tools is None or self.name not in tools:
+            return False
+        tools.check(self.message, self.headers)
+        return True
+
+    async def _begin_when_ready(self) -> None:
+        try:
+            connection = await self.instance.ready()
+            if not self._is_checked():
+                tools = await self.instance.tools(refresh=self.instance.known_tools() is not None)
+                tools.check(self.message, self.headers)
+        except ProxyError as error:
+            self.fail(error)
+        else:
+            self.begin(connection)
+
+    def begin(self, connection: ServerConnection) -> None:
+        """Sends the request, or does what is done in its place."""
+        if self.state is DONE:
+            return                          # cancelled in the meantime
+        self._become(RUNNING)
+        self.connection = connection
+        self._bridge = BRIDGES[self.era, connection.era]
+        try:
+            intercept = self._bridge.intercepted.get(self.method)
+            if not (intercept and intercept(self._bridge, self, self.message)):
+                self.transmit()
+        except ProxyError as error:
+            self.fail(error)
+        except Exception as fault:
+            log.fault(fault)
+            self.fail(ProxyError("internal error"))
+
+    def transmit(self) -> None:
+        """Sends the request to the server under a new server id, which serves as its progress token too."""
+        message, connection = self.message, self.connection
+        self.server_id = connection.next_id()
+        server_id = str(self.server_id)
+        new_meta = dict(self.trace) if self.trace and "traceparent" not in message.meta else {}
+        if self.token:
+            new_meta["progressToken"] = server_id
+        changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
+        connection.send(message.changed(changes), (self.server_id, self.method, self.name))
+        connection.pending[self.server_id] = self
+        if not self._bridge.keeps_requests:
+            self.message = None
+
+    def cancel(self, notification: Message | None = None) -> None:
+        """The client took the request back, with a notification; or without, it is gone."""
+        if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
+            self.end(Outcome.CANCELLED, notification=notification)
+
+    # From the server.
+
+    def on_response(self, response: ResponseLine | Message) -> None:
+        if self.state is PARKED:
+            self.dialogue.late = response
+            return self.touch()
+        try:
+            self._bridge.respond(self, response)
+        except RPCError:
+            self.fail(ServerError("the MCP server's answer is not valid"))
+        except ServerError as error:
+            self.fail(error)
+
+    def on_failure(self, error: ProxyError) -> None:
+        if self.state is PARKED:
+            self.dialogue.late = error
+        else:
+            self.fail(error)
+
+    def on_progress(self, message: Message) -> None:
+        self.touch()
+        if self.token:
+            self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
+
+    def on_event(self, message: Message) -> None:
+        self._bridge.notify(self, message)
+
+    def tell(self, payload: list) -> None:
+        """A message to the client before the answer; while the call is parked there is no way."""
+        if self.state is RUNNING:
+            self.outlet.send(payload)
+
+    def ask(self, question: Question, missing: dict | None) -> None:
+        """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
+        self.touch()
+        self._bridge.ask(self, question, missing)
+
+    # The end.
+
+    def finish(self, payload: list, status: int = 200) -> None:
+        """The answer is there."""
+        self.end(Outcome.ANSWERED, payload, status)
+
+    def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
+        """There is an error in place of it."""
+        self.end(outcome, encode_error(self.raw_id, error), error.http_status, error.headers)
+
+    def time_out(self) -> None:
+        """It shows no sign of life, or its client does not come back."""
+        self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
+
+    def end_subscription(self) -> None:
+        """Ends a subscription because the server ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        self._take_back(None, "the server ends")
+        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
+                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
+
+    def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
+            notification: Message | None = None) -> None:
+        """The one way out: for good, or, parked, until the client comes back. Without a payload there is no answer."""
+        before = self.state
+        if before is DONE:
+            return
+        self._become(PARKED if outcome is Outcome.PARKED else DONE)
+        self._leave_books()
+        if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
+            self._take_back(notification, outcome.value)
+            if self.dialogue:
+                self._refuse_questions()
+        self._log(outcome, payload)
+        if self.state is DONE and self.on_done:
+            on_done, self.on_done = self.on_done, None
+            on_done()
+        if before is PARKED:
+            return                                # its client was told, and is not there
+        if payload:
+            self.outlet.finish(payload, status, headers)
+        else:
+            self.outlet.close()
+        self.outlet.exchange = None               # a cycle less: what a call took is free at once
+
+    def _enter_books(self) -> None:
+        self.client.calls[self.id] = self
+        if not self.is_endless:
+            self.client.mount.calls.add(self)
+
+    def _leave_books(self) -> None:
+        calls, mount = self.client.calls, self.client.mount
+        if calls.get(self.id) is self:            # one that was refused has another's id, maybe
+            del calls[self.id]
+        mount.calls.discard(self)
+        if self.dialogue:
+            mount.parked.pop(self.dialogue.request_state, None)
+
+    def _take_back(self, notification: Message | None, reason: str) -> None:
+        """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
+        if self.server_id is None:
+            return
+        if notification is None:
+            self.connection.cancel(self.server_id, reason)
+        elif self.connection.pending.pop(self.server_id, None):
+            new_id = (*notification.span("params", "requestId"), str(self.server_id))
+            self.connection.send_if_possible(notification.changed([new_id]))
+
+    def _refuse_questions(self) -> None:
+        """No thread of the server's shall wait for what nobody will answer."""
+        self.dialogue.refuse_lacking()
+        for question in self.dialogue.questions.values():
+            question.refuse(ServerError("the client did not answer"))
+
+    def _fields(self) -> dict:
+        return {"session": self.client.label, "method": self.method, "id": self.id, "bytes_in": self.size,
+                # Of tools and prompts; a resource's URI may hold a secret.
+                "name": self.name if NAMED_BY.get(self.method) == "name" and isinstance(self.name, str) else "-"}
+
+    def _log(self, outcome: Outcome, payload: list) -> None:
+        """A line for both messages: at full speed a line for each would be a tenth of all work."""
+        if log.level > logging.INFO:
+            return
+        fields = {**self._fields(), "outcome": outcome.value, "bytes_out": sum(map(len, payload)),
+                  "ms": round((self.client.mount.now() - self._started) * 1000, 1)}
+        log.info("<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
+                 "%(bytes_out)d bytes out, %(ms)s ms", **fields)
+        if log.level <= logging.DEBUG:
+            log.debug("> %(session)s %(method)s %(name)s id=%(id)s: %(body)s", **fields,
+                      body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+
+    def is_overdue(self, now: float, patience: float) -> bool:
+        return now - self.last_sign >= patience
+
+    # Parked: a legacy server waits for the answer of a modern client.
+
+    def begin_dialogue(self) -> Dialogue:
+        """The dialogue that this exchange has from its first question on."""
+        self.touch()
+        self.dialogue = self.dialogue or Dialogue()
+        return self.dialogue
+
+    def ask_by_parking(self, question: Question, missing: dict | None) -> None:
+        """Asks the client by ending its request. What of several questions can be asked is asked."""
+        dialogue = self.begin_dialogue()
+        if missing:
+            dialogue.lacking.append((question, missing))
+        else:
+            dialogue.questions[str(question.id)] = question
+        self._park_soon()
+
+    def _park_soon(self) -> None:
+        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._park)
+
+    def _park(self) -> None:
+        """Ends the client's request with the questions. The call goes on when the client comes back."""
+        dialogue = self.dialogue
+        missing = dialogue.refuse_lacking()
+        if self.state is not RUNNING:
+            return
+        if not dialogue.questions:
+            if missing:
+                self.fail(RPCError("the call needs a capability that the client did not declare",
+                                   code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
+            return
+        parked = self.client.mount.parked
+        if len(parked) >= PARKED_CALLS:
+            next(iter(parked.values())).time_out()
+        requests = ",".join(f'"{key}":{input_request(asked.message)}' for key, asked in dialogue.questions.items())
+        info = self.instance.identity.info
+        meta = f',"_meta":{{"{SERVER_INFO_KEY}":{info}}}' if info else ""
+        # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
+        state = os.urandom(24).hex()
+        result = (f'{{"resultType":"input_required","inputRequests":{{{requests}}},'
+                  f'"requestState":"{state}"{meta}}}')
+        self.touch()
+        self.end(Outcome.PARKED, encode_result(self.raw_id, result.encode()))
+        dialogue.request_state = state
+        parked[state] = self
+
+    def resume(self, retry: "Exchange", message: Message) -> None:
+        """The client is back: takes the place of `retry` and hands its answers to the server."""
+        dialogue, given = self.dialogue, members_of(message.params.get("inputResponses"))
+        keys = dialogue.questions.keys() & given.keys()
+        if not all(isinstance(given[key], tuple) for key in keys):
+            raise RPCError("an input response must be an object", code=INVALID_PARAMS)
+        retry._leave_books()
+        retry.state = DONE
+        self._leave_books()
+        self._become(RUNNING)
+        self.client, self.envelope = retry.client, retry.envelope
+        self._serve(message, retry.outlet)
+        self._enter_books()
+        self.touch()
+        for key in keys:
+            result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
+            dialogue.questions.pop(key).respond(parse_message(result.decode()))
+        late, dialogue.late = dialogue.late, None
+        if isinstance(late, ProxyError):
+            self.fail(late)
+        elif late:
+            self.on_response(late)
+        elif dialogue.questions:
+            self._park_soon()                # something is still missing: it is asked again
+
+
+def input_request(request: Message) -> str:
+    """A legacy server's request as a modern input request, in JSON."""
+    # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
+    params = request.raw_members("params") if request.params else {}
+    params.pop("elicitationId", None)
+    return as_object({"method": dump(request.method), "params": as_object(params)})
 
 
 # ============================================================================
@@ -3981,19 +4245,16 @@ def receive(session: Session, message: Message) -> None:
 
 
 # ============================================================================
-# 14. HTTP connections
+# 18. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
 # Knows HTTP and nothing of MCP; what a request means is the business of the
-# application that is handed in, an object with
+# application that is handed in.
 #
-#     admit(head)                     raises ProxyError when a request with this head may not pass; its body was not
-#                                     read yet. What it returns is kept for when the head comes again; its
-#                                     `headers` are (name, value) pairs for every reply
-#     handle(admission, body, reply)  sees to it that the reply is sent, now or later
-#     refuse(error, reply)            sends the reply that an error stands for
-#     max_body                        bytes
+#     HEAD --> BODY --> REPLY --> HEAD       (the connection is kept)
+#       |        |        |
+#       +--------+--------+----> LINGER      (what was not read to its end, or the last)
 #
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
@@ -4007,7 +4268,35 @@ IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than 
 LINGER_SECONDS = 5.0           # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
 MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
-TICK = 0.5                     # how often time is looked at
+TICK = 0.25                    # how often time is looked at
+
+
+class Application:
+    """What an HTTPConnection calls."""
+
+    max_body = 0                           # bytes
+
+    def admit(self, head: HTTPHead) -> object:
+        """Raises ProxyError when a request with this head may not pass; its body was not read yet. What it returns is
+        kept for when the head comes again, and has `headers`, (name, value) pairs for every reply."""
+        raise NotImplementedError
+
+    def handle(self, admission: object, body: bytes, reply: "Reply") -> None:
+        """Sees to it that the reply is sent, now or later."""
+        raise NotImplementedError
+
+    def refuse(self, error: ProxyError, reply: "Reply") -> None:
+        """Sends the reply that an error stands for."""
+        raise NotImplementedError
+
+
+class Phase(enum.Enum):
+    """What comes next on a connection."""
+
+    HEAD = "head"               # of a request
+    BODY = "body"
+    REPLY = "reply"             # to a request that was read
+    LINGER = "linger"           # the rest is thrown away until the client is done
 
 
 class Reply:
@@ -4077,20 +4366,22 @@ class Reply:
 class HTTPConnection(asyncio.Protocol):
     """One client's socket."""
 
-    def __init__(self, writer: asyncio.StreamWriter, application, connections: set):
+    def __init__(self, writer: asyncio.StreamWriter, application: Application, connections: set,
+                 heads: dict[bytes, HTTPHead]):
         self._writer = writer               # kept, because newer Pythons close the socket with it
         self._transport = writer.transport
         self._application = application
         self._connections = connections
-        self._parser = RequestParser()
-        self._incoming: Reply | None = None # to the request whose body is being read
-        self._reply: Reply | None = None    # the one that is on its way
+        self._parser = RequestParser(heads)
+        self._phase = Phase.HEAD
+        self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # messages that wait for the client to read
-        self._is_paused = self._is_busy = self._is_lingering = self._half_closed = False
+        self._is_paused = False             # does output wait for the client to read?
+        self._half_closed = False           # will the client send nothing more?
         self._since = time.monotonic()      # the beginning of what is waited for
         self._received = 0                  # bytes since then
         self.keeps_alive = True
@@ -4099,21 +4390,21 @@ class HTTPConnection(asyncio.Protocol):
     # What asyncio calls.
 
     def data_received(self, data: bytes) -> None:
-        if self._is_lingering:
+        if self._phase is Phase.LINGER:
             return
         if not self._received:
             self._since = time.monotonic()
         self._received += len(data)
         self._parser.feed(data)
         self._advance()
-        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._reply or self._is_paused):
+        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is Phase.REPLY or self._is_paused):
             self._transport.pause_reading()        # a client that sends on while it is answered can wait
 
     def eof_received(self) -> bool:
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
-        reply = self._reply
+        reply = self._reply if self._phase is Phase.REPLY else None
         waits = self._is_paused if reply is None else not (reply.is_stream or reply.leaves_on_eof)
         return waits and self._transport.can_write_eof()
 
@@ -4140,61 +4431,54 @@ class HTTPConnection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Hands on whole requests, one at a time, for as long as there are any."""
-        if self._is_busy:
-            return                     # called from within handle(): the loop below goes on
-        self._is_busy = True
-        try:
-            while self._parser.rest and not (self._reply or self._is_paused or self._transport.is_closing()):
-                if not self._next_request():
-                    break
-        finally:
-            self._is_busy = False
-        if self._half_closed and not (self._reply or self._is_paused):
+        while self._parser.rest and self._phase in (Phase.HEAD, Phase.BODY) and not (
+                self._is_paused or self._transport.is_closing()):
+            if not self._next_request():
+                break
+        if self._half_closed and self._phase is not Phase.REPLY and not self._is_paused:
             self._transport.close()           # nothing more can come
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there."""
         refusal = None                 # by the head alone
         try:
-            if self._incoming is None:
+            if self._phase is Phase.HEAD:
                 head = self._parser.next_head()
                 if head is None:
                     return False
-                self._incoming = Reply(self, head)
+                self._phase, self._reply = Phase.BODY, Reply(self, head)
                 self._continues = head.expects_continue
                 self.keeps_alive = head.keep_alive
                 try:
                     if head.admission is None:
                         head.admission = self._application.admit(head)
-                    self._incoming.headers = head.admission.headers
+                    self._reply.headers = head.admission.headers
                 except ProxyError as error:
                     refusal = error
             body = self._parser.next_body(self._application.max_body)
         except ProxyError as error:
             self._refuse(refusal or error)
             return False
-        if body is None:
+        reply = self._reply
+        if body is not None:
+            self._phase = Phase.REPLY
             if refusal:
-                self._refuse(refusal)
-            elif self._continues and not self._parser.rest:
-                self.write([CONTINUE])
-            self._continues = False
-            return False
-        reply = self._reply = self._incoming
-        self._incoming = None
+                self._application.refuse(refusal, reply)
+            else:
+                self._application.handle(reply.head.admission, body, reply)
+            return True
         if refusal:
-            self._application.refuse(refusal, reply)
-        else:
-            self._application.handle(reply.head.admission, body, reply)
-        return True
+            self._refuse(refusal)
+        elif self._continues and not self._parser.rest:
+            self.write([CONTINUE])
+        self._continues = False
+        return False
 
     def _refuse(self, error: ProxyError) -> None:
         """Answers a request that was not read to its end; where the next one begins is not known."""
         self.keeps_alive = False
-        reply = self._reply = self._incoming or Reply(self, None)
-        self._incoming = None
-        self._is_lingering = True
-        self._application.refuse(error, reply)
+        self._phase, self._reply = Phase.LINGER, self._reply or Reply(self, None)
+        self._application.refuse(error, self._reply)
 
     # Writing.
 
@@ -4240,21 +4524,22 @@ class HTTPConnection(asyncio.Protocol):
         """The reply is complete: on to the next request, or the end."""
         self._reply = None
         self._since, self._received = time.monotonic(), 0 if self._parser.is_between else len(self._parser.rest)
-        if self._is_lingering:
+        if self._phase is Phase.LINGER:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
         elif not self.keeps_alive:
             self._transport.close()
         else:
+            self._phase = Phase.HEAD
             self._transport.resume_reading()
             if self._parser.rest or self._half_closed:
-                self._advance()
+                self._loop.call_soon(self._advance)       # not from within handle(), which was called by it
 
     # Time.
 
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
-        reply = self._reply
+        reply = self._reply if self._phase is Phase.REPLY else None
         if self._is_paused and self._transport.get_write_buffer_size() < self._unread:
             self._stalled_since, self._unread = now, self._transport.get_write_buffer_size()       # it reads some
         if self._is_paused and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
@@ -4264,7 +4549,7 @@ class HTTPConnection(asyncio.Protocol):
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([reply.keep_alive_bytes])
         elif not self._is_paused and now > self._deadline():
-            if self._is_lingering or not self._incoming and self._parser.is_between:
+            if self._phase is Phase.LINGER or self._phase is Phase.HEAD and self._parser.is_between:
                 self._transport.close()
             else:
                 self._refuse(HTTPError("the request took too long", status=408))
@@ -4278,9 +4563,9 @@ class HTTPConnection(asyncio.Protocol):
             self.write([CONTINUE])
 
     def _deadline(self) -> float:
-        if self._is_lingering:
+        if self._phase is Phase.LINGER:
             return self._since + LINGER_SECONDS
-        if self._incoming:
+        if self._phase is Phase.BODY:
             return self._since + BODY_SECONDS + self._received / BODY_RATE
         return self._since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
 
@@ -4312,22 +4597,22 @@ def http_date() -> bytes:
 class HTTPServer:
     """The listening sockets and their connections."""
 
-    def __init__(self, application, heartbeat: float):
+    def __init__(self, application: Application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
         self._servers: list[asyncio.Server] = []
-        self._ticker: asyncio.Task | None = None
         self._application = application
         self._heartbeat = heartbeat
+        self._heads: dict[bytes, HTTPHead] = {}        # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
         """Listens at all addresses of a host, :: for both families; returns them. CannotListen when none will do."""
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM,
+            found = await asyncio.get_running_loop().getaddrinfo(name or None, port, type=socket.SOCK_STREAM,
                                                                  flags=socket.AI_PASSIVE)
             for family, *_, address in dict.fromkeys(found):
                 try:
-                    listener = socket.create_server((address[0], port, *address[2:]), family=family, backlog=1024,
+                    listener = socket.create_server((address[0], port, *address[2:]), family=family,
                                                     dualstack_ipv6=name == "::" and socket.has_dualstack_ipv6())
                 except OSError as error:
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):      # a family that is turned off
@@ -4335,14 +4620,14 @@ class HTTPServer:
                     problem = error
                     continue
                 port = port or listener.getsockname()[1]          # the same for all
-                self._servers.append(await asyncio.start_server(self._connected, sock=listener, ssl=tls))
+                self._servers.append(await asyncio.start_server(
+                    self._connected, sock=listener, backlog=1024, ssl=tls, ssl_handshake_timeout=tls and 10))
             if not self._servers:
                 raise problem
         except (OSError, UnicodeError) as error:
             known = isinstance(error, OSError) and (error.errno or 0) > 0
             reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or "not an address"
             raise CannotListen(f"cannot listen on {host} port {port}: {reason}") from None
-        self._ticker = asyncio.get_running_loop().create_task(self._tick())
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -4350,19 +4635,15 @@ class HTTPServer:
         # start_server made hands its socket over before a byte was read.
         if len(self.connections) >= MAX_CONNECTIONS:
             return writer.transport.abort()
-        writer.transport.set_protocol(HTTPConnection(writer, self._application, self.connections))
+        writer.transport.set_protocol(HTTPConnection(writer, self._application, self.connections, self._heads))
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(min(TICK, self._heartbeat / 2))
-            now = time.monotonic()
-            for connection in list(self.connections):
-                connection.tick(now, self._heartbeat)
+    def tick(self, now: float) -> None:
+        """Called now and then."""
+        for connection in list(self.connections):
+            connection.tick(now, self._heartbeat)
 
     async def close(self) -> None:
         """Stops listening and ends all connections."""
-        if self._ticker:
-            self._ticker.cancel()
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
@@ -4376,16 +4657,10 @@ class HTTPServer:
 
 
 # ============================================================================
-# 15. Endpoints
+# 19. Outlets
 # ============================================================================
 #
-# What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (caller, body, reply) and add a row to ROUTES; what it raises
-# becomes the reply, in one place.
-#
-# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
-# Streamable HTTP, of the era that the message claims; a GET is the stream of the
-# session that it names, and without a session it is HTTP+SSE.
+# How the messages of an exchange get into an HTTP reply.
 
 UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
 SILENT_SECONDS = 5.0          # the same for a modern one
@@ -4401,8 +4676,8 @@ def prime(reply: Reply, stream: Stream, number: int) -> None:
     reply.write([b"id: ", stream.event_id(number), b"\n", RETRY, b"data: \n\n"])
 
 
-class StreamOutlet:
-    """Where an exchange's messages go when the session has one stream for everything: HTTP+SSE."""
+class StreamOutlet(Outlet):
+    """Into the one stream that the session has for everything: HTTP+SSE."""
 
     asks = True
 
@@ -4412,31 +4687,30 @@ class StreamOutlet:
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
         self.send(payload)
 
-    def close(self) -> None:
-        """Nothing to end: the stream goes on."""
 
+class PostOutlet(Outlet):
+    """Into the reply to a POST: plain JSON when the answer is the first thing that comes, and comes soon; otherwise a
+    stream. For a client that takes only one of both, that. Several requests are answered with a stream, or with an
+    array."""
 
-class PostOutlet:
-    """Where they go when the answer to a POST is awaited: plain JSON when the answer is the first thing that
-    comes, and comes soon, or else a stream; for a client that takes only one of both, that."""
-
-    exchange = None               # whose outlet it is; in a batch the last one
-
-    def __init__(self, endpoints: "Endpoints", caller: "Caller", reply: Reply, session: Session | None,
-                 era: Era = Era.LEGACY):
+    def __init__(self, undecided: dict, reply: Reply, client: Client, takes_json: bool, takes_stream: bool,
+                 era: Era = Era.LEGACY, count: int = 1):
         self.reply = reply
-        self._session = session
+        self._client = client
+        self._session = client if isinstance(client, Session) else None
         self._stream: Stream | None = None
-        self._undecided = endpoints.undecided
-        self._takes_json, self._takes_stream = caller.takes_json, caller.takes_stream
-        self.asks = session is not None and self._takes_stream
+        self._undecided = undecided                # those that may still be JSON, until when
+        self._takes_json, self._takes_stream = takes_json, takes_stream
+        self._left = count                         # answers to come
+        self._answers: list[bytes] | None = None if count == 1 else []
+        self.asks = self._session is not None and takes_stream
         reply.on_gone = self._gone
         # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing is said for a while
         # before the server's first message, because an error of the server's decides on the HTTP status; but what
         # sits in between cuts connections that are silent for long.
         reply.leaves_on_eof = era is Era.MODERN
-        if self._takes_stream:
-            self._undecided[self] = time.monotonic() + (SILENT_SECONDS if era is Era.MODERN else UNDECIDED_SECONDS)
+        if takes_stream:
+            undecided[self] = client.mount.now() + (SILENT_SECONDS if era is Era.MODERN else UNDECIDED_SECONDS)
 
     def open(self) -> None:
         """Makes the reply a stream, if the client takes one."""
@@ -4453,6 +4727,8 @@ class PostOutlet:
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
             prime(self.reply, self._stream, 0)
         self._stream.attach(self.reply)
+        for answer in self._answers or ():
+            self._stream.send([answer])
 
     def send(self, payload: list) -> None:
         self.open()
@@ -4460,24 +4736,31 @@ class PostOutlet:
             self._stream.send(payload)
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
-        if status == 200 and not self._takes_json:
+        if status == 200 and not self._takes_json or self._answers is not None and not self._takes_json:
             self.open()
-        if self._stream is None:
-            self._undecided.pop(self, None)
-            self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
-        else:
+        if self._stream:
             self._stream.send(payload)
-            self._end()
+        elif self._answers is not None:
+            self._answers.append(b"".join(payload))
+        else:
+            self._undecided.pop(self, None)
+            return self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
+        self._one_less()
 
     def close(self) -> None:
-        self.open()
-        if self._stream:
-            self._end()
-        else:
-            self.reply.send(202, [])          # a call that was cancelled has no answer
+        if self._answers is None:
+            self.open()
+        self._one_less()
 
-    def _end(self) -> None:
-        if self._session:
+    def _one_less(self) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        self._undecided.pop(self, None)
+        if self._stream is None:              # a call that was cancelled has no answer
+            answers = self._answers
+            self.reply.send(200 if answers else 202, [b"[%b]" % b",".join(answers)] if answers else [], JSON_HEADERS)
+        elif self._session:
             self._session.end_stream(self._stream)
         else:
             self._stream.close()
@@ -4491,69 +4774,21 @@ class PostOutlet:
 
     def _gone(self) -> None:
         """The client hung up. A legacy call goes on, and what comes on its stream can be fetched."""
-        if self._session is None:
-            self.exchange.cancel()        # also that of a caller without a session: nobody could fetch the answer
+        if self._session is None:             # also that of a visitor is cancelled: nobody could fetch the answer
+            for call in list(self._client.calls.values()):
+                call.cancel()
         elif self.exchange and self.exchange.method == "initialize":
-            self._session.end()           # nobody knows its id
+            self._session.end()               # nobody knows its id
         elif self._stream:
             self._stream.detach(self.reply)
 
 
-class BatchOutlet(PostOutlet):
-    """The same for several requests in one POST. MCP 2025-03-26, Transports."""
-
-    def __init__(self, endpoints: "Endpoints", caller: "Caller", reply: Reply, session: Session | None, count: int):
-        super().__init__(endpoints, caller, reply, session)
-        self._left = count
-        self._answers: list[bytes] = []
-        self.exchanges: list[Exchange] = []
-
-    def _gone(self) -> None:
-        if self._session:
-            return super()._gone()
-        for exchange in self.exchanges:
-            exchange.cancel()
-
-    def open(self) -> None:
-        is_new = self._stream is None
-        super().open()
-        if is_new and self._stream:
-            for answer in self._answers:
-                self._stream.send([answer])
-
-    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
-        if self._stream is None:
-            self._answers.append(b"".join(payload))
-        else:
-            self._stream.send(payload)
-        self._one_less()
-
-    def close(self) -> None:
-        self._one_less()
-
-    def _one_less(self) -> None:
-        self._left -= 1
-        if not self._left:
-            if not self._takes_json:
-                self.open()
-            if self._stream is None:
-                super().finish([b"[", b",".join(self._answers), b"]"], 200)
-            else:
-                self._end()
-
-
-class ToolOutlet:
-    """Where the answer to a tool call without MCP goes: the result alone."""
-
-    exchange = None
-    asks = False
+class ToolOutlet(Outlet):
+    """Into the reply to a tool call without MCP: the result alone. Progress has no place there."""
 
     def __init__(self, reply: Reply):
         self._reply = reply
-        reply.on_gone = lambda: self.exchange.cancel()
-
-    def send(self, payload: list) -> None:
-        """Progress has no place in a plain answer."""
+        reply.on_gone = lambda: self.exchange and self.exchange.cancel()
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
         try:
@@ -4567,16 +4802,25 @@ class ToolOutlet:
             status = {INVALID_PARAMS: 400, METHOD_NOT_FOUND: 404}.get(message.error_code, 502)
         self._reply.send(status, payload, (*JSON_HEADERS, *headers))
 
-    def close(self) -> None:
-        """Only the client itself cancels, by leaving."""
 
+# ============================================================================
+# 20. Endpoints
+# ============================================================================
+#
+# What each method and path means. To add an endpoint, write a method of
+# Endpoints that takes (admission, body, reply) and add a row to ROUTES; what it
+# raises becomes the reply, in one place.
+#
+# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
+# Streamable HTTP, of the era that the message claims; a GET is the stream of the
+# session that it names, and without a session it is HTTP+SSE.
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Caller:
-    """What the head of a request says of who sends it, and what for. A head that comes again has the same Caller, so
-    what costs anything is found out once."""
+class Admission:
+    """What the head of a request says of who sends it, and what for. A head that comes again has the same one, so what
+    costs anything is found out once."""
 
     def __init__(self, head: HTTPHead, settings: Settings):
         self.head = head
@@ -4599,8 +4843,7 @@ class Caller:
         if self._settings.shared_session:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
-            if len(query) < sum(name not in QUERY_PARAMETERS for name, _ in head.query):
-                log.debug("= query parameters that are no variables were ignored")
+            log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
             head = dataclasses.replace(head, query=query)
         return client_variables(head, self._settings.allowed_env)
 
@@ -4613,21 +4856,18 @@ class Caller:
         return name
 
     def accepts(self, wanted: str) -> bool:
-        """Does it take this media type? RFC 9110 §12.5.1; no Accept header means anything."""
-        for part in self.head.headers.get("accept", "*/*").lower().split(","):
+        """Does it take this media type? RFC 9110 §12.5.1: no Accept means anything, and the closest range counts."""
+        ranges = ["*/*", wanted.partition("/")[0] + "/*", wanted]
+        closest, is_taken = -1, False
+        for part in (self.head.headers.get("accept", "").strip() or "*/*").lower().split(","):
             media_range, *parameters = [piece.strip() for piece in part.split(";")]
-            if media_range in ("*/*", wanted, wanted.partition("/")[0] + "/*") and not any(
-                    re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters):
-                return True
-        return False
+            if media_range in ranges and ranges.index(media_range) > closest:
+                closest = ranges.index(media_range)
+                is_taken = not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+        return is_taken
 
-    @functools.cached_property
-    def takes_json(self) -> bool:
-        return self.accepts(JSON_TYPE)
-
-    @functools.cached_property
-    def takes_stream(self) -> bool:
-        return self.accepts(EVENT_STREAM_TYPE)
+    takes_json = functools.cached_property(lambda self: self.accepts(JSON_TYPE))
+    takes_stream = functools.cached_property(lambda self: self.accepts(EVENT_STREAM_TYPE))
 
     @functools.cached_property
     def trace(self) -> dict[str, str]:
@@ -4638,12 +4878,12 @@ class Caller:
         return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
 
 
-class Endpoints:
+class Endpoints(Application):
     """The application behind HTTP connections."""
 
-    def __init__(self, settings: Settings, server: Server):
+    def __init__(self, settings: Settings, mount: Mount):
         self.settings = settings
-        self.server = server
+        self.mount = mount
         self.max_body = settings.max_message_bytes
         self.undecided: dict[PostOutlet, float] = {}         # legacy answers that may still be JSON, until when
         self._keys = settings.auth_keys
@@ -4651,59 +4891,59 @@ class Endpoints:
 
     # What an HTTPConnection calls.
 
-    def admit(self, head: HTTPHead) -> Caller:
+    def admit(self, head: HTTPHead) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
-        caller = Caller(head, self.settings)
+        admission = Admission(head, self.settings)
         route = self._route(head)
-        self._let_read(caller)
+        self._let_read(admission)
         try:
             if route is None:             # for everybody: who is asked for a key here would look for OAuth
                 raise HTTPError("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
                                 "{0}/openapi.json".format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
             for guard in GUARDS if not route.is_public else ():
-                guard(self, caller)
+                guard(self, admission)
             if head.method not in route.methods:
-                raise HTTPError("method not allowed", status=405, headers=(("Allow", route.allow),))
+                raise HTTPError(f"this path takes {route.allow}", status=405, headers=(("Allow", route.allow),))
             if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
                 raise HTTPError("a body must come as it is, without Content-Encoding", status=415,
                                 headers=(("Accept-Encoding", "identity"),))
         except HTTPError as error:
-            error.headers += caller.headers
+            error.headers += admission.headers
             raise
-        caller.endpoint = route.methods[head.method]
-        return caller
+        admission.endpoint = route.methods[head.method]
+        return admission
 
-    def _let_read(self, caller: Caller) -> None:
+    def _let_read(self, admission: Admission) -> None:
         """Lets a browser show its page the answer, also a refusal, if pages of that origin may call."""
-        origin, host = (caller.head.headers.get(name, "") for name in ("origin", "host"))
+        origin, host = (admission.head.headers.get(name, "") for name in ("origin", "host"))
         if origin and is_allowed_origin(origin, host, self._origins):
-            caller.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+            admission.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
                               ("Access-Control-Expose-Headers", f"{SESSION_ID_HEADER}, WWW-Authenticate, Retry-After"))
 
     # Guards.
 
-    def _check_origin(self, caller: Caller) -> None:
-        if "origin" in caller.head.headers and not caller.headers:
+    def _check_origin(self, admission: Admission) -> None:
+        if "origin" in admission.head.headers and not admission.headers:
             raise HTTPError("pages of this origin may not call; name it in ALLOWED_ORIGINS", status=403)
 
-    def _check_host(self, caller: Caller) -> None:
-        if not self._keys and not is_allowed_host(caller.head.headers.get("host", ""), self._hosts):
+    def _check_host(self, admission: Admission) -> None:
+        if not self._keys and not is_allowed_host(admission.head.headers.get("host", ""), self._hosts):
             raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
 
-    def _check_key(self, caller: Caller) -> None:
-        if not self._keys or caller.head.method == "OPTIONS":
+    def _check_key(self, admission: Admission) -> None:
+        if not self._keys or admission.head.method == "OPTIONS":
             return                        # a preflight brings no key, and learns nothing
-        if caller.key is None or not is_known_key(caller.key, self._keys):
+        if admission.key is None or not is_known_key(admission.key, self._keys):
             how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"
-            raise HTTPError(f"missing key: {how}" if caller.key is None else "wrong key", status=401,
+            raise HTTPError(f"missing key: {how}" if admission.key is None else "wrong key", status=401,
                             headers=(("WWW-Authenticate", "Bearer"),))
 
     # Requests.
 
-    def handle(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def handle(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """Runs the endpoint that the request is for."""
         try:
-            caller.endpoint(self, caller, body, reply)
+            admission.endpoint(self, admission, body, reply)
         except Exception as error:
             self.fail(error, reply)
 
@@ -4720,8 +4960,8 @@ class Endpoints:
                  status=error.http_status, reason=str(error))
         reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
 
-    def answer(self, reply: Reply, value: object) -> None:
-        """Answers with JSON what is no call."""
+    def send_json(self, reply: Reply, value: object) -> None:
+        """Answers what is no call."""
         body = dump(value).encode()
         log.info("<> %(method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about, bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
@@ -4753,10 +4993,10 @@ class Endpoints:
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
-    def _open_sse(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
-        head = caller.head
-        session = self.server.open_session(caller.key, caller.variables, is_streamable=False)
+        head = admission.head
+        session = self.mount.open_session(admission.key, admission.variables, is_streamable=False)
         endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
         if head.query_value("auth_key"):
             endpoint += f"&auth_key={quote(head.query_value('auth_key'), safe='')}"
@@ -4765,20 +5005,20 @@ class Endpoints:
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
         session.stream.attach(reply)
 
-    def post_message(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def post_message(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
-        session_id = caller.head.query_value("session_id")
-        session = self.server.find_session(session_id, caller.key, is_streamable=False)
-        if "content-type" in caller.head.headers:          # older clients do not say it
-            check_is_json(caller)
+        session_id = admission.head.query_value("session_id")
+        session = self.mount.find_session(session_id, admission.key, is_streamable=False)
+        if "content-type" in admission.head.headers:          # older clients do not say it
+            check_is_json(admission)
         message = parse_message(decode_json(body))
         outlet = StreamOutlet(session.stream)
         try:
             if message.kind is Kind.REQUEST:
                 envelope = check_modern(message, None) if is_modern(message, None) else None
-                Exchange(session, message, outlet, envelope, caller.trace).start()
+                Exchange(session, self.mount.pick(session), message, outlet, envelope, admission.trace).start()
             else:
-                receive(session, message)
+                session.receive(message)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running.
             if message.kind is Kind.REQUEST and message.id not in session.calls:
@@ -4788,53 +5028,50 @@ class Endpoints:
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
 
-    def post(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def post(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /mcp: a message of either era."""
-        check_is_json(caller)
+        check_is_json(admission)
         text = decode_json(body)
         if is_batch(text):
-            return self._post_batch(caller, split_batch(text), reply)
+            return self._post_batch(admission, split_batch(text), reply)
         message = parse_message(text)
         try:
             if message.kind is Kind.REQUEST:
-                check_accept(caller, is_endless=message.method == "subscriptions/listen")
-            if is_modern(message, caller.version):
-                self._post_modern(caller, message, reply)
+                check_accept(admission, is_endless=message.method == "subscriptions/listen")
             else:
-                self._post_legacy(caller, message, reply)
+                check_parameters(message)
+            if is_modern(message, admission.version):
+                self._post_modern(admission, message, reply)
+            else:
+                self._post_legacy(admission, message, reply)
         except ProxyError as error:
             self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
 
-    def _post_legacy(self, caller: Caller, message: Message, reply: Reply) -> None:
+    def _post_legacy(self, admission: Admission, message: Message, reply: Reply) -> None:
         is_initialize = message.kind is Kind.REQUEST and message.method == "initialize"
         if is_initialize:
             check_parameters(message)         # before a session is opened for it
         else:
-            check_version(caller)
+            check_version(admission)
         if is_initialize and not self.settings.stateless:
-            client = self.server.open_session(caller.key, caller.variables, is_streamable=True)
+            client = self.mount.open_session(admission.key, admission.variables, is_streamable=True)
         else:
-            client = self._client(caller)
-        session = client if isinstance(client, Session) else None
+            client = self._client(admission)
         if message.kind is not Kind.REQUEST:
-            if session:
-                receive(session, message)
+            if isinstance(client, Session):
+                client.receive(message)
             return reply.send(202, [])
-        exchange = Exchange(client, message, PostOutlet(self, caller, reply, session), None, caller.trace)
-        if session and is_initialize:
+        exchange = self._exchange(admission, client, message, self._outlet(admission, reply, client))
+        if isinstance(client, Session) and is_initialize:
             # Without a handshake there is no session after all; its end waits until the error was sent.
-            exchange.on_done = lambda: session.version or asyncio.get_running_loop().call_soon(session.end)
-        try:
-            exchange.start()
-        except ProxyError as error:
-            exchange.on_failure(error)
+            exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
+        self._start(exchange)
 
-    def _post_batch(self, caller: Caller, texts: list[str], reply: Reply) -> None:
+    def _post_batch(self, admission: Admission, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
-        check_version(caller)
-        client = self._client(caller)
-        session = client if isinstance(client, Session) else None
-        version = session.version if session else caller.version or BATCH_VERSION
+        check_version(admission)
+        client = self._client(admission)
+        version = client.version or admission.version or BATCH_VERSION
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
         messages = [parse_message(text) for text in texts]
@@ -4842,60 +5079,57 @@ class Endpoints:
         if not messages or any(message.method == "initialize" for message in requests):
             raise RPCError("an empty batch, or one with initialize in it")
         if requests:
-            check_accept(caller)
-        outlet = BatchOutlet(self, caller, reply, session, len(requests)) if requests else None
+            check_accept(admission)
+        outlet = self._outlet(admission, reply, client, count=len(requests)) if requests else None
         for message in messages:
             if message.kind is Kind.REQUEST:
-                try:
-                    outlet.exchanges.append(Exchange(client, message, outlet))
-                    outlet.exchange.start()
-                except ProxyError as error:
-                    outlet.finish(encode_error(message.raw_id, error), 200)
-            elif session:
-                receive(session, message)
+                self._start(self._exchange(admission, client, message, outlet))
+            elif isinstance(client, Session):
+                client.receive(message)
         if not requests:
             reply.send(202, [])
 
-    def _post_modern(self, caller: Caller, message: Message, reply: Reply) -> None:
+    def _post_modern(self, admission: Admission, message: Message, reply: Reply) -> None:
         if message.kind is Kind.RESPONSE:
             raise RPCError(f"clients send no responses in {MODERN_VERSION}")
         if message.kind is Kind.NOTIFICATION:
             return reply.send(202, [])
-        headers = caller.head.headers
+        headers = admission.head.headers
         envelope = check_modern(message, headers)
-        client = self._visit(caller)
-        exchange = Exchange(client, message, PostOutlet(self, caller, reply, None, Era.MODERN), envelope, caller.trace)
-        if message.method == "tools/call":
-            tools = client.instance.known_tools()
-            if tools is None or message.params.get("name") not in tools:
-                return self.later(self._start_when_tool_is_known(exchange, headers, tools is not None), reply)
-            tools.check(message, headers)
-        exchange.start()
+        client = self._visit(admission)
+        outlet = self._outlet(admission, reply, client, Era.MODERN)
+        self._start(self._exchange(admission, client, message, outlet, envelope,
+                                   headers if message.method == "tools/call" else None))
 
-    async def _start_when_tool_is_known(self, exchange: Exchange, headers: dict, refresh: bool) -> None:
-        """Which arguments are repeated in headers, only the server's list of tools tells."""
-        message = exchange.message
+    def _outlet(self, admission: Admission, reply: Reply, client: Client, era: Era = Era.LEGACY,
+                count: int = 1) -> PostOutlet:
+        return PostOutlet(self.undecided, reply, client, admission.takes_json, admission.takes_stream, era, count)
+
+    def _exchange(self, admission: Admission, client: Client, message: Message, outlet: Outlet,
+                  envelope: Envelope | None = None, headers: dict | None = None) -> Exchange:
+        return Exchange(client, self.mount.pick(client), message, outlet, envelope, admission.trace, headers)
+
+    @staticmethod
+    def _start(exchange: Exchange) -> None:
         try:
-            (await exchange.instance.tools(refresh)).check(message, headers)
-            if not exchange.is_done:
-                exchange.start()
+            exchange.start()
         except ProxyError as error:
-            exchange.on_failure(error)           # the reply may be a stream by now
+            exchange.fail(error)
 
-    def get(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def get(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
-        if not caller.accepts(EVENT_STREAM_TYPE):
+        if not admission.accepts(EVENT_STREAM_TYPE):
             raise HTTPError(f"only {EVENT_STREAM_TYPE} can be had here", status=406)
         # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
-        is_streamable = caller.version == MODERN_VERSION or self.settings.stateless and caller.version is not None
-        if caller.session_id is None and is_streamable:
+        is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
+        if admission.session_id is None and is_streamable:
             raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
-        check_version(caller)
-        if caller.session_id is None:
-            return self._open_sse(caller, body, reply)
-        session = self._session(caller)
+        check_version(admission)
+        if admission.session_id is None:
+            return self._open_sse(admission, body, reply)
+        session = self._session(admission)
         stream, after = session.stream, None
-        last_event_id = caller.head.headers.get("last-event-id")
+        last_event_id = admission.head.headers.get("last-event-id")
         if last_event_id is not None:
             stream, after = session.find_event(last_event_id)
         reply.start_stream(STREAM_HEADERS, HEARTBEAT)
@@ -4904,45 +5138,45 @@ class Endpoints:
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
 
-    def delete(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def delete(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""
-        if self.settings.stateless or caller.session_id is None and caller.version == MODERN_VERSION:
+        if self.settings.stateless or admission.session_id is None and admission.version == MODERN_VERSION:
             raise HTTPError("there are no sessions here", status=405, headers=(("Allow", "POST"),))
-        check_version(caller)
-        self._session(caller).end()
+        check_version(admission)
+        self._session(admission).end()
         reply.send(204, [])
 
-    def _session(self, caller: Caller) -> Session:
-        return self.server.find_session(caller.session_id, caller.key, is_streamable=True)
+    def _session(self, admission: Admission) -> Session:
+        return self.mount.find_session(admission.session_id, admission.key, is_streamable=True)
 
-    def _visit(self, caller: Caller) -> Client:
-        return self.server.visit(caller.key, caller.variables, caller.name)
+    def _visit(self, admission: Admission) -> Visitor:
+        return self.mount.visit(admission.key, admission.variables, admission.name)
 
-    def _client(self, caller: Caller) -> Client:
+    def _client(self, admission: Admission) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
         Hosted clients never send the id back that they were given."""
         settings = self.settings
         if settings.stateless or (
-                caller.session_id is None and settings.shared_session and not settings.require_session):
-            return self._visit(caller)
-        return self._session(caller)
+                admission.session_id is None and settings.shared_session and not settings.require_session):
+            return self._visit(admission)
+        return self._session(admission)
 
     # Tools without MCP.
 
-    def list_tools(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        client = self._visit(caller)
+        instance = self.mount.pick(self._visit(admission))
 
         async def answer() -> None:
-            tools = await client.instance.tools()
-            self.answer(reply, {"tools": list(tools.values())})
+            tools = await instance.tools()
+            self.send_json(reply, {"tools": list(tools.values())})
         self.later(answer(), reply)
 
-    def call_tool(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
         if body:
-            check_is_json(caller)
-        name = self._path(caller.head).removeprefix("/tools/")
+            check_is_json(admission)
+        name = self._path(admission.head).removeprefix("/tools/")
         arguments = decode_json(body).strip() or "{}"
         try:
             message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
@@ -4953,40 +5187,38 @@ class Endpoints:
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
-        client = self._visit(caller)
-        outlet = ToolOutlet(reply)
-        exchange = Exchange(client, message, outlet, None, caller.trace)
+        exchange = self._exchange(admission, self._visit(admission), message, ToolOutlet(reply))
 
         async def start() -> None:
-            instance = client.instance
+            instance = exchange.instance
             if name not in await instance.tools() and name not in await instance.tools(refresh=True):
                 raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
             if not exchange.is_done:
-                exchange.start()
+                self._start(exchange)
         self.later(start(), reply)
 
-    def openapi(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
-        client = self._visit(caller)
+        instance = self.mount.pick(self._visit(admission))
 
         async def answer() -> None:
-            document = openapi_document(await client.instance.tools(), client.instance.identity,
+            document = openapi_document(await instance.tools(), instance.identity,
                                         self.settings.base_path, bool(self._keys))
-            self.answer(reply, document)
+            self.send_json(reply, document)
         self.later(answer(), reply)
 
     # For browsers, and for those who look after the proxy.
 
-    def preflight(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def preflight(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
-        route, headers = self._route(caller.head), ()
-        if "origin" in caller.head.headers:
-            wanted = caller.head.headers.get("access-control-request-headers", "*")
+        route, headers = self._route(admission.head), ()
+        if "origin" in admission.head.headers:
+            wanted = admission.head.headers.get("access-control-request-headers", "*")
             headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
                        ("Access-Control-Max-Age", "3600"))
         reply.send(204, [], (("Allow", route.allow), *headers))
 
-    def health(self, caller: Caller, body: bytes, reply: Reply) -> None:
+    def health(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /healthz: this process is alive."""
         reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
 
@@ -5016,23 +5248,23 @@ ROUTES = {
 }
 
 
-def check_is_json(caller: Caller) -> None:
+def check_is_json(admission: Admission) -> None:
     """Refuses a body that is not said to be JSON."""
-    if caller.media_type != JSON_TYPE:
-        raise HTTPError(f"the body must be {JSON_TYPE}", status=415)
+    if admission.media_type != JSON_TYPE:
+        raise HTTPError(f"send JSON, with the header Content-Type: {JSON_TYPE}", status=415)
 
 
-def check_accept(caller: Caller, is_endless: bool = False) -> None:
+def check_accept(admission: Admission, is_endless: bool = False) -> None:
     """Refuses a request whose answer its client takes in no form; one that never ends has only one."""
-    if not (caller.takes_stream or caller.takes_json and not is_endless):
+    if not (admission.takes_stream or admission.takes_json and not is_endless):
         raise HTTPError(f"the answer would be {EVENT_STREAM_TYPE}{'' if is_endless else ' or ' + JSON_TYPE}, which the "
                         "Accept header leaves out", status=406)
 
 
-def check_version(caller: Caller) -> None:
+def check_version(admission: Admission) -> None:
     """Refuses a legacy request whose MCP-Protocol-Version is none that we know. A session that was opened at one
     revision takes every known one, because clients in the field mix them up."""
-    if caller.version is not None and caller.version not in LEGACY_VERSIONS:
+    if admission.version is not None and admission.version not in LEGACY_VERSIONS:
         raise RPCError("unsupported MCP-Protocol-Version")
 
 
@@ -5076,7 +5308,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 16. Demo server
+# 21. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -5208,7 +5440,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 17. The proxy
+# 22. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -5219,10 +5451,16 @@ class Proxy:
     def __init__(self, settings: Settings, environment: dict[str, str]):
         self.settings = settings
         command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
-        self.guard = Guard()
-        environment = server_environment(environment, settings.allowed_env)
-        self.server = Server(server_name(command), command, environment, settings, self.guard)
-        self.endpoints = Endpoints(settings, self.server)
+        environment, name = server_environment(environment, settings.allowed_env), server_name(command)
+        self.reaper = Reaper()
+
+        def new_link(variables: dict[str, str], redact) -> ServerProcess:
+            # Which variables its client set, only the demo server asks.
+            names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
+            return ServerProcess(name, command, {**environment, **variables, **names}, self.reaper, redact,
+                                 settings.max_message_bytes)
+        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic)
+        self.endpoints = Endpoints(settings, self.mount)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
@@ -5233,18 +5471,16 @@ class Proxy:
         addresses = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
-        if self.server.shared:
-            self.server.shared.start()
-        self.server.keep_spares()
+        self.mount.start()
         return addresses
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
         while True:
-            await asyncio.sleep(TICK / 2)
+            await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
             now = time.monotonic()
-            self.endpoints.tick(now)
-            self.server.tick(now)
+            for part in self.http, self.endpoints, self.mount:
+                part.tick(now)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
         """What asyncio has to say. It pauses accepting when descriptors run out, and says so a thousand times."""
@@ -5256,20 +5492,20 @@ class Proxy:
         elif self._is_stopping and isinstance(error, ValueError):
             pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
         else:
-            log.add(logging.ERROR, "! %(problem)s", {"problem": context.get("message")}, error)
+            log.error("! %(problem)s", error, problem=context.get("message"))
 
     async def drain(self) -> None:
         """Lets running calls finish."""
-        await self.server.drain(self.settings.shutdown_grace)
+        await self.mount.drain(self.settings.shutdown_grace)
 
     async def stop(self) -> None:
         """Ends everything that was started; afterwards no process is left."""
         self._is_stopping = True
         if self._ticker:
             self._ticker.cancel()
-        await self.server.close()
+        await self.mount.close()
         await self.http.close()
-        self.guard.close()
+        self.reaper.close()
 
 
 def tls_context(settings: Settings):
@@ -5279,22 +5515,22 @@ def tls_context(settings: Settings):
     import ssl
 
     class Context(ssl.SSLContext):
+        """Answers plain HTTP in its own words. The client will leave; the handshake may take ten seconds."""
+
         def wrap_bio(self, incoming, outgoing, **options):
             wrapped = super().wrap_bio(incoming, outgoing, **options)
-            wrapped.outgoing = outgoing
-            return wrapped
 
-    class Handshake(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            try:
-                super().do_handshake()
-            except ssl.SSLError as error:
-                if error.reason == "HTTP_REQUEST":         # the client is told in its own words, and will leave
-                    self.outgoing.write(plain_refusal())
+            def do_handshake() -> None:
+                try:
+                    type(wrapped).do_handshake(wrapped)
+                except ssl.SSLError as error:
+                    if error.reason != "HTTP_REQUEST":
+                        raise
+                    outgoing.write(plain_refusal())
                     raise ssl.SSLWantReadError from None
-                raise
+            wrapped.do_handshake = do_handshake
+            return wrapped
     context = Context(ssl.PROTOCOL_TLS_SERVER)
-    context.sslobject_class = Handshake
     context.minimum_version = ssl.TLSVersion.TLSv1_2          # RFC 8996 deprecates what was before
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
@@ -5310,27 +5546,43 @@ def plain_refusal() -> bytes:
     return encode_head(400, (*JSON_HEADERS, ("Connection", "close")), http_date(), len(body)) + body
 
 
-_LAUNCHERS = re.compile(r"npx|npm|pnpm|yarn|bunx?|uvx?|pipx|node|deno|python[0-9.]*|sh|bash|env|docker|podman")
-_LAUNCHED = re.compile(r"(?!(?:run|exec|dlx|tool|x)\Z)[\w@./:+][\w@./:+-]{0,80}(?:[=<>~!]=[\w.*]+)?")
+_LAUNCHERS = re.compile(r"npx|npm|pnpm|yarn|bunx?|uvx?|pipx|node|deno|python[0-9.]*|sh|bash|docker|podman")
+_SUBCOMMANDS = frozenset("run exec dlx tool x".split())
+_TAKE_A_VALUE = frozenset("""-e --env --env-file -v --volume --mount -p --publish --name --network -u --user -w
+    --workdir --entrypoint --platform --with --python --registry --directory --project --index-url --index""".split())
 
 
 def server_name(command: list[str]) -> str:
     """What a server is called in the log: the program, or the package that a launcher launches."""
     if command == DEMO_COMMAND:
         return "demo"
-    program = os.path.basename(command[0])
-    words = [word for word in command[1:] if _LAUNCHED.fullmatch(word)]
-    if not (_LAUNCHERS.fullmatch(program) and words):
-        return program
-    package = words[0].rpartition("node_modules/")[2]
-    if package != words[0]:
+    program, words = os.path.basename(command[0]), list(command[1:])
+    if program == "env":
+        words = list(itertools.dropwhile(lambda word: word.startswith("-") or "=" in word, words))
+        return server_name(words) if words else program
+    while _LAUNCHERS.fullmatch(program) and words:
+        word = words.pop(0)
+        if word in _TAKE_A_VALUE:
+            words = words[1:]
+        elif not word.startswith("-") and word not in _SUBCOMMANDS:
+            return _package_name(word) or program
+    return program
+
+
+def _package_name(word: str) -> str | None:
+    """`@a/b` of `@a/b@1`, `jsr:@a/b` and `/x/node_modules/@a/b/cli.js`; None of what may hold more than a name."""
+    if not re.fullmatch(r"[\w@./:+~<>=!\[\],*^-]{1,100}", word) or "://" in word:
+        return None
+    package = word.rpartition("node_modules/")[2]
+    if package != word:
         return "/".join(package.split("/")[:2 if package.startswith("@") else 1])
-    is_path = package.startswith(("/", ".")) or os.path.exists(package)
-    return os.path.basename(package.rstrip("/")) if is_path else re.split(r"(?<=.)@|[=<>~!]=", package)[0]
+    if word.startswith(("/", ".", "~")) or os.path.exists(word):
+        return os.path.basename(word.rstrip("/"))
+    return re.split(r"(?<=.)@|[\[=<>~!]", re.sub(r"^(jsr|npm):", "", word))[0]
 
 
 # ============================================================================
-# 18. Command line
+# 23. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -5367,13 +5619,11 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
     return arguments[:at], bool(rest), rest[1:] if rest[:1] == ["--"] else rest
 
 
-_SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]>.*|.*\$(?:[A-Za-z_]|\{).*|~(?:/.*)?", re.DOTALL)
+_SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.*)?", re.DOTALL)
 
 
 def check_command(config: str, environment: dict[str, str]) -> None:
     """Refuses a command line that can never be started, and says what to write instead."""
-    if config.lstrip()[:1] in ("[", "{"):
-        raise SettingsError("MCP_SERVER_CONFIG is a command line as you would type it, not JSON: npx -y some-server")
     try:
         command = shlex.split(config)
     except ValueError as error:
@@ -5383,14 +5633,17 @@ def check_command(config: str, environment: dict[str, str]) -> None:
     program = command[0] if command else sys.executable
     if shutil.which(program, path=environment.get("PATH")) and program != "cd":
         return
-    if re.match(r"[A-Za-z_]\w*=", program):
+    if config.lstrip()[:1] in ("[", "{") or program[:1] in ("[", "{"):
+        hint = "a command is written as you would type it, not as JSON: npx -y some-server"
+    elif re.match(r"[A-Za-z_]\w*=", program):
         hint = f"no shell reads the command, so write env before variables: env {program.partition('=')[0]}=..."
     elif " " in program:
-        hint = f"it is one word because of the quotes around it: write {program}"
-    elif program == "cd" or _SHELL_WORD.fullmatch(program):
-        hint = f"no shell reads the command; where one is needed, write sh -c {shlex.quote(config)}"
-    elif os.path.isfile(program):
-        hint = f"the file is there but not executable: chmod +x {program}, or name its interpreter before it"
+        hint = "it is one word because of the quotes around it; leave them out"
+    elif program in ("cd", "export", "exec", "source", ".") or _SHELL_WORD.fullmatch(program):
+        hint = "no shell reads the command; where one is needed, write sh -c '...'"
+    elif os.path.exists(program):
+        hint = (f"but is there: make it executable and write ./{program}" if os.path.isfile(program) else
+                "but is there: it is a directory") + f", or name its interpreter before it: python3 {program}"
     else:
         hint = "is it installed and in PATH?"
     raise SettingsError(f"the command {program!r} was not found; {hint}")
@@ -5398,25 +5651,21 @@ def check_command(config: str, environment: dict[str, str]) -> None:
 
 def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
     """What can be used but is hardly meant so, a line each."""
-    lines = [f"{word!r} in the command is passed as it is, because no shell reads it; where one is needed, write "
-             "sh -c '...'" for word in shlex.split(settings.mcp_server_config)[1:] if _SHELL_WORD.fullmatch(word)
-             and shlex.split(settings.mcp_server_config)[:2][-1] != "-c"]
-    names = [field.name.upper() for field in dataclasses.fields(Settings)]
+    import difflib
+    command, lines = shlex.split(settings.mcp_server_config), []
+    if not any(re.fullmatch("-[a-z]*c", word) for word in command):             # sh -c
+        lines = [f"word {number} of the command is passed as it is, because no shell reads it; where one is needed, "
+                 "write sh -c '...'" for number, word in enumerate(command, 1) if _SHELL_WORD.fullmatch(word)]
+    names = {field.name.upper() for field in dataclasses.fields(Settings)}
     for given in sorted(environment.keys() - names):
-        lines += [f"{given} is no setting; was {name} meant?" for name in names
-                  if len(name) > 5 and is_nearly(given, name)]
+        near = difflib.get_close_matches(given, names - {"HOST", "PORT"}, 1, 0.87)
+        lines += [f"{given} is no setting; was {near[0]} meant?"] if near else []
     without_effect = (
         ("PREWARM", settings.prewarm and settings.shared_session, "SHARED_SESSION=true"),
         ("REQUIRE_SESSION", settings.require_session and not settings.shared_session, "SHARED_SESSION=false"),
         ("REQUIRE_SESSION", settings.require_session and settings.stateless, "STATELESS=true"),
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"))
     return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
-
-
-def is_nearly(given: str, name: str) -> bool:
-    """Do two words differ in a letter?"""
-    same = sum(len(os.path.commonprefix(pair)) for pair in ((given, name), (given[::-1], name[::-1])))
-    return given != name and same >= max(len(given), len(name)) - 1
 
 
 def argument_parser():
@@ -5438,7 +5687,7 @@ def argument_parser():
 
 def refuse_arguments(message: str):
     """What argparse calls when it cannot go on."""
-    raise SettingsError(message)
+    raise SettingsError(f"{message}; --help lists the flags")
 
 
 def describe_default(default) -> str:
@@ -5474,11 +5723,12 @@ async def run(settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: log.info("= SIGHUP: nothing to read again"))
     proxy = Proxy(settings, dict(os.environ))
     try:
-        text = banner(settings, proxy.server.name, await proxy.start())
+        text = banner(settings, proxy.mount.server.name, await proxy.start())
         try:
             if settings.log_format == "json":
-                for line in text.splitlines():
-                    log.info("= %(line)s", line=line.strip())
+                # Whatever the level: this is how the port is known.
+                log.add(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
+                    " ".join(line.split()) for line in text.splitlines()))
             else:
                 print(text, end="", flush=True)
         except OSError as error:
@@ -5522,8 +5772,9 @@ def main() -> None:
         return DemoServer().run()
     open_standard_streams()
     # Also what is wrong with the settings is said in the form that they ask for.
-    start_logging("INFO", "json" in re.findall(r"--log-format[ =](\w+)", " ".join(sys.argv))[-1:]
-                  or os.environ.get("LOG_FORMAT") == "json")
+    formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(
+        split_arguments(sys.argv[1:])[0]))]
+    start_logging("INFO", formats[-1].strip() == "json")
     try:
         settings = load_settings(sys.argv[1:], dict(os.environ))
         raise_descriptor_limit()

@@ -1435,9 +1435,10 @@ def test_settings_that_cannot_be_used_are_told_by_name(arguments, environment, w
 
 
 COMMANDS = {           # what people write, and a word of what they are told to write
-    '["npx", "-y", "x"]': "not JSON", '{"command": "npx"}': "not JSON", "'cat -u'": "write cat -u",
-    "X=1 cat": "env X=", "cd / && cat": "sh -c 'cd / && cat'", "cd /": "sh -c", "~/no-such-server": "sh -c",
-    "$HOME/no-such-server": "sh -c", f"{os.path.join(HERE, 'README.md')} -x": "chmod +x", "no-such-server": "PATH"}
+    '["npx", "-y", "x"]': "not as JSON", "'[1]'": "not as JSON", '{"command": "npx"}': "not as JSON",
+    "'cat -u'": "leave them out",
+    "X=1 cat": "env X=", "cd / && cat": "sh -c", "cd /": "sh -c", "~/no-such-server": "sh -c",
+    "$HOME/no-such-server": "sh -c", f"{os.path.join(HERE, 'README.md')} -x": "python3 /", "no-such-server": "PATH"}
 
 
 @pytest.mark.parametrize("config, hint", COMMANDS.items())
@@ -1454,10 +1455,11 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("spares for all", {"PREWARM": "1"}, "SHARED_SESSION"),
     case("names that a key makes needless", {"AUTH_KEY": "x", "ALLOWED_HOSTS": "y"}, "ALLOWED_HOSTS"),
     case("sessions where there are none", {"REQUIRE_SESSION": "true", "STATELESS": "true"}, "STATELESS"),
-    case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "$HOME"),
-    case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "'|'"),
+    case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "word 2"),
+    case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "word 2"),
+    case("two letters exchanged", {"AUTH_KYE": "x"}, "AUTH_KEY"),
     case("nothing", {"PREWARM": "1", "SHARED_SESSION": "false", "HOSTS": "x", "PATH": "/bin"}, None),
-    case("a shell", {"MCP_SERVER_CONFIG": "sh -c 'cat | tee $HOME'"}, None),
+    case("a shell", {"MCP_SERVER_CONFIG": "env A=1 bash -lc 'cat | tee $HOME'"}, None),
 ])
 def test_settings_that_are_hardly_meant_so_are_told(environment, doubt):
     lines = mcpproxy.doubts(load(**environment), environment)
@@ -1790,7 +1792,8 @@ def test_http_empty_line_between_requests_is_ignored():
     assert [request.head.path for request in requests] == ["/messages", "/next"] and status is None
 
 
-def test_http_large_heads_are_not_kept():
+def test_http_large_heads_are_not_kept(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "KNOWN_HEADS", 4)
     parser = mcpproxy.RequestParser()
     for number in range(20):
         for lines in (1, 98):
@@ -2132,7 +2135,7 @@ def test_json_several_changes_are_made_at_once():
     case("nothing", b"", None),
 ])
 def test_json_answer_is_found(line, expected):
-    answer = mcpproxy.find_answer(line)
+    answer = mcpproxy.find_response(line)
     assert (answer and answer.id) == expected
     if answer:
         assert line[answer.start:answer.end] == b"%d" % expected
@@ -2146,7 +2149,7 @@ def test_json_answer_is_found(line, expected):
 ])
 def test_json_answer_with_a_carriage_return_stays_one_event(line):
     # In an event stream CR ends a line, so it would cut the event in two.
-    answer = mcpproxy.find_answer(line) or mcpproxy.parse_message(line.decode())
+    answer = mcpproxy.find_response(line) or mcpproxy.parse_message(line.decode())
     assert b"\r" not in b"".join(answer.with_id(b"1"))
 
 
@@ -2154,7 +2157,7 @@ def test_json_answer_with_a_carriage_return_stays_one_event(line):
 @pytest.mark.parametrize("size", [10, 65_000, 66_000, 1_000_000])
 def test_json_answer_of_any_size_gets_the_client_id_back(form, size):
     line = (form % ("x" * size)).encode()
-    assert b"".join(mcpproxy.find_answer(line).with_id(b'"client"')) == line.replace(b'"id":5', b'"id":"client"')
+    assert b"".join(mcpproxy.find_response(line).with_id(b'"client"')) == line.replace(b'"id":5', b'"id":"client"')
 
 
 @pytest.mark.parametrize("code, expected", [
@@ -2169,6 +2172,10 @@ def test_json_code_of_an_error_is_an_integer(code, expected):
          '{"jsonrpc":"2.0","id":1,"method":"a"}'),
     case("error beside a result", ' {"result": [1.0], "error": null, "jsonrpc":"2.0","id":"1"}',
          '{"result":[1.0],"jsonrpc":"2.0","id":"1"}'),
+    case("result beside an error", '{"jsonrpc":"2.0","id":1,"result":null,"error":{"code":1,"message":"x"}}',
+         '{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"x"}}'),
+    case("error far from the end", '{"jsonrpc": "2.0", "id": 1, "error": null, "result": {"x": "%s"}}' % ("x" * 100),
+         '{"jsonrpc":"2.0","id":1,"result":{"x": "%s"}}' % ("x" * 100)),
     case("nothing", '{"jsonrpc":"2.0","id":1}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
     case("no error", '{"jsonrpc":"2.0","id":1,"error":null}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
     case("null is a result", '{"jsonrpc":"2.0","id":1,"result":null}', '{"jsonrpc":"2.0","id":1,"result":null}'),
@@ -2178,7 +2185,7 @@ def test_json_code_of_an_error_is_an_integer(code, expected):
 def test_json_what_sdks_forgive_a_server_is_mended(text, expected):
     message = mcpproxy.parse_message(text, is_servers=True)
     assert message.payload == [expected.encode()]
-    assert mcpproxy.find_answer(text.encode()) is None
+    assert mcpproxy.find_response(text.encode()) is None
 
 
 def test_json_params_that_are_null_are_none_of_a_client_either():
@@ -2192,7 +2199,7 @@ def test_json_params_that_are_null_are_none_of_a_client_either():
     ("1", 1), (1, 1), ("007", 7), ("x", "x"), ("", ""), ("1.0", "1.0"), ("\u0661", "\u0661"), (1.0, 1),
     ("9" * 19, "9" * 19)])
 def test_json_own_id_may_come_back_as_a_string(value, expected):
-    assert mcpproxy.own_id(value) == expected
+    assert mcpproxy.as_own_id(value) == expected
 
 
 def test_json_separators_of_lines_are_escaped():
@@ -3441,7 +3448,7 @@ def test_log_lines_name_what_they_are_about():
         proxy.request("GET", "/tools")
         for pattern in (f"= session {label} opened", f"ready for {label}: process {pid}, fake 1, revision 2025-06-18",
                         f"<> {label} tools/call echo id=100 .* ms", r"GET /tools from 127[\d.:]+ refused with 403: ",
-                        r"<> GET /tools from 127[\d.:]+, \d+ bytes out", f"process {pid}: .* with exit code 0"):
+                        r"<> GET /tools from 127[\d.:]+, \d+ bytes out", f"process {pid} ended with exit code 0"):
             until(lambda pattern=pattern: re.search(pattern, proxy.log()), pattern)
         assert proxy.log().count(" WARNING ") == 1                # that there is no key
 
@@ -3475,6 +3482,15 @@ def test_log_line_as_json_is_cut_and_stays_json():
         line = os.read(read, 100_000)
     entry = json.loads(line)
     assert len(line) <= 4096 and entry["b"] == 5 and "c" not in entry and entry["a"].startswith("\u20ac")
+
+
+def test_log_line_as_json_holds_any_id():
+    with running_proxy(FAKE, LOG_FORMAT="json") as proxy:
+        for request_id in (b"9" * 4200, b'"%b"' % (b"9" * 9000), b"1e300"):
+            proxy.request("POST", "/mcp", b'{"jsonrpc":"2.0","id":%b,"method":"ping"}' % request_id, ACCEPT)
+        assert is_healthy(proxy)
+        until(lambda: proxy.log().count('"ping"') >= 2, "the lines of the log")
+        assert all(json.loads(line) for line in proxy.log().splitlines())
 
 
 # ============================================================================
@@ -3779,19 +3795,28 @@ def test_connection_server_that_refuses_the_one_handshake_and_ignores_the_other_
         assert client.stream.answer(0)["error"]["data"] == {"code": 1, "message": "no"}
 
 
+class Wire(mcpproxy.Link):
+    """A link in memory: lines that were written, and lines to come by on_line()."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, line, about=None):
+        self.lines.append(line)
+
+
 def test_connection_survives_any_line(monkeypatch):
     async def read():
-        guard = mcpproxy.Guard()
-        connection = mcpproxy.ServerConnection("x", guard, limit=2000, redact=lambda text: text,
+        link = Wire()
+        connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=lambda text: text,
                                                on_request=lambda *_: None, on_notification=lambda *_: None)
-        connection.process.write = lambda line: None
+        splitter = mcpproxy.LineSplitter(2000, link.on_line, link.on_too_long)
         for chance, data in mutations(SEEDS_JSON, PIECES_JSON):
             connection.pending[5] = mcpproxy.PendingRequest()
             data += b"\n"
             at = chance.randrange(len(data))
-            connection.process.pipe_data_received(1, data[:at])
-            connection.process.pipe_data_received(1, data[at:])
-        guard.close()
+            splitter.feed(data[:at])
+            splitter.feed(data[at:])
 
     faults = []
     monkeypatch.setattr(mcpproxy.log, "fault", faults.append)
@@ -3838,6 +3863,15 @@ def test_connection_answer_that_is_not_utf_8_fails_its_call_and_says_so(fake):
         code = answered('{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"\udcff"}]}}')
         answer = client.stream.answer(client.start("run", {"text": code}))
         assert answer["error"]["code"] == -32000 and "not UTF-8" in answer["error"]["message"]
+
+
+def test_connection_one_bad_message_of_a_batch_fails_alone(fake):
+    with SSEClient(fake) as client:
+        bad = '{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"\udcff"}]}}'
+        good = '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"good"}}'
+        answer = client.stream.answer(client.start("run", {"text": answered(f"[{bad},{good}]")}))
+        assert answer["error"]["code"] == -32000 and "not UTF-8" in answer["error"]["message"]
+        client.stream.wait(lambda message: message.get("params", {}).get("data") == "good")
 
 
 def test_connection_line_separators_reach_no_event(fake):
@@ -5895,7 +5929,8 @@ def test_endpoint_refuses_a_batch_that_is_none(fake, messages):
         (None, 200), ("application/json", 200), ("text/event-stream", 200), ("text/html", 406), ("*/*", 200),
         ("application/*, text/*", 200), ("text/event-stream;q=0.5, application/json;q=0.9", 200),
         ("APPLICATION/JSON, Text/Event-Stream", 200), ("application/json, text/event-stream;q=0", 200),
-        ("application/json;q=0, text/event-stream;q=0.0", 406)]),
+        ("application/json;q=0, text/event-stream;q=0.0", 406), ("", 200), ("*/*, application/*;q=0, text/*;q=0", 406),
+        ("text/event-stream;q=0, */*", 200)]),
     *(case(f"GET accepts {accept}", "GET", {"Accept": accept}, status) for accept, status in [
         ("application/json", 406), ("text/event-stream", 200), ("*/*", 200)]),
     *(case(f"POST of {kind}", "POST", {"Content-Type": kind}, status) for kind, status in [
@@ -6300,7 +6335,11 @@ def test_command_line_banner_shows_an_address_that_can_be_used(host, shown):
     ("node /x/node_modules/@playwright/mcp/cli.js", "@playwright/mcp"), ("node node_modules/a/b.js", "a"),
     ("node /srv/app/server.js", "server.js"), ("uvx mcp-server-fetch==1.0", "mcp-server-fetch"),
     ("uvx --from mcp-git@1 serve", "mcp-git"), ("uv run server.py", "server.py"), ("python3 -m my_server", "my_server"),
-    ("docker run -i --rm mcp/fetch", "mcp/fetch"), ("pnpm dlx @a/b", "@a/b"), ("/opt/bin/thing --x", "thing"),
+    ("docker run -i --rm -e GITHUB_TOKEN -v /a:/a mcp/fetch", "mcp/fetch"), ("env API_KEY=x npx -y @a/b@1", "@a/b"),
+    ("uvx --python 3.12 --with x mcp-server-fetch", "mcp-server-fetch"), ("deno run -A jsr:@a/b", "@a/b"),
+    ("uvx 'mcp-server-git[extra]>=1'", "mcp-server-git"), ("npx -y git+https://secret@a.example/b.git", "npx"),
+    ("npx --registry https://u:p@a.example/ b", "b"), ("uvx --from git+https://secret@a.example/b c", "uvx"),
+    ("pnpm dlx @a/b", "@a/b"), ("/opt/bin/thing --x", "thing"),
     ("npx", "npx")])
 def test_command_line_server_has_the_name_that_people_know(command, name):
     assert mcpproxy.server_name(shlex.split(command)) == name
