@@ -819,6 +819,9 @@ class Kind(enum.Enum):
     RESPONSE = "response"
 
 
+REQUEST, NOTIFICATION, RESPONSE = Kind         # by a name of the module, because to look into an Enum is slow
+
+
 class Message:
     """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
 
@@ -831,8 +834,8 @@ class Message:
         self.method = members.get("method")        # None: a response
         self.params = unique_members_of(members["params"]) if "params" in members else {}
         self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
-        self.kind = (Kind.RESPONSE if self.method is None else
-                     Kind.NOTIFICATION if "id" not in members else Kind.REQUEST)
+        self.kind = (RESPONSE if self.method is None else
+                     NOTIFICATION if "id" not in members else REQUEST)
         self._id_span = self._walked = None
 
     def value(self, *path: str) -> object:
@@ -1109,7 +1112,10 @@ class ResponseLine:
 
 def find_response(line: bytes) -> ResponseLine | None:
     """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take something out."""
-    if b"\r" in line or line[-1:] != b"}" or _NULL.search(line, 0 if len(line) < 512 else len(line) - _TAIL_LENGTH):
+    if b"\r" in line or line[-1:] != b"}":
+        return None
+    searched = line if len(line) < 512 else line[-_TAIL_LENGTH:]
+    if b"null" in searched and _NULL.search(searched):
         return None
     head = _RESPONSE_HEAD.match(line)
     if head:
@@ -1153,6 +1159,9 @@ class Era(enum.Enum):
     MODERN = "modern"
 
     __hash__ = object.__hash__             # its members are singletons; Enum's own hash is slow
+
+
+LEGACY, MODERN = Era
 
 
 # Methods with a parameter that names what they are about, a string. Modern requests repeat it in Mcp-Name.
@@ -1351,6 +1360,8 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
     """The changes that put members (name -> JSON) into a message's params._meta, and `beside` it into the params;
     they may take the envelope out."""
     beside = beside or {}
+    if not (new or beside) and (keeps_envelope or not message.meta):
+        return []
     kept = [name for name in message.meta if keeps_envelope or not name.startswith(RESERVED_PREFIX)]
     is_new = bool(new) and "_meta" not in message.params
     if is_new:
@@ -1425,7 +1436,7 @@ class Identity:
         self.capabilities = self._result.get("capabilities")
         if not isinstance(self.capabilities, dict):
             raise ServerError("the MCP server's answer to the handshake is not one")
-        path = ("_meta", SERVER_INFO_KEY) if era is Era.MODERN else ("serverInfo",)
+        path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
         info = self._result
         for name in path:
             info = info.get(name) if isinstance(info, dict) else None
@@ -1435,7 +1446,7 @@ class Identity:
     @property
     def version(self) -> object:
         """The revision that the server answered with; of a legacy one it may be anything."""
-        return MODERN_VERSION if self.era is Era.MODERN else self._result.get("protocolVersion")
+        return MODERN_VERSION if self.era is MODERN else self._result.get("protocolVersion")
 
     @property
     def name(self) -> str:
@@ -1448,7 +1459,7 @@ class Identity:
 
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
-        if "protocolVersion" in self._result and self.era is Era.LEGACY:
+        if "protocolVersion" in self._result and self.era is LEGACY:
             text, (start, end) = self._answer.text, self._answer.span("result")
             at, to = self._answer.span("result", "protocolVersion")
             return one_line(f'{text[start:at]}"{version}"{text[to:end]}').encode()
@@ -1636,7 +1647,7 @@ class Log(logging.Handler):
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0                        # lines that nobody could take
-        self.debug, self.info, self.warning, self.error = (functools.partial(self.add, level) for level in (
+        self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error) of lines to come
         self._second, self._clock, self._zone = 0, "", ""
@@ -1645,14 +1656,19 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """What asyncio has to say."""
-        self.add(record.levelno, "! %(problem)s", record.exc_info and record.exc_info[1], problem=record.getMessage())
+        self.add(record.levelno, "! %(problem)s", {"problem": record.getMessage()},
+                 record.exc_info and record.exc_info[1])
 
     def fault(self, error: BaseException | None) -> None:
         """Something that should not have happened, with its traceback."""
-        self.error("! a fault of the proxy's own", error)
+        self.add(logging.ERROR, "! a fault of the proxy's own", {}, error)
 
-    def add(self, level: int, template: str, error: BaseException | None = None, **fields) -> None:
-        """A line for the log, and the traceback of an error."""
+    def say(self, level: int, template: str, **fields) -> None:
+        """A line for the log."""
+        self.add(level, template, fields)
+
+    def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None) -> None:
+        """The same, with the fields as a dict, or as values in the order of the template; and an error's traceback."""
         if level < self.level:
             return
         self._entries.append((time.time(), level, template, fields, error))
@@ -1681,6 +1697,8 @@ class Log(logging.Handler):
             self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S", local)
             self._zone = time.strftime("%z", local)[:3] + ":" + time.strftime("%z", local)[3:]
         try:
+            if isinstance(fields, tuple):
+                fields = dict(zip(field_names(template), fields))
             text = template % fields if fields else template
         except (TypeError, ValueError, KeyError):
             text = f"{template} {fields}"       # a mistake of ours is no reason to lose the other lines
@@ -1693,8 +1711,8 @@ class Log(logging.Handler):
             return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
         entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
-            line = dump({field: value if isinstance(value, (int, float)) and abs(value) < 1e18 else str(value)[:limit]
-                         for field, value in entry.items() if value != "-"})
+            line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
+                         str(value)[:limit] for field, value in entry.items() if value != "-"})
             if len(line) <= MAX_LOG_LINE:
                 break
         return line.encode() + b"\n"
@@ -1708,6 +1726,12 @@ class Log(logging.Handler):
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
+
+
+@functools.lru_cache(maxsize=64)
+def field_names(template: str) -> list[str]:
+    """The names of the fields of a template, in order."""
+    return re.findall(r"%\((\w+)\)", template)
 
 
 def redact(secrets: tuple[str, ...], text: str) -> str:
@@ -1980,10 +2004,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             self._stdin.write(b"".join(lines))
 
     @property
-    def is_open(self) -> bool:
-        return self._stopping is None
-
-    @property
     def how_it_ended(self) -> str:
         if self.exit_code is None or self.exit_code >= 0:
             return "" if self.exit_code is None else f" with exit code {self.exit_code}"
@@ -2006,6 +2026,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def stop(self) -> asyncio.Task:
         """Begins the end: steps that become less polite."""
         if self._stopping is None:
+            self.is_open = False
             self._stopping = self._loop.create_task(self._stop())
         return self._stopping
 
@@ -2166,7 +2187,7 @@ class ServerConnection:
         self.name = name
         self.link = link
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
-        self.era = Era.LEGACY
+        self.era = LEGACY
         self.is_shaken = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
@@ -2179,14 +2200,14 @@ class ServerConnection:
 
     async def initialize(self, params: dict) -> Identity:
         """The legacy one. MCP 2025-11-25, Lifecycle, Initialization."""
-        return self._shaken(Era.LEGACY, await self.request("initialize", params).result())
+        return self._shaken(LEGACY, await self.request("initialize", params).result())
 
     async def discover(self) -> Identity:
         """The modern one. MCP 2026-07-28, Discovery."""
         response = await self.request("server/discover", {"_meta": OUR_ENVELOPE}).result()
         if not speaks_modern(response):
             raise HandshakeRefused(f"the MCP server does not speak {MODERN_VERSION}")
-        return self._shaken(Era.MODERN, response)
+        return self._shaken(MODERN, response)
 
     async def probe(self, params: dict) -> Identity:
         """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
@@ -2203,10 +2224,10 @@ class ServerConnection:
                                                    return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
-                    return self._shaken(Era.MODERN, probe.result())
+                    return self._shaken(MODERN, probe.result())
                 if greeting in done:
                     if not greeting.exception():
-                        return self._shaken(Era.LEGACY, greeting.result())
+                        return self._shaken(LEGACY, greeting.result())
                 elif is_greeting and not done:
                     before, unread = unread, self.link.unread
                     log.warning("! server %(server)s has not answered yet: does it speak MCP on stdin and stdout?",
@@ -2227,7 +2248,7 @@ class ServerConnection:
     def _shaken(self, era: Era, response: Message) -> Identity:
         identity = Identity(era, response)
         self.era, self.is_shaken = era, True
-        if era is Era.LEGACY:
+        if era is LEGACY:
             self.notify("notifications/initialized")
         return identity
 
@@ -2249,7 +2270,7 @@ class ServerConnection:
         """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
         server_id = self.next_id()
         self.pending[server_id] = pending
-        if self.era is Era.MODERN:
+        if self.era is MODERN:
             params = {**params, "_meta": OUR_ENVELOPE}
         try:
             self.send(encode_request(server_id, method, params))
@@ -2318,9 +2339,9 @@ class ServerConnection:
         if message.text is not text:
             log.debug("! server %(server)s wrote what is no JSON-RPC but is meant as such: %(text)s",
                       server=self.name, text=self._redact(text[:200]))
-        if message.kind is Kind.RESPONSE:
+        if message.kind is RESPONSE:
             self._resolve(as_own_id(message.id), message)
-        elif message.kind is Kind.REQUEST:
+        elif message.kind is REQUEST:
             self._on_request(self, message, self.pending.get(cause))
         else:
             self._on_notify(message, cause)
@@ -2387,7 +2408,7 @@ class ServerConnection:
         if self.is_shaken:              # otherwise it is told that the start failed
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
-            log.add(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
+            log.say(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
                     pid=self.link.name, reason=reason)
         pending, self.pending = self.pending, {}
         for request in pending.values():
@@ -2762,11 +2783,11 @@ class Instance:
             await link.start()
             self._link = link
             try:
-                if era is Era.LEGACY:
+                if era is LEGACY:
                     self.identity = await connection.initialize(initialize)
-                elif Era.LEGACY in eras[1:]:
+                elif LEGACY in eras[1:]:
                     self.identity = await connection.probe(initialize)
-                    speaks[Era.MODERN] = connection.era is Era.MODERN
+                    speaks[MODERN] = connection.era is MODERN
                 else:
                     self.identity = await connection.discover()
                 speaks.update(dict.fromkeys(eras[:eras.index(era)], False))
@@ -2780,7 +2801,7 @@ class Instance:
                 failure = error
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
-                elif era is Era.LEGACY:
+                elif era is LEGACY:
                     self.has_failed = True
                     break                       # it died or cannot be started; no other words will help
         if isinstance(failure, HandshakeRefused):
@@ -2794,7 +2815,7 @@ class Instance:
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
-        first, second = (Era.LEGACY, Era.MODERN) if self.is_private or self.has_failed else (Era.MODERN, Era.LEGACY)
+        first, second = (LEGACY, MODERN) if self.is_private or self.has_failed else (MODERN, LEGACY)
         if speaks.get(first):
             return [first]
         return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
@@ -2810,7 +2831,7 @@ class Instance:
         connection.closed.add_done_callback(lambda _: self._forget(connection))
         if is_restart:
             self._tools = None
-        if connection.era is Era.MODERN:
+        if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
         else:
@@ -2922,7 +2943,7 @@ class Instance:
         level = min(levels, key=LOG_LEVELS.index, default=None)
         if level and level != self.log_level:
             self.log_level = level
-            if self.connection and self.connection.era is Era.LEGACY and "logging" in self.identity.capabilities:
+            if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
 
     async def tools(self, refresh: bool = False) -> Tools:
@@ -3171,7 +3192,7 @@ class Session(Client):
 
     def receive(self, message: Message) -> None:
         """The client's response to a question, or its notification on its way to the servers that it uses."""
-        if message.kind is Kind.RESPONSE:
+        if message.kind is RESPONSE:
             question = self.questions.pop(as_own_id(message.id), None)      # one that nobody asked is forgotten
             return question.respond(message) if question else None
         log.info("< %(session)s %(method)s", session=self.label, method=message.method)
@@ -3181,7 +3202,7 @@ class Session(Client):
             return call.cancel(message) if call else None
         for instance in self._instances.values():
             connection = instance.connection
-            if connection is None or connection.era is Era.MODERN:
+            if connection is None or connection.era is MODERN:
                 continue
             if message.method == "notifications/initialized":
                 # We told the server when it was ready. A spare one had no client then that it could ask for roots.
@@ -3485,7 +3506,7 @@ class LegacyClientBridge(Bridge):
         if not isinstance(exchange.client, Session):
             raise RPCError("a log level needs a session")
         if level not in LOG_LEVELS or not has_logs:
-            if exchange.connection.era is Era.LEGACY:
+            if exchange.connection.era is LEGACY:
                 return False                # the server knows what to say to that; a modern one has no such method
             raise RPCError("the server sends no log messages of this level", status=200,
                            code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
@@ -3521,7 +3542,7 @@ class LegacyClientBridge(Bridge):
         topic = instance.topics.get(uri)
         if topic and client in topic.subscribers:
             instance.unsubscribe(client, topic)
-        elif topic is None and exchange.connection.era is Era.LEGACY:
+        elif topic is None and exchange.connection.era is LEGACY:
             return False                    # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
         return True
@@ -3790,10 +3811,10 @@ class LegacyClientModernServer(LegacyClientBridge):
 
 #    client      server
 BRIDGES = {
-    (Era.LEGACY, Era.LEGACY): LegacyClientLegacyServer(),
-    (Era.MODERN, Era.MODERN): ModernClientModernServer(),
-    (Era.MODERN, Era.LEGACY): ModernClientLegacyServer(),
-    (Era.LEGACY, Era.MODERN): LegacyClientModernServer(),
+    (LEGACY, LEGACY): LegacyClientLegacyServer(),
+    (MODERN, MODERN): ModernClientModernServer(),
+    (MODERN, LEGACY): ModernClientLegacyServer(),
+    (LEGACY, MODERN): LegacyClientModernServer(),
 }
 
 
@@ -3894,7 +3915,7 @@ class Exchange(PendingRequest):
         self.instance = instance
         self.message: Message | None = message        # the request, while it is needed
         self.envelope = envelope
-        self.era = Era.MODERN if envelope else Era.LEGACY
+        self.era = MODERN if envelope else LEGACY
         self.method = message.method
         self.is_endless = envelope is not None and self.method == "subscriptions/listen"
         self.trace = trace                            # members for _meta, as JSON
@@ -3911,7 +3932,8 @@ class Exchange(PendingRequest):
     def _serve(self, message: Message, outlet: Outlet) -> None:
         """Takes on the request to answer, and the outlet for the answer."""
         self.id, self.raw_id = message.id, message.raw_id
-        self.name = message.params.get(NAMED_BY.get(self.method))
+        name = message.params.get(NAMED_BY.get(self.method))
+        self.name = name if isinstance(name, str) else None
         self.size = len(message.text)
         has_token = message.meta and is_id(message.meta.get("progressToken"))
         self.token = message.raw("params", "_meta", "progressToken") if has_token else None
@@ -3963,9 +3985,9 @@ class Exchange(PendingRequest):
             raise try_later("too many running calls")
         self._enter_books()
         if log.level <= logging.DEBUG:
-            log.debug("< %(session)s %(method)s %(name)s id=%(id)s %(bytes_in)d bytes: %(body)s", **self._fields(),
-                      body=self.instance.redact(self.message.text))
-        if connection and self._is_checked():
+            log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
+                      id=self.id, body=self.instance.redact(self.message.text))
+        if connection and (self.headers is None or self._is_checked()):
             self.begin(connection)
         else:
             if self.method == "initialize" and self.instance.is_private:
@@ -3974,8 +3996,6 @@ class Exchange(PendingRequest):
 
     def _is_checked(self) -> bool:
         """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
-        if self.headers is None:
-            return True
         tools = self.instance.known_tools()
         if tools is None or self.name not in tools:
             return False
@@ -3985,7 +4005,7 @@ class Exchange(PendingRequest):
     async def _begin_when_ready(self) -> None:
         try:
             connection = await self.instance.ready()
-            if not self._is_checked():
+            if self.headers is not None and not self._is_checked():
                 tools = await self.instance.tools(refresh=self.instance.known_tools() is not None)
                 tools.check(self.message, self.headers)
         except ProxyError as error:
@@ -3997,8 +4017,7 @@ class Exchange(PendingRequest):
         """Sends the request, or does what is done in its place."""
         if self.state is DONE:
             return                          # cancelled in the meantime
-        self._become(RUNNING)
-        self.connection = connection
+        self.state, self.connection = RUNNING, connection
         self._bridge = BRIDGES[self.era, connection.era]
         try:
             intercept = self._bridge.intercepted.get(self.method)
@@ -4139,22 +4158,17 @@ class Exchange(PendingRequest):
         for question in self.dialogue.questions.values():
             question.refuse(ServerError("the client did not answer"))
 
-    def _fields(self) -> dict:
-        return {"session": self.client.label, "method": self.method, "id": self.id, "bytes_in": self.size,
-                # Of tools and prompts; a resource's URI may hold a secret.
-                "name": self.name if NAMED_BY.get(self.method) == "name" and isinstance(self.name, str) else "-"}
-
     def _log(self, outcome: Outcome, payload: list) -> None:
         """A line for both messages: at full speed a line for each would be a tenth of all work."""
-        if log.level > logging.INFO:
-            return
-        fields = {**self._fields(), "outcome": outcome.value, "bytes_out": sum(map(len, payload)),
-                  "ms": round((self.client.mount.now() - self._started) * 1000, 1)}
-        log.info("<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
-                 "%(bytes_out)d bytes out, %(ms)s ms", **fields)
         if log.level <= logging.DEBUG:
-            log.debug("> %(session)s %(method)s %(name)s id=%(id)s: %(body)s", **fields,
-                      body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+            log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=self.client.label, method=self.method,
+                      id=self.id, body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+        # The name of a tool or a prompt; a resource's URI may hold a secret.
+        name = self.name if self.name and NAMED_BY[self.method] == "name" else "-"
+        log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
+                "%(bytes_out)d bytes out, %(ms).1f ms", (
+                    self.client.label, self.method, name, self.id, outcome.value, self.size, sum(map(len, payload)),
+                    (self.client.mount.now() - self._started) * 1000))
 
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self.last_sign >= patience
@@ -4299,6 +4313,9 @@ class Phase(enum.Enum):
     LINGER = "linger"           # the rest is thrown away until the client is done
 
 
+HEAD, BODY, REPLY, LINGER = Phase
+
+
 class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
@@ -4373,7 +4390,7 @@ class HTTPConnection(asyncio.Protocol):
         self._application = application
         self._connections = connections
         self._parser = RequestParser(heads)
-        self._phase = Phase.HEAD
+        self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -4390,21 +4407,21 @@ class HTTPConnection(asyncio.Protocol):
     # What asyncio calls.
 
     def data_received(self, data: bytes) -> None:
-        if self._phase is Phase.LINGER:
+        if self._phase is LINGER:
             return
         if not self._received:
             self._since = time.monotonic()
         self._received += len(data)
         self._parser.feed(data)
         self._advance()
-        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is Phase.REPLY or self._is_paused):
+        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is REPLY or self._is_paused):
             self._transport.pause_reading()        # a client that sends on while it is answered can wait
 
     def eof_received(self) -> bool:
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
-        reply = self._reply if self._phase is Phase.REPLY else None
+        reply = self._reply if self._phase is REPLY else None
         waits = self._is_paused if reply is None else not (reply.is_stream or reply.leaves_on_eof)
         return waits and self._transport.can_write_eof()
 
@@ -4431,22 +4448,22 @@ class HTTPConnection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Hands on whole requests, one at a time, for as long as there are any."""
-        while self._parser.rest and self._phase in (Phase.HEAD, Phase.BODY) and not (
+        while self._parser.rest and self._phase in (HEAD, BODY) and not (
                 self._is_paused or self._transport.is_closing()):
             if not self._next_request():
                 break
-        if self._half_closed and self._phase is not Phase.REPLY and not self._is_paused:
+        if self._half_closed and self._phase is not REPLY and not self._is_paused:
             self._transport.close()           # nothing more can come
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there."""
         refusal = None                 # by the head alone
         try:
-            if self._phase is Phase.HEAD:
+            if self._phase is HEAD:
                 head = self._parser.next_head()
                 if head is None:
                     return False
-                self._phase, self._reply = Phase.BODY, Reply(self, head)
+                self._phase, self._reply = BODY, Reply(self, head)
                 self._continues = head.expects_continue
                 self.keeps_alive = head.keep_alive
                 try:
@@ -4461,7 +4478,7 @@ class HTTPConnection(asyncio.Protocol):
             return False
         reply = self._reply
         if body is not None:
-            self._phase = Phase.REPLY
+            self._phase = REPLY
             if refusal:
                 self._application.refuse(refusal, reply)
             else:
@@ -4477,7 +4494,7 @@ class HTTPConnection(asyncio.Protocol):
     def _refuse(self, error: ProxyError) -> None:
         """Answers a request that was not read to its end; where the next one begins is not known."""
         self.keeps_alive = False
-        self._phase, self._reply = Phase.LINGER, self._reply or Reply(self, None)
+        self._phase, self._reply = LINGER, self._reply or Reply(self, None)
         self._application.refuse(error, self._reply)
 
     # Writing.
@@ -4524,13 +4541,13 @@ class HTTPConnection(asyncio.Protocol):
         """The reply is complete: on to the next request, or the end."""
         self._reply = None
         self._since, self._received = time.monotonic(), 0 if self._parser.is_between else len(self._parser.rest)
-        if self._phase is Phase.LINGER:
+        if self._phase is LINGER:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
         elif not self.keeps_alive:
             self._transport.close()
         else:
-            self._phase = Phase.HEAD
+            self._phase = HEAD
             self._transport.resume_reading()
             if self._parser.rest or self._half_closed:
                 self._loop.call_soon(self._advance)       # not from within handle(), which was called by it
@@ -4539,7 +4556,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
-        reply = self._reply if self._phase is Phase.REPLY else None
+        reply = self._reply if self._phase is REPLY else None
         if self._is_paused and self._transport.get_write_buffer_size() < self._unread:
             self._stalled_since, self._unread = now, self._transport.get_write_buffer_size()       # it reads some
         if self._is_paused and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
@@ -4549,7 +4566,7 @@ class HTTPConnection(asyncio.Protocol):
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([reply.keep_alive_bytes])
         elif not self._is_paused and now > self._deadline():
-            if self._phase is Phase.LINGER or self._phase is Phase.HEAD and self._parser.is_between:
+            if self._phase is LINGER or self._phase is HEAD and self._parser.is_between:
                 self._transport.close()
             else:
                 self._refuse(HTTPError("the request took too long", status=408))
@@ -4563,9 +4580,9 @@ class HTTPConnection(asyncio.Protocol):
             self.write([CONTINUE])
 
     def _deadline(self) -> float:
-        if self._phase is Phase.LINGER:
+        if self._phase is LINGER:
             return self._since + LINGER_SECONDS
-        if self._phase is Phase.BODY:
+        if self._phase is BODY:
             return self._since + BODY_SECONDS + self._received / BODY_RATE
         return self._since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
 
@@ -4693,24 +4710,23 @@ class PostOutlet(Outlet):
     stream. For a client that takes only one of both, that. Several requests are answered with a stream, or with an
     array."""
 
-    def __init__(self, undecided: dict, reply: Reply, client: Client, takes_json: bool, takes_stream: bool,
-                 era: Era = Era.LEGACY, count: int = 1):
+    def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, count: int = 1):
         self.reply = reply
         self._client = client
         self._session = client if isinstance(client, Session) else None
         self._stream: Stream | None = None
         self._undecided = undecided                # those that may still be JSON, until when
-        self._takes_json, self._takes_stream = takes_json, takes_stream
+        self._takes_json, self._takes_stream = admission.takes_json, admission.takes_stream
         self._left = count                         # answers to come
         self._answers: list[bytes] | None = None if count == 1 else []
-        self.asks = self._session is not None and takes_stream
+        self.asks = self._session is not None and self._takes_stream
         reply.on_gone = self._gone
         # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing is said for a while
         # before the server's first message, because an error of the server's decides on the HTTP status; but what
         # sits in between cuts connections that are silent for long.
-        reply.leaves_on_eof = era is Era.MODERN
-        if takes_stream:
-            undecided[self] = client.mount.now() + (SILENT_SECONDS if era is Era.MODERN else UNDECIDED_SECONDS)
+        reply.leaves_on_eof = era is MODERN
+        if self._takes_stream:
+            undecided[self] = client.mount.now() + (SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS)
 
     def open(self) -> None:
         """Makes the reply a stream, if the client takes one."""
@@ -4736,7 +4752,7 @@ class PostOutlet(Outlet):
             self._stream.send(payload)
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
-        if status == 200 and not self._takes_json or self._answers is not None and not self._takes_json:
+        if not self._takes_json and (status == 200 or self._answers is not None):
             self.open()
         if self._stream:
             self._stream.send(payload)
@@ -5014,16 +5030,16 @@ class Endpoints(Application):
         message = parse_message(decode_json(body))
         outlet = StreamOutlet(session.stream)
         try:
-            if message.kind is Kind.REQUEST:
+            if message.kind is REQUEST:
                 envelope = check_modern(message, None) if is_modern(message, None) else None
                 Exchange(session, self.mount.pick(session), message, outlet, envelope, admission.trace).start()
             else:
                 session.receive(message)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running.
-            if message.kind is Kind.REQUEST and message.id not in session.calls:
+            if message.kind is REQUEST and message.id not in session.calls:
                 outlet.send(encode_error(message.raw_id, error))
-            return self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
+            return self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
         reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
@@ -5036,7 +5052,7 @@ class Endpoints(Application):
             return self._post_batch(admission, split_batch(text), reply)
         message = parse_message(text)
         try:
-            if message.kind is Kind.REQUEST:
+            if message.kind is REQUEST:
                 check_accept(admission, is_endless=message.method == "subscriptions/listen")
             else:
                 check_parameters(message)
@@ -5045,10 +5061,10 @@ class Endpoints(Application):
             else:
                 self._post_legacy(admission, message, reply)
         except ProxyError as error:
-            self.refuse(error, reply, message.raw_id if message.kind is Kind.REQUEST else None)
+            self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
 
     def _post_legacy(self, admission: Admission, message: Message, reply: Reply) -> None:
-        is_initialize = message.kind is Kind.REQUEST and message.method == "initialize"
+        is_initialize = message.kind is REQUEST and message.method == "initialize"
         if is_initialize:
             check_parameters(message)         # before a session is opened for it
         else:
@@ -5057,11 +5073,12 @@ class Endpoints(Application):
             client = self.mount.open_session(admission.key, admission.variables, is_streamable=True)
         else:
             client = self._client(admission)
-        if message.kind is not Kind.REQUEST:
+        if message.kind is not REQUEST:
             if isinstance(client, Session):
                 client.receive(message)
             return reply.send(202, [])
-        exchange = self._exchange(admission, client, message, self._outlet(admission, reply, client))
+        exchange = Exchange(client, self.mount.pick(client), message,
+                            PostOutlet(self.undecided, admission, reply, client), None, admission.trace)
         if isinstance(client, Session) and is_initialize:
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
@@ -5075,39 +5092,31 @@ class Endpoints(Application):
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
         messages = [parse_message(text) for text in texts]
-        requests = [message for message in messages if message.kind is Kind.REQUEST]
+        requests = [message for message in messages if message.kind is REQUEST]
         if not messages or any(message.method == "initialize" for message in requests):
             raise RPCError("an empty batch, or one with initialize in it")
         if requests:
             check_accept(admission)
-        outlet = self._outlet(admission, reply, client, count=len(requests)) if requests else None
+        outlet = PostOutlet(self.undecided, admission, reply, client, count=len(requests)) if requests else None
         for message in messages:
-            if message.kind is Kind.REQUEST:
-                self._start(self._exchange(admission, client, message, outlet))
+            if message.kind is REQUEST:
+                self._start(Exchange(client, self.mount.pick(client), message, outlet, None, admission.trace))
             elif isinstance(client, Session):
                 client.receive(message)
         if not requests:
             reply.send(202, [])
 
     def _post_modern(self, admission: Admission, message: Message, reply: Reply) -> None:
-        if message.kind is Kind.RESPONSE:
+        if message.kind is RESPONSE:
             raise RPCError(f"clients send no responses in {MODERN_VERSION}")
-        if message.kind is Kind.NOTIFICATION:
+        if message.kind is NOTIFICATION:
             return reply.send(202, [])
         headers = admission.head.headers
         envelope = check_modern(message, headers)
         client = self._visit(admission)
-        outlet = self._outlet(admission, reply, client, Era.MODERN)
-        self._start(self._exchange(admission, client, message, outlet, envelope,
-                                   headers if message.method == "tools/call" else None))
-
-    def _outlet(self, admission: Admission, reply: Reply, client: Client, era: Era = Era.LEGACY,
-                count: int = 1) -> PostOutlet:
-        return PostOutlet(self.undecided, reply, client, admission.takes_json, admission.takes_stream, era, count)
-
-    def _exchange(self, admission: Admission, client: Client, message: Message, outlet: Outlet,
-                  envelope: Envelope | None = None, headers: dict | None = None) -> Exchange:
-        return Exchange(client, self.mount.pick(client), message, outlet, envelope, admission.trace, headers)
+        instance, outlet = self.mount.pick(client), PostOutlet(self.undecided, admission, reply, client, MODERN)
+        self._start(Exchange(client, instance, message, outlet, envelope, admission.trace,
+                             headers if message.method == "tools/call" else None))
 
     @staticmethod
     def _start(exchange: Exchange) -> None:
@@ -5187,10 +5196,11 @@ class Endpoints(Application):
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
-        exchange = self._exchange(admission, self._visit(admission), message, ToolOutlet(reply))
+        client = self._visit(admission)
+        instance = self.mount.pick(client)
+        exchange = Exchange(client, instance, message, ToolOutlet(reply), None, admission.trace)
 
         async def start() -> None:
-            instance = exchange.instance
             if name not in await instance.tools() and name not in await instance.tools(refresh=True):
                 raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
             if not exchange.is_done:
@@ -5492,7 +5502,7 @@ class Proxy:
         elif self._is_stopping and isinstance(error, ValueError):
             pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
         else:
-            log.error("! %(problem)s", error, problem=context.get("message"))
+            log.add(logging.ERROR, "! %(problem)s", {"problem": context.get("message")}, error)
 
     async def drain(self) -> None:
         """Lets running calls finish."""
@@ -5727,7 +5737,7 @@ async def run(settings: Settings) -> None:
         try:
             if settings.log_format == "json":
                 # Whatever the level: this is how the port is known.
-                log.add(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
+                log.say(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
                     " ".join(line.split()) for line in text.splitlines()))
             else:
                 print(text, end="", flush=True)
