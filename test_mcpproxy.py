@@ -392,28 +392,42 @@ def encode_http(method, path, body=None, headers=None):
 
 
 class Events:
-    """The events of an open stream, read by a thread so that a test can wait for what it wants."""
+    """What comes back on a connection, read by a thread so that a test can wait for what it wants: the events of a
+    stream, or JSON, each message of which counts as an event."""
 
     def __init__(self, http):
-        self.http = http
-        self.response = http.head()
+        self.http, self._response = http, None
         self.events = []                 # dicts of the fields of each event
         self.comments = 0
         self.ended = threading.Event()
-        if self.response.headers.get("content-type") == "text/event-stream":
-            self._thread = threading.Thread(target=self._read, daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            response = self.http.head()
+            if response.headers.get("content-type") == "text/event-stream":
+                self._response = response
+                self._read()
+            else:
+                response.body = self.http.file.read(int(response.headers.get("content-length", 0)))
+                if response.body:
+                    parsed = response.json()
+                    messages = parsed if isinstance(parsed, list) else [parsed]
+                    self.events = [{"data": json.dumps(message)} for message in messages]
+                self._response = response
+        self.ended.set()
 
     def _read(self):
-        rest = b""
-        with contextlib.suppress(OSError, ValueError):
-            while size := int(self.http.file.readline() or b"0", 16):
-                rest += self.http.file.read(size)
-                self.http.file.readline()
+        rest = bytearray()
+        while size := int(self.http.file.readline() or b"0", 16):
+            before = len(rest)
+            rest += self.http.file.read(size)
+            self.http.file.readline()
+            if rest.find(b"\n\n", max(before - 1, 0)) >= 0:        # else a large event would be searched over and over
                 *blocks, rest = rest.split(b"\n\n")
                 for block in blocks:
                     self._add(block.decode())
-        self.ended.set()
 
     def _add(self, block):
         if block.startswith(":"):
@@ -422,25 +436,65 @@ class Events:
             fields = (line.partition(":") for line in block.split("\n"))
             self.events.append({name: value.removeprefix(" ") for name, _, value in fields})
 
-    def messages(self):
-        return [json.loads(event["data"]) for event in list(self.events)
+    @property
+    def response(self):
+        """The response, once there is one."""
+        return until(lambda: self._response, "a response")
+
+    @property
+    def status(self):
+        return self.response.status
+
+    def is_stream(self):
+        return self.response.headers.get("content-type") == "text/event-stream"
+
+    def messages(self, start=0):
+        """What came so far, from one of the events on."""
+        return [json.loads(event["data"]) for event in self.events[start:]
                 if event.get("event", "message") == "message" and event.get("data")]
 
-    def wait(self, condition, what="a message"):
+    def wait(self, condition, what="a message", start=0):
         """The first message for which condition(message) is true."""
-        return until(lambda: next((message for message in self.messages() if condition(message)), None), what)
+        return until(lambda: next((message for message in self.messages(start) if condition(message)), None), what)
 
-    def answer(self, request_id):
+    def answer(self, request_id, start=0):
         """The response to a request."""
         return self.wait(lambda message: message.get("id") == request_id and "method" not in message,
-                         f"the answer to {request_id}")
+                         f"the answer to {request_id}", start)
+
+    def wait_for(self, method):
+        """The first message of this method."""
+        return self.wait(lambda message: message.get("method") == method, method)
+
+    def count(self, number):
+        """Waits for so many messages and returns them."""
+        return until(lambda: len(self.messages()) >= number and self.messages(), f"{number} messages")
+
+    def wait_end(self):
+        """Waits for the end; returns all messages."""
+        assert self.ended.wait(PATIENCE), "the stream did not end"
+        return self.messages()
 
     def close(self):
         with contextlib.suppress(OSError):
             self.http.socket.shutdown(socket.SHUT_RDWR)
-        if self.response.headers.get("content-type") == "text/event-stream":
-            self._thread.join(PATIENCE)
+        self._thread.join(PATIENCE)
         self.http.close()
+
+
+class Call:
+    """A request on its way."""
+
+    def __init__(self, stream, message, start=0):
+        self.stream, self.message, self.id = stream, message, message["id"]
+        self.start = start               # the number of events on the stream that came before it
+
+    def answer(self):
+        return self.stream.answer(self.id, self.start)
+
+    def error(self):
+        """(status, code) of an error."""
+        return self.stream.status, self.answer()["error"]["code"]
 
 
 CLIENT_INFO = {"name": "test", "version": "1"}
@@ -497,116 +551,17 @@ def text_of(answer):
     return answer["result"]["content"][0]["text"]
 
 
-class SSEClient:
-    """A client of HTTP+SSE."""
-
-    def __init__(self, proxy, query="", headers=None, capabilities=None, handshake=True):
-        self.proxy = proxy
-        self.headers = headers or {}
-        http = HTTP(proxy)
-        http.send(encode_http("GET", "/sse" + query, None, {"Accept": "text/event-stream", **self.headers}))
-        self.stream = Events(http)
-        self.response = self.stream.response
-        if self.response.status != 200:
-            self.response.body = http.file.read(int(self.response.headers["content-length"]))
-            return
-        until(lambda: self.stream.events, "the endpoint event")
-        self.endpoint = self.stream.events[0]["data"]
-        self._ids = iter(range(1, 1_000_000))
-        if handshake:
-            self.initialized = self.call("initialize", initialize(capabilities=capabilities)["params"])
-            self.post(notification("notifications/initialized"))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stream.close()
-
-    def post(self, message, expect=202):
-        response = self.proxy.request("POST", self.endpoint, message, self.headers)
-        assert response.status == expect, (response.status, response.body)
-        return response
-
-    def start(self, name, arguments=None, request_id=None, token=None):
-        """Calls a tool and returns the id to wait for."""
-        request_id = request_id or next(self._ids)
-        self.post(tool_call(request_id, name, arguments, token))
-        return request_id
-
-    def call(self, method, params=None):
-        """The response to a request."""
-        request_id = next(self._ids)
-        self.post(request(request_id, method, params))
-        return self.stream.answer(request_id)
-
-    def tool(self, name, **arguments):
-        """The text that a tool returns."""
-        return text_of(self.stream.answer(self.start(name, arguments)))
-
-
-class Posted(Events):
-    """What comes back for a POST or GET, read by a thread: a stream, or JSON, which counts as one of a single event."""
-
-    def __init__(self, http):
-        self.http, self.response = http, None
-        self.events, self.comments = [], 0
-        self.ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        with contextlib.suppress(OSError, ValueError, AssertionError):
-            response = self.http.head()
-            if response.headers.get("content-type") == "text/event-stream":
-                self.response = response
-                self._read()
-            else:
-                response.body = self.http.file.read(int(response.headers.get("content-length", 0)))
-                if response.body:
-                    parsed = response.json()
-                    messages = parsed if isinstance(parsed, list) else [parsed]
-                    self.events = [{"data": json.dumps(message)} for message in messages]
-                self.response = response
-        self.ended.set()
-
-    def head(self):
-        """The response, once there is one."""
-        return until(lambda: self.response, "a response")
-
-    @property
-    def status(self):
-        return self.head().status
-
-    def is_stream(self):
-        return self.head().headers.get("content-type") == "text/event-stream"
-
-    def wait_end(self):
-        """Waits for the end; returns all messages."""
-        assert self.ended.wait(PATIENCE), "the stream did not end"
-        return self.messages()
-
-    def count(self, number):
-        """Waits for so many messages and returns them."""
-        return until(lambda: len(self.messages()) >= number and self.messages(), f"{number} messages")
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.http.socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(PATIENCE)
-        self.http.close()
-
-
-class Peer:
+class Client:
     """What the clients of all kinds have in common: they answer what the server asks, and keep what they were asked."""
 
+    HEADERS = ACCEPT
     RESULTS = {"sampling/createMessage": {"role": "assistant", "content": {"type": "text", "text": "hi"}, "model": "m"},
                "elicitation/create": {"action": "accept", "content": {"name": "Ada"}},
                "roots/list": {"roots": [{"uri": "file:///here"}]}}
 
     def __init__(self, proxy, headers=None, capabilities=ALL_CAPABILITIES):
-        self.proxy, self.headers, self.capabilities = proxy, {**ACCEPT, **(headers or {})}, capabilities
-        self.asked, self.path = [], "/mcp"
+        self.proxy, self.headers, self.capabilities = proxy, {**self.HEADERS, **(headers or {})}, capabilities
+        self.asked, self.endpoint = [], "/mcp"
         self._ids, self._open = iter(range(100, 1_000_000)), []
 
     def __enter__(self):
@@ -619,62 +574,62 @@ class Peer:
     def send(self, message, headers=None, method="POST", path=None):
         """Sends a message and returns what will come back for it."""
         http = HTTP(self.proxy)
-        http.send(encode_http(method, path or self.path, message, {**self.headers, **(headers or {})}))
-        self._open.append(Posted(http))
+        http.send(encode_http(method, path or self.endpoint, message, {**self.headers, **(headers or {})}))
+        self._open.append(Events(http))
         return self._open[-1]
 
-    def post(self, message, expect=200, headers=None, path=None):
-        """The same, when all of it has come."""
-        posted = self.send(message, headers, path=path)
-        posted.wait_end()
-        assert posted.status == expect, (posted.status, posted.messages())
-        return posted.response
+    def post(self, message, expect=200, headers=None):
+        """Sends a message and returns the response, when all of it has come."""
+        response = self.proxy.request("POST", self.endpoint, message, {**self.headers, **(headers or {})})
+        assert response.status == expect, (response.status, response.body)
+        return response
+
+    def deliver(self, message):
+        """Sends a request."""
+        return Call(self.send(message), message)
 
     def begin(self, method, params=None, token=None, meta=None):
-        """Starts a request; returns (what comes back, the id)."""
-        request_id, meta = next(self._ids), dict(meta or {})
-        if token is not None:
-            meta["progressToken"] = token
-        message = self.message(request_id, method, {**(params or {}), **({"_meta": meta} if meta else {})})
-        return self.deliver(message), request_id
+        """Starts a request."""
+        meta = {**(meta or {}), **({"progressToken": token} if token is not None else {})}
+        params = {**(params or {}), **({"_meta": meta} if meta else {})}
+        return self.deliver(self.message(next(self._ids), method, params))
 
     def message(self, request_id, method, params=None):
         return request(request_id, method, params)
 
-    def deliver(self, message):
-        return self.send(message)
-
     def start(self, name, token=None, **arguments):
+        """Starts a call of a tool."""
         return self.begin("tools/call", {"name": name, "arguments": arguments}, token)
 
     def call(self, method, params=None, token=None, meta=None):
         """The answer to a request; questions are answered on the way."""
-        return self.finish(*self.begin(method, params, token, meta))
+        return self.finish(self.begin(method, params, token, meta))
 
     def tool(self, name, **arguments):
-        return text_of(self.finish(*self.start(name, **arguments)))
+        """The text that a tool returns."""
+        return text_of(self.finish(self.start(name, **arguments)))
 
     def result_of(self, method, params):
         self.asked.append((method, {name: value for name, value in (params or {}).items() if name != "elicitationId"}))
         return self.RESULTS[method]
 
-    def finish(self, stream, request_id):
+    def finish(self, call):
         """Answers what the server asks until the answer is there."""
         done = set()
 
         def look():
-            for message in stream.messages():
+            for message in call.stream.messages(call.start):
                 if "id" in message and "method" in message and message["id"] not in done:
                     done.add(message["id"])
                     self.reply(message["id"], self.result_of(message["method"], message.get("params")))
-                elif message.get("id") == request_id and "method" not in message:
+                elif message.get("id") == call.id and "method" not in message:
                     return message
-        return until(look, f"the answer to {request_id}")
+        return until(look, f"the answer to {call.id}")
 
     def reply(self, question_id, result):
         self.post({"jsonrpc": "2.0", "id": question_id, "result": result}, 202)
 
-    # What the matrix needs to be said differently by each kind.
+    # What each kind says differently, as most of them do.
 
     def watch(self, uri):
         """A stream on which updates of a resource and changes of lists will come."""
@@ -682,29 +637,59 @@ class Peer:
         assert "result" in self.call("resources/subscribe", {"uri": uri})
         return stream
 
-    def cancel(self, stream, request_id):
-        self.post(notification("notifications/cancelled", {"requestId": request_id}), 202)
+    def cancel(self, call):
+        self.post(notification("notifications/cancelled", {"requestId": call.id}), 202)
 
     def log_at(self, wanted, name, **arguments):
         """The log messages that come with a call at this level."""
         assert self.call("logging/setLevel", {"level": wanted})["result"] == {}
-        return self.logs(*self.start(name, **arguments))
+        return self.logs(self.start(name, **arguments))
 
-    def logs(self, stream, request_id):
-        self.finish(stream, request_id)
-        return [message["params"]["data"] for message in stream.messages()
+    def logs(self, call):
+        self.finish(call)
+        return [message["params"]["data"] for message in call.stream.messages()
                 if message.get("method") == "notifications/message"]
 
 
-class StreamableClient(Peer):
+class SSEClient(Client):
+    """A client of HTTP+SSE. Everything comes on its one stream."""
+
+    HEADERS = {}
+
+    def __init__(self, proxy, query="", headers=None, capabilities=ALL_CAPABILITIES, handshake=True):
+        super().__init__(proxy, headers, capabilities)
+        self.stream = self.send(None, {"Accept": "text/event-stream"}, "GET", "/sse" + query)
+        if self.stream.status == 200:
+            self.endpoint = until(lambda: self.stream.events, "the endpoint event")[0]["data"]
+            if handshake:
+                self.result = self.call("initialize", initialize(capabilities=capabilities)["params"])["result"]
+                self.post(notification("notifications/initialized"))
+
+    def post(self, message, expect=202, headers=None):
+        return super().post(message, expect, headers)
+
+    def deliver(self, message):
+        call = Call(self.stream, message, len(self.stream.events))
+        self.post(message)
+        return call
+
+    def listen(self):
+        return self.stream
+
+    def leave(self):
+        """Ends the session."""
+        self.stream.close()
+
+
+class StreamableClient(Client):
     """A client of Streamable HTTP with a session."""
 
     def __init__(self, proxy, query="", headers=None, capabilities=ALL_CAPABILITIES, version="2025-06-18", path="/mcp"):
         super().__init__(proxy, headers, capabilities)
-        self.path = path
+        self.endpoint = path
         opened = self.send(initialize(version=version, capabilities=capabilities), path=path + query)
-        self.result = opened.answer(0)["result"]
-        self.session = opened.head().headers["mcp-session-id"]
+        self.result = opened.wait_end()[0]["result"]
+        self.session = opened.response.headers["mcp-session-id"]
         self.headers["Mcp-Session-Id"] = self.session
         self.post(notification("notifications/initialized"), 202)
         self.headers["MCP-Protocol-Version"] = self.result["protocolVersion"]
@@ -717,82 +702,55 @@ class StreamableClient(Peer):
     def listen(self, last_event_id=None):
         """The session's own stream, or the rest of another."""
         stream = self.send(None, {"Last-Event-ID": last_event_id} if last_event_id else None, "GET")
-        stream.head()
+        assert stream.status == 200
         return stream
 
     def delete(self):
         return self.proxy.request("DELETE", "/mcp", None, self.headers).status
 
-
-class SSEPeer(Peer):
-    """A client of HTTP+SSE."""
-
-    def __init__(self, proxy, headers=None, capabilities=ALL_CAPABILITIES):
-        super().__init__(proxy, headers, capabilities)
-        self.client = SSEClient(proxy, headers=headers, capabilities=capabilities)
-        self.path = self.client.endpoint
-
-    def __exit__(self, *_):
-        super().__exit__()
-        self.client.stream.close()
-
-    def deliver(self, message):
-        self.post(message, 202)
-        return self.client.stream
-
-    def listen(self):
-        return self.client.stream
-
-    def post(self, message, expect=200, headers=None, path=None):
-        return self.client.post(message, expect)
+    leave = delete
 
 
-class ModernClient(Peer):
+class ModernClient(Client):
     """A client of 2026-07-28."""
 
     def message(self, request_id, method, params=None):
         return modern_request(request_id, method, params, self.capabilities)[0]
 
     def deliver(self, message, headers=None):
-        return self.send(message, {**modern_headers(message), **(headers or {})})
+        return Call(self.send(message, {**modern_headers(message), **(headers or {})}), message)
 
-    def finish(self, stream, request_id):
+    def finish(self, call):
         """Comes again with answers for as long as the server wants input."""
         while True:
-            answer = stream.answer(request_id)
+            answer = call.answer()
             if answer.get("result", {}).get("resultType") != "input_required":
                 return answer
             result = answer["result"]
             responses = {key: self.result_of(asked["method"], asked.get("params"))
                          for key, asked in result["inputRequests"].items()}
-            stream, request_id = self.retry(stream.sent, result.get("requestState"), responses)
-
-    def send(self, message, headers=None, method="POST", path=None):
-        posted = super().send(message, headers, method, path)
-        posted.sent = message
-        return posted
+            call = self.retry(call.message, result.get("requestState"), responses)
 
     def retry(self, message, state, responses):
         """Sends a request again with answers."""
         params = {**message["params"], "inputResponses": responses, **({"requestState": state} if state else {})}
-        request_id = next(self._ids)
-        return self.deliver({**message, "id": request_id, "params": params}), request_id
+        return self.deliver({**message, "id": next(self._ids), "params": params})
 
     def listen(self, request_id=None, **wanted):
         """A subscription, acknowledged."""
         message = self.message(request_id or next(self._ids), "subscriptions/listen", {"notifications": wanted})
-        stream = self.deliver(message)
-        stream.wait(lambda message: message.get("method") == "notifications/subscriptions/acknowledged")
+        stream = self.deliver(message).stream
+        stream.wait_for("notifications/subscriptions/acknowledged")
         return stream
 
     def watch(self, uri):
         return self.listen(resourceSubscriptions=[uri], toolsListChanged=True)
 
-    def cancel(self, stream, request_id):
-        stream.close()
+    def cancel(self, call):
+        call.stream.close()
 
     def log_at(self, wanted, name, **arguments):
-        return self.logs(*self.begin("tools/call", {"name": name, "arguments": arguments}, meta={LEVEL: wanted}))
+        return self.logs(self.begin("tools/call", {"name": name, "arguments": arguments}, meta={LEVEL: wanted}))
 
 
 def meaning(answer):
@@ -860,8 +818,8 @@ def methods_of(client):
 
 def answer_question(client, method, result):
     """Answers a request of the server's."""
-    question = client.stream.wait(lambda message: message.get("method") == method and "id" in message, method)
-    client.post({"jsonrpc": "2.0", "id": question["id"], "result": result})
+    question = client.stream.wait_for(method)
+    client.reply(question["id"], result)
     return question
 
 
@@ -1276,7 +1234,7 @@ def server(request):
     return request.param
 
 
-PEERS = {"sse": SSEPeer, "streamable": StreamableClient, "modern": ModernClient}
+PEERS = {"sse": SSEClient, "streamable": StreamableClient, "modern": ModernClient}
 
 
 @pytest.fixture(scope="module", params=[f"{server}-{mode}" for server in SERVERS for mode in ("shared", "own")])
@@ -2363,9 +2321,9 @@ def test_era_matrix_lists_come_in_pages(peer):
 
 def test_era_matrix_progress_has_the_token_of_the_client(peer):
     for token in ("a", 7):
-        stream, request_id = peer.start("sleep", token=token, seconds=0.06, steps=3)
-        assert text_of(peer.finish(stream, request_id)) == "slept"
-        assert progress_of(stream)[-3:] == [(token, step) for step in range(3)]
+        call = peer.start("sleep", token=token, seconds=0.06, steps=3)
+        assert text_of(peer.finish(call)) == "slept"
+        assert progress_of(call.stream)[-3:] == [(token, step) for step in range(3)]
 
 
 def test_era_matrix_logs_are_those_that_were_asked_for(peer):
@@ -2375,10 +2333,10 @@ def test_era_matrix_logs_are_those_that_were_asked_for(peer):
 
 def test_era_matrix_cancellation_reaches_the_server(peer):
     mark = os.urandom(4).hex()
-    stream, request_id = peer.start("sleep", seconds=60, text=mark)
+    call = peer.start("sleep", seconds=60, text=mark)
     server_id = server_id_of(peer, mark)
     assert not is_cancelled(peer, server_id)
-    peer.cancel(stream, request_id)
+    peer.cancel(call)
     until(lambda: is_cancelled(peer, server_id), "the cancellation at the server")
 
 
@@ -2386,7 +2344,7 @@ def test_era_matrix_changes_are_told(peer):
     stream = peer.watch("test://a")
     for method, params in ((TOOLS_CHANGED, {}), (UPDATED, {"uri": "test://a"})):
         peer.tool("notify", method=method, params=params)
-        message = stream.wait(lambda message: message.get("method") == method, method)
+        message = stream.wait_for(method)
         assert {name: value for name, value in message.get("params", {}).items() if name != "_meta"} == params
 
 
@@ -2449,7 +2407,7 @@ def test_era_header_without_an_envelope_is_no_missing_session(modern):
 def test_era_client_need_not_name_itself(modern):
     message = modern.message(1, "tools/list")
     del message["params"]["_meta"][INFO]
-    assert "result" in modern.deliver(message).answer(1)
+    assert "result" in modern.deliver(message).answer()
 
 
 HEADERS = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "echo"}
@@ -2478,8 +2436,8 @@ def in_base64(text):
 @pytest.mark.parametrize("uri", ["test://a", "test://ä", "test:// ", "=?base64?literal?="])
 def test_era_name_may_be_in_base64(modern, uri):
     message = modern.message(1, "resources/read", {"uri": uri})
-    stream = modern.deliver(message, {"Mcp-Name": in_base64(uri)})
-    assert stream.answer(1)["result"]["contents"][0]["uri"] == uri
+    call = modern.deliver(message, {"Mcp-Name": in_base64(uri)})
+    assert call.answer()["result"]["contents"][0]["uri"] == uri
 
 
 MIRRORED = [
@@ -2505,19 +2463,18 @@ MIRRORED = [
 @pytest.mark.parametrize("arguments, headers, is_right", MIRRORED)
 def test_era_mirrored_arguments_are_checked(modern, arguments, headers, is_right):
     message = modern.message(1, "tools/call", {"name": "mirror", "arguments": arguments})
-    stream = modern.deliver(message, {f"Mcp-Param-{name}": value for name, value in headers.items()})
+    call = modern.deliver(message, {f"Mcp-Param-{name}": value for name, value in headers.items()})
     if is_right:
-        assert text_of(stream.answer(1)) == "mirrored"
+        assert text_of(call.answer()) == "mirrored"
     else:
-        stream.wait_end()
-        assert stream.response.error() == (400, -32020)
+        assert call.error() == (400, -32020)
 
 
 def test_era_mirrored_arguments_are_checked_before_tools_were_ever_listed(server):
     with running_proxy(server) as proxy, ModernClient(proxy) as client:
-        stream, request_id = client.start("mirror", region="eu")
-        assert stream.answer(request_id)["error"]["code"] == -32020
-        assert stream.status == 400
+        call = client.start("mirror", region="eu")
+        assert call.answer()["error"]["code"] == -32020
+        assert call.stream.status == 400
 
 
 def test_era_tools_are_asked_for_once_until_they_change():
@@ -2533,25 +2490,25 @@ def test_era_tools_are_asked_for_once_until_they_change():
 
 def test_era_header_that_no_tool_asks_for_is_ignored(modern):
     message = modern.message(1, "tools/call", {"name": "echo", "arguments": {"text": "x"}})
-    assert text_of(modern.deliver(message, {"Mcp-Param-Region": "eu"}).answer(1)) == "x"
+    assert text_of(modern.deliver(message, {"Mcp-Param-Region": "eu"}).answer()) == "x"
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", "2099-01-01"])
 def test_era_version_that_is_not_spoken_is_refused_with_those_that_are(modern, version):
     message = modern.message(1, "tools/list", {"_meta": {VERSION: version}})
-    stream = modern.deliver(message)
-    error = stream.answer(1)["error"]
-    assert (stream.status, error["code"]) == (400, -32022)
-    assert "2026-07-28" in error["data"]["supported"] and error["data"]["requested"] == version
+    call = modern.deliver(message)
+    assert call.error() == (400, -32022)
+    data = call.answer()["error"]["data"]
+    assert "2026-07-28" in data["supported"] and data["requested"] == version
 
 
 @pytest.mark.parametrize("method", ["initialize", "ping", "logging/setLevel", "resources/subscribe",
                                     "resources/unsubscribe", "no/such/method"])
 def test_era_method_that_is_none_of_the_revision_is_not_found(either, method):
     with ModernClient(either) as client:
-        stream, request_id = client.begin(method, {"uri": "test://a", "level": "info"})
-        assert stream.answer(request_id)["error"]["code"] == -32601
-        assert stream.status == 404
+        call = client.begin(method, {"uri": "test://a", "level": "info"})
+        assert call.answer()["error"]["code"] == -32601
+        assert call.stream.status == 404
 
 
 def test_era_notification_is_accepted_and_a_response_is_not(modern):
@@ -2562,9 +2519,9 @@ def test_era_notification_is_accepted_and_a_response_is_not(modern):
 
 def test_era_session_id_of_a_modern_request_is_ignored(modern):
     message = modern.message(1, "tools/list")
-    posted = modern.deliver(message, {"Mcp-Session-Id": "nonsense"})
-    assert "result" in posted.answer(1)
-    assert "mcp-session-id" not in posted.head().headers
+    call = modern.deliver(message, {"Mcp-Session-Id": "nonsense"})
+    assert "result" in call.answer()
+    assert "mcp-session-id" not in call.stream.response.headers
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
@@ -2637,7 +2594,7 @@ def test_era_envelope_of_a_modern_client_reaches_a_modern_server(modern_server):
 
 def test_era_log_messages_are_for_requests_with_a_level(modern):
     listener = modern.listen(toolsListChanged=True)
-    assert modern.logs(*modern.start("log", level="emergency", text="x")) == []
+    assert modern.logs(modern.start("log", level="emergency", text="x")) == []
     assert modern.log_at("debug", "log", level="debug", text="x") == ["x"]
     modern.tool("notify", method=TOOLS_CHANGED)
     assert [message["method"] for message in listener.count(2)] == [
@@ -2730,11 +2687,10 @@ def test_era_subscription_ends_gracefully_with_the_proxy(server, listen_id):
 def test_era_subscriptions_are_bounded(server):
     with running_proxy(server, MAX_SESSIONS=5) as proxy, ModernClient(proxy) as client:
         streams = [client.listen(toolsListChanged=True) for _ in range(5)]
-        refused, request_id = client.begin("subscriptions/listen", {"notifications": {}})
-        until(lambda: refused.messages() or refused.response, "an answer")
-        assert refused.status == 503 and "retry-after" in refused.response.headers
+        refused = client.begin("subscriptions/listen", {"notifications": {}})
+        assert refused.stream.status == 503 and "retry-after" in refused.stream.response.headers
         streams[0].close()
-        until(lambda: client.begin("subscriptions/listen", {"notifications": {}})[0].status == 200, "room for another")
+        until(lambda: client.begin("subscriptions/listen", {"notifications": {}}).stream.status == 200, "room for one")
 
 
 def test_era_thousand_subscriptions_are_told_and_taken_back():
@@ -2762,12 +2718,12 @@ def test_era_subscription_without_a_filter_is_refused(modern, wanted):
 
 def test_era_subscription_survives_the_server(server):
     with running_proxy(server) as proxy, ModernClient(proxy) as client:
-        stream, request_id = client.begin("subscriptions/listen", {"notifications": {"toolsListChanged": True}})
-        stream.count(1)
+        call = client.begin("subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+        call.stream.count(1)
         client.call("tools/call", {"name": "die"})
         # A legacy server is started again, and the lists may have changed; a modern one takes the subscription along.
-        second = stream.count(2)[1]
-        assert second["method"] == TOOLS_CHANGED if server is FAKE else second["id"] == request_id and second["error"]
+        second = call.stream.count(2)[1]
+        assert second["method"] == TOOLS_CHANGED if server is FAKE else second["id"] == call.id and second["error"]
 
 
 @pytest.mark.parametrize("uri, subscribed, expected", [
@@ -3150,7 +3106,7 @@ def test_access_a_preflight_needs_no_key(guarded):
 
 def test_access_a_stream_has_cors_headers_too(guarded):
     with SSEClient(guarded, headers={**WITH_KEY, "Origin": "https://page.example"}) as client:
-        assert client.response.headers["access-control-allow-origin"] == "https://page.example"
+        assert client.stream.response.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def test_access_a_shared_server_takes_no_variables(guarded):
@@ -3212,7 +3168,7 @@ def test_access_no_log_tells_the_value_of_a_variable(telltale, value, tool, argu
     query, before = f"?auth_key={KEY_SECRET}&TOKEN={urllib.parse.quote(value)}", len(telltale.log())
     with SSEClient(telltale, query, {"X-MCP-Env": f"OTHER={HEADER_SECRET}"}) as client:
         assert client.tool("say", text="the end is near") == "said"
-        answer = client.stream.answer(client.start(tool, arguments))
+        answer = client.start(tool, **arguments).answer()
     until(lambda: "the end is near" in telltale.log()[before:] and not servers_of(telltale), "the whole log")
     assert client.endpoint.partition("session_id=")[2].partition("&")[0] not in telltale.log()[before:]
     if tool == "die":
@@ -3645,18 +3601,18 @@ def test_process_takes_and_gives_20_mb(shared):
 ], ids=["head", "error", "tail", "id first", "id first, version last", "id last"])
 def test_process_fails_one_call_with_a_message_over_the_limit(small, line):
     with SSEClient(small) as client:
-        other = client.start("sleep", {"seconds": 0.3})
-        large = client.start("raw", {"line": line, "size": 2_000_000})
-        error = client.stream.answer(large)["error"]
+        other = client.start("sleep", seconds=0.3)
+        large = client.start("raw", line=line, size=2_000_000)
+        error = large.answer()["error"]
         assert error["code"] == -32000 and "MAX_MESSAGE_MB" in error["message"]
-        assert text_of(client.stream.answer(other)) == "slept"
+        assert text_of(other.answer()) == "slept"
 
 
 @MODES
 def test_process_what_a_server_left_behind_ends_with_it(shared):
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
         child = int(client.tool("leave"))
-        assert client.stream.answer(client.start("die", {"code": 5}))["error"]["data"]["exitCode"] == 5
+        assert client.start("die", code=5).answer()["error"]["data"]["exitCode"] == 5
         until(lambda: not is_alive(child), "the end of what it left behind", 5)
 
 
@@ -3664,8 +3620,8 @@ def test_process_what_a_server_left_behind_ends_with_it(shared):
 def test_process_a_server_that_forks_and_leaves_is_gone(shared):
     """Its child has its pipes and goes on; but it is not the server that was started."""
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
-        call = client.start("run", {"text": "os.fork() and os._exit(0); time.sleep(100)"})
-        assert client.stream.answer(call)["error"]["data"]["exitCode"] == 0
+        call = client.start("run", text="os.fork() and os._exit(0); time.sleep(100)")
+        assert call.answer()["error"]["data"]["exitCode"] == 0
         assert not shared or client.tool("echo", text="again") == "again"
 
 
@@ -3691,7 +3647,7 @@ def test_process_sigterm_at_any_moment_of_the_start():
 def test_process_nothing_survives_sigkill(shared):
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
         child = int(client.tool("leave"))
-        client.start("sleep", {"seconds": 60})
+        client.start("sleep", seconds=60)
         began = time.monotonic()
         assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL
         assert time.monotonic() - began < 2 and not is_alive(child)
@@ -3700,7 +3656,7 @@ def test_process_nothing_survives_sigkill(shared):
 def test_process_nothing_deaf_survives_sigkill():
     """A server that notices neither the end of its stdin nor SIGTERM, with a child that does not either."""
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
-        client.start("run", {"text": "os.fork(); lock.acquire(); os.close(1); os.dup2(2, 1); os.kill(os.getpid(), 19)"})
+        client.start("run", text="os.fork(); lock.acquire(); os.close(1); os.dup2(2, 1); os.kill(os.getpid(), 19)")
         until(lambda: sum(is_stopped(pid) for pid in proxy.children()) == 2)
         began = time.monotonic()
         assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL and time.monotonic() - began < 2
@@ -3775,7 +3731,7 @@ def test_connection_survives_what_a_server_writes(fake, line):
 def test_connection_answer_that_is_not_valid_fails_its_call(fake, rest):
     with SSEClient(fake) as client:
         code = 'write(\'{"jsonrpc":"2.0","id":%d,' + rest + '}\' % id)'
-        answer = client.stream.answer(client.start("run", {"text": code}))
+        answer = client.start("run", text=code).answer()
         assert answer["error"]["code"] == -32000
         assert client.tool("echo", text="hello") == "hello"
 
@@ -3840,13 +3796,13 @@ def answered(line):
 ])
 def test_connection_takes_what_sdks_take(fake, line):
     with SSEClient(fake) as client:
-        answer = client.stream.answer(client.start("run", {"text": answered(line)}))
+        answer = client.start("run", text=answered(line)).answer()
         assert answer["result"] == {"content": [{"text": "right"}]} and "error" not in answer
 
 
 def test_connection_takes_an_answer_with_nothing_in_it(fake):
     with SSEClient(fake) as client:
-        answer = client.stream.answer(client.start("run", {"text": answered('{"jsonrpc":"2.0","id":%(id)d}')}))
+        answer = client.start("run", text=answered('{"jsonrpc":"2.0","id":%(id)d}')).answer()
         assert answer["result"] == {}
 
 
@@ -3854,14 +3810,14 @@ def test_connection_takes_a_progress_token_that_became_a_string(fake):
     progress = '{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":"%(token)s","progress":1}}'
     with SSEClient(fake) as client:
         end = "; send(id=id, result={'content': [{'text': 'done'}]})"
-        client.stream.answer(client.start("run", {"text": answered(progress) + end}, token="mine"))
+        client.start("run", text=answered(progress) + end, token="mine").answer()
         assert progress_of(client.stream) == [("mine", 1)]
 
 
 def test_connection_answer_that_is_not_utf_8_fails_its_call_and_says_so(fake):
     with SSEClient(fake) as client:
         code = answered('{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"\udcff"}]}}')
-        answer = client.stream.answer(client.start("run", {"text": code}))
+        answer = client.start("run", text=code).answer()
         assert answer["error"]["code"] == -32000 and "not UTF-8" in answer["error"]["message"]
 
 
@@ -3923,10 +3879,10 @@ def test_connection_ignores_an_answer_with_an_unknown_id(fake, server_id):
 
 def test_connection_takes_the_first_of_two_answers(fake):
     with SSEClient(fake) as client:
-        request_id = client.start("twice")
-        assert text_of(client.stream.answer(request_id)) == "first"
+        call = client.start("twice")
+        assert text_of(call.answer()) == "first"
         assert client.tool("echo", text="hello") == "hello"
-        assert len([message for message in client.stream.messages() if message.get("id") == request_id]) == 1
+        assert len([message for message in client.stream.messages() if message.get("id") == call.id]) == 1
 
 
 @pytest.mark.parametrize("line", [
@@ -3944,9 +3900,9 @@ def test_connection_finds_the_id_wherever_it_is(fake, line):
 
 def test_connection_gives_answers_to_their_askers_in_any_order(fake):
     with SSEClient(fake) as client:
-        slow = client.start("sleep", {"seconds": 0.5})
+        slow = client.start("sleep", seconds=0.5)
         assert client.tool("echo", text="hello") == "hello"
-        assert text_of(client.stream.answer(slow)) == "slept"
+        assert text_of(slow.answer()) == "slept"
 
 
 def test_connection_answers_a_ping_of_the_server(fake):
@@ -4000,9 +3956,9 @@ def test_connection_era_can_be_set(tmp_path, era, first):
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
     with running_proxy(FAKE if era == "modern" else MODERN, SERVER_ERA=era) as proxy, ModernClient(proxy) as client:
-        stream, request_id = client.begin("tools/list")
-        assert stream.answer(request_id)["error"]["code"] == -32000
-        assert stream.status == 502
+        call = client.begin("tools/list")
+        assert call.answer()["error"]["code"] == -32000
+        assert call.stream.status == 502
 
 
 def test_connection_session_of_its_own_is_not_probed_with_another_era(tmp_path):
@@ -4020,7 +3976,7 @@ def test_connection_session_of_its_own_is_not_probed_with_another_era(tmp_path):
 @contextlib.contextmanager
 def two_clients(proxy, first=None, second=None):
     """Two clients of a proxy; `first` and `second` are their capabilities."""
-    with SSEClient(proxy, capabilities=first) as one, SSEClient(proxy, capabilities=second) as other:
+    with SSEClient(proxy, capabilities=first or {}) as one, SSEClient(proxy, capabilities=second or {}) as other:
         yield one, other
 
 
@@ -4032,7 +3988,7 @@ def test_session_shares_one_server_with_others():
 
 def test_session_is_initialized_from_what_the_server_said_once():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        assert one.initialized["result"] == other.initialized["result"]
+        assert one.result == other.result
         assert len(seen(one, "initialize")) == len(seen(one, "notifications/initialized")) == 1
 
 
@@ -4136,7 +4092,7 @@ def test_session_is_told_that_a_list_changed_whoever_caused_it(fake, what):
     with two_clients(fake) as (one, other):
         one.tool("notify", method=method)
         for client in one, other:
-            client.stream.wait(lambda message: message.get("method") == method)
+            client.stream.wait_for(method)
 
 
 @pytest.mark.parametrize("method", ["notifications/message", "notifications/custom"])
@@ -4144,7 +4100,7 @@ def test_session_alone_gets_what_its_call_caused(fake, method):
     with two_clients(fake) as (one, other):
         one.tool("notify", method=method, params={"level": "error", "data": 1.0})
         one.tool("notify", method="notifications/tools/list_changed")
-        other.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+        other.stream.wait_for("notifications/tools/list_changed")
         assert methods_of(one) == [method, "notifications/tools/list_changed"]
         assert methods_of(other) == ["notifications/tools/list_changed"]
 
@@ -4153,7 +4109,7 @@ def test_session_gets_what_no_call_caused(fake):
     with two_clients(fake) as (one, other):
         one.tool("later", method="notifications/custom", seconds=0.2)
         for client in one, other:
-            client.stream.wait(lambda message: message.get("method") == "notifications/custom")
+            client.stream.wait_for("notifications/custom")
 
 
 def test_session_gets_log_messages_that_its_level_admits():
@@ -4203,11 +4159,11 @@ CAPABLE = [
 @pytest.mark.parametrize("capabilities, method, params, is_asked", CAPABLE)
 def test_session_is_asked_by_the_server_what_it_can_answer(fake, capabilities, method, params, is_asked):
     with SSEClient(fake, capabilities=capabilities) as client:
-        call = client.start("ask", {"method": method, "params": params})
+        call = client.start("ask", method=method, params=params)
         if is_asked:
             question = answer_question(client, method, {"x": 1})
             assert question["params"] == params
-        answer = json.loads(text_of(client.stream.answer(call)))
+        answer = json.loads(text_of(call.answer()))
         assert answer["id"].startswith("ask-")
         assert answer.get("result") == {"x": 1} if is_asked else answer["error"]["code"] in (-32601, -32602), answer
         assert bool(methods_of(client)) == is_asked
@@ -4215,44 +4171,44 @@ def test_session_is_asked_by_the_server_what_it_can_answer(fake, capabilities, m
 
 def test_session_that_caused_a_question_is_asked(fake):
     with two_clients(fake, first={"sampling": {}}, second={"sampling": {}}) as (one, other):
-        other.start("sleep", {"seconds": 30})
-        call = one.start("ask", {"method": SAMPLE, "params": {}})
+        other.start("sleep", seconds=30)
+        call = one.start("ask", method=SAMPLE, params={})
         answer_question(one, SAMPLE, {"x": 1.0})
-        assert json.loads(text_of(one.stream.answer(call)))["result"] == {"x": 1.0}
+        assert json.loads(text_of(call.answer()))["result"] == {"x": 1.0}
         assert methods_of(other) == []
 
 
 def test_session_that_can_is_asked_in_the_place_of_one_that_cannot(fake):
     with two_clients(fake, first={"sampling": {}}) as (one, other):
-        one.start("sleep", {"seconds": 30})
+        one.start("sleep", seconds=30)
         see(other, lambda message: called(message) == "sleep", "the call")
-        call = other.start("ask", {"method": SAMPLE, "params": {}})
+        call = other.start("ask", method=SAMPLE, params={})
         answer_question(one, SAMPLE, {"x": 1})
-        assert json.loads(text_of(other.stream.answer(call)))["result"] == {"x": 1}
+        assert json.loads(text_of(call.answer()))["result"] == {"x": 1}
 
 
 def test_session_may_answer_with_an_error(fake):
     with SSEClient(fake, capabilities={"sampling": {}}) as client:
-        call = client.start("ask", {"method": SAMPLE, "params": {}})
-        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
+        call = client.start("ask", method=SAMPLE, params={})
+        question = client.stream.wait_for(SAMPLE)
         error = {"code": -1, "message": "no", "data": 1.0}
         client.post({"jsonrpc": "2.0", "id": question["id"], "error": error})
-        assert json.loads(text_of(client.stream.answer(call)))["error"] == error
+        assert json.loads(text_of(call.answer()))["error"] == error
 
 
 def test_session_is_told_that_a_question_was_taken_back():
     with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
-        client.start("ask", {"method": SAMPLE, "params": {}})
-        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
+        client.start("ask", method=SAMPLE, params={})
+        question = client.stream.wait_for(SAMPLE)
         client.tool("notify", method="notifications/cancelled", params={"requestId": "ask-0", "reason": "late"})
-        taken_back = client.stream.wait(lambda message: message.get("method") == "notifications/cancelled")
+        taken_back = client.stream.wait_for("notifications/cancelled")
         assert taken_back["params"] == {"requestId": question["id"], "reason": "late"}
 
 
 def test_session_that_ends_without_an_answer_leaves_an_error_for_the_server():
     with running_proxy(FAKE) as proxy, two_clients(proxy, first={"sampling": {}}) as (one, other):
-        one.start("ask", {"method": SAMPLE, "params": {}})
-        one.stream.wait(lambda message: message.get("method") == SAMPLE)
+        one.start("ask", method=SAMPLE, params={})
+        one.stream.wait_for(SAMPLE)
         one.stream.close()
         see(other, lambda message: message.get("id") == "ask-0" and "error" in message, "the error")
 
@@ -4261,25 +4217,25 @@ def test_session_that_ends_without_an_answer_leaves_an_error_for_the_server():
 
 def test_session_that_ends_cancels_its_calls_and_nobody_elses():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        one.start("sleep", {"seconds": 30, "text": "one"})
-        mine = other.start("sleep", {"seconds": 1, "text": "other"})
+        one.start("sleep", seconds=30, text="one")
+        mine = other.start("sleep", seconds=1, text="other")
         call = see(other, lambda message: called(message, "text") == "one", "the call")
         one.stream.close()
         see(other, lambda message: message.get("method") == "notifications/cancelled", "the cancellation")
         (cancelled,) = seen(other, "notifications/cancelled")
         assert cancelled["params"]["requestId"] == call["id"]
-        assert text_of(other.stream.answer(mine)) == "slept"
+        assert text_of(mine.answer()) == "slept"
 
 
 # A server that dies.
 
 def test_session_calls_fail_at_once_when_the_server_dies_and_the_next_one_works():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        calls = [(client, client.start("silent")) for client in [one, other] * 4] + [(one, one.start("silent"))]
-        calls.append((other, other.start("die", {"text": "out of luck", "code": 3})))
+        calls = [client.start("silent") for client in [one, other] * 4 + [one]]
+        calls.append(other.start("die", text="out of luck", code=3))
         began = time.monotonic()
-        for client, request_id in calls:
-            code, data = failure_of(client.stream.answer(request_id))
+        for call in calls:
+            code, data = failure_of(call.answer())
             assert code == -32000 and data["exitCode"] == 3 and data["stderr"][-1] == "out of luck"
         assert time.monotonic() - began < 2
         assert one.tool("echo", text="eleventh") == "eleventh"
@@ -4291,7 +4247,7 @@ def test_session_gets_everything_back_when_the_server_is_restarted():
         other.call("resources/subscribe", {"uri": "test://b"})
         other.call("logging/setLevel", {"level": "notice"})
         pid = one.tool("pid")
-        one.stream.answer(one.start("die"))
+        one.start("die").answer()
         assert one.tool("pid") != pid
         restored = [message["params"] for message in seen(one)
                     if message["method"] in ("resources/subscribe", "logging/setLevel")]
@@ -4304,16 +4260,16 @@ def test_session_gets_everything_back_when_the_server_is_restarted():
 def test_session_that_is_idle_is_told_of_a_restart():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
         os.kill(int(one.tool("pid")), signal.SIGKILL)
-        other.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+        other.stream.wait_for("notifications/tools/list_changed")
         assert other.tool("echo", text="hello") == "hello"
 
 
 def test_session_that_answers_a_server_that_died_disturbs_nobody():
     with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
-        client.start("ask", {"method": SAMPLE, "params": {}})
-        question = client.stream.wait(lambda message: message.get("method") == SAMPLE)
-        client.stream.answer(client.start("die"))
-        client.post({"jsonrpc": "2.0", "id": question["id"], "result": {}})
+        client.start("ask", method=SAMPLE, params={})
+        question = client.stream.wait_for(SAMPLE)
+        client.start("die").answer()
+        client.reply(question["id"], {})
         assert client.tool("echo", text="hello") == "hello"
         assert not [message for message in seen(client) if "method" not in message]
 
@@ -4409,7 +4365,7 @@ def test_session_has_a_process_of_its_own_in_independent_mode():
 
 def test_session_in_independent_mode_ends_with_its_server():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy, two_clients(proxy) as (one, other):
-        code, data = failure_of(one.stream.answer(one.start("die", {"text": "out of luck", "code": 5})))
+        code, data = failure_of(one.start("die", text="out of luck", code=5).answer())
         assert code == -32000 and data["exitCode"] == 5 and data["stderr"] == ["out of luck"]
         assert one.stream.ended.wait(PATIENCE)
         assert one.post(request(1, "ping"), expect=404).error() == (404, -32600)
@@ -4450,10 +4406,8 @@ def test_session_sets_variables_of_its_server(independent, query, headers, value
     ("", {"X-MCP-Env": "PYTHONPATH=x"}), ("?UV_INDEX=x", {}), ("?A=1&A=2", {}), ("?A-B=1", {}),
     ("", {"X-MCP-Env": "nothing"}), ("?MCPPROXY_TAG=x", {})])
 def test_session_may_not_set_every_variable(independent, query, headers):
-    with closing_all() as opened:
-        client = SSEClient(independent, query, headers)
-        opened.append(client.stream.http)
-        assert client.response.error() == (400, -32602)
+    with SSEClient(independent, query, headers) as client:
+        assert client.stream.response.error() == (400, -32602)
 
 
 def test_session_may_set_what_is_allowed_by_name():
@@ -4504,7 +4458,7 @@ def test_session_serves_each_revision(version, shared):
         assert client.tool("echo", text="hello") == "hello"
         stream = client.listen()
         client.tool("notify", method=TOOLS_CHANGED)
-        stream.wait(lambda message: message["method"] == TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
         assert client.delete() == 204
         stream.wait_end()
         client.post(request(1, "tools/list"), 404)
@@ -4537,7 +4491,7 @@ def test_session_that_is_shared_shares_the_process_and_has_no_variables(fake):
     with StreamableClient(fake) as one, StreamableClient(fake) as two:
         assert one.tool("pid") == two.tool("pid")
         refused = one.send(initialize(), {"Mcp-Session-Id": None}, path="/mcp?COLOUR=red")
-        assert refused.head().error() == (400, -32602)
+        assert refused.response.error() == (400, -32602)
         assert "mcp-session-id" not in refused.response.headers
 
 
@@ -4545,11 +4499,11 @@ def test_session_without_use_ends():
     with running_proxy(FAKE, SESSION_IDLE=1, SHARED_SESSION="false") as proxy, StreamableClient(proxy) as idle:
         with StreamableClient(proxy) as listening, StreamableClient(proxy) as calling:
             listening.listen()
-            call, request_id = calling.start("sleep", seconds=3)
+            call = calling.start("sleep", seconds=3)
             pid = int(idle.tool("pid"))
             until(lambda: not is_alive(pid), "the end of the idle session's process")
             idle.post(request(1, "tools/list"), 404)
-            assert text_of(call.answer(request_id)) == "slept"
+            assert text_of(call.answer()) == "slept"
             assert listening.tool("echo", text="x") == "x"
 
 
@@ -4569,7 +4523,7 @@ def test_session_stays_when_the_shared_server_ends():
         pid = client.tool("pid")
         assert client.call("tools/call", {"name": "die"})["error"]["code"] == -32000
         assert client.tool("pid") != pid
-        stream.wait(lambda message: message["method"] == TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
 
 
 def test_session_is_not_opened_when_the_server_refuses():
@@ -4585,8 +4539,8 @@ def test_session_is_not_opened_when_the_server_refuses():
 def test_session_that_is_missing_or_unknown_is_told(fake, method, body, session, status):
     with StreamableClient(fake) as client, SSEClient(fake) as sse:
         client.delete()
-        session = {"ended": client.session, "of SSE": sse.response.headers["mcp-session-id"]}.get(session, session)
-        response = fake.request(method, "/mcp", body, {**ACCEPT, "Mcp-Session-Id": session})
+        ids = {"ended": client.session, "of SSE": sse.stream.response.headers["mcp-session-id"]}
+        response = fake.request(method, "/mcp", body, {**ACCEPT, "Mcp-Session-Id": ids.get(session, session)})
         assert response.error() == (status, -32600)
 
 
@@ -4633,10 +4587,10 @@ def test_session_is_deleted_once(fake):
 def test_session_that_is_deleted_cancels_its_calls(fake):
     with StreamableClient(fake) as client, StreamableClient(fake) as witness:
         mark = os.urandom(4).hex()
-        call, _ = client.start("sleep", seconds=60, text=mark)
+        call = client.start("sleep", seconds=60, text=mark)
         server_id = server_id_of(witness, mark)
         client.delete()
-        assert call.wait_end() == []
+        assert call.stream.wait_end() == []
         until(lambda: is_cancelled(witness, server_id), "the cancellation")
 
 
@@ -4661,9 +4615,9 @@ def crowd(server):
 
 def test_session_sees_only_its_own_progress_among_clients_of_both_eras(crowd):
     calls = [(peer, peer.start("sleep", token="same", seconds=0.2, steps=4)) for peer in crowd]
-    for peer, (stream, request_id) in calls:
-        assert text_of(peer.finish(stream, request_id)) == "slept"
-        assert progress_of(stream) == [("same", step) for step in range(4)]
+    for peer, call in calls:
+        assert text_of(peer.finish(call)) == "slept"
+        assert progress_of(call.stream) == [("same", step) for step in range(4)]
 
 
 def test_session_is_asked_only_what_its_own_call_caused(crowd):
@@ -4680,13 +4634,13 @@ def test_session_questions_of_a_modern_server_are_told_apart(modern_server):
         calls = [(peer, peer.start("inquire", rounds=[[["roots/list", {"number": number}]]] * 3))
                  for number, peer in enumerate(peers)]
         for number, (peer, call) in enumerate(calls):
-            assert json.loads(text_of(peer.finish(*call))) == [peer.RESULTS["roots/list"]] * 3
+            assert json.loads(text_of(peer.finish(call))) == [peer.RESULTS["roots/list"]] * 3
             assert peer.asked == [("roots/list", {"number": number})] * 3
 
 
 def test_session_gets_updates_of_what_it_subscribed_to_alone(server):
     with (running_proxy(server) as proxy, StreamableClient(proxy) as one, StreamableClient(proxy) as two,
-          SSEPeer(proxy) as three):
+          SSEClient(proxy) as three):
         streams = [peer.listen() for peer in (one, two, three)]
         one.call("resources/subscribe", {"uri": "test://a"})
         three.call("resources/subscribe", {"uri": "test://b"})
@@ -4695,7 +4649,7 @@ def test_session_gets_updates_of_what_it_subscribed_to_alone(server):
         one.tool("notify", method=PROMPTS_CHANGED)
         found = []
         for stream in streams:
-            stream.wait(lambda message: message.get("method") == PROMPTS_CHANGED)
+            stream.wait_for(PROMPTS_CHANGED)
             found.append([message["params"]["uri"] for message in stream.messages()
                           if message.get("method") == UPDATED])
         assert found == [["test://a"], [], ["test://b"]]
@@ -4734,7 +4688,7 @@ def test_session_message_is_sent_on_one_stream(fake):
         general = client.listen()
         calls = [client.start("sleep", token=number, seconds=0.3, steps=3) for number in range(5)]
         client.tool("notify", method=TOOLS_CHANGED)
-        messages = sum((stream.wait_end() for stream, _ in calls), [])
+        messages = sum((call.stream.wait_end() for call in calls), [])
         assert len(messages) == 5 * 4
         assert [message["method"] for message in general.messages()] == [TOOLS_CHANGED]
 
@@ -4742,14 +4696,14 @@ def test_session_message_is_sent_on_one_stream(fake):
 def test_session_may_have_many_streams_at_once(fake):
     with StreamableClient(fake) as client:
         calls = [client.start("sleep", token=number, seconds=0.2, steps=2) for number in range(60)]
-        for number, (stream, request_id) in enumerate(calls):
-            assert text_of(stream.answer(request_id)) == "slept"
-            assert {message["params"]["progressToken"] for message in stream.messages()[:-1]} == {number}
+        for number, call in enumerate(calls):
+            assert text_of(call.answer()) == "slept"
+            assert {message["params"]["progressToken"] for message in call.stream.messages()[:-1]} == {number}
 
 
 def test_session_events_have_ids_that_name_their_stream(fake):
     with StreamableClient(fake) as client:
-        streams = [client.start("sleep", token=1, seconds=0.1, steps=3)[0] for _ in range(3)] + [client.listen()]
+        streams = [client.start("sleep", token=1, seconds=0.1, steps=3).stream for _ in range(3)] + [client.listen()]
         client.tool("notify", method=TOOLS_CHANGED)
         streams[3].count(1)
         for stream in streams[:3]:
@@ -4762,7 +4716,7 @@ def test_session_events_have_ids_that_name_their_stream(fake):
 @pytest.mark.parametrize("version", REVISIONS)
 def test_session_streams_are_primed_for_the_revision_that_knows_it(fake, version):
     with StreamableClient(fake, version=version) as client:
-        for stream in (client.listen(), client.start("sleep", token=1, seconds=0.1, steps=1)[0]):
+        for stream in (client.listen(), client.start("sleep", token=1, seconds=0.1, steps=1).stream):
             client.tool("notify", method=TOOLS_CHANGED)
             stream.count(1)
             first = stream.events[0]
@@ -4780,12 +4734,12 @@ def cut(stream, events):
 @pytest.mark.parametrize("version", REVISIONS)
 def test_session_answer_can_be_fetched_after_the_connection_broke(fake, version):
     with StreamableClient(fake, version=version) as client:
-        stream, request_id = client.start("sleep", token=1, seconds=0.5, steps=5)
-        last = cut(stream, 2)
+        call = client.start("sleep", token=1, seconds=0.5, steps=5)
+        last = cut(call.stream, 2)
         rest = client.listen(last)
         messages = rest.wait_end()
-        assert text_of(messages[-1]) == "slept" and messages[-1]["id"] == request_id
-        received = stream.messages()[:2 if version != "2025-11-25" else 1]
+        assert text_of(messages[-1]) == "slept" and messages[-1]["id"] == call.id
+        received = call.stream.messages()[:2 if version != "2025-11-25" else 1]
         steps = [message["params"]["progress"] for message in received + messages[:-1]]
         assert steps == list(range(5))
 
@@ -4793,25 +4747,25 @@ def test_session_answer_can_be_fetched_after_the_connection_broke(fake, version)
 def test_session_answer_that_came_in_the_meantime_can_be_fetched_more_than_once(fake):
     with StreamableClient(fake) as client:
         mark = os.urandom(4).hex()
-        stream, request_id = client.start("sleep", token=1, seconds=0.2, steps=2, text=mark)
-        last = cut(stream, 1)
+        call = client.start("sleep", token=1, seconds=0.2, steps=2, text=mark)
+        last = cut(call.stream, 1)
         client.tool("sleep", seconds=0.5)                       # longer than the other call takes
         assert not is_cancelled(client, server_id_of(client, mark))
         first, second = (client.listen(last).wait_end() for _ in range(2))
-        assert first == second and text_of(first[-1]) == "slept" and first[-1]["id"] == request_id
+        assert first == second and text_of(first[-1]) == "slept" and first[-1]["id"] == call.id
 
 
 def test_session_call_that_said_nothing_yet_goes_on_when_its_connection_breaks(fake):
     with StreamableClient(fake, version="2025-11-25") as client:
-        stream, request_id = client.start("sleep", seconds=3)
-        last = cut(stream, 1)                          # the priming event, when it became a stream
+        call = client.start("sleep", seconds=3)
+        last = cut(call.stream, 1)                          # the priming event, when it became a stream
         assert text_of(client.listen(last).wait_end()[-1]) == "slept"
 
 
 def test_session_replay_is_of_one_stream_alone(fake):
     with StreamableClient(fake) as client:
-        one = client.start("sleep", token="one", seconds=0.2, steps=2)[0]
-        two = client.start("sleep", token="two", seconds=0.2, steps=2)[0]
+        one = client.start("sleep", token="one", seconds=0.2, steps=2).stream
+        two = client.start("sleep", token="two", seconds=0.2, steps=2).stream
         client.tool("notify", method=TOOLS_CHANGED)
         for stream in (one, two):
             stream.wait_end()
@@ -4833,7 +4787,7 @@ def test_session_general_stream_is_replayed_from_the_event(fake):
 
 def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
     with StreamableClient(fake) as client, StreamableClient(fake) as other:
-        foreign = [other.start("sleep", token=1, seconds=0.1, steps=3)[0] for _ in range(3)][2]
+        foreign = [other.start("sleep", token=1, seconds=0.1, steps=3).stream for _ in range(3)][2]
         foreign.wait_end()
         for event_id in (foreign.events[-1]["id"], "nonsense", "0-999", "-1", "0", "0--1", "99-1", "0-٣"):
             headers = {**client.headers, "Last-Event-ID": event_id.encode().decode("latin-1")}
@@ -4857,8 +4811,8 @@ def test_exchange_brings_the_id_back_as_it_was_written(fake, raw_id):
 def test_exchange_tells_equal_ids_of_two_clients_apart(fake):
     with two_clients(fake) as (one, other):
         for client, text in (one, "one"), (other, "other"):
-            client.start("raw", {"line": "", "text": text}, request_id=7)
-            client.start("echo", {"text": text}, request_id="7")
+            client.deliver(tool_call(7, "raw", {"line": "", "text": text}))
+            client.deliver(tool_call("7", "echo", {"text": text}))
         for client, text in (one, "one"), (other, "other"):
             assert text_of(client.stream.answer("7")) == text
             assert text_of(client.stream.answer(7)) == "written"
@@ -4868,7 +4822,7 @@ def test_exchange_tells_equal_ids_of_two_clients_apart(fake):
 def test_exchange_tells_equal_progress_tokens_of_two_clients_apart(fake, token):
     with two_clients(fake) as (one, other):
         for client, steps in (one, 2), (other, 3):
-            client.start("sleep", {"seconds": 0.2, "steps": steps}, request_id=7, token=token)
+            client.deliver(tool_call(7, "sleep", {"seconds": 0.2, "steps": steps}, token=token))
         for client, steps in (one, 2), (other, 3):
             client.stream.answer(7)
             progress = [message["params"] for message in client.stream.messages() if "method" in message]
@@ -4883,8 +4837,8 @@ def test_exchange_without_a_token_gets_no_progress(fake):
 
 def test_exchange_that_is_cancelled_is_cancelled_at_the_server_alone():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        one.start("sleep", {"seconds": 30, "text": "one"}, request_id=7)
-        other.start("sleep", {"seconds": 1, "text": "other"}, request_id=7)
+        one.deliver(tool_call(7, "sleep", {"seconds": 30, "text": "one"}))
+        other.deliver(tool_call(7, "sleep", {"seconds": 1, "text": "other"}))
         call = see(one, lambda message: called(message, "text") == "one", "the call")
         one.post(notification("notifications/cancelled", {"requestId": 7, "reason": "enough"}))
         see(one, lambda message: message.get("method") == "notifications/cancelled", "the cancellation")
@@ -4896,9 +4850,9 @@ def test_exchange_that_is_cancelled_is_cancelled_at_the_server_alone():
 
 def test_exchange_may_have_the_id_of_one_that_was_cancelled(fake):
     with SSEClient(fake) as client:
-        client.start("silent", request_id=7)
+        client.deliver(tool_call(7, "silent"))
         client.post(notification("notifications/cancelled", {"requestId": 7}))
-        client.start("echo", {"text": "hello"}, request_id=7)
+        client.deliver(tool_call(7, "echo", {"text": "hello"}))
         assert text_of(client.stream.answer(7)) == "hello"
 
 
@@ -4961,28 +4915,24 @@ def test_exchange_is_in_the_log_and_its_bodies_at_debug_only(level):
 
 def park(client, rounds=((FORM,),), **arguments):
     """Starts a call that asks; returns (the request, the requestState, the keys)."""
-    stream, request_id = client.start("inquire", rounds=rounds, **arguments)
-    result = stream.answer(request_id)["result"]
+    call = client.start("inquire", rounds=rounds, **arguments)
+    result = call.answer()["result"]
     assert result["resultType"] == "input_required"
-    return stream.sent, result["requestState"], sorted(result["inputRequests"])
+    return call.message, result["requestState"], sorted(result["inputRequests"])
 
 
-ACCEPTED = Peer.RESULTS["elicitation/create"]
-
-
-def error_of(stream, request_id):
-    return stream.status, stream.answer(request_id)["error"]["code"]
+ACCEPTED = Client.RESULTS["elicitation/create"]
 
 
 def test_exchange_that_is_parked_asks_as_the_specification_says(modern):
-    stream, request_id = modern.start("inquire", rounds=[[URL]])
-    result = stream.answer(request_id)["result"]
+    call = modern.start("inquire", rounds=[[URL]])
+    result = call.answer()["result"]
     (key, asked), = result["inputRequests"].items()
     assert asked == {"method": "elicitation/create", "params": {name: value for name, value in URL[1].items()
                                                                 if name != "elicitationId"}}
     assert not {"ttlMs", "cacheScope"} & set(result)
-    assert not stream.is_stream()
-    answer = modern.finish(*modern.retry(stream.sent, result["requestState"], {key: ACCEPTED}))
+    assert not call.stream.is_stream()
+    answer = modern.finish(modern.retry(call.message, result["requestState"], {key: ACCEPTED}))
     assert json.loads(text_of(answer)) == [ACCEPTED]
 
 
@@ -4990,26 +4940,26 @@ def test_exchange_that_is_parked_asks_as_the_specification_says(modern):
 def test_exchange_state_that_is_forged_is_refused(modern, state):
     message, _, (key,) = park(modern)
     params = {**message["params"], "inputResponses": {key: ACCEPTED}, "requestState": state}
-    assert error_of(modern.deliver({**message, "id": 1, "params": params}), 1) == (400, -32602)
+    assert modern.deliver({**message, "id": 1, "params": params}).error() == (400, -32602)
 
 
 def test_exchange_state_with_a_changed_character_is_refused(modern):
     message, state, (key,) = park(modern)
     for changed in (state[:-1] + ("0" if state[-1] != "0" else "1"), state.upper() + "x", state[1:], state + "0"):
-        assert error_of(*modern.retry(message, changed, {key: ACCEPTED})) == (400, -32602)
-    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+        assert modern.retry(message, changed, {key: ACCEPTED}).error() == (400, -32602)
+    assert text_of(modern.finish(modern.retry(message, state, {key: ACCEPTED})))
 
 
 def test_exchange_state_is_good_for_one_use(modern):
     message, state, (key,) = park(modern)
-    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
-    assert error_of(*modern.retry(message, state, {key: ACCEPTED})) == (400, -32602)
+    assert text_of(modern.finish(modern.retry(message, state, {key: ACCEPTED})))
+    assert modern.retry(message, state, {key: ACCEPTED}).error() == (400, -32602)
 
 
 def test_exchange_state_used_twice_at_once_goes_on_once(modern):
     message, state, (key,) = park(modern)
     tries = [modern.retry(message, state, {key: ACCEPTED}) for _ in range(5)]
-    assert sorted("result" in stream.answer(request_id) for stream, request_id in tries) == [False] * 4 + [True]
+    assert sorted("result" in call.answer() for call in tries) == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("method, change", [
@@ -5020,49 +4970,49 @@ def test_exchange_state_used_twice_at_once_goes_on_once(modern):
 def test_exchange_state_of_another_call_is_refused(modern, method, change):
     message, state, (key,) = park(modern)
     params = {**message["params"], **change}
-    stream, request_id = modern.retry({**message, "method": method, "params": params}, state, {key: ACCEPTED})
-    assert error_of(stream, request_id) == (400, -32602)
-    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+    call = modern.retry({**message, "method": method, "params": params}, state, {key: ACCEPTED})
+    assert call.error() == (400, -32602)
+    assert text_of(modern.finish(modern.retry(message, state, {key: ACCEPTED})))
 
 
 def test_exchange_state_of_other_variables_is_refused():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
         with ModernClient(proxy, {"X-MCP-Env": "A=1"}) as one, ModernClient(proxy, {"X-MCP-Env": "A=2"}) as two:
             message, state, (key,) = park(one)
-            assert error_of(*two.retry(message, state, {key: ACCEPTED})) == (400, -32602)
-            assert text_of(one.finish(*one.retry(message, state, {key: ACCEPTED})))
+            assert two.retry(message, state, {key: ACCEPTED}).error() == (400, -32602)
+            assert text_of(one.finish(one.retry(message, state, {key: ACCEPTED})))
 
 
 def test_exchange_state_may_come_back_over_another_connection_with_another_id_type(modern):
     message, state, (key,) = park(modern)
     params = {**message["params"], "inputResponses": {key: ACCEPTED}, "requestState": state}
-    answer = modern.deliver({**message, "id": "other", "params": params}).answer("other")
+    answer = modern.deliver({**message, "id": "other", "params": params}).answer()
     assert json.loads(text_of(answer)) == [ACCEPTED]
 
 
 def test_exchange_missing_answers_are_asked_again(modern):
     message, state, keys = park(modern, [[FORM, SAMPLING]])
-    stream, request_id = modern.retry(message, state, {keys[0]: ACCEPTED})
-    again = stream.answer(request_id)["result"]
+    call = modern.retry(message, state, {keys[0]: ACCEPTED})
+    again = call.answer()["result"]
     assert [*again["inputRequests"]] == [keys[1]]
     assert again["requestState"] != state
-    stream, request_id = modern.retry(message, again["requestState"], {})
-    again = stream.answer(request_id)["result"]
+    call = modern.retry(message, again["requestState"], {})
+    again = call.answer()["result"]
     assert [*again["inputRequests"]] == [keys[1]]
-    assert text_of(modern.finish(*modern.retry(message, again["requestState"], {keys[1]: {"answer": 2}})))
+    assert text_of(modern.finish(modern.retry(message, again["requestState"], {keys[1]: {"answer": 2}})))
 
 
 def test_exchange_answers_to_questions_nobody_asked_are_ignored(modern):
     message, state, (key,) = park(modern)
     answers = {"nobody": {"x": 1}, key: ACCEPTED, "q0": ACCEPTED}
-    assert json.loads(text_of(modern.finish(*modern.retry(message, state, answers)))) == [ACCEPTED]
+    assert json.loads(text_of(modern.finish(modern.retry(message, state, answers)))) == [ACCEPTED]
 
 
 @pytest.mark.parametrize("answer", [None, "yes", [], 1, True])
 def test_exchange_answer_that_is_none_is_refused_and_can_be_given_again(modern, answer):
     message, state, (key,) = park(modern)
-    assert error_of(*modern.retry(message, state, {key: answer})) == (400, -32602)
-    assert text_of(modern.finish(*modern.retry(message, state, {key: ACCEPTED})))
+    assert modern.retry(message, state, {key: answer}).error() == (400, -32602)
+    assert text_of(modern.finish(modern.retry(message, state, {key: ACCEPTED})))
 
 
 def test_exchange_answers_are_handed_over_as_they_were_written(modern):
@@ -5073,8 +5023,8 @@ def test_exchange_answers_are_handed_over_as_they_were_written(modern):
 
 
 def test_exchange_second_question_may_come_while_the_first_is_with_the_client(modern):
-    stream, request_id = modern.start("staggered", method="roots/list", seconds=0.3)
-    answers = json.loads(text_of(modern.finish(stream, request_id)))
+    call = modern.start("staggered", method="roots/list", seconds=0.3)
+    answers = json.loads(text_of(modern.finish(call)))
     assert answers == [modern.RESULTS["roots/list"]] * 2
     assert modern.asked == [("roots/list", {"which": 1}), ("roots/list", {"which": 2})]
 
@@ -5085,13 +5035,13 @@ def test_exchange_that_never_comes_back_is_cancelled_at_the_server():
         message, state, (key,) = park(client, line=mark)
         server_id = server_id_of(client, mark)
         until(lambda: is_cancelled(client, server_id), "the cancellation")
-        assert error_of(*client.retry(message, state, {key: ACCEPTED})) == (400, -32602)
+        assert client.retry(message, state, {key: ACCEPTED}).error() == (400, -32602)
 
 
 def test_exchange_of_a_legacy_client_that_never_answers_times_out(server):
     with running_proxy(server, REQUEST_TIMEOUT=0.5) as proxy, StreamableClient(proxy) as client:
-        stream, request_id = client.start("inquire", rounds=[[FORM]])
-        assert stream.answer(request_id)["error"]["code"] == -32000
+        call = client.start("inquire", rounds=[[FORM]])
+        assert call.answer()["error"]["code"] == -32000
         assert client.tool("echo", text="x") == "x"
 
 
@@ -5100,8 +5050,8 @@ def test_exchange_without_progress_times_out_and_with_progress_does_not(server, 
     with running_proxy(server, REQUEST_TIMEOUT=0.7) as proxy, PEERS[kind](proxy) as client:
         slow = client.start("sleep", token=1, seconds=1.3, steps=10)
         stuck = client.start("silent")
-        assert stuck[0].answer(stuck[1])["error"]["code"] == -32000
-        assert text_of(slow[0].answer(slow[1])) == "slept"
+        assert stuck.answer()["error"]["code"] == -32000
+        assert text_of(slow.answer()) == "slept"
         (call,) = [message for message in seen(client, "tools/call") if called(message) == "silent"]
         until(lambda: is_cancelled(client, call["id"]), "the cancellation")
 
@@ -5109,18 +5059,18 @@ def test_exchange_without_progress_times_out_and_with_progress_does_not(server, 
 def test_exchange_that_is_parked_fails_when_its_server_dies(modern):
     message, state, (key,) = park(modern)
     modern.call("tools/call", {"name": "die"})
-    stream, request_id = modern.retry(message, state, {key: ACCEPTED})
-    assert stream.answer(request_id)["error"]["code"] == -32000
+    call = modern.retry(message, state, {key: ACCEPTED})
+    assert call.answer()["error"]["code"] == -32000
     assert modern.tool("echo", text="x") == "x"
 
 
 def test_exchange_of_a_legacy_client_fails_when_its_server_dies_while_a_question_is_open(server):
     with running_proxy(server) as proxy, StreamableClient(proxy) as client:
-        stream, request_id = client.start("inquire", rounds=[[FORM]])
-        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+        call = client.start("inquire", rounds=[[FORM]])
+        question = call.stream.wait_for("elicitation/create")
         client.call("tools/call", {"name": "die"})
         client.reply(question["id"], ACCEPTED)
-        assert stream.answer(request_id)["error"]["code"] == -32000
+        assert call.answer()["error"]["code"] == -32000
         assert client.tool("echo", text="x") == "x"
 
 
@@ -5144,9 +5094,9 @@ def each_mode(request):
 def test_exchange_that_needs_more_than_a_modern_client_can_is_refused(each_mode, question, capabilities, missing):
     with ModernClient(each_mode, capabilities=capabilities) as client:
         mark = os.urandom(4).hex()
-        stream, request_id = client.start("inquire", rounds=[[question]], line=mark)
-        assert error_of(stream, request_id) == (400, -32021)
-        assert stream.answer(request_id)["error"]["data"]["requiredCapabilities"] == missing
+        call = client.start("inquire", rounds=[[question]], line=mark)
+        assert call.error() == (400, -32021)
+        assert call.answer()["error"]["data"]["requiredCapabilities"] == missing
         assert is_cancelled(client, server_id_of(client, mark))
 
 
@@ -5162,13 +5112,13 @@ def test_exchange_of_a_legacy_client_is_never_asked_what_it_cannot(either, quest
 def test_exchange_question_goes_to_the_newest_call_of_a_client_that_can(fake):
     with ModernClient(fake, capabilities={}) as cannot, StreamableClient(fake) as can:
         mark = os.urandom(4).hex()
-        waiting, waiting_id = can.start("sleep", seconds=1, text=mark)
+        waiting = can.start("sleep", seconds=1, text=mark)
         server_id_of(cannot, mark)
-        asking, asking_id = cannot.start("inquire", rounds=[[FORM]])
-        question = waiting.wait(lambda message: message.get("method") == "elicitation/create")
+        asking = cannot.start("inquire", rounds=[[FORM]])
+        question = waiting.stream.wait_for("elicitation/create")
         can.reply(question["id"], ACCEPTED)
-        assert json.loads(text_of(asking.answer(asking_id))) == [ACCEPTED]
-        assert text_of(waiting.answer(waiting_id)) == "slept"
+        assert json.loads(text_of(asking.answer())) == [ACCEPTED]
+        assert text_of(waiting.answer()) == "slept"
 
 
 @pytest.mark.parametrize("kind", ["sse", "streamable"])
@@ -5216,20 +5166,20 @@ def test_exchange_response_nobody_asked_for_is_accepted_and_forgotten(fake):
 
 def test_exchange_question_is_answered_once_and_by_its_client_alone(fake):
     with StreamableClient(fake) as client, StreamableClient(fake) as other:
-        stream, request_id = client.start("inquire", rounds=[[FORM]])
-        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+        call = client.start("inquire", rounds=[[FORM]])
+        question = call.stream.wait_for("elicitation/create")
         other.reply(question["id"], {"action": "stolen"})
         client.reply(question["id"], ACCEPTED)
         client.reply(question["id"], {"action": "again"})
-        assert json.loads(text_of(stream.answer(request_id))) == [ACCEPTED]
+        assert json.loads(text_of(call.answer())) == [ACCEPTED]
 
 
 def test_exchange_question_that_is_refused_by_a_legacy_client(either):
     with StreamableClient(either) as client:
-        stream, request_id = client.start("inquire", rounds=[[SAMPLING]])
-        question = stream.wait(lambda message: message.get("method") == "sampling/createMessage")
+        call = client.start("inquire", rounds=[[SAMPLING]])
+        question = call.stream.wait_for("sampling/createMessage")
         client.post({"jsonrpc": "2.0", "id": question["id"], "error": {"code": -1, "message": "no"}}, 202)
-        answer = stream.answer(request_id)
+        answer = call.answer()
         if either.era == "legacy":
             assert text_of(answer) == "[null]"
         else:
@@ -5253,18 +5203,18 @@ def test_exchange_that_a_server_wants_repeated_without_questions_is(modern_serve
 
 def test_exchange_of_a_modern_client_with_a_modern_server_keeps_the_state_of_the_server(modern_server):
     with ModernClient(modern_server) as client:
-        stream, request_id = client.start("inquire", rounds=[[FORM], [ROOTS]])
-        result = stream.answer(request_id)["result"]
+        call = client.start("inquire", rounds=[[FORM], [ROOTS]])
+        result = call.answer()["result"]
         assert result["requestState"] == "[]" and [*result["inputRequests"]] == ["q0"]
-        assert stream.status == 200
+        assert call.stream.status == 200
 
 
 def test_exchange_url_question_gets_the_id_that_legacy_clients_need(modern_server):
     with StreamableClient(modern_server) as client:
         ids = []
         for _ in range(2):
-            stream, request_id = client.start("inquire", rounds=[[[URL[0], {"mode": "url", "url": "https://x/"}]]])
-            question = stream.wait(lambda message: message.get("method") == "elicitation/create")
+            call = client.start("inquire", rounds=[[[URL[0], {"mode": "url", "url": "https://x/"}]]])
+            question = call.stream.wait_for("elicitation/create")
             ids.append(question["params"]["elicitationId"])
             client.reply(question["id"], {"action": "accept"})
         assert len(set(ids)) == 2 and all(isinstance(one, str) for one in ids)
@@ -5272,10 +5222,10 @@ def test_exchange_url_question_gets_the_id_that_legacy_clients_need(modern_serve
 
 def test_exchange_cancelled_while_its_question_is_open_is_over(server):
     with running_proxy(server) as proxy, StreamableClient(proxy) as client:
-        stream, request_id = client.start("inquire", rounds=[[FORM]])
-        question = stream.wait(lambda message: message.get("method") == "elicitation/create")
-        client.cancel(stream, request_id)
-        assert [message for message in stream.wait_end() if message.get("id") == request_id] == []
+        call = client.start("inquire", rounds=[[FORM]])
+        question = call.stream.wait_for("elicitation/create")
+        client.cancel(call)
+        assert [message for message in call.stream.wait_end() if message.get("id") == call.id] == []
         client.reply(question["id"], ACCEPTED)
         calls = [message for message in seen(client, "tools/call") if message["params"]["name"] == "inquire"]
         assert len(calls) == 1
@@ -5286,27 +5236,27 @@ def test_exchange_cancelled_while_its_question_is_open_is_over(server):
 def test_exchange_of_a_modern_client_that_hangs_up_is_cancelled_after_messages_too(either):
     with ModernClient(either) as client:
         mark = os.urandom(4).hex()
-        stream, request_id = client.start("sleep", token=1, seconds=60, steps=600, text=mark)
-        stream.count(2)
+        call = client.start("sleep", token=1, seconds=60, steps=600, text=mark)
+        call.stream.count(2)
         server_id = server_id_of(client, mark)
-        stream.close()
+        call.stream.close()
         until(lambda: is_cancelled(client, server_id), "the cancellation")
 
 
 def test_exchange_of_a_modern_client_that_half_closes_is_cancelled(modern):
     mark = os.urandom(4).hex()
-    stream, request_id = modern.start("sleep", seconds=60, text=mark)
+    call = modern.start("sleep", seconds=60, text=mark)
     server_id = server_id_of(modern, mark)
-    stream.http.socket.shutdown(socket.SHUT_WR)
+    call.stream.http.socket.shutdown(socket.SHUT_WR)
     until(lambda: is_cancelled(modern, server_id), "the cancellation")
 
 
 def test_exchange_that_is_cancelled_ends_its_stream_without_an_answer(either):
     with StreamableClient(either) as client:
-        stream, request_id = client.start("sleep", token=1, seconds=60, steps=600)
-        stream.count(1)
-        client.cancel(stream, request_id)
-        assert all("method" in message for message in stream.wait_end())
+        call = client.start("sleep", token=1, seconds=60, steps=600)
+        call.stream.count(1)
+        client.cancel(call)
+        assert all("method" in message for message in call.stream.wait_end())
 
 
 @pytest.mark.parametrize("request_id", [999, "100", None, [], {}, 1.5])
@@ -5316,7 +5266,7 @@ def test_exchange_cancellation_of_what_does_not_run_changes_nothing(fake, reques
         call = other.start("sleep", seconds=0.1)
         client.post(notification("notifications/cancelled", {"requestId": request_id}), 202)
         client.post(notification("notifications/cancelled"), 202)
-        assert text_of(call[0].answer(call[1])) == "slept"
+        assert text_of(call.answer()) == "slept"
         assert seen(client, "notifications/cancelled") == before
 
 
@@ -5335,8 +5285,8 @@ def test_exchange_id_that_is_in_use_is_refused_and_the_first_goes_on(fake):
 @pytest.mark.parametrize("request_id", [0, -1, 2 ** 60, "", "x\"\\\n", "é"])
 def test_exchange_id_comes_back_as_it_was_sent(fake, kind, request_id):
     with PEERS[kind](fake) as client:
-        stream = client.deliver(client.message(request_id, "tools/call", {"name": "echo", "arguments": {"text": "x"}}))
-        assert text_of(stream.answer(request_id)) == "x"
+        call = client.deliver(client.message(request_id, "tools/call", {"name": "echo", "arguments": {"text": "x"}}))
+        assert text_of(call.answer()) == "x"
 
 
 # ============================================================================
@@ -5527,13 +5477,8 @@ def test_connection_response_has_a_date(demo):
 
 @pytest.mark.parametrize("key", ["a%20b", "a&x=1", "%C3%A9", "a%26b", "<script>", "'\"", "a%2B%2F%3D"])
 def test_connection_key_in_the_endpoint_event_is_escaped(demo, key):
-    with HTTP(demo) as http:
-        http.send(f"GET /sse?auth_key={key.partition('&')[0]} HTTP/1.1\r\nHost: a\r\n"
-                  "Accept: text/event-stream\r\n\r\n".encode())
-        stream = Events(http)
-        until(lambda: stream.events, "the endpoint event")
-        assert re.fullmatch(r"/messages\?session_id=\w+&auth_key=[\w.%~-]+", stream.events[0]["data"])
-        stream.close()
+    with SSEClient(demo, f"?auth_key={key.partition('&')[0]}", handshake=False) as client:
+        assert re.fullmatch(r"/messages\?session_id=\w+&auth_key=[\w.%~-]+", client.endpoint)
 
 
 @pytest.mark.parametrize("raw", [
@@ -5628,13 +5573,13 @@ def test_endpoint_key_is_not_in_the_server_s_environment(keyed):
 def test_endpoint_secrets_are_in_no_error():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy, SSEClient(proxy, "?TOKEN=query-secret") as client:
         client.tool("say", variable="TOKEN")
-        _, data = failure_of(client.stream.answer(client.start("die", {"text": "my token is query-secret"})))
+        _, data = failure_of(client.start("die", text="my token is query-secret").answer())
         assert len(data["stderr"]) == 2 and "query-secret" not in json.dumps(data)
 
 
 def test_endpoint_event_comes_first_and_names_the_session(fake):
     with SSEClient(fake, handshake=False) as client:
-        headers = client.response.headers
+        headers = client.stream.response.headers
         assert client.stream.events[0] == {"event": "endpoint", "data": client.endpoint}
         assert client.endpoint == "/messages?session_id=" + headers["mcp-session-id"]
         assert headers["content-type"] == "text/event-stream"
@@ -5748,30 +5693,30 @@ def test_endpoint_takes_json_however_it_is_called(fake, content_type):
 def test_endpoint_answers_with_json_what_is_fast_and_with_a_stream_what_is_not(fake):
     with StreamableClient(fake) as client:
         began = time.monotonic()
-        slow, slow_id = client.start("sleep", seconds=3.5)
+        slow = client.start("sleep", seconds=3.5)
         assert client.post(tool_call(1, "echo")).headers["content-type"] == "application/json"
-        assert slow.is_stream()
+        assert slow.stream.is_stream()
         assert 1.5 < time.monotonic() - began < 3.2
-        assert text_of(slow.answer(slow_id)) == "slept"
+        assert text_of(slow.answer()) == "slept"
 
 
 def test_endpoint_answers_with_a_stream_what_begins_with_another_message(fake):
     with StreamableClient(fake) as client:
         for name, arguments in (("log", {"text": "x"}), ("sleep", {"seconds": 0.1, "steps": 1})):
-            stream, request_id = client.start(name, token=1, **arguments)
-            stream.answer(request_id)
-            stream.wait_end()
-            assert stream.is_stream() and len(stream.messages()) == 2
-            headers = stream.response.headers
+            call = client.start(name, token=1, **arguments)
+            call.answer()
+            call.stream.wait_end()
+            assert call.stream.is_stream() and len(call.stream.messages()) == 2
+            headers = call.stream.response.headers
             assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
 
 
 @pytest.mark.parametrize("version", REVISIONS)
 def test_endpoint_keeps_every_open_stream_alive(version):
     with running_proxy(FAKE, HEARTBEAT=0.2) as proxy, StreamableClient(proxy, version=version) as client:
-        streams = [client.listen(), client.start("sleep", token=1, seconds=60, steps=60)[0]]
+        streams = [client.listen(), client.start("sleep", token=1, seconds=60, steps=60).stream]
         with ModernClient(proxy) as modern:
-            streams += modern.listen(toolsListChanged=True), modern.start("sleep", token=1, seconds=60, steps=60)[0]
+            streams += modern.listen(toolsListChanged=True), modern.start("sleep", token=1, seconds=60, steps=60).stream
             for stream in streams:
                 until(lambda stream=stream: stream.comments >= 2, "heartbeats")
         client.delete()
@@ -5780,13 +5725,13 @@ def test_endpoint_keeps_every_open_stream_alive(version):
 def test_endpoint_says_nothing_to_a_modern_client_before_the_server_does_but_after_a_while(altered):
     altered(SILENT_SECONDS=0.8)
     with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, ModernClient(proxy) as client:
-        soon, soon_id = client.start("sleep", seconds=0.3)
-        late, late_id = client.start("sleep", seconds=2)
-        wrong, wrong_id = client.start("run", text="time.sleep(2); send(id=id, error={'code': -32601, 'message': ''})")
-        assert text_of(soon.answer(soon_id)) == "slept"
-        assert soon.status == 200 and not soon.is_stream()
-        assert text_of(late.answer(late_id)) == "slept" and late.comments > 2
-        assert wrong.answer(wrong_id)["error"]["code"] == -32601 and wrong.status == 200 and wrong.is_stream()
+        soon = client.start("sleep", seconds=0.3)
+        late = client.start("sleep", seconds=2)
+        wrong = client.start("run", text="time.sleep(2); send(id=id, error={'code': -32601, 'message': ''})")
+        assert text_of(soon.answer()) == "slept"
+        assert soon.stream.status == 200 and not soon.stream.is_stream()
+        assert text_of(late.answer()) == "slept" and late.stream.comments > 2
+        assert wrong.answer()["error"]["code"] == -32601 and wrong.stream.status == 200 and wrong.stream.is_stream()
 
 
 def test_endpoint_late_refusal_of_a_modern_call_is_in_its_stream(altered):
@@ -5794,20 +5739,20 @@ def test_endpoint_late_refusal_of_a_modern_call_is_in_its_stream(altered):
     altered(SILENT_SECONDS=0.2)
     with running_proxy(fake_server(FAKE_DEAF_TO="tools/list"), REQUEST_TIMEOUT=1.5) as proxy, \
             ModernClient(proxy) as client:
-        stream, request_id = client.start("echo", text="x")
-        assert stream.is_stream() and stream.answer(request_id)["error"]["code"] == -32000
+        call = client.start("echo", text="x")
+        assert call.stream.is_stream() and call.answer()["error"]["code"] == -32000
 
 
 @pytest.mark.parametrize("kind", ["streamable", "modern"])
 def test_endpoint_answers_in_the_form_that_the_client_takes(fake, kind):
     with PEERS[kind](fake) as client:
         client.headers["Accept"] = "application/json"
-        stream, request_id = client.start("sleep", token=1, seconds=2.5, steps=5)
-        assert stream.answer(request_id) and not stream.is_stream() and len(stream.messages()) == 1
+        call = client.start("sleep", token=1, seconds=2.5, steps=5)
+        assert call.answer() and not call.stream.is_stream() and len(call.stream.messages()) == 1
         client.headers["Accept"] = "text/event-stream"
-        stream, request_id = client.start("echo", text="x")
-        assert text_of(stream.answer(request_id)) == "x" and stream.is_stream()
-        assert client.begin("no/such", {})[0].wait_end()[0]["error"]["code"] == -32601
+        call = client.start("echo", text="x")
+        assert text_of(call.answer()) == "x" and call.stream.is_stream()
+        assert client.begin("no/such", {}).stream.wait_end()[0]["error"]["code"] == -32601
         client.headers["Accept"] = None
         assert client.tool("echo", text="x") == "x"
 
@@ -5816,16 +5761,16 @@ def test_endpoint_asks_no_client_that_takes_no_stream(fake):
     with StreamableClient(fake) as client:
         client.headers["Accept"] = "application/json"
         assert json.loads(client.tool("ask", method="elicitation/create", params=FORM[1]))["error"]
-        stream, request_id = client.start("sleep", seconds=60)
-        client.cancel(stream, request_id)
-        stream.wait_end()
-        assert client.asked == [] and stream.status == 202
+        call = client.start("sleep", seconds=60)
+        client.cancel(call)
+        call.stream.wait_end()
+        assert client.asked == [] and call.stream.status == 202
 
 
 def test_endpoint_refuses_a_subscription_to_who_takes_no_stream(fake):
     with ModernClient(fake) as client:
         client.headers["Accept"] = "application/json"
-        assert client.begin("subscriptions/listen", {"notifications": {}})[0].status == 406
+        assert client.begin("subscriptions/listen", {"notifications": {}}).stream.status == 406
 
 
 def test_endpoint_needs_no_accept_where_there_is_no_body(fake):
@@ -5904,7 +5849,7 @@ def test_endpoint_cancels_one_of_a_batch(fake):
         calls = [tool_call(1, "sleep", {"seconds": 60, "text": mark}), tool_call(2, "sleep", {"seconds": 0.5})]
         posted = client.send(calls)
         server_id_of(client, mark)
-        client.cancel(posted, 1)
+        client.post(notification("notifications/cancelled", {"requestId": 1}), 202)
         assert [answer["id"] for answer in posted.wait_end()] == [2]
 
 
@@ -5979,7 +5924,7 @@ def test_endpoint_of_sse_serves_streamable_clients(fake):
 
 def test_endpoint_of_sse_serves_modern_clients(fake):
     with ModernClient(fake) as client:
-        client.path = "/sse"
+        client.endpoint = "/sse"
         assert client.tool("echo", text="x") == "x"
 
 
@@ -6179,8 +6124,8 @@ def test_demo_shows_the_variables_that_a_client_set():
 
 
 def test_demo_reports_progress(demo_client):
-    call = demo_client.start("slow", {"seconds": 0.3}, token="t")
-    assert text_of(demo_client.stream.answer(call)).startswith("done")
+    call = demo_client.start("slow", seconds=0.3, token="t")
+    assert text_of(call.answer()).startswith("done")
     progress = [message["params"] for message in demo_client.stream.messages() if "method" in message]
     assert progress == [{"progressToken": "t", "progress": step, "total": 3} for step in (1, 2, 3)]
 
@@ -6209,7 +6154,7 @@ def test_demo_resource_changes_and_can_be_subscribed_to(demo_client):
         return demo_client.call("resources/read", {"uri": uri})["result"]["contents"][0]["text"]
     before = text()
     demo_client.call("resources/subscribe", {"uri": uri})
-    updated = demo_client.stream.wait(lambda message: message.get("method") == "notifications/resources/updated")
+    updated = demo_client.stream.wait_for("notifications/resources/updated")
     assert updated["params"]["uri"] == uri
     until(lambda: text() != before, "a change")
 
@@ -6217,7 +6162,7 @@ def test_demo_resource_changes_and_can_be_subscribed_to(demo_client):
 def test_demo_is_quiet_for_who_did_not_subscribe(demo):
     with SSEClient(demo) as one, SSEClient(demo) as other:
         one.call("resources/subscribe", {"uri": "demo://clock"})
-        one.stream.wait(lambda message: message.get("method") == "notifications/resources/updated")
+        one.stream.wait_for("notifications/resources/updated")
         assert other.tool("echo", text="hello") == "hello" and methods_of(other) == []
 
 
@@ -6259,10 +6204,10 @@ def test_proxy_goes_on_after_sighup(demo):
 
 def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
     with running_proxy(FAKE, SHUTDOWN_GRACE=0) as proxy, StreamableClient(proxy) as client:
-        call, request_id = client.start("sleep", seconds=60)
+        call = client.start("sleep", seconds=60)
         see(client, lambda message: called(message) == "sleep", "the call")
         proxy.process.send_signal(signal.SIGTERM)
-        assert call.status == 503 and "the proxy" in call.answer(request_id)["error"]["message"]
+        assert call.stream.status == 503 and "the proxy" in call.answer()["error"]["message"]
 
 
 def test_proxy_warns_when_there_is_no_key():
@@ -6504,7 +6449,7 @@ def open_one(proxy, transport):
     """(response, a function that ends the session) of an attempt to open a session."""
     if transport == "sse":
         client = SSEClient(proxy, handshake=False)
-        return client.response, client.stream.close
+        return client.stream.response, client.leave
     response = post(proxy, initialize())
     headers = {"Mcp-Session-Id": response.headers.get("mcp-session-id", "none")}
     return response, lambda: proxy.request("DELETE", "/mcp", None, headers)
@@ -6663,7 +6608,7 @@ def test_load_questions_that_nobody_answers_are_bounded(shared):
     questions = 'for n in range(5000): send(id="q%d" % n, method="sampling/createMessage", params={})\n'
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
         with SSEClient(proxy, capabilities={"sampling": {}}) as client:
-            client.stream.answer(client.start("run", {"text": questions + 'send(id=id, result={})'}))
+            client.start("run", text=questions + 'send(id=id, result={})').answer()
             until(lambda: '"error"' in client.tool("seen"), "a refusal", 5)
 
 
@@ -6671,10 +6616,10 @@ def test_load_questions_that_were_answered_are_forgotten():
     with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
         def ask_and_answer(count):
             for _ in range(count):
-                call = client.start("ask", {"method": "sampling/createMessage", "params": {"messages": "x" * 500_000}})
-                question = client.stream.wait(lambda message: message.get("method") == "sampling/createMessage")
-                client.post({"jsonrpc": "2.0", "id": question["id"], "result": {}})
-                client.stream.answer(call)
+                call = client.start("ask", method="sampling/createMessage", params={"messages": "x" * 500_000})
+                question = client.stream.wait_for("sampling/createMessage")
+                client.reply(question["id"], {})
+                call.answer()
                 client.stream.events.clear()
         ask_and_answer(10)
         before = memory(proxy)
@@ -6700,7 +6645,7 @@ def test_load_lines_of_the_log_are_bounded(log_format):
     with running_proxy(FAKE, LOG_LEVEL="DEBUG", LOG_FORMAT=log_format) as proxy, SSEClient(proxy) as client:
         client.post(request("\u4e16" * 100_000, "y" * 100_000))
         client.tool("echo", text="\x01" * 100_000)
-        client.start("run", {"text": 'print("e" * 300_000, file=sys.stderr, flush=True)'})
+        client.start("run", text='print("e" * 300_000, file=sys.stderr, flush=True)')
         until(lambda: "eee" in proxy.log())
         assert max(len(line.encode()) for line in proxy.log().splitlines()) <= 4_096
         assert log_format == "text" or all(json.loads(line) for line in proxy.log().splitlines())
@@ -6773,7 +6718,7 @@ def test_load_a_server_that_floods_notifications_stops_nobody():
     flood = "while True: send(method='notifications/tools/list_changed', params={'x': 'x' * 2000})"
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as reader, closing_all() as opened:
         opened.append(open_sse(proxy)[0])           # it does not read
-        reader.start("run", {"text": flood})
+        reader.start("run", text=flood)
         until(lambda: "does not read" in proxy.log(), "the end of the one that does not read")
         for _ in range(10):
             began = time.monotonic()
@@ -6783,7 +6728,7 @@ def test_load_a_server_that_floods_notifications_stops_nobody():
 
 def test_load_a_server_that_stops_reading_is_sent_no_more():
     with running_proxy(FAKE, REQUEST_TIMEOUT=1) as proxy, SSEClient(proxy) as client, HTTP(proxy) as posts:
-        client.start("run", {"text": "lock.acquire(); os.kill(os.getpid(), 19)"})        # SIGSTOP
+        client.start("run", text="lock.acquire(); os.kill(os.getpid(), 19)")        # SIGSTOP
         before = memory(proxy)
         for n in range(40):
             call = tool_call(1000 + n, "echo", {"text": "x" * 2_000_000})
@@ -6795,9 +6740,9 @@ def test_load_a_server_that_stops_reading_is_sent_no_more():
 
 def test_load_a_server_that_closes_its_stdin_fails_its_calls():
     with running_proxy(FAKE, REQUEST_TIMEOUT=60) as proxy, SSEClient(proxy) as client:
-        client.start("run", {"text": "lock.acquire(); os.dup2(os.pipe()[0], 0)"})
-        client.start("echo", {"text": "the read that goes on while the descriptor is replaced"})
-        assert client.stream.answer(client.start("echo", {"text": "x"}))["error"]["code"] == -32000
+        client.start("run", text="lock.acquire(); os.dup2(os.pipe()[0], 0)")
+        client.start("echo", text="the read that goes on while the descriptor is replaced")
+        assert client.start("echo", text="x").answer()["error"]["code"] == -32000
 
 
 @MODES
@@ -6832,7 +6777,7 @@ def test_load_sigterm_lets_running_calls_finish(shared):
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client, HTTP(proxy) as http:
         headers = {**ACCEPT, "Mcp-Session-Id": open_streamable(proxy)}
         http.send(encode_http("POST", "/mcp", tool_call(1, "sleep", {"seconds": 1}), headers))
-        call = client.start("sleep", {"seconds": 1})
+        call = client.start("sleep", seconds=1)
         proxy.process.terminate()
         until(lambda: "= stopping" in proxy.log())
         message, modern_headers = modern_request(1, "tools/list")
@@ -6840,7 +6785,7 @@ def test_load_sigterm_lets_running_calls_finish(shared):
                         post(proxy, request(2, "ping"), headers["Mcp-Session-Id"]),
                         proxy.request("POST", "/mcp", message, modern_headers)):
             assert refused.error() == (503, -32000) and "retry-after" in refused.headers
-        assert text_of(client.stream.answer(call)) == "slept"
+        assert text_of(call.answer()) == "slept"
         assert text_of(http.response().json()) == "slept"
         assert client.stream.ended.wait(PATIENCE) and proxy.stop() == 0
 
@@ -6867,7 +6812,7 @@ def test_load_sigterm_does_not_wait_for_parked_calls():
 @pytest.mark.parametrize("grace, signals", [(0, 1), (0.5, 1), (60, 2)], ids=["at once", "late", "twice"])
 def test_load_what_does_not_finish_is_ended(number, grace, signals):
     with running_proxy(FAKE, SHUTDOWN_GRACE=grace) as proxy, SSEClient(proxy) as client:
-        client.start("sleep", {"seconds": 60})
+        client.start("sleep", seconds=60)
         for _ in range(signals):
             proxy.process.send_signal(number)
             until(lambda: "= stopping" in proxy.log())
@@ -7030,7 +6975,7 @@ send(method="notifications/progress", params={"progressToken": token, "progress"
 def test_load_a_server_that_dies_in_a_call_fails_that_call(shared, code, exit_code):
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
         with SSEClient(proxy, capabilities={"sampling": {}}) as client:
-            error = client.stream.answer(client.start("run", {"text": code}, token="t"))["error"]
+            error = client.start("run", text=code, token="t").answer()["error"]
             assert error["code"] == -32000
             assert exit_code is None or error["data"]["exitCode"] == exit_code
             # One process for all: the session goes on. One of its own: it ends with its process.
@@ -7080,7 +7025,7 @@ def test_load_a_server_that_is_killed_between_calls_is_replaced():
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
         for _ in range(4):
             os.kill(int(client.tool("pid")), signal.SIGKILL)
-            client.stream.wait(lambda message: message.get("method") == "notifications/tools/list_changed")
+            client.stream.wait_for("notifications/tools/list_changed")
             client.stream.events.clear()
             assert client.tool("echo", text="x") == "x"
 
@@ -8184,11 +8129,11 @@ def test_conformance_of_notifications_of_tasks(tmp_path, shared):
     (tmp_path / "fixture.py").write_text(CONFORMANCE_FIXTURE)
     with (running_proxy([sys.executable, str(tmp_path / "fixture.py"), "modern"], SHARED_SESSION=shared) as proxy,
           ModernClient(proxy, capabilities={"extensions": {"io.modelcontextprotocol/tasks": {}}}) as client):
-        one, other = (client.finish(*client.start("slow_compute", seconds=60))["result"]["taskId"] for _ in range(2))
+        one, other = (client.finish(client.start("slow_compute", seconds=60))["result"]["taskId"] for _ in range(2))
         stream = client.listen("mine", taskIds=[one])
         for task in (other, one):
             cancel = client.message(task, "tasks/cancel", {"taskId": task})
-            assert client.deliver(cancel, {"Mcp-Name": task}).answer(task)["result"]["resultType"] == "complete"
+            assert client.deliver(cancel, {"Mcp-Name": task}).answer()["result"]["resultType"] == "complete"
         first, second = stream.count(2)
     assert first["params"] == {"_meta": {SUBSCRIPTION: "mine"}, "notifications": {"taskIds": [one]}}
     assert second["method"] == "notifications/tasks"
