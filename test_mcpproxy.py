@@ -16,8 +16,9 @@ to see happen:
 
 Then the tests: of each section of mcpproxy.py, of the file itself, under load and faults. The wire's sections are
 tested with plain calls, everything else from outside. Tests that leave a proxy as it was share one. The last two parts
-do it again with the official SDKs, servers and conformance suites. Those need `uv` and `node`, and are skipped where
-there is none, unless MCPPROXY_TEST_ALL is set.
+do it again with the official SDKs, servers and conformance suites, and with other clients that people have. Those need
+`uv` and `node`, and are skipped where there is none, unless MCPPROXY_TEST_ALL is set. Two of the clients need Go and
+Rust, and are skipped where there is none.
 """
 
 import ast
@@ -6931,6 +6932,19 @@ TYPESCRIPT_SDKS = {"typescript-1": "@modelcontextprotocol/sdk@1.32.2",
                    "typescript-2": "@modelcontextprotocol/client@2.4.0"}
 OPENAPI_VALIDATOR = "openapi-spec-validator==0.9.0"
 
+# What else people call with: old SDKs, those of other languages, and programs built on SDKs.
+FIELD_PYTHON = {"python-1.2": "mcp==1.2.0 pydantic==2.12.5", "python-1.9": "mcp==1.9.4 pydantic==2.12.5",
+                "fastmcp": "fastmcp==4.2.3"}
+FIELD_NODE = ["@ai-sdk/mcp@2.0.99", "mcp-remote@0.15.1", "@modelcontextprotocol/inspector@2.12.0"]
+FIELD_BUILDS = {
+    "go": "go mod init client; go get github.com/modelcontextprotocol/go-sdk/mcp@v1.8.0;"
+          "go build -gcflags='all=-N -l' -ldflags='-s -w'",
+    "rust": "cargo init -q --vcs none --name client; cargo add -q tokio -F macros,rt; cargo add -q rmcp@=3.11.0"
+            " --no-default-features -F client,transport-streamable-http-client-reqwest;"
+            "export CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=${TMPDIR:-/tmp}/mcpproxy-tests-$(id -u)-rust;"
+            "cargo build -q; cp $CARGO_TARGET_DIR/debug/client .",
+}
+
 # Both clients take the same steps, [what, arguments...], and print a JSON list: the revision they
 # negotiated, then what came of each step, as text. `seen` is what the server sent besides answers.
 PYTHON_CLIENT = r'''
@@ -7247,6 +7261,151 @@ server._lowlevel_server.add_request_handler("resources/unsubscribe", T.Unsubscri
 server.run()
 '''
 
+# Clients from the field, by file. Each is called as `program WIRE URL TEXT`, lists the tools and calls one.
+FIELD_PROGRAMS = {
+    "python.py": r'''
+import asyncio, importlib, mcp, sys
+
+async def main(wire, url, text):
+    module, name = {"sse": ("sse", "sse_client"), "http": ("streamable_http", "streamablehttp_client")}[wire]
+    transport = getattr(importlib.import_module("mcp.client." + module), name)
+    async with transport(url) as (read, write, *_), mcp.ClientSession(read, write) as session:
+        await session.initialize()
+        print([tool.name for tool in (await session.list_tools()).tools])
+        print((await session.call_tool("echo", {"text": text})).content[0].text)
+
+asyncio.run(main(*sys.argv[1:]))
+''',
+    "fast.py": r'''
+import asyncio, fastmcp, sys
+
+async def main(wire, url, text):
+    async with fastmcp.Client(url) as client:
+        print([tool.name for tool in await client.list_tools()])
+        print((await client.call_tool("echo", {"text": text})).content[0].text)
+
+asyncio.run(main(*sys.argv[1:]))
+''',
+    "field/ai.mjs": r'''
+import { createMCPClient } from '@ai-sdk/mcp';
+const [type, url, text] = process.argv.slice(2);
+const client = await createMCPClient({ transport: { type, url } });
+const tools = await client.tools();
+console.log(Object.keys(tools), await tools.echo.execute({ text }, { toolCallId: '1', messages: [] }));
+await client.close();
+''',
+    "bridge.py": r'''
+import json, sys
+from subprocess import PIPE, Popen
+wire, url, text, *bridge = sys.argv[1:]
+with Popen([*bridge, url, "--allow-http", "--transport", wire], stdin=PIPE, stdout=PIPE) as bridge:
+    for line in ('{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18",'
+                 '"capabilities":{},"clientInfo":{"name":"test","version":"1"}}}',
+                 '{"jsonrpc":"2.0","method":"notifications/initialized"}',
+                 '{"jsonrpc":"2.0","id":2,"method":"tools/list"}',
+                 '{"jsonrpc":"2.0","id":3,"method":"tools/call","params":{"name":"echo","arguments":{"text":"%s"}}}'):
+        bridge.stdin.write((line.replace("%s", text) + "\n").encode())
+        bridge.stdin.flush()
+        if '"id"' in line:
+            print(json.loads(bridge.stdout.readline())["result"])
+    bridge.stdin.close()
+''',
+    "go/main.go": r'''
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+)
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
+}
+
+func main() {
+	wire, url, ctx := os.Args[1], os.Args[2], context.Background()
+	var transport mcp.Transport = &mcp.StreamableClientTransport{Endpoint: url}
+	if wire == "sse" || wire == "sse-modern" {
+		transport = &mcp.SSEClientTransport{Endpoint: url}
+	}
+	version := "2025-11-25"
+	if wire == "modern" || wire == "sse-modern" {
+		version = "2026-07-28"
+	}
+	client := mcp.NewClient(&mcp.Implementation{Name: "test", Version: "1"}, nil)
+	session := must(client.Connect(ctx, transport, &mcp.ClientSessionOptions{ProtocolVersion: version}))
+	for tool, err := range session.Tools(ctx, nil) {
+		fmt.Println(must(tool, err).Name)
+	}
+	call := &mcp.CallToolParams{Name: "echo", Arguments: map[string]any{"text": os.Args[3]}}
+	fmt.Println(must(session.CallTool(ctx, call)).Content[0].(*mcp.TextContent).Text)
+	must(0, session.Close())
+}
+''',
+    "rust/src/main.rs": r'''
+use rmcp::{model::*, transport::StreamableHttpClientTransport, ClientLifecycleMode, ClientServiceExt};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let [_, wire, url, text] = std::env::args().collect::<Vec<_>>().try_into().unwrap();
+    let lifecycle = match wire.as_str() {
+        "modern" => ClientLifecycleMode::Discover { preferred_versions: vec![ProtocolVersion::V_2026_07_28] },
+        _ => ClientLifecycleMode::Initialize,
+    };
+    let client = ().serve_with_lifecycle(StreamableHttpClientTransport::from_uri(url), lifecycle).await?;
+    for tool in client.list_all_tools().await? {
+        println!("{}", tool.name);
+    }
+    let arguments = [("text".to_string(), text.into())].into_iter().collect();
+    let result = client.call_tool(CallToolRequestParams::new("echo").with_arguments(arguments)).await?;
+    println!("{}", result.content[0].as_text().unwrap().text);
+    client.cancel().await?;
+    Ok(())
+}
+''',
+}
+INSPECTOR = "node {home}/field/node_modules/.bin/mcp-inspector --cli {url} --transport {wire} --method"
+FIELD_CLIENTS = {           # name: its wires, the program that it needs, a shell command
+    "ai-sdk": ("sse http", "node", "node {home}/field/ai.mjs {wire} {url} {text}"),
+    "python-1.2": ("sse", "uv", "{home}/python-1.2/bin/python {home}/python.py {wire} {url} {text}"),
+    "python-1.9": ("sse http", "uv", "{home}/python-1.9/bin/python {home}/python.py {wire} {url} {text}"),
+    "fastmcp": ("sse http", "uv", "{home}/fastmcp/bin/python {home}/fast.py {wire} {url} {text}"),
+    "mcp-remote": ("sse-only sse-first http-only http-first", "node", sys.executable + " {home}/bridge.py {wire} {url}"
+                   " {text} node {home}/field/node_modules/.bin/mcp-remote"),
+    "inspector": ("sse http", "node", INSPECTOR + " tools/list; " + INSPECTOR + " tools/call --tool-name echo"
+                  " --tool-arg text={text}"),
+    "go": ("sse sse-modern http modern", "go", "{home}/go/client {wire} {url} {text}"),
+    "rust": ("http modern", "cargo", "{home}/rust/client {wire} {url} {text}"),
+}
+
+# Cuts its own connections after a call. The stream comes again by itself, and with it the URL to post to.
+RECONNECTING_CLIENT = r'''
+import diagnostics from 'node:diagnostics_channel';
+import { Client } from '@modelcontextprotocol/sdk/client/index.js';
+import { SSEClientTransport } from '@modelcontextprotocol/sdk/client/sse.js';
+const sockets = [];
+diagnostics.subscribe('undici:client:connected', ({ socket }) => sockets.push(socket));
+const client = new Client({ name: 'test', version: '1' }), transport = new SSEClientTransport(new URL(process.argv[2]));
+const call = async text => console.log((await client.callTool({ name: 'echo', arguments: { text } })).content[0].text);
+await client.connect(transport);
+await call('before');
+const endpoint = transport._endpoint;
+client.onerror = ({ code }) => {
+  console.log(code ?? 'cut');
+  if (code) process.exit(1);
+};
+sockets.forEach(socket => socket.destroy());
+while (transport._endpoint === endpoint) await new Promise(resolve => setTimeout(resolve, 10));
+await call('after');
+await client.close();
+'''
+
 
 def unavailable(reason):
     """Ends a test that needs what this machine does not have."""
@@ -7268,8 +7427,8 @@ def download(*commands):
         if not shutil.which(program):
             unavailable(f"{program} is not installed")
     try:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda command: run("sh", "-ec", command, timeout=300), commands))
+        with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(lambda command: run("sh", "-ec", command, timeout=600), commands))
     except (pytest.fail.Exception, subprocess.TimeoutExpired) as error:
         unavailable(f"a download failed: {error}")
 
@@ -7278,14 +7437,18 @@ def download(*commands):
 def workshop(tmp_path_factory):
     """A directory with the clients, and all that they and the servers need downloaded, so that no test waits for it."""
     home = tmp_path_factory.mktemp("real")
-    download(*(f"uv venv -q {home}/{name} && uv pip install -q --python {home}/{name} {package}"
-               for name, package in PYTHON_SDKS.items()),
+    for name, text in {"client.py": PYTHON_CLIENT, "client.mjs": TYPESCRIPT_CLIENT, "usage.py": USAGE_EXAMPLE,
+                       "server.py": SDK_SERVER, "reconnect.mjs": RECONNECTING_CLIENT, **FIELD_PROGRAMS}.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    download(*(f"cd {home}/{name} && nice sh -ec {shlex.quote(commands)} > log 2>&1 || mv log failed"
+               for name, commands in FIELD_BUILDS.items()),
+             *(f"uv venv -q {home}/{name} && uv pip install -q --python {home}/{name} {package}"
+               for name, package in {**PYTHON_SDKS, **FIELD_PYTHON}.items()),
              f"npm install --silent --prefix {home} {' '.join(TYPESCRIPT_SDKS.values())}",
+             f"npm install --silent --prefix {home}/field {' '.join(FIELD_NODE)}",
              "; ".join(f"npx -y -p {command[2]} -c true" for command in REAL_SERVERS.values() if command[0] == "npx"),
              shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
-    for name, text in (("client.py", PYTHON_CLIENT), ("client.mjs", TYPESCRIPT_CLIENT), ("usage.py", USAGE_EXAMPLE),
-                       ("server.py", SDK_SERVER)):
-        (home / name).write_text(text)
     return home
 
 
@@ -7445,6 +7608,34 @@ def test_real_usual_program_for_sse_proxies_runs_unchanged(workshop):
     with running_proxy(REAL_SERVERS["everything"], AUTH_KEY="secret") as proxy:
         url = f"http://127.0.0.1:{proxy.port}/sse?auth_key=secret"
         assert "echo" in run(workshop / "python-1" / "bin" / "python", workshop / "usage.py", url)
+
+
+@MODES
+@pytest.mark.parametrize("client", FIELD_CLIENTS)
+def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, shared):
+    """On all of its wires at once."""
+    wires, program, command = FIELD_CLIENTS[client]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    if (failed := workshop / client / "failed").exists():
+        unavailable(f"the build failed: {failed.read_text()}")
+
+    def printed(wire):
+        url = f"http://127.0.0.1:{proxy.port}/{'sse' if wire.startswith('sse') else 'mcp'}"
+        settings = f"export HOME={tmp_path} MCP_REMOTE_CONFIG_DIR={tmp_path}; "
+        return run("sh", "-ec", settings + command.format(home=workshop, wire=wire, url=url, text=f"over-{wire}"))
+    server = fake_server(FAKE_VERSION="2024-11-05")          # every client speaks that
+    with running_proxy(server, SHARED_SESSION=shared) as proxy, concurrent.futures.ThreadPoolExecutor() as pool:
+        for wire, text in zip(wires.split(), pool.map(printed, wires.split())):
+            assert "inquire" in text and f"over-{wire}" in text
+
+
+@MODES
+def test_real_typescript_client_calls_on_after_its_sse_stream_was_cut(workshop, shared):
+    """It opens the next one with the revision in a header, and does not shake hands again."""
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/sse"
+        assert run("node", workshop / "reconnect.mjs", url).split() == ["before", "cut", "after"]
 
 
 # ============================================================================
