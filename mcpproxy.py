@@ -306,7 +306,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def parse_setting(name: str, default, text: str):
-    """The value of setting `name` that `text` stands for; SettingsError when it is none."""
+    """The value of setting `name` that `text` stands for; SettingsError when it stands for none."""
     text = text.strip() or text            # a file of variables with CR LF leaves a CR behind that nobody sees
     try:
         if isinstance(default, bool):
@@ -804,7 +804,7 @@ def as_object(members: dict[str, str]) -> str:
 
 
 def find_only_member(text: str, name: str) -> int:
-    """Where the value of the member `name` starts when that is plain without reading all of the text, or else 0.
+    """Where the value of the member `name` starts when that is plain without reading all of the text; otherwise 0.
 
     It is when this name is nowhere else. Without \\u and \\/ a name can only be written in one way, and a quote
     that begins a string has no backslash before it."""
@@ -1013,7 +1013,7 @@ def is_batch(text: str) -> bool:
 
 
 def split_batch(text: str) -> list[str]:
-    """The texts of the messages in an array; RPCError when it is none."""
+    """The texts of the messages in an array; RPCError when it is not an array."""
     texts, after = [], _BATCH_START.match(text)
     try:
         while after and after[1] != "]":
@@ -1463,10 +1463,10 @@ def result_without(response: Message, raw_id: bytes) -> list:
 class Identity:
     """What a server said of itself in its handshake, of either era, kept to tell every client."""
 
-    def __init__(self, era: Era, answer: Message):
+    def __init__(self, era: Era, response: Message):
         self.era = era
-        self._answer = answer
-        self._result = answer.result or {}
+        self._response = response
+        self._result = response.result or {}
         self.capabilities = self._result.get("capabilities")
         if not isinstance(self.capabilities, dict):
             raise ServerError("the MCP server's answer to the handshake is not one")
@@ -1475,7 +1475,7 @@ class Identity:
         for name in path:
             info = info.get(name) if isinstance(info, dict) else None
         self._info = info if isinstance(info, dict) else {}
-        self.info = answer.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
+        self.info = response.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
 
     @property
     def version(self) -> object:
@@ -1494,8 +1494,8 @@ class Identity:
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
         if "protocolVersion" in self._result and self.era is LEGACY:
-            text, (start, end) = self._answer.text, self._answer.span("result")
-            at, to = self._answer.span("result", "protocolVersion")
+            text, (start, end) = self._response.text, self._response.span("result")
+            at, to = self._response.span("result", "protocolVersion")
             return one_line(f'{text[start:at]}"{version}"{text[to:end]}').encode()
         return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
                             serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
@@ -1507,7 +1507,7 @@ class Identity:
 
     def _object(self, **members: str | None) -> bytes:
         """An object of these members (name -> JSON); None takes what the server said."""
-        return as_object({name: value or self._answer.raw("result", name) for name, value in members.items()
+        return as_object({name: value or self._response.raw("result", name) for name, value in members.items()
                           if value or name in self._result}).encode()
 
     def supported(self, wanted: dict) -> dict:
@@ -2267,7 +2267,7 @@ class ServerConnection:
         self.link = link
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
         self.era = LEGACY
-        self.is_shaken = False                            # is the handshake made?
+        self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
@@ -2279,14 +2279,14 @@ class ServerConnection:
 
     async def initialize(self, params: dict) -> Identity:
         """The legacy one. MCP 2025-11-25, Lifecycle, Initialization."""
-        return self._shaken(LEGACY, await self.request("initialize", params).result())
+        return self._greeted(LEGACY, await self.request("initialize", params).result())
 
     async def discover(self) -> Identity:
         """The modern one. MCP 2026-07-28, Discovery."""
         response = await self.request("server/discover", {"_meta": OUR_ENVELOPE}).result()
         if not speaks_modern(response):
             raise HandshakeRefused(f"the MCP server does not speak {MODERN_VERSION}")
-        return self._shaken(MODERN, response)
+        return self._greeted(MODERN, response)
 
     async def probe(self, params: dict) -> Identity:
         """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
@@ -2303,10 +2303,10 @@ class ServerConnection:
                                                    return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
-                    return self._shaken(MODERN, probe.result())
+                    return self._greeted(MODERN, probe.result())
                 if greeting in done:
                     if not greeting.exception():
-                        return self._shaken(LEGACY, greeting.result())
+                        return self._greeted(LEGACY, greeting.result())
                 elif is_greeting and not done:
                     before, unread = unread, self.link.unread
                     log.warning("! server %(server)s has not answered yet: does it speak MCP on stdin and stdout?",
@@ -2324,9 +2324,9 @@ class ServerConnection:
             for task in filter(None, (probe, greeting)):
                 task.cancel()
 
-    def _shaken(self, era: Era, response: Message) -> Identity:
+    def _greeted(self, era: Era, response: Message) -> Identity:
         identity = Identity(era, response)
-        self.era, self.is_shaken = era, True
+        self.era, self.is_greeted = era, True
         if era is LEGACY:
             self.notify("notifications/initialized")
         return identity
@@ -2388,7 +2388,7 @@ class ServerConnection:
             pass
 
     def failure(self) -> ServerError:
-        """Why nothing more can be had of this server, with what it said last."""
+        """Why nothing more will come from this server, with what it said last."""
         words = list(self.link.last_words)
         return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
                            data={"exitCode": self.link.exit_code, "stderr": words})
@@ -2484,7 +2484,7 @@ class ServerConnection:
 
     def _on_end(self) -> None:
         error = self.failure()
-        if self.is_shaken:              # otherwise it is told that the start failed
+        if self.is_greeted:              # otherwise it is told that the start failed
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
             log.say(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
@@ -5002,7 +5002,7 @@ class Endpoints(Application):
         self.settings = settings
         self.mount = mount
         self.max_body = settings.max_message_bytes
-        self.undecided: dict[PostOutlet, float] = {}         # legacy answers that may still be JSON, until when
+        self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
         self._keys = settings.auth_keys
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
 
@@ -5012,7 +5012,7 @@ class Endpoints(Application):
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
         admission = Admission(head, self.settings)
         route = self._route(head)
-        self._let_read(admission)
+        self._allow_page(admission)
         try:
             if route is None:             # for everybody: who is asked for a key here would look for OAuth
                 raise HTTPError("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
@@ -5030,7 +5030,7 @@ class Endpoints(Application):
         admission.endpoint = route.methods[head.method]
         return admission
 
-    def _let_read(self, admission: Admission) -> None:
+    def _allow_page(self, admission: Admission) -> None:
         """Lets a browser show its page the answer, also a refusal, if pages of that origin may call."""
         origin, host = (admission.head.headers.get(name, "") for name in ("origin", "host"))
         if origin and is_allowed_origin(origin, host, self._origins):
@@ -5229,7 +5229,7 @@ class Endpoints(Application):
     def get(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
         if not admission.accepts(EVENT_STREAM_TYPE):
-            raise HTTPError(f"only {EVENT_STREAM_TYPE} can be had here", status=406)
+            raise HTTPError(f"a GET is answered with {EVENT_STREAM_TYPE} alone", status=406)
         # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
         is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
         if admission.session_id is None and is_streamable:
@@ -5277,10 +5277,10 @@ class Endpoints(Application):
         """GET /tools: what there is."""
         instance = self.mount.pick(self._visit(admission))
 
-        async def answer() -> None:
+        async def respond() -> None:
             tools = await instance.tools()
             self.send_json(reply, {"tools": list(tools.values())})
-        self.later(answer(), reply)
+        self.later(respond(), reply)
 
     def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
@@ -5312,11 +5312,11 @@ class Endpoints(Application):
         """GET /openapi.json: the tools as operations."""
         instance = self.mount.pick(self._visit(admission))
 
-        async def answer() -> None:
+        async def respond() -> None:
             document = openapi_document(await instance.tools(), instance.identity,
                                         self.settings.base_path, bool(self._keys))
             self.send_json(reply, document)
-        self.later(answer(), reply)
+        self.later(respond(), reply)
 
     # For browsers, and for those who look after the proxy.
 
@@ -5373,7 +5373,7 @@ def check_accept(admission: Admission, is_endless: bool = False) -> None:
 
 
 def check_version(admission: Admission) -> None:
-    """Refuses a legacy request whose MCP-Protocol-Version is none that we know. A session that was opened at one
+    """Refuses a legacy request whose MCP-Protocol-Version we do not know. A session that was opened at one
     revision takes every known one, because clients in the field mix them up."""
     if admission.version is not None and admission.version not in LEGACY_VERSIONS:
         raise RPCError("unsupported MCP-Protocol-Version")
