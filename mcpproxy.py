@@ -2812,6 +2812,9 @@ class Listening:
         if any(supported.values()):
             self._next = request = ListenRequest(self, topics)
             request.server_id = instance.connection.open(request, "subscriptions/listen", {"notifications": supported})
+        elif self._current:
+            current, self._current = self._current, None
+            instance.connection.cancel(current.server_id, "nobody listens")
 
     def on_acknowledged(self, request: ListenRequest, honoured: dict) -> None:
         """The server listens; what it leaves out it has refused."""
@@ -2971,11 +2974,11 @@ class Instance:
         has_run = False
         while True:
             self._become(InstanceState.STARTING)
-            connection = error = None
+            connection, is_ready = None, False
             try:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
                 self._make_ready(connection, has_run)
-                has_run = True
+                has_run = is_ready = True
                 await asyncio.wait([connection.closed])
                 error = connection.closed.result()
             except ServerError as reason:
@@ -2988,7 +2991,7 @@ class Instance:
             finally:
                 if connection:
                     await asyncio.shield(connection.link.stop())
-            if not connection:
+            if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
                 self._settle_start(error)
             if self.is_private:
