@@ -4269,6 +4269,8 @@ for line in sys.stdin:
     if message["method"] == "initialize":
         result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "mortal", "version": "1"}}
         print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+        continue
+    if "id" not in message:
         sys.exit(4)
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
 """
