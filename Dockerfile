@@ -37,6 +37,6 @@ WORKDIR /home/mcp
 EXPOSE 8000
 ENV HOST=0.0.0.0 PORT=8000
 
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import os, urllib.request as request; request.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/healthz', timeout=4)"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import os, ssl, urllib.request as request; request.urlopen(('https' if os.environ.get('TLS_CERT') else 'http') + '://127.0.0.1:' + os.environ['PORT'] + '/healthz', timeout=4, context=ssl._create_unverified_context())"]
 
 ENTRYPOINT ["tini", "--", "python3", "/usr/local/bin/mcpproxy.pyc"]

@@ -1258,7 +1258,7 @@ def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict 
 
 # Modern requests.
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Envelope:
     """What a modern request says of its sender. MCP 2026-07-28, Overview, _meta."""
 
@@ -1306,10 +1306,10 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
 
 def check_headers(message: Message, headers: dict[str, str], envelope: Envelope) -> None:
     """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
-    expected = {"mcp-protocol-version": envelope.version, "mcp-method": message.method}
+    expected = [("mcp-protocol-version", envelope.version), ("mcp-method", message.method)]
     if message.method in NAMED_IN_HEADER:
-        expected["mcp-name"] = message.params.get(NAMED_IN_HEADER[message.method])
-    for name, value in expected.items():
+        expected.append(("mcp-name", message.params.get(NAMED_IN_HEADER[message.method])))
+    for name, value in expected:
         if name not in headers:
             raise RPCError(f"missing header {name}", code=HEADER_MISMATCH)
         given = decode_header(headers[name]) if name == "mcp-name" else headers[name]
@@ -5115,11 +5115,11 @@ class Endpoints(Application):
 
     def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
-        head = admission.head
+        given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.key, admission.variables, is_streamable=False)
         endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
-        if head.query_value("auth_key"):
-            endpoint += f"&auth_key={quote(head.query_value('auth_key'), safe='')}"
+        if given:
+            endpoint += f"&auth_key={quote(given, safe='')}"
         reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)), HEARTBEAT)
         reply.on_gone = session.end
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
@@ -5844,7 +5844,7 @@ async def run(settings: Settings) -> None:
                 log.say(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
                     " ".join(line.split()) for line in text.splitlines()))
             else:
-                print(text, end="", flush=True)
+                os.write(1, text.encode())          # and nothing is left to be flushed at the end, to a full disk
         except OSError as error:
             log.warning("! stdout: %(reason)s", reason=error.strerror)          # a full disk is no reason to stop
         if not settings.auth_key:
