@@ -1686,7 +1686,6 @@ import traceback
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
 
-
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
 
@@ -1779,7 +1778,7 @@ class Log(logging.Handler):
             else:
                 text = template % fields if fields else template
         except (TypeError, ValueError, KeyError):
-            text = f"{template} {fields}"       # a mistake of ours is no reason to lose the other lines
+            text, fields = f"{template} {fields}", {}           # a mistake of ours is no reason to lose the others
         if not text.isprintable():
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
