@@ -131,6 +131,7 @@ CAPABILITIES_KEY = RESERVED_PREFIX + "clientCapabilities"
 LOG_LEVEL_KEY = RESERVED_PREFIX + "logLevel"
 SERVER_INFO_KEY = RESERVED_PREFIX + "serverInfo"
 SUBSCRIPTION_KEY = RESERVED_PREFIX + "subscriptionId"
+TASKS_EXTENSION = RESERVED_PREFIX + "tasks"          # its results have another shape than the tasks of 2025-11-25
 
 # JSON-RPC 2.0, section 5.1, and the code that MCP implementations use for a server that failed.
 PARSE_ERROR = -32700
@@ -394,6 +395,7 @@ class HTTPHead:
     content_length: int | None               # None: the body is chunked
     expects_continue: bool
     admission: object = None                 # what the application made of it, for when it comes again
+    raw: bytes | None = None                 # as it came, when it may be kept
 
     def query_value(self, name: str) -> str | None:
         """The value of a query parameter; HTTPError when it is given twice."""
@@ -563,10 +565,15 @@ class RequestParser:
     def _parse_head(self, raw: bytes) -> HTTPHead:
         head = parse_head(raw)
         if len(raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
+            head.raw = raw
+        return head
+
+    def keep(self, head: HTTPHead) -> None:
+        """Remembers a head that was admitted, in place of the oldest."""
+        if head.raw:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
-            self._known[raw] = head
-        return head
+            self._known[head.raw] = head
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
@@ -2976,6 +2983,8 @@ class Instance:
             connection, is_ready = None, False
             try:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
+                if self.state is InstanceState.CLOSED:
+                    raise asyncio.CancelledError       # wait_for() swallows one that comes together with the result
                 self._make_ready(connection, has_run)
                 has_run = is_ready = True
                 await asyncio.wait([connection.closed])
@@ -3155,6 +3164,7 @@ class Instance:
         subscriber.topics.discard(topic)
         if not topic.subscribers and self.topics.get(topic.uri) is topic:
             del self.topics[topic.uri]
+            self.settle(topic, None)           # for who still waits: what is asked next may not have it any more
             if self.listening:
                 self.listening.renew()
             elif self.connection:
@@ -3576,6 +3586,7 @@ class Mount:
 # are gathered and the call is made again.
 
 SUBSCRIPTIONS = 1_000            # of one client
+ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
 
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
@@ -3661,18 +3672,14 @@ class LegacyClientBridge(Bridge):
             raise RPCError("subscriptions need a session")
         if len(client.topics) >= SUBSCRIPTIONS:
             raise try_later("too many subscriptions")
-        is_new = all(topic.uri != uri or topic.instance is not instance for topic in client.topics)
-        topic = instance.subscribe(client, uri)
 
         def settle(verdict: asyncio.Future) -> None:
+            # One that was cancelled meanwhile stays: another of the client's own may have asked for the same.
             if verdict.result():
                 exchange.fail(verdict.result())
-            elif exchange.is_done:                     # cancelled meanwhile
-                if is_new:
-                    instance.unsubscribe(client, topic)
             else:
                 exchange.finish(encode_result(exchange.raw_id))
-        topic.verdict.add_done_callback(settle)
+        instance.subscribe(client, uri).verdict.add_done_callback(settle)
         return True
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool:
@@ -3786,6 +3793,8 @@ class ModernClientLegacyServer(Bridge):
     def notify(self, exchange: "Exchange", message: Message) -> None:
         """The server told all its clients something: is this one listening for it?"""
         wanted = exchange.wanted
+        if exchange.held is not None:
+            return exchange.held.append(message)
         if (concerns(message.params.get("uri"), wanted.get("resourceSubscriptions", ()))
                 or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
@@ -3803,7 +3812,7 @@ class ModernClientLegacyServer(Bridge):
             raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
         if len(instance.listeners) >= instance.server.settings.max_sessions:
             raise try_later("too many subscriptions")
-        exchange.wanted, exchange.topics = instance.identity.supported(wanted), set()
+        exchange.wanted, exchange.topics, exchange.held = instance.identity.supported(wanted), set(), []
         uris = dict.fromkeys(exchange.wanted.get("resourceSubscriptions", ()))
 
         def end() -> None:
@@ -3811,6 +3820,7 @@ class ModernClientLegacyServer(Bridge):
             for topic in list(exchange.topics):
                 instance.unsubscribe(exchange, topic)
         exchange.on_done = end
+        instance.listeners.add(exchange)
         topics = [instance.subscribe(exchange, uri) for uri in uris]
         if topics:
             asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
@@ -3819,16 +3829,19 @@ class ModernClientLegacyServer(Bridge):
         return True
 
     async def _acknowledge_settled(self, exchange: "Exchange", topics: list[Topic]) -> None:
-        await asyncio.wait([topic.verdict for topic in topics])
-        exchange.wanted["resourceSubscriptions"] = [topic.uri for topic in topics if not topic.verdict.result()]
+        await asyncio.wait([topic.verdict for topic in topics], timeout=ACKNOWLEDGE_SECONDS)
+        exchange.wanted["resourceSubscriptions"] = [topic.uri for topic in topics if not (
+            topic.verdict.done() and topic.verdict.result())]
         if not exchange.is_done:
             self._acknowledge(exchange)
 
-    @staticmethod
-    def _acknowledge(exchange: "Exchange") -> None:
-        exchange.instance.listeners.add(exchange)
+    def _acknowledge(self, exchange: "Exchange") -> None:
+        """Says what is listened for, and then what has come meanwhile."""
+        held, exchange.held = exchange.held, None
         exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
             "_meta": {SUBSCRIPTION_KEY: exchange.id}, "notifications": exchange.wanted})])
+        for message in held:
+            self.notify(exchange, message)
 
     def retry(self, exchange: "Exchange", message: Message) -> bool:
         """A request that comes again with answers goes on where its call was parked."""
@@ -3865,7 +3878,10 @@ class LegacyClientModernServer(LegacyClientBridge):
     def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         client = exchange.client
         new[VERSION_KEY] = f'"{MODERN_VERSION}"'
-        new[CAPABILITIES_KEY] = dump(exchange.capabilities)
+        extensions = exchange.capabilities.get("extensions")
+        new[CAPABILITIES_KEY] = dump(exchange.capabilities if not isinstance(extensions, dict) else {
+            **exchange.capabilities, "extensions": {name: extension for name, extension in extensions.items()
+                                                    if name != TASKS_EXTENSION}})
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
         if client.log_level:
             new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
@@ -4003,9 +4019,8 @@ class Exchange(PendingRequest):
     """One client request on its way. `envelope` comes with a modern one; `headers` with one whose arguments may have to
     be repeated in them."""
 
-    __slots__ = ("client", "instance", "message", "envelope", "era", "method", "is_endless", "trace", "headers",
-                 "state", "connection", "server_id", "dialogue", "wanted", "topics", "on_done", "_started", "last_sign",
-                 "id", "raw_id", "name", "size", "token", "outlet", "_bridge")
+    __slots__ = tuple("""client instance message envelope era method is_endless trace headers state connection server_id
+        dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
@@ -4023,7 +4038,8 @@ class Exchange(PendingRequest):
         self.connection: ServerConnection | None = None
         self.server_id: int | None = None
         self.dialogue: Dialogue | None = None
-        self.wanted = self.topics = None              # what a subscription is to
+        self.wanted = self.topics = None              # what a subscription is to, and
+        self.held = None                              # what came for it before it was acknowledged
         self.on_done = None                           # called when the exchange is over
         self._started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
@@ -4578,6 +4594,7 @@ class HTTPConnection(asyncio.Protocol):
                 try:
                     if head.admission is None:
                         head.admission = self._application.admit(head)
+                        self._parser.keep(head)
                     self._reply.headers = head.admission.headers
                 except ProxyError as error:
                     refusal = error
