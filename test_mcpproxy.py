@@ -15,10 +15,11 @@ to see happen:
     MODERN_SERVER   modern (2026-07-28), which gives the same answers
 
 Then the tests: of each section of mcpproxy.py, of the file itself, under load and faults. The wire's sections are
-tested with plain calls, everything else from outside. Tests that leave a proxy as it was share one. The last two parts
-do it again with the official SDKs, servers and conformance suites, and with other clients that people have. Those need
-`uv` and `node`, and are skipped where there is none, unless MCPPROXY_TEST_ALL is set. Two of the clients need Go and
-Rust, and are skipped where there is none.
+tested with plain calls; what clients and servers of both eras say to each other, in conversations in memory, which are
+the place to see what a bridge does; everything else from outside. Tests that leave a proxy as it was share one. The
+last two parts do it again with the official SDKs, servers and conformance suites, and with other clients that people
+have. Those need `uv` and `node`, and are skipped where there is none, unless MCPPROXY_TEST_ALL is set. Two of the
+clients need Go and Rust, and are skipped where there is none.
 """
 
 import ast
@@ -41,6 +42,7 @@ import py_compile
 import random
 import re
 import resource
+import selectors
 import shlex
 import shutil
 import signal
@@ -5190,6 +5192,1284 @@ def test_exchange_id_that_is_in_use_is_refused_and_the_first_goes_on(fake):
         assert text_of(client.post(tool_call("1", "echo", {"text": "x"})).json()) == "x"
         assert text_of(first.answer(1)) == "slept"
         assert text_of(client.post(tool_call(1, "echo", {"text": "x"})).json()) == "x"
+
+
+# ============================================================================
+# Conversations
+# ============================================================================
+#
+# What clients and a server say, line by line, and what comes of it. They run in memory, because a link and a clock can
+# be handed in, and read like the examples of the specification; the server's lines stand further to the right.
+#
+#     client > {...}                     the client says this
+#             server > {...}             the next that comes to the server
+#             server < {...}             the server says this; or ($CALL) {...}, if its link knows what it is about
+#     client < {...}                     the next that comes to the client; or 404 {...}, with a status that is not 200
+#             server dies with exit code 3
+#             server starts again        the next that happens to it: a link is made. Another one would be the second
+#             server is stopped          likewise
+#     client leaves                      it hangs up on all that runs, and its session ends
+#     client is disconnected             the next that happens to it: the proxy ended its session
+#     600 s pass                         at once: the clock jumps to whatever happens next
+#
+# Nothing else comes to anybody. $NAME is what is there when it comes first, and the same from then on: ids and states
+# that the proxy thinks up. ".../" is "io.modelcontextprotocol/". Left out is what is the same in each message: the
+# version of JSON-RPC, and what a modern client says of itself. The server is "legacy" or "modern", and all have shaken
+# hands before; or "new", and they have not. A client is "legacy", "legacy in JSON" (it takes no streams), a "visitor"
+# (legacy, without a session), or "modern"; what it can, if not everything, stands beside it.
+
+class Instant(selectors.SelectSelector):
+    """Lets an event loop wait for nothing."""
+
+    now = 0.0
+
+    def select(self, timeout=None):
+        self.now += timeout
+        return super().select(0)
+
+
+def instant_loop():
+    selector = Instant()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now
+    return loop
+
+
+class ClientSide(mcpproxy.Outlet):
+    """A client in a conversation, and the outlet of all its calls."""
+
+    def __init__(self, heard, mount, kind, capabilities=ALL_CAPABILITIES):
+        self.heard, self.mount, self.kind, self.capabilities = heard, mount, kind, capabilities
+        self.asks = kind == "legacy"
+        if not kind.startswith("legacy"):
+            self.client = mount.visit(None, {}, None)
+            return
+        self.client = mount.open_session(None, {}, is_streamable=True)
+        self.client.is_followed = True
+        self.listener = types.SimpleNamespace(
+            write=lambda event: self.finish([re.search(rb"\ndata: (.*)\n", b"".join(event))[1]], 200),
+            close=lambda: heard.put_nowait((200, "is disconnected")))
+        self.client.stream.attach(self.listener)
+
+    def send(self, payload):
+        if self.kind != "legacy in JSON":
+            self.finish(payload, 200)
+
+    def finish(self, payload, status, headers=()):
+        self.heard.put_nowait((status, json.loads(b"".join(payload))))
+
+    def say(self, message):
+        if self.kind == "modern":
+            meta = {VERSION: "2026-07-28", CAPABILITIES: self.capabilities}
+            params = message.setdefault("params", {})
+            params["_meta"] = {**meta, **params.get("_meta", {})}
+        message = mcpproxy.parse_message(json.dumps(message))
+        if message.kind is not mcpproxy.REQUEST:
+            return self.client.receive(message)
+        exchange = mcpproxy.Exchange(self.client, self.mount.pick(self.client), message, self,
+                                     mcpproxy.check_modern(message, None) if self.kind == "modern" else None)
+        try:
+            exchange.start()
+        except ProxyError as error:
+            exchange.fail(error)
+
+    def leave(self):
+        for call in list(self.client.calls.values()):
+            call.cancel()
+        if self.client.is_session:
+            self.client.stream.detach(self.listener)
+            self.client.end()
+
+
+class ServerSide(mcpproxy.Link):
+    """A server in a conversation: one run of it."""
+
+    GREETINGS = {"initialize": '"id":ID,"result":{"protocolVersion":"2025-06-18","capabilities":CAN}',
+                 "server/discover": '"id":ID,"result":{"supportedVersions":["2026-07-28"],"capabilities":CAN}',
+                 "notifications/initialized": "",
+                 "subscriptions/listen": '"method":"notifications/subscriptions/acknowledged","params":{"_meta":{'
+                                         '"io.modelcontextprotocol/subscriptionId":ID},"notifications":{}}'}
+    CAN = '{"tools":{"listChanged":true},"resources":{"subscribe":true,"listChanged":true},"logging":{}}'
+
+    def __init__(self, conversation):
+        self.conversation, self.loop = conversation, asyncio.get_running_loop()
+
+    async def start(self):
+        servers = self.conversation.servers
+        name = "second" if "server" in servers and servers["server"].is_open else "server"
+        servers[name], self.heard = self, self.conversation.heard[name]
+        self.heard.put_nowait((200, "starts"))
+
+    def write(self, line, about=None):
+        message = json.loads(line)
+        greeting = self.conversation.greetings.get(message.get("method"))
+        if greeting is None:
+            self.heard.put_nowait((200, message))
+        elif greeting:
+            text = greeting.replace("ID", str(message["id"])).replace("CAN", self.CAN)
+            self.loop.call_soon(self.on_line, b'{"jsonrpc":"2.0",%b}' % text.encode())
+
+    def end(self, how_it_ended="", exit_code=None):
+        self.is_open, self.how_it_ended, self.exit_code = False, how_it_ended, exit_code
+        on_end, self.on_end = self.on_end, lambda: None
+        on_end()
+
+    def stop(self):
+        if self.is_open:
+            self.heard.put_nowait((200, "is stopped"))
+            self.is_open, self.was_stopped = False, True
+            self.loop.call_soon(self.end)
+        return self.loop.create_task(asyncio.sleep(0))
+
+
+class Conversation:
+    """Who takes part, what came to each and was not looked at yet, and what the $NAMEs stand for."""
+
+    def __init__(self, server, settings, clients):
+        self.heard, self.servers, self.known = collections.defaultdict(asyncio.Queue), {}, {}
+        self.greetings = dict(ServerSide.GREETINGS) if server != "new" else {}
+        settings = Settings(**{"server_era": server if server != "new" else "auto", **settings})
+        now = asyncio.get_running_loop().time
+        self.mount = mcpproxy.Mount(mcpproxy.Server("x", settings, lambda *_: ServerSide(self), now), settings, now)
+        self.mount.start()
+        self.clients = {name: ClientSide(self.heard[name], self.mount, *([kind] if isinstance(kind, str) else kind))
+                        for name, kind in clients.items()}
+
+    async def shake_hands(self):
+        for client in self.clients.values():
+            if client.client.is_session:
+                client.say(initialize(capabilities=client.capabilities))
+                client.say(notification("notifications/initialized"))
+        await asyncio.sleep(0.01)
+        del self.greetings["subscriptions/listen"]
+        while any(not queue.empty() and queue.get_nowait() for queue in self.heard.values()):
+            pass
+
+    async def step(self, who, verb, rest):
+        """Does what a line says, or looks whether it has happened."""
+        client = self.clients.get(who)
+        note, text = re.fullmatch(r"(?:(\(\$\w+\)|\d{3}) )?(.*)", rest).groups()
+        if verb == "s":
+            await asyncio.sleep(float(who))
+            self.mount.tick(self.mount.now())
+        elif verb == "leaves":
+            client.leave()
+        elif verb == "dies":
+            self.servers[who].end(" " + rest, int(rest.split()[-1]))
+        elif verb == ">" and client:
+            client.say(self.read(text))
+        elif verb == "<" and not client:
+            self.servers[who].on_line(json.dumps(self.read(text)).encode(), cause=note and self.known[note[1:-1]])
+        else:
+            status, came = await asyncio.wait_for(self.heard[who].get(), 60)
+            if verb in "<>":
+                self.learn(self.read(text), came)
+            expected = self.read(text) if verb in "<>" else f"{verb} {text}".removesuffix("again").strip()
+            exactly = functools.partial(json.dumps, sort_keys=True)          # in Python, 1 is True and 1.0
+            assert (status, exactly(came)) == (int(note or 200), exactly(expected))
+
+    def read(self, text):
+        """The message in a text, or the batch, with what is known in the place of each $NAME."""
+        def value(match):
+            name = match[0].strip('"')
+            known = self.known.get(name, name)
+            return json.dumps(str(known) if match[0][0] == '"' else known)
+        read = json.loads(re.sub(r'"?\$\w+"?', value, text.replace('".../', '"io.modelcontextprotocol/')))
+        return [{"jsonrpc": "2.0", **one} for one in read] if isinstance(read, list) else {"jsonrpc": "2.0", **read}
+
+    def learn(self, pattern, value):
+        """Takes what stands in the place of each new $NAME."""
+        if isinstance(pattern, str) and pattern.startswith("$"):
+            self.known[pattern] = value
+        elif isinstance(pattern, dict) and isinstance(value, dict):
+            others = (name for name in value if name not in pattern)
+            for name, inner in pattern.items():
+                if name.startswith("$"):
+                    self.known[name] = name = next(others, None)
+                self.learn(inner, value.get(name))
+
+
+def conversation(text, server="legacy", settings=None, **clients):
+    """Has a conversation, and fails where it goes another way than it is written."""
+    steps, faults = [], []
+    for line in map(str.strip, text.strip().split("\n")):
+        step = re.fullmatch(r"([\w.]+) (>|<|s|leaves|dies|starts|is)(?: (.*))?", line)
+        if step:
+            steps.append([*step.groups("")])
+        else:
+            steps[-1][2] += line
+
+    async def run():
+        held = Conversation(server, settings or {}, clients)
+        if server != "new":
+            await held.shake_hands()
+        for step in steps:
+            await held.step(*step)
+        await asyncio.sleep(1)
+        left = [(name, queue.get_nowait()) for name, queue in held.heard.items() if not queue.empty()]
+        await held.mount.close()
+        assert not left
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=instant_loop) as runner:
+        patch.setattr(mcpproxy.log, "fault", faults.append)
+        runner.run(run())
+    assert not faults
+
+
+@pytest.mark.parametrize("rest", [
+    'server < {"id":$CALL,"result":{}}', 'server < {"id":$CALL,"result":{}}\nclient < {"id":"1","result":{}}',
+    'server < {"id":$CALL,"result":{}}\nclient < 400 {"id":1,"result":{}}', 'client < {"id":1,"result":{}}',
+    'server < {"id":$CALL,"result":{"x":1}}\nclient < {"id":1,"result":{"x":true}}', 'server is stopped'])
+def test_conversation_that_goes_another_way_fails(rest):
+    with pytest.raises((AssertionError, asyncio.TimeoutError)):
+        conversation('client > {"id":1,"method":"ping"}\nserver > {"id":$CALL,"method":"ping"}\n' + rest,
+                     server="legacy", client="legacy")
+
+
+
+# Handshakes.
+
+def test_conversation_handshake_with_a_server_that_is_asked_in_both_eras_and_is_of_the_old_one():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":{"_meta":{".../protocolVersion":"2026-07-28",
+                                   ".../clientInfo":$PROXY,".../clientCapabilities":{}}}}
+                server < {"id":$ID,"error":{"code":-32601,"message":"no such method"}}
+                server > {"id":$ID2,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":
+                                   {"sampling":{},"elicitation":{"form":{},"url":{}}},"clientInfo":$PROXY}}
+                server < {"id":$ID2,"result":{"protocolVersion":"2024-11-05","capabilities":{"tools":{}},
+                                   "serverInfo":{"name":"x","version":"1"},"x":1.0}}
+                server > {"method":"notifications/initialized"}
+        ann > {"id":"a","method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{}}}
+        ann < {"id":"a","result":{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},
+                                  "serverInfo":{"name":"x","version":"1"},"x":1.0}}
+        ann > {"method":"notifications/initialized"}
+        bob > {"id":1,"method":"server/discover"}
+        bob < {"id":1,"result":{"resultType":"complete","ttlMs":0,"cacheScope":"private","capabilities":{"tools":{}},
+                                "supportedVersions":["2026-07-28","2025-11-25","2025-06-18","2025-03-26","2024-11-05"],
+                                "_meta":{".../serverInfo":{"name":"x","version":"1"}}}}
+    ''', server="new", ann="legacy", bob="modern")
+
+
+def test_conversation_handshake_of_a_legacy_client_is_made_for_a_modern_server():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"resultType":"complete","supportedVersions":["2026-07-28"],"ttlMs":5,
+                                   "capabilities":{"tools":{}},"instructions":"be kind",
+                                   "_meta":{".../serverInfo":{"name":"x","version":"1"}}}}
+        ann > {"id":1,"method":"initialize","params":{"protocolVersion":"2024-11-05","capabilities":{}}}
+        ann < {"id":1,"result":{"protocolVersion":"2024-11-05","capabilities":{"tools":{}},"instructions":"be kind",
+                                "serverInfo":{"name":"x","version":"1"}}}
+        ann > {"method":"notifications/initialized"}
+        ann > {"id":2,"method":"ping"}
+        ann < {"id":2,"result":{}}
+        bob > {"id":1,"method":"server/discover"}
+                server > {"id":$ID2,"method":"server/discover","params":{"_meta":$META}}
+                server < {"id":$ID2,"result":{"supportedVersions":["2026-07-28"],"capabilities":{"tools":{}}}}
+        bob < {"id":1,"result":{"supportedVersions":["2026-07-28"],"capabilities":{"tools":{}}}}
+    ''', server="new", ann="legacy", bob="modern")
+
+
+def test_conversation_server_that_answers_only_in_the_old_way_is_asked_so_after_three_seconds_and_then_always():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+        2.9 s pass
+        0.2 s pass
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID2,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+                server dies with exit code 3
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+    ''', server="new")
+
+
+def test_conversation_late_answer_to_the_new_question_counts_when_the_old_one_was_asked_too():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+        4 s pass
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],"capabilities":{}}}
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$CALL,"method":"tools/list","params":{"_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"complete","tools":[]}}
+        client < {"id":1,"result":{"resultType":"complete","tools":[]}}
+    ''', server="new", client="modern")
+
+
+def test_conversation_server_that_is_struck_dumb_by_the_new_question_is_started_again_and_asked_the_old_one():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+        4 s pass
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+        10 s pass
+                server is stopped
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+    ''', server="new")
+
+
+def test_conversation_server_that_dies_of_the_new_question_is_started_again_and_asked_the_old_one():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server dies with exit code 3
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+    ''', server="new")
+
+
+def test_conversation_client_is_told_why_a_server_refuses_every_handshake():
+    conversation('''
+                server starts
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"error":{"code":-32601,"message":"no such method"}}
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID2,"error":{"code":1,"message":"no key"}}
+                server is stopped
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"error":{"code":1,"message":"no key"}}
+                server is stopped
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server refused",
+                                      "data":{"code":1,"message":"no key"}}}
+                server starts again
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+    ''', server="new", client="modern")
+
+
+def test_conversation_server_of_a_session_s_own_is_addressed_in_the_words_of_its_client():
+    conversation('''
+        client > {"id":1,"method":"initialize","params":{"protocolVersion":"2025-03-26","capabilities":{"roots":{}},
+                                                         "clientInfo":{"name":"c","version":"1"}}}
+                server starts
+                server > {"id":$ID,"method":"initialize","params":{"protocolVersion":"2025-03-26",
+                                   "capabilities":{"roots":{}},"clientInfo":{"name":"c","version":"1"}}}
+                server < {"id":$ID,"result":{"protocolVersion":"2024-11-05","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+        client < {"id":1,"result":{"protocolVersion":"2024-11-05","capabilities":{}}}
+        client > {"method":"notifications/initialized"}
+        client > {"method":"notifications/roots/list_changed"}
+                server > {"method":"notifications/roots/list_changed"}
+        client leaves
+                server is stopped
+    ''', server="new", settings={"shared_session": False}, client="legacy")
+
+
+# Calls in each pair of eras.
+
+def test_conversation_legacy_client_legacy_server_call():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t","k":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$CALL,"k":1}}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":$CALL,"result":{"content":[],"unknown":null}}
+        client < {"id":"a","result":{"content":[],"unknown":null}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_modern_client_modern_server_call():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x","_meta":{
+                                  "progressToken":"t",".../logLevel":"info"}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$CALL,
+                          ".../logLevel":"info",".../protocolVersion":"2026-07-28",
+                          ".../clientCapabilities":{"roots":{}}}}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":$CALL,"result":{"resultType":"complete","content":[]}}
+        client < {"id":"a","result":{"resultType":"complete","content":[]}}
+        client > {"id":"b","method":"no/such/method"}
+                server > {"id":$CALL2,"method":"no/such/method","params":{"_meta":$META}}
+                server < {"id":$CALL2,"error":{"code":-32601,"message":"no"}}
+        client < 404 {"id":"b","error":{"code":-32601,"message":"no"}}
+    ''', server="modern", client=("modern", {"roots": {}}))
+
+
+def test_conversation_modern_client_legacy_server_call():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t","k":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$CALL,"k":1}}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":"a","result":{"resultType":"complete","content":[]}}
+        client > {"id":"b","method":"tools/list"}
+                server > {"id":$LIST,"method":"tools/list","params":{"_meta":{}}}
+                server < {"id":$LIST,"result":{"tools":[],"nextCursor":"2"}}
+        client < {"id":"b","result":{"resultType":"complete","ttlMs":0,"cacheScope":"private",
+                                     "tools":[],"nextCursor":"2"}}
+        client > {"id":"c","method":"no/such/method"}
+                server > {"id":$NO,"method":"no/such/method","params":{"_meta":{}}}
+                server < {"id":$NO,"error":{"code":-32601,"message":"no"}}
+        client < 404 {"id":"c","error":{"code":-32601,"message":"no"}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_legacy_client_modern_server_call():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t","k":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$CALL,"k":1,
+                          ".../protocolVersion":"2026-07-28",".../clientCapabilities":{"roots":{}},
+                          ".../clientInfo":{"name":"test","version":"1"}}}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":$CALL,"result":{"resultType":"complete","content":[]}}
+        client < {"id":"a","result":{"content":[]}}
+        client > {"id":"b","method":"tools/list"}
+                server > {"id":$LIST,"method":"tools/list","params":{"_meta":$META}}
+                server < {"id":$LIST,"result":{"resultType":"complete","ttlMs":5,"cacheScope":"public","tools":[]}}
+        client < {"id":"b","result":{"tools":[]}}
+    ''', server="modern", client=("legacy", {"roots": {}}))
+
+
+def test_conversation_resource_that_is_not_there_has_the_code_of_the_client_s_era():
+    conversation('''
+        ann > {"id":1,"method":"resources/read","params":{"uri":"a:b"}}
+                server > {"id":$ANN,"method":"resources/read","params":{"uri":"a:b"}}
+                server < {"id":$ANN,"error":{"code":-32002,"message":"not found"}}
+        ann < {"id":1,"error":{"code":-32002,"message":"not found"}}
+        bob > {"id":1,"method":"resources/read","params":{"uri":"a:b"}}
+                server > {"id":$BOB,"method":"resources/read","params":{"uri":"a:b","_meta":{}}}
+                server < {"id":$BOB,"error":{"code":-32002,"message":"not found"}}
+        bob < {"id":1,"error":{"code":-32602,"message":"not found"}}
+    ''', server="legacy", ann="legacy", bob="modern")
+    conversation('''
+        ann > {"id":1,"method":"resources/read","params":{"uri":"a:b"}}
+                server > {"id":$ANN,"method":"resources/read","params":{"uri":"a:b","_meta":$META}}
+                server < {"id":$ANN,"error":{"code":-32602,"message":"not found"}}
+        ann < {"id":1,"error":{"code":-32002,"message":"not found"}}
+        bob > {"id":1,"method":"resources/read","params":{"uri":"a:b"}}
+                server > {"id":$BOB,"method":"resources/read","params":{"uri":"a:b","_meta":$META2}}
+                server < {"id":$BOB,"error":{"code":-32602,"message":"not found"}}
+        bob < {"id":1,"error":{"code":-32602,"message":"not found"}}
+    ''', server="modern", ann="legacy", bob="modern")
+
+
+def test_conversation_clients_with_equal_ids_and_tokens_are_told_apart():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":7}}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$ANN}}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":7}}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$BOB}}}
+        ann > {"id":"1","method":"tools/call","params":{"name":"y"}}
+                server > {"id":$TEXT,"method":"tools/call","params":{"name":"y"}}
+                server < {"method":"notifications/progress","params":{"progressToken":$BOB,"progress":1}}
+        bob < {"method":"notifications/progress","params":{"progressToken":7,"progress":1}}
+                server < {"method":"notifications/progress","params":{"progressToken":$TEXT,"progress":1}}
+                server < {"id":$BOB,"result":{"content":["bob"]}}
+        bob < {"id":1,"result":{"resultType":"complete","content":["bob"]}}
+                server < {"id":$TEXT,"result":{"content":["text"]}}
+        ann < {"id":"1","result":{"content":["text"]}}
+                server < {"id":$ANN,"result":{"content":["ann"]}}
+        ann < {"id":1,"result":{"content":["ann"]}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_what_sdks_forgive_a_server_is_forgiven():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t"}}}
+                server > {"id":$A,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$A}}}
+                server < {"method":"notifications/progress","params":{"progressToken":"$A","progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":"$A","result":{"content":["an id that became a string"]}}
+        client < {"id":1,"result":{"content":["an id that became a string"]}}
+        client > {"id":2,"method":"ping"}
+                server > {"id":$B,"method":"ping"}
+                server < {"id":$B,"error":null,"result":{"an error that is null":1}}
+        client < {"id":2,"result":{"an error that is null":1}}
+        client > {"id":3,"method":"ping"}
+                server > {"id":$C,"method":"ping"}
+                server < {"id":$C,"result":null,"error":{"code":1,"message":"a result beside an error"}}
+        client < {"id":3,"error":{"code":1,"message":"a result beside an error"}}
+        client > {"id":4,"method":"ping"}
+                server > {"id":$D,"method":"ping"}
+                server < {"id":$D}
+        client < {"id":4,"result":{}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_batch_of_a_server_is_taken_apart():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+        client > {"id":2,"method":"tools/call","params":{"name":"y"}}
+                server > {"id":$X,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$Y,"method":"tools/call","params":{"name":"y"}}
+                server < [{"id":"p","method":"ping"},{"id":$Y,"result":{"content":["y"]}},
+                          {"method":"notifications/message","params":{"level":"info","data":"of x"}},
+                          {"id":$X,"result":{"content":["x"]}}]
+        client < {"id":2,"result":{"content":["y"]}}
+        client < {"method":"notifications/message","params":{"level":"info","data":"of x"}}
+        client < {"id":1,"result":{"content":["x"]}}
+                server > {"id":"p","result":{}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_first_of_two_answers_counts_and_one_to_nothing_is_forgotten():
+    conversation('''
+        client > {"id":1,"method":"ping"}
+                server > {"id":$CALL,"method":"ping"}
+                server < {"id":999,"result":{"to":"nothing"}}
+                server < {"id":"x","result":{"to":"nothing"}}
+                server < {"id":$CALL,"result":{"answer":1}}
+                server < {"id":$CALL,"result":{"answer":2}}
+        client < {"id":1,"result":{"answer":1}}
+    ''', server="legacy", client="legacy")
+
+
+# The end of a call.
+
+def test_conversation_cancelled_call_is_over_and_its_id_is_free():
+    conversation('''
+        ann > {"id":7,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":7,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x"}}
+        ann > {"method":"notifications/cancelled","params":{"requestId":8,"reason":"no such call"}}
+        ann > {"method":"notifications/cancelled","params":{"requestId":"7","reason":"no such call"}}
+        ann > {"method":"notifications/cancelled","params":{"requestId":7,"reason":"enough"}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$ANN,"reason":"enough"}}
+                server < {"id":$ANN,"result":{"content":["late"]}}
+        ann > {"id":7,"method":"tools/call","params":{"name":"y"}}
+                server > {"id":$AGAIN,"method":"tools/call","params":{"name":"y"}}
+                server < {"id":$AGAIN,"result":{"content":["y"]}}
+        ann < {"id":7,"result":{"content":["y"]}}
+                server < {"id":$BOB,"result":{"content":["x"]}}
+        bob < {"id":7,"result":{"content":["x"]}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_id_that_is_in_use_is_refused_and_the_first_goes_on():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+        client > {"id":1,"method":"ping"}
+        client < 400 {"id":1,"error":{"code":-32600,"message":"a request with this id is running"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_clients_that_leave_take_their_calls_and_nobody_else_s_along():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+        eve > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$EVE,"method":"tools/call","params":{"name":"x"}}
+        ann leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$ANN,"reason":"cancelled"}}
+        bob leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
+                server < {"id":$EVE,"result":{"content":[]}}
+        eve < {"id":1,"result":{"content":[]}}
+    ''', server="legacy", ann="legacy", bob="modern", eve="visitor")
+
+
+def test_conversation_call_without_progress_times_out_and_one_with_progress_does_not():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t"}}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$ANN}}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+        400 s pass
+                server < {"method":"notifications/progress","params":{"progressToken":$ANN,"progress":1}}
+        ann < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+        400 s pass
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"timed out"}}
+        bob < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}
+                server < {"id":$ANN,"result":{"content":[]}}
+        ann < {"id":1,"result":{"content":[]}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_death_of_a_server_ends_all_calls_and_the_next_one_has_everything_put_back():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$SUBSCRIBE,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$SUBSCRIBE,"result":{}}
+        ann < {"id":1,"result":{}}
+        ann > {"id":2,"method":"logging/setLevel","params":{"level":"notice"}}
+                server > {"id":$LEVEL,"method":"logging/setLevel","params":{"level":"notice"}}
+        ann < {"id":2,"result":{}}
+        ann > {"id":3,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL2,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server dies with exit code 3
+        ann < 502 {"id":3,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
+                                   "data":{"exitCode":3,"stderr":[]}}}
+        bob < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
+                                   "data":{"exitCode":3,"stderr":[]}}}
+        bob > {"id":2,"method":"ping/custom"}
+                server starts again
+                server > {"id":$AGAIN,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$LEVEL2,"method":"logging/setLevel","params":{"level":"notice"}}
+                server > {"id":$PING,"method":"ping/custom","params":{"_meta":{}}}
+        ann < {"method":"notifications/tools/list_changed"}
+        ann < {"method":"notifications/resources/list_changed"}
+                server < {"id":$PING,"result":{}}
+        bob < {"id":2,"result":{"resultType":"complete"}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_listener_at_a_legacy_server_does_not_notice_that_it_is_started_again():
+    conversation('''
+        client > {"id":7,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true,
+                                  "resourceSubscriptions":["a:b"]}}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$1,"result":{}}
+        client < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":7},
+                                   "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:b"]}}}
+                server dies with exit code 3
+                server starts again
+                server > {"id":$2,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        client < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":7}}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}
+        client < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{".../subscriptionId":7}}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_death_of_a_modern_server_ends_what_clients_listen_for_and_the_proxy_listens_anew():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$L,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$BEFORE,"reason":"replaced"}}
+        ann < {"id":1,"result":{}}
+        bob > {"id":"b","method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}
+                server > {"id":$BOB,"method":"subscriptions/listen","params":{"_meta":$META2,
+                          "notifications":{"toolsListChanged":true}}}
+                server dies with exit code 1
+        bob < 502 {"id":"b","error":{"code":-32000,"message":"the MCP server ended with exit code 1",
+                                     "data":{"exitCode":1,"stderr":[]}}}
+                server starts again
+                server > {"id":$AGAIN,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+        ann < {"method":"notifications/tools/list_changed"}
+        ann < {"method":"notifications/resources/list_changed"}
+    ''', server="modern", ann="legacy", bob="modern")
+
+
+def test_conversation_session_ends_with_a_server_of_its_own_and_no_other_one():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                second > {"id":$BOB,"method":"tools/call","params":{"name":"x"}}
+                server dies with exit code 3
+        ann < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
+                                   "data":{"exitCode":3,"stderr":[]}}}
+        ann is disconnected
+                second < {"id":$BOB,"result":{"content":[]}}
+        bob < {"id":1,"result":{"content":[]}}
+    ''', server="legacy", settings={"shared_session": False}, ann="legacy", bob="legacy")
+
+
+def test_conversation_server_that_died_five_times_in_a_minute_is_started_when_somebody_asks():
+    conversation('''
+                server dies with exit code 1
+                server starts again
+                server dies with exit code 1
+                server starts again
+                server dies with exit code 1
+                server starts again
+                server dies with exit code 1
+                server starts again
+                server dies with exit code 1
+        600 s pass
+        client > {"id":1,"method":"tools/list"}
+                server starts again
+                server > {"id":$CALL,"method":"tools/list","params":{"_meta":{}}}
+                server < {"id":$CALL,"result":{"tools":[]}}
+        client < {"id":1,"result":{"resultType":"complete","ttlMs":0,"cacheScope":"private","tools":[]}}
+    ''', server="legacy", client="modern")
+
+
+# Logs.
+
+def test_conversation_log_level_of_a_legacy_server_is_the_most_verbose_that_a_client_wants():
+    conversation('''
+        ann > {"id":1,"method":"logging/setLevel","params":{"level":"error"}}
+                server > {"id":$1,"method":"logging/setLevel","params":{"level":"error"}}
+        ann < {"id":1,"result":{}}
+        bob > {"id":1,"method":"logging/setLevel","params":{"level":"info"}}
+                server > {"id":$2,"method":"logging/setLevel","params":{"level":"info"}}
+        bob < {"id":1,"result":{}}
+        eve > {"id":1,"method":"logging/setLevel","params":{"level":"alert"}}
+        eve < {"id":1,"result":{}}
+                server < {"method":"notifications/message","params":{"level":"notice","data":"of no call"}}
+        bob < {"method":"notifications/message","params":{"level":"notice","data":"of no call"}}
+                server < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
+        ann < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
+        bob < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
+        bob leaves
+                server > {"id":$3,"method":"logging/setLevel","params":{"level":"error"}}
+        eve > {"id":2,"method":"logging/setLevel","params":{"level":"loud"}}
+                server > {"id":$4,"method":"logging/setLevel","params":{"level":"loud"}}
+                server < {"id":$4,"error":{"code":-32602,"message":"no such level"}}
+        eve < {"id":2,"error":{"code":-32602,"message":"no such level"}}
+    ''', server="legacy", ann="legacy", bob="legacy", eve="legacy")
+
+
+def test_conversation_log_message_goes_to_the_call_that_it_came_with_if_its_client_wants_the_level():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+                server < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
+        ann < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"method":"notifications/message","params":{"level":"emergency","data":"bob wants none"}}
+        bob > {"id":2,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"warning"}}}
+                server > {"id":$LEVEL,"method":"logging/setLevel","params":{"level":"warning"}}
+                server > {"id":$BOB2,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"method":"notifications/message","params":{"level":"info","data":"bob wants no such"}}
+                server < {"method":"notifications/message","params":{"level":"error","data":"bob wants"}}
+        bob < {"method":"notifications/message","params":{"level":"error","data":"bob wants"}}
+                server < ($ANN) {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+        ann < {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_modern_server_is_told_the_log_level_of_a_session_with_each_request():
+    conversation('''
+        client > {"id":1,"method":"logging/setLevel","params":{"level":"warning"}}
+        client < {"id":1,"result":{}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"warning",
+                          ".../protocolVersion":"2026-07-28",".../clientCapabilities":{},".../clientInfo":$INFO}}}
+                server < {"method":"notifications/message","params":{"level":"error","data":"loud"}}
+        client < {"method":"notifications/message","params":{"level":"error","data":"loud"}}
+        client > {"id":3,"method":"logging/setLevel","params":{"level":"loud"}}
+        client < {"id":3,"error":{"code":-32602,"message":"the server sends no log messages of this level"}}
+    ''', server="modern", client=("legacy", {}))
+
+
+# Questions of a server to a client of its own era.
+
+def test_conversation_question_of_a_legacy_server_to_a_legacy_client():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
+        client > {"id":$Q,"result":{"action":"accept","content":{"name":"Ada"}}}
+                server > {"id":"q","result":{"action":"accept","content":{"name":"Ada"}}}
+                server < {"id":1,"method":"sampling/createMessage","params":{"messages":[]}}
+        client < {"id":$Q2,"method":"sampling/createMessage","params":{"messages":[]}}
+        client > {"id":$Q2,"error":{"code":-1,"message":"the user said no","data":1.0}}
+                server > {"id":1,"error":{"code":-1,"message":"the user said no","data":1.0}}
+        client > {"id":$Q2,"result":{"said":"twice"}}
+        client > {"id":99,"result":{"to":"nothing"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":"a","result":{"content":[]}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_question_that_a_legacy_client_cannot_answer_is_refused_for_it():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+                server > {"id":"q","error":{"code":-32601,"message":"no client can answer this"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+    '''
+    conversation(text, client=("legacy", {"sampling": {}, "elicitation": {"url": {}}}))
+    conversation(text, client="legacy in JSON")
+    conversation(text, client="visitor")
+
+
+def test_conversation_question_goes_to_the_newest_call_of_a_client_that_can_answer_it():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"first"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"first"}}
+        ann > {"id":2,"method":"tools/call","params":{"name":"second"}}
+                server > {"id":$ANN2,"method":"tools/call","params":{"name":"second"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"third"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"third","_meta":{}}}
+                server < {"id":"q","method":"sampling/createMessage","params":{}}
+        ann < {"id":$Q,"method":"sampling/createMessage","params":{}}
+        bob leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
+        ann > {"id":$Q,"result":{"model":"m"}}
+                server > {"id":"q","result":{"model":"m"}}
+    ''', server="legacy", ann="legacy", bob=("modern", {}))
+
+
+def test_conversation_question_goes_to_the_call_that_its_link_names():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x"}}
+                server < ($ANN) {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        ann < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
+        bob > {"id":$Q,"result":{"action":"accept","content":{"name":"an answer that was not bob's to give"}}}
+        ann > {"id":$Q,"result":{"action":"decline"}}
+                server > {"id":"q","result":{"action":"decline"}}
+                server < ($BOB) {"id":"r","method":"elicitation/create","params":{"message":"who?"}}
+        bob < {"id":$R,"method":"elicitation/create","params":{"message":"who?"}}
+        bob leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
+                server > {"id":"r","error":{"code":-32000,"message":"the client is gone"}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_question_that_the_server_takes_back_is_taken_back_from_the_client():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
+                server < {"method":"notifications/cancelled","params":{"requestId":"q","reason":"late"}}
+        client < {"method":"notifications/cancelled","params":{"requestId":$Q,"reason":"late"}}
+        client > {"id":$Q,"result":{"action":"accept"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_roots_are_asked_of_a_client_by_a_server_of_its_own_alone():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"roots/list"}
+        %s
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+                server < {"id":"r","method":"roots/list"}
+        %s
+    '''
+    refused = 'server > {"id":"%s","error":{"code":-32601,"message":"no client can answer this"}}'
+    asked = '''
+        client < {"id":$%s,"method":"roots/list"}
+        client > {"id":$%s,"result":{"roots":[]}}
+                server > {"id":"%s","result":{"roots":[]}}'''
+    conversation(text % (refused % "q", refused % "r"), client="legacy")
+    conversation(text % (asked % ("Q", "Q", "q"), asked % ("R", "R", "r")), client="legacy",
+                 settings={"shared_session": False})
+
+
+def test_conversation_input_that_a_modern_server_requires_is_between_it_and_a_modern_client():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                          "q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                                   "q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x","requestState":"s",
+                                                         "inputResponses":{"q":{"action":"decline"}}}}
+                server > {"id":$CALL2,"method":"tools/call","params":{"name":"x","requestState":"s",
+                          "inputResponses":{"q":{"action":"decline"}},"_meta":$META}}
+                server < {"id":$CALL2,"result":{"resultType":"complete","content":[]}}
+        client < {"id":2,"result":{"resultType":"complete","content":[]}}
+    ''', server="modern", client="modern")
+
+
+# Questions of a legacy server to a modern client: the call is parked.
+
+def test_conversation_question_of_a_legacy_server_parks_the_call_of_a_modern_client():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"mode":"url","url":"a:b",
+                          "elicitationId":"e"}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"mode":"url","url":"a:b"}}}}}
+                server < {"method":"notifications/message","params":{"level":"error","data":"to nobody"}}
+        client > {"id":"other","method":"tools/call","params":{"name":"x","requestState":$STATE,"_meta":{
+                                "progressToken":"t"},"inputResponses":{"$Q":{"action":"accept"},"nobody":{"x":1}}}}
+                server > {"id":"q","result":{"action":"accept"}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":"other","result":{"resultType":"complete","content":[]}}
+        client > {"id":3,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                         "inputResponses":{"$Q":{"action":"accept"}}}}
+        client < 400 {"id":3,"error":{"code":-32602,
+                      "message":"requestState is unknown, was used, or belongs to another request"}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_state_of_a_parked_call_is_good_for_the_same_request_alone():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x","arguments":{"a":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"_meta":{}}}
+                server < {"id":"q","method":"roots/list"}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,
+                                   "inputRequests":{"$Q":{"method":"roots/list","params":{}}}}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x","arguments":{"a":2},"requestState":$STATE}}
+        client < 400 {"id":2,"error":{"code":-32602,"message":$UNKNOWN}}
+        client > {"id":3,"method":"prompts/get","params":{"name":"x","arguments":{"a":1},"requestState":$STATE}}
+        client < 400 {"id":3,"error":{"code":-32602,"message":$UNKNOWN}}
+        client > {"id":4,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"requestState":"c0ffee"}}
+        client < 400 {"id":4,"error":{"code":-32602,"message":$UNKNOWN}}
+        client > {"id":5,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"requestState":$STATE,
+                                                         "inputResponses":{"$Q":null}}}
+        client < 400 {"id":5,"error":{"code":-32602,"message":"an input response must be an object"}}
+        client > {"id":6,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"requestState":$STATE,
+                                                         "inputResponses":{"$Q":{"roots":[]}}}}
+                server > {"id":"q","result":{"roots":[]}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":6,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_questions_that_a_modern_client_left_open_are_asked_again():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":1,"method":"elicitation/create","params":{"message":"who?"}}
+                server < {"id":2,"method":"sampling/createMessage","params":{"messages":[]}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}},
+                                   "$R":{"method":"sampling/createMessage","params":{"messages":[]}}}}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                         "inputResponses":{"$R":{"model":"m"}}}}
+                server > {"id":2,"result":{"model":"m"}}
+        client < {"id":2,"result":{"resultType":"input_required","requestState":$STATE2,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+                server < {"id":3,"method":"elicitation/create","params":{"message":"how old?"}}
+        client > {"id":3,"method":"tools/call","params":{"name":"x","requestState":$STATE2,
+                                                         "inputResponses":{"$Q":{"action":"cancel"}}}}
+                server > {"id":1,"result":{"action":"cancel"}}
+        client < {"id":3,"result":{"resultType":"input_required","requestState":$STATE3,"inputRequests":{
+                                   "$S":{"method":"elicitation/create","params":{"message":"how old?"}}}}}
+        client > {"id":4,"method":"tools/call","params":{"name":"x","requestState":$STATE3,
+                                                         "inputResponses":{"$S":{"action":"decline"}}}}
+                server > {"id":3,"result":{"action":"decline"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":4,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_call_that_asks_what_a_modern_client_cannot_answer_is_refused():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"sampling/createMessage","params":{"messages":[],"tools":[]}}
+                server > {"id":"q","error":{"code":-32601,"message":"no client can answer this"}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"failed"}}
+        client < 400 {"id":1,"error":{"code":-32021,"message":$WHY,
+                                      "data":{"requiredCapabilities":{"sampling":{"tools":{}}}}}}
+    ''', server="legacy", client=("modern", {"sampling": {}}))
+
+
+def test_conversation_of_two_questions_the_one_is_asked_that_a_modern_client_can_answer():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":1,"method":"sampling/createMessage","params":{"messages":[]}}
+                server < {"id":2,"method":"elicitation/create","params":{"message":"who?"}}
+                server > {"id":1,"error":{"code":-32601,"message":"no client can answer this"}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        client > {"id":2,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                         "inputResponses":{"$Q":{"action":"decline"}}}}
+                server > {"id":2,"result":{"action":"decline"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":2,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client=("modern", {"elicitation": {}}))
+
+
+def test_conversation_question_in_a_request_that_cannot_be_parked_is_refused():
+    conversation('''
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$CALL,"method":"tools/list","params":{"_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+                server > {"id":"q","error":{"code":-32601,"message":"no client can answer this"}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_parked_call_whose_client_never_comes_back_times_out():
+    conversation('''
+        client > {"id":1,"method":"prompts/get","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"prompts/get","params":{"name":"x","_meta":{}}}
+        400 s pass
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        400 s pass
+        400 s pass
+                server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"timed out"}}
+                server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}
+        client > {"id":2,"method":"prompts/get","params":{"name":"x","requestState":$STATE,
+                                                          "inputResponses":{"$Q":{"action":"accept"}}}}
+        client < 400 {"id":2,"error":{"code":-32602,"message":$UNKNOWN}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_parked_call_is_told_what_became_of_it_when_its_client_comes_back():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        %s
+        client > {"id":2,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                         "inputResponses":{"$Q":{"action":"accept"}}}}
+        %s'''
+    conversation(text % ('server < {"id":$CALL,"result":{"content":["it did not wait"]}}', '''
+                server > {"id":"q","result":{"action":"accept"}}
+        client < {"id":2,"result":{"resultType":"complete","content":["it did not wait"]}}'''), client="modern")
+    conversation(text % ('server dies with exit code 3', '''
+        client < 502 {"id":2,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
+                                      "data":{"exitCode":3,"stderr":[]}}}
+                server starts again'''), client="modern")
+
+
+# Questions of a modern server to a legacy client: the answers are gathered.
+
+def test_conversation_input_that_a_modern_server_requires_is_asked_of_a_legacy_client():
+    conversation('''
+        client > {"id":"a","method":"tools/call","params":{"name":"x","arguments":{"a":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                          "1":{"method":"elicitation/create","params":{"mode":"url","url":"a:b"}},
+                          "2":{"method":"roots/list"}}}}
+        client < {"id":$Q,"method":"elicitation/create","params":{"mode":"url","url":"a:b","elicitationId":$E}}
+        client < {"id":$R,"method":"roots/list","params":{}}
+        client > {"id":$R,"result":{"roots":[]}}
+        client > {"id":$Q,"error":{"code":-1,"message":"the user said no"}}
+                server > {"id":$CALL2,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"requestState":"s",
+                          "inputResponses":{"2":{"roots":[]},"1":{"action":"cancel"}},"_meta":$META}}
+                server < {"id":$CALL2,"result":{"resultType":"input_required","requestState":"t"}}
+                server > {"id":$CALL3,"method":"tools/call","params":{"name":"x","arguments":{"a":1},"requestState":"t",
+                          "_meta":$META}}
+                server < {"id":$CALL3,"result":{"resultType":"complete","content":[]}}
+        client < {"id":"a","result":{"content":[]}}
+    ''', server="modern", client="legacy")
+
+
+def test_conversation_input_that_a_legacy_client_refuses_is_the_end_of_the_call():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required","inputRequests":{
+                          "q":{"method":"sampling/createMessage","params":{"messages":[]}}}}}
+        client < {"id":$Q,"method":"sampling/createMessage","params":{"messages":[]}}
+        client > {"id":$Q,"error":{"code":-1,"message":"the user said no"}}
+        client < {"id":1,"error":{"code":-1,"message":"the user said no"}}
+    ''', server="modern", client="legacy")
+
+
+def test_conversation_input_that_a_legacy_client_cannot_give_is_the_end_of_the_call():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required","inputRequests":{
+                          "q":{"method":"sampling/createMessage","params":{"messages":[]}}}}}
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server asked for what this client cannot do"}}
+    '''
+    conversation(text, server="modern", client=("legacy", {"elicitation": {}}))
+    conversation(text, server="modern", client="legacy in JSON")
+    conversation(text, server="modern", client="visitor")
+
+
+def test_conversation_call_that_is_cancelled_or_times_out_while_its_client_is_asked_is_not_made_again():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required",
+                          "inputRequests":{"q":{"method":"roots/list"}}}}
+        client < {"id":$Q,"method":"roots/list","params":{}}
+        %s
+        client > {"id":$Q,"result":{"roots":[]}}'''
+    conversation(text % 'client > {"method":"notifications/cancelled","params":{"requestId":1}}',
+                 server="modern", client="legacy")
+    conversation(text % '''600 s pass
+        client < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}''',
+                 server="modern", client="legacy")
+
+
+# Subscriptions at a legacy server.
+
+def test_conversation_legacy_server_is_told_of_the_first_subscriber_and_of_the_last_who_leaves():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$FIRST,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        bob > {"id":1,"method":"subscriptions/listen","params":{"notifications":{"resourceSubscriptions":["a:b"]}}}
+                server < {"id":$FIRST,"result":{}}
+        ann < {"id":1,"result":{}}
+        bob < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":1},
+                                "notifications":{"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b/c"}}
+        ann < {"method":"notifications/resources/updated","params":{"uri":"a:b/c"}}
+        bob < {"method":"notifications/resources/updated","params":{"uri":"a:b/c","_meta":{".../subscriptionId":1}}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:bc"}}
+        ann > {"id":2,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+        ann < {"id":2,"result":{}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}
+        bob < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{".../subscriptionId":1}}}
+        bob leaves
+                server > {"id":$LAST,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+        eve > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$EVE,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        eve leaves
+                server > {"id":$LAST2,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+    ''', server="legacy", ann="legacy", bob="modern", eve="legacy")
+
+
+def test_conversation_refused_subscription_is_told_to_all_who_wait_and_is_nobody_s():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
+        ann < {"id":1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
+        bob < {"id":1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
+        ann leaves
+        bob > {"id":2,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$2,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$2,"result":{}}
+        bob < {"id":2,"result":{}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_listener_who_joins_a_subscription_that_is_then_cancelled_stays_subscribed():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        bob > {"id":1,"method":"subscriptions/listen","params":{"notifications":{"resourceSubscriptions":["a:b"]}}}
+        ann > {"method":"notifications/cancelled","params":{"requestId":1}}
+                server < {"id":$1,"result":{}}
+        bob < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":1},
+                                "notifications":{"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}
+        bob < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{".../subscriptionId":1}}}
+        bob leaves
+                server > {"id":$2,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_cancelled_subscription_is_taken_back():
+    conversation('''
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        client > {"method":"notifications/cancelled","params":{"requestId":1}}
+                server < {"id":$1,"result":{}}
+                server > {"id":$2,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_listener_at_a_legacy_server_is_not_promised_what_was_refused_and_others_ask_for_it_anew():
+    conversation('''
+        ann > {"id":7,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true,
+                               "promptsListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                server > {"id":$B,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$C,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server < {"id":$C,"error":{"code":-32002,"message":"no such resource"}}
+                server < {"id":$B,"result":{}}
+        ann < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":7},
+                                "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:b"]}}}
+        bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server > {"id":$C2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server < {"id":$C2,"result":{}}
+        bob < {"id":1,"result":{}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:c"}}
+        bob < {"method":"notifications/resources/updated","params":{"uri":"a:c"}}
+                server < {"method":"notifications/tools/list_changed"}
+        ann < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":7}}}
+        bob < {"method":"notifications/tools/list_changed"}
+                server < {"method":"notifications/prompts/list_changed"}
+        bob < {"method":"notifications/prompts/list_changed"}
+    ''', server="legacy", ann="modern", bob="legacy")
+
+
+# Subscriptions at a modern server.
+
+def test_conversation_modern_server_is_listened_to_once_and_anew_when_what_is_wanted_changes():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":{"_meta":$META}}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],
+                          "capabilities":{"tools":{"listChanged":true},"resources":{"subscribe":true}}}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,
+                          "notifications":{"toolsListChanged":true,"resourceSubscriptions":[]}}}
+        ann > {"id":0,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{}}}
+        ann < {"id":0,"result":{"protocolVersion":"2025-06-18","serverInfo":$UNNAMED,
+                                "capabilities":{"tools":{"listChanged":true},"resources":{"subscribe":true}}}}
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        ann > {"id":2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L1},"notifications":{"toolsListChanged":true}}}
+                server > {"id":$L2,"method":"subscriptions/listen","params":{"_meta":$META,
+                          "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                server < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":$L1}}}
+        ann < {"method":"notifications/tools/list_changed","params":{"_meta":{}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{
+                          ".../subscriptionId":$L2},"notifications":{"resourceSubscriptions":["a:b","a:c"]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L1,"reason":"replaced"}}
+        ann < {"id":1,"result":{}}
+        ann < {"id":2,"result":{}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b",
+                          "_meta":{".../subscriptionId":$L2}}}
+        ann < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{}}}
+        ann > {"id":3,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+        ann < {"id":3,"result":{}}
+                server > {"id":$L3,"method":"subscriptions/listen","params":{"_meta":$META,
+                          "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:c"]}}}
+    ''', server="new", ann="legacy")
+
+
+def test_conversation_subscription_that_a_modern_server_refused_is_not_asked_for_again():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+        bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server < {"id":$L1,"error":{"code":-32602,"message":"no such resource"}}
+        ann < {"id":1,"error":{"code":-32602,"message":"the MCP server refused the subscription"}}
+                server > {"id":$L2,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:c"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L2},"notifications":{"resourceSubscriptions":[]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L0,"reason":"replaced"}}
+        bob < {"id":1,"error":{"code":-32602,"message":"the MCP server refused the subscription"}}
+        bob > {"id":2,"method":"resources/subscribe","params":{"uri":"a:d"}}
+                server > {"id":$L3,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:d"]}}}
+    ''', server="modern", ann="legacy", bob="legacy")
+
+
+def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_own():
+    conversation('''
+        ann > {"id":7,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}
+                server > {"id":$ANN,"method":"subscriptions/listen","params":{"_meta":$META,
+                          "notifications":{"toolsListChanged":true}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$ANN},"notifications":{"toolsListChanged":true}}}
+        ann < {"method":"notifications/subscriptions/acknowledged","params":{
+                                "_meta":{".../subscriptionId":7},"notifications":{"toolsListChanged":true}}}
+        bob > {"id":"7","method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}
+                server > {"id":$BOB,"method":"subscriptions/listen","params":{"_meta":$META,
+                          "notifications":{"toolsListChanged":true}}}
+                server < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":"$BOB"}}}
+        bob < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":"7"}}}
+        600 s pass
+        bob leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
+                server < {"id":$ANN,"result":{"resultType":"complete","_meta":{".../subscriptionId":$ANN}}}
+        ann < {"id":7,"result":{"resultType":"complete","_meta":{".../subscriptionId":7}}}
+    ''', server="modern", ann="modern", bob="modern")
 
 
 # ============================================================================
