@@ -5528,6 +5528,47 @@ def test_conversation_server_that_dies_of_the_new_question_is_started_again_and_
     ''', server="new")
 
 
+@pytest.mark.parametrize("answer", [
+    '"result":{"odd":true}', '"result":{"supportedVersions":["2030-01-01"],"capabilities":{}}', '"result":[]'])
+def test_conversation_whatever_else_is_answered_to_the_new_question_the_server_is_of_the_old_era(answer):
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,%s}
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID2,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+        client > {"id":1,"method":"ping"}
+                server > {"id":$PING,"method":"ping"}
+                server < {"id":$PING,"result":{}}
+        client < {"id":1,"result":{}}
+                server dies with exit code 1
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+    ''' % answer, server="new", client="visitor")
+
+
+def test_conversation_client_is_told_why_a_server_refuses_the_one_handshake_and_ignores_the_other():
+    conversation('''
+                server starts
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+        4 s pass
+                server > {"id":$ID2,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID2,"error":{"code":1,"message":"no key"}}
+        4 s pass
+                server is stopped
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"error":{"code":1,"message":"no key"}}
+                server is stopped
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server refused",
+                                      "data":{"code":1,"message":"no key"}}}
+                server starts again
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+    ''', server="new", client="visitor")
+
+
 def test_conversation_client_is_told_why_a_server_refuses_every_handshake():
     conversation('''
                 server starts
@@ -5564,6 +5605,18 @@ def test_conversation_server_of_a_session_s_own_is_addressed_in_the_words_of_its
         client leaves
                 server is stopped
     ''', server="new", settings={"shared_session": False}, client="legacy")
+
+
+@pytest.mark.parametrize("revision", ['"2024-10-07"', '"1.0"', "null", "5"])
+def test_conversation_client_is_told_the_revision_it_asked_for_when_nobody_knows_that_of_its_server(revision):
+    conversation('''
+        client > {"id":1,"method":"initialize","params":{"protocolVersion":"2025-03-26"}}
+                server starts
+                server > {"id":$ID,"method":"initialize","params":{"protocolVersion":"2025-03-26"}}
+                server < {"id":$ID,"result":{"protocolVersion":%s,"capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+        client < {"id":1,"result":{"protocolVersion":"2025-03-26","capabilities":{}}}
+    ''' % revision, server="new", settings={"shared_session": False}, client="legacy")
 
 
 # Calls in each pair of eras.
@@ -5657,16 +5710,17 @@ def test_conversation_resource_that_is_not_there_has_the_code_of_the_client_s_er
     ''', server="modern", ann="legacy", bob="modern")
 
 
-def test_conversation_clients_with_equal_ids_and_tokens_are_told_apart():
+@pytest.mark.parametrize("token", ['"t"', "7", '"7"', "0"])
+def test_conversation_clients_with_equal_ids_and_tokens_are_told_apart(token):
     conversation('''
-        ann > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":7}}}
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":TOKEN}}}
                 server > {"id":$ANN,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$ANN}}}
-        bob > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":7}}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":TOKEN}}}
                 server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$BOB}}}
         ann > {"id":"1","method":"tools/call","params":{"name":"y"}}
                 server > {"id":$TEXT,"method":"tools/call","params":{"name":"y"}}
                 server < {"method":"notifications/progress","params":{"progressToken":$BOB,"progress":1}}
-        bob < {"method":"notifications/progress","params":{"progressToken":7,"progress":1}}
+        bob < {"method":"notifications/progress","params":{"progressToken":TOKEN,"progress":1}}
                 server < {"method":"notifications/progress","params":{"progressToken":$TEXT,"progress":1}}
                 server < {"id":$BOB,"result":{"content":["bob"]}}
         bob < {"id":1,"result":{"resultType":"complete","content":["bob"]}}
@@ -5674,7 +5728,7 @@ def test_conversation_clients_with_equal_ids_and_tokens_are_told_apart():
         ann < {"id":"1","result":{"content":["text"]}}
                 server < {"id":$ANN,"result":{"content":["ann"]}}
         ann < {"id":1,"result":{"content":["ann"]}}
-    ''', server="legacy", ann="legacy", bob="modern")
+    '''.replace("TOKEN", token), server="legacy", ann="legacy", bob="modern")
 
 
 def test_conversation_what_sdks_forgive_a_server_is_forgiven():
@@ -5720,7 +5774,10 @@ def test_conversation_first_of_two_answers_counts_and_one_to_nothing_is_forgotte
     conversation('''
         client > {"id":1,"method":"ping"}
                 server > {"id":$CALL,"method":"ping"}
-                server < {"id":999,"result":{"to":"nothing"}}
+                server < {"id":999999,"result":{"to":"nothing"}}
+                server < {"id":0,"result":{"to":"nothing"}}
+                server < {"id":-1,"result":{"to":"nothing"}}
+                server < {"id":1.5,"result":{"to":"nothing"}}
                 server < {"id":"x","result":{"to":"nothing"}}
                 server < {"id":$CALL,"result":{"answer":1}}
                 server < {"id":$CALL,"result":{"answer":2}}
@@ -5778,21 +5835,23 @@ def test_conversation_clients_that_leave_take_their_calls_and_nobody_else_s_alon
     ''', server="legacy", ann="legacy", bob="modern", eve="visitor")
 
 
-def test_conversation_call_without_progress_times_out_and_one_with_progress_does_not():
+@pytest.mark.parametrize("era", SERVERS)
+@pytest.mark.parametrize("kind, shared", [("legacy", True), ("legacy", False), ("modern", True)])
+def test_conversation_call_without_progress_times_out_and_one_with_progress_does_not(era, kind, shared):
     conversation('''
-        ann > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t"}}}
-                server > {"id":$ANN,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$ANN}}}
-        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
-                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+        client > {"id":1,"method":"tools/call","params":{"name":"slow","_meta":{"progressToken":"t"}}}
+                server > {"id":$SLOW,"method":"tools/call","params":$PARAMS}
+        client > {"id":2,"method":"tools/call","params":{"name":"stuck"}}
+                server > {"id":$STUCK,"method":"tools/call","params":$PARAMS2}
         400 s pass
-                server < {"method":"notifications/progress","params":{"progressToken":$ANN,"progress":1}}
-        ann < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
+                server < {"method":"notifications/progress","params":{"progressToken":$SLOW,"progress":1}}
+        client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
         400 s pass
-                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"timed out"}}
-        bob < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}
-                server < {"id":$ANN,"result":{"content":[]}}
-        ann < {"id":1,"result":{"content":[]}}
-    ''', server="legacy", ann="legacy", bob="modern")
+                server > {"method":"notifications/cancelled","params":{"requestId":$STUCK,"reason":"timed out"}}
+        client < 504 {"id":2,"error":{"code":-32000,"message":"the MCP server took too long"}}
+                server < {"id":$SLOW,"result":{"resultType":"complete","content":[]}}
+        client < {"id":1,"result":$RESULT}
+    ''', server=era, client=kind, settings={"shared_session": shared})
 
 
 def test_conversation_death_of_a_server_ends_all_calls_and_the_next_one_has_everything_put_back():
@@ -6029,6 +6088,40 @@ def test_conversation_question_goes_to_the_call_that_its_link_names():
                 server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
                 server > {"id":"r","error":{"code":-32000,"message":"the client is gone"}}
     ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_question_that_is_not_answered_in_time_is_the_end_of_the_call():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+        400 s pass
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
+        400 s pass
+        400 s pass
+                server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"timed out"}}
+        client < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_answer_to_a_server_that_died_disturbs_nobody():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
+                server dies with exit code 3
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
+                                      "data":{"exitCode":3,"stderr":[]}}}
+                server starts again
+        client > {"id":$Q,"result":{"action":"accept"}}
+        client < {"method":"notifications/tools/list_changed"}
+        client < {"method":"notifications/resources/list_changed"}
+        client > {"id":2,"method":"ping"}
+                server > {"id":$PING,"method":"ping"}
+                server < {"id":$PING,"result":{}}
+        client < {"id":2,"result":{}}
+    ''', server="legacy", client="legacy")
 
 
 def test_conversation_question_that_the_server_takes_back_is_taken_back_from_the_client():
@@ -6333,6 +6426,8 @@ def test_conversation_refused_subscription_is_told_to_all_who_wait_and_is_nobody
         ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
                 server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
         bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        eve > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        eve leaves
                 server < {"id":$1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
         ann < {"id":1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
         bob < {"id":1,"error":{"code":-32002,"message":"no such resource","data":{"uri":"a:b"}}}
@@ -6341,7 +6436,30 @@ def test_conversation_refused_subscription_is_told_to_all_who_wait_and_is_nobody
                 server > {"id":$2,"method":"resources/subscribe","params":{"uri":"a:b"}}
                 server < {"id":$2,"result":{}}
         bob < {"id":2,"result":{}}
-    ''', server="legacy", ann="legacy", bob="legacy")
+    ''', server="legacy", ann="legacy", bob="legacy", eve="legacy")
+
+
+def test_conversation_subscriber_joins_one_who_leaves_but_not_one_who_left():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        ann leaves
+                server < {"id":$1,"result":{}}
+        bob < {"id":1,"result":{}}
+        bob > {"id":2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server > {"id":$2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+        bob > {"id":3,"method":"resources/unsubscribe","params":{"uri":"a:c"}}
+        bob < {"id":3,"result":{}}
+                server > {"id":$3,"method":"resources/unsubscribe","params":{"uri":"a:c"}}
+        eve > {"id":1,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server > {"id":$4,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server < {"id":$2,"result":{}}
+        bob < {"id":2,"result":{}}
+                server < {"id":$3,"result":{}}
+                server < {"id":$4,"result":{}}
+        eve < {"id":1,"result":{}}
+    ''', server="legacy", ann="legacy", bob="legacy", eve="legacy")
 
 
 def test_conversation_listener_who_joins_a_subscription_that_is_then_cancelled_stays_subscribed():
