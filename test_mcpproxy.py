@@ -1127,9 +1127,6 @@ def call(id, name, meta, request, text="", seconds=0, steps=0, method="", params
     if name == "die": os._exit(1)
     if name == "silent": return None
     if name == "for ever": raise Input({"q": ["roots/list", None]}, [])
-    if name == "state only":
-        if "requestState" not in request: raise Input({}, ["x"])
-        return request["requestState"]
     if name == "inquire":
         state, responses = json.loads(request.get("requestState", "[]")), request.get("inputResponses", {})
         if responses: state.append([responses["q%d" % number] for number in range(len(responses))])
@@ -2553,12 +2550,6 @@ def test_era_result_of_a_legacy_server_gets_what_modern_clients_expect(modern, m
     assert result["_meta"][SERVER_INFO] == {"name": "fake", "version": "1"}
 
 
-def test_era_result_of_a_modern_server_reaches_modern_clients_as_it_is(modern_server):
-    with ModernClient(modern_server) as client:
-        result = client.call("tools/list")["result"]
-        assert (result["ttlMs"], result["cacheScope"], result["resultType"]) == (5, "public", "complete")
-
-
 def test_era_result_of_a_modern_server_reaches_legacy_clients_without_what_is_new(modern_server):
     with StreamableClient(modern_server) as client:
         assert not {"ttlMs", "cacheScope", "resultType"} & set(client.call("tools/list")["result"])
@@ -2576,17 +2567,6 @@ def test_era_handshake_is_made_for_a_modern_server(modern_server, version):
 
 def test_era_envelope_is_taken_off_for_a_legacy_server(modern):
     assert json.loads(modern.tool("meta")) == {}
-
-
-def test_era_envelope_is_put_on_for_a_modern_server(modern_server):
-    with StreamableClient(modern_server, capabilities={"roots": {}}) as client:
-        meta = json.loads(client.tool("meta"))
-        assert meta == {VERSION: "2026-07-28", CAPABILITIES: {"roots": {}}, INFO: CLIENT_INFO}
-
-
-def test_era_envelope_of_a_modern_client_reaches_a_modern_server(modern_server):
-    with ModernClient(modern_server, capabilities={"sampling": {}}) as client:
-        assert json.loads(client.tool("meta"))[CAPABILITIES] == {"sampling": {}}
 
 
 def test_era_log_messages_are_for_requests_with_a_level(modern):
@@ -2607,8 +2587,8 @@ def listeners(server):
         yield client
 
 
-@pytest.mark.parametrize("listen_id", [7, "7", "ä\\\""])
-def test_era_subscription_is_tagged_with_the_client_id(listeners, listen_id):
+def test_era_subscription_is_tagged_with_the_client_id(listeners):
+    listen_id = "ä\\\""
     stream = listeners.listen(listen_id, toolsListChanged=True)
     listeners.tool("notify", method=TOOLS_CHANGED)
     first, second = stream.count(2)
@@ -2625,12 +2605,6 @@ def test_era_subscription_brings_what_was_asked_for_alone(listeners):
         listeners.tool("notify", method=method, params=params)
     assert [message["method"] for message in stream.count(3)[1:]] == [
         UPDATED, PROMPTS_CHANGED]
-
-
-def test_era_subscription_is_acknowledged_with_what_a_legacy_server_can():
-    with running_proxy() as proxy, ModernClient(proxy) as client:      # the demo server: no list changes
-        stream = client.listen(toolsListChanged=True, resourceSubscriptions=["demo://clock"], unknown=True)
-        assert stream.messages()[0]["params"]["notifications"] == {"resourceSubscriptions": ["demo://clock"]}
 
 
 def test_era_subscriptions_with_one_id_are_two(listeners):
@@ -2658,17 +2632,6 @@ def is_unwatched(messages):
     cancelled = {message["params"]["requestId"] for message in messages
                  if message["method"] == "notifications/cancelled"}
     return methods["resources/subscribe"] == methods["resources/unsubscribe"] and listens <= cancelled
-
-
-def test_era_subscriptions_to_a_legacy_server_are_counted():
-    with running_proxy(FAKE) as proxy, ModernClient(proxy) as modern, StreamableClient(proxy) as legacy:
-        streams = [modern.listen(resourceSubscriptions=["test://a"]) for _ in range(3)]
-        legacy.call("resources/subscribe", {"uri": "test://a"})
-        for stream in streams:
-            stream.close()
-        legacy.call("resources/unsubscribe", {"uri": "test://a"})
-        until(lambda: seen(modern, "resources/unsubscribe"), "the last one's end")
-        assert len(seen(modern, "resources/subscribe")) == len(seen(modern, "resources/unsubscribe")) == 1
 
 
 @pytest.mark.parametrize("listen_id", [7, "7"])
@@ -3730,21 +3693,6 @@ def test_connection_answer_that_is_not_valid_fails_its_call(fake, rest):
         assert client.tool("echo", text="hello") == "hello"
 
 
-REFUSES = """
-import json, sys
-for line in sys.stdin:
-    message = json.loads(line)
-    if message["method"] == "initialize":
-        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": 1, "message": "no"}}), flush=True)
-"""
-
-
-def test_connection_server_that_refuses_the_one_handshake_and_ignores_the_other_fails_its_callers():
-    with running_proxy([sys.executable, "-c", REFUSES]) as proxy, SSEClient(proxy, handshake=False) as client:
-        client.post(initialize())
-        assert client.stream.answer(0)["error"]["data"] == {"code": 1, "message": "no"}
-
-
 class Wire(mcpproxy.Link):
     """A link in memory: lines that were written, and lines to come by on_line()."""
 
@@ -3792,20 +3740,6 @@ def test_connection_takes_what_sdks_take(fake, line):
     with SSEClient(fake) as client:
         answer = client.start("run", text=answered(line)).answer()
         assert answer["result"] == {"content": [{"text": "right"}]} and "error" not in answer
-
-
-def test_connection_takes_an_answer_with_nothing_in_it(fake):
-    with SSEClient(fake) as client:
-        answer = client.start("run", text=answered('{"jsonrpc":"2.0","id":%(id)d}')).answer()
-        assert answer["result"] == {}
-
-
-def test_connection_takes_a_progress_token_that_became_a_string(fake):
-    progress = '{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":"%(token)s","progress":1}}'
-    with SSEClient(fake) as client:
-        end = "; send(id=id, result={'content': [{'text': 'done'}]})"
-        client.start("run", text=answered(progress) + end, token="mine").answer()
-        assert progress_of(client.stream) == [("mine", 1)]
 
 
 def test_connection_answer_that_is_not_utf_8_fails_its_call_and_says_so(fake):
@@ -3861,14 +3795,6 @@ def test_connection_server_that_is_struck_dumb_is_asked_anew_but_not_one_that_is
         assert len(starts.read_text()) == processes + 1           # what was learned is remembered
 
 
-@pytest.mark.parametrize("server_id", ["999999", "0", "-1", '"abc"', "1.5", '"%ID% "'])
-def test_connection_ignores_an_answer_with_an_unknown_id(fake, server_id):
-    line = '{"jsonrpc":"2.0","id":%s,"result":{"content":[{"text":"wrong"}]}}' % server_id
-    with SSEClient(fake) as client:
-        assert client.tool("raw", line=line) == "written"
-        assert client.tool("echo", text="hello") == "hello"
-
-
 def test_connection_takes_the_first_of_two_answers(fake):
     with SSEClient(fake) as client:
         call = client.start("twice")
@@ -3890,13 +3816,6 @@ def test_connection_finds_the_id_wherever_it_is(fake, line):
         assert client.tool("raw", line=line) == "yes"
 
 
-def test_connection_gives_answers_to_their_askers_in_any_order(fake):
-    with SSEClient(fake) as client:
-        slow = client.start("sleep", seconds=0.5)
-        assert client.tool("echo", text="hello") == "hello"
-        assert text_of(slow.answer()) == "slept"
-
-
 def test_connection_answers_a_ping_of_the_server(fake):
     with SSEClient(fake) as client:
         assert json.loads(client.tool("ask", method="ping", params={}))["result"] == {}
@@ -3911,20 +3830,18 @@ for line in sys.stdin:
     if message["method"] == "server/discover":
         if behaviour == "die": os._exit(3)
         if behaviour == "error": answer = {"error": {"code": -32000, "message": "not initialized"}}
-        if behaviour == "odd": answer = {"result": {"odd": True}}
-        if behaviour == "other": answer = {"result": {"supportedVersions": ["2030-01-01"], "capabilities": {}}}
         if behaviour == "silent": continue
     elif message["method"] == "initialize":
         answer = {"result": {"protocolVersion": "2025-06-18", "capabilities": {},
                              "serverInfo": {"name": "x", "version": "1"}}}
-    elif message["method"] == "ping" and behaviour != "never": answer = {"result": {}}
+    elif message["method"] == "ping": answer = {"result": {}}
     elif message["method"] == "custom/die": os._exit(1)
     else: continue
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **answer}), flush=True)
 """
 
 
-@pytest.mark.parametrize("behaviour", ["error", "odd", "other", "silent", "die"])
+@pytest.mark.parametrize("behaviour", ["error", "die"])
 def test_connection_server_that_does_not_discover_is_legacy_and_not_asked_again(tmp_path, behaviour):
     record = tmp_path / "record"
     command = [sys.executable, "-c", DISCOVERIES, str(record), behaviour]
@@ -3950,14 +3867,6 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
     with running_proxy(FAKE if era == "modern" else MODERN, SERVER_ERA=era) as proxy, ModernClient(proxy) as client:
         call = client.begin("tools/list")
         assert call.error() == (502, -32000)
-
-
-def test_connection_session_of_its_own_is_not_probed_with_another_era(tmp_path):
-    record = tmp_path / "record"
-    with running_proxy([sys.executable, "-c", DISCOVERIES, str(record), "error"], SHARED_SESSION="false") as proxy:
-        with StreamableClient(proxy) as client:
-            assert client.call("ping")["result"] == {}
-    assert "server/discover" not in record.read_text()
 
 
 # ============================================================================
@@ -4003,13 +3912,6 @@ def test_session_subscriptions_are_counted():
         assert len(seen(one, "resources/unsubscribe")) == 1
 
 
-def test_session_subscribes_once_however_many_ask_at_the_same_time():
-    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        calls = [client.begin("resources/subscribe", {"uri": "slow://a"}) for client in (one, other)]
-        assert [call.answer()["result"] for call in calls] == [{}, {}]
-        assert len(seen(one, "resources/subscribe")) == 1
-
-
 REFUSE_SUBSCRIPTIONS = """
 def refuse(id, method, params, answer=answer):
     if method != "resources/subscribe": return answer(id, method, params)
@@ -4028,42 +3930,9 @@ def test_session_is_refused_a_subscription_that_another_one_is_refused_meanwhile
             assert [call.answer()["error"]["code"] for call in calls] == [-32601] * 2
 
 
-def test_session_subscribes_anew_when_another_one_unsubscribed_meanwhile():
-    with running_proxy(FAKE) as proxy, SSEClient(proxy) as one, SSEClient(proxy) as other:
-        one.begin("resources/subscribe", {"uri": "slow:x"})
-        one.call("resources/unsubscribe", {"uri": "slow:x"})
-        assert other.call("resources/subscribe", {"uri": "slow:x"})["result"] == {}
-        assert len(seen(other, "resources/subscribe")) == 2
-
-
-def test_session_that_leaves_while_it_is_refused_a_subscription_is_counted_once():
-    with running_proxy(FAKE) as proxy, SSEClient(proxy) as one, ModernClient(proxy) as modern:
-        assert one.tool("run", text=REFUSE_SUBSCRIPTIONS) == "done"
-        with SSEClient(proxy) as other:
-            call, _ = (client.begin("resources/subscribe", {"uri": "a:b"}) for client in (one, other))
-        assert call.answer()["error"]["code"] == -32601
-        with contextlib.closing(modern.listen(resourceSubscriptions=["a:b"])):
-            until(lambda: len(seen(one, "resources/subscribe")) == 2, "a subscription of its own")
-
-
-def test_session_subscribes_itself_when_the_one_that_it_waits_for_leaves():
-    with running_proxy(FAKE) as proxy, SSEClient(proxy) as other:
-        with SSEClient(proxy) as one:
-            _, call = (client.begin("resources/subscribe", {"uri": "slow:b"}) for client in (one, other))
-        assert call.answer()["result"] == {}
-
-
 def test_session_that_ends_takes_its_subscriptions_along():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
         one.call("resources/subscribe", {"uri": "test://a"})
-        one.stream.close()
-        see(other, lambda message: message.get("method") == "resources/unsubscribe", "the unsubscription")
-
-
-def test_session_that_ends_while_it_subscribes_leaves_no_subscription():
-    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        one.begin("resources/subscribe", {"uri": "slow://a"})
-        see(other, lambda message: message.get("method") == "resources/subscribe", "the subscription")
         one.stream.close()
         see(other, lambda message: message.get("method") == "resources/unsubscribe", "the unsubscription")
 
@@ -4094,20 +3963,6 @@ def test_session_gets_what_no_call_caused(fake):
         one.tool("later", method="notifications/custom", seconds=0.2)
         for client in one, other:
             client.stream.wait_for("notifications/custom")
-
-
-def test_session_gets_log_messages_that_its_level_admits():
-    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        one.call("logging/setLevel", {"level": "error"})
-        other.call("logging/setLevel", {"level": "debug"})
-        one.tool("log", level="info", text="of a call")
-        for number, level in enumerate(("debug", "info", "error", "emergency"), 1):
-            one.tool("later", method="notifications/message", params={"level": level}, seconds=0.2 * number)
-        levels = {}
-        for client in one, other:
-            client.stream.wait(lambda message: message.get("params", {}).get("level") == "emergency")
-            levels[client] = [message["params"]["level"] for message in client.stream.messages() if "method" in message]
-        assert levels == {one: ["error", "emergency"], other: ["debug", "info", "error", "emergency"]}
 
 
 def test_session_levels_make_the_most_verbose_one_of_the_server():
@@ -4152,33 +4007,6 @@ def test_session_is_asked_by_the_server_what_it_can_answer(fake, kind, capabilit
         assert answer["id"].startswith("ask-")
         assert answer.get("result") == {"x": 1} if is_asked else answer["error"]["code"] in (-32601, -32602), answer
         assert methods_of(call.stream) == [method] * is_asked
-
-
-def test_session_that_caused_a_question_is_asked(fake):
-    with two_clients(fake, first={"sampling": {}}, second={"sampling": {}}) as (one, other):
-        other.start("sleep", seconds=30)
-        call = one.start("ask", method=SAMPLE, params={})
-        one.reply(one.stream.wait_for(SAMPLE)["id"], {"x": 1.0})
-        assert json.loads(text_of(call.answer()))["result"] == {"x": 1.0}
-        assert methods_of(other.stream) == []
-
-
-def test_session_that_can_is_asked_in_the_place_of_one_that_cannot(fake):
-    with two_clients(fake, first={"sampling": {}}) as (one, other):
-        one.start("sleep", seconds=30)
-        see(other, lambda message: called(message) == "sleep", "the call")
-        call = other.start("ask", method=SAMPLE, params={})
-        one.reply(one.stream.wait_for(SAMPLE)["id"], {"x": 1})
-        assert json.loads(text_of(call.answer()))["result"] == {"x": 1}
-
-
-def test_session_may_answer_with_an_error(fake):
-    with SSEClient(fake, capabilities={"sampling": {}}) as client:
-        call = client.start("ask", method=SAMPLE, params={})
-        question = client.stream.wait_for(SAMPLE)
-        error = {"code": -1, "message": "no", "data": 1.0}
-        client.post({"jsonrpc": "2.0", "id": question["id"], "error": error})
-        assert json.loads(text_of(call.answer()))["error"] == error
 
 
 def test_session_is_told_that_a_question_was_taken_back():
@@ -4244,26 +4072,6 @@ def test_session_gets_everything_back_when_the_server_is_restarted(kind):
                 stream.wait_for(method)
 
 
-def test_session_that_is_idle_is_told_of_every_restart():
-    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        for _ in range(4):
-            os.kill(int(one.tool("pid")), signal.SIGKILL)
-            for client in one, other:
-                client.stream.wait_for(TOOLS_CHANGED)
-                client.stream.events.clear()
-                assert client.tool("echo", text="hello") == "hello"
-
-
-def test_session_that_answers_a_server_that_died_disturbs_nobody():
-    with running_proxy(FAKE) as proxy, SSEClient(proxy, capabilities={"sampling": {}}) as client:
-        client.start("ask", method=SAMPLE, params={})
-        question = client.stream.wait_for(SAMPLE)
-        client.start("die").answer()
-        client.reply(question["id"], {})
-        assert client.tool("echo", text="hello") == "hello"
-        assert not [message for message in seen(client) if "method" not in message]
-
-
 # Notes each start in a file, shakes hands, and dies.
 MORTAL = """
 import json, sys
@@ -4327,11 +4135,8 @@ def test_session_is_told_what_a_server_said_that_exits_at_once(shared):
 
 # Independent mode.
 
-@pytest.mark.parametrize("revision", ["2024-10-07", "1.0", None, 5])
-def test_session_is_told_the_revision_it_asked_for_when_nobody_knows_that_of_its_server(revision):
-    server = fake_server()
-    server[-1] = server[-1].replace('{"protocolVersion": VERSION', '{"protocolVersion": %r' % revision)
-    with running_proxy(server, SHARED_SESSION="false") as proxy:
+def test_session_is_told_the_revision_it_asked_for_when_nobody_knows_that_of_its_server():
+    with running_proxy(fake_server(FAKE_VERSION="1.0"), SHARED_SESSION="false") as proxy:
         for asked, told in (("2024-11-05", "2024-11-05"), ("2025-06-18", "2025-06-18"), ("2099-01-01", "2025-11-25")):
             assert post(proxy, initialize(version=asked)).json()["result"]["protocolVersion"] == told
 
@@ -4441,12 +4246,11 @@ def test_session_negotiates_the_version_apart_from_the_server(of_version, asked,
         assert client.result["x-unknown"] == 12345678901234567890
 
 
-@pytest.mark.parametrize("spoken", ["2025-06-18", "2024-11-05"])
-def test_session_in_independent_mode_is_told_the_version_of_its_own_server(spoken):
-    with running_proxy(FAKE, FAKE_VERSION=spoken, SHARED_SESSION="false") as proxy:
-        for asked in "2025-11-25", "2025-03-26", "2024-11-05":
+def test_session_in_independent_mode_is_told_the_version_of_its_own_server():
+    with running_proxy(FAKE, FAKE_VERSION="2024-11-05", SHARED_SESSION="false") as proxy:
+        for asked in "2025-11-25", "2024-11-05":
             with StreamableClient(proxy, version=asked) as client:
-                assert client.result["protocolVersion"] == spoken
+                assert client.result["protocolVersion"] == "2024-11-05"
 
 
 @MODES
@@ -4550,13 +4354,12 @@ def crowd(server):
         yield [stack.enter_context(kind(proxy)) for kind in [*KINDS.values()] * 3]
 
 
-@pytest.mark.parametrize("token", ["t", 1, "1", 0])
-def test_session_sees_only_its_own_progress_among_clients_of_both_eras(crowd, token):
+def test_session_sees_only_its_own_progress_among_clients_of_both_eras(crowd):
     calls = [peer.deliver(peer.message(7, "tools/call", tool_call(7, "sleep", {
-        "seconds": 0.2, "steps": steps}, token)["params"])) for steps, peer in enumerate(crowd, 1)]
+        "seconds": 0.2, "steps": steps}, 1)["params"])) for steps, peer in enumerate(crowd, 1)]
     for steps, call in enumerate(calls, 1):
         assert text_of(call.answer()) == "slept"
-        assert progress_of(call.stream) == [(token, step) for step in range(steps)]
+        assert progress_of(call.stream) == [(1, step) for step in range(steps)]
 
 
 def test_session_is_asked_only_what_its_own_call_caused(crowd):
@@ -4592,13 +4395,6 @@ def test_session_gets_updates_of_what_it_subscribed_to_alone(server):
             found.append([message["params"]["uri"] for message in stream.messages()
                           if message.get("method") == UPDATED])
         assert found == [["test://a"], [], ["test://b"]]
-
-
-def test_session_gets_updates_without_the_subscription_of_the_proxy(server):
-    with running_proxy(server) as proxy, StreamableClient(proxy) as client:
-        stream = client.watch("test://a")
-        client.tool("notify", method=UPDATED, params={"uri": "test://a"})
-        assert SUBSCRIPTION not in json.dumps(stream.count(1))
 
 
 # Streams.
@@ -4767,19 +4563,6 @@ def test_exchange_without_a_token_gets_no_progress(fake):
         assert methods_of(client.stream) == []
 
 
-def test_exchange_that_is_cancelled_is_cancelled_at_the_server_alone():
-    with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
-        one.deliver(tool_call(7, "sleep", {"seconds": 30, "text": "one"}))
-        other.deliver(tool_call(7, "sleep", {"seconds": 1, "text": "other"}))
-        call = see(one, lambda message: called(message, "text") == "one", "the call")
-        one.post(notification("notifications/cancelled", {"requestId": 7, "reason": "enough"}))
-        see(one, lambda message: message.get("method") == "notifications/cancelled", "the cancellation")
-        (cancelled,) = seen(one, "notifications/cancelled")
-        assert cancelled["params"] == {"requestId": call["id"], "reason": "enough"}
-        assert text_of(other.stream.answer(7)) == "slept"
-        assert 7 not in [message.get("id") for message in one.stream.messages()]
-
-
 def test_exchange_may_have_the_id_of_one_that_was_cancelled(fake):
     with SSEClient(fake) as client:
         client.deliver(tool_call(7, "silent"))
@@ -4904,13 +4687,6 @@ def test_exchange_state_of_other_variables_is_refused():
             assert text_of(one.finish(one.retry(message, state, {key: ACCEPTED})))
 
 
-def test_exchange_state_may_come_back_over_another_connection_with_another_id_type(modern):
-    message, state, (key,) = park(modern)
-    params = {**message["params"], "inputResponses": {key: ACCEPTED}, "requestState": state}
-    answer = modern.deliver({**message, "id": "other", "params": params}).answer()
-    assert json.loads(text_of(answer)) == [ACCEPTED]
-
-
 def test_exchange_missing_answers_are_asked_again(modern):
     message, state, keys = park(modern, [[FORM, SAMPLING]])
     call = modern.retry(message, state, {keys[0]: ACCEPTED})
@@ -4959,16 +4735,8 @@ def test_exchange_that_never_comes_back_is_cancelled_at_the_server():
         assert client.retry(message, state, {key: ACCEPTED}).error() == (400, -32602)
 
 
-def test_exchange_of_a_legacy_client_that_never_answers_times_out(server):
-    with running_proxy(server, REQUEST_TIMEOUT=0.5) as proxy, StreamableClient(proxy) as client:
-        call = client.start("inquire", rounds=[[FORM]])
-        assert call.answer()["error"]["code"] == -32000
-        assert client.tool("echo", text="x") == "x"
-
-
-@MODES
-def test_exchange_without_progress_times_out_and_with_progress_does_not(server, any_kind, shared):
-    with running_proxy(server, REQUEST_TIMEOUT=1.5, SHARED_SESSION=shared) as proxy, any_kind(proxy) as client:
+def test_exchange_without_progress_times_out_and_with_progress_does_not(any_kind):
+    with running_proxy(FAKE, REQUEST_TIMEOUT=1.5, SHARED_SESSION="false") as proxy, any_kind(proxy) as client:
         slow = client.start("sleep", token=1, seconds=2.5, steps=10)
         stuck = client.start("silent")
         assert stuck.error() == (200 if any_kind is SSEClient else 504, -32000)
@@ -5072,13 +4840,6 @@ def test_exchange_question_of_a_session_of_its_own_comes_on_the_stream_of_the_ca
         assert [message["method"] for message in general.count(1)] == [TOOLS_CHANGED]
 
 
-def test_exchange_response_nobody_asked_for_is_accepted_and_forgotten(fake):
-    with StreamableClient(fake) as client:
-        for number in (1, "x", 10 ** 6):
-            client.reply(number, {"mark": "unasked"})
-        assert "unasked" not in client.tool("seen")
-
-
 def test_exchange_question_is_answered_once_and_by_its_client_alone(fake):
     with StreamableClient(fake) as client, StreamableClient(fake) as other:
         call = client.start("inquire", rounds=[[FORM]])
@@ -5109,19 +4870,6 @@ def test_exchange_with_a_server_that_asks_for_ever_comes_to_an_end(modern_server
         assert 1 < len(client.asked) < 1000
 
 
-def test_exchange_that_a_server_wants_repeated_without_questions_is(modern_server, kind):
-    with kind(modern_server) as client:
-        assert client.tool("state only") == '["x"]'
-
-
-def test_exchange_of_a_modern_client_with_a_modern_server_keeps_the_state_of_the_server(modern_server):
-    with ModernClient(modern_server) as client:
-        call = client.start("inquire", rounds=[[FORM], [ROOTS]])
-        result = call.answer()["result"]
-        assert result["requestState"] == "[]" and [*result["inputRequests"]] == ["q0"]
-        assert call.stream.status == 200
-
-
 def test_exchange_url_question_gets_the_id_that_legacy_clients_need(modern_server):
     with StreamableClient(modern_server) as client:
         ids = []
@@ -5133,8 +4881,8 @@ def test_exchange_url_question_gets_the_id_that_legacy_clients_need(modern_serve
         assert len(set(ids)) == 2 and all(isinstance(one, str) for one in ids)
 
 
-def test_exchange_cancelled_while_its_question_is_open_is_over(server):
-    with running_proxy(server) as proxy, StreamableClient(proxy) as client:
+def test_exchange_cancelled_while_its_question_is_open_is_over():
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
         call = client.start("inquire", rounds=[[FORM]])
         question = call.stream.wait_for("elicitation/create")
         client.cancel(call)
@@ -5525,6 +5273,9 @@ def test_conversation_server_that_dies_of_the_new_question_is_started_again_and_
                 server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
                 server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
                 server > {"method":"notifications/initialized"}
+                server dies with exit code 4
+                server starts again
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
     ''', server="new")
 
 
@@ -5939,24 +5690,23 @@ def test_conversation_session_ends_with_a_server_of_its_own_and_no_other_one():
     ''', server="legacy", settings={"shared_session": False}, ann="legacy", bob="legacy")
 
 
-def test_conversation_server_that_died_five_times_in_a_minute_is_started_when_somebody_asks():
-    conversation('''
+def test_conversation_client_is_told_of_every_restart_until_the_server_is_started_when_somebody_asks():
+    restart = '''
                 server dies with exit code 1
                 server starts again
-                server dies with exit code 1
-                server starts again
-                server dies with exit code 1
-                server starts again
-                server dies with exit code 1
-                server starts again
+        client < {"method":"notifications/tools/list_changed"}
+        client < {"method":"notifications/resources/list_changed"}'''
+    conversation(restart * 4 + '''
                 server dies with exit code 1
         600 s pass
-        client > {"id":1,"method":"tools/list"}
+        client > {"id":1,"method":"ping"}
                 server starts again
-                server > {"id":$CALL,"method":"tools/list","params":{"_meta":{}}}
-                server < {"id":$CALL,"result":{"tools":[]}}
-        client < {"id":1,"result":{"resultType":"complete","ttlMs":0,"cacheScope":"private","tools":[]}}
-    ''', server="legacy", client="modern")
+                server > {"id":$PING,"method":"ping"}
+        client < {"method":"notifications/tools/list_changed"}
+        client < {"method":"notifications/resources/list_changed"}
+                server < {"id":$PING,"result":{}}
+        client < {"id":1,"result":{}}
+    ''', server="legacy", client="legacy")
 
 
 # Logs.
@@ -6377,7 +6127,7 @@ def test_conversation_input_that_a_legacy_client_cannot_give_is_the_end_of_the_c
     conversation(text, server="modern", client="visitor")
 
 
-def test_conversation_call_that_is_cancelled_or_times_out_while_its_client_is_asked_is_not_made_again():
+def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_again():
     text = '''
         client > {"id":1,"method":"tools/call","params":{"name":"x"}}
                 server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
@@ -6491,7 +6241,7 @@ def test_conversation_cancelled_subscription_is_taken_back():
 def test_conversation_listener_at_a_legacy_server_is_not_promised_what_was_refused_and_others_ask_for_it_anew():
     conversation('''
         ann > {"id":7,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true,
-                               "promptsListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                               "promptsListChanged":true,"unknown":true,"resourceSubscriptions":["a:b","a:c"]}}}
                 server > {"id":$B,"method":"resources/subscribe","params":{"uri":"a:b"}}
                 server > {"id":$C,"method":"resources/subscribe","params":{"uri":"a:c"}}
                 server < {"id":$C,"error":{"code":-32002,"message":"no such resource"}}
