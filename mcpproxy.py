@@ -2765,6 +2765,8 @@ class Topic:
         self.instance = instance
         self.uri = uri
         self.subscribers: set = set()          # sessions, and exchanges that listen; each has it in its `topics`
+        self.told: set = set()                 # the sessions among them that know it
+        self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
 
@@ -3161,6 +3163,7 @@ class Instance:
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes one out; the last makes the server be told."""
         topic.subscribers.discard(subscriber)
+        topic.told.discard(subscriber)
         subscriber.topics.discard(topic)
         if not topic.subscribers and self.topics.get(topic.uri) is topic:
             del self.topics[topic.uri]
@@ -3673,13 +3676,20 @@ class LegacyClientBridge(Bridge):
         if len(client.topics) >= SUBSCRIPTIONS:
             raise try_later("too many subscriptions")
 
+        topic = instance.subscribe(client, uri)
+        topic.asking.append(exchange)
+
         def settle(verdict: asyncio.Future) -> None:
-            # One that was cancelled meanwhile stays: another of the client's own may have asked for the same.
+            topic.asking.remove(exchange)
             if verdict.result():
                 exchange.fail(verdict.result())
-            else:
+            elif not exchange.is_done:
+                topic.told.add(client)
                 exchange.finish(encode_result(exchange.raw_id))
-        instance.subscribe(client, uri).verdict.add_done_callback(settle)
+            elif client not in topic.told and not any(
+                    other.client is client and not other.is_done for other in topic.asking):
+                instance.unsubscribe(client, topic)            # it was cancelled meanwhile, and nothing asked again
+        topic.verdict.add_done_callback(settle)
         return True
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool:

@@ -6238,6 +6238,19 @@ def test_conversation_cancelled_subscription_is_taken_back():
     ''', server="legacy", client="legacy")
 
 
+def test_conversation_subscription_that_is_asked_for_twice_outlives_the_request_that_is_cancelled():
+    conversation('''
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        client > {"id":2,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        client > {"method":"notifications/cancelled","params":{"requestId":1}}
+                server < {"id":$1,"result":{}}
+        client < {"id":2,"result":{}}
+                server < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}
+        client < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}
+    ''', server="legacy", client="legacy")
+
+
 def test_conversation_listener_at_a_legacy_server_is_not_promised_what_was_refused_and_others_ask_for_it_anew():
     conversation('''
         ann > {"id":7,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true,
@@ -6296,6 +6309,18 @@ def test_conversation_modern_server_is_listened_to_once_and_anew_when_what_is_wa
                 server > {"id":$L3,"method":"subscriptions/listen","params":{"_meta":$META,
                           "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:c"]}}}
     ''', server="new", ann="legacy")
+
+
+def test_conversation_subscription_that_is_left_before_a_modern_server_heard_of_it_keeps_nobody_waiting():
+    conversation('''
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+        client > {"id":2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+        client > {"id":3,"method":"resources/unsubscribe","params":{"uri":"a:c"}}
+        client < {"id":3,"result":{}}
+        client < {"id":2,"result":{}}
+    ''', server="modern", client="legacy")
 
 
 def test_conversation_subscription_that_a_modern_server_refused_is_not_asked_for_again():
