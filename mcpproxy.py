@@ -2277,6 +2277,7 @@ class ServerConnection:
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
+        self.on_closed = None                             # called at once when the link ends
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
         self._ids = itertools.count(1)
@@ -2490,6 +2491,8 @@ class ServerConnection:
 
     def _on_end(self) -> None:
         error = self.failure()
+        if self.on_closed:
+            self.on_closed()
         if self.is_greeted:              # otherwise it is told that the start failed
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
@@ -2758,6 +2761,9 @@ NOTIFICATION_ROUTES = {
 # server is asked for each resource; a modern one is listened to, once for all
 # resources and lists, anew when what is wanted changes.
 
+LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+
+
 class Topic:
     """A resource that clients of an instance are told of: who they are, and what the server said when it was asked."""
 
@@ -2839,9 +2845,12 @@ class Listening:
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
-        """The server ended a request. If it had not acknowledged it, what was new in it is refused."""
+        """The server ended a request. If it had not acknowledged it, what was new in it is refused; if it had, it is
+        asked again after a while."""
         if request is self._current:
-            self._current = None
+            self._current, self._is_outdated = None, True
+            if not self._next:
+                asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
         elif request is self._next:
             self._next = None
             for topic in request.topics:
@@ -3069,7 +3078,7 @@ class Instance:
                  version=self.identity.release, revision=str(self.identity.version), session=whose)
         self.connection = connection
         self._become(InstanceState.READY)
-        connection.closed.add_done_callback(lambda _: self._forget(connection))
+        connection.on_closed = lambda: self._forget(connection)
         if is_restart:
             self._tools = None
         if connection.era is MODERN:
@@ -3152,13 +3161,15 @@ class Instance:
         self.connection.request("resources/subscribe", {"uri": topic.uri}).response.add_done_callback(on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
-        """The server said what becomes of a subscription; a refused one is nobody's."""
-        if not topic.verdict.done():
+        """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
+        restart; one that a server did not live to answer is asked for again."""
+        is_new = not topic.verdict.done()
+        if is_new:
             topic.verdict.set_result(error)
-            if error and self.topics.get(topic.uri) is topic:
-                del self.topics[topic.uri]
-                for subscriber in topic.subscribers:
-                    subscriber.topics.discard(topic)
+        if (isinstance(error, RPCError) or error and is_new) and self.topics.get(topic.uri) is topic:
+            del self.topics[topic.uri]
+            for subscriber in topic.subscribers:
+                subscriber.topics.discard(topic)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes one out; the last makes the server be told."""

@@ -6311,6 +6311,56 @@ def test_conversation_modern_server_is_listened_to_once_and_anew_when_what_is_wa
     ''', server="new", ann="legacy")
 
 
+def test_conversation_subscription_that_a_legacy_server_refuses_after_a_restart_is_asked_for_by_the_next():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$1,"result":{}}
+        ann < {"id":1,"result":{}}
+                server dies with exit code 1
+                server starts again
+                server > {"id":$2,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$2,"error":{"code":1,"message":"no more"}}
+        ann < {"method":"notifications/tools/list_changed"}
+        ann < {"method":"notifications/resources/list_changed"}
+        bob < {"method":"notifications/tools/list_changed"}
+        bob < {"method":"notifications/resources/list_changed"}
+        bob > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$3,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$3,"result":{}}
+        bob < {"id":1,"result":{}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_modern_server_that_ends_a_subscription_itself_is_asked_again():
+    conversation('''
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L1},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L0,"reason":"replaced"}}
+        client < {"id":1,"result":{}}
+                server < {"id":$L1,"result":{"resultType":"complete"}}
+        2 s pass
+                server > {"id":$L2,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+    ''', server="modern", client="legacy")
+
+
+def test_conversation_call_in_the_turn_of_a_server_s_death_waits_for_the_next_server():
+    conversation('''
+                server dies with exit code 1
+        client > {"id":1,"method":"tools/list"}
+                server starts again
+                server > {"id":$1,"method":"tools/list"}
+        client < {"method":"notifications/tools/list_changed"}
+        client < {"method":"notifications/resources/list_changed"}
+                server < {"id":$1,"result":{"tools":[]}}
+        client < {"id":1,"result":{"tools":[]}}
+    ''', server="legacy", client="legacy")
+
+
 def test_conversation_subscription_that_is_left_before_a_modern_server_heard_of_it_keeps_nobody_waiting():
     conversation('''
         client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
