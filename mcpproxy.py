@@ -46,27 +46,28 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. Requests and responses
-                of HTTP are never called just that: they are a head with a body, and a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 19 to
+                22 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
     modern      2026-07-28, with metadata on every request
     link        lines to a server and lines from it, with one end; a process is one kind
     connection  JSON-RPC over one link: handshake, ids, pending requests
-    instance    one link that is kept running and put back to what its clients need
+    instance    a server kept running through one link after another, and set up anew for its clients
     server      one configured server: how its links are made, and its instances
     mount       what clients meet at one URL: sessions, calls, limits
     client      a session, which has an Mcp-Session-Id or a ?session_id=; or a visitor, without one
-    exchange    one request of a client at one instance, and all that is sent in answer to it
+    exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
     outlet      where the messages of an exchange go: into the reply to a POST, or a session's stream
     payload     an encoded message on its way out: a list of bytes that are written one after another
 
 The life of a call
 
     1.  An HTTPConnection reads bytes and feeds them to the RequestParser until it has a whole request.
-    2.  The guards look at its head before the body is read; the first that objects raises an error.
-    3.  The route is looked up, and its endpoint turns the body into one Message.
+    2.  Before its body is read, the route is looked up and the guards look at its head; the first that objects
+        raises an error.
+    3.  The route's endpoint turns the body into a Message, or into several.
     4.  The session is found, or a visitor let in, and its mount picks the instance for this request.
     5.  An Exchange waits until the instance is ready. It restates the request in the server's era, under an
         id of ours, and hands the line to the ServerConnection.
@@ -76,11 +77,12 @@ The life of a call
         books, writes its line into the log, and passes its payload to its outlet.
     9.  The outlet writes it to the HTTP connection, as JSON or as an event of a stream.
 
-Where to add something: a setting is a field of Settings. What is said to a server another way is a Link. A
-method that the eras say differently is a row of a Bridge; a notification, a row of NOTIFICATION_ROUTES. What
-each request has to pass is a guard; what is offered at a URL, a Route. A choice among servers, or a filter of
-tools, belongs to the Mount, which picks the instance of each request. What is counted is counted where an
-exchange ends, a request is refused, an instance changes its state, or a link ends.
+Where to add something: a setting is a field of Settings. Another way to reach a server is a Link, made in
+Proxy's new_link(). A method that the eras say differently is a row in a Bridge's `intercepted`; a notification,
+a row of NOTIFICATION_ROUTES. What each request has to pass is a guard; what is offered at a URL, a Route. A
+choice among servers belongs to Mount.pick(). A filter of tools has three places: Tools.add() for plain HTTP, and
+in the bridges the results of tools/list and, as an `intercepted` row, the calls of tools/call. What is counted
+is counted where an exchange ends, a request is refused, an instance changes its state, or a link ends.
 """
 
 import os
@@ -1697,7 +1699,7 @@ _turn: tuple = (None, [])          # (the event loop, what is to be called at th
 
 
 def at_end_of_turn(call) -> None:
-    """Has something called when all that is ready now was done. So what is collected in a turn is written once; and
+    """Calls something when all that is ready now has been done. So what is collected in a turn is written once; and
     all who collect share one place in the queue of the event loop."""
     global _turn
     loop = asyncio.get_running_loop()
@@ -1726,7 +1728,7 @@ class Log(logging.Handler):
         super().__init__(level.upper())
         self.as_json = as_json
         self.descriptor = descriptor
-        self.dropped = 0                        # lines that nobody could take
+        self.dropped = 0                        # lines that nobody could take, for whoever looks in
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error) of lines to come
@@ -1770,7 +1772,7 @@ class Log(logging.Handler):
         if block:
             self._write(block)
 
-    def _line(self, when: float, level: int, template: str, fields: dict, error: BaseException | None) -> bytes:
+    def _line(self, when: float, level: int, template: str, fields: dict | tuple, error: BaseException | None) -> bytes:
         millisecond = int(when * 1000)
         if millisecond != self._millisecond:
             local = time.localtime(when)
@@ -1941,7 +1943,7 @@ def read_file(path: str) -> bytes:
 
 
 def kill(pid: int, number: int) -> bool:
-    """Sends a signal to a process, or to a group when negative; False when nobody is there."""
+    """Sends a signal to a process, or to a group when negative; False when there is nobody of ours."""
     try:
         os.kill(pid, number)
         return True
@@ -1986,14 +1988,14 @@ class Link:
     on_too_long = None      # called with the first and last bytes of a line over the limit
     on_end = None           # called once, when no more lines will come
 
-    name = "-"              # of the link, for the log: a process id
+    label = "-"             # what the log calls it: a process id
     exit_code: int | None = None
     was_stopped = False     # by us; it did not end by itself
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
     reads_its_input = True  # has the server read most of what it was sent?
-    unread = 0              # how much it has not read, in units of the system's; 0 where that is not known
+    unread = 0              # how much it has not read, as the system counts it; 0 where it does not
 
     async def start(self) -> None:
         """Brings the server up; ServerError when that is not possible."""
@@ -2038,14 +2040,14 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
             raise ServerError(f"the MCP server could not be started: {reason}") from None
-        log.debug("= server %(server)s started as process %(pid)s", server=self._server, pid=self.name)
+        log.debug("= server %(server)s started as process %(pid)s", server=self._server, pid=self.label)
 
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
         self._pid = transport.get_pid()
-        self.name = str(self._pid)
+        self.label = str(self._pid)
         self._stdin = transport.get_pipe_transport(0)
         for number in (0, 1):
             widen_pipe(transport.get_pipe_transport(number).get_extra_info("pipe"))
@@ -2196,7 +2198,7 @@ def widen_pipe(pipe) -> None:
 # nothing of sessions or HTTP. `now` is the clock: a function that returns seconds.
 
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
-GREETING_SECONDS = 10.0    # for the answer to that, of a server that reads; then the question has struck it dumb
+GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
 
 def speaks_modern(response: Message) -> bool:
@@ -2352,7 +2354,7 @@ class ServerConnection:
             raise ServerError("the MCP server does not read its input", status=503)
         link.write(line, about)
 
-    def open(self, pending: PendingRequest, method: str, params: dict) -> int:
+    def send_request(self, pending: PendingRequest, method: str, params: dict) -> int:
         """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
         server_id = self.next_id()
         self.pending[server_id] = pending
@@ -2365,10 +2367,10 @@ class ServerConnection:
             pending.on_failure(error)
         return server_id
 
-    def request(self, method: str, params: dict | None = None) -> OwnRequest:
+    def request(self, method: str, params: dict | None) -> OwnRequest:
         """A request of the proxy's own whose response is wanted."""
         request = OwnRequest(self._now())
-        self.open(request, method, params or {})
+        self.send_request(request, method, params or {})
         return request
 
     def cancel(self, server_id: int, reason: str) -> None:
@@ -2389,10 +2391,8 @@ class ServerConnection:
 
     def send_if_possible(self, line: bytes) -> None:
         """Writes a message to which nobody awaits a response."""
-        try:
+        with contextlib.suppress(ServerError):
             self.send(line)
-        except ServerError:
-            pass
 
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last."""
@@ -2430,9 +2430,9 @@ class ServerConnection:
         elif message.kind is REQUEST:
             self._on_request(self, message, self.pending.get(cause))
         else:
-            self._on_notify(message, cause)
+            self._deliver(message, cause)
 
-    def _on_notify(self, message: Message, cause: int | None) -> None:
+    def _deliver(self, message: Message, cause: int | None) -> None:
         """A notification goes to the request that it names, if it names one."""
         token = message.params.get("progressToken") if message.method == "notifications/progress" else None
         subscription = message.meta.get(SUBSCRIPTION_KEY)
@@ -2452,7 +2452,7 @@ class ServerConnection:
             self._on_line(text.encode("utf-8", "surrogateescape"), cause)
 
     def _on_junk(self, line: bytes, error: RPCError) -> None:
-        """Nobody shall wait for a response that is no valid one, nor the server for one to its request."""
+        """Whoever waits for this response is told that it is not valid; a server that meant a request gets an error."""
         text = line.decode("utf-8", "replace")
         log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
                     reason=str(error), text=self._redact(text)[:200])
@@ -2493,11 +2493,11 @@ class ServerConnection:
         error = self.failure()
         if self.on_closed:
             self.on_closed()
-        if self.is_greeted:              # otherwise it is told that the start failed
+        if self.is_greeted:              # otherwise the instance logs that it did not start
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
             log.say(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
-                    pid=self.link.name, reason=reason)
+                    pid=self.link.label, reason=reason)
         pending, self.pending = self.pending, {}
         for request in pending.values():
             request.on_failure(error)
@@ -2527,16 +2527,16 @@ class Stream:
         self.last_number = 0        # of the messages so far
         self.written = 0            # the number of the last one that somebody listened to
         self.kept_bytes = 0
-        self._listener = None       # takes bytes with write(parts), and ends with close()
+        self._reader = None         # takes bytes with write(parts), and ends with close()
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
 
     @property
     def is_attached(self) -> bool:
-        return self._listener is not None
+        return self._reader is not None
 
     def attach(self, listener, after: int | None = None) -> None:
-        """Somebody listens, in place of who did so far, from behind message number `after` on."""
-        before, self._listener = self._listener, listener
+        """Somebody listens from now on, instead of whoever did: first to what is kept behind message number `after`."""
+        before, self._reader = self._reader, listener
         if before:
             before.close()
         for number, payload in list(self._kept):
@@ -2547,20 +2547,20 @@ class Stream:
 
     def detach(self, listener) -> None:
         """This listener is gone."""
-        if self._listener is listener:
-            self._listener = None
+        if self._reader is listener:
+            self._reader = None
 
     def send(self, payload: list) -> None:
         self.last_number += 1
         if self.name:
             self._keep(b"".join(payload))
-        if self._listener:
+        if self._reader:
             self._write(payload, self.last_number)
 
     def close(self) -> None:
         """Nothing more will come."""
         self.is_ended = True
-        listener, self._listener = self._listener, None
+        listener, self._reader = self._reader, None
         if listener:
             listener.close()
 
@@ -2570,7 +2570,7 @@ class Stream:
 
     def _write(self, payload: list, number: int) -> None:
         self.written = max(self.written, number)
-        self._listener.write(encode_event(payload, event_id=self.event_id(number)))
+        self._reader.write(encode_event(payload, event_id=self.event_id(number)))
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self.last_number, payload))
@@ -2584,9 +2584,9 @@ class Question:
 
     _ids = itertools.count(1)
 
-    def __init__(self, payload, on_response, message: Message | None = None):
+    def __init__(self, encode, on_response, message: Message | None = None):
         self.id = next(self._ids)
-        self.payload = payload(b"%d" % self.id)  # as the client gets it
+        self.payload = encode(b"%d" % self.id)   # as the client gets it
         self._on_response = on_response          # called with the question and the client's response
         self.message = message                   # a legacy server's request
         self.client = None                       # the session that is asked, and
@@ -2633,7 +2633,7 @@ class Outlet:
         """A message before the answer."""
 
     def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
-        """The answer, and what it has in HTTP where that can be said."""
+        """The answer, with a status and headers for where it becomes a reply of its own."""
 
     def close(self) -> None:
         """There will be no answer: the call was cancelled."""
@@ -2652,7 +2652,7 @@ class Outlet:
 #     a log message       to the same call, if its client wants that level; without one to all sessions
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
-#     progress            names its call, so it never comes here
+#     progress            names its call; what names none is dropped
 
 def newest_call(instance, can=lambda call: True) -> PendingRequest | None:
     """The call of a client that was started last, of those that can."""
@@ -2688,7 +2688,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         question.refuse(NO_CLIENT_CAN)
 
 
-def route(instance, message: Message, cause: PendingRequest | None = None) -> None:
+def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on."""
     NOTIFICATION_ROUTES.get(message.method, _to_cause)(instance, message, cause)
 
@@ -2717,11 +2717,11 @@ def _to_cause(instance, message: Message, cause: PendingRequest | None) -> None:
     call, is_log = cause or newest_call(instance), message.method == "notifications/message"
     level = message.params.get("level")
     if call:
-        if not is_log or call.admits(level):
+        if not is_log or call.wants_log(level):
             call.tell(message.payload)
         return
     for session in list(instance.sessions.values()):
-        if not is_log or session.admits(level, instance):
+        if not is_log or session.wants_log(level, instance):
             session.stream.send(message.payload)
 
 
@@ -2735,14 +2735,10 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
         question.send([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
 
-def _to_nobody(instance, message: Message, cause: PendingRequest | None) -> None:
-    """It should have named a request, and did not."""
-
-
-# To route another notification, add a row; what is not here goes to the call that is running.
+# To route another notification, add a row; what is not here goes where a log message goes.
 NOTIFICATION_ROUTES = {
     "notifications/cancelled": _to_asked,
-    "notifications/progress": _to_nobody,
+    "notifications/progress": lambda *_: None,       # it should have named a request, and did not
     "notifications/resources/updated": _to_subscribers,
     "notifications/tools/list_changed": _to_all,
     "notifications/prompts/list_changed": _to_all,
@@ -2762,6 +2758,8 @@ NOTIFICATION_ROUTES = {
 # resources and lists, anew when what is wanted changes.
 
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+
+REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
 
 class Topic:
@@ -2792,11 +2790,10 @@ class ListenRequest(PendingRequest):
             return self.listening.on_acknowledged(self, honoured if isinstance(honoured, dict) else {})
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
-        route(self.listening.instance, parse_message(line.decode()))
+        pass_on(self.listening.instance, parse_message(line.decode()))
 
     def on_response(self, response: ResponseLine | Message) -> None:
-        self.listening.on_ended(self, RPCError("the MCP server refused the subscription", status=200,
-                                               code=INVALID_PARAMS))
+        self.listening.on_ended(self, REFUSED)
 
     def on_failure(self, error: ServerError) -> None:
         self.listening.on_ended(self, error)
@@ -2825,7 +2822,8 @@ class Listening:
                 instance.settle(topic, RPCError("the server has no subscriptions", status=200, code=METHOD_NOT_FOUND))
         if any(supported.values()):
             self._next = request = ListenRequest(self, topics)
-            request.server_id = instance.connection.open(request, "subscriptions/listen", {"notifications": supported})
+            request.server_id = instance.connection.send_request(
+                request, "subscriptions/listen", {"notifications": supported})
         elif self._current:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
@@ -2839,9 +2837,7 @@ class Listening:
             self.instance.connection.cancel(before.server_id, "replaced")
         uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
-            is_refused = isinstance(uris, list) and topic.uri not in uris
-            self.instance.settle(topic, RPCError("the MCP server refused the subscription", status=200,
-                                                 code=INVALID_PARAMS) if is_refused else None)
+            self.instance.settle(topic, REFUSED if isinstance(uris, list) and topic.uri not in uris else None)
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
@@ -2854,7 +2850,8 @@ class Listening:
         elif request is self._next:
             self._next = None
             for topic in request.topics:
-                self.instance.settle(topic, error)
+                if not topic.verdict.done():
+                    self.instance.settle(topic, error)
             self._go_on()
 
     def _go_on(self) -> None:
@@ -2867,8 +2864,8 @@ class Listening:
 # 15. Instances
 # ============================================================================
 #
-# An instance is one link to a server that is kept running and put back to what
-# its clients need. In shared mode there is one for all of them; in independent
+# An instance keeps a server running through one link after another, and sets each
+# new one up as its clients need it. In shared mode there is one for all of them; in independent
 # mode one for each session, and one for all callers without a session that are
 # the same user: same key, name and variables. All run the same code; one that
 # belongs to a session ends with its link, the others start a new one.
@@ -2883,7 +2880,7 @@ class Listening:
 
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
-MAX_PAGES = 100                  # of a list; a server that always has one more is left at that
+MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 
 
 class Tools(dict):
@@ -2927,7 +2924,7 @@ INSTANCE_STATES = {
 
 
 class Instance:
-    """One link to a server that is kept running, and the clients that use it."""
+    """A server kept running through one link after another, and the clients that use it."""
 
     def __init__(self, server, owner: object, variables: dict[str, str]):
         self.server = server
@@ -2939,7 +2936,7 @@ class Instance:
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics: dict[str, Topic] = {}          # by URI
         self.identity: Identity | None = None
-        self.has_failed = False                     # did it not start, in whichever era it was asked?
+        self.has_failed = False                     # did it die when it was last asked in legacy?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # what a legacy server was told last
         self.connection: ServerConnection | None = None       # while READY
@@ -3029,7 +3026,7 @@ class Instance:
             link = self.server.new_link(self.variables, self.redact)
             connection = ServerConnection(self.server.name, link, now=self.server.now, redact=self.redact,
                                           on_request=functools.partial(ask_client, self),
-                                          on_notification=functools.partial(route, self))
+                                          on_notification=functools.partial(pass_on, self))
             await link.start()
             self._link = link
             try:
@@ -3037,10 +3034,9 @@ class Instance:
                     self.identity = await connection.initialize(initialize)
                 elif LEGACY in eras[1:]:
                     self.identity = await connection.probe(initialize)
-                    speaks[MODERN] = connection.era is MODERN
                 else:
                     self.identity = await connection.discover()
-                speaks.update(dict.fromkeys(eras[:eras.index(era)], False))
+                speaks.update(dict.fromkeys(eras[:eras.index(connection.era)], False))
                 speaks[connection.era] = True
                 self.has_failed = False
                 return connection
@@ -3053,7 +3049,7 @@ class Instance:
                     speaks[era] = False
                 elif era is LEGACY:
                     self.has_failed = True
-                    break                       # it died or cannot be started; no other words will help
+                    break                       # it died: no other words will help
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
         raise failure
@@ -3061,7 +3057,7 @@ class Instance:
     def _eras_to_try(self) -> list[Era]:
         """In which eras to address a new link, one after the other. One for many is spoken to in modern if it can be;
         a session's own in the session's era, because a server may stay with the one it was addressed in. One that
-        died of either is asked in the era that tells so with one process."""
+        died at its last start is asked in legacy first, where one process is enough to see that."""
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
@@ -3074,7 +3070,7 @@ class Instance:
         """Makes a new link what the one before was to its clients."""
         whose = next((session.label for session in self.sessions.values()), "-") if self.is_private else "all"
         log.info("= server %(server)s is ready for %(session)s: process %(pid)s, %(name)s %(version)s, revision "
-                 "%(revision)s", server=self.server.name, pid=connection.link.name, name=self.identity.name,
+                 "%(revision)s", server=self.server.name, pid=connection.link.label, name=self.identity.name,
                  version=self.identity.release, revision=str(self.identity.version), session=whose)
         self.connection = connection
         self._become(InstanceState.READY)
@@ -3092,7 +3088,7 @@ class Instance:
         self._settle_start(None)
         if is_restart:
             for method in self.identity.list_changes():
-                route(self, parse_message(encode_request(None, method).decode()))
+                pass_on(self, parse_message(encode_request(None, method).decode()))
 
     def _forget(self, connection: ServerConnection) -> None:
         """A call that comes from now on waits for the next link."""
@@ -3139,7 +3135,7 @@ class Instance:
             self.server.end(self)
 
     def subscribe(self, subscriber, uri: str) -> Topic:
-        """Takes in a session, or an exchange that listens; the first to a resource makes the server be asked."""
+        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked."""
         topic = self.topics.get(uri)
         if topic is None:
             topic = self.topics[uri] = Topic(self, uri)
@@ -3172,7 +3168,7 @@ class Instance:
                 subscriber.topics.discard(topic)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
-        """Takes one out; the last makes the server be told."""
+        """Takes a subscriber out; after the last one the server is told."""
         topic.subscribers.discard(subscriber)
         topic.told.discard(subscriber)
         subscriber.topics.discard(topic)
@@ -3191,10 +3187,8 @@ class Instance:
 
     def adjust_log_level(self) -> None:
         """Sets a legacy server to the most verbose level that somebody asked for."""
-        levels = [session.log_level for session in self.sessions.values() if session.log_level]
-        if self._asked_level:
-            levels.append(self._asked_level)
-        level = min(levels, key=LOG_LEVELS.index, default=None)
+        levels = [self._asked_level, *(session.log_level for session in self.sessions.values())]
+        level = min(filter(None, levels), key=LOG_LEVELS.index, default=None)
         if level and level != self.log_level:
             self.log_level = level
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
@@ -3211,7 +3205,7 @@ class Instance:
         self._tools = None
 
     def known_tools(self) -> Tools | None:
-        """The same, or None when it would have to be asked first."""
+        """The server's tools, or None when it would have to be asked first."""
         task = self._tools
         return task.result() if task and task.done() and not task.exception() else None
 
@@ -3272,6 +3266,10 @@ class Client:
         """The instance of a server that it uses."""
         return server.instance_for(self)
 
+    def wants_log(self, level: object, instance: Instance) -> bool:
+        """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
+        return is_at_least(level, self.log_level or ("info" if instance.log_level else "debug"))
+
 
 class Visitor(Client):
     """A caller without a session; `name` tells apart those that come with the same key."""
@@ -3285,13 +3283,9 @@ class Visitor(Client):
         Client.__init__(self, mount, key, variables)
         self.name = name
 
-    def admits(self, level: object, instance: Instance) -> bool:
-        """Does it want log messages of this level?"""
-        return is_admitted(level, "info" if instance.log_level else "debug")
-
 
 class Session(Client):
-    """A legacy client that was given an Mcp-Session-Id."""
+    """A client with an Mcp-Session-Id, or over HTTP+SSE a ?session_id=."""
 
     is_session = True
 
@@ -3320,10 +3314,6 @@ class Session(Client):
         if instance is None:
             instance = self._instances[server] = server.instance_for(self)
         return instance
-
-    def admits(self, level: object, instance: Instance) -> bool:
-        """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
-        return is_admitted(level, self.log_level or ("info" if instance.log_level else "debug"))
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
@@ -3395,7 +3385,7 @@ class Session(Client):
         log.info("= session %(session)s closed", session=self.label)
 
 
-def is_admitted(level: object, wanted: str) -> bool:
+def is_at_least(level: object, wanted: str) -> bool:
     """Is a log message's level at least as high as what is wanted? One that is unknown passes."""
     return level not in LOG_LEVELS or LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
 
@@ -3536,7 +3526,7 @@ class Mount:
         connection = self.pick(session).connection
         self.sessions[session.id] = session
         log.info("= session %(session)s opened" + (", at process %(pid)s" if connection else ""),
-                 session=session.label, pid=connection.link.name if connection else "-")
+                 session=session.label, pid=connection.link.label if connection else "-")
         return session
 
     def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
@@ -3589,8 +3579,7 @@ class Mount:
 # 17. Bridges
 # ============================================================================
 #
-# What happens to the messages of an exchange (the next section: one request of a
-# client's and all that is sent in answer to it) depends on the eras of its two
+# What happens to the messages of an exchange depends on the eras of its two
 # sides, so there are four bridges. Between sides of one era a message only gets
 # another id. Between eras the hard part is a server's question. The legacy way is
 # a request in the middle of a running call; the modern way is to end the call
@@ -3629,7 +3618,7 @@ class Bridge:
         """A notification for a subscription."""
 
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
-        """A question of the server's, and what the client lacks to answer it: refused as a client would that cannot."""
+        """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
         question.refuse(NO_CLIENT_CAN)
 
 
@@ -3647,7 +3636,7 @@ def error_status(response: ResponseLine | Message) -> int:
 
 
 class LegacyClientBridge(Bridge):
-    """What a legacy client may want that changes more than its own: other clients use the server too."""
+    """Requests of a legacy client that would change the server for its other clients too."""
 
     def initialize(self, exchange: "Exchange", message: Message) -> bool:
         """Shakes hands for the server."""
@@ -3997,15 +3986,15 @@ BRIDGES = {
 # again; where its messages go is up to its outlet, and what they become is up to
 # the bridge. It begins when its instance is ready, and it has one way out, end(),
 # whatever ends it: so nothing is forgotten at the server, at the client or in the
-# books, and the log has a line of each.
+# books (the calls of its client and of its mount), and the log has a line of each.
 #
 #     WAITING --> RUNNING <--> PARKED        (any of them --> DONE)
 #     for the     at the       for the
 #     server      server       client
 
 RUNNING_CALLS = 1_000            # of one client at a time
-PARKED_CALLS = 1_000             # that wait for their client; past that the oldest is cancelled
-GATHER_SECONDS = 0.02            # how long further questions are waited for before a call is parked
+PARKED_CALLS = 1_000             # that wait for their client; past that the oldest times out
+PARK_SECONDS = 0.02              # how long further questions are waited for before a call is parked
 
 
 class ExchangeState(enum.Enum):
@@ -4040,7 +4029,7 @@ class Exchange(PendingRequest):
     """One client request on its way. `envelope` comes with a modern one; `headers` with one whose arguments may have to
     be repeated in them."""
 
-    __slots__ = tuple("""client instance message envelope era method is_endless trace headers state connection server_id
+    __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
         dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
@@ -4050,7 +4039,6 @@ class Exchange(PendingRequest):
         self.instance = instance
         self.message: Message | None = message        # the request, while it is needed
         self.envelope = envelope
-        self.era = MODERN if envelope else LEGACY
         self.method = message.method
         self.is_endless = envelope is not None and self.method == "subscriptions/listen"
         self.trace = trace                            # members for _meta, as JSON
@@ -4091,13 +4079,13 @@ class Exchange(PendingRequest):
             return self.envelope.capabilities
         return self.client.capabilities if self.outlet.asks else {}
 
-    def admits(self, level: object) -> bool:
+    def wants_log(self, level: object) -> bool:
         """Does the client want log messages of this level with this call?"""
         if self.envelope is None:
-            return self.client.admits(level, self.instance)
+            return self.client.wants_log(level, self.instance)
         # MCP 2026-07-28, Logging: none "for a request that does not include this field".
         wanted = self.envelope.log_level
-        return wanted is not None and level in LOG_LEVELS and is_admitted(level, wanted)
+        return wanted is not None and level in LOG_LEVELS and is_at_least(level, wanted)
 
     def touch(self) -> None:
         """It shows that it is alive."""
@@ -4154,7 +4142,7 @@ class Exchange(PendingRequest):
         if self.state is DONE:
             return                          # cancelled in the meantime
         self.state, self.connection = RUNNING, connection
-        self._bridge = BRIDGES[self.era, connection.era]
+        self._bridge = BRIDGES[MODERN if self.envelope else LEGACY, connection.era]
         try:
             intercept = self._bridge.intercepted.get(self.method)
             if not (intercept and intercept(self._bridge, self, self.message)):
@@ -4236,7 +4224,7 @@ class Exchange(PendingRequest):
         self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
 
     def end_subscription(self) -> None:
-        """Ends a subscription because the server ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        """Ends a subscription because the proxy ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
         self._take_back(None, "the server ends")
         self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
                                   % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
@@ -4318,7 +4306,7 @@ class Exchange(PendingRequest):
         return self.dialogue
 
     def ask_by_parking(self, question: Question, missing: dict | None) -> None:
-        """Asks the client by ending its request. What of several questions can be asked is asked."""
+        """Asks the client by ending its request. Of several questions, those that it can be asked are asked."""
         dialogue = self.begin_dialogue()
         if missing:
             dialogue.lacking.append((question, missing))
@@ -4327,7 +4315,7 @@ class Exchange(PendingRequest):
         self._park_soon()
 
     def _park_soon(self) -> None:
-        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._park)
+        asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
 
     def _park(self) -> None:
         """Ends the client's request with the questions. The call goes on when the client comes back."""
@@ -4398,8 +4386,8 @@ import threading
 # application that is handed in.
 #
 #     HEAD --> BODY --> REPLY --> HEAD       (the connection is kept)
-#       |        |        |
-#       +--------+--------+----> LINGER      (what was not read to its end, or the last)
+#       |        |
+#       +--------+----> LINGER               (the request was not read to its end)
 #
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
@@ -4413,7 +4401,6 @@ IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than 
 LINGER_SECONDS = 5.0           # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
 MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
-TICK = 0.25                    # how often time is looked at
 
 
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()                  # in English, whatever the locale
@@ -4499,7 +4486,7 @@ class Reply:
                 "address": self.connection.address}
 
     def start_stream(self, headers: tuple, keep_alive: bytes) -> None:
-        """Begins a reply without end; `keep_alive` is what is written when nothing else was for a while."""
+        """Begins a reply of unknown length; `keep_alive` is what is written when nothing else was for a while."""
         self.is_stream = True
         self.keep_alive_bytes = keep_alive
         self.last_write = time.monotonic()
@@ -4542,8 +4529,8 @@ class HTTPConnection(asyncio.Protocol):
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
-        self._queued = 0                    # messages that wait for the client to read
-        self._is_paused = False             # does output wait for the client to read?
+        self._queued = 0                    # writes that wait for the client to read
+        self._is_clogged = False            # does output wait for the client to read?
         self._half_closed = False           # will the client send nothing more?
         self._since = time.monotonic()      # the beginning of what is waited for
         self._received = 0                  # bytes since then
@@ -4560,7 +4547,7 @@ class HTTPConnection(asyncio.Protocol):
         self._received += len(data)
         self._parser.feed(data)
         self._advance()
-        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is REPLY or self._is_paused):
+        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is REPLY or self._is_clogged):
             self._transport.pause_reading()        # a client that sends on while it is answered can wait
 
     def eof_received(self) -> bool:
@@ -4568,7 +4555,7 @@ class HTTPConnection(asyncio.Protocol):
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         reply = self._reply if self._phase is REPLY else None
-        waits = self._is_paused if reply is None else not (reply.is_stream or reply.leaves_on_eof)
+        waits = self._is_clogged if reply is None else not (reply.is_stream or reply.leaves_on_eof)
         return waits and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -4580,11 +4567,11 @@ class HTTPConnection(asyncio.Protocol):
                 reply.on_gone()
 
     def pause_writing(self) -> None:
-        self._is_paused = True
+        self._is_clogged = True
         self._stalled_since, self._unread = time.monotonic(), self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
-        self._is_paused = False
+        self._is_clogged = False
         self._queued = 0
         if not self._transport.is_closing():
             self._transport.resume_reading()
@@ -4595,10 +4582,10 @@ class HTTPConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Hands on whole requests, one at a time, for as long as there are any."""
         while self._parser.rest and self._phase in (HEAD, BODY) and not (
-                self._is_paused or self._transport.is_closing()):
+                self._is_clogged or self._transport.is_closing()):
             if not self._next_request():
                 break
-        if self._half_closed and self._phase is not REPLY and not self._is_paused:
+        if self._half_closed and self._phase is not REPLY and not self._is_clogged:
             self._transport.close()           # nothing more can come
 
     def _next_request(self) -> bool:
@@ -4648,9 +4635,8 @@ class HTTPConnection(asyncio.Protocol):
 
     def write(self, parts: list) -> None:
         """Writes at once."""
-        if self._soon:
-            self._flush()
-        self._queued += self._is_paused
+        self._flush()
+        self._queued += self._is_clogged
         self._send(parts)
 
     def write_soon(self, parts: list) -> None:
@@ -4658,7 +4644,7 @@ class HTTPConnection(asyncio.Protocol):
         if not self._soon:
             at_end_of_turn(self._flush)
         self._soon += parts
-        self._queued += self._is_paused
+        self._queued += self._is_clogged
 
     def _flush(self) -> None:
         if self._soon:
@@ -4667,7 +4653,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _send(self, parts: list) -> None:
         if self._queued > MAX_QUEUED_MESSAGES or (
-                self._is_paused and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
+                self._is_clogged and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
             log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             self._transport.abort()
             return
@@ -4704,15 +4690,15 @@ class HTTPConnection(asyncio.Protocol):
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
-        if self._is_paused and self._transport.get_write_buffer_size() < self._unread:
+        if self._is_clogged and self._transport.get_write_buffer_size() < self._unread:
             self._stalled_since, self._unread = now, self._transport.get_write_buffer_size()       # it reads some
-        if self._is_paused and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
+        if self._is_clogged and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # a whole reply that nobody reads
         elif reply is not None:
             self._probe(reply, now)
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([reply.keep_alive_bytes])
-        elif not self._is_paused and now > self._deadline():
+        elif not self._is_clogged and now > self._deadline():
             if self._phase is LINGER or self._phase is HEAD and self._parser.is_between:
                 self._transport.close()
             else:
@@ -4760,7 +4746,7 @@ class HTTPServer:
         self._heads: dict[bytes, HTTPHead] = {}        # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
-        """Listens at all addresses of a host, :: for both families; returns them. CannotListen when none will do."""
+        """Listens at all addresses of a host (:: is both families); returns them. CannotListen when one is taken."""
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
             found = await asyncio.get_running_loop().getaddrinfo(name or None, port, type=socket.SOCK_STREAM,
@@ -4845,7 +4831,7 @@ class StreamOutlet(Outlet):
 
 class PostOutlet(Outlet):
     """Into the reply to a POST: plain JSON when the answer is the first thing that comes, and comes soon; otherwise a
-    stream. For a client that takes only one of both, that. Several requests are answered with a stream, or with an
+    stream. For a client that takes only one of the two, that one. Several requests are answered with a stream or an
     array."""
 
     def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, count: int = 1):
@@ -4911,12 +4897,10 @@ class PostOutlet(Outlet):
         if self._left:
             return
         self._undecided.pop(self, None)
-        if self._stream is None:              # a call that was cancelled has no answer
-            answers = self._answers
-            if answers:
-                self.reply.send(200, [b"[%b]" % b",".join(answers)], JSON_HEADERS)
-            else:
-                self.reply.send(202, [])
+        if self._stream is None and self._answers:
+            self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
+        elif self._stream is None:
+            self.reply.send(202, [])          # a call that was cancelled has no answer
         elif self._session:
             self._session.end_stream(self._stream)
         else:
@@ -5595,6 +5579,9 @@ class DemoServer:
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
+
+TICK = 0.25                    # how often time is looked at
+
 
 class Proxy:
     """One running mcpproxy."""

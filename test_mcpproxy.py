@@ -6332,6 +6332,26 @@ def test_conversation_subscription_that_a_legacy_server_refuses_after_a_restart_
     ''', server="legacy", ann="legacy", bob="legacy")
 
 
+def test_conversation_subscription_that_a_modern_server_took_outlives_the_refusal_of_another():
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L1},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L0,"reason":"replaced"}}
+        ann < {"id":1,"result":{}}
+        ann > {"id":2,"method":"resources/subscribe","params":{"uri":"a:c"}}
+                server > {"id":$L2,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                    "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                server < {"id":$L2,"error":{"code":-32602,"message":"no such resource"}}
+        ann < {"id":2,"error":{"code":-32602,"message":"the MCP server refused the subscription"}}
+                server < {"method":"notifications/resources/updated","params":{
+                          "_meta":{".../subscriptionId":$L1},"uri":"a:b"}}
+        ann < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{}}}
+    ''', server="modern", ann="legacy")
+
+
 def test_conversation_modern_server_that_ends_a_subscription_itself_is_asked_again():
     conversation('''
         client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
@@ -8465,7 +8485,7 @@ async def work(context: Context, name: str, steps: int) -> str:
     try:
         for step in range(1, steps + 1):
             await context.report_progress(step, steps)
-            await anyio.sleep(0.05)
+            await anyio.sleep(0.2)               # TypeScript clients drop progress that arrives together with the answer
     except anyio.get_cancelled_exc_class():
         print(f"{name} was cancelled", file=sys.stderr, flush=True)
         raise
