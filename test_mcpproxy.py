@@ -8485,7 +8485,7 @@ async def work(context: Context, name: str, steps: int) -> str:
     try:
         for step in range(1, steps + 1):
             await context.report_progress(step, steps)
-            await anyio.sleep(0.2)               # TypeScript clients drop progress that arrives together with the answer
+            await anyio.sleep(0.2)               # clients drop progress that arrives together with the answer
     except anyio.get_cancelled_exc_class():
         print(f"{name} was cancelled", file=sys.stderr, flush=True)
         raise
