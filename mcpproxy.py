@@ -1469,6 +1469,23 @@ def result_without(response: Message, raw_id: bytes) -> list:
     return [response.changed(changes)]
 
 
+# MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
+STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
+
+
+def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
+    """An error's payload with another id, and another code where `codes` has one for it."""
+    changes, code = [response.new_id(raw_id)], response.error_code
+    if code in codes:
+        changes.append((*response.span("error", "code"), str(codes[code])))
+    return [response.changed(changes)]
+
+
+def error_status(response: ResponseLine | Message) -> int:
+    """The HTTP status of a modern response."""
+    return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
+
+
 class Identity:
     """What a server said of itself in its handshake, of either era, kept to tell every client."""
 
@@ -2907,6 +2924,8 @@ class Tools(dict):
 
 
 class InstanceState(enum.Enum):
+    """Whether its server can be used."""
+
     NEW = "new"
     STARTING = "starting"
     READY = "ready"
@@ -3592,9 +3611,6 @@ SUBSCRIPTIONS = 1_000            # of one client
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
 
-# MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
-STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
-
 
 class Bridge:
     """What happens between a client and a server: here, what is the same in every pair of eras.
@@ -3620,19 +3636,6 @@ class Bridge:
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
         question.refuse(NO_CLIENT_CAN)
-
-
-def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
-    """An error's payload with another id, and another code where `codes` has one for it."""
-    changes, code = [response.new_id(raw_id)], response.error_code
-    if code in codes:
-        changes.append((*response.span("error", "code"), str(codes[code])))
-    return [response.changed(changes)]
-
-
-def error_status(response: ResponseLine | Message) -> int:
-    """The HTTP status of a modern response."""
-    return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
 
 
 class LegacyClientBridge(Bridge):
@@ -3998,6 +4001,8 @@ PARK_SECONDS = 0.02              # how long further questions are waited for bef
 
 
 class ExchangeState(enum.Enum):
+    """What an exchange waits for."""
+
     __hash__ = object.__hash__             # as of Era
 
     WAITING = "waiting"
@@ -4312,9 +4317,6 @@ class Exchange(PendingRequest):
             dialogue.lacking.append((question, missing))
         else:
             dialogue.questions[str(question.id)] = question
-        self._park_soon()
-
-    def _park_soon(self) -> None:
         asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
 
     def _park(self) -> None:
@@ -4363,7 +4365,7 @@ class Exchange(PendingRequest):
         elif late:
             self.on_response(late)
         elif dialogue.questions:
-            self._park_soon()                # something is still missing: it is asked again
+            asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)          # what is missing is asked again
 
 
 # ============================================================================
