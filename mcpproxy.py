@@ -2254,7 +2254,14 @@ class OwnRequest(PendingRequest):
 
     def __init__(self, now: float):
         self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._then = None
         self._started = now
+
+    def then(self, call) -> None:
+        """Hands the response's future on in the turn in which it comes; its own callbacks are a turn late."""
+        self._then = call
+        if self.response.done():
+            call(self.response)
 
     def on_response(self, response: ResponseLine | Message) -> None:
         try:
@@ -2263,11 +2270,15 @@ class OwnRequest(PendingRequest):
             return self.on_failure(ServerError("the MCP server's answer is not valid"))
         if not self.response.done():
             self.response.set_result(message)
+            if self._then:
+                self._then(self.response)
 
     def on_failure(self, error: ServerError) -> None:
         if not self.response.done():
             self.response.set_exception(error)
             self.response.exception()        # nobody has to ask for it
+            if self._then:
+                self._then(self.response)
 
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self._started >= patience
@@ -3100,7 +3111,7 @@ class Instance:
             self.listening = Listening(self)
             self.listening.renew()
         else:
-            for topic in self.topics.values():
+            for topic in list(self.topics.values()):
                 self._subscribe(topic)
             if self.log_level:
                 connection.request("logging/setLevel", {"level": self.log_level})
@@ -3173,7 +3184,7 @@ class Instance:
                 said = response.result().value("error")
                 error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
             self.settle(topic, error)
-        self.connection.request("resources/subscribe", {"uri": topic.uri}).response.add_done_callback(on_response)
+        self.connection.request("resources/subscribe", {"uri": topic.uri}).then(on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
         """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
