@@ -1848,6 +1848,14 @@ def redact(secrets: tuple[str, ...], text: str) -> str:
 log = Log()
 
 
+def as_told(error: Exception) -> ProxyError:
+    """The error that a client is told; what is not for clients goes to the log."""
+    if isinstance(error, ProxyError):
+        return error
+    log.fault(error)
+    return ProxyError("internal error")
+
+
 def start_logging(level: str, as_json: bool) -> None:
     """Sends the log to stderr in this form from now on."""
     log.setLevel(level.upper())
@@ -3106,7 +3114,7 @@ class Instance:
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
         if is_restart:
-            self._tools = None
+            self.forget_tools()
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
@@ -4148,8 +4156,8 @@ class Exchange(PendingRequest):
             if self.headers is not None and not self._is_checked():
                 tools = await self.instance.tools(refresh=self.instance.known_tools() is not None)
                 tools.check(self.message, self.headers)
-        except ProxyError as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(as_told(error))
         else:
             self.begin(connection)
 
@@ -4163,11 +4171,8 @@ class Exchange(PendingRequest):
             intercept = self._bridge.intercepted.get(self.method)
             if not (intercept and intercept(self._bridge, self, self.message)):
                 self.transmit()
-        except ProxyError as error:
-            self.fail(error)
-        except Exception as fault:
-            log.fault(fault)
-            self.fail(ProxyError("internal error"))
+        except Exception as error:
+            self.fail(as_told(error))
 
     def transmit(self) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
@@ -4847,15 +4852,15 @@ class PostOutlet(Outlet):
     stream. For a client that takes only one of the two, that one. Several requests are answered with a stream or an
     array."""
 
-    def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, count: int = 1):
+    def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, batch: int = 0):
         self.reply = reply
         self._client = client
         self._session = client if client.is_session else None
         self._stream: Stream | None = None
         self._undecided = undecided                # those that may still be JSON, until when
         self._takes_json, self._takes_stream = admission.takes_json, admission.takes_stream
-        self._left = count                         # answers to come
-        self._answers: list[bytes] | None = None if count == 1 else []
+        self._left = batch or 1                    # answers to come; to the requests of a batch, if it is one
+        self._answers: list[bytes] | None = [] if batch else None
         self.asks = self._session is not None and self._takes_stream
         reply.on_gone = self._gone
         # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing is said for a while
@@ -5102,11 +5107,8 @@ class Endpoints(Application):
             self.fail(error, reply)
 
     def fail(self, error: Exception, reply: Reply, raw_id: bytes | None = None) -> None:
-        """Answers with what went wrong; what is not told to clients goes to the log."""
-        if not isinstance(error, ProxyError):
-            log.fault(error)
-            error = ProxyError("internal error")
-        self.refuse(error, reply, raw_id)
+        """Answers with what went wrong."""
+        self.refuse(as_told(error), reply, raw_id)
 
     def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
         """Answers an HTTP request with an error; one of a call on its way goes through its outlet instead."""
@@ -5235,7 +5237,7 @@ class Endpoints(Application):
             raise RPCError("an empty batch, or one with initialize in it")
         if requests:
             check_accept(admission)
-        outlet = PostOutlet(self.undecided, admission, reply, client, count=len(requests)) if requests else None
+        outlet = PostOutlet(self.undecided, admission, reply, client, batch=len(requests)) if requests else None
         for message in messages:
             if message.kind is REQUEST:
                 self._start(Exchange(client, self.mount.pick(client), message, outlet, None, admission.trace))

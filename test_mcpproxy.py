@@ -6955,6 +6955,11 @@ def test_endpoint_answers_a_batch(fake):
         assert isinstance(posted.response.json(), list)
 
 
+def test_endpoint_answers_a_batch_of_one_with_an_array(fake):
+    response = fake.request("POST", "/mcp", [request(1, "ping")], ACCEPT)
+    assert response.json() == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+
+
 def test_endpoint_answers_a_batch_with_a_stream_when_it_takes_long(fake):
     with StreamableClient(fake, version="2025-03-26") as client:
         slow = tool_call(2, "sleep", {"seconds": 0.3, "steps": 2}, 9)
