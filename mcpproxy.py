@@ -134,6 +134,7 @@ LOG_LEVEL_KEY = RESERVED_PREFIX + "logLevel"
 SERVER_INFO_KEY = RESERVED_PREFIX + "serverInfo"
 SUBSCRIPTION_KEY = RESERVED_PREFIX + "subscriptionId"
 TASKS_EXTENSION = RESERVED_PREFIX + "tasks"          # its results have another shape than the tasks of 2025-11-25
+RELATED_TASK_KEY = RESERVED_PREFIX + "related-task"
 
 # JSON-RPC 2.0, section 5.1, and the code that MCP implementations use for a server that failed.
 PARSE_ERROR = -32700
@@ -148,6 +149,7 @@ HEADER_MISMATCH = -32020
 MISSING_CAPABILITY = -32021
 UNSUPPORTED_VERSION = -32022
 RESOURCE_NOT_FOUND = -32002
+URL_ELICITATION_REQUIRED = -32042
 
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream"
@@ -2237,8 +2239,9 @@ class PendingRequest:
 
     __slots__ = ()
     client = None              # the Client that the request came from, if it came from one
-    is_endless = False         # a subscription: no time is too long, and nothing is caused by it
-    is_parked = False          # while it waits for its client nothing more is caused by it
+    is_endless = False         # a subscription: no time is too long
+    is_running = False         # is the server at work on it, and its client there? What is
+    is_parked = False          # waits for its client
 
     def on_response(self, response: ResponseLine | Message) -> None:
         """The server responded."""
@@ -2306,9 +2309,11 @@ class HandshakeRefused(ServerError):
 class ServerConnection:
     """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
-    def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification):
+    def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification, is_ones_own: bool):
         self.name = name
         self.link = link
+        self._is_secretive = False                         # may what the link said last hold several clients' secrets?
+        self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
@@ -2388,6 +2393,7 @@ class ServerConnection:
             raise self.failure()
         if not link.reads_its_input:
             raise ServerError("the MCP server does not read its input", status=503)
+        self._is_secretive |= about is not None and not self._is_ones_own
         link.write(line, about)
 
     def send_request(self, pending: PendingRequest, method: str, params: dict) -> int:
@@ -2431,10 +2437,11 @@ class ServerConnection:
             self.send(line)
 
     def failure(self) -> ServerError:
-        """Why nothing more will come from this server, with what it said last."""
-        words = list(self.link.last_words)
+        """Why nothing more will come from this server, with what it said last; once it has had calls of several
+        clients, that may be anybody's secret, and is for the log alone."""
+        words = [] if self._is_secretive else list(self.link.last_words)
         return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
-                           data={"exitCode": self.link.exit_code, "stderr": words})
+                           data={"exitCode": self.link.exit_code, **({} if self._is_secretive else {"stderr": words})})
 
     # From the server.
 
@@ -2625,23 +2632,38 @@ class Question:
         self.payload = encode(b"%d" % self.id)   # as the client gets it
         self._on_response = on_response          # called with the question and the client's response
         self.message = message                   # a legacy server's request
+        self.call = None                         # the exchange that it belongs to, if there is one
         self.client = None                       # the session that is asked, and
         self.send = None                         # the way that the question took there
 
     def respond(self, response: Message) -> None:
         """Takes the client's response, whatever its id."""
+        self.leave_books()
         self._on_response(self, response)
 
     def refuse(self, error: ProxyError) -> None:
         """Responds for the client, as if it had said so itself."""
         self.respond(parse_message(encode_error(b"0", error)[0].decode()))
 
+    def take_back(self, payload: list | None = None) -> None:
+        """Tells the client that was asked, if one was, that there is nothing to answer any more."""
+        if self.client:
+            self.send(payload or [encode_request(None, "notifications/cancelled", {"requestId": self.id})])
+        self.leave_books()
+
+    def leave_books(self) -> None:
+        """It is open no more: neither at the client nor at the exchange."""
+        if self.client:
+            self.client.questions.pop(self.id, None)
+        if self.call:
+            self.call.dialogue.questions.pop(str(self.id), None)
+
 
 class Dialogue:
-    """What a server asks in the course of one exchange, where client and server are of different eras."""
+    """What a server asks in the course of one exchange. Only the first is used where both sides are legacy."""
 
     def __init__(self):
-        self.questions: dict[str, Question] = {}      # a legacy server's, to a modern client, by their key
+        self.questions: dict[str, Question] = {}      # that are open, by their id, which is a modern client's key
         self.lacking: list[tuple] = []                # those that the client cannot be asked, with what it lacks
         self.request_state = ""                       # under which the parked call is known
         self.late = None                              # what the server said last while the call was parked
@@ -2679,25 +2701,57 @@ class Outlet:
 # 13. What servers send
 # ============================================================================
 #
-# What a server sends by itself, and to whom it goes. stdio does not say to which
-# call a question or a notification belongs, so:
+# What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
+# it is about. Most do not, and stdio does not say to which call they belong; so they are a client's only while every
+# running call that can have caused them is that client's. (Several calls of one client are not told apart.)
 #
-#     a question          to the call it came with, where the link knows that (`cause`); otherwise to the
-#                         newest call whose client can answer it; without a call to the one session there
-#                         is, if the server is its own; otherwise it is refused
-#     a log message       to the same call, if its client wants that level; without one to all sessions
+#     a question          to the newest of these calls that can be asked; without a call to the one session there
+#                         is; otherwise it is refused. No call fails for it but one that alone can be the cause
+#     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
 #     progress            names its call; what names none is dropped
 
-def newest_call(instance, can=lambda call: True) -> PendingRequest | None:
-    """The call of a client that was started last, of those that can."""
-    pending = instance.connection.pending.values() if instance.connection else ()
-    return next((call for call in reversed(pending) if call.client and not call.is_endless and can(call)), None)
+# MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
+MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
+
+NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
+
+
+def owner_named(message: Message) -> tuple[str, str] | None:
+    """The task or the elicitation that a message says it is about. MCP 2025-11-25, Tasks, Associating Task-Related
+    Messages; Elicitation, Completion Notifications."""
+    params, related = message.params, members_of(message.meta.get(RELATED_TASK_KEY))
+    for kind, name in (("task", related.get("taskId")), ("task", params.get("taskId")),
+                       ("elicitation", params.get("elicitationId"))):
+        if isinstance(name, str):
+            return kind, name
+    return None
+
+
+def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
+    """Whose a message is: (the client's running calls in the course of which it can be told, the newest first; a
+    session that can be told outside of them)."""
+    if cause:
+        return [cause], None
+    pending = connection.pending.values() if connection else ()
+    calls = [call for call in reversed(pending) if call.is_running]
+    named = owner_named(message)
+    if named and (message.kind is NOTIFICATION or named[0] == "task" and named in instance.owners):
+        identity = instance.owners.get(named)
+        return [call for call in calls if call.client.identity == identity], instance.sessions.get(identity)
+    causes = [call for call in calls if call.method in MAY_CAUSE]
+    if not causes and len(instance.sessions) <= 1:
+        causes = [call for call in reversed(pending) if call.is_parked]
+    if causes:
+        return causes if len({call.client.identity for call in causes}) == 1 else [], None
+    session = next(iter(instance.sessions.values())) if len(instance.sessions) == 1 else None
+    others = any(call.client and call.client is not session for call in pending)
+    return [], None if others else session
 
 
 def ask_client(instance, connection: ServerConnection, message: Message, cause: PendingRequest | None) -> None:
-    """Sampling, elicitation, roots: asks the client whose call caused it."""
+    """Sampling, elicitation, roots: asks the client that it concerns."""
     if message.method == "ping":
         return connection.send_if_possible(encode_result(message.raw_id)[0])
     params = message.plain_params
@@ -2707,26 +2761,54 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
             connection.send_if_possible(response.with_id(message.raw_id)[0])
     question = connection.questions[message.id] = Question(message.with_id, on_response, message)
 
-    def missing(call: PendingRequest) -> dict | None:
+    def missing(asked) -> dict | None:
         # A server that knows its client's own capabilities is left to them.
-        return missing_capabilities(call.capabilities, message.method, params) if instance.is_told_ours else None
-    # One whose client can answer; otherwise one that is told what it lacks; a parked one if there is no other.
-    call = (cause or newest_call(instance, lambda call: not call.is_parked and not missing(call))
-            or newest_call(instance, lambda call: not call.is_parked) or newest_call(instance))
-    log.info("> %(session)s %(method)s id=%(id)d, from the server", session=call.client.label if call else "-",
+        return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
+    calls, session = find_owner(instance, connection, message, cause)
+    call = next((call for call in calls if call.can_be_asked and not missing(call)), None)
+    if not call and len(calls) == 1:
+        call = calls[0]                          # it alone can be the cause, so it is told what it lacks
+    client = call.client if call else session
+    log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
              method=message.method, id=question.id)
+    instance.remember_owner(owner_named(message), client)
     if call:
         call.ask(question, missing(call))
-    elif instance.is_private and instance.sessions:
-        session, = instance.sessions.values()
+    elif session and not missing(session) and not (instance.server.is_for_all and message.method == "roots/list"):
         session.ask(question, session.stream.send)
     else:
-        question.refuse(NO_CLIENT_CAN)
+        question.refuse(NO_CLIENT_CAN if session or calls else NOBODYS)
+
+
+def claim(instance, client, response: Message) -> None:
+    """Remembers the task or the elicitations that the response to a client's call names: they are its own."""
+    result = members_of(response.members.get("result"))
+    for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
+        if isinstance(task.get("taskId"), str):
+            instance.remember_owner(("task", task["taskId"]), client)
+    if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
+        data = members_of(members_of(response.members["error"]).get("data"))
+        for elicitation in map(members_of, data.get("elicitations") or ()):
+            if isinstance(elicitation.get("elicitationId"), str):
+                instance.remember_owner(("elicitation", elicitation["elicitationId"]), client)
+
+
+def own_tasks(instance, client, response: Message) -> Message:
+    """The response to tasks/list with the client's own tasks alone. MCP 2025-11-25, Tasks, Task Isolation and Access
+    Control."""
+    tasks = members_of(response.members.get("result")).get("tasks")
+    if instance.is_ones_own or not isinstance(tasks, list):
+        return response
+    ids = [members_of(task).get("taskId") for task in tasks]
+    own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks")))
+           if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
+    line = response.changed([(*response.span("result", "tasks"), f"[{','.join(own)}]")])
+    return parse_message(line.decode(), is_servers=True)
 
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on."""
-    NOTIFICATION_ROUTES.get(message.method, _to_cause)(instance, message, cause)
+    NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
 
 
 def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -2749,16 +2831,18 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
         listener.on_event(message)
 
 
-def _to_cause(instance, message: Message, cause: PendingRequest | None) -> None:
-    call, is_log = cause or newest_call(instance), message.method == "notifications/message"
-    level = message.params.get("level")
-    if call:
-        if not is_log or call.wants_log(level):
-            call.tell(message.payload)
-        return
-    for session in list(instance.sessions.values()):
+def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
+    calls, session = find_owner(instance, instance.connection, message, cause)
+    level, is_log = message.params.get("level"), message.method == "notifications/message"
+    if calls:
+        if not is_log or calls[0].wants_log(level):
+            calls[0].tell(message.payload)
+    elif session:
         if not is_log or session.wants_log(level, instance):
             session.stream.send(message.payload)
+    else:
+        log.debug("! server %(server)s: %(method)s goes to nobody, because nothing says whose it is",
+                  server=instance.server.name, method=message.method)
 
 
 def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -2767,8 +2851,8 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
     if not (instance.connection and is_id(request_id)):
         return
     question = instance.connection.questions.pop(request_id, None)
-    if question and question.client and question.client.questions.pop(question.id, None):
-        question.send([message.changed([(*message.span("params", "requestId"), str(question.id))])])
+    if question:
+        question.take_back([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
 
 # To route another notification, add a row; what is not here goes where a log message goes.
@@ -2917,6 +3001,9 @@ class Listening:
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
+UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
+LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
+KNOWN_OWNERS = 10_000            # of tasks and elicitations
 
 
 class Tools(dict):
@@ -2961,6 +3048,12 @@ INSTANCE_STATES = {
 }
 
 
+def is_somebody(user: tuple) -> bool:
+    """Is a user, (key, name, variables), known by what others do not have? A name can be said by anybody."""
+    key, _, variables = user
+    return key is not None or bool(variables)
+
+
 class Instance:
     """A server kept running through one link after another, and the clients that use it."""
 
@@ -2973,6 +3066,8 @@ class Instance:
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics: dict[str, Topic] = {}          # by URI
+        self.owners: dict[tuple[str, str], object] = {}       # identities of clients, by the tasks and elicitations
+                                                    # that are theirs
         self.identity: Identity | None = None
         self.has_failed = False                     # did it die when it was last asked in legacy?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
@@ -2980,7 +3075,7 @@ class Instance:
         self.connection: ServerConnection | None = None       # while READY
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
-        self._asked_level: str | None = None        # the most verbose level that a modern request asked for
+        self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
         self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
@@ -2992,6 +3087,11 @@ class Instance:
     def is_private(self) -> bool:
         """Is it one session's own, or will it be? Then it ends with its link."""
         return not isinstance(self.owner, tuple)
+
+    @property
+    def is_ones_own(self) -> bool:
+        """Does it serve one client alone? Visitors without a key or variables are anybody."""
+        return self.is_private or self.owner != () and is_somebody(self.owner)
 
     # Running.
 
@@ -3064,7 +3164,8 @@ class Instance:
             link = self.server.new_link(self.variables, self.redact)
             connection = ServerConnection(self.server.name, link, now=self.server.now, redact=self.redact,
                                           on_request=functools.partial(ask_client, self),
-                                          on_notification=functools.partial(pass_on, self))
+                                          on_notification=functools.partial(pass_on, self),
+                                          is_ones_own=self.is_ones_own)
             await link.start()
             self._link = link
             try:
@@ -3132,6 +3233,8 @@ class Instance:
         """A call that comes from now on waits for the next link."""
         if self.connection is connection:
             self.connection = self.listening = None
+        for question in list(connection.questions.values()):
+            question.take_back()
 
     async def _pause(self) -> None:
         """Waits before a restart: longer after each death, and after many of them until somebody asks."""
@@ -3220,17 +3323,30 @@ class Instance:
 
     def ask_for_level(self, level: str) -> None:
         """A modern request wants log messages of this level, which a legacy server has to be told before."""
-        self._asked_level = min(filter(None, (level, self._asked_level)), key=LOG_LEVELS.index)
+        self._asked_levels[level] = self.server.now()
         self.adjust_log_level()
 
     def adjust_log_level(self) -> None:
-        """Sets a legacy server to the most verbose level that somebody asked for."""
-        levels = [self._asked_level, *(session.log_level for session in self.sessions.values())]
-        level = min(filter(None, levels), key=LOG_LEVELS.index, default=None)
-        if level and level != self.log_level:
+        """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one. Called when a
+        client comes, asks or leaves: nobody shall be silenced by another's choice, nor flooded by one that is gone."""
+        since = self.server.now() - LEVEL_SECONDS
+        self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > since}
+        levels = {*self._asked_levels, *(session.log_level for session in self.sessions.values())}
+        if not self.log_level and levels <= {None}:
+            return
+        level = min((level or UNASKED_LEVEL for level in levels), key=LOG_LEVELS.index, default=self.log_level)
+        if level != self.log_level:
             self.log_level = level
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
+
+    def remember_owner(self, name: tuple[str, str] | None, client: "Client | None") -> None:
+        """This task or elicitation is the client's, in place of the oldest that is known; not if the client may be
+        anybody: to know the id is all that such a one can show."""
+        if name and client and client.identity is not client:
+            if len(self.owners) >= KNOWN_OWNERS:
+                del self.owners[next(iter(self.owners))]
+            self.owners[name] = client.identity
 
     async def tools(self, refresh: bool = False) -> Tools:
         """The server's tools, asked once and then kept until it says that they changed."""
@@ -3306,7 +3422,7 @@ class Client:
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
-        return is_at_least(level, self.log_level or ("info" if instance.log_level else "debug"))
+        return is_at_least(level, self.log_level or (UNASKED_LEVEL if instance.log_level else "debug"))
 
 
 class Visitor(Client):
@@ -3319,7 +3435,12 @@ class Visitor(Client):
 
     def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], name: str | None):
         Client.__init__(self, mount, key, variables)
-        self.name = name
+        self.user = key, name, frozenset(variables.items())       # those with the same are one user
+
+    @property
+    def identity(self) -> object:
+        """Whose its calls are: the user's, or if that may be anybody, each its own."""
+        return self.user if is_somebody(self.user) else self
 
 
 class Session(Client):
@@ -3329,7 +3450,7 @@ class Session(Client):
 
     def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], is_streamable: bool):
         super().__init__(mount, key, variables)
-        self.id = os.urandom(16).hex()
+        self.id = self.identity = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
         self.is_followed = False                    # did its client come again?
@@ -3377,7 +3498,7 @@ class Session(Client):
     def ask(self, question: Question, send) -> None:
         """Passes a request of the server's on to the client; `send` is the way that it takes."""
         if len(self.questions) >= OPEN_QUESTIONS:
-            self.questions.pop(next(iter(self.questions))).refuse(NO_CLIENT_CAN)
+            next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
         self.questions[question.id] = question
         question.client, question.send = self, send
         send(question.payload)
@@ -3385,7 +3506,7 @@ class Session(Client):
     def receive(self, message: Message) -> None:
         """The client's response to a question, or its notification on its way to the servers that it uses."""
         if message.kind is RESPONSE:
-            question = self.questions.pop(as_own_id(message.id), None)      # one that nobody asked is forgotten
+            question = self.questions.get(as_own_id(message.id))      # one that nobody asked is forgotten
             return question.respond(message) if question else None
         log.info("< %(session)s %(method)s", session=self.label, method=message.method)
         if message.method == "notifications/cancelled":
@@ -3450,7 +3571,7 @@ class Server:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
         variables, owner = client.variables, ()
         if not self.is_for_all:
-            owner = client if client.is_session else (client.key, client.name, frozenset(variables.items()))
+            owner = client if client.is_session else client.user
         elif variables:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
                            "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
@@ -3460,6 +3581,7 @@ class Server:
             instance = self._adopt(spare, client) if spare else self.make_instance(owner, variables)
         if client.is_session:
             instance.sessions[client.id] = client
+            instance.adjust_log_level()
         instance.last_used = self.now()
         return instance
 
@@ -3638,7 +3760,16 @@ class Bridge:
     `intercepted`, and returns whether the request is dealt with."""
 
     keeps_requests = False             # is a request needed after it was sent?
-    intercepted: dict = {}             # MCP method -> method of the bridge
+
+    def check_task(self, exchange: "Exchange", message: Message) -> bool:
+        """Knows nothing of another client's task."""
+        owner = exchange.instance.owners.get(owner_named(message))
+        if owner is not None and owner != exchange.client.identity:
+            raise RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
+        return False
+
+    # MCP method -> method of the bridge
+    intercepted = dict.fromkeys(("tasks/get", "tasks/result", "tasks/cancel", "tasks/update"), check_task)
 
     def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         """The changes that a request needs for the server beside its id, with the members `new` (name -> JSON) put into
@@ -3651,6 +3782,10 @@ class Bridge:
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
         """A notification for a subscription."""
+
+    def can_ask(self, exchange: "Exchange") -> bool:
+        """Is there a way to ask the client something in the course of this call?"""
+        return False
 
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
@@ -3725,8 +3860,8 @@ class LegacyClientBridge(Bridge):
         exchange.finish(encode_result(exchange.raw_id))
         return True
 
-    intercepted = {"initialize": initialize, "logging/setLevel": set_level, "resources/subscribe": subscribe,
-                   "resources/unsubscribe": unsubscribe}
+    intercepted = {**Bridge.intercepted, "initialize": initialize, "logging/setLevel": set_level,
+                   "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
 
 
 class LegacyClientLegacyServer(LegacyClientBridge):
@@ -3743,12 +3878,15 @@ class LegacyClientLegacyServer(LegacyClientBridge):
         client < {"id":"a","result":{"content":[]}}
     """
 
+    def can_ask(self, exchange: "Exchange") -> bool:
+        return exchange.outlet.asks
+
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         # Many servers ask for roots once and keep the answer; one for many would use one client's for all.
         is_for_many = question.message.method == "roots/list" and not exchange.instance.is_private
         if missing or is_for_many or not exchange.outlet.asks:
             return super().ask(exchange, question, missing)
-        exchange.client.ask(question, exchange.outlet.send)
+        exchange.ask_session(question)
 
 
 class ModernClientModernServer(Bridge):
@@ -3768,7 +3906,7 @@ class ModernClientModernServer(Bridge):
             raise try_later("too many subscriptions")
         return False
 
-    intercepted = {"subscriptions/listen": check_listeners}
+    intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         if exchange.is_endless:
@@ -3815,6 +3953,9 @@ class ModernClientLegacyServer(Bridge):
         # MCP 2026-07-28, Resources, Error Handling
         codes = {RESOURCE_NOT_FOUND: INVALID_PARAMS}
         exchange.finish(error_with(response.parsed(), exchange.raw_id, codes), error_status(response))
+
+    def can_ask(self, exchange: "Exchange") -> bool:
+        return exchange.method in MAY_NEED_INPUT
 
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         if exchange.method in MAY_NEED_INPUT:
@@ -3887,7 +4028,8 @@ class ModernClientLegacyServer(Bridge):
         parked.resume(exchange, message)
         return True
 
-    intercepted = {"server/discover": discover, "subscriptions/listen": listen, **dict.fromkeys(MAY_NEED_INPUT, retry)}
+    intercepted = {**Bridge.intercepted, "server/discover": discover, "subscriptions/listen": listen,
+                   **dict.fromkeys(MAY_NEED_INPUT, retry)}
 
 
 class LegacyClientModernServer(LegacyClientBridge):
@@ -3970,8 +4112,7 @@ class LegacyClientModernServer(LegacyClientBridge):
                 # There is no way to tell the server of an error, so the call fails with it.
                 error = response.raw("error").encode()
                 exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
-        question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
-        exchange.client.ask(question, exchange.outlet.send)
+        exchange.ask_session(Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response))
 
     def _repeat(self, exchange: "Exchange", answers: dict[str, str], state: str | None) -> None:
         gathered = exchange.dialogue.gathered = {"inputResponses": as_object(answers)} if answers else {}
@@ -4054,7 +4195,8 @@ class Exchange(PendingRequest):
     be repeated in them."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet _bridge""".split())
+        names_tasks dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet
+        _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
@@ -4093,8 +4235,17 @@ class Exchange(PendingRequest):
         return self.state is DONE
 
     @property
+    def is_running(self) -> bool:
+        return self.state is RUNNING and not self.is_endless
+
+    @property
     def is_parked(self) -> bool:
         return self.state is PARKED
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Can its client be asked something in its course?"""
+        return self._bridge.can_ask(self)
 
     @property
     def capabilities(self) -> dict:
@@ -4182,6 +4333,9 @@ class Exchange(PendingRequest):
         new_meta = dict(self.trace) if self.trace and "traceparent" not in message.meta else {}
         if self.token:
             new_meta["progressToken"] = server_id
+        extensions = self.envelope and self.envelope.capabilities.get("extensions")
+        self.names_tasks = self.method == "tasks/list" or "task" in message.params or (
+            isinstance(extensions, dict) and TASKS_EXTENSION in extensions)
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
         connection.send(message.changed(changes), (self.server_id, self.method, self.name))
         connection.pending[self.server_id] = self
@@ -4197,9 +4351,14 @@ class Exchange(PendingRequest):
 
     def on_response(self, response: ResponseLine | Message) -> None:
         if self.state is PARKED:
-            self.dialogue.late = response
-            return self.touch()
+            self.dialogue.late = response          # it lives by its client's signs, not by the server's
+            return
         try:
+            if self.names_tasks or not response.is_result:
+                response = response.parsed()
+                claim(self.instance, self.client, response)
+                if self.method == "tasks/list":
+                    response = own_tasks(self.instance, self.client, response)
             self._bridge.respond(self, response)
         except RPCError:
             self.fail(ServerError("the MCP server's answer is not valid"))
@@ -4213,7 +4372,8 @@ class Exchange(PendingRequest):
             self.fail(error)
 
     def on_progress(self, message: Message) -> None:
-        self.touch()
+        if self.state is RUNNING:
+            self.touch()
         if self.token:
             self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
 
@@ -4260,8 +4420,8 @@ class Exchange(PendingRequest):
         self._leave_books()
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
             self._take_back(notification, outcome.value)
-            if self.dialogue:
-                self._refuse_questions()
+        if self.state is DONE and self.dialogue:
+            self._end_questions(outcome)
         self._log(outcome, payload)
         if self.state is DONE and self.on_done:
             on_done, self.on_done = self.on_done, None
@@ -4297,11 +4457,20 @@ class Exchange(PendingRequest):
             new_id = (*notification.span("params", "requestId"), str(self.server_id))
             self.connection.send_if_possible(notification.changed([new_id]))
 
-    def _refuse_questions(self) -> None:
-        """No thread of the server's shall wait for what nobody will answer."""
+    def _end_questions(self, outcome: Outcome) -> None:
+        """No thread of the server's shall wait for what nobody will answer. But after an answer, a question that the
+        client was asked may have belonged to another call of the same client; so the newest of these has it now."""
         self.dialogue.refuse_lacking()
-        for question in self.dialogue.questions.values():
-            question.refuse(ServerError("the client did not answer"))
+        for question in list(self.dialogue.questions.values()):
+            if outcome is Outcome.ANSWERED and question.client and question.message:
+                heirs = (call for call in reversed(self.connection.pending.values())
+                         if call.is_running and call.client is self.client)
+                question.call = next(heirs, None)
+                if question.call:
+                    question.call.begin_dialogue().questions[str(question.id)] = question
+            else:
+                question.take_back()
+                question.refuse(ServerError("the client did not answer"))
 
     def _log(self, outcome: Outcome, payload: list) -> None:
         """A line for both messages: at full speed a line for each would be a tenth of all work."""
@@ -4318,13 +4487,19 @@ class Exchange(PendingRequest):
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self.last_sign >= patience
 
-    # Parked: a legacy server waits for the answer of a modern client.
+    # What the server asks. A call is parked while a legacy server waits for the answer of a modern client.
 
     def begin_dialogue(self) -> Dialogue:
         """The dialogue that this exchange has from its first question on."""
         self.touch()
         self.dialogue = self.dialogue or Dialogue()
         return self.dialogue
+
+    def ask_session(self, question: Question) -> None:
+        """Asks the client while its request is served."""
+        self.begin_dialogue().questions[str(question.id)] = question
+        question.call = self
+        self.client.ask(question, self.outlet.send)
 
     def ask_by_parking(self, question: Question, missing: dict | None) -> None:
         """Asks the client by ending its request. Of several questions, those that it can be asked are asked."""
@@ -4333,6 +4508,7 @@ class Exchange(PendingRequest):
             dialogue.lacking.append((question, missing))
         else:
             dialogue.questions[str(question.id)] = question
+            question.call = self
         asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
 
     def _park(self) -> None:
@@ -4374,7 +4550,7 @@ class Exchange(PendingRequest):
         self.touch()
         for key in keys:
             result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
-            dialogue.questions.pop(key).respond(parse_message(result.decode()))
+            dialogue.questions[key].respond(parse_message(result.decode()))
         late, dialogue.late = dialogue.late, None
         if isinstance(late, ProxyError):
             self.fail(late)

@@ -3707,7 +3707,8 @@ def test_connection_survives_any_line(monkeypatch):
     async def read():
         link = Wire()
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=lambda text: text,
-                                               on_request=lambda *_: None, on_notification=lambda *_: None)
+                                               on_request=lambda *_: None, on_notification=lambda *_: None,
+                                               is_ones_own=False)
         splitter = mcpproxy.LineSplitter(2000, link.on_line, link.on_too_long)
         for chance, data in mutations(SEEDS_JSON, PIECES_JSON):
             connection.pending[5] = mcpproxy.PendingRequest()
@@ -3958,11 +3959,16 @@ def test_session_alone_gets_what_its_call_caused(fake, method):
         assert methods_of(other.stream) == [TOOLS_CHANGED]
 
 
-def test_session_gets_what_no_call_caused(fake):
-    with two_clients(fake) as (one, other):
-        one.tool("later", method="notifications/custom", seconds=0.2)
-        for client in one, other:
-            client.stream.wait_for("notifications/custom")
+def test_session_gets_what_no_call_caused_if_it_is_alone():
+    with running_proxy(FAKE, LOG_LEVEL="DEBUG") as proxy, SSEClient(proxy) as one:
+        one.tool("later", method="notifications/custom", seconds=0.1)
+        one.stream.wait_for("notifications/custom")
+        with SSEClient(proxy) as other:
+            one.tool("later", method="notifications/secret", seconds=0.1)
+            until(lambda: "notifications/secret goes to nobody" in proxy.log(), "the line that says so")
+            for client in one, other:
+                client.call("ping")
+                assert "notifications/secret" not in methods_of(client.stream)
 
 
 def test_session_levels_make_the_most_verbose_one_of_the_server():
@@ -3972,7 +3978,7 @@ def test_session_levels_make_the_most_verbose_one_of_the_server():
                 assert client.call("logging/setLevel", {"level": level})["result"] == {}
         see(one, lambda message: message.get("params") == {"level": "warning"}, "the level of those who are left")
         levels = [message["params"]["level"] for message in seen(one, "logging/setLevel")]
-        assert levels == ["error", "debug", "warning"]
+        assert levels == ["info", "debug", "warning"]           # info: what those want who did not say
 
 
 # Requests of the server's.
@@ -4046,12 +4052,13 @@ def test_session_that_ends_cancels_its_calls_and_nobody_elses(kind):
 def test_session_calls_fail_at_once_when_the_server_dies_and_the_next_one_works():
     with running_proxy(FAKE) as proxy, two_clients(proxy) as (one, other):
         calls = [client.start("silent") for client in [one, other] * 4 + [one]]
-        calls.append(other.start("die", text="out of luck", code=3))
+        calls.append(other.start("die", text="somebody's secret", code=3))
         began = time.monotonic()
         for call in calls:
-            code, data = failure_of(call.answer())
-            assert code == -32000 and data["exitCode"] == 3 and data["stderr"][-1] == "out of luck"
+            error = call.answer()["error"]
+            assert (error["code"], error["data"]) == (-32000, {"exitCode": 3}) and "secret" not in error["message"]
         assert time.monotonic() - began < 2
+        assert "somebody's secret" in proxy.log()
         assert one.tool("echo", text="eleventh") == "eleventh"
 
 
@@ -4066,7 +4073,7 @@ def test_session_gets_everything_back_when_the_server_is_restarted(kind):
         assert one.tool("pid") != pid
         restored = [message["params"] for message in seen(one)
                     if message["method"] in ("resources/subscribe", "logging/setLevel")]
-        assert restored == [{"uri": "test://a"}, {"uri": "test://b"}, {"level": "notice"}]
+        assert restored == [{"uri": "test://a"}, {"uri": "test://b"}, {"level": "info"}]
         for stream in streams:
             for method in TOOLS_CHANGED, RESOURCES_CHANGED:
                 stream.wait_for(method)
@@ -4799,16 +4806,14 @@ def test_exchange_of_a_legacy_client_is_never_asked_what_it_cannot(either, quest
         assert client.asked == []
 
 
-def test_exchange_question_goes_to_the_newest_call_of_a_client_that_can(fake):
+def test_exchange_question_goes_to_nobody_while_calls_of_several_clients_are_running(fake):
     with ModernClient(fake, capabilities={}) as cannot, StreamableClient(fake) as can:
         mark = os.urandom(4).hex()
-        waiting = can.start("sleep", seconds=1, text=mark)
+        waiting = can.start("sleep", seconds=0.5, text=mark)
         server_id_of(cannot, mark)
-        asking = cannot.start("inquire", rounds=[[FORM]])
-        question = waiting.stream.wait_for("elicitation/create")
-        can.reply(question["id"], ACCEPTED)
-        assert json.loads(text_of(asking.answer())) == [ACCEPTED]
+        assert json.loads(text_of(cannot.finish(cannot.start("inquire", rounds=[[FORM]])))) == [None]
         assert text_of(waiting.answer()) == "slept"
+        assert can.asked == []
 
 
 def test_exchange_asks_nobody_for_roots_that_a_shared_server_would_take_for_those_of_all(fake, kind):
@@ -5620,9 +5625,9 @@ def test_conversation_death_of_a_server_ends_all_calls_and_the_next_one_has_ever
                 server > {"id":$CALL2,"method":"tools/call","params":{"name":"x","_meta":{}}}
                 server dies with exit code 3
         ann < 502 {"id":3,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
-                                   "data":{"exitCode":3,"stderr":[]}}}
+                                   "data":{"exitCode":3}}}
         bob < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
-                                   "data":{"exitCode":3,"stderr":[]}}}
+                                   "data":{"exitCode":3}}}
         bob > {"id":2,"method":"ping/custom"}
                 server starts again
                 server > {"id":$AGAIN,"method":"resources/subscribe","params":{"uri":"a:b"}}
@@ -5666,7 +5671,7 @@ def test_conversation_death_of_a_modern_server_ends_what_clients_listen_for_and_
                           "notifications":{"toolsListChanged":true}}}
                 server dies with exit code 1
         bob < 502 {"id":"b","error":{"code":-32000,"message":"the MCP server ended with exit code 1",
-                                     "data":{"exitCode":1,"stderr":[]}}}
+                                     "data":{"exitCode":1}}}
                 server starts again
                 server > {"id":$AGAIN,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
                           "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
@@ -5714,25 +5719,45 @@ def test_conversation_client_is_told_of_every_restart_until_the_server_is_starte
 def test_conversation_log_level_of_a_legacy_server_is_the_most_verbose_that_a_client_wants():
     conversation('''
         ann > {"id":1,"method":"logging/setLevel","params":{"level":"error"}}
-                server > {"id":$1,"method":"logging/setLevel","params":{"level":"error"}}
+                server > {"id":$1,"method":"logging/setLevel","params":{"level":"info"}}
         ann < {"id":1,"result":{}}
-        bob > {"id":1,"method":"logging/setLevel","params":{"level":"info"}}
-                server > {"id":$2,"method":"logging/setLevel","params":{"level":"info"}}
+        bob > {"id":1,"method":"logging/setLevel","params":{"level":"debug"}}
+                server > {"id":$2,"method":"logging/setLevel","params":{"level":"debug"}}
         bob < {"id":1,"result":{}}
         eve > {"id":1,"method":"logging/setLevel","params":{"level":"alert"}}
         eve < {"id":1,"result":{}}
-                server < {"method":"notifications/message","params":{"level":"notice","data":"of no call"}}
-        bob < {"method":"notifications/message","params":{"level":"notice","data":"of no call"}}
-                server < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
-        ann < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
-        bob < {"method":"notifications/message","params":{"level":"critical","data":"of no call"}}
         bob leaves
                 server > {"id":$3,"method":"logging/setLevel","params":{"level":"error"}}
         eve > {"id":2,"method":"logging/setLevel","params":{"level":"loud"}}
                 server > {"id":$4,"method":"logging/setLevel","params":{"level":"loud"}}
                 server < {"id":$4,"error":{"code":-32602,"message":"no such level"}}
         eve < {"id":2,"error":{"code":-32602,"message":"no such level"}}
+        ann leaves
+                server > {"id":$5,"method":"logging/setLevel","params":{"level":"alert"}}
     ''', server="legacy", ann="legacy", bob="legacy", eve="legacy")
+
+
+def test_conversation_client_that_asked_for_no_log_level_is_not_silenced_by_one_that_did():
+    conversation('''
+        ann > {"id":1,"method":"logging/setLevel","params":{"level":"error"}}
+                server > {"id":$1,"method":"logging/setLevel","params":{"level":"info"}}
+        ann < {"id":1,"result":{}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x"}}
+                server < {"method":"notifications/message","params":{"level":"debug","data":"too little"}}
+                server < {"method":"notifications/message","params":{"level":"info","data":"for bob"}}
+        bob < {"method":"notifications/message","params":{"level":"info","data":"for bob"}}
+        bob leaves
+                server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
+                server > {"id":$2,"method":"logging/setLevel","params":{"level":"error"}}
+        eve > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"notice"}}}
+                server > {"id":$3,"method":"logging/setLevel","params":{"level":"notice"}}
+                server > {"id":$EVE,"method":"tools/call","params":{"name":"x","_meta":{}}}
+        61 s pass
+        eve > {"id":2,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"alert"}}}
+                server > {"id":$4,"method":"logging/setLevel","params":{"level":"error"}}
+                server > {"id":$EVE2,"method":"tools/call","params":{"name":"x","_meta":{}}}
+    ''', server="legacy", ann="legacy", bob="legacy", eve="modern")
 
 
 def test_conversation_log_message_goes_to_the_call_that_it_came_with_if_its_client_wants_the_level():
@@ -5741,18 +5766,32 @@ def test_conversation_log_message_goes_to_the_call_that_it_came_with_if_its_clie
                 server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
                 server < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
         ann < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
-        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"warning"}}}
+                server > {"id":$LEVEL,"method":"logging/setLevel","params":{"level":"info"}}
                 server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
-                server < {"method":"notifications/message","params":{"level":"emergency","data":"bob wants none"}}
-        bob > {"id":2,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"warning"}}}
-                server > {"id":$LEVEL,"method":"logging/setLevel","params":{"level":"warning"}}
-                server > {"id":$BOB2,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"method":"notifications/message","params":{"level":"error","data":"of ann's or bob's"}}
+                server < ($ANN) {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+        ann < {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+                server < {"id":$ANN,"result":{}}
+        ann < {"id":1,"result":{}}
                 server < {"method":"notifications/message","params":{"level":"info","data":"bob wants no such"}}
                 server < {"method":"notifications/message","params":{"level":"error","data":"bob wants"}}
         bob < {"method":"notifications/message","params":{"level":"error","data":"bob wants"}}
-                server < ($ANN) {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
-        ann < {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
     ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_log_message_of_no_call_goes_to_a_session_that_is_alone():
+    text = '''
+                server < {"method":"notifications/message","params":{"level":"info","data":"of no call"}}
+        %s
+        ann > {"id":1,"method":"tools/list"}
+                server > {"id":$LIST,"method":"tools/list"}
+                server < {"method":"notifications/message","params":{"level":"info","data":"of no call"}}
+        %s
+    '''
+    gets = 'ann < {"method":"notifications/message","params":{"level":"info","data":"of no call"}}'
+    conversation(text % (gets, gets), ann="legacy")
+    conversation(text % ("", ""), ann="legacy", bob="legacy")
 
 
 def test_conversation_modern_server_is_told_the_log_level_of_a_session_with_each_request():
@@ -5804,21 +5843,106 @@ def test_conversation_question_that_a_legacy_client_cannot_answer_is_refused_for
     conversation(text, client="visitor")
 
 
-def test_conversation_question_goes_to_the_newest_call_of_a_client_that_can_answer_it():
+def test_conversation_question_goes_to_the_newest_call_of_a_client_that_can_be_asked():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"first","_meta":{"progressToken":1}}}
+                server > {"id":$1,"method":"tools/call","params":{"name":"first","_meta":{"progressToken":$1}}}
+        ann > {"id":2,"method":"tools/call","params":{"name":"second"}}
+                server > {"id":$2,"method":"tools/call","params":{"name":"second","_meta":{}}}
+        ann > {"id":3,"method":"completion/complete","params":{}}
+                server > {"id":$3,"method":"completion/complete","params":{"_meta":{}}}
+                server < {"id":"q","method":"sampling/createMessage","params":{}}
+        ann < {"id":2,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"sampling/createMessage","params":{}}}}}
+    ''', server="legacy", ann="modern")
+
+
+@pytest.mark.parametrize("bob", ["legacy", "modern", ("modern", {})])
+def test_conversation_question_that_may_be_of_several_clients_is_nobodys_and_harms_no_call(bob):
+    meta = "" if bob == "legacy" else ',"_meta":{}'
     conversation('''
         ann > {"id":1,"method":"tools/call","params":{"name":"first"}}
                 server > {"id":$ANN,"method":"tools/call","params":{"name":"first"}}
-        ann > {"id":2,"method":"tools/call","params":{"name":"second"}}
-                server > {"id":$ANN2,"method":"tools/call","params":{"name":"second"}}
-        bob > {"id":1,"method":"tools/call","params":{"name":"third"}}
-                server > {"id":$BOB,"method":"tools/call","params":{"name":"third","_meta":{}}}
+        bob > {"id":1,"method":"prompts/get","params":{"name":"second"}}
+                server > {"id":$BOB,"method":"prompts/get","params":{"name":"second"%s}}
                 server < {"id":"q","method":"sampling/createMessage","params":{}}
-        ann < {"id":$Q,"method":"sampling/createMessage","params":{}}
+                server > {"id":"q","error":{"code":-32600,"message":$NOBODYS}}
         bob leaves
                 server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
-        ann > {"id":$Q,"result":{"model":"m"}}
-                server > {"id":"q","result":{"model":"m"}}
-    ''', server="legacy", ann="legacy", bob=("modern", {}))
+                server < {"id":"r","method":"sampling/createMessage","params":{}}
+        ann < {"id":$R,"method":"sampling/createMessage","params":{}}
+        ann > {"id":$R,"result":{"model":"m"}}
+                server > {"id":"r","result":{"model":"m"}}
+    ''' % meta, server="legacy", ann="legacy", bob=bob)
+
+
+def test_conversation_question_is_not_caused_by_what_may_not_be_asked_in():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"first"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"first"}}
+        bob > {"id":1,"method":"resources/list"}
+                server > {"id":$BOB,"method":"resources/list"}
+                server < {"id":"q","method":"sampling/createMessage","params":{}}
+        ann < {"id":$Q,"method":"sampling/createMessage","params":{}}
+                server < {"id":$ANN,"result":{}}
+        ann < {"id":1,"result":{}}
+                server < {"id":"r","method":"sampling/createMessage","params":{}}
+                server > {"id":"r","error":{"code":-32600,"message":$NOBODYS}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_call_that_is_parked_causes_nothing_and_loses_no_other_client_what_is_its_own():
+    conversation('''
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        bob < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+                server < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
+        ann < {"method":"notifications/message","params":{"level":"info","data":"of ann's"}}
+                server < {"id":"r","method":"elicitation/create","params":{"message":"how old?"}}
+        ann < {"id":$R,"method":"elicitation/create","params":{"message":"how old?"}}
+    ''', server="legacy", ann="legacy", bob="modern")
+
+
+def test_conversation_call_that_is_parked_ends_by_its_clients_silence_whatever_the_server_says():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        400 s pass
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        400 s pass
+                server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"timed out"}}
+                server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}
+    ''', server="legacy", client="modern")
+
+
+@pytest.mark.parametrize("end, says", [
+    ('client > {"method":"notifications/cancelled","params":{"requestId":1}}',
+     'server > {"method":"notifications/cancelled","params":{"requestId":$CALL}}'),
+    ('server < {"id":$CALL,"error":{"code":1,"message":"m"}}', 'client < {"id":1,"error":{"code":1,"message":"m"}}')])
+def test_conversation_question_ends_with_its_call_unless_another_call_of_the_client_may_have_caused_it(end, says):
+    question = '{"id":"q","method":"elicitation/create","params":{"message":"who?"}}'
+    refused = '''client < {"method":"notifications/cancelled","params":{"requestId":$Q}}
+                server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}'''
+    conversation(f'''
+        client > {{"id":2,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":$FIRST,"method":"tools/call","params":{{"name":"x"}}}}
+        client > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":$CALL,"method":"tools/call","params":{{"name":"x"}}}}
+                server < {question}
+        client < {question.replace('"q"', "$Q")}
+        {end}
+        {says}
+        {refused if "cancelled" in says else ""}
+        client > {{"id":$Q,"result":{{}}}}
+        {"" if "cancelled" in says else 'server > {"id":"q","result":{}}'}
+    ''', server="legacy", client="legacy")
 
 
 def test_conversation_question_goes_to_the_call_that_its_link_names():
@@ -5836,7 +5960,8 @@ def test_conversation_question_goes_to_the_call_that_its_link_names():
         bob < {"id":$R,"method":"elicitation/create","params":{"message":"who?"}}
         bob leaves
                 server > {"method":"notifications/cancelled","params":{"requestId":$BOB,"reason":"cancelled"}}
-                server > {"id":"r","error":{"code":-32000,"message":"the client is gone"}}
+        bob < {"method":"notifications/cancelled","params":{"requestId":$R}}
+                server > {"id":"r","error":{"code":-32000,"message":"the client did not answer"}}
     ''', server="legacy", ann="legacy", bob="legacy")
 
 
@@ -5850,6 +5975,8 @@ def test_conversation_question_that_is_not_answered_in_time_is_the_end_of_the_ca
         400 s pass
         400 s pass
                 server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"timed out"}}
+        client < {"method":"notifications/cancelled","params":{"requestId":$Q}}
+                server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}
         client < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}
     ''', server="legacy", client="legacy")
 
@@ -5861,8 +5988,9 @@ def test_conversation_answer_to_a_server_that_died_disturbs_nobody():
                 server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
         client < {"id":$Q,"method":"elicitation/create","params":{"message":"who?"}}
                 server dies with exit code 3
+        client < {"method":"notifications/cancelled","params":{"requestId":$Q}}
         client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
-                                      "data":{"exitCode":3,"stderr":[]}}}
+                                      "data":{"exitCode":3}}}
                 server starts again
         client > {"id":$Q,"result":{"action":"accept"}}
         client < {"method":"notifications/tools/list_changed"}
@@ -5872,6 +6000,65 @@ def test_conversation_answer_to_a_server_that_died_disturbs_nobody():
                 server < {"id":$PING,"result":{}}
         client < {"id":2,"result":{}}
     ''', server="legacy", client="legacy")
+
+
+def test_conversation_notification_that_names_a_task_or_an_elicitation_goes_to_its_owner():
+    elicitation = '"mode":"url","url":"a:b","elicitationId":"%s"'
+    complete = '{"method":"notifications/elicitation/complete","params":{"elicitationId":"%s"}}'
+    status = '{"method":"notifications/tasks/status","params":{"taskId":"t","status":"working"}}'
+    conversation(f'''
+        ann > {{"id":1,"method":"tools/call","params":{{"name":"x","task":{{}}}}}}
+                server > {{"id":$ANN,"method":"tools/call","params":{{"name":"x","task":{{}}}}}}
+                server < {{"id":"q","method":"elicitation/create","params":{{{elicitation % "e"}}}}}
+        ann < {{"id":$Q,"method":"elicitation/create","params":{{{elicitation % "e"}}}}}
+                server < {{"id":$ANN,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
+        ann < {{"id":1,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
+        bob > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":$BOB,"method":"tools/call","params":{{"name":"x"}}}}
+                server < {complete % "e"}
+        ann < {complete % "e"}
+                server < {complete % "of nobody"}
+                server < {status}
+        ann < {status}
+                server < {{"id":"r","method":"elicitation/create","params":{{"message":"of the task",
+                          "_meta":{{".../related-task":{{"taskId":"t"}}}}}}}}
+        ann < {{"id":$R,"method":"elicitation/create","params":{{"message":"of the task",
+                          "_meta":{{".../related-task":{{"taskId":"t"}}}}}}}}
+                server < {{"id":$BOB,"error":{{"code":-32042,"message":"m","data":{{"elicitations":[
+                          {{{elicitation % "f"}}}]}}}}}}
+        bob < {{"id":1,"error":{{"code":-32042,"message":"m","data":{{"elicitations":[{{{elicitation % "f"}}}]}}}}}}
+                server < {complete % "f"}
+        bob < {complete % "f"}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_task_of_another_client_is_unknown():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","task":{}}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x","task":{}}}
+                server < {"id":$ANN,"result":{"task":{"taskId":"t"}}}
+        ann < {"id":1,"result":{"task":{"taskId":"t"}}}
+        bob > {"id":1,"method":"tasks/result","params":{"taskId":"t"}}
+        bob < {"id":1,"error":{"code":-32602,"message":"the task is unknown"}}
+        bob > {"id":2,"method":"tasks/get","params":{"taskId":"of nobody that is known"}}
+                server > {"id":$GET,"method":"tasks/get","params":{"taskId":"of nobody that is known"}}
+                server < {"id":$GET,"error":{"code":-32602,"message":"m"}}
+        bob < {"id":2,"error":{"code":-32602,"message":"m"}}
+        ann > {"id":2,"method":"tasks/cancel","params":{"taskId":"t"}}
+                server > {"id":$CANCEL,"method":"tasks/cancel","params":{"taskId":"t"}}
+                server < {"id":$CANCEL,"result":{"taskId":"t"}}
+        ann < {"id":2,"result":{"taskId":"t"}}
+        ann > {"id":3,"method":"tasks/list"}
+                server > {"id":$LIST,"method":"tasks/list"}
+                server < {"id":$LIST,"result":{"tasks":[{"taskId":"u"},{"taskId":"t"},{"taskId":["t"]}],"n":1}}
+        ann < {"id":3,"result":{"tasks":[{"taskId":"t"}],"n":1}}
+        bob > {"id":3,"method":"tasks/list"}
+                server > {"id":$LIST2,"method":"tasks/list"}
+                server < {"id":$LIST2,"result":{"tasks":[{"taskId":"u"},{"taskId":"t"}]}}
+        bob < {"id":3,"result":{"tasks":[]}}
+        eve > {"id":1,"method":"tasks/get","params":{"taskId":"t"}}
+        eve < {"id":1,"error":{"code":-32602,"message":"the task is unknown"}}
+    ''', server="legacy", ann="legacy", bob="legacy", eve="modern")
 
 
 def test_conversation_question_that_the_server_takes_back_is_taken_back_from_the_client():
@@ -6035,9 +6222,13 @@ def test_conversation_of_two_questions_the_one_is_asked_that_a_modern_client_can
 def test_conversation_question_in_a_request_that_cannot_be_parked_is_refused():
     conversation('''
         client > {"id":1,"method":"tools/list"}
-                server > {"id":$CALL,"method":"tools/list","params":{"_meta":{}}}
+                server > {"id":$LIST,"method":"tools/list","params":{"_meta":{}}}
                 server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
-                server > {"id":"q","error":{"code":-32601,"message":"no client can answer this"}}
+                server > {"id":"q","error":{"code":-32600,"message":$NOBODYS}}
+        client > {"id":2,"method":"completion/complete"}
+                server > {"id":$CALL,"method":"completion/complete","params":{"_meta":{}}}
+                server < {"id":"r","method":"elicitation/create","params":{"message":"who?"}}
+                server > {"id":"r","error":{"code":-32601,"message":"no client can answer this"}}
     ''', server="legacy", client="modern")
 
 
@@ -6075,7 +6266,7 @@ def test_conversation_parked_call_is_told_what_became_of_it_when_its_client_come
         client < {"id":2,"result":{"resultType":"complete","content":["it did not wait"]}}'''), client="modern")
     conversation(text % ('server dies with exit code 3', '''
         client < 502 {"id":2,"error":{"code":-32000,"message":"the MCP server ended with exit code 3",
-                                      "data":{"exitCode":3,"stderr":[]}}}
+                                      "data":{"exitCode":3}}}
                 server starts again'''), client="modern")
 
 
@@ -6136,10 +6327,12 @@ def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_ag
         client < {"id":$Q,"method":"roots/list","params":{}}
         %s
         client > {"id":$Q,"result":{"roots":[]}}'''
-    conversation(text % 'client > {"method":"notifications/cancelled","params":{"requestId":1}}',
-                 server="modern", client="legacy")
-    conversation(text % '''600 s pass
-        client < 504 {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}''',
+    taken_back = 'client < {"method":"notifications/cancelled","params":{"requestId":$Q}}'
+    conversation(text % f'''client > {{"method":"notifications/cancelled","params":{{"requestId":1}}}}
+        {taken_back}''', server="modern", client="legacy")
+    conversation(text % f'''600 s pass
+        {taken_back}
+        client < 504 {{"id":1,"error":{{"code":-32000,"message":"the MCP server took too long"}}}}''',
                  server="modern", client="legacy")
 
 
