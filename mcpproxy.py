@@ -162,6 +162,7 @@ LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert"
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
+MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
 KNOWN_HEADS = 2_048                  # of all connections that are kept; most clients send three, again and again
 KNOWN_HEAD_BYTES = 1024              # of the largest that is kept, and
@@ -277,8 +278,8 @@ class Settings:
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
                                      "with commas between; * for all")
     allowed_env: str = setting("", "variables that clients may set, and settings of the proxy that its server "
-                                   "gets too: names and * patterns with commas between; "
-                                   "empty: all but those that load code, and none")
+                                   "gets too: names and * patterns with commas between; empty: those with the "
+                                   "shape of a credential, as GITHUB_TOKEN or AWS_REGION, and none")
     base_path: str = setting("", "path prefix under which a reverse proxy publishes this one")
     heartbeat: float = setting(30.0, "seconds between keep-alive comments on open streams; "
                                      "less than what proxies cut idle connections after")
@@ -472,6 +473,8 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, tuple[tuple
     if not target.startswith("/") or "#" in target or _BAD_ESCAPE.search(target):
         raise HTTPError("malformed request target")
     path, _, query = target.partition("?")
+    if query.count("&") >= MAX_PARTS:
+        raise HTTPError("too many query parameters")
     pairs = (pair.partition("=") for pair in query.split("&") if pair)
     return authority, percent_decode(path), tuple(
         (percent_decode(name.replace("+", " ")), percent_decode(value.replace("+", " "))) for name, _, value in pairs)
@@ -1562,23 +1565,21 @@ class Identity:
 #
 # Who may come in, and what a client may set in the environment of its server.
 
-# Variables that make a program load, fetch or run other code. Whoever may set one of these may run
-# anything, so a client may not, unless the operator names them in ALLOWED_ENV.
-LOADS_CODE = re.compile(r"""
-    PATH | HOME | IFS | ENV | SHELL | SHELLOPTS | PS4 | PROMPT_COMMAND | BASHOPTS | BASH_ENV | BASH_FUNC_.* | ZDOTDIR |
-    EDITOR | VISUAL | PAGER | BROWSER | XDG_CONFIG_.* | XDG_DATA_.* | XDG_CACHE_HOME |
-    LD_.* | DYLD_.* | GCONV_PATH | LOCPATH | NLSPATH | GLIBC_TUNABLES |
-    PYTHON.* | VIRTUAL_ENV | CONDA_.* | UV_.* | PIP_.* | PIPX_.* |
-    NODE_OPTIONS | NODE_PATH | NODE_EXTRA_CA_CERTS | NODE_TLS_REJECT_UNAUTHORIZED | NODE_REPL_.* |
-    NPM_CONFIG_.* | YARN_.* | PNPM_.* | COREPACK_.* | BUN_.* | DENO_DIR | DENO_.*PROXY | TS_NODE_.* | ELECTRON_RUN_.* |
-    JAVA_TOOL_OPTIONS | _JAVA_OPTIONS | JDK_JAVA_OPTIONS | JAVA_OPTS | JAVA_HOME | CLASSPATH | MAVEN_OPTS | GRADLE_.* |
-    RUBYOPT | RUBYLIB | GEM_HOME | GEM_PATH | BUNDLE_.* | PERL5.* | PERLLIB | PHPRC | PHP_INI_SCAN_DIR | LUA_.*PATH.* |
-    R_PROFILE.* | R_ENVIRON.* | R_LIBS.* | JULIA_.*PATH.* | GOFLAGS | GOPROXY | GOPATH | GOROOT | GOTOOLCHAIN | GOENV |
-    GOSUMDB | GONOSUM.* | GOINSECURE | CARGO_HOME | CARGO_BUILD_.* | RUSTC.* | RUSTFLAGS | RUSTUP_.* |
-    DOTNET_STARTUP_HOOKS | DOTNET_ROOT | CORECLR_.* | COMPLUS_.* | OPENSSL_.* | SSL_CERT_.* | SSLKEYLOGFILE |
-    GIT_SSH.* | GIT_EXEC_PATH | GIT_CONFIG.* | GIT_PROXY_COMMAND | GIT_ASKPASS | GIT_EDITOR | GIT_PAGER |
-    GIT_EXTERNAL_.* | SSH_ASKPASS | DOCKER_HOST | DOCKER_CONFIG | KUBECONFIG | (?:HTTP|HTTPS|ALL|NO|FTP)_PROXY """,
-    re.VERBOSE | re.IGNORECASE)
+# What clients may set where ALLOWED_ENV is empty: what has the shape of a credential, or of the place that one is for,
+# and a few plain preferences. It is an allowlist because no list of what is dangerous is ever whole: some program runs
+# what is in MAKEFLAGS, TAR_OPTIONS or LESSOPEN, or fetches from PREFIX, and OPENAI_BASE_URL and its like send the
+# operator's own credentials elsewhere. Words count whole, so SSH_ASKPASS and LESSKEY, which run something, are neither
+# PASS nor KEY. What begins like these is read by programs that run or fetch what they find there: R_PROFILE_USER,
+# UV_PROJECT and TS_NODE_PROJECT have the shape of a credential and are none.
+MAY_BE_SET = re.compile(r"""
+    (?! (?: UV | PIP | PIPX | PIPENV | PDM | HATCH | POETRY | PIXI | RYE | CONDA | NPM_CONFIG | PNPM | YARN | BUN |
+            COREPACK | TS_NODE | CARGO | RUSTUP | BUNDLE | ORG_GRADLE | R | JULIA | GIT_CONFIG )_ )
+    (?: [A-Z0-9]*_ )* (?: TOKEN | KEY | KEY_ID | SECRET | PASSWORD | PASS | PAT | USER | USERNAME | EMAIL | CLIENT_ID |
+        (?P<place> ACCOUNT | ACCOUNT_ID | TENANT_ID | TEAM_ID | WORKSPACE_ID | PROJECT | PROJECT_ID | ORG | ORG_ID |
+                   REGION | DATABASE_ID) ) | NODE_ENV | DEBUG | ROOT_DIR | LANG | TZ """, re.VERBOSE)
+# Programs put a place into the host name that they send their credentials to, and this may not end it.
+_ENDS_A_HOST = re.compile(r"[/?#\\%\s\x00-\x1f]")
+MAX_VARIABLES = 64                # of one client
 
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -1650,21 +1651,25 @@ def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
                                code=INVALID_PARAMS)
             pairs.append((name.strip(), value))
     variables: dict[str, str] = {}
+    if len(pairs) > MAX_VARIABLES:
+        raise RPCError(f"at most {MAX_VARIABLES} variables can be set", code=INVALID_PARAMS)
     for name, value in pairs:
         if not _VARIABLE_NAME.fullmatch(name):
             raise RPCError("that is no name for a variable", code=INVALID_PARAMS)
-        if not may_set(name, allowed):
-            raise RPCError(f"the variable {name} may not be set by clients", code=INVALID_PARAMS)
+        if not may_set(name, value, allowed):
+            raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
+                           code=INVALID_PARAMS)
         if variables.setdefault(name, value) != value:
             raise RPCError(f"the variable {name} is set twice", code=INVALID_PARAMS)
     return variables
 
 
-def may_set(name: str, allowed: str) -> bool:
+def may_set(name: str, value: str, allowed: str) -> bool:
     """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, whatever it is."""
-    if name.startswith(OUR_PREFIX):
-        return False
-    return is_named(name, allowed) if listed(allowed) else not LOADS_CODE.fullmatch(name)
+    if name.startswith(OUR_PREFIX) or listed(allowed):
+        return is_named(name, allowed) and not name.startswith(OUR_PREFIX)
+    match = MAY_BE_SET.fullmatch(name)
+    return bool(match) and not (match["place"] and _ENDS_A_HOST.search(value))
 
 
 def is_named(name: str, patterns: str) -> bool:
@@ -5174,13 +5179,19 @@ class Admission:
     @functools.cached_property
     def variables(self) -> dict[str, str]:
         """The variables that it sets for its server."""
-        head = self.head
+        head, allowed = self.head, self._settings.allowed_env
         if self._settings.shared_session:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
-            head = dataclasses.replace(head, query=query)
-        return client_variables(head, self._settings.allowed_env)
+            head, allowed = dataclasses.replace(head, query=query), "*"
+        elif head.method in ("GET", "HEAD") and not (
+                self._settings.auth_key or self.headers or "sec-fetch-site" in head.headers
+                or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
+            # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
+            raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
+                            status=403)
+        return client_variables(head, allowed)
 
     @functools.cached_property
     def name(self) -> str | None:
@@ -5194,7 +5205,7 @@ class Admission:
         """Does it take this media type? RFC 9110 §12.5.1: no Accept means anything, and the closest range counts."""
         ranges = ["*/*", wanted.partition("/")[0] + "/*", wanted]
         closest, is_taken = -1, False
-        for part in (self.head.headers.get("accept", "").strip() or "*/*").lower().split(","):
+        for part in (self.head.headers.get("accept", "").strip() or "*/*").lower().split(",", MAX_PARTS)[:MAX_PARTS]:
             media_range, *parameters = [piece.strip() for piece in part.split(";")]
             if media_range in ranges and ranges.index(media_range) > closest:
                 closest = ranges.index(media_range)
@@ -5258,8 +5269,13 @@ class Endpoints(Application):
     # Guards.
 
     def _check_origin(self, admission: Admission) -> None:
-        if "origin" in admission.head.headers and not admission.headers:
-            raise HTTPError("pages of this origin may not call; name it in ALLOWED_ORIGINS", status=403)
+        headers = admission.head.headers
+        if "origin" in headers:
+            if not admission.headers:
+                raise HTTPError("pages of this origin may not call; name it in ALLOWED_ORIGINS", status=403)
+        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            # Browsers send no Origin with images, links and frames. W3C, Fetch Metadata Request Headers, §2.4.
+            raise HTTPError("pages of other sites may not call like this", status=403)
 
     def _check_host(self, admission: Admission) -> None:
         if not self._keys and not is_allowed_host(admission.head.headers.get("host", ""), self._hosts):

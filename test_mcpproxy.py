@@ -253,6 +253,9 @@ def processes_with(tag):
     return found
 
 
+ALLOWED_ENV = "A, N, X, NAME, OTHER, COLOUR, TOKEN"       # what tests set; what may be set is the matter of a few of them
+
+
 class Proxy:
     """A running mcpproxy.py."""
 
@@ -262,6 +265,8 @@ class Proxy:
                        if name not in mcpproxy.Settings.__dataclass_fields__ and name.lower() not in
                        mcpproxy.Settings.__dataclass_fields__}
         environment.update(HOST="127.0.0.1", PORT="0", TEST_TAG=self.tag.partition("=")[2])
+        if str(settings.get("SHARED_SESSION")).lower() == "false":
+            settings = {"ALLOWED_ENV": ALLOWED_ENV, **settings}
         environment.update({name: str(value) for name, value in settings.items()})
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
@@ -661,7 +666,7 @@ class Client:
 class SSEClient(Client):
     """A client of HTTP+SSE. Everything comes on its one stream."""
 
-    HEADERS = {}
+    HEADERS = {"Sec-Fetch-Site": "none"}         # no page's request: it may have variables in its query
 
     def __init__(self, proxy, query="", headers=None, capabilities=ALL_CAPABILITIES, path="/sse", handshake=True):
         super().__init__(proxy, headers, capabilities, path + query)
@@ -2736,29 +2741,37 @@ def test_access_key_is_known(key, expected):
 
 
 @pytest.mark.parametrize("name", """
-    PATH LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONINSPECT
-    NODE_OPTIONS NODE_PATH NPM_CONFIG_REGISTRY npm_config_registry NPM_CONFIG_PREFIX UV_INDEX_URL UV_PYTHON
-    PIP_INDEX_URL PIP_EXTRA_INDEX_URL BASH_ENV ENV SHELLOPTS PS4 IFS JAVA_TOOL_OPTIONS _JAVA_OPTIONS JDK_JAVA_OPTIONS
-    CLASSPATH RUBYOPT RUBYLIB PERL5OPT PERL5LIB PHPRC LUA_PATH R_PROFILE_USER JULIA_LOAD_PATH GOFLAGS GOPROXY
-    RUSTC_WRAPPER RUSTFLAGS CARGO_HOME DENO_DIR BUN_INSTALL YARN_REGISTRY YARN_RC_FILENAME COREPACK_NPM_REGISTRY
-    DOTNET_STARTUP_HOOKS CORECLR_PROFILER_PATH GIT_SSH_COMMAND GIT_CONFIG_GLOBAL GIT_EXEC_PATH GIT_ASKPASS SSH_ASKPASS
-    HOME XDG_CONFIG_HOME EDITOR PAGER HTTP_PROXY HTTPS_PROXY ALL_PROXY SSL_CERT_FILE OPENSSL_CONF GCONV_PATH
-    NODE_EXTRA_CA_CERTS NODE_TLS_REJECT_UNAUTHORIZED DOCKER_HOST GLIBC_TUNABLES VIRTUAL_ENV CONDA_PREFIX
-    Npm_Config_Node_Options
-    """.split())
-def test_access_variable_that_loads_code_may_not_be_set(name):
-    assert not mcpproxy.may_set(name, "")
-    assert not mcpproxy.may_set(name.lower(), "") and not mcpproxy.may_set(name.upper(), "")
+    PATH LD_PRELOAD LD_LIBRARY_PATH DYLD_INSERT_LIBRARIES PYTHONPATH PYTHONSTARTUP NODE_OPTIONS NODE_PATH
+    NPM_CONFIG_REGISTRY npm_config_registry npm_config__authToken NPM_CONFIG_USER UV_INDEX_URL UV_PROJECT
+    UV_PUBLISH_TOKEN PIP_INDEX_URL BASH_ENV ENV IFS JAVA_TOOL_OPTIONS CLASSPATH RUBYOPT PERL5OPT R_PROFILE_USER
+    R_ENVIRON_USER JULIA_PROJECT TS_NODE_PROJECT HATCH_PROJECT GOFLAGS RUSTC_WRAPPER CARGO_HOME GIT_SSH_COMMAND
+    GIT_CONFIG_KEY GIT_CONFIG_KEY_0 GIT_ASKPASS SSH_ASKPASS SUDO_ASKPASS LESSKEY LESSOPEN TAR_OPTIONS MAKEFLAGS
+    GIT_SEQUENCE_EDITOR GIT_DIR PREFIX HOME EDITOR HTTP_PROXY SSL_CERT_FILE DOCKER_HOST OPENAI_BASE_URL AWS_ENDPOINT_URL
+    GITLAB_API_URL DATABASE_URL GOOGLE_APPLICATION_CREDENTIALS VAULT_ADDR PGHOST WORKPATH LOG_LEVEL MONKEY COMPASS
+    TOKENS TOKEN_FILE KEY_COMMAND USERS github_token Github_Token LANGUAGE LC_ALL TZDIR NODE_ENVIRONMENT XTZ a _x X1
+    GITHUB-TOKEN GITHUB_TOKEN\N{NO-BREAK SPACE} G\N{LATIN SMALL LETTER U WITH DIAERESIS}_TOKEN
+    """.split(" ") + ["GITHUB_TOKEN\n"])
+def test_access_variable_that_is_not_of_the_shape_of_a_credential_may_not_be_set(name):
+    assert not mcpproxy.may_set(name.strip(" "), "", "")
 
 
 @pytest.mark.parametrize("name", """
-    GITHUB_TOKEN GITHUB_PERSONAL_ACCESS_TOKEN GOOGLE_API_KEY GOOGLE_APPLICATION_CREDENTIALS API_KEY OPENAI_API_KEY
-    NODE_ENV USER LANG TZ DEBUG DATABASE_URL POSTGRES_PASSWORD AWS_ACCESS_KEY_ID AWS_REGION SLACK_TEAM_ID WORKPATH PATHS
-    LOG_LEVEL GIT_TOKEN GITLAB_API_URL GOOGLE_MAPS_KEY ENVIRONMENT HOMEPAGE PIPELINE_ID UVICORN_PORT JAVA_VERSION
-    MY_PATH a _x X1
+    GITHUB_TOKEN GITHUB_PERSONAL_ACCESS_TOKEN TOKEN GOOGLE_API_KEY API_KEY KEY OPENAI_API_KEY AWS_ACCESS_KEY_ID
+    AWS_SECRET_ACCESS_KEY AWS_REGION AWS_SESSION_TOKEN SLACK_TEAM_ID POSTGRES_PASSWORD DB_PASS DB__PASSWORD USER DB_USER
+    JIRA_USERNAME CONFLUENCE_EMAIL GITHUB_PAT SNOWFLAKE_ACCOUNT CLOUDFLARE_ACCOUNT_ID AZURE_CLIENT_ID AZURE_TENANT_ID
+    AZURE_CLIENT_SECRET NOTION_WORKSPACE_ID GOOGLE_CLOUD_PROJECT GITLAB_PROJECT_ID SENTRY_ORG OPENAI_ORG_ID
+    NOTION_DATABASE_ID NODE_ENV DEBUG ROOT_DIR LANG TZ X1_KEY GIT_TOKEN GIT_AUTHOR_EMAIL
     """.split())
-def test_access_variable_of_a_server_may_be_set(name):
-    assert mcpproxy.may_set(name, "")
+def test_access_variable_of_the_shape_of_a_credential_may_be_set(name):
+    assert mcpproxy.may_set(name, "some value of it", "") is not ("REGION" in name or mcpproxy.MAY_BE_SET.fullmatch(
+        name)["place"] is not None)
+    assert mcpproxy.may_set(name, "eu-west-1", "")
+
+
+@pytest.mark.parametrize("value", ["evil.com/", "evil.com#", "evil.com?", "evil.com\\", "evil.com%2f", "a b", "a\0b"])
+def test_access_variable_that_names_a_place_may_not_end_the_host_name_that_is_made_of_it(value):
+    assert not mcpproxy.may_set("SNOWFLAKE_ACCOUNT", value, "")
+    assert mcpproxy.may_set("SNOWFLAKE_ACCOUNT", value, "SNOWFLAKE_*") and mcpproxy.may_set("API_KEY", value, "")
 
 
 @pytest.mark.parametrize("allowed, name, expected", [
@@ -2769,7 +2782,7 @@ def test_access_variable_of_a_server_may_be_set(name):
     ("", "MCPPROXY_TAG", False), ("*", "MCPPROXY_TAG", False), ("MCPPROXY_TAG", "MCPPROXY_TAG", False),
     ("A.C", "ABC", False), ("A?", "AB", False), ("[A]", "A", False), (" , ", "PATH", False), (" , ", "API_KEY", True)])
 def test_access_allowed_env_names_what_may_be_set(allowed, name, expected):
-    assert mcpproxy.may_set(name, allowed) is expected
+    assert mcpproxy.may_set(name, "", allowed) is expected
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -2785,7 +2798,7 @@ def test_access_allowed_env_names_what_may_be_set(allowed, name, expected):
     case("header in UTF-8", head("/sse", "X-MCP-Env: A=\xfc"), {"A": "\xfc"}),
 ])
 def test_access_variables_are_set_by(given, expected):
-    assert mcpproxy.client_variables(given, "") == expected
+    assert mcpproxy.client_variables(given, "*") == expected
 
 
 @pytest.mark.parametrize("given", [
@@ -2804,17 +2817,19 @@ def test_access_variables_are_set_by(given, expected):
     case("= in the name", head("/sse?A%3DB=x")),
     case("not ASCII", head("/sse?%C3%A9=x")),
     case("long name", head(f"/sse?{'A' * 200}=x")),
+    case("too many", head("/sse?" + "&".join(f"K{number}_TOKEN=x" for number in range(65)))),
 ])
 def test_access_variables_are_refused(given):
-    with pytest.raises(RPCError) as error:
-        mcpproxy.client_variables(given, "")
-    assert (error.value.http_status, error.value.code) == (400, -32602)
+    for allowed in "", "A,B,C,LD_*,*_TOKEN":
+        with pytest.raises(RPCError) as error:
+            mcpproxy.client_variables(given, allowed)
+        assert (error.value.http_status, error.value.code) == (400, -32602)
 
 
 def test_access_refusal_does_not_repeat_the_value():
     with pytest.raises(RPCError) as error:
         mcpproxy.client_variables(head("/sse?PATH=hunter2"), "")
-    assert "hunter2" not in str(error.value) and "PATH" in str(error.value)
+    assert "hunter2" not in str(error.value) and "PATH" in str(error.value) and "ALLOWED_ENV" in str(error.value)
 
 
 def test_access_settings_of_the_proxy_do_not_reach_its_server():
@@ -3045,6 +3060,35 @@ def test_access_a_foreign_page_gets_nothing(guarded, method, path, headers):
     response = guarded.request(method, path, None, {**headers, "Origin": "https://evil.example"})
     assert response.error() == (403, -32600)
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("site, status", [("none", 200), ("same-origin", 200), ("same-site", 403),
+                                          ("cross-site", 403), ("", 403)])
+def test_access_a_page_that_names_no_origin_is_known_by_its_site(unguarded, guarded, site, status):
+    for proxy, headers in (unguarded, {}), (guarded, WITH_KEY):
+        response = proxy.request("GET", "/tools", None, {"Sec-Fetch-Site": site, **headers})
+        assert response.status == status
+        with_origin = {"Sec-Fetch-Site": site, "Origin": "http://localhost:1", **headers}
+        assert proxy.request("GET", "/tools", None, with_origin).status == 200
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "none"}, 200),
+    ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Origin": "http://localhost:3000"}, 200),
+    ({"Origin": "https://evil.example"}, 403)])
+def test_access_no_get_takes_variables_from_a_query_that_any_page_could_have_written(headers, status):
+    with running_proxy(FAKE, SHARED_SESSION="false", ALLOWED_ENV="") as proxy:
+        for method in "GET", "HEAD":
+            assert proxy.request(method, "/tools?API_KEY=x", None, headers).status == status
+        if status == 403:
+            assert servers_of(proxy) == [] and "opened" not in proxy.log()
+        assert proxy.request("GET", "/tools?client=ann", None, {"X-MCP-Env-API-Key": "x"}).status == 200
+        if not headers:
+            refusal = proxy.request("GET", "/sse?API_KEY=x").json()["error"]["message"]
+            assert "AUTH_KEY" in refusal and "X-MCP-Env-<NAME>" in refusal
+            with StreamableClient(proxy, "?API_KEY=x") as client:       # POST, and then GET, of the session
+                assert client.listen().status == 200
+                assert client.tool("variable", variable="API_KEY") == "x"
 
 
 def test_access_a_preflight_needs_no_key(guarded):
@@ -4224,7 +4268,7 @@ def test_session_may_set_what_is_allowed_by_name():
     settings = {"SHARED_SESSION": "false", "ALLOWED_ENV": "API_*, PYTHONPATH"}
     with running_proxy(FAKE, **settings) as proxy, SSEClient(proxy, "?API_KEY=a&PYTHONPATH=/b") as client:
         assert [client.tool("variable", variable=name) for name in ("API_KEY", "PYTHONPATH")] == ["a", "/b"]
-        assert proxy.request("GET", "/sse?OTHER=x").error() == (400, -32602)
+        assert proxy.request("GET", "/sse", None, {"X-MCP-Env-Other": "x"}).error() == (400, -32602)
 
 
 def test_session_that_is_never_initialized_starts_no_process_and_leaves_none():
@@ -7781,9 +7825,11 @@ def test_load_one_too_many_is_told_to_come_back(settings, kind):
 
 def test_load_callers_without_a_session_count_as_processes_too():
     with running_proxy(FAKE, SHARED_SESSION="false", MAX_PROCESSES=2, SESSION_IDLE=1) as proxy:
-        assert [proxy.request("GET", f"/tools?N={n}").status for n in range(3)] == [200, 200, 503]
-        assert proxy.request("GET", "/tools?N=1").status == 200
-        until(lambda: proxy.request("GET", "/tools?N=2").status == 200, "the end of what is idle")
+        def tools(n):
+            return proxy.request("GET", "/tools", None, {"X-MCP-Env-N": n}).status
+        assert [tools(n) for n in range(3)] == [200, 200, 503]
+        assert tools(1) == 200
+        until(lambda: tools(2) == 200, "the end of what is idle")
 
 
 def test_load_running_calls_are_bounded_for_each_client():
