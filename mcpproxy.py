@@ -95,6 +95,7 @@ import base64
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import re
 from json.decoder import scanstring
@@ -162,6 +163,8 @@ LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert"
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
+MAX_URI = 8 * 1024                   # of a resource that is subscribed to, in characters
+MAX_URI_PARTS = 1_000                # that are looked at when such a one changes
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
 KNOWN_HEADS = 2_048                  # of all connections that are kept; most clients send three, again and again
@@ -655,6 +658,10 @@ class RequestParser:
         self._state = BodyState.DATA if self._missing else BodyState.TRAILER
 
 
+# Headers with few values, all of them ours. What repeats a client's words would only push these out of the cache.
+OUR_WORDS = frozenset({"Content-Type", "Cache-Control", "X-Accel-Buffering", "Transfer-Encoding", "Connection"})
+
+
 @functools.lru_cache(maxsize=256)
 def _encode_head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
     # Splitting: a CR LF in a value would end the header and start one, or a body, of the sender's choice.
@@ -667,7 +674,8 @@ def _encode_head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
 
 def encode_head(status: int, headers: tuple[tuple[str, str], ...], date: bytes, length: int | None) -> bytes:
     """A response's head. `length` is its body's; None, the body comes in chunks or there is none."""
-    head = _encode_head(status, headers)
+    are_our_words = all(name in OUR_WORDS for name, _ in headers)
+    head = (_encode_head if are_our_words else _encode_head.__wrapped__)(status, headers)
     if length is None:
         return b"%b\r\nDate: %b\r\n\r\n" % (head, date)
     return b"%b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n" % (head, date, length)
@@ -1212,6 +1220,7 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 # What a subscription can be to, and the notification that it brings. MCP 2026-07-28, Subscriptions.
+RESOURCE_UPDATED = "notifications/resources/updated"
 LIST_CHANGES = {
     "toolsListChanged": ("tools", "notifications/tools/list_changed"),
     "promptsListChanged": ("prompts", "notifications/prompts/list_changed"),
@@ -1239,11 +1248,14 @@ def check_parameters(message: Message) -> None:
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
 
 
-def concerns(uri: object, subscriptions) -> bool:
-    """Is a resource one of those subscribed to, or a part of one? MCP 2025-11-25, Schema, ResourceUpdatedNotification:
-    "This might be a sub-resource of the one that the client actually subscribed to." """
-    return isinstance(uri, str) and (uri in subscriptions or any(
-        uri.startswith(whole) and (whole[-1:] == "/" or uri[len(whole)] in "/?#") for whole in subscriptions))
+def wholes_of(uri: object) -> list[str]:
+    """The resources that an update of this one concerns: itself, and what it may be a part of. MCP 2025-11-25, Schema,
+    ResourceUpdatedNotification: "This might be a sub-resource of the one that the client actually subscribed to." """
+    if not isinstance(uri, str):
+        return []
+    ends = [end for match in itertools.islice(re.finditer("[/?#]", uri[:MAX_URI]), MAX_URI_PARTS)
+            for end in ((match.start(), match.end()) if match[0] == "/" else (match.start(),))]
+    return [uri, *(uri[:end] for end in ends if end < len(uri))]
 
 
 def negotiate(requested: object) -> str:
@@ -1551,7 +1563,7 @@ class Identity:
         uris = wanted.get("resourceSubscriptions")
         resources = self.capabilities.get("resources")
         if isinstance(uris, list) and isinstance(resources, dict) and resources.get("subscribe"):
-            honoured["resourceSubscriptions"] = [uri for uri in uris if isinstance(uri, str)]
+            honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
         return honoured
 
     def list_changes(self) -> list[str]:
@@ -1698,7 +1710,6 @@ if __name__ == "__main__" and not (os.environ.get("TLS_CERT") or "--tls-cert" in
 import asyncio
 import collections
 import contextlib
-import itertools
 import logging
 import select
 import signal
@@ -1844,12 +1855,15 @@ def positional(template: str) -> tuple[str, list[str]]:
     return re.sub(r"%\(\w+\)", "%", template), re.findall(r"%\((\w+)\)", template)
 
 
-def redact(secrets: tuple[str, ...], text: str) -> str:
-    """A text for the log, without secrets: as they are, or as they are in JSON."""
-    for secret in secrets:
-        for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
-            text = text.replace(form, "***")
-    return text
+def redactor(secrets: list[str]):
+    """A function that takes secrets out of a text for the log, as they are or as they are in JSON: by one expression,
+    because a server may write thousands of lines in one turn."""
+    forms = {form for secret in secrets for form in (
+        secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])}
+    if not forms:
+        return str
+    longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
+    return functools.partial(re.compile("|".join(longest_first)).sub, "***")
 
 
 log = Log()
@@ -2324,6 +2338,7 @@ class ServerConnection:
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
+        self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
         self._on_request, self._on_notification = on_request, on_notification
@@ -2451,7 +2466,7 @@ class ServerConnection:
     # From the server.
 
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
-        line = line.rstrip(b"\r")
+        line, self.silences = line.rstrip(b"\r"), 0
         try:
             if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
@@ -2827,13 +2842,16 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 
 
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
-    concerned = {subscriber for topic in instance.topics.values() if concerns(message.params.get("uri"), (topic.uri,))
-                 for subscriber in topic.subscribers}
-    for session in list(instance.sessions.values()):
-        if instance.is_private or session in concerned:
-            session.stream.send(message.payload)
-    for listener in list(instance.listeners):
-        listener.on_event(message)
+    subscribers = set(instance.sessions.values()) if instance.is_private else set()
+    for uri in wholes_of(message.params.get("uri")):
+        if uri in instance.topics:
+            subscribers |= instance.topics[uri].subscribers
+    payload = message.payload
+    for subscriber in subscribers:
+        if subscriber in instance.listeners:
+            subscriber.on_event(message)
+        else:
+            subscriber.stream.send(payload)
 
 
 def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -2864,7 +2882,7 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
 NOTIFICATION_ROUTES = {
     "notifications/cancelled": _to_asked,
     "notifications/progress": lambda *_: None,       # it should have named a request, and did not
-    "notifications/resources/updated": _to_subscribers,
+    RESOURCE_UPDATED: _to_subscribers,
     "notifications/tools/list_changed": _to_all,
     "notifications/prompts/list_changed": _to_all,
     "notifications/resources/list_changed": _to_all,
@@ -2935,10 +2953,11 @@ class Listening:
         self._is_outdated = False              # did what is wanted change after the next one was sent?
 
     def renew(self) -> None:
-        """Asks for what is wanted now."""
-        if self._next:
-            self._is_outdated = True
-            return
+        """Asks for what is wanted, once for all that changes in a turn."""
+        self._is_outdated = True
+        at_end_of_turn(self._go_on)
+
+    def _renew(self) -> None:
         instance, topics = self.instance, list(self.instance.topics.values())
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
@@ -2980,9 +2999,9 @@ class Listening:
             self._go_on()
 
     def _go_on(self) -> None:
-        if self._is_outdated and self.instance.listening is self:
+        if self._is_outdated and not self._next and self.instance.listening is self:
             self._is_outdated = False
-            self.renew()
+            self._renew()
 
 
 # ============================================================================
@@ -3006,17 +3025,22 @@ class Listening:
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
+SILENCES = 3                     # time-outs in a row without a line from a server, until it is replaced
 UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
+TOOLS_SECONDS = 5.0              # before a server is asked for a tool that it did not list
 KNOWN_OWNERS = 10_000            # of tasks and elicitations
 
 
 class Tools(dict):
     """A server's tools by name."""
 
-    def __init__(self):
+    def __init__(self, now: float):
         super().__init__()
+        self.asked_at = now
+        self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
+        self.document: bytes | None = None         # that describes them, once somebody wanted it
 
     def check(self, call: Message, headers: dict[str, str]) -> None:
         """Refuses a modern tools/call whose headers do not repeat its arguments."""
@@ -3024,14 +3048,17 @@ class Tools(dict):
         if parameters:
             check_mirrored(parameters, call.plain_params.get("arguments"), headers)
 
-    def add(self, tools: object) -> None:
-        """Takes in one page of a tools/list result."""
-        for tool in tools if isinstance(tools, list) else ():
+    def add(self, page: Message) -> None:
+        """Takes in one page of tools/list."""
+        tools = members_of(page.members["result"]).get("tools")
+        for text in split_batch(page.raw("result", "tools")) if isinstance(tools, list) else ():
+            tool = scan_plain(text, 0)[0]
             if isinstance(tool, dict) and isinstance(tool.get("name"), str):
-                self[tool["name"]] = tool
-                parameters = mirrored_parameters(tool.get("inputSchema"))
-                if parameters:
-                    self.mirrored[tool["name"]] = parameters
+                self[tool["name"]], self.texts[tool["name"]] = tool, text
+                with contextlib.suppress(RecursionError):          # a schema like that spoils its own tool alone
+                    parameters = mirrored_parameters(tool.get("inputSchema"))
+                    if parameters:
+                        self.mirrored[tool["name"]] = parameters
 
 
 class InstanceState(enum.Enum):
@@ -3066,7 +3093,7 @@ class Instance:
         self.server = server
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.variables = variables
-        self.redact = functools.partial(redact, tuple(value for value in variables.values() if len(value) > 3))
+        self.redact = redactor([value for value in variables.values() if len(value) > 3])
         self.state = InstanceState.NEW
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
@@ -3081,7 +3108,9 @@ class Instance:
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
-        self._tools: asyncio.Task | None = None     # what the server's tools are, once that was asked
+        self._tools: Tools | None = None            # once they were asked for
+        self._are_tools_old = False                 # did they change since?
+        self._listing: asyncio.Task | None = None   # while they are asked for
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
@@ -3092,6 +3121,11 @@ class Instance:
     def is_private(self) -> bool:
         """Is it one session's own, or will it be? Then it ends with its link."""
         return not isinstance(self.owner, tuple)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Does somebody wait for it to start?"""
+        return self._wanted.is_set()
 
     @property
     def is_ones_own(self) -> bool:
@@ -3234,6 +3268,15 @@ class Instance:
             for method in self.identity.list_changes():
                 pass_on(self, parse_message(encode_request(None, method).decode()))
 
+    def on_time_out(self) -> None:
+        """A call was not answered in time. A server that does not say a word to several is stuck, and is replaced."""
+        connection = self.connection
+        if connection and not self.is_private:
+            connection.silences += 1
+            if connection.silences == SILENCES:
+                log.error("! server %(server)s says nothing any more and is started anew", server=self.server.name)
+                connection.link.stop()
+
     def _forget(self, connection: ServerConnection) -> None:
         """A call that comes from now on waits for the next link."""
         if self.connection is connection:
@@ -3282,6 +3325,8 @@ class Instance:
 
     def subscribe(self, subscriber, uri: str) -> Topic:
         """Takes in a session, or an exchange that listens; for the first to a resource the server is asked."""
+        if len(uri) > MAX_URI:
+            raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic = self.topics.get(uri)
         if topic is None:
             topic = self.topics[uri] = Topic(self, uri)
@@ -3354,35 +3399,44 @@ class Instance:
             self.owners[name] = client.identity
 
     async def tools(self, refresh: bool = False) -> Tools:
-        """The server's tools, asked once and then kept until it says that they changed."""
-        if refresh or self._tools is None or self._tools.done() and self._tools.exception():
-            self._tools = asyncio.get_running_loop().create_task(self._list_tools())
-        return await asyncio.shield(self._tools)
+        """The server's tools, asked once and then kept until it says that they changed; or for who knows of another
+        one, if that was a while ago."""
+        tools = self._tools
+        if tools is None or self._are_tools_old or refresh and self.server.now() - tools.asked_at >= TOOLS_SECONDS:
+            self._listing = self._listing or asyncio.get_running_loop().create_task(self._list_tools())
+            await asyncio.shield(self._listing)
+        return self._tools
 
     def forget_tools(self) -> None:
         """They changed."""
-        self._tools = None
+        self._are_tools_old = True
 
     def known_tools(self) -> Tools | None:
-        """The server's tools, or None when it would have to be asked first."""
-        task = self._tools
-        return task.result() if task and task.done() and not task.exception() else None
+        """The server's tools, also while it is asked for them again; None when it would have to be asked first."""
+        return None if self._are_tools_old and not self._listing else self._tools
 
-    async def _list_tools(self) -> Tools:
-        connection, tools, cursor = await self.ready(), Tools(), None
-        for _ in range(MAX_PAGES):
-            response = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
-            result = response.result
-            if result is None:
-                if not response.is_result and response.error_code == METHOD_NOT_FOUND:
-                    break                       # it has none
-                words = "" if response.is_result else f": {members_of(response.members['error']).get('message')}"
-                raise ServerError(f"the MCP server does not list its tools{words}")
-            tools.add(result.get("tools"))
-            cursor = result.get("nextCursor")
-            if not isinstance(cursor, str):
-                break
-        return tools
+    async def _list_tools(self) -> None:
+        self._are_tools_old = False
+        try:
+            connection, tools, cursor = await self.ready(), Tools(self.server.now()), None
+            for _ in range(MAX_PAGES):
+                response = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
+                result = members_of(response.members.get("result"))
+                if not isinstance(response.members.get("result"), tuple):
+                    if not response.is_result and response.error_code == METHOD_NOT_FOUND:
+                        break                       # it has none
+                    words = "" if response.is_result else f": {members_of(response.members['error']).get('message')}"
+                    raise ServerError(f"the MCP server does not list its tools{words}")
+                tools.add(response)
+                cursor = result.get("nextCursor")
+                if not isinstance(cursor, str):
+                    break
+            self._tools = tools
+        except BaseException:
+            self._are_tools_old = True
+            raise
+        finally:
+            self._listing = None
 
     def end_subscriptions(self) -> None:
         """Tells modern clients that no more notifications will come."""
@@ -3489,7 +3543,7 @@ class Session(Client):
         """Ends such a stream; it can be fetched again for a while."""
         stream.close()
         ended = [stream for stream in self._streams.values() if stream.is_ended]
-        while len(ended) > KEPT_STREAMS or sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
+        while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
             del self._streams[ended.pop(0).name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int]:
@@ -3643,8 +3697,8 @@ class Server:
             if instance.connection:
                 instance.connection.give_up(now, self.settings.request_timeout)
             calls = instance.connection.pending.values() if instance.connection else ()
-            in_use = instance.owner == () or instance.is_private or instance.listeners or any(
-                call.client for call in calls)
+            in_use = (instance.owner == () or instance.is_private or instance.listeners or instance.is_awaited
+                      or any(call.client for call in calls))
             if not in_use and now - instance.last_used > self.settings.session_idle:
                 self.end(instance)
 
@@ -3756,6 +3810,17 @@ class Mount:
 SUBSCRIPTIONS = 1_000            # of one client
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
+
+
+def listened_for(message: Message) -> dict:
+    """What a subscriptions/listen asks for; RPCError when it asks for nothing or for too much."""
+    wanted = message.plain_params.get("notifications")
+    if not isinstance(wanted, dict):
+        raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
+    uris = wanted.get("resourceSubscriptions")
+    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
+        raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
+    return wanted
 
 
 class Bridge:
@@ -3905,6 +3970,7 @@ class ModernClientModernServer(Bridge):
 
     def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
         """Refuses one subscription too many."""
+        listened_for(message)
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         if len(listening) >= exchange.instance.server.settings.max_sessions:
@@ -3973,8 +4039,8 @@ class ModernClientLegacyServer(Bridge):
         wanted = exchange.wanted
         if exchange.held is not None:
             return exchange.held.append(message)
-        if (concerns(message.params.get("uri"), wanted.get("resourceSubscriptions", ()))
-                or any(wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items())):
+        if message.method == RESOURCE_UPDATED or any(
+                wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
 
     def discover(self, exchange: "Exchange", message: Message) -> bool:
@@ -3985,13 +4051,11 @@ class ModernClientLegacyServer(Bridge):
     def listen(self, exchange: "Exchange", message: Message) -> bool:
         """A subscription, made of the server's list changes and of legacy subscriptions; acknowledged when the server
         has said which of those it takes."""
-        instance, wanted = exchange.instance, message.plain_params.get("notifications")
-        if not isinstance(wanted, dict):
-            raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
+        instance, wanted = exchange.instance, listened_for(message)
         if len(instance.listeners) >= instance.server.settings.max_sessions:
             raise try_later("too many subscriptions")
         exchange.wanted, exchange.topics, exchange.held = instance.identity.supported(wanted), set(), []
-        uris = dict.fromkeys(exchange.wanted.get("resourceSubscriptions", ()))
+        uris = exchange.wanted.get("resourceSubscriptions", ())
 
         def end() -> None:
             instance.listeners.discard(exchange)
@@ -4407,7 +4471,10 @@ class Exchange(PendingRequest):
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
+        was_running = self.state is RUNNING
         self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
+        if was_running:
+            self.instance.on_time_out()
 
     def end_subscription(self) -> None:
         """Ends a subscription because the proxy ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
@@ -5308,9 +5375,8 @@ class Endpoints(Application):
                  status=error.http_status, reason=str(error))
         reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
 
-    def send_json(self, reply: Reply, value: object) -> None:
+    def send_json(self, reply: Reply, body: bytes) -> None:
         """Answers what is no call."""
-        body = dump(value).encode()
         log.info("<> %(method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about, bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
 
@@ -5510,7 +5576,7 @@ class Endpoints(Application):
 
         async def respond() -> None:
             tools = await instance.tools()
-            self.send_json(reply, {"tools": list(tools.values())})
+            self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.texts.values()).encode())
         self.later(respond(), reply)
 
     def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
@@ -5544,9 +5610,10 @@ class Endpoints(Application):
         instance = self.mount.pick(self._visit(admission))
 
         async def respond() -> None:
-            document = openapi_document(await instance.tools(), instance.identity,
-                                        self.settings.base_path, bool(self._keys))
-            self.send_json(reply, document)
+            tools = await instance.tools()
+            tools.document = tools.document or openapi_document(tools, instance.identity, self.settings.base_path,
+                                                                bool(self._keys))
+            self.send_json(reply, tools.document)
         self.later(respond(), reply)
 
     # For browsers, and for those who look after the proxy.
@@ -5610,33 +5677,40 @@ def check_version(admission: Admission) -> None:
         raise RPCError("unsupported MCP-Protocol-Version")
 
 
-def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key: bool) -> dict:
+def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of the tools: one operation each."""
     paths = {}
     for name, tool in tools.items():
-        path = "/tools/" + quote(name, safe="")
-        pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
-        result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
-                                                   "isError": {"type": "boolean"}}, "required": ["content"]}
-        if isinstance(tool.get("outputSchema"), dict):
-            result["properties"]["structuredContent"] = rebase_references(
-                tool["outputSchema"],
-                pointer + "/responses/200/content/application~1json/schema/properties/structuredContent")
-        schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
-                                   pointer + "/requestBody/content/application~1json/schema")
-        is_required = isinstance(schema, dict) and bool(schema.get("required"))
-        error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
-        paths[path] = {"post": {
-            "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
-            "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
-            "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
-                          "default": error}}}
-    document = {"openapi": "3.1.0", "info": {"title": identity.name, "version": identity.release},
-                "servers": [{"url": base_path or "/"}], "paths": paths}
+        try:
+            path = "/tools/" + quote(name, safe="")
+            paths[path] = dump({"post": openapi_operation(path, name, tool)})
+        except RecursionError:
+            log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
+    document = {"openapi": '"3.1.0"', "info": dump({"title": identity.name, "version": identity.release}),
+                "servers": dump([{"url": base_path or "/"}]), "paths": as_object(paths)}
     if needs_key:
-        document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        document["security"] = [{"key": []}]
-    return document
+        document["components"] = dump({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}})
+        document["security"] = '[{"key":[]}]'
+    return as_object(document).encode()
+
+
+def openapi_operation(path: str, name: str, tool: dict) -> dict:
+    """How a tool is called at a path."""
+    pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
+    result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
+                                               "isError": {"type": "boolean"}}, "required": ["content"]}
+    if isinstance(tool.get("outputSchema"), dict):
+        place = "/responses/200/content/application~1json/schema/properties/structuredContent"
+        result["properties"]["structuredContent"] = rebase_references(tool["outputSchema"], pointer + place)
+    schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
+                               pointer + "/requestBody/content/application~1json/schema")
+    is_required = isinstance(schema, dict) and bool(schema.get("required"))
+    error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
+    return {
+        "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
+        "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
+        "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
+                      "default": error}}
 
 
 def rebase_references(schema: object, pointer: str) -> object:

@@ -2696,7 +2696,14 @@ def test_era_subscription_survives_the_server(server):
     ("file:///data", ["file:///d"], False), ("file:///d", ["file:///d/a"], False), ("a:b#c", ["x:y", "a:b"], True),
     (None, ["file:///d"], False), (["file:///d"], ["file:///d"], False), ("file:///d", [], False)])
 def test_era_update_concerns_those_subscribed_to_the_resource_or_to_what_it_is_a_part_of(uri, subscribed, expected):
-    assert mcpproxy.concerns(uri, subscribed) == expected
+    assert any(whole in subscribed for whole in mcpproxy.wholes_of(uri)) == expected
+
+
+def test_era_update_of_a_resource_with_a_long_name_is_looked_at_no_longer_than_its_subscribers_may_be():
+    began = time.process_time()
+    assert "/" * 999 in mcpproxy.wholes_of("/" * 10_000_000)
+    assert sum(map(len, mcpproxy.wholes_of("x/" * 5_000_000))) < 30_000_000
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("params, expected", [
@@ -2887,6 +2894,15 @@ def test_access_where_there_is_nothing_nobody_is_asked_for_a_key(guarded, path):
     ("/tools?NAME=value", WITH_KEY, "SHARED_SESSION=false"), ("/tools?NAME=value", WITH_KEY, "NAME")])
 def test_access_refusals_say_what_to_do(guarded, path, headers, word):
     assert word in guarded.request("GET", path, None, headers).json()["error"]["message"]
+
+
+def test_access_parts_of_a_query_and_of_what_is_accepted_are_bounded(unguarded):
+    assert unguarded.request("GET", "/tools?" + "&".join(["a=b"] * 100)).status == 200
+    assert unguarded.request("GET", "/tools?" + "&".join(["a=b"] * 101)).error() == (400, -32600)
+    for parts, status in (99, 405), (100, 406):
+        accept = ", ".join(["text/html"] * parts + ["text/event-stream"])
+        response = unguarded.request("GET", "/mcp", None, {"Accept": accept, "MCP-Protocol-Version": "2026-07-28"})
+        assert response.status == status
 
 
 @pytest.mark.parametrize("query", ["utm_source=x", "a-b=x", "1A=x", "%C3%A9=x", "=x", "client=x"])
@@ -3448,6 +3464,18 @@ def test_log_line_as_json_holds_any_id():
         assert is_healthy(proxy)
         until(lambda: proxy.log().count('"ping"') >= 2, "the lines of the log")
         assert all(json.loads(line) for line in proxy.log().splitlines())
+
+
+def test_log_secrets_are_taken_out_in_every_form_and_quickly():
+    secrets = ["token", "token-2", 'quo"ted', "\u00fcber", *(f"secret-{number}-{'x' * 40}" for number in range(60))]
+    redact = mcpproxy.redactor(secrets)
+    text = f'token-2 token {json.dumps(secrets[2])} {json.dumps(secrets[3])} {secrets[3]} {secrets[-1]} tok'
+    assert redact(text) == '*** *** "***" "***" *** *** tok'
+    assert mcpproxy.redactor([])(text) == text
+    began = time.process_time()
+    for _ in range(2_000):
+        redact("what a server says, with s and t and q in it " * 20)
+    assert time.process_time() - began < 5
 
 
 # ============================================================================
@@ -4158,6 +4186,15 @@ def test_session_has_room_where_a_spare_process_took_it():
             assert client.tool("variable", variable="NAME") == "value"
 
 
+def test_session_idle_shorter_than_a_start_ends_nothing_that_is_waited_for():
+    slow = fake_server("import time; time.sleep(0.8)")
+    with running_proxy(slow, SHARED_SESSION="false", SESSION_IDLE=0.2) as proxy:
+        assert "result" in post(proxy, initialize()).json()
+        with ModernClient(proxy) as client:
+            assert client.tool("echo", text="x") == "x"
+        assert proxy.request("GET", "/tools", None, {"X-MCP-Env-A": "1"}).status == 200
+
+
 def test_session_starts_a_server_that_died_five_times_on_demand(tmp_path):
     starts = tmp_path / "starts"
     with running_proxy([sys.executable, "-c", MORTAL, str(starts)]) as proxy:
@@ -4515,6 +4552,19 @@ def cut(stream, events):
     last = until(lambda: len(stream.events) >= events and stream.events[events - 1], f"{events} events")["id"]
     stream.close()
     return last
+
+
+def test_session_answer_of_many_megabytes_can_be_fetched_after_the_connection_broke(fake):
+    with StreamableClient(fake) as client:
+        call = client.start("run", text="""
+            import time
+            send(method="notifications/progress", params={"progressToken": meta["progressToken"], "progress": 1})
+            time.sleep(0.3)
+            write('{"jsonrpc":"2.0","id":%d,"result":{"x":"%s"}}' % (id, "y" * 9_000_000))
+        """.replace("\n            ", "\n"), token=1)
+        last = cut(call.stream, 1)
+        for _ in range(2):                                   # and again, while nothing newer takes its place
+            assert len(client.listen(last).wait_end()[-1]["result"]["x"]) == 9_000_000
 
 
 @pytest.mark.parametrize("version", REVISIONS)
@@ -5701,6 +5751,34 @@ def test_conversation_listener_at_a_legacy_server_does_not_notice_that_it_is_sta
     ''', server="legacy", client="modern")
 
 
+def test_conversation_subscriptions_of_one_turn_are_one_listen_at_a_modern_server():
+    uris = [f"a:{number}" for number in range(3)]
+    conversation(f'''
+        ann > {{"id":1,"method":"resources/subscribe","params":{{"uri":"a:0"}}}}
+        bob > {{"id":1,"method":"resources/subscribe","params":{{"uri":"a:1"}}}}
+        ann > {{"id":2,"method":"resources/subscribe","params":{{"uri":"a:2"}}}}
+                server > {{"id":$L,"method":"subscriptions/listen","params":{{"_meta":$META,"notifications":{{
+                          "toolsListChanged":true,"resourcesListChanged":true,
+                          "resourceSubscriptions":{json.dumps(uris)}}}}}}}
+    ''', server="modern", ann="legacy", bob="legacy")
+
+
+@pytest.mark.parametrize("server", ["legacy", "modern"])
+def test_conversation_listen_is_for_a_thousand_resources_at_the_most(server):
+    conversation(f'''
+        client > {{"id":1,"method":"subscriptions/listen","params":{{"notifications":{{
+                   "resourceSubscriptions":{json.dumps([f"a:{number}" for number in range(1_001)])}}}}}}}
+        client < 400 {{"id":1,"error":{{"code":-32602,"message":"more than 1000 resources"}}}}
+    ''', server=server, client="modern")
+
+
+def test_conversation_subscription_is_to_a_resource_of_bounded_length():
+    conversation(f'''
+        client > {{"id":1,"method":"resources/subscribe","params":{{"uri":"a:{"x" * 8_191}"}}}}
+        client < 400 {{"id":1,"error":{{"code":-32602,"message":"the URI is too long"}}}}
+    ''', server="legacy", client="legacy")
+
+
 def test_conversation_death_of_a_modern_server_ends_what_clients_listen_for_and_the_proxy_listens_anew():
     conversation('''
         ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
@@ -6378,6 +6456,27 @@ def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_ag
         {taken_back}
         client < 504 {{"id":1,"error":{{"code":-32000,"message":"the MCP server took too long"}}}}''',
                  server="modern", client="legacy")
+
+
+# Times.
+
+def test_conversation_server_that_says_nothing_to_three_calls_in_a_row_is_replaced():
+    one, two, three, four, five = (f'''
+        ann > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":${number},"method":"tools/call","params":{{"name":"x"}}}}
+        600 s pass
+                server > {{"method":"notifications/cancelled","params":{{"requestId":${number},"reason":"timed out"}}}}
+        ann < 504 {{"id":1,"error":{{"code":-32000,"message":"the MCP server took too long"}}}}'''
+        for number in range(5))
+    conversation(one + two + '''
+                server < {"method":"notifications/message","params":{"level":"info","data":"a sign of life"}}
+        ann < {"method":"notifications/message","params":{"level":"info","data":"a sign of life"}}
+        ''' + three + four + five + '''
+                server is stopped
+                server starts again
+        ann < {"method":"notifications/tools/list_changed"}
+        ann < {"method":"notifications/resources/list_changed"}
+    ''', server="legacy", ann="legacy")
 
 
 # Subscriptions at a legacy server.
@@ -7410,6 +7509,38 @@ def test_endpoint_openapi_describes_each_tool(fake):
     assert schema["properties"]["number"]["type"] == "integer"
     assert document["info"] == {"title": "fake", "version": "1"}
     assert not any(operation["requestBody"]["required"] for operation in operations)
+
+
+def test_endpoint_openapi_is_made_once_for_each_list_of_tools(fake):
+    first, second = (fake.request("GET", "/openapi.json").body for _ in range(2))
+    assert first == second
+
+
+# Has a tool whose schema nobody gets through, and lists its tools slowly.
+DEEP_SERVER = ECHO_SERVER.replace("import json, sys", "import json, sys, time").replace(
+    'result = {"tools": [{', """schema = {"type": "object"}
+        for _ in range(225): schema = {"type": "object", "properties": {"x": schema}}
+        print("LISTED", file=sys.stderr)
+        sys.stderr.flush()
+        time.sleep(float(sys.argv[1]))
+        result = {"tools": [{"name": "deep", "inputSchema": schema, "outputSchema": schema}, {""")
+
+
+def test_endpoint_tool_that_is_nested_too_deeply_spoils_no_other_one():
+    with running_proxy([sys.executable, "-c", DEEP_SERVER, "0"]) as proxy:
+        assert set(proxy.request("GET", "/openapi.json").json()["paths"]) >= {"/tools/echo"}
+        assert [tool["name"] for tool in proxy.request("GET", "/tools").json()["tools"]] == ["deep", "echo"]
+        for name in "deep", "echo":
+            answer = proxy.request("POST", f"/tools/{name}", {"text": "x", "times": 1}).json()
+            assert answer["content"][0]["text"] == "x"
+        with ModernClient(proxy) as client:
+            assert client.tool("echo", text="x", times=2) == "xx"
+
+
+def test_endpoint_tool_that_is_unknown_makes_the_server_list_its_tools_again_once_in_a_while():
+    with running_proxy([sys.executable, "-c", DEEP_SERVER, "0.3"]) as proxy:
+        assert {proxy.request("POST", f"/tools/no{number}", {}).status for number in range(5)} == {404}
+        assert proxy.log().count("LISTED") == 1
 
 
 def test_endpoint_openapi_operation_can_be_called(fake):
