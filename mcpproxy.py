@@ -25,29 +25,30 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
     The moving parts: what is alive while the proxy runs.
     9.  Logs                   what happened, a line each
-    10. Links                  what a server is spoken to through: a process, and its end
-    11. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    12. Streams, questions and outlets      what goes to a client
-    13. What servers send      questions and notifications, and whom they concern
-    14. Subscriptions          one at a server for all who want it
-    15. Instances              links that are kept running
-    16. Clients, servers and mounts         who uses which instance, and what limits them
-    17. Bridges                what happens to a call between two eras
-    18. Exchanges              one client request and everything sent in answer to it
+    10. Shares                 who gives when there is no more room
+    11. Links                  what a server is spoken to through: a process, and its end
+    12. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    13. Streams, questions and outlets      what goes to a client
+    14. What servers send      questions and notifications, and whom they concern
+    15. Subscriptions          one at a server for all who want it
+    16. Instances              links that are kept running
+    17. Clients, servers and mounts         who uses which instance, and what limits them
+    18. Bridges                what happens to a call between two eras
+    19. Exchanges              one client request and everything sent in answer to it
 
     The program: what can be seen from outside.
-    19. HTTP connections       one socket each
-    20. HTTP server            the sockets that are listened on
-    21. Outlets                a call's messages into an HTTP reply
-    22. Endpoints              what each method and path means
-    23. Demo server            a small MCP server to try things with
-    24. The proxy              everything put together
-    25. Command line           arguments and environment into a running proxy
+    20. HTTP connections       one socket each
+    21. HTTP server            the sockets that are listened on
+    22. Outlets                a call's messages into an HTTP reply
+    23. Endpoints              what each method and path means
+    24. Demo server            a small MCP server to try things with
+    25. The proxy              everything put together
+    26. Command line           arguments and environment into a running proxy
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 19 to
-                22 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 20 to
+                23 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -57,6 +58,7 @@ Words
     instance    a server kept running through one link after another, and set up anew for its clients
     server      one configured server: how its links are made, and its instances
     mount       what clients meet at one URL: sessions, calls, limits
+    principal   who is answerable for what a request takes: its key, or without keys the address it comes from
     client      a session, which has an Mcp-Session-Id or a ?session_id=; or a visitor, without one
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
     outlet      where the messages of an exchange go: into the reply to a POST, or a session's stream
@@ -289,6 +291,9 @@ class Settings:
     request_timeout: float = setting(600.0, "seconds a call may take without progress; then it is cancelled")
     session_idle: float = setting(1800.0, "seconds a session without stream or call is kept")
     max_message_mb: float = setting(64.0, "largest JSON-RPC message, either direction")
+    max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
+    max_buffered_mb: float = setting(512.0, "bodies, kept requests, event logs and unread output together; past that "
+                                            "who holds most gives first, and new bodies get 503")
     max_sessions: int = setting(1000, "sessions at a time; past that clients get 503 with Retry-After")
     max_processes: int = setting(100, "server processes at a time; past that the same")
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
@@ -307,6 +312,10 @@ class Settings:
     @property
     def max_message_bytes(self) -> int:
         return int(self.max_message_mb * 1024 * 1024)
+
+    @property
+    def max_request_bytes(self) -> int:
+        return int(min(self.max_request_mb, self.max_message_mb) * 1024 * 1024)
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -331,7 +340,7 @@ def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     if not 0 <= settings.port <= 65535:
         raise SettingsError(f"PORT must be from 0 to 65535, not {settings.port}")
-    for name in ("heartbeat", "request_timeout", "session_idle", "max_message_mb"):
+    for name in ("heartbeat", "request_timeout", "session_idle", "max_message_mb", "max_request_mb", "max_buffered_mb"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"{name.upper()} must be a number above 0")
     if not 0 <= settings.shutdown_grace < float("inf"):
@@ -577,6 +586,15 @@ class RequestParser:
         if len(raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             head.raw = raw
         return head
+
+    @property
+    def size(self) -> int:
+        """How many bytes it holds."""
+        return len(self.rest) + len(self._body)
+
+    def clear(self) -> None:
+        """Forgets them: where the next request begins is not known any more."""
+        self.rest, self._body = b"", bytearray()
 
     def keep(self, head: HTTPHead) -> None:
         """Remembers a head that was admitted, in place of the oldest."""
@@ -1414,10 +1432,11 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
     return changes
 
 
-def salient(message: Message) -> dict:
-    """What makes a request the same request when it comes again."""
-    return {name: value for name, value in message.plain_params.items()
-            if name not in ("_meta", "inputResponses", "requestState")}
+def digest_of(message: Message) -> int:
+    """A digest of what makes a request the same request when it comes again."""
+    salient = {name: value for name, value in message.plain_params.items()
+               if name not in ("_meta", "inputResponses", "requestState")}
+    return hash(json.dumps(salient, sort_keys=True))
 
 
 def input_required(requests: dict[str, Message], state: str, server_info: str | None) -> bytes:
@@ -1885,7 +1904,90 @@ def start_logging(level: str, as_json: bool) -> None:
 
 
 # ============================================================================
-# 10. Links
+# 10. Shares
+# ============================================================================
+#
+# What many share is never enough for one who takes without end, and a limit for
+# each connection, session and stream is none for all of them together. So all
+# that is held for clients in memory is counted in one place, in bytes; and where
+# there are only so many places (sessions, processes, parked calls, listeners),
+# those who have them are counted when one more is wanted. When there is no room,
+# whoever has most is refused first, and something is taken from whoever has most
+# only for one who has less.
+
+SMALL = 4 * 1024                 # bytes; what is smaller comes with what is counted anyway, and is not counted
+
+
+class Holding:
+    """Bytes that are held for a principal, and how they are given back."""
+
+    __slots__ = ("principal", "size", "give", "is_spare")
+
+    def __init__(self, principal: object, give, is_spare: bool = False):
+        self.principal = principal
+        self.size = 0
+        self.give = give                 # called when they have to go
+        self.is_spare = is_spare         # would nothing fail without them? Then they go first
+
+
+class Budget:
+    """All that is held for clients, together."""
+
+    def __init__(self, limit: float = float("inf")):
+        self.limit = limit               # bytes
+        self.held = 0
+        self._holdings: set[Holding] = set()
+
+    def set(self, holding: Holding, size: int) -> None:
+        """What is held here has this size now; if that is too much in all, room is made at the end of the turn."""
+        before, holding.size = holding.size, size
+        was_over = self.held > self.limit
+        self.held += size - before
+        if not before or not size:
+            (self._holdings.add if size else self._holdings.discard)(holding)
+        if self.held > self.limit and not was_over:
+            at_end_of_turn(lambda: self._free(0, self._totals()))
+
+    def has_room(self, principal: object, size: int) -> bool:
+        """May so much more be held for a principal? Others, who hold more, give for it."""
+        if self.held + size <= self.limit:
+            return True
+        totals = self._totals()
+        return self._free(size, totals, totals[principal] + size)
+
+    def _totals(self) -> collections.Counter:
+        totals = collections.Counter()
+        for holding in self._holdings:
+            totals[holding.principal] += holding.size
+        return totals
+
+    def _free(self, size: int, totals: collections.Counter, least: int = 0) -> bool:
+        """Makes room for so many bytes, and for a tenth of all, so that it is seldom done: takes what can be spared,
+        then the largest of whoever holds most. Takes nothing if those who hold more than `least` have too little."""
+        order = sorted((one for one in self._holdings if one.is_spare or totals[one.principal] > least), reverse=True,
+                       key=lambda one: (one.is_spare, totals[one.principal], one.size))
+        if self.held + size - sum(one.size for one in order) > self.limit:
+            return False
+        for holding in order:
+            if self.held + size <= self.limit * 0.9:
+                break
+            self.set(holding, 0)
+            holding.give()
+        return True
+
+
+def who_gives(holders, principal: object) -> list:
+    """Those of whom one has to go so that there is room for one more of a principal's: those of whoever has most, if
+    that principal has less; otherwise none."""
+    numbers = collections.Counter(holder.principal for holder in holders)
+    most = max(numbers, key=numbers.get, default=None)
+    if numbers[principal] + 1 >= numbers[most]:
+        return []
+    return [holder for holder in holders if holder.principal == most]
+
+
+# ============================================================================
+# 11. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -2040,7 +2142,7 @@ class Link:
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
-    reads_its_input = True  # has the server read most of what it was sent?
+    backlog = 0             # bytes that wait here for a server that does not read
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
 
     async def start(self) -> None:
@@ -2152,8 +2254,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         return 0
 
     @property
-    def reads_its_input(self) -> bool:
-        return not self._is_clogged or self._stdin.get_write_buffer_size() <= MAX_QUEUED_BYTES
+    def backlog(self) -> int:
+        return self._stdin.get_write_buffer_size() if self._is_clogged else 0
 
     def stop(self) -> asyncio.Task:
         """Begins the end: steps that become less polite."""
@@ -2236,7 +2338,7 @@ def widen_pipe(pipe) -> None:
 
 
 # ============================================================================
-# 11. Server connection
+# 12. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -2344,6 +2446,8 @@ class ServerConnection:
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
         self._ids = itertools.count(1)
+        self._waiting: collections.deque[tuple] = collections.deque()      # (principal, size) of what waits to be read
+        self._shares: collections.Counter = collections.Counter()         # the same together, by principal
 
     # Handshakes. Each returns what the server said of itself, or raises ServerError.
 
@@ -2406,15 +2510,29 @@ class ServerConnection:
     def next_id(self) -> int:
         return next(self._ids)
 
-    def send(self, line: bytes, about: tuple | None = None) -> None:
-        """Writes one message. ServerError when the server has not read what it got before."""
+    def send(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
+        """Writes one message, a client's with its principal. ServerError when the server does not read, and most of
+        what waits for it is that principal's."""
         link = self.link
         if not link.is_open:
             raise self.failure()
-        if not link.reads_its_input:
-            raise ServerError("the MCP server does not read its input", status=503)
+        if link.backlog or self._waiting:
+            self._queue(len(line), principal, link.backlog)
         self._is_secretive |= about is not None and not self._is_ones_own
         link.write(line, about)
+
+    def _queue(self, size: int, principal: object, backlog: int) -> None:
+        waiting, shares = self._waiting, self._shares
+        while waiting and shares.total() - waiting[0][1] >= backlog:         # this one was read
+            whose, read = waiting.popleft()
+            shares[whose] -= read
+            if shares[whose] <= 0:
+                del shares[whose]
+        if principal is not None and backlog + size > MAX_QUEUED_BYTES and (
+                shares[principal] + size > MAX_QUEUED_BYTES / len(shares)):
+            raise ServerError("the MCP server does not read its input", status=503)
+        waiting.append((principal, size))
+        shares[principal] += size
 
     def send_request(self, pending: PendingRequest, method: str, params: dict) -> int:
         """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
@@ -2451,10 +2569,10 @@ class ServerConnection:
         """A notification of our own; lost when there is nobody to read it."""
         self.send_if_possible(encode_request(None, method, params))
 
-    def send_if_possible(self, line: bytes) -> None:
+    def send_if_possible(self, line: bytes, principal: object = None) -> None:
         """Writes a message to which nobody awaits a response."""
         with contextlib.suppress(ServerError):
-            self.send(line)
+            self.send(line, None, principal)
 
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once it has had calls of several
@@ -2568,7 +2686,7 @@ class ServerConnection:
 
 
 # ============================================================================
-# 12. Streams, questions and outlets
+# 13. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -2584,12 +2702,13 @@ class Stream:
     """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
     they can be fetched again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
 
-    def __init__(self, name: str = ""):
+    def __init__(self, name: str = "", budget: Budget | None = None, principal: object = None):
         self.name = name
         self.is_ended = False
         self.last_number = 0        # of the messages so far
         self.written = 0            # the number of the last one that somebody listened to
-        self.kept_bytes = 0
+        self.kept = Holding(principal, self.forget, is_spare=True)
+        self._budget = budget or Budget()
         self._reader = None         # takes bytes with write(parts), and ends with close()
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
 
@@ -2637,9 +2756,15 @@ class Stream:
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self.last_number, payload))
-        self.kept_bytes += len(payload)
-        while len(self._kept) > KEPT_EVENTS or self.kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            self.kept_bytes -= len(self._kept.popleft()[1])
+        size = self.kept.size + len(payload)
+        while len(self._kept) > KEPT_EVENTS or size > KEPT_BYTES and len(self._kept) > 1:
+            size -= len(self._kept.popleft()[1])
+        self._budget.set(self.kept, size)
+
+    def forget(self) -> None:
+        """Keeps no message any more."""
+        self._kept.clear()
+        self._budget.set(self.kept, 0)
 
 
 class Question:
@@ -2718,7 +2843,7 @@ class Outlet:
 
 
 # ============================================================================
-# 13. What servers send
+# 14. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -2890,7 +3015,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 14. Subscriptions
+# 15. Subscriptions
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -3005,7 +3130,7 @@ class Listening:
 
 
 # ============================================================================
-# 15. Instances
+# 16. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -3089,10 +3214,12 @@ def is_somebody(user: tuple) -> bool:
 class Instance:
     """A server kept running through one link after another, and the clients that use it."""
 
-    def __init__(self, server, owner: object, variables: dict[str, str]):
+    def __init__(self, server, owner: object, variables: dict[str, str], principal: object):
         self.server = server
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
+        self.principal = principal                  # to whose account it goes
         self.variables = variables
+        self.is_closing = False
         self.redact = redactor([value for value in variables.values() if len(value) > 3])
         self.state = InstanceState.NEW
         self.sessions: dict[str, object] = {}       # that use it, by id
@@ -3123,9 +3250,14 @@ class Instance:
         return not isinstance(self.owner, tuple)
 
     @property
-    def is_awaited(self) -> bool:
-        """Does somebody wait for it to start?"""
-        return self._wanted.is_set()
+    def has_process(self) -> bool:
+        return self.state is not InstanceState.NEW and self.state is not InstanceState.CLOSED
+
+    @property
+    def is_used(self) -> bool:
+        """Does anybody wait for something of it, its start or an answer?"""
+        calls = self.connection.pending.values() if self.connection else ()
+        return self._wanted.is_set() or bool(self.listeners) or any(call.client for call in calls)
 
     @property
     def is_ones_own(self) -> bool:
@@ -3137,6 +3269,8 @@ class Instance:
     def start(self, initialize: dict | None = None) -> None:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
+            if self.owner is not self:                 # a spare one is only started where there is room
+                self.server.make_room(self.principal)
             self.is_told_ours = not initialize
             initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
@@ -3447,7 +3581,7 @@ class Instance:
 
 
 # ============================================================================
-# 16. Clients, servers and mounts
+# 17. Clients, servers and mounts
 # ============================================================================
 #
 # A mount is what clients meet at one URL: it has their sessions, their calls, and
@@ -3469,8 +3603,9 @@ def try_later(why: str) -> ServerError:
 class Client:
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str]):
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object):
         self.mount = mount
+        self.principal = principal
         self.key = key                              # that it came with
         self.variables = variables                  # that it sets for its servers
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
@@ -3492,8 +3627,9 @@ class Visitor(Client):
     capabilities: dict = {}                         # nobody can ask it anything,
     info = version = log_level = None               # and it has said nothing of itself
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], name: str | None):
-        Client.__init__(self, mount, key, variables)
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
+                 name: str | None):
+        Client.__init__(self, mount, key, variables, principal)
         self.user = key, name, frozenset(variables.items())       # those with the same are one user
 
     @property
@@ -3507,8 +3643,9 @@ class Session(Client):
 
     is_session = True
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], is_streamable: bool):
-        super().__init__(mount, key, variables)
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
+                 is_streamable: bool):
+        super().__init__(mount, key, variables, principal)
         self.id = self.identity = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
@@ -3520,7 +3657,8 @@ class Session(Client):
         self.log_level: str | None = None           # that it asked for
         self.topics: set[Topic] = set()             # that it subscribed to
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
-        self.stream = Stream("0" if is_streamable else "")
+        self.stream = Stream("0" if is_streamable else "", mount.budget, principal)
+        self.kept = Holding(principal, self.end)    # what it said of itself
         self.last_used = mount.now()
         self._instances: dict[Server, Instance] = {}        # that it uses
         self._streams = {"0": self.stream}          # by name; those that ended, for a while
@@ -3535,7 +3673,7 @@ class Session(Client):
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
-        stream = Stream(str(next(self._stream_names)))
+        stream = Stream(str(next(self._stream_names)), self.mount.budget, self.principal)
         self._streams[stream.name] = stream
         return stream
 
@@ -3543,8 +3681,10 @@ class Session(Client):
         """Ends such a stream; it can be fetched again for a while."""
         stream.close()
         ended = [stream for stream in self._streams.values() if stream.is_ended]
-        while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.kept_bytes for stream in ended) > KEPT_BYTES:
-            del self._streams[ended.pop(0).name]
+        while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.kept.size for stream in ended) > KEPT_BYTES:
+            oldest = ended.pop(0)
+            oldest.forget()
+            del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int]:
         """The stream that an event was on, and its number there; RPCError when that is not known here."""
@@ -3581,7 +3721,7 @@ class Session(Client):
                 if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
                     connection.notify("notifications/roots/list_changed")
             elif message.method != "notifications/roots/list_changed" or instance.is_private:
-                connection.send_if_possible(message.payload[0])          # one for many knows of no roots
+                connection.send_if_possible(message.payload[0], self.principal)      # one for many knows of no roots
 
     def end(self, error: ServerError | None = None) -> None:
         """The client is gone, or with an error its server is: takes everything with it that was its own."""
@@ -3600,6 +3740,8 @@ class Session(Client):
             instance.leave(self)
         for stream in self._streams.values():
             stream.close()
+            stream.forget()
+        self.mount.budget.set(self.kept, 0)
         log.info("= session %(session)s closed", session=self.label)
 
 
@@ -3637,22 +3779,45 @@ class Server:
         instance = self.instances.get(owner)
         if instance is None:
             spare = self._spare() if client.is_session and not variables else None
-            instance = self._adopt(spare, client) if spare else self.make_instance(owner, variables)
+            instance = self._adopt(spare, client) if spare else self.make_instance(owner, variables, client.principal)
         if client.is_session:
             instance.sessions[client.id] = client
             instance.adjust_log_level()
         instance.last_used = self.now()
         return instance
 
-    def make_instance(self, owner: object = (), variables: dict[str, str] | None = None) -> Instance:
-        """A new instance; ServerError when there is no room for one more."""
-        if len(self.instances) + len(self._ending) >= self.settings.max_processes:
-            spare = self._spare()
-            if not spare:
-                raise try_later("too many processes")
-            self.end(spare)                        # to make room for one that somebody wants
-        instance = self.instances[owner] = Instance(self, owner, variables or {})
+    def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
+                      principal: object = None) -> Instance:
+        """A new instance; ServerError when there would be no room for its process."""
+        if self._is_full() and not self._who_gives(principal):
+            raise try_later("too many processes")
+        instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
+
+    def make_room(self, principal: object) -> None:
+        """Sees to it that one more process can be started for a principal; ServerError when it cannot."""
+        if self._is_full():
+            others = self._who_gives(principal)
+            if not others:
+                raise try_later("too many processes")
+            unused = min(others, key=lambda instance: (instance.is_used, instance.last_used))
+            for session in list(unused.sessions.values()):
+                session.end()
+            self.end(unused)
+
+    def _is_full(self) -> bool:
+        return sum(instance.has_process for instance in self.instances.values()) + len(self._ending) >= (
+            self.settings.max_processes)
+
+    def _who_gives(self, principal: object) -> list[Instance]:
+        """Those of whom one may be ended for a principal: a spare one, one that is nobody's and idle, or one of whoever
+        has most; none while enough of them are ending."""
+        running = [instance for instance in self.instances.values() if instance.has_process and instance.owner != ()]
+        if len(self._ending) >= max(1, self.settings.max_processes // 10):
+            return []
+        idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
+        spare = self._spare()
+        return [spare] if spare else idle or who_gives(running, principal)
 
     def _spare(self) -> Instance | None:
         """A spare instance, one that is ready if there is any."""
@@ -3662,7 +3827,7 @@ class Server:
 
     def _adopt(self, spare: Instance, session: Session) -> Instance:
         del self.instances[spare]
-        spare.owner = session
+        spare.owner, spare.principal = session, session.principal
         self.instances[session] = spare
         asyncio.get_running_loop().call_soon(self.keep_spares)
         return spare
@@ -3676,16 +3841,21 @@ class Server:
                 self._spares_pause = self.now() + SPARES_PAUSE
         if self.now() < self._spares_pause:
             return
-        room = self.settings.max_processes - len(self.instances)
-        for _ in range(min(self.spares_wanted - len(spares), room)):
-            spare = Instance(self, None, {})
+        for _ in range(self.spares_wanted - len(spares)):
+            if self._is_full():
+                break
+            spare = Instance(self, None, {}, None)
             spare.owner = spare
             self.instances[spare] = spare
             spare.start()
 
     def end(self, instance: Instance) -> None:
         """Ends an instance in the background."""
-        self.instances.pop(instance.owner, None)
+        if self.instances.get(instance.owner) is instance:
+            del self.instances[instance.owner]
+        if instance.is_closing:
+            return
+        instance.is_closing = True
         task = asyncio.get_running_loop().create_task(instance.close())
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -3696,10 +3866,8 @@ class Server:
         for instance in list(self.instances.values()):
             if instance.connection:
                 instance.connection.give_up(now, self.settings.request_timeout)
-            calls = instance.connection.pending.values() if instance.connection else ()
-            in_use = (instance.owner == () or instance.is_private or instance.listeners or instance.is_awaited
-                      or any(call.client for call in calls))
-            if not in_use and now - instance.last_used > self.settings.session_idle:
+            if not (instance.owner == () or instance.is_private or instance.is_used) and (
+                    now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
 
     async def close(self) -> None:
@@ -3712,9 +3880,10 @@ class Server:
 class Mount:
     """What clients meet at one URL: sessions, calls, and what limits them."""
 
-    def __init__(self, server: Server, settings: Settings, now):
+    def __init__(self, server: Server, settings: Settings, now, budget: Budget | None = None):
         self.server = server
         self.settings = settings
+        self.budget = budget or Budget()           # for what is held for clients
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.calls: set[PendingRequest] = set()    # that clients wait for
@@ -3736,13 +3905,19 @@ class Mount:
         if self.is_draining:
             raise try_later("the proxy is shutting down")
 
-    def open_session(self, key: str | None, variables: dict[str, str], is_streamable: bool) -> Session:
+    def open_session(self, key: str | None, variables: dict[str, str], principal: object = None,
+                     is_streamable: bool = True) -> Session:
         """A session for a new client, once there is room for it and what it uses."""
         self.check_open()
+        others = ()
         if len(self.sessions) >= self.settings.max_sessions:
-            raise try_later("too many sessions")
-        session = Session(self, key, variables, is_streamable)
+            others = who_gives(self.sessions.values(), principal)
+            if not others:
+                raise try_later("too many sessions")
+        session = Session(self, key, variables, principal, is_streamable)
         connection = self.pick(session).connection
+        if others:
+            min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
         self.sessions[session.id] = session
         log.info("= session %(session)s opened" + (", at process %(pid)s" if connection else ""),
                  session=session.label, pid=connection.link.label if connection else "-")
@@ -3758,10 +3933,11 @@ class Mount:
         session.last_used, session.is_followed = self.now(), True
         return session
 
-    def visit(self, key: str | None, variables: dict[str, str], name: str | None) -> Visitor:
+    def visit(self, key: str | None, variables: dict[str, str], principal: object = None,
+              name: str | None = None) -> Visitor:
         """A caller without a session."""
         self.check_open()
-        return Visitor(self, key, variables, name)
+        return Visitor(self, key, variables, principal, name)
 
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
@@ -3795,7 +3971,7 @@ class Mount:
 
 
 # ============================================================================
-# 17. Bridges
+# 18. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -3829,7 +4005,7 @@ class Bridge:
     What is done before, or in place of, sending a request is a method that takes (exchange, message), has a row in
     `intercepted`, and returns whether the request is dealt with."""
 
-    keeps_requests = False             # is a request needed after it was sent?
+    keeps_requests = False             # may a request be needed after it was sent?
 
     def check_task(self, exchange: "Exchange", message: Message) -> bool:
         """Knows nothing of another client's task."""
@@ -3877,6 +4053,8 @@ class LegacyClientBridge(Bridge):
             client.capabilities = message.value("params", "capabilities") if isinstance(
                 params.get("capabilities"), tuple) else {}
             client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
+            if len(message.text) > SMALL:
+                client.mount.budget.set(client.kept, len(message.text))
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
         return True
 
@@ -3972,9 +4150,7 @@ class ModernClientModernServer(Bridge):
         """Refuses one subscription too many."""
         listened_for(message)
         pending = exchange.connection.pending.values()
-        listening = [request for request in pending if request.client and request.is_endless]
-        if len(listening) >= exchange.instance.server.settings.max_sessions:
-            raise try_later("too many subscriptions")
+        exchange.make_room_among([request for request in pending if request.client and request.is_endless])
         return False
 
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
@@ -4052,8 +4228,7 @@ class ModernClientLegacyServer(Bridge):
         """A subscription, made of the server's list changes and of legacy subscriptions; acknowledged when the server
         has said which of those it takes."""
         instance, wanted = exchange.instance, listened_for(message)
-        if len(instance.listeners) >= instance.server.settings.max_sessions:
-            raise try_later("too many subscriptions")
+        exchange.make_room_among(instance.listeners)
         exchange.wanted, exchange.topics, exchange.held = instance.identity.supported(wanted), set(), []
         uris = exchange.wanted.get("resourceSubscriptions", ())
 
@@ -4092,7 +4267,7 @@ class ModernClientLegacyServer(Bridge):
         state = message.params.get("requestState")
         parked = exchange.client.mount.parked.get(state) if isinstance(state, str) else None
         if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
-                or parked.method != exchange.method or salient(parked.message) != salient(message)):
+                or parked.method != exchange.method or parked.digest != digest_of(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
         parked.resume(exchange, message)
         return True
@@ -4145,8 +4320,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
-        if dialogue.rounds > ROUNDS:
-            raise ServerError("the MCP server asked for input too often")
+        if dialogue.rounds > ROUNDS or exchange.text is None:
+            raise ServerError("the MCP server asked for input too often, or where it may not")
         result, answers = response.result, {}
         state = response.raw("result", "requestState") if "requestState" in result else None
         wanted = result.get("inputRequests")
@@ -4210,7 +4385,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 18. Exchanges
+# 19. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -4264,15 +4439,18 @@ class Exchange(PendingRequest):
     be repeated in them."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet
-        _bridge""".split())
+        names_tasks dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet text kept
+        digest _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
                  headers: dict[str, str] | None = None):
         self.client = client
         self.instance = instance
-        self.message: Message | None = message        # the request, while it is needed
+        self.message: Message | None = message        # the request, until it is sent;
+        self.text: str | None = None                  # where it may be needed again, as text, or when parked as a
+        self.digest = 0                               # digest: what was parsed of a large one takes many times its size
+        self.kept: Holding | None = None              # of a request that is not small
         self.envelope = envelope
         self.method = message.method
         self.is_endless = envelope is not None and self.method == "subscriptions/listen"
@@ -4317,6 +4495,18 @@ class Exchange(PendingRequest):
         return self._bridge.can_ask(self)
 
     @property
+    def principal(self) -> object:
+        return self.client.principal
+
+    def make_room_among(self, listeners) -> None:
+        """Sees to it that this subscription can be added; ServerError when there are too many."""
+        if len(listeners) >= self.client.mount.settings.max_sessions:
+            others = who_gives(listeners, self.principal)
+            if not others:
+                raise try_later("too many subscriptions")
+            others[0].end_subscription()
+
+    @property
     def capabilities(self) -> dict:
         """What the client can be asked."""
         if self.envelope:
@@ -4356,11 +4546,12 @@ class Exchange(PendingRequest):
             log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
                       id=self.id, body=self.instance.redact(self.message.text))
         if connection and (self.headers is None or self._is_checked()):
-            self.begin(connection)
-        else:
-            if self.method == "initialize" and self.instance.is_private:
-                self.instance.start(self.message.plain_params)
-            asyncio.get_running_loop().create_task(self._begin_when_ready())
+            return self.begin(connection)
+        if self.method == "initialize" and self.instance.is_private:
+            self.instance.start(self.message.plain_params)
+        if self.size > SMALL:
+            self.message, self.text = None, self.message.text
+        asyncio.get_running_loop().create_task(self._begin_when_ready())
 
     def _is_checked(self) -> bool:
         """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
@@ -4373,6 +4564,7 @@ class Exchange(PendingRequest):
     async def _begin_when_ready(self) -> None:
         try:
             connection = await self.instance.ready()
+            self.message = self.message or parse_message(self.text)
             if self.headers is not None and not self._is_checked():
                 tools = await self.instance.tools(refresh=self.instance.known_tools() is not None)
                 tools.check(self.message, self.headers)
@@ -4396,7 +4588,7 @@ class Exchange(PendingRequest):
 
     def transmit(self) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
-        message, connection = self.message, self.connection
+        message, connection = self.message or parse_message(self.text), self.connection
         self.server_id = connection.next_id()
         server_id = str(self.server_id)
         new_meta = dict(self.trace) if self.trace and "traceparent" not in message.meta else {}
@@ -4406,10 +4598,10 @@ class Exchange(PendingRequest):
         self.names_tasks = self.method == "tasks/list" or "task" in message.params or (
             isinstance(extensions, dict) and TASKS_EXTENSION in extensions)
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
-        connection.send(message.changed(changes), (self.server_id, self.method, self.name))
+        connection.send(message.changed(changes), (self.server_id, self.method, self.name), self.client.principal)
         connection.pending[self.server_id] = self
-        if not self._bridge.keeps_requests:
-            self.message = None
+        self.message = None
+        self.text = message.text if self._bridge.keeps_requests and self.method in MAY_NEED_INPUT else None
 
     def cancel(self, notification: Message | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone."""
@@ -4510,12 +4702,23 @@ class Exchange(PendingRequest):
         self.client.calls[self.id] = self
         if not self.is_endless:
             self.client.mount.calls.add(self)
+        if self.size > SMALL:
+            self._keep(self.size)
+
+    def _keep(self, size: int) -> None:
+        """So many bytes are held for the client now. If they have to go, so has the call."""
+        if self.kept is None:
+            self.kept = Holding(None, lambda: self.fail(try_later("too much is held for this client")))
+        self.kept.principal = self.principal
+        self.client.mount.budget.set(self.kept, size)
 
     def _leave_books(self) -> None:
         calls, mount = self.client.calls, self.client.mount
         if calls.get(self.id) is self:            # one that was refused has another's id, maybe
             del calls[self.id]
         mount.calls.discard(self)
+        if self.kept:
+            self._keep(0)
         if self.dialogue:
             mount.parked.pop(self.dialogue.request_state, None)
 
@@ -4596,7 +4799,12 @@ class Exchange(PendingRequest):
             return
         parked = self.client.mount.parked
         if len(parked) >= PARKED_CALLS:
-            next(iter(parked.values())).time_out()
+            mine = [call for call in parked.values() if call.principal == self.principal]
+            others = who_gives(parked.values(), self.principal) or mine
+            if not others:
+                return self.fail(try_later("too many calls wait for their clients"))
+            others[0].time_out()
+        message = parse_message(self.text)
         # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
         state = os.urandom(24).hex()
         result = input_required({key: question.message for key, question in dialogue.questions.items()}, state,
@@ -4605,6 +4813,9 @@ class Exchange(PendingRequest):
         self.end(Outcome.PARKED, encode_result(self.raw_id, result))
         dialogue.request_state = state
         parked[state] = self
+        self.text, self.digest = None, digest_of(message)
+        if self.size > SMALL:
+            self._keep(self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
 
     def resume(self, retry: "Exchange", message: Message) -> None:
         """The client is back: takes the place of `retry` and hands its answers to the server."""
@@ -4616,7 +4827,7 @@ class Exchange(PendingRequest):
         retry.state = DONE
         self._leave_books()
         self._become(RUNNING)
-        self.client, self.envelope = retry.client, retry.envelope
+        self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self._serve(message, retry.outlet)
         self._enter_books()
         self.touch()
@@ -4644,7 +4855,7 @@ import threading
 
 
 # ============================================================================
-# 19. HTTP connections
+# 20. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -4688,10 +4899,12 @@ class Application:
     """What an HTTPConnection calls."""
 
     max_body = 0                           # bytes
+    budget = Budget()                      # for what is held of requests and replies
 
     def admit(self, head: HTTPHead) -> object:
         """Raises ProxyError when a request with this head may not pass; its body was not read yet. What it returns is
-        kept for when the head comes again, and has `headers`, (name, value) pairs for every reply."""
+        kept for when the head comes again, and has `headers`, (name, value) pairs for every reply, and `principal`, who
+        is answerable for it; None: whoever has the address."""
         raise NotImplementedError
 
     def handle(self, admission: object, body: bytes, reply: "Reply") -> None:
@@ -4792,10 +5005,13 @@ class HTTPConnection(asyncio.Protocol):
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
+        self.principal = self._host = host
+        self._held = Holding(host, self._give_way)         # of requests that are not complete, and of unread replies
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
+        self._written = 0                   # bytes
         self._is_clogged = False            # does output wait for the client to read?
         self._half_closed = False           # will the client send nothing more?
         self._since = time.monotonic()      # the beginning of what is waited for
@@ -4815,6 +5031,8 @@ class HTTPConnection(asyncio.Protocol):
         self._advance()
         if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is REPLY or self._is_clogged):
             self._transport.pause_reading()        # a client that sends on while it is answered can wait
+        if self._parser.size > SMALL or self._held.size:
+            self._count()
 
     def eof_received(self) -> bool:
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
@@ -4826,6 +5044,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
+        self._application.budget.set(self._held, 0)
         reply, self._reply, self._soon = self._reply, None, []
         if reply and not reply.is_done:
             reply.is_done = True
@@ -4834,11 +5053,12 @@ class HTTPConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_clogged = True
-        self._stalled_since, self._unread = time.monotonic(), self._transport.get_write_buffer_size()
+        self._stalled_since, self._read = time.monotonic(), self._written - self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_clogged = False
         self._queued = 0
+        self._count()
         if not self._transport.is_closing():
             self._transport.resume_reading()
             self._loop.call_soon(self._advance)       # asyncio must not be told to close from within this
@@ -4870,6 +5090,10 @@ class HTTPConnection(asyncio.Protocol):
                         head.admission = self._application.admit(head)
                         self._parser.keep(head)
                     self._reply.headers = head.admission.headers
+                    self.principal = head.admission.principal or self._host
+                    if (head.content_length or 0) > SMALL and not self._application.budget.has_room(
+                            self.principal, head.content_length):
+                        raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
                     refusal = error
             body = self._parser.next_body(self._application.max_body)
@@ -4895,7 +5119,21 @@ class HTTPConnection(asyncio.Protocol):
         """Answers a request that was not read to its end; where the next one begins is not known."""
         self.keeps_alive = False
         self._phase, self._reply = LINGER, self._reply or Reply(self, None)
+        self._parser.clear()
         self._application.refuse(error, self._reply)
+
+    def _count(self) -> None:
+        """Says how much is held here."""
+        size = self._parser.size + (self._transport.get_write_buffer_size() if self._is_clogged else 0)
+        self._held.principal = self.principal
+        self._application.budget.set(self._held, size if size > SMALL else 0)
+
+    def _give_way(self) -> None:
+        """What is held here has to go."""
+        if self._phase is BODY:
+            self._refuse(try_later("too much is held already, most of it for you"))
+        else:
+            self._transport.abort()
 
     # Writing.
 
@@ -4923,7 +5161,11 @@ class HTTPConnection(asyncio.Protocol):
             log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             self._transport.abort()
             return
-        if sum(map(len, parts)) < LARGE:
+        size = sum(map(len, parts))
+        self._written += size
+        if self._is_clogged:
+            self._count()
+        if size < LARGE:
             self._transport.write(b"".join(parts))
             return
         small: list = []
@@ -4956,10 +5198,12 @@ class HTTPConnection(asyncio.Protocol):
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
-        if self._is_clogged and self._transport.get_write_buffer_size() < self._unread:
-            self._stalled_since, self._unread = now, self._transport.get_write_buffer_size()       # it reads some
-        if self._is_clogged and (reply is None or reply.is_done) and now - self._stalled_since > STALL_SECONDS:
-            self._transport.abort()        # a whole reply that nobody reads
+        read = self._written - self._transport.get_write_buffer_size()
+        if self._is_clogged and read > self._read:
+            self._stalled_since, self._read = now, read
+            self._count()
+        if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
+            self._transport.abort()        # of what was written nothing is read
         elif reply is not None:
             self._probe(reply, now)
             if reply.is_stream and now - reply.last_write >= heartbeat:
@@ -4996,7 +5240,7 @@ class HTTPConnection(asyncio.Protocol):
 
 
 # ============================================================================
-# 20. HTTP server
+# 21. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, and what all connections have in common.
@@ -5064,7 +5308,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 21. Outlets
+# 22. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -5211,7 +5455,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 22. Endpoints
+# 23. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -5242,6 +5486,11 @@ class Admission:
     def key(self) -> str | None:
         """The key that it brings; None when none is asked for."""
         return given_key(self.head) if self._settings.auth_key else None
+
+    @property
+    def principal(self) -> str | None:
+        """Who is answerable for what the request takes, if it brings a key."""
+        return self.key
 
     @functools.cached_property
     def variables(self) -> dict[str, str]:
@@ -5297,7 +5546,8 @@ class Endpoints(Application):
     def __init__(self, settings: Settings, mount: Mount):
         self.settings = settings
         self.mount = mount
-        self.max_body = settings.max_message_bytes
+        self.max_body = settings.max_request_bytes
+        self.budget = mount.budget
         self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
         self._keys = settings.auth_keys
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
@@ -5410,7 +5660,7 @@ class Endpoints(Application):
     def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
-        session = self.mount.open_session(admission.key, admission.variables, is_streamable=False)
+        session = self.mount.open_session(admission.key, admission.variables, reply.connection.principal, False)
         endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
         if given:
             endpoint += f"&auth_key={quote(given, safe='')}"
@@ -5468,9 +5718,9 @@ class Endpoints(Application):
         else:
             check_version(admission)
         if is_initialize and not self.settings.stateless:
-            client = self.mount.open_session(admission.key, admission.variables, is_streamable=True)
+            client = self.mount.open_session(admission.key, admission.variables, reply.connection.principal)
         else:
-            client = self._client(admission)
+            client = self._client(admission, reply)
         if message.kind is not REQUEST:
             if client.is_session:
                 client.receive(message)
@@ -5485,7 +5735,7 @@ class Endpoints(Application):
     def _post_batch(self, admission: Admission, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
         check_version(admission)
-        client = self._client(admission)
+        client = self._client(admission, reply)
         version = client.version or admission.version or BATCH_VERSION
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
@@ -5511,7 +5761,7 @@ class Endpoints(Application):
             return reply.send(202, [])
         headers = admission.head.headers
         envelope = check_modern(message, headers)
-        client = self._visit(admission)
+        client = self._visit(admission, reply)
         instance, outlet = self.mount.pick(client), PostOutlet(self.undecided, admission, reply, client, MODERN)
         self._start(Exchange(client, instance, message, outlet, envelope, admission.trace,
                              headers if message.method == "tools/call" else None))
@@ -5556,23 +5806,23 @@ class Endpoints(Application):
     def _session(self, admission: Admission) -> Session:
         return self.mount.find_session(admission.session_id, admission.key, is_streamable=True)
 
-    def _visit(self, admission: Admission) -> Visitor:
-        return self.mount.visit(admission.key, admission.variables, admission.name)
+    def _visit(self, admission: Admission, reply: Reply) -> Visitor:
+        return self.mount.visit(admission.key, admission.variables, reply.connection.principal, admission.name)
 
-    def _client(self, admission: Admission) -> Client:
+    def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
         Hosted clients never send the id back that they were given."""
         settings = self.settings
         if settings.stateless or (
                 admission.session_id is None and settings.shared_session and not settings.require_session):
-            return self._visit(admission)
+            return self._visit(admission, reply)
         return self._session(admission)
 
     # Tools without MCP.
 
     def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        instance = self.mount.pick(self._visit(admission))
+        instance = self.mount.pick(self._visit(admission, reply))
 
         async def respond() -> None:
             tools = await instance.tools()
@@ -5594,7 +5844,7 @@ class Endpoints(Application):
         is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
-        client = self._visit(admission)
+        client = self._visit(admission, reply)
         instance = self.mount.pick(client)
         exchange = Exchange(client, instance, message, ToolOutlet(reply), None, admission.trace)
 
@@ -5607,7 +5857,7 @@ class Endpoints(Application):
 
     def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
-        instance = self.mount.pick(self._visit(admission))
+        instance = self.mount.pick(self._visit(admission, reply))
 
         async def respond() -> None:
             tools = await instance.tools()
@@ -5724,7 +5974,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 23. Demo server
+# 24. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -5856,7 +6106,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 24. The proxy
+# 25. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -5878,7 +6128,8 @@ class Proxy:
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
             return ServerProcess(name, command, {**environment, **variables, **names}, self.reaper, redact,
                                  settings.max_message_bytes)
-        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic)
+        budget = Budget(settings.max_buffered_mb * 1024 * 1024)
+        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic, budget)
         self.endpoints = Endpoints(settings, self.mount)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
@@ -6001,7 +6252,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 25. Command line
+# 26. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.

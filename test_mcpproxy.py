@@ -42,6 +42,7 @@ import py_compile
 import random
 import re
 import resource
+import select
 import selectors
 import shlex
 import shutil
@@ -253,7 +254,7 @@ def processes_with(tag):
     return found
 
 
-ALLOWED_ENV = "A, N, X, NAME, OTHER, COLOUR, TOKEN"       # what tests set; what may be set is the matter of a few of them
+ALLOWED_ENV = "A, N, X, NAME, OTHER, COLOUR, SIZE, TOKEN"       # what tests set; what may be set is the matter of a few of them
 
 
 class Proxy:
@@ -3479,7 +3480,136 @@ def test_log_secrets_are_taken_out_in_every_form_and_quickly():
 
 
 # ============================================================================
-# 10. Links
+# 10. Shares
+# ============================================================================
+
+class Holder:
+    """Somebody who holds bytes of a budget, and notes it when they are taken."""
+
+    taken = []
+
+    def __init__(self, budget, principal, size, is_spare=False):
+        self.name = f"{principal}{size}"
+        self.holding = mcpproxy.Holding(principal, lambda: self.taken.append(self.name), is_spare)
+        self.budget = budget
+        budget.set(self.holding, size)
+
+
+@pytest.fixture
+def taken():
+    """The names of the holders who had to give."""
+    Holder.taken = []
+    return Holder.taken
+
+
+@pytest.mark.parametrize("principal, size, has_room, gave", [
+    ("c", 10, True, []),                         # there is room
+    ("c", 30, True, ["s10", "a40"]),             # what can be spared goes first, then of whoever holds most
+    ("c", 59, True, ["s10", "a40", "a20"]),
+    ("c", 60, False, []),                        # as much as that one holds
+    ("a", 30, False, []),                        # who holds most is refused, and nothing is taken
+    ("b", 31, False, []),
+    ("c", 100, False, []),
+    ("c", 900, False, [])])
+def test_shares_room_is_made_for_who_holds_less_than_another(taken, principal, size, has_room, gave):
+    budget = mcpproxy.Budget(110)
+    for holder in ("a", 40), ("a", 20), ("b", 30), ("s", 10, True):
+        Holder(budget, *holder)
+    assert budget.has_room(principal, size) is has_room
+    assert taken == gave and budget.held == 100 - sum(int(name[1:]) for name in gave)
+
+
+def test_shares_past_the_limit_the_largest_give_at_the_end_of_the_turn(taken):
+    async def run():
+        budget = mcpproxy.Budget(100)
+        holders = [Holder(budget, *holder) for holder in (("a", 50), ("b", 40), ("b", 30), ("s", 5, True))]
+        assert taken == []
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert taken == ["s5", "b40"] and budget.held == 80
+        for holder in holders:
+            budget.set(holder.holding, 0)
+        assert budget.held == 0 and not budget._holdings
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("holders, principal, expected", [
+    ("aaab", "c", "aaa"), ("aaab", "b", "aaa"), ("aaab", "a", ""), ("aabb", "a", ""), ("aab", "b", ""), ("a", "b", ""),
+    ("aa", "b", "aa"), ("", "a", "")])
+def test_shares_a_place_is_taken_from_whoever_has_most_for_one_who_has_less(holders, principal, expected):
+    given = mcpproxy.who_gives([types.SimpleNamespace(principal=name) for name in holders], principal)
+    assert "".join(holder.principal for holder in given) == expected
+
+
+BUDGET = {"AUTH_KEY": "a,b,c", "MAX_BUFFERED_MB": 8, "MAX_REQUEST_MB": 4}
+
+
+def unfinished(proxy, key, size=3_500_000):
+    """A connection with a request of which the last bytes are missing."""
+    http = HTTP(proxy)
+    http.send(encode_http("POST", "/mcp", None, {**ACCEPT, "X-API-Key": key, "Content-Length": size + 10}))
+    http.send(b" " * size)
+    return http
+
+
+def test_shares_bodies_of_who_holds_most_give_for_a_new_one_of_another():
+    with running_proxy(FAKE, **BUDGET) as proxy, contextlib.ExitStack() as stack:
+        mine = [stack.enter_context(contextlib.closing(unfinished(proxy, "a"))) for _ in range(2)]
+        until(lambda: unfinished_refusal(proxy, "a") == 503, "the end of the room for this one")
+        echo = tool_call(1, "echo", {"text": "x" * 3_000_000})
+        assert len(text_of(proxy.request("POST", "/mcp", echo, {**ACCEPT, "X-API-Key": "b"}).json())) == 3_000_000
+        refused = [http for http in mine if select.select([http.socket], [], [], 0.5)[0]]
+        assert [http.head().status for http in refused] == [503]
+
+
+def unfinished_refusal(proxy, key):
+    """The status of an answer that comes before the body was sent."""
+    with HTTP(proxy) as http:
+        http.send(encode_http("POST", "/mcp", None, {
+            **ACCEPT, "X-API-Key": key, "Content-Length": 3_500_000, "Expect": "100-continue"}))
+        return http.head().status
+
+
+def test_shares_requests_are_smaller_than_messages():
+    with running_proxy(FAKE, MAX_REQUEST_MB=1, MAX_MESSAGE_MB=4) as proxy:
+        assert post(proxy, tool_call(1, "echo", {"text": "x" * 1_100_000})).status == 413
+        assert len(text_of(post(proxy, tool_call(1, "big", {"size": 3_000_000})).json())) == 3_000_000
+
+
+def test_shares_calls_that_wait_for_their_client_hold_no_parsed_requests():
+    with running_proxy(FAKE) as proxy, ModernClient(proxy) as client:
+        park(client)
+        before = memory(proxy)
+        parked = [park(client, ballast=[{"x": number} for number in range(200_000)]) for _ in range(8)]
+        assert memory(proxy) - before < 100                 # MB; what was parsed of these would be 500
+        message, state, (key,) = parked[0]
+        assert client.retry(message, state, {key: ACCEPTED}).answer()["result"]
+
+
+def test_shares_of_sessions():
+    with running_proxy(FAKE, AUTH_KEY="a,b,c", MAX_SESSIONS=3) as proxy:
+        def opened(key):
+            return post(proxy, initialize(), **{"X-API-Key": key})
+        first, *_ = [opened("a") for _ in range(3)]
+        assert opened("a").error() == (503, -32000)
+        assert opened("b").status == 200
+        assert opened("b").error() == (503, -32000)          # it would have as many as the other
+        gone = {"Mcp-Session-Id": first.headers["mcp-session-id"], "X-API-Key": "a"}
+        assert post(proxy, request(1, "ping"), **gone).status == 404
+
+
+def test_shares_of_processes():
+    with running_proxy(FAKE, AUTH_KEY="a,b,c", MAX_PROCESSES=3, SHARED_SESSION="false") as proxy:
+        def opened(key):
+            return post(proxy, initialize(), **{"X-API-Key": key})
+        with SSEClient(proxy, headers={"X-API-Key": "a"}, handshake=False):             # which starts no process
+            assert [opened("a").status for _ in range(4)] == [200, 200, 200, 503]
+            until(lambda: opened("b").status == 200, "room for another key")
+            assert opened("b").error() == (503, -32000)
+
+
+# ============================================================================
+# 11. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -3617,7 +3747,7 @@ def test_process_has_its_junk_in_the_log():
 @MODES
 def test_process_takes_and_gives_20_mb(shared):
     text = "\u00fc" * 10_000_000
-    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+    with running_proxy(FAKE, SHARED_SESSION=shared, MAX_REQUEST_MB=64) as proxy, SSEClient(proxy) as client:
         assert client.tool("echo", text=text) == text
 
 
@@ -3703,7 +3833,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 11. Server connection
+# 12. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -3943,7 +4073,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 16. Clients, servers and mounts
+# 17. Clients, servers and mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -4632,7 +4762,7 @@ def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
 
 
 # ============================================================================
-# 18. Exchanges
+# 19. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -6772,7 +6902,7 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
 
 
 # ============================================================================
-# 19. HTTP connections
+# 20. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -7015,7 +7145,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 22. Endpoints
+# 23. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -7549,7 +7679,7 @@ def test_endpoint_openapi_operation_can_be_called(fake):
 
 
 # ============================================================================
-# 23. Demo server
+# 24. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -7651,7 +7781,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 24. The proxy
+# 25. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -7697,7 +7827,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 25. Command line
+# 26. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -7928,7 +8058,7 @@ def test_file_readme_lists_the_settings():
 def open_one(proxy, kind):
     """(response, a function that ends the session) of an attempt to open a session."""
     if kind is SSEClient:
-        client = SSEClient(proxy, handshake=False)
+        client = SSEClient(proxy)
         return client.stream.response, client.leave
     response = post(proxy, initialize())
     headers = {"Mcp-Session-Id": response.headers.get("mcp-session-id", "none")}
@@ -7958,9 +8088,9 @@ def test_load_callers_without_a_session_count_as_processes_too():
     with running_proxy(FAKE, SHARED_SESSION="false", MAX_PROCESSES=2, SESSION_IDLE=1) as proxy:
         def tools(n):
             return proxy.request("GET", "/tools", None, {"X-MCP-Env-N": n}).status
-        assert [tools(n) for n in range(3)] == [200, 200, 503]
-        assert tools(1) == 200
+        assert [tools(n) for n in range(2)] == [200, 200]
         until(lambda: tools(2) == 200, "the end of what is idle")
+        until(lambda: len(servers_of(proxy)) <= 2, "the end of its process")
 
 
 def test_load_running_calls_are_bounded_for_each_client():
