@@ -9397,6 +9397,261 @@ def test_real_typescript_client_calls_on_after_its_sse_stream_was_cut(workshop, 
         assert run("node", workshop / "reconnect.mjs", url).split() == ["before", "cut", "after"]
 
 
+# Balancers.
+
+# What people put in front. Each notes of a request the status that came from the proxy, if any, and its line. LAX lets
+# pass whatever can be let pass, so that more of it reaches the proxy, and has connections to it kept.
+NGINX = """
+daemon off; master_process off; pid HOME/pid; error_log HOME/errors; events {}
+http {
+    client_body_temp_path HOME/1; proxy_temp_path HOME/2; fastcgi_temp_path HOME/3; uwsgi_temp_path HOME/4;
+    scgi_temp_path HOME/5; log_format seen '$upstream_status $request'; access_log HOME/seen seen;
+    upstream kept { server 127.0.0.1:BACK; keepalive 4; }
+    LAX underscores_in_headers on; ignore_invalid_headers off; proxy_ignore_client_abort on; lingering_timeout 100ms;
+    server { listen 127.0.0.1:FRONT reuseport; LOCATION }
+}
+"""
+HAPROXY = """
+global
+    nbthread 1
+    log stdout format raw local0
+listen front
+    mode http
+    bind 127.0.0.1:FRONT
+    server proxy 127.0.0.1:BACK
+    timeout connect 10s
+    timeout client 1h
+    timeout server 1h
+    log global
+    log-format "%Tr %ST %r"
+    LAX option accept-invalid-http-request
+    LAX http-reuse always
+"""
+
+
+class Balancer:
+    """nginx or HAProxy in front of a proxy, for which clients take it."""
+
+    request = Proxy.request
+
+    def __init__(self, port):
+        self.port = port
+
+    def is_up(self):
+        with contextlib.suppress(OSError), HTTP(self):
+            return True
+
+
+@contextlib.contextmanager
+def balanced(name, proxy, home, is_lax=False):
+    """A Balancer for a while. What README.md says about nginx is used as it stands there."""
+    path = os.environ["PATH"] + ":/usr/sbin"                   # where Debian has both
+    if not shutil.which(name, path=path):
+        unavailable(f"{name} is not installed")
+    with open(os.path.join(HERE, "README.md")) as readme:
+        location, = re.findall("```nginx\n(.*?)```", readme.read(), re.DOTALL)
+    backend, = re.findall("http://127.0.0.1:8000;", location)
+    location = location.replace(backend, 'http://kept; proxy_set_header Connection "";' if is_lax
+                                else f"http://127.0.0.1:{proxy.port};")
+    text, *command = {"nginx": (NGINX, "nginx", "-e", home / "errors", "-c"),
+                      "haproxy": (HAPROXY, "haproxy", "-db", "-f")}[name]
+    # A bound socket that does not listen holds the port, which both share because they set SO_REUSEPORT.
+    with socket.socket() as held, open(home / "seen", "w") as seen:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        front = Balancer(held.getsockname()[1])
+        for word, meaning in (("LOCATION", location), ("LAX", "" if is_lax else "#"), ("HOME", str(home)),
+                              ("BACK", str(proxy.port)), ("FRONT", str(front.port))):
+            text = text.replace(word, meaning)
+        (home / "conf").write_text(text)
+        process = subprocess.Popen([*command, home / "conf"], env={**os.environ, "PATH": path}, stdout=seen,
+                                   stderr=subprocess.STDOUT)
+        try:
+            until(lambda: front.is_up() or process.poll() is not None, f"the start of {name}")
+            assert process.poll() is None, (home / "seen").read_text()
+            yield front
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+# Requests with another one within or behind them; ~ stands for the path of the first, 000 for a number that both get.
+HIDDEN, TAIL = (b"%b-000 HTTP/1.1\r\nHost: a\r\n%b\r\n" % parts for parts in (
+    (b"GET /tools/smuggled", b""), (b"POST /tools/tail", b"Content-Length: 0\r\n")))
+START, CODED = b"POST ~ HTTP/1.1\r\nHost: a\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+IN_CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN)
+BODIES = [b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN, CODED + IN_CHUNK]
+SMUGGLING = [
+    # Two lengths, one of which may not be seen.
+    *(START + line + b"\r\nContent-Length: " + body for line in [b"Transfer-Encoding:" + value for value in (
+        b" chunked", b"\tchunked", b"\x0bchunked", b" chunked\0", b"\r\n chunked", b"\n chunked", b" xchunked",
+        b" chunked;q=1", b' "chunked"', b" chunked,", b" ,chunked", b": chunked", b" identity", b" identity, chunked",
+        b" \xffchunked", b" chunked\r\nTransfer-Encoding: x", b" x\r\nTransfer-Encoding: chunked")] + [
+        before + b": chunked" for before in (
+            b"Transfer-Encoding ", b"Transfer-Encoding\t", b"Transfer-Encoding\0", b"Transfer_Encoding",
+            b"TRANSFER-ENCODING", b" Transfer-Encoding", b"X: y\nTransfer-Encoding", b"X: y\rTransfer-Encoding")]
+      for body in (b"4\r\n\r\n" + IN_CHUNK, b"%d\r\n\r\n0\r\n\r\n" % (len(HIDDEN) + 5) + HIDDEN)),
+    *(START + b"Content-Length:" + line.replace(b"N", b"%d" % len(HIDDEN)) + b"\r\n\r\n" + HIDDEN for line in (
+        b" 0\r\nContent-Length: N", b" N\r\nContent-Length: 0", b" 0\r\nContent-Length : N", b" 0\r\nContent_Length: N",
+        b" 0\r\n N", b"\r\n N", b" 0\n N", b" 0, N", b" N, 0", b" 0 N", b"\x0bN", b" 0\x0bN", b" 0\0N", b"\tN\t")),
+    # What may change whether there is a body, or be refused before it was read.
+    *(START + line + b"\r\n" + body for body in BODIES for line in (
+        b"Connection: close", b"Connection: Content-Length", b"Connection: Transfer-Encoding", b"TE: trailers",
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x", b"Host: b",
+        b"Expect: 100-continue", b"Expect: 200-ok", b"Content-Encoding: gzip", b"Origin: https://evil.example",
+        b"Trailer: Content-Length", b"X-HTTP-Method-Override: GET")),
+    *(line + b"\r\nHost: a\r\n" + body for body in BODIES for line in [method + b" HTTP/1.1" for method in (
+        b"GET ~", b"HEAD ~", b"DELETE ~", b"PUT ~", b"TRACE ~", b"BREW ~", b"post ~", b"POST /nothing~", b"POST /x/..~",
+        b"POST http://a~", b"POST http://b.example:80~", b"\r\nPOST ~", b"\r\n\r\nPOST ~", b"\nPOST ~")] + [
+        b"POST ~ HTTP/1.0", b"POST ~ HTTP/1.0\r\nConnection: keep-alive", b"POST ~ HTTP/1.2"]),
+    # The end of a body in chunks.
+    *(START + CODED + chunk + HIDDEN for chunk in (
+        b"0\r\n\r\n", b"00\r\n\r\n", b"0\n\n", b"0\r\n\n", b"0\r\n\r\r\n", b"0;x\r\n\r\n", b"0;\n", b"0 \r\n\r\n",
+        b"0x0\r\n\r\n", b"0\r\nX: y\r\n", b"0\r\nContent-Length: 9\r\n\r\n", b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"1;\nx\r\n2d\r\n", b"1\r\nx0\r\n\r\n", b"1\r\nx\n0\r\n\r\n", b"100000000\r\nx\r\n0\r\n\r\n")),
+    *(attack.values[0].replace(b"/sse", b"~").replace(b"/messages", b"~") + HIDDEN for attack in ATTACKS.args[1])]
+
+
+def by_request(rows):
+    """How many there are of each (status, request by its name and number)."""
+    return collections.Counter((status, (re.findall(r"[a-z]+-\d{3}", text) or [""])[0]) for status, text in rows)
+
+
+@pytest.mark.parametrize("name", ["nginx", "haproxy"])
+def test_real_balancer_and_proxy_agree_on_where_requests_end(tmp_path, name):
+    with running_proxy(FAKE) as proxy:
+        with balanced(name, proxy, tmp_path, is_lax=True) as front, HTTP(front) as honest:
+            for number, raw in enumerate(SMUGGLING):
+                with HTTP(front) as http, contextlib.suppress(OSError):        # it may close before all was sent
+                    http.send((raw.replace(b"~", b"/tools/attack-000") + TAIL).replace(b"-000", b"-%03d" % number))
+                    http.socket.shutdown(socket.SHUT_WR)                       # so that it does not wait for the rest
+                    answers = http.file.read()
+                    assert set(re.findall(rb"[a-z]-(\d{3})\b", answers)) <= {b"%03d" % number}, (raw, answers)
+                answer = honest.request("POST", f"/tools/honest-{number:03}", {})
+                assert f"no tool honest-{number:03}" in answer.json()["error"]["message"], (raw, answer.body)
+            assert honest.request("GET", "/healthz").status == 200             # by then all before it was noted
+        rows = re.findall(r"! \S+ (\S+) from (\S+) refused with (\d+)", proxy.log())
+    seen = (tmp_path / "seen").read_text(errors="replace")
+    answered = by_request((status, path) for path, _, status in rows)
+    asked = by_request(re.findall(r"^(?:\d+ )?([45]\d\d) (.*)", seen, re.MULTILINE))
+    # HAProxy passes on what it has of a request, and does not wait for the answer when the rest will never come.
+    cut = re.findall(r"^-1 -1 .*(attack-\d{3})", seen, re.MULTILINE)
+    answered -= collections.Counter(row for row in answered - asked if row[1] in cut)
+    assert not [row for row in answered - asked if row[1]], "the proxy saw what was no request for the balancer"
+    # Of what it could not read it tells no path.
+    assert sorted(status for status, _ in answered.elements()) == sorted(status for status, _ in asked.elements())
+    assert sum("attack" in request for _, request in asked) > 100, "too few reach the proxy"
+    assert len({address for _, address, _ in rows}) < len(rows) / 4, "too few share a connection with an honest one"
+
+
+@pytest.fixture(scope="module", params=["nginx", "haproxy"])
+def front(request, tmp_path_factory):
+    """A balancer in front of a proxy."""
+    with running_proxy(FAKE) as proxy, balanced(request.param, proxy, tmp_path_factory.mktemp("front")) as front:
+        yield front
+
+
+def test_real_balancer_passes_on_each_event_at_once(front, kind):
+    with kind(front) as client:
+        # The call does not end before its question has come and was answered.
+        assert json.loads(client.tool("inquire", rounds=[[FORM]])) == [ACCEPTED]
+        stream = client.listen()
+        client.tool("notify", method=TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
+
+
+def test_real_balancer_passes_on_a_session_with_a_request_of_20_mb(front):
+    with StreamableClient(front) as client:
+        assert len(client.tool("echo", text="x" * 20_000_000)) == 20_000_000
+        assert client.delete() == 204
+
+
+def test_real_balancer_passes_on_the_host_so_that_its_own_pages_may_call(front):
+    assert front.request("GET", "/tools", None, {"Host": "proxy.lan", "Origin": "http://proxy.lan"}).status == 200
+
+
+# Browsers.
+
+# What a page can have a browser send without asking anybody; URL is where to.
+LURES = r"""
+<img src="URL"> | <img src="/to?URL"> | <input type=image src="URL"> | <svg><image href="URL"/></svg>
+<embed src="URL"> | <object data="URL"></object> | <video src="URL"></video> | <audio src="URL"></audio>
+<script src="URL"></script> | <script type=module src="URL"></script> | <link rel=stylesheet href="URL">
+<link rel=prefetch href="URL"> | <link rel=preload as=image href="URL"> | <style>@import "URL";</style>
+<b style="background: url(URL)">x</b>
+<style>@font-face { font-family: f; src: url(URL) }</style><b style="font-family: f">x</b>
+<iframe src="URL"></iframe> | <iframe src="/to?URL"></iframe> | <iframe sandbox src="URL"></iframe>
+<iframe srcdoc="<img src='URL' referrerpolicy=no-referrer>"></iframe>
+<iframe src="data:text/html,<img src='URL'>"></iframe>
+<iframe srcdoc="<script>location = 'URL'</script>"></iframe>
+<iframe srcdoc="<meta http-equiv=refresh content='0; URL'>"></iframe>
+<iframe srcdoc="<a href='URL' id=a></a><script>a.click()</script>"></iframe>
+<iframe srcdoc="<form action='URL' id=f></form><script>f.submit()</script>"></iframe>
+<iframe srcdoc="<form action='URL' id=f method=post enctype=text/plain></form><script>f.submit()</script>"></iframe>
+<a href="#" ping="URL"></a><script>document.currentScript.previousSibling.click()</script>
+<script>fetch("URL", {mode: "no-cors"})</script> | <script>fetch("URL", {mode: "no-cors", keepalive: true})</script>
+<script>fetch("URL", {mode: "no-cors", method: "POST", body: "{}"})</script> | <script>fetch("URL")</script>
+<script>new EventSource("URL")</script> | <script>new WebSocket("URL")</script>
+<script>navigator.sendBeacon("URL", "{}")</script> | <script>open("URL", "_blank", "noreferrer")</script>
+"""
+
+
+@contextlib.contextmanager
+def chromium(home, *arguments):
+    """A browser without a window, for which every name is this machine."""
+    if not shutil.which("chromium"):
+        unavailable("chromium is not installed")
+    command = ["chromium", "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu",
+               "--disable-dev-shm-usage", "--disable-background-networking", "--disable-popup-blocking",
+               "--host-resolver-rules=MAP * 127.0.0.1", f"--user-data-dir={home}", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "HOME": str(home)}, start_new_session=True) as browser:
+        try:
+            yield browser
+        finally:
+            with contextlib.suppress(ProcessLookupError):          # of all its processes
+                os.killpg(browser.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("path", ["/tools", "/sse", "/mcp"])
+def test_real_browser_starts_nothing_for_a_page_of_another_site(tmp_path, path):
+    class Site(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            _, is_redirect, url = self.path.partition("/to?")
+            self.send_response(302 if is_redirect else 200)
+            self.send_header(*(("Location", url) if is_redirect else ("Content-Type", "text/html")))
+            self.end_headers()
+            self.wfile.write(b"" if is_redirect else page.encode())
+
+        def log_message(self, *_):
+            pass
+
+    def look():
+        """What began because of the page, and what of it was not refused."""
+        log = proxy.log()
+        refused = {len(slashes) for slashes in re.findall(rf"{path}(/*) from .* refused with 403", log)}
+        return re.findall("= (?:server|session) .*", log), [lure for n, lure in enumerate(lures) if n not in refused]
+
+    lures = [lure for lure in re.split(r" \| |\n", LURES) if lure]
+    with (running_proxy(FAKE, SHARED_SESSION="false", ALLOWED_ENV="X_TOKEN") as proxy,
+          ThreadingHTTPServer(("127.0.0.1", 0), Site) as web):
+        # With any number of slashes behind it it is the same endpoint, so the log tells which of them came.
+        page = "".join(lure.replace("URL", f"http://127.0.0.1:{proxy.port}{path}{'/' * number}?X_TOKEN=x")
+                       for number, lure in enumerate(lures))
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        with chromium(tmp_path, f"http://evil.example:{web.server_port}/"), contextlib.suppress(AssertionError):
+            until(lambda: look()[0] or not look()[1], "all refusals", 15)
+        web.shutdown()
+        assert look() == ([], [])
+
+
+def test_real_browser_shows_the_tools_when_their_url_is_typed(tmp_path):
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, chromium(
+            tmp_path, "--dump-dom", f"http://127.0.0.1:{proxy.port}/tools") as browser:
+        assert '"inquire"' in browser.communicate(timeout=PATIENCE)[0].decode()
+
+
 # ============================================================================
 # Conformance
 # ============================================================================
