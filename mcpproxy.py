@@ -38,7 +38,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
     The program: what can be seen from outside.
     20. HTTP connections       one socket each
-    21. HTTP server            the sockets that are listened on
+    21. HTTP server            the sockets that are listened on, and TLS
     22. Outlets                a call's messages into an HTTP reply
     23. Endpoints              what each method and path means
     24. Demo server            a small MCP server to try things with
@@ -4995,10 +4995,10 @@ class Reply:
 class HTTPConnection(asyncio.Protocol):
     """One client's socket."""
 
-    def __init__(self, writer: asyncio.StreamWriter, application: Application, connections: set,
-                 heads: dict[bytes, HTTPHead]):
+    def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
+                 application: Application, connections: set, heads: dict[bytes, HTTPHead]):
         self._writer = writer               # kept, because newer Pythons close the socket with it
-        self._transport = writer.transport
+        self._transport = transport
         self._application = application
         self._connections = connections
         self._parser = RequestParser(heads)
@@ -5243,7 +5243,113 @@ class HTTPConnection(asyncio.Protocol):
 # 21. HTTP server
 # ============================================================================
 #
-# The sockets that are listened on, and what all connections have in common.
+# The sockets that are listened on, TLS on them, and what all connections have in common.
+
+HANDSHAKE_SECONDS = 10.0       # for TLS, from the moment that a client is connected
+
+class TLSTransport(asyncio.Protocol):
+    """TLS between a socket and an HTTPConnection, which takes it for the socket. asyncio's own sets 256 KiB aside for
+    each client, also for one that says nothing, and has nobody counted before the handshake."""
+
+    def __init__(self, transport: asyncio.Transport, context):
+        self.connection: HTTPConnection | None = None        # whose transport this is
+        self._transport, self._context = transport, context
+        self._tls = None                       # an ssl.SSLObject, from the first byte on
+        self._is_shaken = False                # are hands shaken?
+        self._is_paused = False
+        self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, transport.abort)
+        self.is_closing, self.abort = transport.is_closing, transport.abort
+        self.get_write_buffer_size = transport.get_write_buffer_size
+
+    # What asyncio calls.
+
+    def data_received(self, data: bytes) -> None:
+        import ssl
+        if self._tls is None:
+            if data[:1] != b"\x16":            # RFC 8446 §5.1: a handshake
+                return self._refuse_plain()
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self._tls = self._context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._incoming.write(data)
+        self._read()
+
+    def eof_received(self) -> bool:
+        return self.connection.eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+        self.connection.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        self.connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.connection.resume_writing()
+
+    # What the connection calls.
+
+    def write(self, data) -> None:
+        import ssl
+        data = memoryview(data)
+        try:
+            while data and self._is_shaken and not self.is_closing():
+                data = data[self._tls.write(data):]
+        except ssl.SSLError:
+            self.abort()
+        self._flush()
+
+    def pause_reading(self) -> None:
+        self._is_paused = True
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+            asyncio.get_running_loop().call_soon(self._read)          # what was decrypted already
+
+    def can_write_eof(self) -> bool:
+        return False                           # RFC 8446 §6.1 knows such a half, most clients do not
+
+    def close(self) -> None:
+        if self._is_shaken and not self.is_closing():
+            with contextlib.suppress(OSError):
+                self._tls.unwrap()             # says so, and does not wait for the client to say so too
+            self._flush()
+        self._transport.close()
+
+    def _read(self) -> None:
+        import ssl
+        try:
+            if not self._is_shaken:
+                self._tls.do_handshake()
+                self._is_shaken = True
+                self._timer.cancel()
+            while not (self._is_paused or self.is_closing()):
+                data = self._tls.read(LARGE)
+                if not data:
+                    self.connection.eof_received()
+                    return self.close()
+                self.connection.data_received(data)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:
+            self._transport.close()            # once the alert is sent that says why
+        finally:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = self._outgoing.read() if self._tls else b""
+        if data and not self.is_closing():
+            self._transport.write(data)
+
+    def _refuse_plain(self) -> None:
+        log.info("! refused with 400: plain HTTP at the HTTPS port")
+        body, = encode_error(None, HTTPError("this port speaks HTTPS: use https://"))
+        headers = ("Content-Type", JSON_TYPE), ("Connection", "close")
+        self._transport.write(encode_head(400, headers, http_date(), len(body)) + body)
+        self._transport.close()
+
 
 class HTTPServer:
     """The listening sockets and their connections."""
@@ -5272,7 +5378,7 @@ class HTTPServer:
                     continue
                 port = port or listener.getsockname()[1]          # the same for all
                 self._servers.append(await asyncio.start_server(
-                    self._connected, sock=listener, backlog=1024, ssl=tls, ssl_handshake_timeout=tls and 10))
+                    functools.partial(self._connected, tls), sock=listener, backlog=1024))
             if not self._servers:
                 raise problem
         except (OSError, UnicodeError) as error:
@@ -5281,12 +5387,16 @@ class HTTPServer:
             raise CannotListen(f"cannot listen on {host} port {port}: {reason}") from None
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _connected(self, tls: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
         # start_server made hands its socket over before a byte was read.
         if len(self.connections) >= MAX_CONNECTIONS:
             return writer.transport.abort()
-        writer.transport.set_protocol(HTTPConnection(writer, self._application, self.connections, self._heads))
+        transport = TLSTransport(writer.transport, tls) if tls else writer.transport
+        connection = HTTPConnection(writer, transport, self._application, self.connections, self._heads)
+        if tls:
+            transport.connection = connection
+        writer.transport.set_protocol(transport if tls else connection)
 
     def tick(self, now: float) -> None:
         """Called now and then."""
@@ -6183,37 +6293,13 @@ def tls_context(settings: Settings):
     if not settings.tls_cert:
         return None
     import ssl
-
-    class Context(ssl.SSLContext):
-        """Answers plain HTTP in its own words. The client will leave; the handshake may take ten seconds."""
-
-        def wrap_bio(self, incoming, outgoing, **options):
-            wrapped = super().wrap_bio(incoming, outgoing, **options)
-
-            def do_handshake() -> None:
-                try:
-                    type(wrapped).do_handshake(wrapped)
-                except ssl.SSLError as error:
-                    if error.reason != "HTTP_REQUEST":
-                        raise
-                    outgoing.write(plain_refusal())
-                    raise ssl.SSLWantReadError from None
-            wrapped.do_handshake = do_handshake
-            return wrapped
-    context = Context(ssl.PROTOCOL_TLS_SERVER)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2          # RFC 8996 deprecates what was before
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
     except (OSError, ValueError) as error:
         raise SettingsError(f"TLS_CERT and TLS_KEY cannot be used: {error.strerror or error}") from None
     return context
-
-
-def plain_refusal() -> bytes:
-    """The answer to plain HTTP at a port that speaks HTTPS."""
-    log.info("! refused with 400: plain HTTP at the HTTPS port")
-    body, = encode_error(None, HTTPError("this port speaks HTTPS: use https://"))
-    return encode_head(400, (*JSON_HEADERS, ("Connection", "close")), http_date(), len(body)) + body
 
 
 _LAUNCHERS = re.compile(r"npx|npm|pnpm|yarn|bunx?|uvx?|pipx|node|deno|python[0-9.]*|sh|bash|docker|podman")

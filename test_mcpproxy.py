@@ -3294,6 +3294,37 @@ def test_access_tls_a_refusal_can_be_read_by_a_client_that_still_sends(tls_proxy
         assert http.response().error() == (404, -32601)
 
 
+def test_access_tls_takes_and_gives_20_mb(tls_proxy, certificate):
+    with tls_client(tls_proxy, certificate) as http:
+        text = "x" * 20_000_000
+        assert text_of(http.request("POST", "/mcp", tool_call(1, "echo", {"text": text}), ACCEPT).json()) == text
+        http.send(b"".join(encode_http("POST", "/mcp", request(number, "ping"), ACCEPT) for number in range(2_000)))
+        assert [http.response().json()["id"] for _ in range(2_000)] == list(range(2_000))
+
+
+def test_access_tls_clients_that_say_nothing_count_and_cost_little(altered, certificate):
+    altered(MAX_CONNECTIONS=200)
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, contextlib.ExitStack() as stack:
+        with tls_client(proxy, certificate) as http:
+            assert http.request("GET", "/healthz").status == 200
+        before = memory(proxy)
+        silent = [stack.enter_context(HTTP(proxy)) for _ in range(210)]
+        until(lambda: len(select.select([http.socket for http in silent], [], [], 0)[0]) >= 10, "the end of those over")
+        assert memory(proxy) - before < 10           # MB; asyncio's own TLS takes 50
+
+
+@pytest.mark.parametrize("begins", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"])
+def test_access_tls_handshake_has_its_time(altered, certificate, begins):
+    altered(HANDSHAKE_SECONDS=0.3)
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, HTTP(proxy) as http:
+        http.send(begins)
+        with contextlib.suppress(ConnectionResetError):
+            assert http.is_closed()
+        with tls_client(proxy, certificate) as other:
+            # It is the handshake's alone.
+            assert other.request("POST", "/tools/sleep", {"seconds": 0.5}).json()["content"][0]["text"] == "slept"
+
+
 def test_access_tls_one_file_may_hold_both(certificate):
     with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, tls_client(proxy, certificate) as http:
         assert http.request("GET", "/healthz").status == 200
