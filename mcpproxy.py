@@ -94,6 +94,7 @@ if sys.version_info < (3, 11):
     sys.exit("mcpproxy needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
 
 import base64
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -168,6 +169,7 @@ MAX_HEADERS = 100
 MAX_URI = 8 * 1024                   # of a resource that is subscribed to, in characters
 MAX_URI_PARTS = 1_000                # that are looked at when such a one changes
 MAX_PARTS = 100                      # of a query, and of what Accept lists
+MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
 KNOWN_HEADS = 2_048                  # of all connections that are kept; most clients send three, again and again
 KNOWN_HEAD_BYTES = 1024              # of the largest that is kept, and
@@ -291,6 +293,8 @@ class Settings:
     request_timeout: float = setting(600.0, "seconds a call may take without progress; then it is cancelled")
     session_idle: float = setting(1800.0, "seconds a session without stream or call is kept")
     max_message_mb: float = setting(64.0, "largest JSON-RPC message, either direction")
+    # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
+    # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
     max_buffered_mb: float = setting(512.0, "bodies, kept requests, event logs and unread output together; past that "
                                             "who holds most gives first, and new bodies get 503")
@@ -532,6 +536,9 @@ def expects_continue(headers: dict[str, str]) -> bool:
     return expectation is not None
 
 
+STEPS_A_TURN = 3_000                 # lines and parts of chunks that are read in a row: a body in chunks of a byte each
+
+
 class BodyState(enum.Enum):
     """What comes next while a body is read."""
 
@@ -548,6 +555,7 @@ class RequestParser:
 
     def __init__(self, known: dict[bytes, HTTPHead] | None = None):
         self.rest = b""                   # bytes that were not looked at yet
+        self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
         self._known = {} if known is None else known      # heads that were parsed, of all connections
         self._state = BodyState.DONE
@@ -622,9 +630,15 @@ class RequestParser:
             body, self.rest = self.rest[:self._size], self.rest[self._size:]
             return body
         self._at = 0                      # how much of `rest` was used
+        steps = 0
+        self.is_interrupted = False
         while self._state is not BodyState.DONE:
             if self._size > limit:
                 raise HTTPError("message too large", status=413)
+            steps += 1
+            if steps > STEPS_A_TURN:
+                self.is_interrupted = True
+                break
             if not (self._read_data() if self._state is BodyState.DATA else self._read_chunk_line()):
                 break
         self.rest = self.rest[self._at:]
@@ -1052,8 +1066,8 @@ def is_batch(text: str) -> bool:
     return text.startswith("[") or text[:1].isspace() and _BATCH_START.match(text) is not None
 
 
-def split_batch(text: str) -> list[str]:
-    """The texts of the messages in an array; RPCError when it is not an array."""
+def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
+    """The texts of the messages in an array; RPCError when it is not an array, or a longer one."""
     texts, after = [], _BATCH_START.match(text)
     try:
         while after and after[1] != "]":
@@ -1063,6 +1077,8 @@ def split_batch(text: str) -> list[str]:
                 break
             _, end = scan_value(text, start)
             texts.append(text[start:end])
+            if len(texts) > limit:
+                raise RPCError(f"more than {limit} messages in a batch")
             after = _AFTER_ELEMENT.match(text, end)
     except (ValueError, StopIteration, RecursionError):
         after = None
@@ -1153,16 +1169,20 @@ class ResponseLine:
         """The whole answer as a Message; RPCError when it is not valid."""
         return parse_message(decode_json(self.line), is_servers=True)
 
-    def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"") -> list:
-        """The payload with another id, and with `insertion` put in at `at`. A large one is not copied."""
+    def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"", then_at: int = 0,
+                then: bytes = b"") -> list:
+        """The payload with another id, and with `insertion` put in at `at`, and `then` behind it. A large one is not
+        copied."""
         line, start, end = self.line, self.start, self.end
         if len(line) >= LARGE:
             line = memoryview(line)
         if at is None:
             return [line[:start], raw_id, line[end:]]
+        inserted = [insertion, line[at:then_at], then] if then else [insertion]
+        at_end = then_at if then else at
         if at < start:
-            return [line[:at], insertion, line[at:start], raw_id, line[end:]]
-        return [line[:start], raw_id, line[end:at], insertion, line[at:]]
+            return [line[:at], *inserted, line[at_end:start], raw_id, line[end:]]
+        return [line[:start], raw_id, line[end:at], *inserted, line[at_end:]]
 
 
 def find_response(line: bytes) -> ResponseLine | None:
@@ -1466,10 +1486,34 @@ class Additions:
         if self.meta:
             self.members["_meta"] = as_object(self.meta)
         self.text = as_object(self.members)[1:-1].encode()
+        self.text_beside_meta = as_object({name: value for name, value in self.members.items() if name != "_meta"})[
+            1:-1].encode()
+        self.meta_text = as_object(self.meta)[1:-1].encode()
         self.find_in = re.compile(rb'"(?:%b)"' % "|".join(self.members).encode()).search
 
 
 additions = functools.lru_cache(maxsize=256)(Additions)
+
+_SERVER_INFO = f'"{SERVER_INFO_KEY}"'.encode()
+_META_FIRST = re.compile(rb'[ \t]*"_meta":[ \t]*\{')
+_RESULT_END = re.compile(rb'\}(?:, ?(?:"jsonrpc": ?"2\.0"|"id": ?[0-9]{1,18}))*\}\Z')
+
+
+def find_meta(line: bytes, start: int) -> int | None:
+    """Where the members of a result's _meta begin in a line that is a response, when that is plain without reading all
+    of it: it is the only _meta, and stands where the result, whose members begin at `start`, begins or ends."""
+    match = _META_FIRST.match(line, start)
+    if match:
+        return match.end()
+    at = line.rfind(b'"_meta"', max(0, len(line) - LARGE))
+    match = _META_FIRST.match(line, at) if at > start and line.find(b'"_meta"', start, at) < 0 else None
+    if match:
+        text = line[match.end() - 1:].decode()
+        with contextlib.suppress(ValueError, StopIteration):
+            end = len(text[:_skip_value(text, 0)[1]].encode())
+            if _RESULT_END.match(line, match.end() - 1 + end):
+                return match.end()
+    return None
 
 _OBJECT_END = re.compile(rb"[ \t]*\}")
 
@@ -1477,12 +1521,17 @@ _OBJECT_END = re.compile(rb"[ \t]*\}")
 def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions) -> list:
     """A response's payload with another id, and in its result what it lacks of `new`."""
     if isinstance(response, ResponseLine):
-        at = response.result_start
+        at, line = response.result_start, response.line
         if at is None:
             return response.with_id(raw_id)
         # None of these names anywhere in the line: they can be put in without a look at the rest.
-        if not new.find_in(response.line):
-            return response.with_id(raw_id, at, new.text if _OBJECT_END.match(response.line, at) else new.text + b",")
+        found = new.find_in(line)
+        if not found:
+            return response.with_id(raw_id, at, new.text if _OBJECT_END.match(line, at) else new.text + b",")
+        at_meta = find_meta(line, at)
+        if at_meta and found[0] == b'"_meta"' and not new.find_in(line, at_meta) and _SERVER_INFO not in line:
+            meta = new.meta_text if _OBJECT_END.match(line, at_meta) else new.meta_text + b","
+            return response.with_id(raw_id, at, new.text_beside_meta + b",", at_meta, meta)
         response = response.parsed()
     if not isinstance(response.members.get("result"), tuple):
         return response.with_id(raw_id)
@@ -1728,7 +1777,6 @@ if __name__ == "__main__" and not (os.environ.get("TLS_CERT") or "--tls-cert" in
 
 import asyncio
 import collections
-import contextlib
 import logging
 import select
 import signal
@@ -2945,7 +2993,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     if instance.is_ones_own or not isinstance(tasks, list):
         return response
     ids = [members_of(task).get("taskId") for task in tasks]
-    own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks")))
+    own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks"), len(tasks)))
            if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
     line = response.changed([(*response.span("result", "tasks"), f"[{','.join(own)}]")])
     return parse_message(line.decode(), is_servers=True)
@@ -2960,6 +3008,8 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
     if message.method == "notifications/tools/list_changed":
         instance.forget_tools()
     payload = message.payload
+    if not instance.is_news(payload[0]):
+        return
     for session in list(instance.sessions.values()):
         session.stream.send(payload)
     for listener in list(instance.listeners):
@@ -2972,7 +3022,7 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
         if uri in instance.topics:
             subscribers |= instance.topics[uri].subscribers
     payload = message.payload
-    for subscriber in subscribers:
+    for subscriber in subscribers if instance.is_news(payload[0]) else ():
         if subscriber in instance.listeners:
             subscriber.on_event(message)
         else:
@@ -3176,7 +3226,7 @@ class Tools(dict):
     def add(self, page: Message) -> None:
         """Takes in one page of tools/list."""
         tools = members_of(page.members["result"]).get("tools")
-        for text in split_batch(page.raw("result", "tools")) if isinstance(tools, list) else ():
+        for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
             tool = scan_plain(text, 0)[0]
             if isinstance(tool, dict) and isinstance(tool.get("name"), str):
                 self[tool["name"]], self.texts[tool["name"]] = tool, text
@@ -3237,6 +3287,7 @@ class Instance:
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
         self._tools: Tools | None = None            # once they were asked for
         self._are_tools_old = False                 # did they change since?
+        self._said: set[bytes] = set()              # to all clients, in this turn
         self._listing: asyncio.Task | None = None   # while they are asked for
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
@@ -3523,6 +3574,15 @@ class Instance:
             self.log_level = level
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
+
+    def is_news(self, line: bytes) -> bool:
+        """Was this not said in this turn yet? That a list changed says no more a thousand times in a row than once, but
+        to tell a thousand clients each time, nobody else would have a turn for long."""
+        if not self._said:
+            at_end_of_turn(self._said.clear)
+        is_news = line not in self._said
+        self._said.add(line)
+        return is_news
 
     def remember_owner(self, name: tuple[str, str] | None, client: "Client | None") -> None:
         """This task or elicitation is the client's, in place of the oldest that is known; not if the client may be
@@ -4848,6 +4908,7 @@ class Exchange(PendingRequest):
 # ============================================================================
 
 import errno
+import gc
 import shlex
 import shutil
 import socket
@@ -4878,6 +4939,7 @@ IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than 
 LINGER_SECONDS = 5.0           # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
 MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
+REQUESTS_A_TURN = 16           # of one connection; then it is the others' turn
 
 
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()                  # in English, whatever the locale
@@ -5014,6 +5076,7 @@ class HTTPConnection(asyncio.Protocol):
         self._written = 0                   # bytes
         self._is_clogged = False            # does output wait for the client to read?
         self._half_closed = False           # will the client send nothing more?
+        self._advances_soon = False         # is it planned to go on with what is there?
         self._since = time.monotonic()      # the beginning of what is waited for
         self._received = 0                  # bytes since then
         self.keeps_alive = True
@@ -5029,7 +5092,8 @@ class HTTPConnection(asyncio.Protocol):
         self._received += len(data)
         self._parser.feed(data)
         self._advance()
-        if len(self._parser.rest) > MAX_HEAD_BYTES and (self._phase is REPLY or self._is_clogged):
+        if len(self._parser.rest) > MAX_HEAD_BYTES and (
+                self._phase is REPLY or self._is_clogged or self._advances_soon):
             self._transport.pause_reading()        # a client that sends on while it is answered can wait
         if self._parser.size > SMALL or self._held.size:
             self._count()
@@ -5061,18 +5125,32 @@ class HTTPConnection(asyncio.Protocol):
         self._count()
         if not self._transport.is_closing():
             self._transport.resume_reading()
-            self._loop.call_soon(self._advance)       # asyncio must not be told to close from within this
+            self._advance_soon()                      # asyncio must not be told to close from within this
 
     # Reading.
 
     def _advance(self) -> None:
-        """Hands on whole requests, one at a time, for as long as there are any."""
-        while self._parser.rest and self._phase in (HEAD, BODY) and not (
-                self._is_clogged or self._transport.is_closing()):
-            if not self._next_request():
+        """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
+        self._advances_soon = False
+        for _ in range(REQUESTS_A_TURN):
+            if not self._parser.rest or self._phase not in (HEAD, BODY) or (
+                    self._is_clogged or self._transport.is_closing()):
                 break
+            if not self._next_request():
+                if self._parser.is_interrupted:
+                    return self._advance_soon()
+                break
+        else:
+            return self._advance_soon()
         if self._half_closed and self._phase is not REPLY and not self._is_clogged:
             self._transport.close()           # nothing more can come
+        elif self._phase is BODY:
+            self._transport.resume_reading()
+
+    def _advance_soon(self) -> None:
+        if not self._advances_soon:
+            self._advances_soon = True
+            self._loop.call_soon(self._advance)
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there."""
@@ -5191,7 +5269,7 @@ class HTTPConnection(asyncio.Protocol):
             self._phase = HEAD
             self._transport.resume_reading()
             if self._parser.rest or self._half_closed:
-                self._loop.call_soon(self._advance)       # not from within handle(), which was called by it
+                self._advance_soon()                      # not from within handle(), which was called by it
 
     # Time.
 
@@ -6537,6 +6615,9 @@ def main() -> None:
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
         # time. To have freed one of 16 MB, which is never touched, raises the limit for good.
         bytes(16 * 1024 * 1024)
+        # A large message is millions of objects for a moment. The collector would look through them again and again,
+        # for two thirds of the time, and find nothing.
+        gc.set_threshold(100_000, 20, 100)
         start_logging(settings.log_level, settings.log_format == "json")
         asyncio.run(run(settings))
     except StartError as error:
