@@ -272,7 +272,8 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, program or PROXY, *arguments], env=environment,
+        start = [program] if program and os.access(program, os.X_OK) else [sys.executable, program or PROXY]
+        self.process = subprocess.Popen([*start, *arguments], env=environment,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
         if settings.get("LOG_FORMAT") == "json":         # the banner is in the log then
             line = until(lambda: self.log() if "http" in self.log() or self.process.poll() is not None else "")
@@ -3836,6 +3837,53 @@ def test_process_what_a_server_left_behind_ends_with_it(shared):
         child = int(client.tool("leave"))
         assert client.start("die", code=5).answer()["error"]["data"]["exitCode"] == 5
         until(lambda: not is_alive(child), "the end of what it left behind", 5)
+
+
+# A process that nobody can tell by its environment, session or group; the second has lost its parents as well.
+HIDERS = {"child": 'str(subprocess.Popen(["setsid", "env", "-i", "sleep", "1000"], stdout=2).pid)',
+          "orphan": 'subprocess.check_output("setsid env -i sleep 1000 >&2 & echo $!", shell=True, text=True)'}
+
+
+@pytest.mark.parametrize("hider", HIDERS)
+@MODES
+def test_process_that_hides_ends_with_its_server_and_not_before(shared, hider):
+    reply = f'send(id=id, result={{"content": [{{"type": "text", "text": {HIDERS[hider]}}}]}})'
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
+        child = int(text_of(client.start("run", text=reply).answer()))
+        with SSEClient(proxy) as other:
+            other.tool("echo", text="x")
+        assert is_alive(child)
+        client.start("die")
+        until(lambda: not is_alive(child), "its end", 10)
+        until(lambda: not zombies_of(proxy), "somebody who looks after it", 10)
+
+
+def zombies_of(proxy):
+    """Its children that have ended, and of whom it has not heard yet."""
+    return [pid for pid, (parent, _, is_zombie) in mcpproxy.list_parents().items()
+            if is_zombie and parent == proxy.process.pid]
+
+
+def test_process_that_was_there_before_the_proxy_is_left_alone(tmp_path):
+    script = tmp_path / "start"
+    script.write_text(f"#!/bin/sh\nenv -i sleep 1000 &\necho $! > {tmp_path}/pid\nexec {sys.executable} {PROXY}\n")
+    script.chmod(0o755)
+    with running_proxy(FAKE, program=script) as proxy, SSEClient(proxy) as client:
+        other = int((tmp_path / "pid").read_text())
+        client.start("die").answer()
+        client.tool("echo", text="x")
+        assert proxy.stop() == 0 and is_alive(other)
+        os.kill(other, signal.SIGKILL)
+
+
+def test_process_shell_that_ends_the_others_is_replaced_when_it_ends(altered):
+    altered(LOOK=0.1)
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
+        shell, = (pid for pid in proxy.children() if pid not in servers_of(proxy))
+        os.kill(shell, signal.SIGKILL)
+        until(lambda: "is started again" in proxy.log(), "another one")
+        client.start("sleep", seconds=60)
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL             # and nothing is left, says stop()
 
 
 @MODES
