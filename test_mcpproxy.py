@@ -185,8 +185,12 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["bench"]:
         sys.exit(benchmark())
     if not importlib.util.find_spec("pytest"):
-        # Into a folder of its own, because the system's pip may refuse to install anywhere else.
-        packages = os.path.join(tempfile.gettempdir(), f"mcpproxy-tests-{os.getuid()}")
+        # Into a folder of its own, because the system's pip may refuse to install anywhere else; and one that nobody
+        # else can have prepared.
+        packages = os.path.expanduser("~/.cache/mcpproxy-tests")
+        os.makedirs(packages, mode=0o700, exist_ok=True)
+        if os.stat(packages).st_uid != os.getuid() or os.stat(packages).st_mode & 0o022:
+            packages = tempfile.mkdtemp()
         if importlib.util.find_spec("pip"):
             subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", packages,
                             "pytest"], check=True)
