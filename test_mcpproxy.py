@@ -2712,7 +2712,8 @@ def test_era_update_concerns_those_subscribed_to_the_resource_or_to_what_it_is_a
     '{"jsonrpc":"2.0","id":7,"result":{"_meta":%s,"content":[]}}',
     '{"jsonrpc":"2.0","id":7,"result":{"content":[],"_meta":%s}}',
     '{"result":{"x":1, "_meta":%s},"jsonrpc":"2.0","id":7}',
-    '{"result":{"x":"\u00fc", "_meta":%s}, "id":7, "jsonrpc": "2.0"}', '{"id":7,"jsonrpc":"2.0","result":{"_meta":%s}}'])
+    '{"result":{"x":"\u00fc", "_meta":%s}, "id":7, "jsonrpc": "2.0"}',
+    '{"id":7,"jsonrpc":"2.0","result":{"_meta":%s}}'])
 @pytest.mark.parametrize("meta, is_plain", [
     ("{}", True), ('{"a":{"b":"\u00fc}}"}}', True), ('{"io.modelcontextprotocol/serverInfo":{"name":"own"}}', False)])
 def test_era_meta_of_a_large_result_is_added_to_without_reading_all_of_it(monkeypatch, line, meta, is_plain):
@@ -3609,6 +3610,63 @@ def test_shares_a_place_is_taken_from_whoever_has_most_for_one_who_has_less(hold
     assert "".join(holder.principal for holder in given) == expected
 
 
+def test_shares_event_logs_of_sessions_give_first():
+    async def run():
+        budget = mcpproxy.Budget(1_000_000)
+        now = time.monotonic
+        mount = mcpproxy.Mount(mcpproxy.Server("x", Settings(), None, now), Settings(), now, budget)
+        sessions = [mount.open_session(None, {}, "a") for _ in range(5)]
+        for number in range(100):
+            for session in sessions:
+                session.stream.send([b"%d" % number + b"x" * 5_000])
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert budget.held <= 1_000_000
+        assert budget.held > 500_000
+        for session in sessions:
+            session.end()
+        assert budget.held == 0 and not budget._holdings
+    asyncio.run(run())
+
+
+def test_shares_of_listeners():
+    text = """
+        %s > {"id":%d,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}"""
+    acknowledged = """
+        %s < {"method":"notifications/subscriptions/acknowledged","params":{
+              "_meta":{".../subscriptionId":%d},"notifications":{"toolsListChanged":true}}}"""
+    conversation((text + acknowledged) % (("ann", 1) * 2) + (text + acknowledged) % (("ann", 2) * 2)
+                 + (text + acknowledged) % (("ann", 3) * 2) + text % ("ann", 4) + """
+        ann < 503 {"id":4,"error":{"code":-32000,"message":"too many subscriptions"}}""" + text % ("bob", 1) + """
+        ann < {"id":$GONE,"result":{"resultType":"complete","_meta":{".../subscriptionId":$GONE}}}"""
+                 + acknowledged % ("bob", 1), server="legacy", settings={"max_sessions": 3},
+                 ann=("modern", {}, "a"), bob=("modern", {}, "b"))
+
+
+def test_shares_of_calls_that_wait_for_their_client(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "PARKED_CALLS", 2)
+
+    def parks(who, number):
+        return f"""
+        {who} > {{"id":{number},"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":${who}{number},"method":"tools/call","params":{{"name":"x","_meta":{{}}}}}}
+                server < (${who}{number}) {{"id":"{who}{number}","method":"elicitation/create","params":{{}}}}"""
+
+    def gives(number):
+        return f"""
+                server > {{"method":"notifications/cancelled","params":{{"requestId":$ann{number},
+                          "reason":"timed out"}}}}
+                server > {{"id":"ann{number}","error":{{"code":-32000,"message":"the client did not answer"}}}}"""
+
+    def is_asked(who, number):
+        return f"""
+        {who} < {{"id":{number},"result":{{"resultType":"input_required","requestState":$S{who}{number},
+                  "inputRequests":{{"$Q{who}{number}":{{"method":"elicitation/create","params":{{}}}}}}}}}}"""
+    conversation("".join(parks("ann", number) + (gives(number - 2) if number > 2 else "") + is_asked("ann", number)
+                         for number in (1, 2, 3)) + parks("bob", 1) + gives(2) + is_asked("bob", 1),
+                 server="legacy", ann=("modern", ALL_CAPABILITIES, "a"), bob=("modern", ALL_CAPABILITIES, "b"))
+
+
 BUDGET = {"AUTH_KEY": "a,b,c", "MAX_BUFFERED_MB": 8, "MAX_REQUEST_MB": 4}
 
 
@@ -4039,6 +4097,27 @@ def test_connection_survives_any_line(monkeypatch):
     monkeypatch.setattr(mcpproxy.log, "level", logging.ERROR)
     asyncio.run(read())
     assert not faults
+
+
+def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it_alone():
+    class Deaf(Wire):
+        is_clogged = True
+        backlog = property(lambda self: sum(map(len, self.lines)))
+
+    async def run():
+        link, megabyte = Deaf(), b"x" * 1_000_000
+        connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
+                                               on_notification=None, is_ones_own=False)
+        for principal, number in ("a", 67), ("b", 33), ("c", 22), (None, 5):
+            for _ in range(number):
+                connection.send(megabyte, None, principal)
+            if principal:
+                with pytest.raises(mcpproxy.ServerError):
+                    connection.send(megabyte, None, principal)
+        del link.lines[:-3]                                  # the server has read most of it
+        connection.send(megabyte, None, "a")
+        assert connection._shares.total() == 4_000_000
+    asyncio.run(run())
 
 
 def answered(line):
@@ -5330,13 +5409,13 @@ def instant_loop():
 class ClientSide(mcpproxy.Outlet):
     """A client in a conversation, and the outlet of all its calls."""
 
-    def __init__(self, heard, mount, kind, capabilities=ALL_CAPABILITIES):
+    def __init__(self, heard, mount, kind, capabilities=ALL_CAPABILITIES, principal=None):
         self.heard, self.mount, self.kind, self.capabilities = heard, mount, kind, capabilities
         self.asks = kind == "legacy"
         if not kind.startswith("legacy"):
-            self.client = mount.visit(None, {}, None)
+            self.client = mount.visit(None, {}, principal)
             return
-        self.client = mount.open_session(None, {}, is_streamable=True)
+        self.client = mount.open_session(None, {}, principal)
         self.client.is_followed = True
         self.listener = types.SimpleNamespace(
             write=lambda event: self.finish([re.search(rb"\ndata: (.*)\n", b"".join(event))[1]], 200),
@@ -8248,6 +8327,17 @@ def test_load_a_server_that_says_the_same_again_and_again_takes_nobody_s_turn():
         waiter = threading.Thread(target=call.answer, daemon=True)
         waiter.start()
         assert longest_wait(proxy, lambda: not waiter.is_alive()) < 1
+
+
+def test_load_a_stream_that_nobody_reads_is_cut_off_after_a_while(altered):
+    altered(STALL_SECONDS=0.5)
+    with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, SSEClient(proxy) as client:
+        http, _ = open_sse(proxy)
+        client.start("run", text=(
+            f"for n in range(80): send(method={TOOLS_CHANGED!r}, params={{'x': 'y' * 99_000, 'n': n}})"))
+        until(lambda: "closed" in proxy.log(), "the end of the session that does not read", 10)
+        assert client.tool("echo", text="x") == "x"
+        http.close()
 
 
 def test_load_callers_without_a_session_count_as_processes_too():
