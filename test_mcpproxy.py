@@ -3360,7 +3360,8 @@ def test_access_tls_handshake_has_its_time(altered, certificate, begins):
             assert http.is_closed()
         with tls_client(proxy, certificate) as other:
             # It is the handshake's alone.
-            assert other.request("POST", "/tools/sleep", {"seconds": 0.5}).json()["content"][0]["text"] == "slept"
+            slept = other.request("POST", "/mcp", tool_call(1, "sleep", {"seconds": 0.5}), ACCEPT)
+            assert text_of(slept.json()) == "slept"
 
 
 def test_access_tls_one_file_may_hold_both(certificate):
