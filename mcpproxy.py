@@ -26,29 +26,31 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     The moving parts: what is alive while the proxy runs.
     9.  Logs                   what happened, a line each
     10. Shares                 who gives when there is no more room
-    11. Links                  what a server is spoken to through: a process, and its end
-    12. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    13. Streams, questions and outlets      what goes to a client
-    14. What servers send      questions and notifications, and whom they concern
-    15. Subscriptions          one at a server for all who want it
-    16. Instances              links that are kept running
-    17. Clients, servers and mounts         who uses which instance, and what limits them
-    18. Bridges                what happens to a call between two eras
-    19. Exchanges              one client request and everything sent in answer to it
+    11. Orphans                what would outlive its server
+    12. Links                  what a server is spoken to through: a process, and its end
+    13. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    14. Streams, questions and outlets      what goes to a client
+    15. What servers send      questions and notifications, and whom they concern
+    16. Subscriptions and tools             what a server is asked once for all who want it
+    17. Instances              links that are kept running
+    18. Clients, servers and mounts         who uses which instance, and what limits them
+    19. Bridges                what happens to a call between two eras
+    20. Dialogues              what a server asks in the course of a call
+    21. Exchanges              one client request and everything sent in answer to it
 
     The program: what can be seen from outside.
-    20. HTTP connections       one socket each
-    21. HTTP server            the sockets that are listened on, and TLS
-    22. Outlets                a call's messages into an HTTP reply
-    23. Endpoints              what each method and path means
-    24. Demo server            a small MCP server to try things with
-    25. The proxy              everything put together
-    26. Command line           arguments and environment into a running proxy
+    22. HTTP connections       one socket each
+    23. HTTP server            the sockets that are listened on, and TLS
+    24. Outlets                a call's messages into an HTTP reply
+    25. Endpoints              what each method and path means
+    26. Demo server            a small MCP server to try things with
+    27. The proxy              everything put together
+    28. Command line           arguments and environment into a running proxy
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 20 to
-                23 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 22 to
+                25 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -155,6 +157,7 @@ UNSUPPORTED_VERSION = -32022
 RESOURCE_NOT_FOUND = -32002
 URL_ELICITATION_REQUIRED = -32042
 
+RESOURCE_UPDATED = "notifications/resources/updated"
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream"
 SESSION_ID_HEADER = "Mcp-Session-Id"
@@ -166,7 +169,8 @@ LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert"
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
-MAX_URI = 8 * 1024                   # of a resource that is subscribed to, in characters
+MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
+MAX_URI = 2 * 1024                   # of a resource that is subscribed to, in characters
 MAX_URI_PARTS = 1_000                # that are looked at when such a one changes
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
@@ -197,8 +201,8 @@ LARGE = 64 * 1024                    # from here on, a copy costs more than a sy
 class ProxyError(Exception):
     """Something that the client is told: an HTTP status and a JSON-RPC error."""
 
-    http_status = 500
-    code = INTERNAL_ERROR
+    http_status = 400
+    code = INVALID_REQUEST
 
     def __init__(self, message: str, *, status: int | None = None, code: int | None = None,
                  data: object = None, headers: tuple = ()):
@@ -219,15 +223,9 @@ class ProxyError(Exception):
 class HTTPError(ProxyError):
     """The HTTP request was refused; what it carries was not looked at."""
 
-    http_status = 400
-    code = INVALID_REQUEST
-
 
 class RPCError(ProxyError):
     """The message was understood well enough to be refused."""
-
-    http_status = 400
-    code = INVALID_REQUEST
 
 
 class ServerError(ProxyError):
@@ -241,10 +239,6 @@ class StartError(Exception):
     """Ends the program, with one line and this exit status."""
 
     exit_status = 1
-
-
-class CannotListen(StartError):
-    """The address cannot be listened on."""
 
 
 class SettingsError(StartError):
@@ -342,28 +336,23 @@ def parse_setting(name: str, default, text: str):
 
 def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
-    if not 0 <= settings.port <= 65535:
-        raise SettingsError(f"PORT must be from 0 to 65535, not {settings.port}")
-    for name in ("heartbeat", "request_timeout", "session_idle", "max_message_mb", "max_request_mb", "max_buffered_mb"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"{name.upper()} must be a number above 0")
-    if not 0 <= settings.shutdown_grace < float("inf"):
-        raise SettingsError("SHUTDOWN_GRACE must be 0 or more")
-    if settings.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "WARN", "ERROR"):
-        raise SettingsError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, not {settings.log_level!r}")
-    for name, least in (("max_sessions", 1), ("max_processes", 1), ("prewarm", 0)):
-        if getattr(settings, name) < least:
-            raise SettingsError(f"{name.upper()} must be {least} or more")
-    if settings.server_era not in ("auto", "legacy", "modern"):
-        raise SettingsError(f"SERVER_ERA must be auto, legacy or modern, not {settings.server_era!r}")
-    if settings.log_format not in ("text", "json"):
-        raise SettingsError(f"LOG_FORMAT must be text or json, not {settings.log_format!r}")
+    for rule, fits, names in (
+            ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port"),
+            ("be a number above 0", lambda value: 0 < value < float("inf"),
+             "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
+            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm"),
+            ("be 1 or more", lambda value: value >= 1, "max_sessions max_processes"),
+            ("be DEBUG, INFO, WARNING or ERROR", re.compile("(?i)debug|info|warn(ing)?|error").fullmatch, "log_level"),
+            ("be auto, legacy or modern", re.compile("auto|legacy|modern").fullmatch, "server_era"),
+            ("be text or json", re.compile("text|json").fullmatch, "log_format"),
+            ("look like /prefix", re.compile("(/[A-Za-z0-9._~-]+)*").fullmatch, "base_path")):
+        for name in names.split():
+            if not fits(getattr(settings, name)):
+                raise SettingsError(f"{name.upper()} must {rule}, not {getattr(settings, name)!r}")
     if settings.auth_key and not settings.auth_keys:
         raise SettingsError("AUTH_KEY is set but holds no key")
     if settings.tls_key and not settings.tls_cert:
         raise SettingsError("TLS_KEY is of no use without TLS_CERT")
-    if settings.base_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", settings.base_path):
-        raise SettingsError(f"BASE_PATH must look like /prefix, not {settings.base_path!r}")
     return settings
 
 
@@ -415,8 +404,8 @@ class HTTPHead:
     keep_alive: bool
     content_length: int | None               # None: the body is chunked
     expects_continue: bool
+    raw: bytes                               # as it came
     admission: object = None                 # what the application made of it, for when it comes again
-    raw: bytes | None = None                 # as it came, when it may be kept
 
     def query_value(self, name: str) -> str | None:
         """The value of a query parameter; HTTPError when it is given twice."""
@@ -445,20 +434,21 @@ def parse_head(raw: bytes) -> HTTPHead:
                 raise HTTPError(f"repeated header: {name}")
             value = f"{headers[name]}, {value}"              # RFC 9110 §5.3
         headers[name] = value
-    host = headers.get("host")
-    if version >= (1, 1) and (host is None or not _HOST.fullmatch(host)):
+    method = match[1].decode()
+    authority, path, query = parse_target(method, match[2].decode())
+    if version >= (1, 1) and "host" not in headers or not (
+            _HOST.fullmatch(headers.get("host", "")) and _HOST.fullmatch(authority or "")):
         raise HTTPError("missing or malformed Host header")  # RFC 9112 §3.2
-    authority, path, query = parse_target(match[1].decode(), match[2].decode())
     if authority is not None:
         headers["host"] = authority                          # RFC 9112 §3.2.2: the target wins
-    if not _HOST.fullmatch(headers.get("host", "")):
-        raise HTTPError("malformed Host header")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise HTTPError("unknown expectation", status=417)   # RFC 9110 §10.1.1
     connection = {option.strip().lower() for option in headers.get("connection", "").split(",")}
     return HTTPHead(
-        method=match[1].decode(), path=path, query=query, headers=headers, fields=fields, version=version,
+        method=method, path=path, query=query, headers=headers, fields=fields, version=version,
         keep_alive="close" not in connection and (version >= (1, 1) or "keep-alive" in connection),
-        content_length=body_length(headers, version),
-        expects_continue=expects_continue(headers) and version >= (1, 1))
+        content_length=body_length(headers, version), raw=raw,
+        expects_continue="expect" in headers and version >= (1, 1))
 
 
 def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
@@ -528,25 +518,7 @@ def body_length(headers: dict[str, str], version: tuple[int, int]) -> int | None
     return int(length)
 
 
-def expects_continue(headers: dict[str, str]) -> bool:
-    """Does the client wait for 100 Continue? RFC 9110 §10.1.1."""
-    expectation = headers.get("expect")
-    if expectation is not None and expectation.lower() != "100-continue":
-        raise HTTPError("unknown expectation", status=417)
-    return expectation is not None
-
-
-STEPS_A_TURN = 3_000                 # lines and parts of chunks that are read in a row: a body in chunks of a byte each
-
-
-class BodyState(enum.Enum):
-    """What comes next while a body is read."""
-
-    DATA = enum.auto()          # bytes of the body: all of it, or one chunk
-    CHUNK_END = enum.auto()     # the empty line behind a chunk
-    CHUNK_SIZE = enum.auto()    # the line before a chunk
-    TRAILER = enum.auto()       # a line behind the last chunk
-    DONE = enum.auto()
+LINES_A_TURN = 2_000                 # of a chunked body that are read in a row: there may be two for each of its bytes
 
 
 class RequestParser:
@@ -558,12 +530,9 @@ class RequestParser:
         self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
         self._known = {} if known is None else known      # heads that were parsed, of all connections
-        self._state = BodyState.DONE
-        self._is_chunked = False
+        self._length: int | None = 0      # of the body; None: it is chunked
         self._body = bytearray()          # so far
-        self._size = 0                    # how large the body is known to be
-        self._missing = 0                 # how much of this is still to come
-        self._trailers = 0
+        self._reader = None               # what puts it together, if it does not come all at once
 
     def feed(self, data: bytes) -> None:
         """Takes the next bytes."""
@@ -581,18 +550,10 @@ class RequestParser:
             self._check_unfinished_head()
             return None
         raw = self.rest[:end]
-        head = self._known.get(raw) or self._parse_head(raw)
+        head = self._known.get(raw) or parse_head(raw)
         self.rest = self.rest[end + 4:]
         self._searched = 0
-        self._is_chunked = head.content_length is None
-        self._size = self._missing = head.content_length or 0
-        self._state = BodyState.CHUNK_SIZE if self._is_chunked else BodyState.DATA
-        return head
-
-    def _parse_head(self, raw: bytes) -> HTTPHead:
-        head = parse_head(raw)
-        if len(raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
-            head.raw = raw
+        self._length = head.content_length
         return head
 
     @property
@@ -601,12 +562,12 @@ class RequestParser:
         return len(self.rest) + len(self._body)
 
     def clear(self) -> None:
-        """Forgets them: where the next request begins is not known any more."""
-        self.rest, self._body = b"", bytearray()
+        """Forgets them: where the next request begins is not known any more, or there is none."""
+        self.rest, self._body, self._reader = b"", bytearray(), None
 
     def keep(self, head: HTTPHead) -> None:
-        """Remembers a head that was admitted, in place of the oldest."""
-        if head.raw:
+        """Remembers a head that was admitted, if it is small, in place of the oldest."""
+        if len(head.raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
             self._known[head.raw] = head
@@ -624,70 +585,67 @@ class RequestParser:
 
     def next_body(self, limit: int) -> bytes | None:
         """The body that belongs to the last head, or None when bytes are missing; 413 when it is over `limit`."""
-        if len(self.rest) >= self._size <= limit and self._state is BodyState.DATA and not (
-                self._is_chunked or self._body):
-            self._state = BodyState.DONE              # all of it is there: no copy
-            body, self.rest = self.rest[:self._size], self.rest[self._size:]
+        length = self._length
+        if self._reader is None and length is not None and len(self.rest) >= length <= limit:
+            body, self.rest = self.rest[:length], self.rest[length:]          # all of it is there: no copy
             return body
-        self._at = 0                      # how much of `rest` was used
-        steps = 0
-        self.is_interrupted = False
-        while self._state is not BodyState.DONE:
-            if self._size > limit:
-                raise HTTPError("message too large", status=413)
-            steps += 1
-            if steps > STEPS_A_TURN:
-                self.is_interrupted = True
-                break
-            if not (self._read_data() if self._state is BodyState.DATA else self._read_chunk_line()):
-                break
+        self._reader = self._reader or self._read_body(limit)
+        self._at, self._lines_left = 0, LINES_A_TURN              # `_at`: how much of `rest` was used
+        self.is_interrupted = next(self._reader, None)
         self.rest = self.rest[self._at:]
-        if self._state is not BodyState.DONE:
+        if self.is_interrupted is not None:
             return None
-        body, self._body, self._trailers = bytes(self._body), bytearray(), 0
+        body, self._body, self._reader = bytes(self._body), bytearray(), None
         return body
 
-    def _read_data(self) -> bool:
-        part = self.rest[self._at:self._at + self._missing]
-        self._at += len(part)
-        self._missing -= len(part)
-        self._body += part
-        if self._missing:
-            return False
-        self._state = BodyState.CHUNK_END if self._is_chunked else BodyState.DONE
-        return True
+    # What follows are generators. They yield when more bytes are needed (False) or it is the others' turn (True).
 
-    def _read_chunk_line(self) -> bool:
-        end = self.rest.find(b"\r\n", self._at, self._at + MAX_CHUNK_LINE_BYTES + 2)
-        line = self.rest[self._at:end if end >= 0 else None]
-        if len(line) > MAX_CHUNK_LINE_BYTES + 1 or b"\n" in line or b"\r" in line[:-1]:
-            raise HTTPError("malformed chunk")
-        if end < 0:
-            return False
-        self._at = end + 2
-        if self._state is BodyState.CHUNK_SIZE:
-            self._start_chunk(line)
-        elif self._state is BodyState.CHUNK_END:
-            if line:
+    def _read_body(self, limit: int):
+        if self._length is not None:
+            yield from self._read_data(self._length, limit)
+            return
+        while True:
+            match = _CHUNK_LINE.fullmatch((yield from self._read_line()))
+            if not match:
                 raise HTTPError("malformed chunk")
-            self._state = BodyState.CHUNK_SIZE
-        elif line:
-            # Trailers are checked like headers and then forgotten. RFC 9112 §7.1.2.
-            parse_fields([line])
-            self._trailers += 1
-            if self._trailers > MAX_HEADERS:
-                raise HTTPError("too many trailers", status=431)
-        else:
-            self._state = BodyState.DONE
-        return True
+            size = int(match[1], 16)
+            if not size:
+                break
+            yield from self._read_data(size, limit)
+            if (yield from self._read_line()):
+                raise HTTPError("malformed chunk")
+        for _ in range(MAX_HEADERS + 1):
+            line = yield from self._read_line()
+            if not line:
+                return
+            parse_fields([line])          # trailers are checked like headers and then forgotten. RFC 9112 §7.1.2
+        raise HTTPError("too many trailers", status=431)
 
-    def _start_chunk(self, line: bytes) -> None:
-        match = _CHUNK_LINE.fullmatch(line)
-        if not match:
-            raise HTTPError("malformed chunk")
-        self._missing = int(match[1], 16)
-        self._size += self._missing
-        self._state = BodyState.DATA if self._missing else BodyState.TRAILER
+    def _read_data(self, missing: int, limit: int):
+        if len(self._body) + missing > limit:
+            raise HTTPError("message too large", status=413)
+        while True:
+            part = self.rest[self._at:self._at + missing]
+            self._at += len(part)
+            missing -= len(part)
+            self._body += part
+            if not missing:
+                return
+            yield False
+
+    def _read_line(self):
+        self._lines_left -= 1
+        if self._lines_left < 0:
+            yield True
+        while True:
+            end = self.rest.find(b"\r\n", self._at, self._at + MAX_CHUNK_LINE_BYTES + 2)
+            line = self.rest[self._at:end if end >= 0 else None]
+            if len(line) > MAX_CHUNK_LINE_BYTES + 1 or b"\n" in line or b"\r" in line[:-1]:
+                raise HTTPError("malformed chunk")
+            if end >= 0:
+                self._at = end + 2
+                return line
+            yield False
 
 
 # Headers with few values, all of them ours. What repeats a client's words is put together anew each time.
@@ -695,21 +653,17 @@ _OUR_WORDS = frozenset({"Content-Type", "Cache-Control", "X-Accel-Buffering", "T
 _known_heads: dict[tuple, bytes] = {}
 
 
-def _encode_head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
-    # Splitting: a CR LF in a value would end the header and start one, or a body, of the sender's choice.
-    for name, value in headers:
-        if not _FIELD_LINE.fullmatch(f"{name}: {value}".encode("latin-1", "replace")):
-            raise ValueError(f"unusable header {name!r}")
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
-    head = "\r\n".join(lines).encode("latin-1")
-    if all(name in _OUR_WORDS for name, _ in headers):
-        _known_heads[status, headers] = head
-    return head
-
-
 def encode_head(status: int, headers: tuple[tuple[str, str], ...], date: bytes, length: int | None) -> bytes:
     """A response's head. `length` is its body's; None, the body comes in chunks or there is none."""
-    head = _known_heads.get((status, headers)) or _encode_head(status, headers)
+    head = _known_heads.get((status, headers))
+    if head is None:
+        lines = [f"{name}: {value}".encode("latin-1") for name, value in headers]
+        # Splitting: a CR LF in a value would end the header and start one, or a body, of the sender's choice.
+        if not all(map(_FIELD_LINE.fullmatch, lines)):
+            raise ValueError("unusable header")
+        head = b"\r\n".join([f"HTTP/1.1 {status} {REASONS[status]}".encode(), *lines])
+        if all(name in _OUR_WORDS for name, _ in headers):
+            _known_heads[status, headers] = head
     if length is None:
         return b"%b\r\nDate: %b\r\n\r\n" % (head, date)
     return b"%b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n" % (head, date, length)
@@ -772,7 +726,7 @@ _OBJECT_START = re.compile(r"[ \t\n\r]*\{")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_BATCH_START = re.compile(r"[ \t\n\r]*(\[)")
+_BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
 
@@ -880,15 +834,8 @@ _ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0
 _TAIL_LENGTH = 64
 
 
-class Kind(enum.Enum):
-    """What a message is. JSON-RPC 2.0, sections 4 and 5."""
-
-    REQUEST = "request"
-    NOTIFICATION = "notification"
-    RESPONSE = "response"
-
-
-REQUEST, NOTIFICATION, RESPONSE = Kind         # by a name of the module, because to look into an Enum is slow
+# What a message is: JSON-RPC 2.0, sections 4 and 5. By names of the module, because to look into an Enum is slow.
+REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
 
 
 class Message:
@@ -1063,20 +1010,15 @@ def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
     return as_object({name: text[slice(*places[name])] if name in places else "{}" for name in kept}), kept
 
 
-def is_batch(text: str) -> bool:
-    """Is this an array, if it is JSON at all?"""
-    return text.startswith("[") or text[:1].isspace() and _BATCH_START.match(text) is not None
+is_batch = _BATCH_START.match            # is a text an array, if it is JSON at all?
 
 
 def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
     """The texts of the messages in an array; RPCError when it is not an array, or a longer one."""
     texts, after = [], _BATCH_START.match(text)
     try:
-        while after and after[1] != "]":
+        while after and after[1][-1] != "]":
             start = _WHITESPACE.match(text, after.end()).end()
-            if not texts and text[start:start + 1] == "]":
-                after = _AFTER_ELEMENT.match(text, start)
-                break
             _, end = scan_value(text, start)
             texts.append(text[start:end])
             if len(texts) > limit:
@@ -1259,8 +1201,7 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 # MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
-# What a subscription can be to, and the notification that it brings. MCP 2026-07-28, Subscriptions.
-RESOURCE_UPDATED = "notifications/resources/updated"
+# What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {
     "toolsListChanged": ("tools", "notifications/tools/list_changed"),
     "promptsListChanged": ("prompts", "notifications/prompts/list_changed"),
@@ -1328,7 +1269,6 @@ def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict 
 class Envelope:
     """What a modern request says of its sender. MCP 2026-07-28, Overview, _meta."""
 
-    version: str
     capabilities: dict
     log_level: str | None
 
@@ -1338,41 +1278,39 @@ def is_modern(message: Message, version_header: str | None) -> bool:
     return VERSION_KEY in message.meta or version_header == MODERN_VERSION and message.method != "initialize"
 
 
-def read_envelope(message: Message) -> Envelope:
-    """The envelope of a request; RPCError (-32602) when something required is missing."""
-    version, capabilities = message.meta.get(VERSION_KEY), message.meta.get(CAPABILITIES_KEY)
-    log_level = message.meta.get(LOG_LEVEL_KEY)
+def check_size(message: Message, *paths: tuple[str, ...]) -> None:
+    """Refuses what a client says of itself, and what is kept of it, if that is too large."""
+    if len(message.text) > MAX_SELF and any(len(message.raw(*path)) > MAX_SELF for path in paths):
+        raise RPCError(f"{paths[0][-1]} is too large", code=INVALID_PARAMS)
+
+
+def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
+    """The envelope of a modern request that may go on. `headers` are HTTP's, None on a transport without any.
+
+    The rungs, of which the first that breaks is told: the envelope is whole, the headers say what the body says, the
+    revision is known, the method is one of it. The order is that of the specification's conformance tests."""
+    version, capabilities, log_level = map(message.meta.get, (VERSION_KEY, CAPABILITIES_KEY, LOG_LEVEL_KEY))
     if not isinstance(version, str):
         raise RPCError(f"_meta needs {VERSION_KEY}", code=INVALID_PARAMS)
     if not isinstance(capabilities, tuple):
         raise RPCError(f"_meta needs {CAPABILITIES_KEY}", code=INVALID_PARAMS)
     if log_level is not None and log_level not in LOG_LEVELS:
         raise RPCError(f"{LOG_LEVEL_KEY} is no log level", code=INVALID_PARAMS)
-    capabilities = message.value("params", "_meta", CAPABILITIES_KEY) if capabilities else {}
-    return Envelope(version, capabilities, log_level)
-
-
-def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
-    """The envelope of a modern request that may go on. `headers` are HTTP's, None on a transport without any.
-
-    The rungs, of which the first that breaks is told: the envelope is whole, the headers say what the
-    body says, the revision is known, the method is one of it. The order is that of the specification's
-    conformance tests: a client that contradicts itself is told so before it is told what we can do."""
-    envelope = read_envelope(message)
+    check_size(message, ("params", "_meta", CAPABILITIES_KEY))
     if headers is not None:
-        check_headers(message, headers, envelope)
-    if envelope.version != MODERN_VERSION:
+        check_headers(message, headers, version)
+    if version != MODERN_VERSION:
         raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
-                       data={"supported": [MODERN_VERSION], "requested": envelope.version})
+                       data={"supported": [MODERN_VERSION], "requested": version})
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
-    return envelope
+    return Envelope(message.value("params", "_meta", CAPABILITIES_KEY) if capabilities else {}, log_level)
 
 
-def check_headers(message: Message, headers: dict[str, str], envelope: Envelope) -> None:
+def check_headers(message: Message, headers: dict[str, str], version: str) -> None:
     """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
-    expected = [("mcp-protocol-version", envelope.version), ("mcp-method", message.method)]
+    expected = [("mcp-protocol-version", version), ("mcp-method", message.method)]
     if message.method in NAMED_IN_HEADER:
         expected.append(("mcp-name", message.params.get(NAMED_IN_HEADER[message.method])))
     for name, value in expected:
@@ -1440,18 +1378,14 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
                   beside: dict[str, str] | None = None) -> list[tuple[int, int, str]]:
     """The changes that put members (name -> JSON) into a message's params._meta, and `beside` it into the params;
     they may take the envelope out."""
-    beside = beside or {}
-    if not (new or beside) and (keeps_envelope or not message.meta):
-        return []
+    changes, beside = [], beside or {}
     kept = [name for name in message.meta if keeps_envelope or not name.startswith(RESERVED_PREFIX)]
-    is_new = bool(new) and "_meta" not in message.params
-    if is_new:
+    if new and "_meta" not in message.params:
         beside = {**beside, "_meta": as_object(new)}
-    changes = [message.new_members(beside, "params")] if beside else []
-    if not is_new and (new or len(kept) < len(message.meta)):
+    elif new or len(kept) < len(message.meta):
         old = message.raw_members("params", "_meta") if kept else {}
         changes.append((*message.span("params", "_meta"), as_object({name: old[name] for name in kept} | new)))
-    return changes
+    return [*changes, message.new_members(beside, "params")] if beside else changes
 
 
 def digest_of(message: Message) -> int:
@@ -1485,12 +1419,11 @@ class Additions:
         if method in CACHEABLE:
             # A legacy server says nothing of how long or for whom; so: not at all, and for the asker alone.
             self.members.update(ttlMs="0", cacheScope='"private"')
+        beside = dict(self.members)
         if self.meta:
             self.members["_meta"] = as_object(self.meta)
-        self.text = as_object(self.members)[1:-1].encode()
-        self.text_beside_meta = as_object({name: value for name, value in self.members.items() if name != "_meta"})[
-            1:-1].encode()
-        self.meta_text = as_object(self.meta)[1:-1].encode()
+        self.text, self.text_beside_meta, self.meta_text = (
+            as_object(members)[1:-1].encode() for members in (self.members, beside, self.meta))
         self.find_in = re.compile(rb'"(?:%b)"' % "|".join(self.members).encode()).search
 
 
@@ -1499,6 +1432,7 @@ additions = functools.lru_cache(maxsize=256)(Additions)
 _SERVER_INFO = f'"{SERVER_INFO_KEY}"'.encode()
 _META_FIRST = re.compile(rb'[ \t]*"_meta":[ \t]*\{')
 _RESULT_END = re.compile(rb'\}(?:, ?(?:"jsonrpc": ?"2\.0"|"id": ?[0-9]{1,18}))*\}\Z')
+_OBJECT_END = re.compile(rb"[ \t]*\}")
 
 
 def find_meta(line: bytes, start: int) -> int | None:
@@ -1507,17 +1441,13 @@ def find_meta(line: bytes, start: int) -> int | None:
     match = _META_FIRST.match(line, start)
     if match:
         return match.end()
-    at = line.rfind(b'"_meta"', max(0, len(line) - LARGE))
-    match = _META_FIRST.match(line, at) if at > start and line.find(b'"_meta"', start, at) < 0 else None
-    if match:
-        text = line[match.end() - 1:].decode()
-        with contextlib.suppress(ValueError, StopIteration):
-            end = len(text[:_skip_value(text, 0)[1]].encode())
-            if _RESULT_END.match(line, match.end() - 1 + end):
-                return match.end()
+    at = line.rfind(b'"_meta"', max(start, len(line) - LARGE))
+    match = _META_FIRST.match(line, at) if at > 0 and line.find(b'"_meta"', start, at) < 0 else None
+    with contextlib.suppress(ValueError, StopIteration, RecursionError):
+        # In Latin-1 a character is a byte, and in JSON whatever is beyond ASCII means nothing.
+        if match and _RESULT_END.match(line, at + _skip_value(line[at:].decode("latin-1"), match.end() - 1 - at)[1]):
+            return match.end()
     return None
-
-_OBJECT_END = re.compile(rb"[ \t]*\}")
 
 
 def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions) -> list:
@@ -1583,26 +1513,15 @@ class Identity:
         self.capabilities = self._result.get("capabilities")
         if not isinstance(self.capabilities, dict):
             raise ServerError("the MCP server's answer to the handshake is not one")
+        # The revision that the server answered with; of a legacy one it may be anything.
+        self.version: object = MODERN_VERSION if era is MODERN else self._result.get("protocolVersion")
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
         info = self._result
         for name in path:
             info = info.get(name) if isinstance(info, dict) else None
-        self._info = info if isinstance(info, dict) else {}
         self.info = response.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
-
-    @property
-    def version(self) -> object:
-        """The revision that the server answered with; of a legacy one it may be anything."""
-        return MODERN_VERSION if self.era is MODERN else self._result.get("protocolVersion")
-
-    @property
-    def name(self) -> str:
-        return str(self._info.get("name"))
-
-    @property
-    def release(self) -> str:
-        """The version of the program."""
-        return str(self._info.get("version"))
+        info = info if isinstance(info, dict) else {}
+        self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
 
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
@@ -1625,14 +1544,13 @@ class Identity:
 
     def supported(self, wanted: dict) -> dict:
         """The part of a subscription filter that a server of these capabilities can serve."""
-        honoured = {}
-        for name, (kind, _) in LIST_CHANGES.items():
+        def can(kind: str, what: str) -> bool:
             capability = self.capabilities.get(kind)
-            if wanted.get(name) is True and isinstance(capability, dict) and capability.get("listChanged"):
-                honoured[name] = True
+            return isinstance(capability, dict) and bool(capability.get(what))
+        honoured: dict = {name: True for name, (kind, _) in LIST_CHANGES.items()
+                          if wanted.get(name) is True and can(kind, "listChanged")}
         uris = wanted.get("resourceSubscriptions")
-        resources = self.capabilities.get("resources")
-        if isinstance(uris, list) and isinstance(resources, dict) and resources.get("subscribe"):
+        if isinstance(uris, list) and can("resources", "subscribe"):
             honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
         return honoured
 
@@ -1656,11 +1574,14 @@ class Identity:
 MAY_BE_SET = re.compile(r"""
     (?! (?: UV | PIP | PIPX | PIPENV | PDM | HATCH | POETRY | PIXI | RYE | CONDA | NPM_CONFIG | PNPM | YARN | BUN |
             COREPACK | TS_NODE | CARGO | RUSTUP | BUNDLE | ORG_GRADLE | R | JULIA | GIT_CONFIG )_ )
-    (?: [A-Z0-9]*_ )* (?: TOKEN | KEY | KEY_ID | SECRET | PASSWORD | PASS | PAT | USER | USERNAME | EMAIL | CLIENT_ID |
-        (?P<place> ACCOUNT | ACCOUNT_ID | TENANT_ID | TEAM_ID | WORKSPACE_ID | PROJECT | PROJECT_ID | ORG | ORG_ID |
-                   REGION | DATABASE_ID) ) | NODE_ENV | DEBUG | ROOT_DIR | LANG | TZ """, re.VERBOSE)
-# Programs put a place into the host name that they send their credentials to, and this may not end it.
-_ENDS_A_HOST = re.compile(r"[/?#\\%\s\x00-\x1f]")
+    (?: [A-Z0-9]*_ )* (?: TOKEN | KEY | KEY_ID | SECRET | PASSWORD | PASS | PAT | EMAIL | CLIENT_ID |
+        (?P<user> USER | USERNAME) | (?P<place> ACCOUNT | ACCOUNT_ID | TENANT_ID | TEAM_ID | WORKSPACE_ID | PROJECT |
+                   PROJECT_ID | ORG | ORG_ID | REGION | DATABASE_ID) ) |
+    DEBUG | ROOT_DIR | (?P<file> NODE_ENV | LANG | TZ) """, re.VERBOSE)
+# Programs put a place into the host name that they send their credentials to, take a user that begins with - for an
+# option, and the others for the name of a file. So their values may not be anything.
+VALUES = {"place": re.compile(r"(?!-)[\w.,+~= -]*"), "user": re.compile(r"(?!-).*", re.DOTALL),
+          "file": re.compile(r"(?![:/])(?!.*\.\.)[\w.@+/-]*")}
 MAX_VARIABLES = 64                # of one client
 
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
@@ -1751,7 +1672,7 @@ def may_set(name: str, value: str, allowed: str) -> bool:
     if name.startswith(OUR_PREFIX) or listed(allowed):
         return is_named(name, allowed) and not name.startswith(OUR_PREFIX)
     match = MAY_BE_SET.fullmatch(name)
-    return bool(match) and not (match["place"] and _ENDS_A_HOST.search(value))
+    return bool(match) and all(allowed.fullmatch(value) for kind, allowed in VALUES.items() if match[kind])
 
 
 def is_named(name: str, patterns: str) -> bool:
@@ -1925,14 +1846,17 @@ def positional(template: str) -> tuple[str, list[str]]:
 
 
 def redactor(secrets: list[str]):
-    """A function that takes secrets out of a text for the log, as they are or as they are in JSON: by one expression,
-    because a server may write thousands of lines in one turn."""
+    """A function that takes secrets out of a text for the log, as they are or as they are in JSON. (One expression for
+    all would be slower, and much slower for secrets that begin alike.)"""
     forms = {form for secret in secrets for form in (
         secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])}
-    if not forms:
-        return str
-    longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
-    return functools.partial(re.compile("|".join(longest_first)).sub, "***")
+    longest_first = sorted(forms, key=len, reverse=True)
+
+    def redact(text: str) -> str:
+        for form in longest_first:
+            text = text.replace(form, "***")
+        return text
+    return redact
 
 
 log = Log()
@@ -1943,7 +1867,7 @@ def as_told(error: Exception) -> ProxyError:
     if isinstance(error, ProxyError):
         return error
     log.fault(error)
-    return ProxyError("internal error")
+    return ProxyError("internal error", status=500, code=INTERNAL_ERROR)
 
 
 def start_logging(level: str, as_json: bool) -> None:
@@ -1957,27 +1881,25 @@ def start_logging(level: str, as_json: bool) -> None:
 # 10. Shares
 # ============================================================================
 #
-# What many share is never enough for one who takes without end, and a limit for
-# each connection, session and stream is none for all of them together. So all
-# that is held for clients in memory is counted in one place, in bytes; and where
-# there are only so many places (sessions, processes, parked calls, listeners),
-# those who have them are counted when one more is wanted. When there is no room,
-# whoever has most is refused first, and something is taken from whoever has most
-# only for one who has less.
+# What many share is never enough for one who takes without end, and a limit for each connection, session and stream
+# is none for all of them together. So all that is held for clients in memory is counted in one place, in bytes; and
+# where there are only so many places (sessions, processes, parked calls, listeners), those who have them are counted
+# when one more is wanted. When there is no room, whoever has most is refused first, and something is taken from whoever
+# has most only for one who has less.
 
 SMALL = 4 * 1024                 # bytes; what is smaller comes with what is counted anyway, and is not counted
 
 
-class Holding:
-    """Bytes that are held for a principal, and how they are given back."""
+class Holder:
+    """What holds bytes for a principal, and can give them back."""
 
-    __slots__ = ("principal", "size", "give", "is_spare")
+    __slots__ = ()
+    principal: object = None
+    held = 0
+    is_spare = False             # would nothing fail without them? Then they go before others of the same principal
 
-    def __init__(self, principal: object, give, is_spare: bool = False):
-        self.principal = principal
-        self.size = 0
-        self.give = give                 # called when they have to go
-        self.is_spare = is_spare         # would nothing fail without them? Then they go first
+    def give(self) -> None:
+        """Does without what it holds."""
 
 
 class Budget:
@@ -1986,44 +1908,50 @@ class Budget:
     def __init__(self, limit: float = float("inf")):
         self.limit = limit               # bytes
         self.held = 0
-        self._holdings: set[Holding] = set()
+        self._holders: set[Holder] = set()
 
-    def set(self, holding: Holding, size: int) -> None:
-        """What is held here has this size now; if that is too much in all, room is made at the end of the turn."""
-        before, holding.size = holding.size, size
+    def set(self, holder: Holder, size: int) -> None:
+        """It holds so much now; if that is too much in all, room is made at the end of the turn."""
+        before, holder.held = holder.held, size
         was_over = self.held > self.limit
         self.held += size - before
         if not before or not size:
-            (self._holdings.add if size else self._holdings.discard)(holding)
+            (self._holders.add if size else self._holders.discard)(holder)
         if self.held > self.limit and not was_over:
-            at_end_of_turn(lambda: self._free(0, self._totals()))
+            at_end_of_turn(self._make_room)
 
     def has_room(self, principal: object, size: int) -> bool:
         """May so much more be held for a principal? Others, who hold more, give for it."""
         if self.held + size <= self.limit:
             return True
         totals = self._totals()
-        return self._free(size, totals, totals[principal] + size)
+        mine = totals[principal] + size
+        return self._free(size, [holder for holder in self._holders if totals[holder.principal] > mine or (
+            holder.is_spare and holder.principal == principal)], totals)
+
+    def _make_room(self) -> None:
+        self._free(0, list(self._holders), self._totals())
 
     def _totals(self) -> collections.Counter:
         totals = collections.Counter()
-        for holding in self._holdings:
-            totals[holding.principal] += holding.size
+        for holder in self._holders:
+            totals[holder.principal] += holder.held
         return totals
 
-    def _free(self, size: int, totals: collections.Counter, least: int = 0) -> bool:
-        """Makes room for so many bytes, and for a tenth of all, so that it is seldom done: takes what can be spared,
-        then the largest of whoever holds most. Takes nothing if those who hold more than `least` have too little."""
-        order = sorted((one for one in self._holdings if one.is_spare or totals[one.principal] > least), reverse=True,
-                       key=lambda one: (one.is_spare, totals[one.principal], one.size))
-        if self.held + size - sum(one.size for one in order) > self.limit:
+    def _free(self, size: int, holders: list[Holder], totals: collections.Counter) -> bool:
+        """Makes room for so many bytes, and for a tenth of all, so that it is seldom done: takes from whoever holds
+        most, first what can be spared, then the largest. Takes nothing if all that these hold is too little."""
+        if self.held + size - sum(holder.held for holder in holders) > self.limit:
             return False
-        for holding in order:
+        for holder in sorted(holders, key=lambda one: (totals[one.principal], one.is_spare, one.held), reverse=True):
             if self.held + size <= self.limit * 0.9:
                 break
-            self.set(holding, 0)
-            holding.give()
+            self.set(holder, 0)
+            holder.give()
         return True
+
+
+budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
@@ -2037,29 +1965,11 @@ def who_gives(holders, principal: object) -> list:
 
 
 # ============================================================================
-# 11. Links
+# 11. Orphans
 # ============================================================================
 #
-# A link is what a server is spoken to through: lines out, lines in, and one end.
-# A process is the one kind: lines to its stdin, lines from its stdout, its stderr
-# into the log. It knows lines of bytes, nothing of JSON.
-#
-# The hard part is the end. A server may exit by itself, hang, ignore its stdin,
-# or have children of its own: npx starts a shell that starts node. So every
-# server leads a process group, stopping is a list of steps, each less polite
-# than the one before, and it always comes to an end. Three things could still
-# escape: a child that left the group, all children when the proxy itself is
-# killed with SIGKILL, and a server that was just being started then. For these,
-# every server carries a tag in its environment, which its children inherit, and
-# the proxy is the parent of whoever loses its own; see
-# Reaper. One that died is stopped like any other: it may have left children.
-
-PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
-STDERR_LINES = 20                # how many of the last lines an error carries
-MAX_STDERR_LINE = 1_000
-KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
-LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
-
+# What could outlive a server: a child that left its process group, all children when the proxy itself is killed with
+# SIGKILL, and a server that was just being started then.
 
 class Reaper:
     """Ends what would outlive its server, and all servers when the proxy is killed.
@@ -2068,16 +1978,16 @@ class Reaper:
     it in Linux's /proc, wherever they went. A small shell waits for the proxy's end, however that comes: the pipe from
     the proxy to it closes. Where there is no /proc, groups have to do.
 
-    What clears its environment is known by its parents, which are looked at now and then; what has lost them becomes
-    the proxy's own child, and is a stray. Whose it is may not be known then; so it ends with the last of the servers
-    that ran when it was found. Only when the proxy itself is killed with SIGKILL does such a one live on."""
+    What clears its environment is found by its parents when its server is stopped. If it has lost them, it has become
+    the proxy's own child, and nobody can say whose it was; so it ends when no server runs, or with the proxy. Only
+    when that is killed with SIGKILL does such a one live on."""
 
     SCRIPT = """
         trap '' HUP INT TERM
         while read -r _; do :; done
         for round in 1 2 3 4 5; do
-            found=
-            for path in /proc/[0-9]*/environ; do
+            found=$(grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
+            command -v grep > /dev/null || for path in /proc/[0-9]*/environ; do
                 while IFS= read -r line || [ -n "$line" ]; do
                     case $line in *"MCPPROXY_TAG=$1-"*) found="$found $path"; break;; esac
                 done < "$path"
@@ -2092,17 +2002,14 @@ class Reaper:
     def __init__(self):
         self.nonce = os.urandom(8).hex()
         self.starting = 0                     # servers whose process id is not known yet
-        self.servers: dict[int, str] = {}     # tags of those that run, by process id
+        self.servers: set[int] = set()        # the process ids of those that run
         self._numbers = itertools.count(1)
-        self._ended: set[str] = set()         # tags whose leftovers are looked for next
-        self._families: dict[str, set[tuple]] = collections.defaultdict(set)       # (pid, start time), by tag
-        self._strays: dict[tuple, set[str]] = {}        # (pid, start time) -> tags of servers that it may be of
+        self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
+        self._left: set[tuple] = set()        # (process id, time of its start) of descendants that were seen
         self._sweep: asyncio.TimerHandle | None = None
-        self._looked_at = 0.0
         self._watcher: subprocess.Popen | None = None
-        self._is_parent = adopt_orphans()
-        # A shell may have started others before it became this program, and the first process gets everybody's strays.
-        self._gets_others = os.getpid() == 1 or os.getpid() in [parent for parent, *_ in list_parents().values()]
+        # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
+        self._gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
         self._start_watcher()
 
     def _start_watcher(self) -> None:
@@ -2111,6 +2018,7 @@ class Reaper:
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce], stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
+            self._watcher = None
             log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
                         reason=error.strerror)
 
@@ -2118,71 +2026,53 @@ class Reaper:
         return f"{self.nonce}-{next(self._numbers)}"
 
     def tick(self) -> None:
-        """Called every few seconds: looks whose children there are, and whether the shell still waits."""
-        self._look()
+        """Called every few seconds: hears of orphans that ended, and of the shell if it did."""
+        for pid in self._orphans():
+            if process_state(pid)[0] == b"Z":
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
         if self._watcher and self._watcher.poll() is not None:
             log.warning("! the shell that ends servers if this program is killed has ended, and is started again")
             self._watcher.stdin.close()
             self._start_watcher()
 
-    def _look(self) -> dict[int, tuple]:
-        """Notes which processes belong to whom. Returns what list_parents() does."""
-        self._looked_at = time.monotonic()
-        parents = list_parents() if self._is_parent else {}
-        for pid, (parent, start, is_zombie) in parents.items():
-            line = [pid]
-            while line[-1] not in self.servers and line[-1] in parents:
-                line.append(parents[line[-1]][0])
-            tag = self.servers.get(line[-1])
-            if tag and pid not in self.servers:
-                self._families[tag].add((pid, start))
-            elif parent == os.getpid() and not tag and pid != (self._watcher and self._watcher.pid):
-                if is_zombie and not self.starting:
-                    with contextlib.suppress(ChildProcessError):
-                        os.waitpid(pid, os.WNOHANG)
-                elif not (is_zombie or self._gets_others or self._is_known(pid, start)):
-                    self._strays[pid, start] = {*self.servers.values()} | self._ended
-        alive = {(pid, start) for pid, (_, start, _) in parents.items()}
-        self._strays = {stray: tags for stray, tags in self._strays.items() if stray in alive}
-        for tag in self._families:
-            self._families[tag] &= alive
-        return parents
+    def _orphans(self) -> set[int]:
+        """Our children that are nothing of ours. While a server is started, it could be one of them."""
+        known = {*self.servers, self._watcher and self._watcher.pid}
+        return {*children_of(os.getpid())} - known if self._gets_orphans and not self.starting else set()
 
-    def _is_known(self, pid: int, start: bytes) -> bool:
-        return ((pid, start) in self._strays or any((pid, start) in family for family in self._families.values())
-                or b"MCPPROXY_TAG=%b-" % self.nonce.encode() in read_file(f"/proc/{pid}/environ"))
-
-    def ending(self) -> None:
-        """Says that a server will be stopped: its children can still be told. Many may be, at the same time."""
-        if time.monotonic() - self._looked_at > 0.1:
-            self._look()
+    def ending(self, pid: int) -> None:
+        """Says that a server will be stopped: its descendants can still be told."""
+        for child in children_of(pid):
+            seen = child, process_state(child)[1]
+            if seen not in self._left:
+                self._left.add(seen)
+                self.ending(child)
 
     def ended(self, tag: str, pid: int | None = None) -> None:
         """Says that a server is gone. What it left behind is killed soon, for many servers at once."""
-        self.servers.pop(pid, None)
+        self.servers.discard(pid)
         self._ended.add(tag)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
 
     def sweep(self) -> None:
         """Kills what is left of ended servers now. Reads /proc once: 20 µs a process."""
+        ended, self._ended = self._ended, set()
+        left, self._left = self._left, set()
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
-        if not self._ended:
-            return
-        parents = self._look()
-        ended, self._ended = self._ended, set()
-        left = set().union(*(self._families.pop(tag, ()) for tag in ended))
-        for stray, tags in list(self._strays.items()):
-            tags -= ended
-            if not tags:
-                left.add(stray)
         marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag in ended]
-        for pid in list_processes():
-            is_left = pid in parents and (pid, parents[pid][1]) in left
-            environment = b"" if is_left else read_file(f"/proc/{pid}/environ")
-            if is_left or any(mark in environment for mark in marks):
+        found = [pid for pid, start in left if process_state(pid)[1] == start]
+        if ended and not self.servers:
+            found += self._orphans()
+        for pid in list_processes() if marks else ():
+            environment = read_file(f"/proc/{pid}/environ")
+            if any(mark in environment for mark in marks):
+                found.append(pid)
+        for pid in {*found} - self.servers:
+            if process_state(pid)[0] != b"Z":
                 log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
 
@@ -2204,14 +2094,19 @@ def adopt_orphans() -> bool:
         return False
 
 
-def list_parents() -> dict[int, tuple[int, bytes, bool]]:
-    """(the parent's process id, the time of the start, is it a zombie?) of all processes. proc_pid_stat(5)."""
-    found = {}
-    for pid in list_processes():
-        fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-        if len(fields) > 19:
-            found[pid] = int(fields[1]), fields[19], fields[0] == b"Z"
-    return found
+def children_of(pid: int) -> list[int]:
+    """The children of a process, where the system can say. proc_tid_children(5)."""
+    try:
+        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in read_file(f"/proc/{pid}/task/{task}/children").split()]
+    except OSError:
+        return []
+
+
+def process_state(pid: int) -> tuple[bytes, bytes]:
+    """(the state, the time of the start) of a process; nothing of one that is gone. proc_pid_stat(5)."""
+    fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return (fields[0], fields[19]) if len(fields) > 19 else (b"", b"")
 
 
 def list_processes() -> list[int]:
@@ -2238,6 +2133,29 @@ def kill(pid: int, number: int) -> bool:
         return True
     except (ProcessLookupError, PermissionError):
         return False
+
+
+# ============================================================================
+# 12. Links
+# ============================================================================
+#
+# A link is what a server is spoken to through: lines out, lines in, and one end.
+# A process is the one kind: lines to its stdin, lines from its stdout, its stderr
+# into the log. It knows lines of bytes, nothing of JSON.
+#
+# The hard part is the end. A server may exit by itself, hang, ignore its stdin,
+# or have children of its own: npx starts a shell that starts node. So every
+# server leads a process group, stopping is a list of steps, each less polite
+# than the one before, and it always comes to an end. What escapes its group is
+# ended by the Reaper. A server that died is stopped like any other: it may have
+# left children.
+
+PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
+STDERR_LINES = 20                # how many of the last lines an error carries
+MAX_STDERR_LINE = 1_000          # characters that are shown, and
+MAX_REDACTED = 16 * 1024         # bytes in which secrets are looked for before
+KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
+LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 
 
 class LineSplitter:
@@ -2316,6 +2234,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._stopping: asyncio.Task | None = None
         self._soon: list[bytes] = []           # what is written at the end of this turn
         self._loop = asyncio.get_running_loop()
+        self._pid: int | None = None
 
     async def start(self) -> None:
         """Starts the server in a process group of its own; ServerError when it cannot be executed."""
@@ -2325,7 +2244,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             await self._loop.subprocess_exec(lambda: self, *self._command, start_new_session=True,
                                              env={**self._environment, "MCPPROXY_TAG": self._tag})
         except BaseException as error:
-            self._reaper.ended(self._tag)          # cancelled, it may have children already
+            self._reaper.ended(self._tag, self._pid)          # cancelled, it may have children already
             if not isinstance(error, (OSError, ValueError)):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
@@ -2339,7 +2258,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
         self._pid = transport.get_pid()
-        self._reaper.servers[self._pid] = self._tag
+        self._reaper.servers.add(self._pid)
         self.label = str(self._pid)
         self._stdin = transport.get_pipe_transport(0)
         for number in (0, 1):
@@ -2425,7 +2344,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             on_end()
 
     async def _stop(self) -> None:
-        self._reaper.ending()
+        self._reaper.ending(self._pid)
         for step, patience in SHUTDOWN_STEPS:
             step(self)
             if await self._is_gone_within(patience):
@@ -2460,7 +2379,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         return True
 
     def _log_stderr(self, line: bytes) -> None:
-        text = self._redact(line.decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
+        text = self._redact(line[:MAX_REDACTED].decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
             self.last_words.append(text)
             log.info("server %(server)s: %(text)s", server=self._server, text=text)
@@ -2476,15 +2395,14 @@ SHUTDOWN_STEPS = (
 
 def widen_pipe(pipe) -> None:
     """Lets a pipe hold more, where that is possible."""
-    try:
+    # It is not on other systems than Linux, where this user's pipes hold enough already, or when it is closed again.
+    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
         import fcntl
         fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except (ImportError, AttributeError, OSError, ValueError):
-        pass              # not Linux, or this user's pipes hold enough already, or it is closed again
 
 
 # ============================================================================
-# 12. Server connection
+# 13. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -2530,16 +2448,10 @@ class PendingRequest:
 class OwnRequest(PendingRequest):
     """A request that the proxy itself makes."""
 
-    def __init__(self, now: float):
+    def __init__(self, now: float, then=None):
         self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._then = None
+        self._then = then            # called with it in the turn in which it is done; its own callbacks are a turn late
         self._started = now
-
-    def then(self, call) -> None:
-        """Hands the response's future on in the turn in which it comes; its own callbacks are a turn late."""
-        self._then = call
-        if self.response.done():
-            call(self.response)
 
     def on_response(self, response: ResponseLine | Message) -> None:
         try:
@@ -2573,25 +2485,27 @@ class HandshakeRefused(ServerError):
     """The server answered, but not with what a handshake needs."""
 
 
-class ServerConnection:
+class ServerConnection(Holder):
     """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
     def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification, is_ones_own: bool):
         self.name = name
         self.link = link
-        self._has_served = False                           # did it get a client's call?
+        self.has_served = False                           # did it get a client's call?
         self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
+        # Clients' calls that are running and may cause what the server sends, the oldest first, by whose they are.
+        self.causes: dict[object, dict[PendingRequest, None]] = {}
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
-        self._ids = itertools.count(1)
+        self.next_id = itertools.count(1).__next__        # of a request to the server
         self._waiting: collections.deque[tuple] = collections.deque()      # (principal, size) of what waits to be read
         self._shares: collections.Counter = collections.Counter()         # the same together, by principal
 
@@ -2653,9 +2567,6 @@ class ServerConnection:
 
     # To the server.
 
-    def next_id(self) -> int:
-        return next(self._ids)
-
     def send(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
         """Writes one message, a client's with its principal. ServerError when the server does not read, and most of
         what waits for it is that principal's."""
@@ -2664,8 +2575,8 @@ class ServerConnection:
             raise self.failure()
         if link.is_clogged or self._waiting:
             self._queue(len(line), principal, link.backlog)
-        if about:
-            self._has_served = True
+        if about or principal is not None:
+            self.has_served = True
         link.write(line, about)
 
     def _queue(self, size: int, principal: object, backlog: int) -> None:
@@ -2676,10 +2587,16 @@ class ServerConnection:
             if shares[whose] <= 0:
                 del shares[whose]
         if principal is not None and backlog + size > MAX_QUEUED_BYTES and (
-                shares[principal] + size > MAX_QUEUED_BYTES / len(shares)):
+                shares[principal] + size > MAX_QUEUED_BYTES / len({principal, *shares})):
             raise ServerError("the MCP server does not read its input", status=503)
         waiting.append((principal, size))
         shares[principal] += size
+        if self._is_ones_own:
+            budget.set(self, backlog)
+
+    def give(self) -> None:
+        """Its client fills it, and it does not read."""
+        self.link.stop()
 
     def send_request(self, pending: PendingRequest, method: str, params: dict) -> int:
         """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
@@ -2694,9 +2611,9 @@ class ServerConnection:
             pending.on_failure(error)
         return server_id
 
-    def request(self, method: str, params: dict | None) -> OwnRequest:
-        """A request of the proxy's own whose response is wanted."""
-        request = OwnRequest(self._now())
+    def request(self, method: str, params: dict | None, then=None) -> OwnRequest:
+        """A request of the proxy's own whose response is wanted; `then` is called with the future when it is done."""
+        request = OwnRequest(self._now(), then)
         self.send_request(request, method, params or {})
         return request
 
@@ -2707,6 +2624,8 @@ class ServerConnection:
 
     def give_up(self, now: float, patience: float) -> None:
         """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
+        if self.held:
+            budget.set(self, self.link.backlog)
         for server_id, request in list(self.pending.items()):
             if request.client is None and request.is_overdue(now, patience):
                 self.cancel(server_id, "timed out")
@@ -2724,7 +2643,7 @@ class ServerConnection:
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once it has had calls of several
         clients, that may be anybody's secret, and is for the log alone."""
-        is_secretive = self._has_served and not self._is_ones_own
+        is_secretive = self.has_served and not self._is_ones_own
         words = [] if is_secretive else list(self.link.last_words)
         return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
                            data={"exitCode": self.link.exit_code, **({} if is_secretive else {"stderr": words})})
@@ -2820,6 +2739,7 @@ class ServerConnection:
 
     def _on_end(self) -> None:
         error = self.failure()
+        budget.set(self, 0)
         if self.on_closed:
             self.on_closed()
         if self.is_greeted:              # otherwise the instance logs that it did not start
@@ -2834,7 +2754,7 @@ class ServerConnection:
 
 
 # ============================================================================
-# 13. Streams, questions and outlets
+# 14. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -2846,17 +2766,18 @@ KEPT_BYTES = 8 * 1024 * 1024
 NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
 
 
-class Stream:
+class Stream(Holder):
     """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
     they can be fetched again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
 
-    def __init__(self, name: str = "", budget: Budget | None = None, principal: object = None):
-        self.name = name
+    is_spare = True
+
+    def __init__(self, name: str = "", principal: object = None):
+        self.name, self.principal = name, principal
+        self.has_forgotten = False
         self.is_ended = False
         self.last_number = 0        # of the messages so far
         self.written = 0            # the number of the last one that somebody listened to
-        self.kept = Holding(principal, self.forget, is_spare=True)
-        self._budget = budget
         self._reader = None         # takes bytes with write(parts), and ends with close()
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
 
@@ -2904,15 +2825,16 @@ class Stream:
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self.last_number, payload))
-        size = self.kept.size + len(payload)
+        size = self.held + len(payload)
         while len(self._kept) > KEPT_EVENTS or size > KEPT_BYTES and len(self._kept) > 1:
             size -= len(self._kept.popleft()[1])
-        self._budget.set(self.kept, size)
+        budget.set(self, size)
 
-    def forget(self) -> None:
-        """Keeps no message any more."""
+    def give(self) -> None:
+        """Keeps none of the messages so far."""
+        self.has_forgotten = True
         self._kept.clear()
-        self._budget.set(self.kept, 0)
+        budget.set(self, 0)
 
 
 class Question:
@@ -2926,6 +2848,7 @@ class Question:
         self._on_response = on_response          # called with the question and the client's response
         self.message = message                   # a legacy server's request
         self.call = None                         # the exchange that it belongs to, if there is one
+        self.missing: dict | None = None         # what its client lacks to answer it
         self.client = None                       # the session that is asked, and
         self.send = None                         # the way that the question took there
 
@@ -2952,28 +2875,6 @@ class Question:
             self.call.dialogue.questions.pop(str(self.id), None)
 
 
-class Dialogue:
-    """What a server asks in the course of one exchange. Only the first is used where both sides are legacy."""
-
-    def __init__(self):
-        self.questions: dict[str, Question] = {}      # that are open, by their id, which is a modern client's key
-        self.lacking: list[tuple] = []                # those that the client cannot be asked, with what it lacks
-        self.request_state = ""                       # under which the parked call is known
-        self.late = None                              # what the server said last while the call was parked
-        self.rounds = 0                               # how often a modern server asked for input
-        self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
-
-    def refuse_lacking(self) -> dict:
-        """Refuses what the client cannot be asked; returns what it lacks for that."""
-        lacking, self.lacking = self.lacking, []
-        for question, _ in lacking:
-            question.refuse(NO_CLIENT_CAN)
-        merged: dict[str, dict] = {}
-        for name, value in (pair for _, missing in lacking for pair in missing.items()):
-            merged.setdefault(name, {}).update(value)
-        return merged
-
-
 class Outlet:
     """Where the messages of an exchange go: into the answer to a POST, or to a session's stream."""
 
@@ -2991,7 +2892,7 @@ class Outlet:
 
 
 # ============================================================================
-# 14. What servers send
+# 15. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -3015,7 +2916,8 @@ def owner_named(message: Message) -> tuple[str, str] | None:
     """The task or the elicitation that a message says it is about. MCP 2025-11-25, Tasks, Associating Task-Related
     Messages; Elicitation, Completion Notifications."""
     params, related = message.params, members_of(message.meta.get(RELATED_TASK_KEY))
-    for kind, name in (("task", related.get("taskId")), ("task", params.get("taskId")),
+    # What it is about comes first: a client may relate its request for another's task to whatever it likes.
+    for kind, name in (("task", params.get("taskId")), ("task", related.get("taskId")),
                        ("elicitation", params.get("elicitationId"))):
         if isinstance(name, str):
             return kind, name
@@ -3023,24 +2925,26 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 
 
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
-    """Whose a message is: (the client's running calls in the course of which it can be told, the newest first; a
-    session that can be told outside of them)."""
-    if cause:
+    """Whose a message is: (the client's running calls in the course of which it can be told, the newest last; a session
+    that can be told outside of them)."""
+    if cause and cause.client:
         return [cause], None
-    pending = connection.pending.values() if connection else ()
-    calls = [call for call in reversed(pending) if call.is_running]
     named = owner_named(message)
     if named and (message.kind is NOTIFICATION or named[0] == "task" and named in instance.owners):
-        identity = instance.owners.get(named)
-        return [call for call in calls if call.client.identity == identity], instance.sessions.get(identity)
-    causes = [call for call in calls if call.method in MAY_CAUSE]
-    if not causes and len(instance.sessions) <= 1:
-        causes = [call for call in reversed(pending) if call.is_parked]
+        session = instance.sessions.get(instance.owners.get(named))
+        return [call for call in session.calls.values() if call.is_running] if session else [], session
+    causes = connection.causes if connection else {}
+    if len(causes) > 1 or not causes and len(instance.sessions) > 1:
+        return [], None
     if causes:
-        return causes if len({call.client.identity for call in causes}) == 1 else [], None
-    session = next(iter(instance.sessions.values())) if len(instance.sessions) == 1 else None
-    others = any(call.client and call.client is not session for call in pending)
-    return [], None if others else session
+        return list(*causes.values()), None
+    # Nobody is there but this session, and calls that wait for their clients.
+    waiting = [call for call in connection.pending.values() if call.client] if connection else []
+    session = next(iter(instance.sessions.values()), None)
+    parked = [call for call in waiting if call.is_parked]
+    if parked:
+        return parked if len({call.client.identity for call in parked}) == 1 else [], None
+    return [], session if all(call.client is session for call in waiting) else None
 
 
 def ask_client(instance, connection: ServerConnection, message: Message, cause: PendingRequest | None) -> None:
@@ -3050,22 +2954,25 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     params = message.plain_params
 
     def on_response(question: Question, response: Message) -> None:
-        if connection.questions.pop(message.id, None) is question:
-            connection.send_if_possible(response.with_id(message.raw_id)[0])
+        if connection.questions.get(message.id) is question:
+            del connection.questions[message.id]
+            principal = question.client.principal if question.client else None
+            connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
     question = connection.questions[message.id] = Question(message.with_id, on_response, message)
 
     def missing(asked) -> dict | None:
         # A server that knows its client's own capabilities is left to them.
         return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
     calls, session = find_owner(instance, connection, message, cause)
-    call = next((call for call in calls if call.can_be_asked and not missing(call)), None)
+    call = next((call for call in reversed(calls) if call.can_be_asked and not missing(call)), None)
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
     log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
              method=message.method, id=question.id)
-    instance.remember_owner(owner_named(message), client)
-    if call:
+    if client and not missing(call or client):
+        instance.remember_owner(owner_named(message), client)
+    if call and call.can_be_asked:
         call.ask(question, missing(call))
     elif session and not missing(session) and not (instance.server.is_for_all and message.method == "roots/list"):
         session.ask(question, session.stream.send)
@@ -3080,8 +2987,8 @@ def claim(instance, client, response: Message) -> None:
         if isinstance(task.get("taskId"), str):
             instance.remember_owner(("task", task["taskId"]), client)
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
-        data = members_of(members_of(response.members["error"]).get("data"))
-        for elicitation in map(members_of, data.get("elicitations") or ()):
+        named = members_of(members_of(response.members["error"]).get("data")).get("elicitations")
+        for elicitation in map(members_of, named if isinstance(named, list) else ()):
             if isinstance(elicitation.get("elicitationId"), str):
                 instance.remember_owner(("elicitation", elicitation["elicitationId"]), client)
 
@@ -3106,7 +3013,7 @@ def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> 
 
 def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
     if message.method == "notifications/tools/list_changed":
-        instance.forget_tools()
+        instance.tools.is_old = True
     payload = message.payload
     if not instance.is_news(payload[0]):
         return
@@ -3131,16 +3038,12 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
 
 def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
     calls, session = find_owner(instance, instance.connection, message, cause)
-    level, is_log = message.params.get("level"), message.method == "notifications/message"
-    if calls:
-        if not is_log or calls[0].wants_log(level):
-            calls[0].tell(message.payload)
-    elif session:
-        if not is_log or session.wants_log(level, instance):
-            session.stream.send(message.payload)
-    else:
+    owner = calls[-1] if calls else session
+    if owner is None:
         log.debug("! server %(server)s: %(method)s goes to nobody, because nothing says whose it is",
                   server=instance.server.name, method=message.method)
+    elif message.method != "notifications/message" or owner.wants_log(message.params.get("level"), instance):
+        (owner.stream.send if owner is session else owner.tell)(message.payload)
 
 
 def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -3165,7 +3068,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 15. Subscriptions
+# 16. Subscriptions and tools
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -3175,9 +3078,24 @@ NOTIFICATION_ROUTES = {
 # server is asked for each resource; a modern one is listened to, once for all
 # resources and lists, anew when what is wanted changes.
 
+SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
+RELIST_SECONDS = 2.0             # for a server to list its tools again, until those that it listed before are used
+TOOLS_SECONDS = 5.0              # before a server is asked for a tool that it did not list
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
+
+
+def listened_for(message: Message) -> dict:
+    """What a subscriptions/listen asks for; RPCError when it asks for nothing or for too much."""
+    wanted = message.plain_params.get("notifications")
+    if not isinstance(wanted, dict):
+        raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
+    uris = wanted.get("resourceSubscriptions")
+    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
+        raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
+    return wanted
 
 
 class Topic:
@@ -3232,8 +3150,11 @@ class Listening:
         self._is_outdated = True
         at_end_of_turn(self._go_on)
 
-    def _renew(self) -> None:
+    def _go_on(self) -> None:
         instance, topics = self.instance, list(self.instance.topics.values())
+        if not self._is_outdated or self._next or instance.listening is not self:
+            return
+        self._is_outdated = False
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
         if "resourceSubscriptions" not in supported:
@@ -3273,39 +3194,6 @@ class Listening:
                     self.instance.settle(topic, error)
             self._go_on()
 
-    def _go_on(self) -> None:
-        if self._is_outdated and not self._next and self.instance.listening is self:
-            self._is_outdated = False
-            self._renew()
-
-
-# ============================================================================
-# 16. Instances
-# ============================================================================
-#
-# An instance keeps a server running through one link after another, and sets each
-# new one up as its clients need it. In shared mode there is one for all of them; in independent
-# mode one for each session, and one for all callers without a session that are
-# the same user: same key, name and variables. All run the same code; one that
-# belongs to a session ends with its link, the others start a new one.
-#
-# The hard part is that many clients look like one to the server, and that none
-# of them may notice the others.
-#
-#     NEW --> STARTING --> READY
-#                ^  |        |
-#                |  v        |
-#                PAUSED <----+      (any of them --> CLOSED)
-
-RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
-DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
-MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
-SILENCES = 3                     # time-outs in a row without a line from a server, until it is replaced
-UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
-LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-TOOLS_SECONDS = 5.0              # before a server is asked for a tool that it did not list
-KNOWN_OWNERS = 10_000            # of tasks and elicitations
-
 
 class Tools(dict):
     """A server's tools by name."""
@@ -3336,6 +3224,84 @@ class Tools(dict):
                         self.mirrored[tool["name"]] = parameters
 
 
+class ToolList:
+    """What an instance's server said of its tools: asked once, and then kept until it says that they changed."""
+
+    def __init__(self, instance):
+        self.instance = instance
+        self.is_old = False                        # did they change since?
+        self._tools: Tools | None = None
+        self._listing: asyncio.Task | None = None
+
+    async def get(self, refresh: bool = False) -> Tools:
+        """The tools; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
+        known are used when others are not to be had soon."""
+        tools, now = self._tools, self.instance.server.now()
+        if tools is None or self.is_old or refresh and now - tools.asked_at >= TOOLS_SECONDS:
+            self._listing = listing = self._listing or asyncio.get_running_loop().create_task(self._list())
+            await asyncio.wait([listing], timeout=None if tools is None else RELIST_SECONDS)
+            if self._tools is None:
+                listing.result()                   # which raises what went wrong
+        return self._tools
+
+    @property
+    def known(self) -> Tools | None:
+        """The tools, also while they are asked for again; None when they would have to be asked for first."""
+        return None if self.is_old and not self._listing else self._tools
+
+    async def _list(self) -> None:
+        self.is_old = False
+        try:
+            connection, tools, cursor = await self.instance.ready(), Tools(self.instance.server.now()), None
+            for _ in range(MAX_PAGES):
+                page = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
+                if not isinstance(page.members.get("result"), tuple):
+                    if not page.is_result and page.error_code == METHOD_NOT_FOUND:
+                        break                       # it has none
+                    words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
+                    raise ServerError(f"the MCP server does not list its tools{words}")
+                tools.add(page)
+                cursor = members_of(page.members["result"]).get("nextCursor")
+                if not isinstance(cursor, str):
+                    break
+            self._tools = tools
+        except ServerError as error:
+            if self._tools is None:
+                raise
+            log.warning("! server %(server)s: %(reason)s; those it listed before are used",
+                        server=self.instance.server.name, reason=str(error))
+            self._tools.asked_at = self.instance.server.now()
+        finally:
+            self._listing = None
+
+
+# ============================================================================
+# 17. Instances
+# ============================================================================
+#
+# An instance keeps a server running through one link after another, and sets each
+# new one up as its clients need it. In shared mode there is one for all of them;
+# in independent mode one for each session, and one for all callers without a
+# session that are the same user: same key, name and variables. All run the same
+# code; one that belongs to a session ends with its link, the others start a new one.
+#
+# The hard part is that many clients look like one to the server, and that none
+# of them may notice the others.
+#
+#     NEW --> STARTING --> READY
+#                ^  |        |
+#                |  v        |
+#                PAUSED <----+      (any of them --> CLOSED)
+
+RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
+DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
+SILENCES = 3                     # time-outs in a row without a line from a server, until it is asked whether it lives
+PING_SECONDS = 5.0               # for the answer
+UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
+LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
+KNOWN_OWNERS = 10_000            # of tasks and elicitations
+
+
 class InstanceState(enum.Enum):
     """Whether its server can be used."""
 
@@ -3355,12 +3321,6 @@ INSTANCE_STATES = {
 }
 
 
-def is_somebody(user: tuple) -> bool:
-    """Is a user, (key, name, variables), known by what others do not have? A name can be said by anybody."""
-    key, _, variables = user
-    return key is not None or bool(variables)
-
-
 class Instance:
     """A server kept running through one link after another, and the clients that use it."""
 
@@ -3369,7 +3329,6 @@ class Instance:
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.principal = principal                  # to whose account it goes
         self.variables = variables
-        self.is_closing = False
         self.redact = redactor([value for value in variables.values() if len(value) > 3])
         self.state = InstanceState.NEW
         self.sessions: dict[str, object] = {}       # that use it, by id
@@ -3385,10 +3344,8 @@ class Instance:
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
-        self._tools: Tools | None = None            # once they were asked for
-        self._are_tools_old = False                 # did they change since?
+        self.tools = ToolList(self)
         self._said: set[bytes] = set()              # to all clients, in this turn
-        self._listing: asyncio.Task | None = None   # while they are asked for
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
@@ -3412,8 +3369,8 @@ class Instance:
 
     @property
     def is_ones_own(self) -> bool:
-        """Does it serve one client alone? Visitors without a key or variables are anybody."""
-        return self.is_private or self.owner != () and is_somebody(self.owner)
+        """Does it serve one client alone? Without a key or variables, visitors are anybody: all can say a name."""
+        return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
     # Running.
 
@@ -3490,6 +3447,7 @@ class Instance:
                                           on_request=functools.partial(ask_client, self),
                                           on_notification=functools.partial(pass_on, self),
                                           is_ones_own=self.is_ones_own)
+            connection.principal = self.principal
             await link.start()
             self._link = link
             try:
@@ -3539,7 +3497,7 @@ class Instance:
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
         if is_restart:
-            self.forget_tools()
+            self.tools.is_old = True
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
@@ -3554,13 +3512,20 @@ class Instance:
                 pass_on(self, parse_message(encode_request(None, method).decode()))
 
     def on_time_out(self) -> None:
-        """A call was not answered in time. A server that does not say a word to several is stuck, and is replaced."""
+        """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
+        is stuck, and is replaced."""
         connection = self.connection
         if connection and not self.is_private:
             connection.silences += 1
             if connection.silences == SILENCES:
-                log.error("! server %(server)s says nothing any more and is started anew", server=self.server.name)
-                connection.link.stop()
+                connection.request("server/discover" if connection.era is MODERN else "ping", None)
+                asyncio.get_running_loop().call_later(
+                    min(PING_SECONDS, self.server.settings.request_timeout), self._replace_silent, connection)
+
+    def _replace_silent(self, connection: ServerConnection) -> None:
+        if connection is self.connection and connection.silences >= SILENCES:
+            log.error("! server %(server)s says nothing any more and is started anew", server=self.server.name)
+            connection.link.stop()
 
     def _forget(self, connection: ServerConnection) -> None:
         """A call that comes from now on waits for the next link."""
@@ -3619,8 +3584,10 @@ class Instance:
                 self.listening.renew()
             elif self.connection:
                 self._subscribe(topic)
-        topic.subscribers.add(subscriber)
-        subscriber.topics.add(topic)
+        if subscriber not in topic.subscribers:
+            topic.subscribers.add(subscriber)
+            subscriber.topics.add(topic)
+            budget.set(subscriber, subscriber.held + len(uri))
         return topic
 
     def _subscribe(self, topic: Topic) -> None:
@@ -3630,7 +3597,8 @@ class Instance:
                 said = response.result().value("error")
                 error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
             self.settle(topic, error)
-        self.connection.request("resources/subscribe", {"uri": topic.uri}).then(on_response)
+        self.connection.has_served = True
+        self.connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
         """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
@@ -3641,13 +3609,13 @@ class Instance:
         if (isinstance(error, RPCError) or error and is_new) and self.topics.get(topic.uri) is topic:
             del self.topics[topic.uri]
             for subscriber in topic.subscribers:
-                subscriber.topics.discard(topic)
+                self._leave_topic(subscriber, topic)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes a subscriber out; after the last one the server is told."""
         topic.subscribers.discard(subscriber)
         topic.told.discard(subscriber)
-        subscriber.topics.discard(topic)
+        self._leave_topic(subscriber, topic)
         if not topic.subscribers and self.topics.get(topic.uri) is topic:
             del self.topics[topic.uri]
             self.settle(topic, None)           # for who still waits: what is asked next may not have it any more
@@ -3656,16 +3624,20 @@ class Instance:
             elif self.connection:
                 self.connection.request("resources/unsubscribe", {"uri": topic.uri})
 
-    def ask_for_level(self, level: str) -> None:
-        """A modern request wants log messages of this level, which a legacy server has to be told before."""
-        self._asked_levels[level] = self.server.now()
-        self.adjust_log_level()
+    @staticmethod
+    def _leave_topic(subscriber, topic: Topic) -> None:
+        if topic in subscriber.topics:
+            subscriber.topics.discard(topic)
+            budget.set(subscriber, max(0, subscriber.held - len(topic.uri)))
 
-    def adjust_log_level(self) -> None:
-        """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one. Called when a
-        client comes, asks or leaves: nobody shall be silenced by another's choice, nor flooded by one that is gone."""
-        since = self.server.now() - LEVEL_SECONDS
-        self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > since}
+    def adjust_log_level(self, asked: str | None = None) -> None:
+        """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one, as a modern
+        request does with `asked`. Called when a client comes, asks or leaves: nobody shall be silenced by another's
+        choice, nor flooded by one that is gone."""
+        now = self.server.now()
+        if asked:
+            self._asked_levels[asked] = now
+        self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > now - LEVEL_SECONDS}
         levels = {*self._asked_levels, *(session.log_level for session in self.sessions.values())}
         if not self.log_level and levels <= {None}:
             return
@@ -3685,63 +3657,17 @@ class Instance:
         return is_news
 
     def remember_owner(self, name: tuple[str, str] | None, client: "Client | None") -> None:
-        """This task or elicitation is the client's, in place of the oldest that is known; not if the client may be
-        anybody: to know the id is all that such a one can show."""
-        if name and client and client.identity is not client:
+        """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
+        one can show. When too many are known, the oldest of whoever has most is forgotten."""
+        if name and client and client.identity is not client and (name[0] != "task" or name not in self.owners):
             if len(self.owners) >= KNOWN_OWNERS:
-                del self.owners[next(iter(self.owners))]
+                (most, _), = collections.Counter(self.owners.values()).most_common(1)
+                del self.owners[next(one for one, identity in self.owners.items() if identity == most)]
             self.owners[name] = client.identity
-
-    async def tools(self, refresh: bool = False) -> Tools:
-        """The server's tools, asked once and then kept until it says that they changed; or for who knows of another
-        one, if that was a while ago."""
-        tools = self._tools
-        if tools is None or self._are_tools_old or refresh and self.server.now() - tools.asked_at >= TOOLS_SECONDS:
-            self._listing = self._listing or asyncio.get_running_loop().create_task(self._list_tools())
-            await asyncio.shield(self._listing)
-        return self._tools
-
-    def forget_tools(self) -> None:
-        """They changed."""
-        self._are_tools_old = True
-
-    def known_tools(self) -> Tools | None:
-        """The server's tools, also while it is asked for them again; None when it would have to be asked first."""
-        return None if self._are_tools_old and not self._listing else self._tools
-
-    async def _list_tools(self) -> None:
-        self._are_tools_old = False
-        try:
-            connection, tools, cursor = await self.ready(), Tools(self.server.now()), None
-            for _ in range(MAX_PAGES):
-                response = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
-                result = members_of(response.members.get("result"))
-                if not isinstance(response.members.get("result"), tuple):
-                    if not response.is_result and response.error_code == METHOD_NOT_FOUND:
-                        break                       # it has none
-                    words = "" if response.is_result else f": {members_of(response.members['error']).get('message')}"
-                    raise ServerError(f"the MCP server does not list its tools{words}")
-                tools.add(response)
-                cursor = result.get("nextCursor")
-                if not isinstance(cursor, str):
-                    break
-            self._tools = tools
-        except BaseException:
-            self._are_tools_old = True
-            raise
-        finally:
-            self._listing = None
-
-    def end_subscriptions(self) -> None:
-        """Tells modern clients that no more notifications will come."""
-        calls = list(self.connection.pending.values()) if self.connection else []
-        for call in [*self.listeners, *calls]:
-            if call.client and call.is_endless:
-                call.end_subscription()
 
 
 # ============================================================================
-# 17. Clients, servers and mounts
+# 18. Clients, servers and mounts
 # ============================================================================
 #
 # A mount is what clients meet at one URL: it has their sessions, their calls, and
@@ -3760,19 +3686,25 @@ def try_later(why: str) -> ServerError:
     return ServerError(why, status=503, headers=(("Retry-After", "5"),))
 
 
-class Client:
+class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object):
+    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
+                 name: str | None = None):
         self.mount = mount
         self.principal = principal
         self.key = key                              # that it came with
+        self.name = name                            # that tells apart visitors who come with the same key
         self.variables = variables                  # that it sets for its servers
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
+        self._instances: dict[Server, Instance] = {}        # that it uses
 
     def at(self, server: "Server") -> Instance:
-        """The instance of a server that it uses."""
-        return server.instance_for(self)
+        """The instance of a server that it uses, the same from the first use on."""
+        instance = self._instances.get(server)
+        if instance is None:
+            instance = self._instances[server] = server.instance_for(self)
+        return instance
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
@@ -3780,17 +3712,12 @@ class Client:
 
 
 class Visitor(Client):
-    """A caller without a session; `name` tells apart those that come with the same key."""
+    """A caller without a session."""
 
     is_session = False
     label = "-"                                     # what the log calls it
     capabilities: dict = {}                         # nobody can ask it anything,
     info = version = log_level = None               # and it has said nothing of itself
-
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
-                 name: str | None):
-        Client.__init__(self, mount, key, variables, principal)
-        self.name = name
 
     @functools.cached_property
     def user(self) -> tuple:
@@ -3800,7 +3727,7 @@ class Visitor(Client):
     @property
     def identity(self) -> object:
         """Whose its calls are: the user's, or if that may be anybody, each its own."""
-        return self.user if is_somebody(self.user) else self
+        return self.user if self.key is not None or self.variables else self
 
 
 class Session(Client):
@@ -3822,23 +3749,14 @@ class Session(Client):
         self.log_level: str | None = None           # that it asked for
         self.topics: set[Topic] = set()             # that it subscribed to
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
-        self.stream = Stream("0" if is_streamable else "", mount.budget, principal)
-        self.kept = Holding(principal, self.end)    # what it said of itself
+        self.stream = Stream("0" if is_streamable else "", principal)
         self.last_used = mount.now()
-        self._instances: dict[Server, Instance] = {}        # that it uses
         self._streams = {"0": self.stream}          # by name; those that ended, for a while
         self._stream_names = itertools.count(1)
 
-    def at(self, server: "Server") -> Instance:
-        """The same, from the first use on."""
-        instance = self._instances.get(server)
-        if instance is None:
-            instance = self._instances[server] = server.instance_for(self)
-        return instance
-
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
-        stream = Stream(str(next(self._stream_names)), self.mount.budget, self.principal)
+        stream = Stream(str(next(self._stream_names)), self.principal)
         self._streams[stream.name] = stream
         return stream
 
@@ -3846,16 +3764,17 @@ class Session(Client):
         """Ends such a stream; it can be fetched again for a while."""
         stream.close()
         ended = [stream for stream in self._streams.values() if stream.is_ended]
-        while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.kept.size for stream in ended) > KEPT_BYTES:
+        while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.held for stream in ended) > KEPT_BYTES:
             oldest = ended.pop(0)
-            oldest.forget()
+            oldest.give()
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int]:
         """The stream that an event was on, and its number there; RPCError when that is not known here."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
-        if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number):
+        if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number) or (
+                stream.is_ended and stream.has_forgotten):
             raise RPCError("Last-Event-ID names no event that is kept here")
         return stream, int(number)
 
@@ -3888,6 +3807,10 @@ class Session(Client):
             elif message.method != "notifications/roots/list_changed" or instance.is_private:
                 connection.send_if_possible(message.payload[0], self.principal)      # one for many knows of no roots
 
+    def give(self) -> None:
+        """Holds subscriptions."""
+        self.end()
+
     def end(self, error: ServerError | None = None) -> None:
         """The client is gone, or with an error its server is: takes everything with it that was its own."""
         if self.is_ended:
@@ -3905,8 +3828,7 @@ class Session(Client):
             instance.leave(self)
         for stream in self._streams.values():
             stream.close()
-            stream.forget()
-        self.mount.budget.set(self.kept, 0)
+            stream.give()
         log.info("= session %(session)s closed", session=self.label)
 
 
@@ -3930,7 +3852,7 @@ class Server:
         self.spares_wanted = 0 if self.is_for_all else settings.prewarm
         self.speaks: dict[Era, bool] = {}          # what was found out of it
         self.instances: dict[object, Instance] = {}
-        self._ending: set[asyncio.Task] = set()
+        self._ending: dict[Instance, asyncio.Task] = {}
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
 
     def instance_for(self, client: Client) -> Instance:
@@ -3943,8 +3865,8 @@ class Server:
                            "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
         instance = self.instances.get(owner)
         if instance is None:
-            spare = self._spare() if client.is_session and not variables else None
-            instance = self._adopt(spare, client) if spare else self.make_instance(owner, variables, client.principal)
+            spare = self._adopt_spare(client) if client.is_session and not variables else None
+            instance = spare or self.make_instance(owner, variables, client.principal)
         if client.is_session:
             instance.sessions[client.id] = client
             instance.adjust_log_level()
@@ -3954,47 +3876,44 @@ class Server:
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
                       principal: object = None) -> Instance:
         """A new instance; ServerError when there would be no room for its process."""
-        if self._is_full() and not self._who_gives(principal):
-            raise try_later("too many processes")
+        self._who_ends(principal)
         instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
 
     def make_room(self, principal: object) -> None:
         """Sees to it that one more process can be started for a principal; ServerError when it cannot."""
-        if self._is_full():
-            others = self._who_gives(principal)
-            if not others:
-                raise try_later("too many processes")
-            unused = min(others, key=lambda instance: (instance.is_used, instance.last_used))
-            for session in list(unused.sessions.values()):
+        other = self._who_ends(principal)
+        if other:
+            for session in list(other.sessions.values()):
                 session.end()
-            self.end(unused)
+            self.end(other)
 
     def _is_full(self) -> bool:
         return sum(instance.has_process for instance in self.instances.values()) + len(self._ending) >= (
             self.settings.max_processes)
 
-    def _who_gives(self, principal: object) -> list[Instance]:
-        """Those of whom one may be ended for a principal: a spare one, one that is nobody's and idle, or one of whoever
-        has most; none while enough of them are ending."""
+    def _who_ends(self, principal: object) -> Instance | None:
+        """The instance that has to end for one more process of a principal's, if one has to: a spare one, one that is
+        nobody's and idle, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
+        if not self._is_full():
+            return None
         running = [instance for instance in self.instances.values() if instance.has_process and instance.owner != ()]
-        if len(self._ending) >= max(1, self.settings.max_processes // 10):
-            return []
+        spares = [instance for instance in running if instance.owner is instance]
         idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
-        spare = self._spare()
-        return [spare] if spare else idle or who_gives(running, principal)
+        others = spares or idle or who_gives(running, principal)
+        if not others or len(self._ending) >= max(1, self.settings.max_processes // 10):
+            raise try_later("too many processes")
+        return min(others, key=lambda instance: (instance.is_used, instance.last_used))
 
-    def _spare(self) -> Instance | None:
-        """A spare instance, one that is ready if there is any."""
-        spares = [instance for instance in self.instances.values() if instance.owner is instance
-                  and instance.state is not InstanceState.CLOSED]
-        return next((spare for spare in spares if spare.connection), spares[0] if spares else None)
-
-    def _adopt(self, spare: Instance, session: Session) -> Instance:
-        del self.instances[spare]
-        spare.owner, spare.principal = session, session.principal
-        self.instances[session] = spare
-        asyncio.get_running_loop().call_soon(self.keep_spares)
+    def _adopt_spare(self, session: Session) -> Instance | None:
+        """Makes a spare instance the session's, one that is ready if there is any."""
+        spares = [one for one in self.instances.values() if one.owner is one and one.has_process]
+        spare = max(spares, key=lambda spare: spare.connection is not None, default=None)
+        if spare:
+            del self.instances[spare]
+            spare.owner, spare.principal = session, session.principal
+            self.instances[session] = spare
+            asyncio.get_running_loop().call_soon(self.keep_spares)
         return spare
 
     def keep_spares(self) -> None:
@@ -4018,12 +3937,9 @@ class Server:
         """Ends an instance in the background."""
         if self.instances.get(instance.owner) is instance:
             del self.instances[instance.owner]
-        if instance.is_closing:
-            return
-        instance.is_closing = True
-        task = asyncio.get_running_loop().create_task(instance.close())
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        if instance not in self._ending:
+            task = self._ending[instance] = asyncio.get_running_loop().create_task(instance.close())
+            task.add_done_callback(lambda _: self._ending.pop(instance))
 
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and ends what nobody uses."""
@@ -4039,16 +3955,15 @@ class Server:
         """Ends all instances; returns when no process is left."""
         for instance in list(self.instances.values()):
             self.end(instance)
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self._ending.values())
 
 
 class Mount:
     """What clients meet at one URL: sessions, calls, and what limits them."""
 
-    def __init__(self, server: Server, settings: Settings, now, budget: Budget | None = None):
+    def __init__(self, server: Server, settings: Settings, now):
         self.server = server
         self.settings = settings
-        self.budget = budget or Budget()           # for what is held for clients
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.calls: set[PendingRequest] = set()    # that clients wait for
@@ -4104,6 +4019,14 @@ class Mount:
         self.check_open()
         return Visitor(self, key, variables, principal, name)
 
+    def make_room_among(self, listeners, principal: object) -> None:
+        """Sees to it that a subscription can be added; ServerError when there are as many as sessions may be."""
+        if len(listeners) >= self.settings.max_sessions:
+            others = who_gives(listeners, principal)
+            if not others:
+                raise try_later("too many subscriptions")
+            others[0].end_subscription()
+
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
         self.server.tick(now)
@@ -4127,7 +4050,10 @@ class Mount:
     async def close(self) -> None:
         """Ends everything; returns when no process is left."""
         for instance in list(self.server.instances.values()):
-            instance.end_subscriptions()
+            pending = list(instance.connection.pending.values()) if instance.connection else []
+            for call in [*instance.listeners, *pending]:
+                if call.client and call.is_endless:
+                    call.end_subscription()
         for call in list(self.calls):
             call.on_failure(try_later("the proxy was stopped"))
         for session in list(self.sessions.values()):
@@ -4136,7 +4062,7 @@ class Mount:
 
 
 # ============================================================================
-# 18. Bridges
+# 19. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -4148,20 +4074,8 @@ class Mount:
 # answers, and where a modern server asks a legacy client, the client's answers
 # are gathered and the call is made again.
 
-SUBSCRIPTIONS = 1_000            # of one client
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
-
-
-def listened_for(message: Message) -> dict:
-    """What a subscriptions/listen asks for; RPCError when it asks for nothing or for too much."""
-    wanted = message.plain_params.get("notifications")
-    if not isinstance(wanted, dict):
-        raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
-    uris = wanted.get("resourceSubscriptions")
-    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
-        raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
-    return wanted
 
 
 class Bridge:
@@ -4174,8 +4088,9 @@ class Bridge:
 
     def check_task(self, exchange: "Exchange", message: Message) -> bool:
         """Knows nothing of another client's task."""
-        owner = exchange.instance.owners.get(owner_named(message))
-        if owner is not None and owner != exchange.client.identity:
+        instance, identity = exchange.instance, exchange.client.identity
+        owner = instance.owners.get(owner_named(message), exchange.client if identity is exchange.client else None)
+        if owner != identity and not instance.is_ones_own:
             raise RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
         return False
 
@@ -4194,10 +4109,6 @@ class Bridge:
     def notify(self, exchange: "Exchange", message: Message) -> None:
         """A notification for a subscription."""
 
-    def can_ask(self, exchange: "Exchange") -> bool:
-        """Is there a way to ask the client something in the course of this call?"""
-        return False
-
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
         question.refuse(NO_CLIENT_CAN)
@@ -4209,6 +4120,7 @@ class LegacyClientBridge(Bridge):
     def initialize(self, exchange: "Exchange", message: Message) -> bool:
         """Shakes hands for the server."""
         client, params, identity = exchange.client, message.params, exchange.instance.identity
+        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in params))
         # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
         # also where the answer is a revision that nobody knows.
         is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
@@ -4218,8 +4130,6 @@ class LegacyClientBridge(Bridge):
             client.capabilities = message.value("params", "capabilities") if isinstance(
                 params.get("capabilities"), tuple) else {}
             client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
-            if len(message.text) > SMALL:
-                client.mount.budget.set(client.kept, len(message.text))
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
         return True
 
@@ -4291,15 +4201,12 @@ class LegacyClientLegacyServer(LegacyClientBridge):
         client < {"id":"a","result":{"content":[]}}
     """
 
-    def can_ask(self, exchange: "Exchange") -> bool:
-        return exchange.outlet.asks
-
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         # Many servers ask for roots once and keep the answer; one for many would use one client's for all.
-        is_for_many = question.message.method == "roots/list" and not exchange.instance.is_private
-        if missing or is_for_many or not exchange.outlet.asks:
-            return super().ask(exchange, question, missing)
-        exchange.ask_session(question)
+        if missing or question.message.method == "roots/list" and not exchange.instance.is_private:
+            question.refuse(NO_CLIENT_CAN)
+        else:
+            exchange.begin_dialogue().ask_session(question)
 
 
 class ModernClientModernServer(Bridge):
@@ -4315,7 +4222,8 @@ class ModernClientModernServer(Bridge):
         """Refuses one subscription too many."""
         listened_for(message)
         pending = exchange.connection.pending.values()
-        exchange.make_room_among([request for request in pending if request.client and request.is_endless])
+        listening = [request for request in pending if request.client and request.is_endless]
+        exchange.client.mount.make_room_among(listening, exchange.principal)
         return False
 
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
@@ -4355,7 +4263,7 @@ class ModernClientLegacyServer(Bridge):
 
     def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         if exchange.envelope.log_level:
-            exchange.instance.ask_for_level(exchange.envelope.log_level)
+            exchange.instance.adjust_log_level(exchange.envelope.log_level)
         return restated_meta(message, new, keeps_envelope=False)
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
@@ -4366,20 +4274,14 @@ class ModernClientLegacyServer(Bridge):
         codes = {RESOURCE_NOT_FOUND: INVALID_PARAMS}
         exchange.finish(error_with(response.parsed(), exchange.raw_id, codes), error_status(response))
 
-    def can_ask(self, exchange: "Exchange") -> bool:
-        return exchange.method in MAY_NEED_INPUT
-
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
-        if exchange.method in MAY_NEED_INPUT:
-            exchange.ask_by_parking(question, missing)
-        else:
-            super().ask(exchange, question, missing)
+        exchange.begin_dialogue().ask_by_parking(question, missing)
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
         """The server told all its clients something: is this one listening for it?"""
         wanted = exchange.wanted
-        if exchange.held is not None:
-            return exchange.held.append(message)
+        if exchange.early is not None:
+            return exchange.early.append(message)
         if message.method == RESOURCE_UPDATED or any(
                 wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
             exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
@@ -4393,8 +4295,8 @@ class ModernClientLegacyServer(Bridge):
         """A subscription, made of the server's list changes and of legacy subscriptions; acknowledged when the server
         has said which of those it takes."""
         instance, wanted = exchange.instance, listened_for(message)
-        exchange.make_room_among(instance.listeners)
-        exchange.wanted, exchange.topics, exchange.held = instance.identity.supported(wanted), set(), []
+        exchange.client.mount.make_room_among(instance.listeners, exchange.principal)
+        exchange.wanted, exchange.topics, exchange.early = instance.identity.supported(wanted), set(), []
         uris = exchange.wanted.get("resourceSubscriptions", ())
 
         def end() -> None:
@@ -4419,10 +4321,10 @@ class ModernClientLegacyServer(Bridge):
 
     def _acknowledge(self, exchange: "Exchange") -> None:
         """Says what is listened for, and then what has come meanwhile."""
-        held, exchange.held = exchange.held, None
+        early, exchange.early = exchange.early, None
         exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
             "_meta": {SUBSCRIPTION_KEY: exchange.id}, "notifications": exchange.wanted})])
-        for message in held:
+        for message in early:
             self.notify(exchange, message)
 
     def retry(self, exchange: "Exchange", message: Message) -> bool:
@@ -4434,7 +4336,7 @@ class ModernClientLegacyServer(Bridge):
         if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
                 or parked.method != exchange.method or parked.digest != digest_of(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
-        parked.resume(exchange, message)
+        parked.dialogue.resume(exchange, message)
         return True
 
     intercepted = {**Bridge.intercepted, "server/discover": discover, "subscriptions/listen": listen,
@@ -4483,6 +4385,7 @@ class LegacyClientModernServer(LegacyClientBridge):
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
+        exchange.cause_no_more()               # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
         if dialogue.rounds > ROUNDS or exchange.text is None:
@@ -4493,9 +4396,12 @@ class LegacyClientModernServer(LegacyClientBridge):
         wanted = wanted if isinstance(wanted, dict) else {}
 
         def gathered(key: str, text: str) -> None:
+            if exchange.is_done:
+                return
             answers[key] = text
+            budget.set(exchange, exchange.held + len(text))
             exchange.touch()
-            if len(answers) == len(wanted) and not exchange.is_done:
+            if len(answers) == len(wanted):
                 self._repeat(exchange, answers, state)
         for key, request in wanted.items():
             self._ask_client(exchange, key, request, gathered)
@@ -4521,7 +4427,8 @@ class LegacyClientModernServer(LegacyClientBridge):
                 # There is no way to tell the server of an error, so the call fails with it.
                 error = response.raw("error").encode()
                 exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
-        exchange.ask_session(Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response))
+        question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
+        exchange.begin_dialogue().ask_session(question)
 
     def _repeat(self, exchange: "Exchange", answers: dict[str, str], state: str | None) -> None:
         gathered = exchange.dialogue.gathered = {"inputResponses": as_object(answers)} if answers else {}
@@ -4550,7 +4457,104 @@ BRIDGES = {
 
 
 # ============================================================================
-# 19. Exchanges
+# 20. Dialogues
+# ============================================================================
+#
+# What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
+# asked by ending its request: the call is parked, under a state that the client brings when it comes back with the
+# answers. Of several questions, those that it can be asked are asked.
+
+PARKED_CALLS = 1_000             # that wait for their client; past that somebody's oldest times out
+PARK_SECONDS = 0.02              # how long further questions are waited for before a call is parked
+
+
+class Dialogue:
+    """The questions of one exchange."""
+
+    def __init__(self, exchange: "Exchange"):
+        self.exchange = exchange
+        self.questions: dict[str, Question] = {}      # that are open, by their id, which is a modern client's key
+        self.request_state = ""                       # under which the parked call is known
+        self.late = None                              # what the server said last while the call was parked
+        self.rounds = 0                               # how often a modern server asked for input
+        self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
+
+    def ask_session(self, question: Question) -> None:
+        """Asks a legacy client."""
+        self.questions[str(question.id)] = question
+        question.call = self.exchange
+        self.exchange.client.ask(question, self.exchange.outlet.send)
+
+    def ask_by_parking(self, question: Question, missing: dict | None) -> None:
+        """Asks a modern client, unless it lacks something for that."""
+        self.questions[str(question.id)] = question
+        question.call, question.missing = self.exchange, missing
+        asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
+
+    def _park(self) -> None:
+        exchange, missing = self.exchange, {}
+        for question in [question for question in self.questions.values() if question.missing]:
+            question.refuse(NO_CLIENT_CAN)
+            for name, value in question.missing.items():
+                missing.setdefault(name, {}).update(value)
+        if exchange.is_running and not self.questions and missing:
+            exchange.fail(RPCError("the call needs a capability that the client did not declare",
+                                   code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
+        elif exchange.is_running and self.questions and self._has_room():
+            # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
+            self.request_state = os.urandom(24).hex()
+            result = input_required({key: question.message for key, question in self.questions.items()},
+                                    self.request_state, exchange.instance.identity.info)
+            exchange.touch()
+            exchange.park(encode_result(exchange.raw_id, result), self.request_state)
+
+    def _has_room(self) -> bool:
+        """Can one more call be parked? If need be, another one times out for it, or this one fails."""
+        exchange, parked = self.exchange, self.exchange.client.mount.parked.values()
+        if len(parked) < PARKED_CALLS:
+            return True
+        others = who_gives(parked, exchange.principal) or [
+            call for call in parked if call.principal == exchange.principal]
+        if others:
+            others[0].time_out()
+        else:
+            exchange.fail(try_later("too many calls wait for their clients"))
+        return bool(others)
+
+    def resume(self, retry: "Exchange", message: Message) -> None:
+        """The client is back, and answers what it was asked: the parked call takes the place of `retry`."""
+        exchange, given = self.exchange, members_of(message.params.get("inputResponses"))
+        keys = self.questions.keys() & given.keys()
+        if not all(isinstance(given[key], tuple) for key in keys):
+            raise RPCError("an input response must be an object", code=INVALID_PARAMS)
+        exchange.take_place_of(retry, message)
+        for key in keys:
+            result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
+            self.questions[key].respond(parse_message(result.decode()))
+        late, self.late = self.late, None
+        if isinstance(late, ProxyError):
+            exchange.fail(late)
+        elif late:
+            exchange.on_response(late)
+        elif self.questions:
+            asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)          # what is missing is asked again
+
+    def end(self, is_answered: bool) -> None:
+        """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
+        answered, a question may have belonged to another call of the same client; so the newest of these has it now."""
+        causes = self.exchange.connection.causes.get(self.exchange.client.identity)
+        for question in list(self.questions.values()):
+            if is_answered and causes and question.client and question.message:
+                heir = question.call = next(reversed(causes))
+                question.send = heir.outlet.send
+                heir.begin_dialogue().questions[str(question.id)] = question
+            else:
+                question.take_back()
+                question.refuse(ServerError("the client did not answer"))
+
+
+# ============================================================================
+# 21. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -4565,8 +4569,6 @@ BRIDGES = {
 #     server      server       client
 
 RUNNING_CALLS = 1_000            # of one client at a time
-PARKED_CALLS = 1_000             # that wait for their client; past that the oldest times out
-PARK_SECONDS = 0.02              # how long further questions are waited for before a call is parked
 
 
 class ExchangeState(enum.Enum):
@@ -4599,23 +4601,22 @@ class Outcome(enum.Enum):
     PARKED = "waits for input"
 
 
-class Exchange(PendingRequest):
+class Exchange(PendingRequest, Holder):
     """One client request on its way. `envelope` comes with a modern one; `headers` with one whose arguments may have to
     be repeated in them."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics held on_done _started last_sign id raw_id name size token outlet text kept
-        digest _bridge""".split())
+        names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token outlet text held
+        digest principal _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
                  headers: dict[str, str] | None = None):
-        self.client = client
-        self.instance = instance
+        self.client, self.instance = client, instance
         self.message: Message | None = message        # the request, until it is sent;
-        self.text: str | None = None                  # where it may be needed again, as text, or when parked as a
+        self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
         self.digest = 0                               # digest: what was parsed of a large one takes many times its size
-        self.kept: Holding | None = None              # of a request that is not small
+        self.held = 0                                 # bytes, of what is not small
         self.envelope = envelope
         self.method = message.method
         self.is_endless = envelope is not None and self.method == "subscriptions/listen"
@@ -4626,7 +4627,7 @@ class Exchange(PendingRequest):
         self.server_id: int | None = None
         self.dialogue: Dialogue | None = None
         self.wanted = self.topics = None              # what a subscription is to, and
-        self.held = None                              # what came for it before it was acknowledged
+        self.early = None                             # what came for it before it was acknowledged
         self.on_done = None                           # called when the exchange is over
         self._started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
@@ -4636,7 +4637,7 @@ class Exchange(PendingRequest):
         self.id, self.raw_id = message.id, message.raw_id
         name = message.params.get(NAMED_BY.get(self.method))
         self.name = name if isinstance(name, str) else None
-        self.size = len(message.text)
+        self.size, self.principal = len(message.text), self.client.principal
         has_token = message.meta and is_id(message.meta.get("progressToken"))
         self.token = message.raw("params", "_meta", "progressToken") if has_token else None
         self.outlet = outlet
@@ -4657,19 +4658,7 @@ class Exchange(PendingRequest):
     @property
     def can_be_asked(self) -> bool:
         """Can its client be asked something in its course?"""
-        return self._bridge.can_ask(self)
-
-    @property
-    def principal(self) -> object:
-        return self.client.principal
-
-    def make_room_among(self, listeners) -> None:
-        """Sees to it that this subscription can be added; ServerError when there are too many."""
-        if len(listeners) >= self.client.mount.settings.max_sessions:
-            others = who_gives(listeners, self.principal)
-            if not others:
-                raise try_later("too many subscriptions")
-            others[0].end_subscription()
+        return self.method in MAY_NEED_INPUT if self.envelope else self.outlet.asks
 
     @property
     def capabilities(self) -> dict:
@@ -4678,17 +4667,18 @@ class Exchange(PendingRequest):
             return self.envelope.capabilities
         return self.client.capabilities if self.outlet.asks else {}
 
-    def wants_log(self, level: object) -> bool:
+    def wants_log(self, level: object, instance: Instance) -> bool:
         """Does the client want log messages of this level with this call?"""
         if self.envelope is None:
-            return self.client.wants_log(level, self.instance)
+            return self.client.wants_log(level, instance)
         # MCP 2026-07-28, Logging: none "for a request that does not include this field".
         wanted = self.envelope.log_level
         return wanted is not None and level in LOG_LEVELS and is_at_least(level, wanted)
 
     def touch(self) -> None:
-        """It shows that it is alive."""
-        self.last_sign = self.client.mount.now()
+        """It shows that it is alive; parked, it lives by its client's signs, not by the server's."""
+        if self.state is not PARKED:
+            self.last_sign = self.client.mount.now()
 
     def _become(self, state: ExchangeState) -> None:
         assert state in EXCHANGE_STATES[self.state], (self.state, state)
@@ -4714,13 +4704,12 @@ class Exchange(PendingRequest):
             return self.begin(connection)
         if self.method == "initialize" and self.instance.is_private:
             self.instance.start(self.message.plain_params)
-        if self.size > SMALL:
-            self.message, self.text = None, self.message.text
+        self.message = None
         asyncio.get_running_loop().create_task(self._begin_when_ready())
 
     def _is_checked(self) -> bool:
         """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
-        tools = self.instance.known_tools()
+        tools = self.instance.tools.known
         if tools is None or self.name not in tools:
             return False
         tools.check(self.message, self.headers)
@@ -4731,7 +4720,7 @@ class Exchange(PendingRequest):
             connection = await self.instance.ready()
             self.message = self.message or parse_message(self.text)
             if self.headers is not None and not self._is_checked():
-                tools = await self.instance.tools(refresh=self.instance.known_tools() is not None)
+                tools = await self.instance.tools.get(refresh=self.instance.tools.known is not None)
                 tools.check(self.message, self.headers)
         except Exception as error:
             self.fail(as_told(error))
@@ -4765,6 +4754,8 @@ class Exchange(PendingRequest):
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
         connection.send(message.changed(changes), (self.server_id, self.method, self.name), self.client.principal)
         connection.pending[self.server_id] = self
+        if self.method in MAY_CAUSE:
+            connection.causes.setdefault(self.client.identity, {})[self] = None
         self.message = None
         self.text = message.text if self._bridge.keeps_requests and self.method in MAY_NEED_INPUT else None
 
@@ -4777,8 +4768,9 @@ class Exchange(PendingRequest):
 
     def on_response(self, response: ResponseLine | Message) -> None:
         if self.state is PARKED:
-            self.dialogue.late = response          # it lives by its client's signs, not by the server's
-            return
+            self.dialogue.late = response
+            return budget.set(self, self.held + len(response.line if isinstance(response, ResponseLine)
+                                                    else response.text))
         try:
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
@@ -4798,8 +4790,7 @@ class Exchange(PendingRequest):
             self.fail(error)
 
     def on_progress(self, message: Message) -> None:
-        if self.state is RUNNING:
-            self.touch()
+        self.touch()
         if self.token:
             self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
 
@@ -4828,13 +4819,13 @@ class Exchange(PendingRequest):
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
-        was_running = self.state is RUNNING
+        was_at_server = self.state is RUNNING and not (self.dialogue and self.dialogue.questions)
         self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
-        if was_running:
+        if was_at_server:
             self.instance.on_time_out()
 
     def end_subscription(self) -> None:
-        """Ends a subscription because the proxy ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
         self._take_back(None, "the server ends")
         self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
                                   % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
@@ -4846,11 +4837,13 @@ class Exchange(PendingRequest):
         if before is DONE:
             return
         self._become(PARKED if outcome is Outcome.PARKED else DONE)
-        self._leave_books()
+        self.leave_books()
+        if before is RUNNING and self.method in MAY_CAUSE:
+            self.cause_no_more()
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
             self._take_back(notification, outcome.value)
         if self.state is DONE and self.dialogue:
-            self._end_questions(outcome)
+            self.dialogue.end(outcome is Outcome.ANSWERED)
         self._log(outcome, payload)
         if self.state is DONE and self.on_done:
             on_done, self.on_done = self.on_done, None
@@ -4868,22 +4861,27 @@ class Exchange(PendingRequest):
         if not self.is_endless:
             self.client.mount.calls.add(self)
         if self.size > SMALL:
-            self._keep(self.size)
+            budget.set(self, sys.getsizeof(self.text))
 
-    def _keep(self, size: int) -> None:
-        """So many bytes are held for the client now. If they have to go, so has the call."""
-        if self.kept is None:
-            self.kept = Holding(None, lambda: self.fail(try_later("too much is held for this client")))
-        self.kept.principal = self.principal
-        self.client.mount.budget.set(self.kept, size)
+    def give(self) -> None:
+        """If what it holds has to go, so has the call."""
+        self.fail(try_later("too much is held for this client"))
 
-    def _leave_books(self) -> None:
+    def cause_no_more(self) -> None:
+        """The server is at work on it no more."""
+        causes, identity = self.connection.causes, self.client.identity
+        calls = causes.get(identity, {})
+        calls.pop(self, None)
+        if not calls:
+            causes.pop(identity, None)
+
+    def leave_books(self) -> None:
         calls, mount = self.client.calls, self.client.mount
         if calls.get(self.id) is self:            # one that was refused has another's id, maybe
             del calls[self.id]
         mount.calls.discard(self)
-        if self.kept:
-            self._keep(0)
+        if self.held:
+            budget.set(self, 0)
         if self.dialogue:
             mount.parked.pop(self.dialogue.request_state, None)
 
@@ -4891,26 +4889,11 @@ class Exchange(PendingRequest):
         """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
         if self.server_id is None:
             return
-        if notification is None:
+        if notification is None or len(notification.text) > SMALL:
             self.connection.cancel(self.server_id, reason)
         elif self.connection.pending.pop(self.server_id, None):
             new_id = (*notification.span("params", "requestId"), str(self.server_id))
             self.connection.send_if_possible(notification.changed([new_id]))
-
-    def _end_questions(self, outcome: Outcome) -> None:
-        """No thread of the server's shall wait for what nobody will answer. But after an answer, a question that the
-        client was asked may have belonged to another call of the same client; so the newest of these has it now."""
-        self.dialogue.refuse_lacking()
-        for question in list(self.dialogue.questions.values()):
-            if outcome is Outcome.ANSWERED and question.client and question.message:
-                heirs = (call for call in reversed(self.connection.pending.values())
-                         if call.is_running and call.client is self.client)
-                question.call = next(heirs, None)
-                if question.call:
-                    question.call.begin_dialogue().questions[str(question.id)] = question
-            else:
-                question.take_back()
-                question.refuse(ServerError("the client did not answer"))
 
     def _log(self, outcome: Outcome, payload: list) -> None:
         """A line for both messages: at full speed a line for each would be a tenth of all work."""
@@ -4927,85 +4910,34 @@ class Exchange(PendingRequest):
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self.last_sign >= patience
 
-    # What the server asks. A call is parked while a legacy server waits for the answer of a modern client.
+    # What the server asks.
 
     def begin_dialogue(self) -> Dialogue:
         """The dialogue that this exchange has from its first question on."""
         self.touch()
-        self.dialogue = self.dialogue or Dialogue()
+        self.dialogue = self.dialogue or Dialogue(self)
         return self.dialogue
 
-    def ask_session(self, question: Question) -> None:
-        """Asks the client while its request is served."""
-        self.begin_dialogue().questions[str(question.id)] = question
-        question.call = self
-        self.client.ask(question, self.outlet.send)
-
-    def ask_by_parking(self, question: Question, missing: dict | None) -> None:
-        """Asks the client by ending its request. Of several questions, those that it can be asked are asked."""
-        dialogue = self.begin_dialogue()
-        if missing:
-            dialogue.lacking.append((question, missing))
-        else:
-            dialogue.questions[str(question.id)] = question
-            question.call = self
-        asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
-
-    def _park(self) -> None:
-        """Ends the client's request with the questions. The call goes on when the client comes back."""
-        dialogue = self.dialogue
-        missing = dialogue.refuse_lacking()
-        if self.state is not RUNNING:
-            return
-        if not dialogue.questions:
-            if missing:
-                self.fail(RPCError("the call needs a capability that the client did not declare",
-                                   code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
-            return
-        parked = self.client.mount.parked
-        if len(parked) >= PARKED_CALLS:
-            mine = [call for call in parked.values() if call.principal == self.principal]
-            others = who_gives(parked.values(), self.principal) or mine
-            if not others:
-                return self.fail(try_later("too many calls wait for their clients"))
-            others[0].time_out()
+    def park(self, payload: list, state: str) -> None:
+        """Ends the client's request with the questions. The call goes on when the client comes back with this state."""
         message = parse_message(self.text)
-        # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
-        state = os.urandom(24).hex()
-        result = input_required({key: question.message for key, question in dialogue.questions.items()}, state,
-                                self.instance.identity.info)
-        self.touch()
-        self.end(Outcome.PARKED, encode_result(self.raw_id, result))
-        dialogue.request_state = state
-        parked[state] = self
         self.text, self.digest = None, digest_of(message)
+        self.end(Outcome.PARKED, payload)
+        self.client.mount.parked[state] = self
         if self.size > SMALL:
-            self._keep(self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
+            budget.set(self, self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
 
-    def resume(self, retry: "Exchange", message: Message) -> None:
-        """The client is back: takes the place of `retry` and hands its answers to the server."""
-        dialogue, given = self.dialogue, members_of(message.params.get("inputResponses"))
-        keys = dialogue.questions.keys() & given.keys()
-        if not all(isinstance(given[key], tuple) for key in keys):
-            raise RPCError("an input response must be an object", code=INVALID_PARAMS)
-        retry._leave_books()
+    def take_place_of(self, retry: "Exchange", message: Message) -> None:
+        """The client is back, with another request: this call goes on for that one."""
+        retry.leave_books()
         retry.state = DONE
-        self._leave_books()
+        self.leave_books()
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self._serve(message, retry.outlet)
         self._enter_books()
+        self.connection.causes.setdefault(self.client.identity, {})[self] = None
         self.touch()
-        for key in keys:
-            result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
-            dialogue.questions[key].respond(parse_message(result.decode()))
-        late, dialogue.late = dialogue.late, None
-        if isinstance(late, ProxyError):
-            self.fail(late)
-        elif late:
-            self.on_response(late)
-        elif dialogue.questions:
-            asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)          # what is missing is asked again
 
 
 # ============================================================================
@@ -5021,7 +4953,7 @@ import threading
 
 
 # ============================================================================
-# 20. HTTP connections
+# 22. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -5047,26 +4979,17 @@ MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
 REQUESTS_A_TURN = 16           # of one connection; then it is the others' turn
 
 
-DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()                  # in English, whatever the locale
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-_date = 0, b""
-
-
-def http_date() -> bytes:
-    """The time of day as the Date header wants it. RFC 9110 §5.6.7."""
-    global _date
-    second = int(time.time())
-    if second != _date[0]:
-        day = time.gmtime(second)
-        _date = second, time.strftime(f"{DAYS[day.tm_wday]}, %d {MONTHS[day.tm_mon - 1]} %Y %H:%M:%S GMT", day).encode()
-    return _date[1]
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> bytes:
+    """A time as the Date header wants it. RFC 9110 §5.6.7."""
+    # In English: Python takes the locale's names only for who calls setlocale().
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
 class Application:
     """What an HTTPConnection calls."""
 
     max_body = 0                           # bytes
-    budget = Budget()                      # for what is held of requests and replies
 
     def admit(self, head: HTTPHead) -> object:
         """Raises ProxyError when a request with this head may not pass; its body was not read yet. What it returns is
@@ -5095,6 +5018,11 @@ class Phase(enum.Enum):
 HEAD, BODY, REPLY, LINGER = Phase
 
 
+def address_group(host: str) -> str:
+    """What one that has an address has all of: a /64 of IPv6, the loopback addresses."""
+    return "127.0.0.1" if host.startswith("127.") else ":".join(host.split(":")[:4])
+
+
 class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
@@ -5121,7 +5049,7 @@ class Reply:
             headers += ("Connection", "close"),
         elif self.head.version < (1, 1):
             headers += ("Connection", "keep-alive"),
-        head = encode_head(status, headers, http_date(), length if status != 204 else None)
+        head = encode_head(status, headers, http_date(int(time.time())), length if status != 204 else None)
         connection.write([head] if self.head and self.head.method == "HEAD" else [head, *body])
         connection.finished()
 
@@ -5143,7 +5071,7 @@ class Reply:
             self.connection.keeps_alive = False
         if not self.connection.keeps_alive:
             headers += ("Connection", "close"),
-        self.connection.write([encode_head(200, headers, http_date(), None)])
+        self.connection.write([encode_head(200, headers, http_date(int(time.time())), None)])
 
     def write(self, parts: list) -> None:
         """More of a stream."""
@@ -5159,21 +5087,21 @@ class Reply:
             self.connection.finished()
 
 
-class HTTPConnection(asyncio.Protocol):
+class HTTPConnection(asyncio.Protocol, Holder):
     """One client's socket."""
 
     def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
                  application: Application, connections: set, heads: dict[bytes, HTTPHead]):
         self._writer = writer               # kept, because newer Pythons close the socket with it
         self._transport = transport
+        self.abort = transport.abort        # ends the connection at once
         self._application = application
         self._connections = connections
         self._parser = RequestParser(heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
-        self.principal = self._host = host
-        self._held = Holding(host, self._give_way)         # of requests that are not complete, and of unread replies
+        self.principal = self._host = address_group(host)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
@@ -5197,23 +5125,20 @@ class HTTPConnection(asyncio.Protocol):
         self._received += len(data)
         self._parser.feed(data)
         self._advance()
-        if len(self._parser.rest) > MAX_HEAD_BYTES and (
-                self._phase is REPLY or self._is_clogged or self._advances_soon):
-            self._transport.pause_reading()        # a client that sends on while it is answered can wait
-        if self._held.size or self._parser.rest or self._phase is BODY:
-            self._count()
 
     def eof_received(self) -> bool:
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         reply = self._reply if self._phase is REPLY else None
-        waits = self._is_clogged if reply is None else not (reply.is_stream or reply.leaves_on_eof)
+        waits = self._is_clogged or self._advances_soon if reply is None else not (
+            reply.is_stream or reply.leaves_on_eof)
         return waits and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
-        self._application.budget.set(self._held, 0)
+        self._parser.clear()                # a connection is a cycle, and may be collected much later
+        budget.set(self, 0)
         reply, self._reply, self._soon = self._reply, None, []
         if reply and not reply.is_done:
             reply.is_done = True
@@ -5239,18 +5164,18 @@ class HTTPConnection(asyncio.Protocol):
         self._advances_soon = False
         for _ in range(REQUESTS_A_TURN):
             if not self._parser.rest or self._phase not in (HEAD, BODY) or (
-                    self._is_clogged or self._transport.is_closing()):
-                break
-            if not self._next_request():
-                if self._parser.is_interrupted:
-                    return self._advance_soon()
+                    self._is_clogged or self._transport.is_closing()) or not self._next_request():
                 break
         else:
-            return self._advance_soon()
-        if self._half_closed and self._phase is not REPLY and not self._is_clogged:
-            self._transport.close()           # nothing more can come
+            self._advance_soon()
+        if self._phase is REPLY or self._is_clogged or self._advances_soon:
+            if len(self._parser.rest) > MAX_HEAD_BYTES:
+                self._transport.pause_reading()        # a client that sends on while it is answered can wait
+        elif self._half_closed:
+            self._transport.close()                    # nothing more can come
         elif self._phase is BODY:
             self._transport.resume_reading()
+        self._count()
 
     def _advance_soon(self) -> None:
         if not self._advances_soon:
@@ -5275,7 +5200,7 @@ class HTTPConnection(asyncio.Protocol):
                     self._reply.headers = head.admission.headers
                     self.principal = head.admission.principal or self._host
                     size = head.content_length
-                    if size and size > SMALL and not self._application.budget.has_room(self.principal, size):
+                    if size and size > SMALL and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
                     refusal = error
@@ -5293,6 +5218,8 @@ class HTTPConnection(asyncio.Protocol):
             return True
         if refusal:
             self._refuse(refusal)
+        elif self._parser.is_interrupted:
+            self._advance_soon()
         elif self._continues and not self._parser.rest:
             self.write([CONTINUE])
         self._continues = False
@@ -5306,14 +5233,12 @@ class HTTPConnection(asyncio.Protocol):
         self._application.refuse(error, self._reply)
 
     def _count(self) -> None:
-        """Says how much is held here."""
+        """Says how much is held here, of requests that are not complete and of replies that are not read."""
         size = self._parser.size + (self._transport.get_write_buffer_size() if self._is_clogged else 0)
-        if size > SMALL or self._held.size:
-            self._held.principal = self.principal
-            self._application.budget.set(self._held, size if size > SMALL else 0)
+        if size > SMALL or self.held:
+            budget.set(self, size if size > SMALL else 0)
 
-    def _give_way(self) -> None:
-        """What is held here has to go."""
+    def give(self) -> None:
         if self._phase is BODY:
             self._refuse(try_later("too much is held already, most of it for you"))
         else:
@@ -5347,20 +5272,14 @@ class HTTPConnection(asyncio.Protocol):
             return
         size = sum(map(len, parts))
         self._written += size
-        if self._is_clogged:
-            self._count()
         if size < LARGE:
             self._transport.write(b"".join(parts))
-            return
-        small: list = []
-        for part in parts:
-            if len(part) < LARGE:
-                small.append(part)
-            else:                             # is not copied
-                self._transport.write(b"".join(small))
-                self._transport.write(part)
-                small = []
-        self._transport.write(b"".join(small))
+        else:
+            for is_large, run in itertools.groupby(parts, lambda part: len(part) >= LARGE):
+                for piece in run if is_large else [b"".join(run)]:            # what is large is not copied
+                    self._transport.write(piece)
+        if self._is_clogged:
+            self._count()
 
     def finished(self) -> None:
         """The reply is complete: on to the next request, or the end."""
@@ -5418,25 +5337,21 @@ class HTTPConnection(asyncio.Protocol):
         self._flush()
         self._transport.close()
 
-    def abort(self) -> None:
-        """Ends the connection at once."""
-        self._transport.abort()
-
 
 # ============================================================================
-# 21. HTTP server
+# 23. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
 
 HANDSHAKE_SECONDS = 10.0       # for TLS, from the moment that a client is connected
 
+
 class TLSTransport(asyncio.Protocol):
     """TLS between a socket and an HTTPConnection, which takes it for the socket. asyncio's own sets 256 KiB aside for
     each client, also for one that says nothing, and has nobody counted before the handshake."""
 
     def __init__(self, transport: asyncio.Transport, context):
-        self.connection: HTTPConnection | None = None        # whose transport this is
         self._transport, self._context = transport, context
         self._tls = None                       # an ssl.SSLObject, from the first byte on
         self._is_shaken = False                # are hands shaken?
@@ -5444,6 +5359,11 @@ class TLSTransport(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, transport.abort)
         self.is_closing, self.abort = transport.is_closing, transport.abort
         self.get_write_buffer_size = transport.get_write_buffer_size
+
+    def carry(self, connection: HTTPConnection) -> None:
+        """Takes the connection whose transport this is."""
+        self._connection, self.eof_received = connection, connection.eof_received
+        self.pause_writing, self.resume_writing = connection.pause_writing, connection.resume_writing
 
     # What asyncio calls.
 
@@ -5457,28 +5377,18 @@ class TLSTransport(asyncio.Protocol):
         self._incoming.write(data)
         self._read()
 
-    def eof_received(self) -> bool:
-        return self.connection.eof_received()
-
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()
-        self.connection.connection_lost(error)
-
-    def pause_writing(self) -> None:
-        self.connection.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.connection.resume_writing()
+        self._connection.connection_lost(error)
 
     # What the connection calls.
 
     def write(self, data) -> None:
-        import ssl
         data = memoryview(data)
         try:
             while data and self._is_shaken and not self.is_closing():
                 data = data[self._tls.write(data):]
-        except ssl.SSLError:
+        except OSError:                        # ssl.SSLError is one
             self.abort()
         self._flush()
 
@@ -5512,13 +5422,14 @@ class TLSTransport(asyncio.Protocol):
             while not (self._is_paused or self.is_closing()):
                 data = self._tls.read(LARGE)
                 if not data:
-                    self.connection.eof_received()
+                    self._connection.eof_received()
                     return self.close()
-                self.connection.data_received(data)
+                self._connection.data_received(data)
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError:
-            self._transport.close()            # once the alert is sent that says why
+            self._flush()                      # the alert, which says why
+            self._transport.close()
         finally:
             self._flush()
 
@@ -5531,7 +5442,7 @@ class TLSTransport(asyncio.Protocol):
         log.info("! refused with 400: plain HTTP at the HTTPS port")
         body, = encode_error(None, HTTPError("this port speaks HTTPS: use https://"))
         headers = ("Content-Type", JSON_TYPE), ("Connection", "close")
-        self._transport.write(encode_head(400, headers, http_date(), len(body)) + body)
+        self._transport.write(encode_head(400, headers, http_date(int(time.time())), len(body)) + body)
         self._transport.close()
 
 
@@ -5546,7 +5457,7 @@ class HTTPServer:
         self._heads: dict[bytes, HTTPHead] = {}        # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
-        """Listens at all addresses of a host (:: is both families); returns them. CannotListen when one is taken."""
+        """Listens at all addresses of a host (:: is both families); returns them. StartError when one is taken."""
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
             found = await asyncio.get_running_loop().getaddrinfo(name or None, port, type=socket.SOCK_STREAM,
@@ -5561,14 +5472,16 @@ class HTTPServer:
                     problem = error
                     continue
                 port = port or listener.getsockname()[1]          # the same for all
+                # All that is accepted gets this too. An event behind another would wait 40 ms for the client's receipt.
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._servers.append(await asyncio.start_server(
                     functools.partial(self._connected, tls), sock=listener, backlog=1024))
             if not self._servers:
                 raise problem
         except (OSError, UnicodeError) as error:
-            known = isinstance(error, OSError) and (error.errno or 0) > 0
-            reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or "not an address"
-            raise CannotListen(f"cannot listen on {host} port {port}: {reason}") from None
+            # What socket.create_server() adds in brackets is said already.
+            reason = (getattr(error, "strerror", None) or "not an address").partition(" (")[0]
+            raise StartError(f"cannot listen on {host} port {port}: {reason}") from None
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
     def _connected(self, tls: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -5579,7 +5492,7 @@ class HTTPServer:
         transport = TLSTransport(writer.transport, tls) if tls else writer.transport
         connection = HTTPConnection(writer, transport, self._application, self.connections, self._heads)
         if tls:
-            transport.connection = connection
+            transport.carry(connection)
         writer.transport.set_protocol(transport if tls else connection)
 
     def tick(self, now: float) -> None:
@@ -5602,7 +5515,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 22. Outlets
+# 24. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -5633,7 +5546,7 @@ class StreamOutlet(Outlet):
         self.send(payload)
 
 
-class PostOutlet(Outlet):
+class PostOutlet(Outlet, Holder):
     """Into the reply to a POST: plain JSON when the answer is the first thing that comes, and comes soon; otherwise a
     stream. For a client that takes only one of the two, that one. Several requests are answered with a stream or an
     array."""
@@ -5686,6 +5599,8 @@ class PostOutlet(Outlet):
             self._stream.send(payload)
         elif self._answers is not None:
             self._answers.append(b"".join(payload))
+            self.principal = self._client.principal
+            budget.set(self, self.held + len(self._answers[-1]))
         else:
             self._undecided.pop(self, None)
             return self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
@@ -5701,6 +5616,7 @@ class PostOutlet(Outlet):
         if self._left:
             return
         self._undecided.pop(self, None)
+        budget.set(self, 0)
         if self._stream is None and self._answers:
             self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
         elif self._stream is None:
@@ -5709,6 +5625,13 @@ class PostOutlet(Outlet):
             self._session.end_stream(self._stream)
         else:
             self._stream.close()
+
+    def give(self) -> None:
+        """The answers of a batch that wait for the last one."""
+        error = try_later("too much is held for this client")
+        self.reply.send(error.http_status, encode_error(None, error), (*JSON_HEADERS, *error.headers))
+        self._answers = []
+        self._gone()
 
     def _session_header(self) -> tuple:
         """The header of the answer that opens a session."""
@@ -5749,7 +5672,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 23. Endpoints
+# 25. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -5769,17 +5692,18 @@ class Admission:
 
     def __init__(self, head: HTTPHead, settings: Settings):
         self.head = head
+        # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
+        base = settings.base_path
+        self.path = head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
+        self.route: "Route | None" = ROUTES.get(self.path) or ROUTES.get(self.path.rstrip("/")) or (
+            ROUTES["/tools/"] if self.path.startswith("/tools/") else None)
         self.endpoint = None                   # the method of Endpoints that it calls
+        self.principal: str | None = None      # who is answerable for what it takes, if it brings a key
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
         self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._settings = settings
-
-    @functools.cached_property
-    def principal(self) -> str | None:
-        """Who is answerable for what it takes, if it brings a key."""
-        return self.key
 
     @functools.cached_property
     def key(self) -> str | None:
@@ -5841,7 +5765,6 @@ class Endpoints(Application):
         self.settings = settings
         self.mount = mount
         self.max_body = settings.max_request_bytes
-        self.budget = mount.budget
         self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
         self._keys = settings.auth_keys
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
@@ -5851,7 +5774,7 @@ class Endpoints(Application):
     def admit(self, head: HTTPHead) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
         admission = Admission(head, self.settings)
-        route = self._route(head)
+        route = admission.route
         self._allow_page(admission)
         try:
             if route is None:             # for everybody: who is asked for a key here would look for OAuth
@@ -5864,6 +5787,7 @@ class Endpoints(Application):
             if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
                 raise HTTPError("a body must come as it is, without Content-Encoding", status=415,
                                 headers=(("Accept-Encoding", "identity"),))
+            admission.principal = admission.key
         except HTTPError as error:
             error.headers += admission.headers
             raise
@@ -5903,15 +5827,19 @@ class Endpoints(Application):
     # Requests.
 
     def handle(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """Runs the endpoint that the request is for."""
+        """Runs the endpoint that the request is for; one that has to wait for something is a coroutine."""
         try:
-            admission.endpoint(self, admission, body, reply)
+            work = admission.endpoint(self, admission, body, reply)
+            if work:
+                asyncio.get_running_loop().create_task(self._finish(work, reply))
         except Exception as error:
-            self.fail(error, reply)
+            self.refuse(as_told(error), reply)
 
-    def fail(self, error: Exception, reply: Reply, raw_id: bytes | None = None) -> None:
-        """Answers with what went wrong."""
-        self.refuse(as_told(error), reply, raw_id)
+    async def _finish(self, work, reply: Reply) -> None:
+        try:
+            await work
+        except Exception as error:
+            self.refuse(as_told(error), reply)
 
     def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
         """Answers an HTTP request with an error; one of a call on its way goes through its outlet instead."""
@@ -5924,30 +5852,11 @@ class Endpoints(Application):
         log.info("<> %(method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about, bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
 
-    def later(self, work, reply: Reply) -> None:
-        """Goes on with a request in a task, because something has to be waited for."""
-        async def run() -> None:
-            try:
-                await work
-            except Exception as error:
-                self.fail(error, reply)
-        asyncio.get_running_loop().create_task(run())
-
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON."""
         for outlet, deadline in list(self.undecided.items()):
             if deadline <= now:
                 outlet.open()
-
-    def _path(self, head: HTTPHead) -> str:
-        """The path as it is without a reverse proxy, which may or may not have taken its prefix off."""
-        base = self.settings.base_path
-        return head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
-
-    def _route(self, head: HTTPHead) -> "Route | None":
-        path = self._path(head)
-        return ROUTES.get(path) or ROUTES.get(path.rstrip("/")) or (
-            ROUTES["/tools/"] if path.startswith("/tools/") else None)
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
@@ -6114,20 +6023,16 @@ class Endpoints(Application):
 
     # Tools without MCP.
 
-    def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
+    async def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        instance = self.mount.pick(self._visit(admission, reply))
+        tools = await self.mount.pick(self._visit(admission, reply)).tools.get()
+        self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.texts.values()).encode())
 
-        async def respond() -> None:
-            tools = await instance.tools()
-            self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.texts.values()).encode())
-        self.later(respond(), reply)
-
-    def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
+    async def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
         if body:
             check_is_json(admission)
-        name = self._path(admission.head).removeprefix("/tools/")
+        name = admission.path.removeprefix("/tools/")
         arguments = decode_json(body).strip() or "{}"
         try:
             message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
@@ -6140,31 +6045,24 @@ class Endpoints(Application):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
         client = self._visit(admission, reply)
         instance = self.mount.pick(client)
-        exchange = Exchange(client, instance, message, ToolOutlet(reply), None, admission.trace)
+        if name not in await instance.tools.get() and name not in await instance.tools.get(refresh=True):
+            raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
+        if not reply.is_done:                 # its client may be gone meanwhile
+            self._start(Exchange(client, instance, message, ToolOutlet(reply), None, admission.trace))
 
-        async def start() -> None:
-            if name not in await instance.tools() and name not in await instance.tools(refresh=True):
-                raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
-            if not exchange.is_done:
-                self._start(exchange)
-        self.later(start(), reply)
-
-    def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
+    async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
         instance = self.mount.pick(self._visit(admission, reply))
-
-        async def respond() -> None:
-            tools = await instance.tools()
-            tools.document = tools.document or openapi_document(tools, instance.identity, self.settings.base_path,
-                                                                bool(self._keys))
-            self.send_json(reply, tools.document)
-        self.later(respond(), reply)
+        tools = await instance.tools.get()
+        tools.document = tools.document or openapi_document(tools, instance.identity, self.settings.base_path,
+                                                            bool(self._keys))
+        self.send_json(reply, tools.document)
 
     # For browsers, and for those who look after the proxy.
 
     def preflight(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
-        route, headers = self._route(admission.head), ()
+        route, headers = admission.route, ()
         if "origin" in admission.head.headers:
             wanted = admission.head.headers.get("access-control-request-headers", "*")
             headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
@@ -6268,7 +6166,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 24. Demo server
+# 26. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -6277,40 +6175,48 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 DEMO_COMMAND = [sys.executable, os.path.abspath(__file__), "--demo-server"]
 
-DEMO_TOOLS = [
-    {"name": "echo", "description": "Returns the text.",
-     "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}},
-    {"name": "add", "description": "Adds two numbers.",
-     "inputSchema": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-                     "required": ["a", "b"]}},
-    {"name": "whoami", "description": "Shows the variables that you set, by ?NAME=value or X-MCP-Env-NAME: value.",
-     "inputSchema": {"type": "object", "properties": {}}},
-    {"name": "slow", "description": "Takes some seconds, reports progress and can be cancelled.",
-     "inputSchema": {"type": "object", "properties": {"seconds": {"type": "number", "default": 3}}}},
-]
-DEMO_RESOURCE = {"uri": "demo://clock", "name": "clock", "description": "The time; subscribe to be told every second.",
-                 "mimeType": "text/plain"}
-DEMO_PROMPT = {"name": "greet", "description": "Asks for a greeting.",
-               "arguments": [{"name": "name", "description": "who is greeted", "required": True}]}
+DEMO_URI = "demo://clock"
+
+DEMO_ANSWERS = {               # to what is always answered in the same way
+    "ping": {},
+    "tools/list": {"tools": [
+        {"name": "echo", "description": "Returns the text.",
+         "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}},
+        {"name": "add", "description": "Adds two numbers.",
+         "inputSchema": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+                         "required": ["a", "b"]}},
+        {"name": "whoami", "description": "Shows the variables that you set, by ?NAME=value or X-MCP-Env-NAME: value.",
+         "inputSchema": {"type": "object", "properties": {}}},
+        {"name": "slow", "description": "Takes some seconds, reports progress and can be cancelled.",
+         "inputSchema": {"type": "object", "properties": {"seconds": {"type": "number", "default": 3}}}}]},
+    "resources/list": {"resources": [
+        {"uri": DEMO_URI, "name": "clock", "description": "The time; subscribe to be told every second.",
+         "mimeType": "text/plain"}]},
+    "prompts/list": {"prompts": [
+        {"name": "greet", "description": "Asks for a greeting.",
+         "arguments": [{"name": "name", "description": "who is greeted", "required": True}]}]},
+}
 
 
 class DemoServer:
-    """An MCP server that speaks revision 2025-11-25 and before, in threads."""
+    """An MCP server that speaks revision 2025-11-25 and before, with a thread for each request."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._cancelled: dict[object, threading.Event] = {}      # by the id of a running slow call
-        self._watched: set[str] = set()
+        self._cancelled: dict[object, threading.Event] = {}      # by the id of a running request
+        self._is_watched = False
 
     def run(self) -> None:
         """Answers until stdin ends."""
         threading.Thread(target=self._tick, daemon=True).start()
         for line in sys.stdin.buffer:
             message, _ = scan_plain(line.decode(), 0)
-            if message.get("method") == "notifications/cancelled":
-                self._cancelled.get(message["params"].get("requestId"), threading.Event()).set()
-            elif "id" in message and "method" in message:
-                self._answer(message["id"], message["method"], message.get("params", {}))
+            method, params = message.get("method"), message.get("params", {})
+            if method == "notifications/cancelled":
+                self._cancelled.get(params.get("requestId"), threading.Event()).set()
+            elif method and "id" in message:
+                self._cancelled[message["id"]] = threading.Event()
+                threading.Thread(target=self._answer, args=(message["id"], method, params), daemon=True).start()
 
     def _write(self, **members) -> None:
         with self._lock:
@@ -6320,93 +6226,70 @@ class DemoServer:
     def _tick(self) -> None:
         while True:
             time.sleep(1)
-            for uri in list(self._watched):
-                self._write(method="notifications/resources/updated", params={"uri": uri})
+            if self._is_watched:
+                self._write(method=RESOURCE_UPDATED, params={"uri": DEMO_URI})
 
     def _answer(self, request_id, method: str, params: dict) -> None:
         try:
-            handler = {
-                "initialize": self._initialize, "ping": lambda params: {},
-                "tools/list": lambda params: {"tools": DEMO_TOOLS}, "tools/call": self._call,
-                "resources/list": lambda params: {"resources": [DEMO_RESOURCE]},
-                "resources/read": self._read, "resources/subscribe": self._subscribe,
-                "resources/unsubscribe": self._unsubscribe, "prompts/list": lambda params: {"prompts": [DEMO_PROMPT]},
-                "prompts/get": self._prompt}[method]
-        except KeyError:
-            return self._write(id=request_id, error={"code": METHOD_NOT_FOUND, "message": f"no method {method}"})
-        try:
-            if method == "tools/call" and params["name"] == "slow":
-                self._start_slow(request_id, params)
-            else:
-                self._write(id=request_id, result=handler(params))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            self._write(id=request_id, error={"code": INVALID_PARAMS, "message": f"bad parameter: {error}"})
+            answer = {"result": self._result(request_id, method, params)}
+        except RPCError as error:
+            answer = {"error": error.as_object()}
+        except Exception as error:
+            answer = {"error": {"code": INVALID_PARAMS, "message": f"bad parameter: {error}"}}
+        if not self._cancelled.pop(request_id).is_set():
+            self._write(id=request_id, **answer)
 
-    def _initialize(self, params: dict) -> dict:
-        return {"protocolVersion": negotiate(params.get("protocolVersion")),
-                "capabilities": {"tools": {}, "prompts": {}, "resources": {"subscribe": True}},
-                "serverInfo": {"name": "mcpproxy-demo", "version": __version__},
-                "instructions": "A small server to try mcpproxy with."}
+    def _result(self, request_id, method: str, params: dict) -> dict:
+        if method in DEMO_ANSWERS:
+            return DEMO_ANSWERS[method]
+        if method == "initialize":
+            return {"protocolVersion": negotiate(params.get("protocolVersion")),
+                    "capabilities": {"tools": {}, "prompts": {}, "resources": {"subscribe": True}},
+                    "serverInfo": {"name": "mcpproxy-demo", "version": __version__},
+                    "instructions": "A small server to try mcpproxy with."}
+        if method == "tools/call":
+            return {"content": [{"type": "text", "text": self._call(request_id, params)}]}
+        if method == "prompts/get":
+            text = {"greet": f"Please greet {(params.get('arguments') or {})['name']}."}[params["name"]]
+            return {"messages": [{"role": "user", "content": {"type": "text", "text": text}}]}
+        if method in ("resources/read", "resources/subscribe", "resources/unsubscribe"):
+            text = {DEMO_URI: time.strftime("%H:%M:%S")}[params["uri"]]
+            if method == "resources/read":
+                return {"contents": [{"uri": DEMO_URI, "mimeType": "text/plain", "text": text}]}
+            self._is_watched = method == "resources/subscribe"
+            return {}
+        raise RPCError(f"no method {method}", code=METHOD_NOT_FOUND)
 
-    def _call(self, params: dict) -> dict:
-        arguments = params.get("arguments") or {}
-        if params["name"] == "echo":
-            text = str(arguments["text"])
-        elif params["name"] == "add":
-            text = str(arguments["a"] + arguments["b"])
-        elif params["name"] == "whoami":
+    def _call(self, request_id, params: dict) -> str:
+        name, arguments = params["name"], params.get("arguments") or {}
+        if name == "echo":
+            return str(arguments["text"])
+        if name == "add":
+            return str(arguments["a"] + arguments["b"])
+        if name == "whoami":
             names = os.environ.get("MCPPROXY_VARIABLES", "").split()
-            text = "\n".join(f"{name}={os.environ.get(name)}" for name in names) or "you set no variables"
-        else:
-            raise KeyError(f"no tool {params['name']}")
-        return {"content": [{"type": "text", "text": text}]}
-
-    def _start_slow(self, request_id, params: dict) -> None:
-        steps = max(1, int(float((params.get("arguments") or {}).get("seconds", 3)) * 10))
+            return "\n".join(f"{name}={os.environ.get(name)}" for name in names) or "you set no variables"
+        if name != "slow":
+            raise KeyError(f"no tool {name}")
+        steps = max(1, int(float(arguments.get("seconds", 3)) * 10))
         token = (params.get("_meta") or {}).get("progressToken")
-        self._cancelled[request_id] = threading.Event()
-        threading.Thread(target=self._slow, args=(request_id, steps, token), daemon=True).start()
-
-    def _slow(self, request_id, steps: int, token) -> None:
         for step in range(1, steps + 1):
             if self._cancelled[request_id].wait(0.1):
                 break
             if token is not None:
                 self._write(method="notifications/progress",
                             params={"progressToken": token, "progress": step, "total": steps})
-        else:
-            self._write(id=request_id, result={"content": [{"type": "text", "text": f"done in {steps} steps"}]})
-        del self._cancelled[request_id]
-
-    def _read(self, params: dict) -> dict:
-        if params["uri"] != DEMO_RESOURCE["uri"]:
-            raise KeyError(f"no resource {params['uri']}")
-        return {"contents": [{"uri": params["uri"], "mimeType": "text/plain", "text": time.strftime("%H:%M:%S")}]}
-
-    def _subscribe(self, params: dict) -> dict:
-        self._read(params)
-        self._watched.add(params["uri"])
-        return {}
-
-    def _unsubscribe(self, params: dict) -> dict:
-        self._watched.discard(params["uri"])
-        return {}
-
-    def _prompt(self, params: dict) -> dict:
-        if params["name"] != DEMO_PROMPT["name"]:
-            raise KeyError(f"no prompt {params['name']}")
-        name = (params.get("arguments") or {})["name"]
-        return {"messages": [{"role": "user", "content": {"type": "text", "text": f"Please greet {name}."}}]}
+        return f"done in {steps} steps"
 
 
 # ============================================================================
-# 25. The proxy
+# 27. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
 
 TICK = 0.25                    # how often time is looked at, in seconds
-LOOK = 3.0                     # and what processes there are: that takes 20 µs for each
+LOOK = 3.0                     # and what children there are
 
 
 class Proxy:
@@ -6423,8 +6306,8 @@ class Proxy:
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
             return ServerProcess(name, command, {**environment, **variables, **names}, self.reaper, redact,
                                  settings.max_message_bytes)
-        budget = Budget(settings.max_buffered_mb * 1024 * 1024)
-        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic, budget)
+        budget.limit = settings.max_buffered_mb * 1024 * 1024
+        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic)
         self.endpoints = Endpoints(settings, self.mount)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
@@ -6462,10 +6345,6 @@ class Proxy:
             pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
         else:
             log.add(logging.ERROR, "! %(problem)s", {"problem": context.get("message")}, error)
-
-    async def drain(self) -> None:
-        """Lets running calls finish."""
-        await self.mount.drain(self.settings.shutdown_grace)
 
     async def stop(self) -> None:
         """Ends everything that was started; afterwards no process is left."""
@@ -6527,7 +6406,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 26. Command line
+# 28. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -6624,22 +6503,15 @@ def argument_parser():
     parser.error = refuse_arguments
     parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
     for field in dataclasses.fields(Settings):
-        about = f"{field.metadata['about']} (default: {describe_default(field.default)})"
+        default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, metavar="VALUE", default=None,
-                            help=about.replace("%", "%%"))
+                            help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
     return parser
 
 
 def refuse_arguments(message: str):
     """What argparse calls when it cannot go on."""
     raise SettingsError(f"{message}; --help lists the flags")
-
-
-def describe_default(default) -> str:
-    """A setting's default, as help and README say it."""
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default) or "none"
 
 
 def banner(settings: Settings, name: str, addresses: list[tuple[str, int]]) -> str:
@@ -6685,7 +6557,8 @@ async def run(settings: Settings) -> None:
         await signals.acquire()
         log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
                  seconds=settings.shutdown_grace)
-        draining, impatience = (asyncio.ensure_future(work) for work in (proxy.drain(), signals.acquire()))
+        draining, impatience = (asyncio.ensure_future(work) for work in (
+            proxy.mount.drain(settings.shutdown_grace), signals.acquire()))
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         impatience.cancel()
@@ -6695,11 +6568,9 @@ async def run(settings: Settings) -> None:
 
 def open_standard_streams() -> None:
     """Puts /dev/null in the place of standard streams that are closed, or the next socket would be taken for them."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)               # gets the lowest number that is free
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:               # gets the lowest number that is free
+        pass
+    os.close(number)
 
 
 def raise_descriptor_limit() -> None:
@@ -6728,7 +6599,7 @@ def main() -> None:
         bytes(16 * 1024 * 1024)
         # A large message is millions of objects for a moment. The collector would look through them again and again,
         # for two thirds of the time, and find nothing.
-        gc.set_threshold(100_000, 20, 100)
+        gc.set_threshold(100_000, 10, 10)
         start_logging(settings.log_level, settings.log_format == "json")
         asyncio.run(run(settings))
     except StartError as error:

@@ -2809,15 +2809,20 @@ def test_access_variable_that_is_not_of_the_shape_of_a_credential_may_not_be_set
     NOTION_DATABASE_ID NODE_ENV DEBUG ROOT_DIR LANG TZ X1_KEY GIT_TOKEN GIT_AUTHOR_EMAIL
     """.split())
 def test_access_variable_of_the_shape_of_a_credential_may_be_set(name):
-    assert mcpproxy.may_set(name, "some value of it", "") is not ("REGION" in name or mcpproxy.MAY_BE_SET.fullmatch(
-        name)["place"] is not None)
     assert mcpproxy.may_set(name, "eu-west-1", "")
 
 
-@pytest.mark.parametrize("value", ["evil.com/", "evil.com#", "evil.com?", "evil.com\\", "evil.com%2f", "a b", "a\0b"])
-def test_access_variable_that_names_a_place_may_not_end_the_host_name_that_is_made_of_it(value):
-    assert not mcpproxy.may_set("SNOWFLAKE_ACCOUNT", value, "")
-    assert mcpproxy.may_set("SNOWFLAKE_ACCOUNT", value, "SNOWFLAKE_*") and mcpproxy.may_set("API_KEY", value, "")
+@pytest.mark.parametrize("name, values", [
+    ("SNOWFLAKE_ACCOUNT", ["evil.com/", "evil.com#", "evil.com?", "evil.com\\", "evil.com%2f", "a\0b", "x@evil", "x:1",
+                           "-o"]),
+    ("SSH_USER", ["-oProxyCommand=x"]), ("NODE_ENV", ["../../evil", "/evil", "a b"]), ("TZ", [":/evil", "/evil"]),
+    ("LANG", ["../x"])])
+def test_access_variable_may_not_hold_what_makes_another_host_option_or_file_of_it(name, values):
+    for value in values:
+        assert not mcpproxy.may_set(name, value, "")
+        assert mcpproxy.may_set(name, value, "*") and mcpproxy.may_set("API_KEY", value, "")
+    for value in "eu-west-1", "production", "en_US.UTF-8", "Europe":
+        assert mcpproxy.may_set(name, value, "")
 
 
 @pytest.mark.parametrize("allowed, name, expected", [
@@ -3553,16 +3558,17 @@ def test_log_secrets_are_taken_out_in_every_form_and_quickly():
 # 10. Shares
 # ============================================================================
 
-class Holder:
-    """Somebody who holds bytes of a budget, and notes it when they are taken."""
+class Holder(mcpproxy.Holder):
+    """One who notes it when what it holds of a budget is taken."""
 
     taken = []
 
     def __init__(self, budget, principal, size, is_spare=False):
-        self.name = f"{principal}{size}"
-        self.holding = mcpproxy.Holding(principal, lambda: self.taken.append(self.name), is_spare)
-        self.budget = budget
-        budget.set(self.holding, size)
+        self.name, self.principal, self.is_spare = f"{principal}{size}", principal, is_spare
+        budget.set(self, size)
+
+    def give(self):
+        self.taken.append(self.name)
 
 
 @pytest.fixture
@@ -3574,16 +3580,17 @@ def taken():
 
 @pytest.mark.parametrize("principal, size, has_room, gave", [
     ("c", 10, True, []),                         # there is room
-    ("c", 30, True, ["s10", "a40"]),             # what can be spared goes first, then of whoever holds most
-    ("c", 59, True, ["s10", "a40", "a20"]),
-    ("c", 60, False, []),                        # as much as that one holds
+    ("c", 30, True, ["a10", "a40"]),             # of whoever holds most, what can be spared goes first
+    ("c", 59, True, ["a10", "a40", "a20"]),
+    ("c", 70, False, []),                        # as much as that one holds
+    ("a", 15, True, ["a10"]),                    # of one's own, only what can be spared
     ("a", 30, False, []),                        # who holds most is refused, and nothing is taken
-    ("b", 31, False, []),
+    ("b", 41, False, []),
     ("c", 100, False, []),
     ("c", 900, False, [])])
 def test_shares_room_is_made_for_who_holds_less_than_another(taken, principal, size, has_room, gave):
     budget = mcpproxy.Budget(110)
-    for holder in ("a", 40), ("a", 20), ("b", 30), ("s", 10, True):
+    for holder in ("a", 40), ("a", 20), ("b", 29), ("a", 10, True), ("s", 1, True):
         Holder(budget, *holder)
     assert budget.has_room(principal, size) is has_room
     assert taken == gave and budget.held == 100 - sum(int(name[1:]) for name in gave)
@@ -3592,14 +3599,14 @@ def test_shares_room_is_made_for_who_holds_less_than_another(taken, principal, s
 def test_shares_past_the_limit_the_largest_give_at_the_end_of_the_turn(taken):
     async def run():
         budget = mcpproxy.Budget(100)
-        holders = [Holder(budget, *holder) for holder in (("a", 50), ("b", 40), ("b", 30), ("s", 5, True))]
+        holders = [Holder(budget, *holder) for holder in (("a", 50), ("b", 40), ("b", 30), ("b", 5, True))]
         assert taken == []
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert taken == ["s5", "b40"] and budget.held == 80
+        assert taken == ["b5", "b40"] and budget.held == 80
         for holder in holders:
-            budget.set(holder.holding, 0)
-        assert budget.held == 0 and not budget._holdings
+            budget.set(holder, 0)
+        assert budget.held == 0 and not budget._holders
     asyncio.run(run())
 
 
@@ -3611,11 +3618,13 @@ def test_shares_a_place_is_taken_from_whoever_has_most_for_one_who_has_less(hold
     assert "".join(holder.principal for holder in given) == expected
 
 
-def test_shares_event_logs_of_sessions_give_first():
+def test_shares_event_logs_of_sessions_give_first(monkeypatch):
+    budget = mcpproxy.Budget(1_000_000)
+    monkeypatch.setattr(mcpproxy, "budget", budget)
+
     async def run():
-        budget = mcpproxy.Budget(1_000_000)
         now = time.monotonic
-        mount = mcpproxy.Mount(mcpproxy.Server("x", Settings(), None, now), Settings(), now, budget)
+        mount = mcpproxy.Mount(mcpproxy.Server("x", Settings(), None, now), Settings(), now)
         sessions = [mount.open_session(None, {}, "a") for _ in range(5)]
         for number in range(100):
             for session in sessions:
@@ -3626,7 +3635,7 @@ def test_shares_event_logs_of_sessions_give_first():
         assert budget.held > 500_000
         for session in sessions:
             session.end()
-        assert budget.held == 0 and not budget._holdings
+        assert budget.held == 0 and not budget._holders
     asyncio.run(run())
 
 
@@ -3736,7 +3745,7 @@ def test_shares_of_processes():
 
 
 # ============================================================================
-# 11. Links
+# 12. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -3923,8 +3932,7 @@ def test_process_that_hides_ends_with_its_server_and_not_before(shared, hider):
 
 def zombies_of(proxy):
     """Its children that have ended, and of whom it has not heard yet."""
-    return [pid for pid, (parent, _, is_zombie) in mcpproxy.list_parents().items()
-            if is_zombie and parent == proxy.process.pid]
+    return [pid for pid in mcpproxy.children_of(proxy.process.pid) if mcpproxy.process_state(pid)[0] == b"Z"]
 
 
 def test_process_that_was_there_before_the_proxy_is_left_alone(tmp_path):
@@ -3976,6 +3984,13 @@ def test_process_sigterm_at_any_moment_of_the_start():
         proxy._log.close()
 
 
+def test_process_nothing_survives_sigkill_where_there_is_no_grep(tmp_path):
+    (tmp_path / "sh").symlink_to(shutil.which("sh"))
+    with running_proxy(FAKE, PATH=tmp_path) as proxy, SSEClient(proxy) as client:
+        client.tool("echo", text="x")
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL             # and nothing is left, says stop()
+
+
 @MODES
 def test_process_nothing_survives_sigkill(shared):
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
@@ -4007,7 +4022,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 12. Server connection
+# 13. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -4268,7 +4283,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 17. Clients, servers and mounts
+# 18. Clients, servers and mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -4957,7 +4972,7 @@ def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
 
 
 # ============================================================================
-# 19. Exchanges
+# 21. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -6332,6 +6347,8 @@ def test_conversation_question_is_not_caused_by_what_may_not_be_asked_in():
                 server < {"id":"q","method":"sampling/createMessage","params":{}}
         ann < {"id":$Q,"method":"sampling/createMessage","params":{}}
                 server < {"id":$ANN,"result":{}}
+        ann < {"method":"notifications/cancelled","params":{"requestId":$Q}}
+                server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}
         ann < {"id":1,"result":{}}
                 server < {"id":"r","method":"sampling/createMessage","params":{}}
                 server > {"id":"r","error":{"code":-32600,"message":$NOBODYS}}
@@ -6458,6 +6475,8 @@ def test_conversation_notification_that_names_a_task_or_an_elicitation_goes_to_i
                 server > {{"id":$ANN,"method":"tools/call","params":{{"name":"x","task":{{}}}}}}
                 server < {{"id":"q","method":"elicitation/create","params":{{{elicitation % "e"}}}}}
         ann < {{"id":$Q,"method":"elicitation/create","params":{{{elicitation % "e"}}}}}
+        ann > {{"id":$Q,"result":{{"action":"accept"}}}}
+                server > {{"id":"q","result":{{"action":"accept"}}}}
                 server < {{"id":$ANN,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
         ann < {{"id":1,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
         bob > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
@@ -6487,10 +6506,8 @@ def test_conversation_task_of_another_client_is_unknown():
         ann < {"id":1,"result":{"task":{"taskId":"t"}}}
         bob > {"id":1,"method":"tasks/result","params":{"taskId":"t"}}
         bob < {"id":1,"error":{"code":-32602,"message":"the task is unknown"}}
-        bob > {"id":2,"method":"tasks/get","params":{"taskId":"of nobody that is known"}}
-                server > {"id":$GET,"method":"tasks/get","params":{"taskId":"of nobody that is known"}}
-                server < {"id":$GET,"error":{"code":-32602,"message":"m"}}
-        bob < {"id":2,"error":{"code":-32602,"message":"m"}}
+        bob > {"id":2,"method":"tasks/get","params":{"taskId":"t2","_meta":{".../related-task":{"taskId":"t"}}}}
+        bob < {"id":2,"error":{"code":-32602,"message":"the task is unknown"}}
         ann > {"id":2,"method":"tasks/cancel","params":{"taskId":"t"}}
                 server > {"id":$CANCEL,"method":"tasks/cancel","params":{"taskId":"t"}}
                 server < {"id":$CANCEL,"result":{"taskId":"t"}}
@@ -6505,6 +6522,8 @@ def test_conversation_task_of_another_client_is_unknown():
         bob < {"id":3,"result":{"tasks":[]}}
         eve > {"id":1,"method":"tasks/get","params":{"taskId":"t"}}
         eve < {"id":1,"error":{"code":-32602,"message":"the task is unknown"}}
+        eve > {"id":2,"method":"tasks/get","params":{"taskId":"of somebody without a name"}}
+                server > {"id":$GET,"method":"tasks/get","params":{"taskId":"of somebody without a name","_meta":{}}}
     ''', server="legacy", ann="legacy", bob="legacy", eve="modern")
 
 
@@ -6786,17 +6805,21 @@ def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_ag
 # Times.
 
 def test_conversation_server_that_says_nothing_to_three_calls_in_a_row_is_replaced():
-    one, two, three, four, five = (f'''
+    one, two, three, four, five, six, seven, eight = (f'''
         ann > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
                 server > {{"id":${number},"method":"tools/call","params":{{"name":"x"}}}}
         600 s pass
                 server > {{"method":"notifications/cancelled","params":{{"requestId":${number},"reason":"timed out"}}}}
         ann < 504 {{"id":1,"error":{{"code":-32000,"message":"the MCP server took too long"}}}}'''
-        for number in range(5))
+        for number in range(8))
     conversation(one + two + '''
                 server < {"method":"notifications/message","params":{"level":"info","data":"a sign of life"}}
         ann < {"method":"notifications/message","params":{"level":"info","data":"a sign of life"}}
         ''' + three + four + five + '''
+                server > {"id":$PING,"method":"ping","params":{}}
+                server < {"id":$PING,"result":{}}
+        ''' + six + seven + eight + '''
+                server > {"id":$PING2,"method":"ping","params":{}}
                 server is stopped
                 server starts again
         ann < {"method":"notifications/tools/list_changed"}
@@ -7096,8 +7119,251 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
     ''', server="modern", ann="modern", bob="modern")
 
 
+# Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
+# a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
+
+CAUSES = ("tools/call", "prompts/get", "resources/read", "completion/complete")       # what may make a server speak
+SUBSCRIBE, LISTEN, SOME = "resources/subscribe", "subscriptions/listen", {"elicitation": {}}
+CLIENTS_DO = "call call call call call cancel leave answer answer answer return return return wait wait wait".split()
+SERVERS_DO = "respond respond respond respond progress tell tell ask ask ask ask take_back die".split()
+PEERS = {"ann": ("legacy", None, ALL_CAPABILITIES), "bob": ("legacy", "k", SOME), "cid": ("legacy in JSON", None, {}),
+         "eve": ("modern", "k", ALL_CAPABILITIES), "fay": ("modern", "k", SOME), "gus": ("modern", "l", {}),
+         "hal": ("modern", None, ALL_CAPABILITIES), "ida": ("modern", None, SOME), "kim": ("visitor", None, {})}
+
+
+class World:
+    """A server, its clients, and the model of who may hear which word. A client is a session, a key, or one call."""
+
+    greetings = ServerSide.GREETINGS
+
+    def __init__(self, era, is_shared, chance):
+        self.is_modern, self.is_shared, self.chance, self.choose = era == "modern", is_shared, chance, chance.choice
+        settings, now = Settings(server_era=era, shared_session=is_shared), asyncio.get_running_loop().time
+        self.mount = mcpproxy.Mount(mcpproxy.Server("x", settings, self.link, now), settings, now)
+        self.links, self.named, self.faults, self.ids = [], [], [], itertools.count()
+        self.calls, self.questions, self.owners = {}, {}, {}          # by word
+        self.mount.start()
+        self.peers = [*map(self.join, chance.sample([*PEERS], chance.choice([1, 1, 2, 2, 3, 5])))]
+
+    def link(self, *_):
+        """A server: one run of it. `open` is what it has to answer, by id: (method, call)."""
+        link = ServerSide(self)
+        link.is_known, link.owner, link.open, link.questions = self.is_shared, None, {}, set()
+        link.heard = types.SimpleNamespace(put_nowait=lambda came: self.take(link, came[1]))
+        link.start = functools.partial(asyncio.sleep, 0)
+        self.links.append(link)
+        return link
+
+    def say(self, link, **message):
+        print(f"    server {self.links.index(link)} < {json.dumps(message)}")
+        link.on_line(json.dumps({"jsonrpc": "2.0", **message}).encode())
+
+    def word(self, *owners):
+        self.owners[word := f"w{len(self.owners)}!"] = owners
+        return word
+
+    def waiting(self, side=None):
+        """The calls without an answer, of one client's or of everybody's."""
+        return [call for call in self.calls.values() if call.is_open and side in (None, call.side, call.peer)]
+
+    def join(self, name, key=None):
+        """A client: a session, or a visitor for the time of one request."""
+        kind, own_key, can = PEERS[name]
+        heard = types.SimpleNamespace(put_nowait=lambda came: self.hear(side, came[1]))
+        side = ClientSide(heard, self.mount, kind, can)
+        side.name, side.asked, side.owner, key = name, {}, side, key or own_key
+        if side.client.is_session:
+            self.begin(side, "initialize", initialize(capabilities=can)["params"])
+        else:
+            side.client, side.owner = self.mount.visit(key, {}, None), (key,) if key else side
+        return side
+
+    def begin(self, peer, method, params, call=None, key=None, **extra):
+        """A new call; or one that was parked goes on, or with something that is wrong is said to."""
+        side, number = peer if peer.client.is_session else self.join(peer.name, key), next(self.ids)
+        call = call or types.SimpleNamespace(
+            peer=peer, method=method, params=params, owner=side.owner, word=self.word(side.owner), link=None, state="",
+            may_lack=False, is_wrong="requestState" in extra)
+        self.calls[call.word], call.side, call.is_open, side.owner = call, side, True, call.owner
+        call.id = self.choose([number, str(number), f'\u2028"{number}', 2**60 + number])
+        meta = {"word": call.word, "progressToken": call.word, **({LEVEL: "debug"} if peer.kind == "modern" else {})}
+        message = request(call.id, method, {**params, **extra, "_meta": meta})
+        print(f"{peer.name} > {json.dumps(message)}")
+        side.say(message)
+
+    def hear(self, side, message):
+        """Something comes to a client."""
+        print(f"{side.name} < {json.dumps(message)}")
+        words = re.findall(r"w\d+!", json.dumps(message))
+        assert all(side.owner in self.owners[word] for word in words), "that is not its own"
+        if "method" in message and "id" in message:
+            side.asked[message["id"]] = words[0]
+        elif "id" in message:
+            call, = [call for call in self.waiting(side) if json.dumps(call.id) == json.dumps(message["id"])]
+            result, code = message.get("result"), message.get("error", {}).get("code")
+            call.is_open = False
+            assert code != -32021 or call.may_lack, "there is no reason for it to fail"
+            if result and "inputRequests" in result and not self.is_modern:
+                call.state, asked = result["requestState"], result["inputRequests"]
+                call.asked = {key: one["params"]["message"].split()[0] for key, one in asked.items()}
+            else:
+                assert code or not call.is_wrong and (call.link is None or call.word in words), "another's answer"
+
+    def take(self, link, message):
+        """Something comes to a server."""
+        print(f"    server {self.links.index(link)} > {json.dumps(message)}")
+        if "method" in message and "id" in message:
+            call = self.calls.get(message.get("params", {}).get("_meta", {}).get("word"))
+            link.open[message["id"]] = message["method"], call
+            if call:
+                assert call.link is None or "inputResponses" in message["params"], "a call is sent again"
+                assert link.owner in (None, call.owner), "a call is at another's server"
+                call.link, link.is_known, client = link, True, call.side.client
+                link.owner = call.owner if not self.is_shared and (client.is_session or client.key) else None
+        elif "id" in message:
+            link.questions.remove(message["id"])
+            assert "error" in message or message["result"] == {"said": message["id"]}, "an answer to another question"
+        elif "method" in message:
+            link.open.pop(message.get("params", {}).get("requestId"), None)
+
+    def act(self, what, peer):
+        """A client does something."""
+        waiting, is_session = self.waiting(peer), peer.client.is_session
+        parked = [call for call in self.calls.values() if call.peer is peer and call.state in self.mount.parked]
+        asked = [one for other in self.peers for one in other.asked.items()]
+        if what == "leave":
+            for call in waiting:
+                call.is_open = False
+                call.side.leave()
+            peer.leave() if is_session else None
+        elif is_session and peer.client.is_ended:
+            self.peers[self.peers.index(peer)] = self.join(peer.name)
+        elif what == "call":
+            own = [SUBSCRIBE, "resources/unsubscribe"] if is_session else [LISTEN] if peer.kind == "modern" else []
+            method, uri = self.choose([*CAUSES, *CAUSES, "tools/list", *own]), self.choose(["a:1", "a:2"])
+            wanted = {"toolsListChanged": True, "resourceSubscriptions": [uri]}
+            self.begin(peer, method, {"name": "x", "uri": uri, "task": {}, "notifications": wanted})
+        elif what == "cancel" and waiting and waiting[-1].method != "initialize":
+            waiting[-1].is_open, message = False, notification("notifications/cancelled", {"requestId": waiting[-1].id})
+            peer.say(message) if is_session else waiting[-1].side.leave()
+        elif what == "answer" and asked and is_session:
+            number, word = self.choose(asked)          # its own question, or somebody else's
+            word = word if number in peer.asked else "forged"
+            said = self.choose([{"result": {"said": word}}, {"error": {"code": -1, "message": word}}])
+            peer.say({"jsonrpc": "2.0", "id": number, **said})
+        elif what == "return" and parked and not parked[-1].is_open:
+            call = parked[-1]
+            answers = {key: {"said": word} for key, word in call.asked.items() if self.chance.random() < 0.7}
+            wrong = self.choose([{}, {}, {}, {"key": "x"}, {"requestState": "c0ffee"}, {"name": "y", "uri": "y"}])
+            extra = {"requestState": call.state, "inputResponses": answers, **wrong}
+            self.begin(peer, call.method, call.params, None if wrong else call, **extra)
+            assert not wrong or call.state in self.mount.parked, "a parked call is lost"
+
+    def question(self, calls, owners):
+        """(word, request) of something to ask."""
+        method, params = self.choose([FORM, FORM, URL, SAMPLING, ROOTS])
+        self.questions[word := self.word(*owners)] = calls
+        self.named.append(("notifications/elicitation/complete", {"elicitationId": word}, owners))
+        text = f"{word} {self.choose(calls).word if calls else ''}"
+        return word, {"method": method, "params": {**(params or {}), "elicitationId": word, "message": text}}
+
+    def speak(self, what, link):
+        """A server does something. What it says without saying for whom is a client's (`of`) if all running calls that
+        may have caused it are; without any, if nobody else is there."""
+        calls = [call for method, call in link.open.values() if method in CAUSES and call.is_open]
+        parked = {call.owner for method, call in link.open.values() if method in CAUSES and not call.is_open}
+        sessions = {peer for peer in self.peers if self.is_shared and peer.client in self.mount.sessions.values()}
+        of = {link.owner} if link.owner else {call.owner for call in calls}
+        of = of if len(of) == 1 else () if of or max(len(parked), len(sessions)) > 1 else parked | sessions
+        number = self.choose([*link.open, 0])
+        method, call = link.open.get(number, ("", None))
+        if what == "respond" and method:
+            result = {"resultType": "complete", "said": call.word if call else ""}
+            if self.is_modern and call and call.peer.client.is_session and method in mcpproxy.MAY_NEED_INPUT:
+                asked = dict(self.question([call], [call.owner]) for _ in range(self.choose([0, 1, 2])))
+                result.update({"resultType": "input_required", "inputRequests": asked} if asked else {})
+            elif call and self.chance.random() < 0.2:
+                result["task"] = {"taskId": self.word(call.owner)}
+                self.named.append(("notifications/tasks/status", result["task"], [call.owner]))
+            del link.open[number]
+            said = self.choose([{"result": result}] * 3 + [{"error": {"code": -5, "message": "no"}}])
+            for _ in range(self.choose([1, 1, 1, 2])):
+                self.say(link, id=number, **said)
+        elif what == "progress" and call:
+            self.say(link, method="notifications/progress", params={"progressToken": number, "said": call.word})
+        elif what == "ask":
+            word, asked = self.question(calls, of)
+            link.questions.add(word)
+            for call in calls:
+                call.may_lack |= len(calls) == 1
+            self.say(link, id=word, **asked)
+        elif what == "take_back" and link.questions:
+            self.say(link, method="notifications/cancelled", params={"requestId": link.questions.pop()})
+        elif what == "die" and self.chance.random() < 0.3:
+            link.questions.clear()
+            link.end(" with exit code 1", 1)
+        elif what == "tell":
+            said = {"level": "error", "said": calls[0].word if calls else ""}
+            wants = [call for call in self.calls.values() if call.method in (LISTEN, SUBSCRIBE)]
+            method, params, of = self.choose([
+                ("notifications/message", said, of), ("notifications/custom", said, of), *self.named[-3:],
+                (TOOLS_CHANGED, {}, sessions | {call.owner for call in wants}),
+                (UPDATED, {"uri": "a:1"}, {call.owner for call in wants if call.params["uri"] == "a:1"})])
+            self.say(link, method=method, params={**params, "word": self.word(*([link.owner] if link.owner else of))})
+
+    async def wait(self, seconds):
+        """Lets time pass and happen what is due, and compares the books."""
+        for pause in (seconds, 0, 0, 0, 0, 0):
+            await asyncio.sleep(pause)
+            self.mount.tick(self.mount.now())
+        assert len(self.mount.calls) == sum(call.method != LISTEN for call in self.waiting()), "other calls are booked"
+        for peer in self.peers:
+            questions = peer.client.questions if peer.client.is_session and not self.waiting(peer) else ()
+            assert not any(self.questions[peer.asked[number]] for number in questions), "a question outlives its calls"
+        for link in [link for link in self.links if link.is_open]:
+            assert {*link.on_line.__self__.questions} == link.questions, "other questions are booked"
+            calls = [call for _, call in link.open.values() if call]
+            assert all(call.is_open or call.state in self.mount.parked for call in calls), "work for nobody"
+            assert self.is_modern or all(call in calls for call in self.waiting() if call.link is link), "no work"
+        assert not self.faults, self.faults
+
+    async def live(self, seed, steps=range(80)):
+        """Does so many things, and then nothing until all is over."""
+        for step in steps:
+            self.chance.seed(f"{seed} {step}")
+            what, seconds = self.choose(CLIENTS_DO + SERVERS_DO), self.choose([0.03] * 9 + [1, 650])
+            links = [link for link in self.links if link.is_open and link.is_known]
+            if what in CLIENTS_DO:
+                self.act(what, self.choose(self.peers))
+            elif links and links[0].on_line.__self__.is_greeted:
+                self.speak(what, self.choose(links))
+            await self.wait(seconds if what == "wait" else 0)
+        for seconds in (700, 700, 700, 0, 700, 700):
+            for peer in self.peers if seconds == 0 else ():
+                self.act("leave", peer)
+            await self.wait(seconds)
+        left = [self.waiting(), self.mount.parked, *[link.questions for link in self.links if link.is_open]]
+        for one in self.mount.server.instances.values():
+            left += one.sessions, one.listeners, one.topics
+        assert not any(left), left
+        await self.mount.close()
+
+
+@MODES
+@pytest.mark.parametrize("era", SERVERS)
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MCPPROXY_TEST_SEEDS", "20"))))
+def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
+    async def live():
+        world = World(era, shared, random.Random(seed))
+        monkeypatch.setattr(mcpproxy.log, "fault", world.faults.append)
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: world.faults.append(context))
+        await world.live(seed)
+    with asyncio.Runner(loop_factory=instant_loop) as runner:
+        runner.run(live())
+
+
 # ============================================================================
-# 20. HTTP connections
+# 22. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -7340,7 +7606,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 23. Endpoints
+# 25. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -7874,7 +8140,7 @@ def test_endpoint_openapi_operation_can_be_called(fake):
 
 
 # ============================================================================
-# 24. Demo server
+# 26. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -7976,7 +8242,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 25. The proxy
+# 27. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -8022,7 +8288,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 26. Command line
+# 28. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -8931,6 +9197,49 @@ def test_load_a_bad_day(shared):
         until(lambda: descriptors(proxy) <= before[0], f"no more than {before[0]} descriptors")
 
 
+def chat(proxy, kind, number, answers, is_over):
+    """A client that makes one call after the other; `answers` has True for each that got its own answer alone."""
+    chance, name = random.Random(number), f"{kind.__name__}{number}"
+    question = ["elicitation/create", {"message": name, "requestedSchema": {}}]
+    tools = [("log", {"text": name}), ("inquire", {"rounds": [[question]]}), ("sleep", {"seconds": 0.02, "steps": 2}),
+             ("raw", {"line": "}{"}), ("run", {"text": "lock.acquire(); os.close(1)"})]
+    while not is_over.is_set():
+        try:
+            with kind(proxy, path=f"/mcp?client={name}") as client:
+                for tool, arguments in chance.choices(tools, [9, 9, 9, 5, 0.3], k=10):
+                    call = client.start(tool, name, **arguments)
+                    came = [client.finish(call), *call.stream.wait_end()]
+                    ids = [message["id"] for message in came[1:] if "method" not in message]
+                    names = {*re.findall(r"\w+Client\d", json.dumps(came))}
+                    answers.append(ids == [call.id] and names <= {name} or came)
+        except (KeyError, AssertionError) as error:          # its server was killed while it began, or answered
+            answers += [str(error)] if "did not" in str(error) else []
+
+
+@MODES
+def test_load_chaos_gives_everybody_one_answer_and_nothing_of_others(shared):
+    with (running_proxy(FAKE, SHARED_SESSION=shared, REQUEST_TIMEOUT=3, SESSION_IDLE=1) as proxy,
+          concurrent.futures.ThreadPoolExecutor() as pool):
+        before, chance, answers, is_over = settled(proxy), random.Random(20260728), [], threading.Event()
+        chats = [pool.submit(chat, proxy, kind, number, answers, is_over)
+                 for kind in (StreamableClient, ModernClient) for number in range(3)]
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            pid, count = chance.choice(until(lambda: servers_of(proxy), "a server")), len(answers)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, chance.choice([signal.SIGKILL, signal.SIGSTOP]))
+                assert all(is_healthy(proxy) for _ in range(50))
+                os.kill(pid, signal.SIGCONT)
+            until(lambda: len(answers) > count + 10, "more answers")
+        is_over.set()
+        assert [one.result(PATIENCE) for one in chats] == [None] * 6 and len(answers) > 20
+        assert [answer for answer in answers if answer is not True] == []
+        for kind in (StreamableClient, ModernClient):
+            with kind(proxy) as client:
+                assert client.tool("echo", text="well") == "well"
+        until(lambda: descriptors(proxy) <= before[0] and len(proxy.children()) <= len(before[1]), f"{before} again")
+
+
 # ============================================================================
 # Real servers and clients
 # ============================================================================
@@ -9560,14 +9869,16 @@ def test_real_clients_use_a_filesystem_server_at_once(workshop, tmp_path, shared
 @MODES
 def test_real_clients_keep_things_in_a_memory_server(workshop, tmp_path, shared):
     """One memory for all clients of a shared server; else one each, in a file that the client names."""
-    environment = {"MEMORY_FILE_PATH": tmp_path / "everybodys"} if shared else {}
+    environment = {"MEMORY_FILE_PATH": tmp_path / "everybodys"} if shared else {
+        "AUTH_KEY": "key", "ALLOWED_ENV": "MEMORY_FILE_PATH"}
     names = []
     with running_proxy(REAL_SERVERS["memory"], SHARED_SESSION=shared, **environment) as proxy:
         for client, wire in WIRES:
             names = [*names, f"{client}-{wire}"] if shared else [f"{client}-{wire}"]
             entity = {"name": names[-1], "entityType": "client", "observations": ["was here"]}
             *_, update, graph = drive(
-                workshop, proxy, client, wire, query="" if shared else f"?MEMORY_FILE_PATH={tmp_path}/{names[-1]}",
+                workshop, proxy, client, wire,
+                query="" if shared else f"?auth_key=key&MEMORY_FILE_PATH={tmp_path}/{names[-1]}",
                 steps=[["subscribe", "memory://knowledge-graph"], ["call", "create_entities", {"entities": [entity]}],
                        ["seen", "resources/updated"], ["call", "read_graph"]])
             assert "memory://knowledge-graph" in update
