@@ -1378,6 +1378,8 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
                   beside: dict[str, str] | None = None) -> list[tuple[int, int, str]]:
     """The changes that put members (name -> JSON) into a message's params._meta, and `beside` it into the params;
     they may take the envelope out."""
+    if not (new or beside) and (keeps_envelope or not message.meta):
+        return []
     changes, beside = [], beside or {}
     kept = [name for name in message.meta if keeps_envelope or not name.startswith(RESERVED_PREFIX)]
     if new and "_meta" not in message.params:
@@ -2497,8 +2499,9 @@ class ServerConnection(Holder):
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
-        # Clients' calls that are running and may cause what the server sends, the oldest first, by whose they are.
-        self.causes: dict[object, dict[PendingRequest, None]] = {}
+        # Clients' calls that are running and may cause what the server sends, the oldest first, and whose they are.
+        self.causes: dict[PendingRequest, object] = {}
+        self._is_ones = None                               # are they all of one client? None: that is not known
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
@@ -2621,6 +2624,22 @@ class ServerConnection(Holder):
         """Tells the server to stop work on a request, if it is at work on it."""
         if self.pending.pop(server_id, None):
             self.notify("notifications/cancelled", {"requestId": server_id, "reason": reason})
+
+    def add_cause(self, call: PendingRequest, identity: object) -> None:
+        """A client's call runs, that may cause something."""
+        self.causes[call] = identity
+        self._is_ones = None
+
+    def drop_cause(self, call: PendingRequest) -> None:
+        """It does not any more."""
+        self.causes.pop(call, None)
+        self._is_ones = None
+
+    def causes_of_one(self) -> list[PendingRequest]:
+        """All such calls if they are one client's; otherwise none."""
+        if self._is_ones is None:              # a server may send much before this changes
+            self._is_ones = len(set(self.causes.values())) == 1
+        return list(self.causes) if self._is_ones else []
 
     def give_up(self, now: float, patience: float) -> None:
         """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
@@ -2933,11 +2952,10 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if named and (message.kind is NOTIFICATION or named[0] == "task" and named in instance.owners):
         session = instance.sessions.get(instance.owners.get(named))
         return [call for call in session.calls.values() if call.is_running] if session else [], session
-    causes = connection.causes if connection else {}
-    if len(causes) > 1 or not causes and len(instance.sessions) > 1:
+    if connection and connection.causes:
+        return connection.causes_of_one(), None
+    if len(instance.sessions) > 1:
         return [], None
-    if causes:
-        return list(*causes.values()), None
     # Nobody is there but this session, and calls that wait for their clients.
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
     session = next(iter(instance.sessions.values()), None)
@@ -4385,7 +4403,7 @@ class LegacyClientModernServer(LegacyClientBridge):
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
-        exchange.cause_no_more()               # until it is made again
+        exchange.connection.drop_cause(exchange)              # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
         if dialogue.rounds > ROUNDS or exchange.text is None:
@@ -4542,10 +4560,11 @@ class Dialogue:
     def end(self, is_answered: bool) -> None:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now."""
-        causes = self.exchange.connection.causes.get(self.exchange.client.identity)
+        causes = self.exchange.connection.causes
+        heirs = [call for call, identity in causes.items() if identity == self.exchange.client.identity]
         for question in list(self.questions.values()):
-            if is_answered and causes and question.client and question.message:
-                heir = question.call = next(reversed(causes))
+            if is_answered and heirs and question.client and question.message:
+                heir = question.call = heirs[-1]
                 question.send = heir.outlet.send
                 heir.begin_dialogue().questions[str(question.id)] = question
             else:
@@ -4755,7 +4774,7 @@ class Exchange(PendingRequest, Holder):
         connection.send(message.changed(changes), (self.server_id, self.method, self.name), self.client.principal)
         connection.pending[self.server_id] = self
         if self.method in MAY_CAUSE:
-            connection.causes.setdefault(self.client.identity, {})[self] = None
+            connection.add_cause(self, self.client.identity)
         self.message = None
         self.text = message.text if self._bridge.keeps_requests and self.method in MAY_NEED_INPUT else None
 
@@ -4839,7 +4858,7 @@ class Exchange(PendingRequest, Holder):
         self._become(PARKED if outcome is Outcome.PARKED else DONE)
         self.leave_books()
         if before is RUNNING and self.method in MAY_CAUSE:
-            self.cause_no_more()
+            self.connection.drop_cause(self)
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
             self._take_back(notification, outcome.value)
         if self.state is DONE and self.dialogue:
@@ -4866,14 +4885,6 @@ class Exchange(PendingRequest, Holder):
     def give(self) -> None:
         """If what it holds has to go, so has the call."""
         self.fail(try_later("too much is held for this client"))
-
-    def cause_no_more(self) -> None:
-        """The server is at work on it no more."""
-        causes, identity = self.connection.causes, self.client.identity
-        calls = causes.get(identity, {})
-        calls.pop(self, None)
-        if not calls:
-            causes.pop(identity, None)
 
     def leave_books(self) -> None:
         calls, mount = self.client.calls, self.client.mount
@@ -4936,7 +4947,7 @@ class Exchange(PendingRequest, Holder):
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self._serve(message, retry.outlet)
         self._enter_books()
-        self.connection.causes.setdefault(self.client.identity, {})[self] = None
+        self.connection.add_cause(self, self.client.identity)
         self.touch()
 
 
@@ -5175,7 +5186,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._transport.close()                    # nothing more can come
         elif self._phase is BODY:
             self._transport.resume_reading()
-        self._count()
+        if self._parser.rest or self._phase is BODY or self._is_clogged or self.held:
+            self._count()
 
     def _advance_soon(self) -> None:
         if not self._advances_soon:
