@@ -8841,7 +8841,8 @@ def test_load_a_caller_without_a_session_that_hangs_up_ends_its_call(settings, l
 # Servers that misbehave.
 
 def test_load_a_server_that_floods_notifications_stops_nobody():
-    flood = "while True: send(method='notifications/tools/list_changed', params={'x': 'x' * 2000})"
+    flood = ("n = 0\n"
+             "while True: send(method='notifications/tools/list_changed', params={'x': 'x' * 2000, 'n': (n := n + 1)})")
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as reader, closing_all() as opened:
         opened.append(open_sse(proxy)[0])           # it does not read
         reader.start("run", text=flood)
@@ -8853,13 +8854,13 @@ def test_load_a_server_that_floods_notifications_stops_nobody():
 
 
 def test_load_a_server_that_stops_reading_is_sent_no_more():
-    with running_proxy(FAKE, REQUEST_TIMEOUT=1) as proxy, SSEClient(proxy) as client, HTTP(proxy) as posts:
+    with running_proxy(FAKE, REQUEST_TIMEOUT=4) as proxy, SSEClient(proxy) as client, HTTP(proxy) as posts:
         client.start("run", text="lock.acquire(); os.kill(os.getpid(), 19)")        # SIGSTOP
         before = memory(proxy)
-        for n in range(40):
-            call = tool_call(1000 + n, "echo", {"text": "x" * 2_000_000})
+        for n in range(10):
+            call = tool_call(1000 + n, "echo", {"text": "x" * 8_000_000})
             posts.request("POST", client.endpoint, call)
-        assert "does not read" in client.stream.answer(1039)["error"]["message"]
+        assert "does not read" in client.stream.answer(1009)["error"]["message"]
         assert memory(proxy) - before < 250 and is_healthy(proxy)
         assert client.stream.answer(1000)["error"]["code"] == -32000        # timed out
 
@@ -9797,7 +9798,8 @@ def drive_all(workshop, proxy, steps, **more):
     """Runs all clients on all wires at the same time, each with the steps that steps(its name, wire) gives."""
     def one(client, wire):
         name = f"{client}-{wire}"
-        return name, drive(workshop, proxy, client, wire, steps(name, wire), **more)
+        query = f"?client={name}"                # what is not a session has a process of its own too, where others do
+        return name, drive(workshop, proxy, client, wire, steps(name, wire), query=query, **more)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return dict(pool.map(one, *zip(*WIRES)))
 
