@@ -22,35 +22,39 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     6.  JSON-RPC               text into one valid message, changed without being rewritten
     7.  Protocol eras          what a message of the one era is in the other
     8.  Access                 who may come in, and what a client may set
+    9.  Views                  which servers and tools a URL shows, and under which names
+    10. Configuration file     several servers, as desktop clients write them
 
     The moving parts: what is alive while the proxy runs.
-    9.  Logs                   what happened, a line each
-    10. Shares                 who gives when there is no more room
-    11. Orphans                what would outlive its server
-    12. Links                  what a server is spoken to through: a process, and its end
-    13. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    14. Streams, questions and outlets      what goes to a client
-    15. What servers send      questions and notifications, and whom they concern
-    16. Subscriptions and tools             what a server is asked once for all who want it
-    17. Instances              links that are kept running
-    18. Clients, servers and mounts         who uses which instance, and what limits them
-    19. Bridges                what happens to a call between two eras
-    20. Dialogues              what a server asks in the course of a call
-    21. Exchanges              one client request and everything sent in answer to it
+    11. Logs                   what happened, a line each
+    12. Shares                 who gives when there is no more room
+    13. Orphans                what would outlive its server
+    14. Links                  what a server is spoken to through: a process, and its end
+    15. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    16. Streams, questions and outlets      what goes to a client
+    17. What servers send      questions and notifications, and whom they concern
+    18. Subscriptions and tools             what a server is asked once for all who want it
+    19. Instances              links that are kept running
+    20. Clients, servers and mounts         who uses which instance, and what limits them
+    21. Several servers as one              what all are asked, and which of them a request is for
+    22. Bridges                what happens to a call between two eras
+    23. Dialogues              what a server asks in the course of a call
+    24. Exchanges              one client request and everything sent in answer to it
+    25. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    22. HTTP connections       one socket each
-    23. HTTP server            the sockets that are listened on, and TLS
-    24. Outlets                a call's messages into an HTTP reply
-    25. Endpoints              what each method and path means
-    26. Demo server            a small MCP server to try things with
-    27. The proxy              everything put together
-    28. Command line           arguments and environment into a running proxy
+    26. HTTP connections       one socket each
+    27. HTTP server            the sockets that are listened on, and TLS
+    28. Outlets                a call's messages into an HTTP reply
+    29. Endpoints              what each method and path means
+    30. Demo server            a small MCP server to try things with
+    31. The proxy              everything put together
+    32. Command line           arguments and environment into a running proxy
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 22 to
-                25 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 26 to
+                29 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -59,7 +63,9 @@ Words
     connection  JSON-RPC over one link: handshake, ids, pending requests
     instance    a server kept running through one link after another, and set up anew for its clients
     server      one configured server: how its links are made, and its instances
-    mount       what clients meet at one URL: sessions, calls, limits
+    mount       what clients meet: sessions, calls, limits
+    view        what one URL shows of the servers: which of them, and the names of their tools there
+    joint       of several servers as one
     principal   who is answerable for what a request takes: its key, or without keys the address it comes from
     client      a session, which has an Mcp-Session-Id or a ?session_id=; or a visitor, without one
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
@@ -72,7 +78,8 @@ The life of a call
     2.  Before its body is read, the route is looked up and the guards look at its head; the first that objects
         raises an error.
     3.  The route's endpoint turns the body into a Message, or into several.
-    4.  The session is found, or a visitor let in, and its mount picks the instance for this request.
+    4.  The session is found, or a visitor let in, and its view tells which server, and so which instance, this
+        request is for.
     5.  An Exchange waits until the instance is ready. It restates the request in the server's era, under an
         id of ours, and hands the line to the ServerConnection.
     6.  The link writes the line to the server, and hands back the lines that come from it.
@@ -84,8 +91,8 @@ The life of a call
 Where to add something: a setting is a field of Settings. Another way to reach a server is a Link, made in
 Proxy's new_link(). A method that the eras say differently is a row in a Bridge's `intercepted`; a notification,
 a row of NOTIFICATION_ROUTES. What each request has to pass is a guard; what is offered at a URL, a Route. A
-choice among servers belongs to Mount.pick(). A filter of tools has three places: Tools.add() for plain HTTP, and
-in the bridges the results of tools/list and, as an `intercepted` row, the calls of tools/call. What is counted
+choice among servers belongs to pick() and find_targets(). What clients are shown of tools, in lists and in calls, is
+said by Rules. What is counted
 is counted where an exchange ends, a request is refused, an instance changes its state, or a link ends.
 """
 
@@ -99,10 +106,12 @@ import base64
 import contextlib
 import dataclasses
 import enum
+import fnmatch
 import functools
 import itertools
 import json
 import re
+import typing
 from json.decoder import scanstring
 from urllib.parse import quote, unquote_to_bytes
 
@@ -266,6 +275,8 @@ class Settings:
 
     mcp_server_config: str = setting("", "command line of the MCP server, split as a shell would; "
                                          "the built-in demo server when empty")
+    mcp_config: str = setting("", "JSON file of several servers, as desktop clients write it, in place of a command")
+    watch: bool = setting(False, "read that file again when it changes, looked at each second; SIGHUP always does")
     host: str = setting("0.0.0.0", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one and prints it")
     shared_session: bool = setting(True, "true: all clients share one server process; "
@@ -292,6 +303,7 @@ class Settings:
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
     max_buffered_mb: float = setting(512.0, "bodies, kept requests, event logs and unread output together; past that "
                                             "who holds most gives first, and new bodies get 503")
+    max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time; past that clients get 503 with Retry-After")
     max_processes: int = setting(100, "server processes at a time; past that the same")
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
@@ -340,7 +352,7 @@ def check_settings(settings: Settings) -> Settings:
             ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port"),
             ("be a number above 0", lambda value: 0 < value < float("inf"),
              "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
-            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm"),
+            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm max_result_kb"),
             ("be 1 or more", lambda value: value >= 1, "max_sessions max_processes"),
             ("be DEBUG, INFO, WARNING or ERROR", re.compile("(?i)debug|info|warn(ing)?|error").fullmatch, "log_level"),
             ("be auto, legacy or modern", re.compile("auto|legacy|modern").fullmatch, "server_era"),
@@ -351,6 +363,8 @@ def check_settings(settings: Settings) -> Settings:
                 raise SettingsError(f"{name.upper()} must {rule}, not {getattr(settings, name)!r}")
     if settings.auth_key and not settings.auth_keys:
         raise SettingsError("AUTH_KEY is set but holds no key")
+    if settings.mcp_config and settings.mcp_server_config:
+        raise SettingsError("MCP_CONFIG is a file of several servers, so there cannot be a command too")
     if settings.tls_key and not settings.tls_cert:
         raise SettingsError("TLS_KEY is of no use without TLS_CERT")
     return settings
@@ -838,46 +852,18 @@ _TAIL_LENGTH = 64
 REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
 
 
-class Message:
-    """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
+class JSONObject:
+    """An object as text, whose members are found and changed without writing the rest anew."""
 
-    __slots__ = ("text", "members", "kind", "method", "id", "params", "meta", "_id_span", "_walked")
+    __slots__ = ("text", "_walked")
 
-    def __init__(self, text: str, members: dict):
+    def __init__(self, text: str):
         self.text = text
-        self.members = members
-        self.id = members.get("id")                # str, int or float; None: a notification
-        self.method = members.get("method")        # None: a response
-        self.params = unique_members_of(members["params"]) if "params" in members else {}
-        self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
-        self.kind = (RESPONSE if self.method is None else
-                     NOTIFICATION if "id" not in members else REQUEST)
-        self._id_span = self._walked = None
+        self._walked = None
 
     def value(self, *path: str) -> object:
         """The value of a member as json.loads() would give it; `path` are the names that lead to it."""
         return scan_plain(self.text, self.span(*path)[0])[0]
-
-    @property
-    def plain_params(self) -> dict:
-        """All of the params as json.loads() would give them."""
-        return self.value("params") if self.params else {}
-
-    @property
-    def result(self) -> dict | None:
-        """The result of a response as json.loads() would give it; None when it is no object, or an error."""
-        return self.value("result") if isinstance(self.members.get("result"), tuple) else None
-
-    @property
-    def error_code(self) -> int | None:
-        """The code of an error response; None when it is no integer."""
-        code = members_of(self.members["error"]).get("code")
-        return int(code) if is_id(code) and not isinstance(code, str) else None
-
-    @property
-    def is_result(self) -> bool:
-        """Is it a response with a result?"""
-        return "result" in self.members
 
     def span(self, *path: str) -> tuple[int, int]:
         """(start, end) of a member's value in the text. `path` are the names that lead to it; it has to be there."""
@@ -904,6 +890,65 @@ class Message:
     @property
     def _start(self) -> int:
         return _OBJECT_START.match(self.text).end() - 1
+
+    # Changes to the text are (start, end, replacement).
+
+    def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
+        """The change that puts members (name -> JSON) into the object at `path`; a message's params are made if need
+        be."""
+        inside = as_object(new)[1:-1]
+        if path == ("params",) and "params" not in self.members:
+            start = self._start + 1
+            return start, start, f'"params":{{{inside}}},'
+        start = self.span(*path)[0] + 1
+        is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
+        return start, start, inside if is_empty else inside + ","
+
+    def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
+        """The object as one line, with these changes."""
+        text, line, at = self.text, "", 0
+        for start, end, replacement in sorted(changes) if len(changes) > 1 else changes:
+            line += text[at:start] + replacement
+            at = end
+        return one_line(line + text[at:]).encode()
+
+
+class Message(JSONObject):
+    """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
+
+    __slots__ = ("members", "kind", "method", "id", "params", "meta", "_id_span")
+
+    def __init__(self, text: str, members: dict):
+        self.text = text
+        self.members = members
+        self.id = members.get("id")                # str, int or float; None: a notification
+        self.method = members.get("method")        # None: a response
+        self.params = unique_members_of(members["params"]) if "params" in members else {}
+        self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
+        self.kind = (RESPONSE if self.method is None else
+                     NOTIFICATION if "id" not in members else REQUEST)
+        self._id_span = self._walked = None
+
+    @property
+    def plain_params(self) -> dict:
+        """All of the params as json.loads() would give them."""
+        return self.value("params") if self.params else {}
+
+    @property
+    def result(self) -> dict | None:
+        """The result of a response as json.loads() would give it; None when it is no object, or an error."""
+        return self.value("result") if isinstance(self.members.get("result"), tuple) else None
+
+    @property
+    def error_code(self) -> int | None:
+        """The code of an error response; None when it is no integer."""
+        code = members_of(self.members["error"]).get("code")
+        return int(code) if is_id(code) and not isinstance(code, str) else None
+
+    @property
+    def is_result(self) -> bool:
+        """Is it a response with a result?"""
+        return "result" in self.members
 
     @property
     def id_span(self) -> tuple[int, int]:
@@ -933,29 +978,9 @@ class Message:
         """The payload with another id."""
         return [self.changed([self.new_id(raw_id)])]
 
-    # Changes to the text are (start, end, replacement).
-
     def new_id(self, raw_id: bytes) -> tuple[int, int, str]:
         """The change that gives it another id."""
         return (*self.id_span, raw_id.decode())
-
-    def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
-        """The change that puts members (name -> JSON) into the object at `path`; params are made if need be."""
-        inside = ",".join([f'"{name}":{value}' for name, value in new.items()])
-        if path == ("params",) and "params" not in self.members:
-            start = self._start + 1
-            return start, start, f'"params":{{{inside}}},'
-        start = self.span(*path)[0] + 1
-        is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
-        return start, start, inside if is_empty else inside + ","
-
-    def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
-        """The message as one line, with these changes."""
-        text, line, at = self.text, "", 0
-        for start, end, replacement in sorted(changes) if len(changes) > 1 else changes:
-            line += text[at:start] + replacement
-            at = end
-        return one_line(line + text[at:]).encode()
 
 
 def one_line(text: str) -> str:
@@ -1544,6 +1569,16 @@ class Identity:
         return as_object({name: value or self._response.raw("result", name) for name, value in members.items()
                           if value or name in self._result}).encode()
 
+    def has(self, capability: str) -> bool:
+        """Does the server declare a capability, or an extension?"""
+        return capability in self.capabilities or capability in (self.capabilities.get("extensions") or ())
+
+    @property
+    def instructions(self) -> str | None:
+        """What the server tells models of itself."""
+        text = self._result.get("instructions")
+        return text if isinstance(text, str) and text.strip() else None
+
     def supported(self, wanted: dict) -> dict:
         """The part of a subscription filter that a server of these capabilities can serve."""
         def can(kind: str, what: str) -> bool:
@@ -1590,7 +1625,7 @@ OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 # Query parameters that are ours; every other one is a variable for the server.
-QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "client"})
+QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "tools", "client"})
 
 
 def in_utf8(value: str) -> str:
@@ -1691,6 +1726,457 @@ def server_environment(environment: dict[str, str], allowed: str) -> dict[str, s
 
 
 # ============================================================================
+# 9. Views
+# ============================================================================
+#
+# What one URL shows of the servers: which of them, and under which names. A server by itself is shown with its names
+# as they are, but for what the operator chose or changed; several as one have a prefix before the names of their tools
+# and prompts. URIs of resources are never changed.
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
+_SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
+KNOWN_NAMES = 4_096              # that a view remembers
+SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
+UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
+
+# The methods that list something: (the member of the result that holds it, the member that names one of it, the
+# capability of a server that has it).
+LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "name", "prompts"),
+         "resources/list": ("resources", "uri", "resources"),
+         "resources/templates/list": ("resourceTemplates", "uriTemplate", "resources"),
+         "skills/list": ("skills", "uri", SKILLS_EXTENSION)}
+
+
+def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
+    """Do globs, of which the last that matches counts, take in a name? ! takes out; a list that begins with it begins
+    with everything."""
+    is_in = bool(globs) and globs[0].startswith("!")
+    for glob in globs:
+        if fnmatch.fnmatchcase(name, glob.removeprefix("!")):
+            is_in = not glob.startswith("!")
+    return is_in
+
+
+def fitting(name: str) -> str:
+    """A name that all clients take: one that does not fit is cut, and ends in a hash of itself."""
+    if _NAME.fullmatch(name):
+        return name
+    import hashlib
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:57]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """What the operator changed of a tool."""
+
+    name: str | None = None
+    description: str | None = None
+    annotations: dict = dataclasses.field(default_factory=dict)
+    defaults: dict = dataclasses.field(default_factory=dict)         # arguments of calls that lack them
+    fixed: dict = dataclasses.field(default_factory=dict)            # arguments of all calls, which clients do not see
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the operator chose and changed of a server's tools."""
+
+    tools: tuple[str, ...] | None = None                   # globs on the server's own names
+    overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
+    max_result_kb: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.tools is None and not self.overrides and not self.max_result_kb
+
+    def shown(self, name: str) -> str | None:
+        """A tool's name as it is shown; None if it is not."""
+        if self.tools is not None and not is_chosen(name, self.tools):
+            return None
+        return self.overrides[name].name or name if name in self.overrides else name
+
+    def own(self, shown: str) -> str | None:
+        """The name that the server has for a tool; None if it has none that is shown like this."""
+        for name, override in self.overrides.items():
+            if override.name == shown:
+                return name if self.shown(name) else None
+        return shown if self.shown(shown) == shown else None
+
+    def restated(self, tool: JSONObject, name: str, shown: str) -> str:
+        """The text of a tool as clients see it."""
+        members, override = tool.raw_members(), self.overrides.get(name, Override())
+        members["name"] = dump(shown)
+        if override.description is not None:
+            members["description"] = dump(override.description)
+        if override.annotations:
+            old = tool.raw_members("annotations") if members.get("annotations", "")[:1] == "{" else {}
+            new = {name: dump(value) for name, value in override.annotations.items()}
+            members["annotations"] = as_object(old | new)
+        if self.max_result_kb:
+            members.pop("outputSchema", None)              # what is cut would not follow it
+        if (override.defaults or override.fixed) and members.get("inputSchema", "")[:1] == "{":
+            schema = tool.raw_members("inputSchema")
+            if schema.get("properties", "")[:1] == "{":
+                schema["properties"] = as_object({name: text for name, text in tool.raw_members(
+                    "inputSchema", "properties").items() if name not in override.fixed})
+            required = scan_plain(schema.get("required", "[]"), 0)[0]
+            if isinstance(required, list) and required:
+                schema["required"] = dump([name for name in required if not (
+                    name in override.fixed or name in override.defaults)])
+            members["inputSchema"] = as_object(schema)
+        return as_object(members)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """One server as it is configured: in a file of several, or by the command line."""
+
+    name: str
+    settings: Settings = Settings()            # of this server
+    command: tuple[str, ...] = ()
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    cwd: str | None = None
+    prefix: str | None = None                  # in place of the name
+    rules: Rules = Rules()
+
+    def shown_as(self, name: str, method: str, is_joint: bool) -> str | None:
+        """The name of a tool or prompt as it is shown; None if it is not. URIs are shown as they are."""
+        shown = self.rules.shown(name) if method.startswith("tools/") else name
+        if shown is None or not is_joint or LISTS[method][1] != "name":
+            return shown
+        return fitting(self.start_of_names + shown)
+
+    @property
+    def start_of_names(self) -> str:
+        prefix = self.name if self.prefix is None else self.prefix
+        return prefix and prefix + "__"
+
+
+class Target(typing.NamedTuple):
+    """Where a request goes, and what is changed in it on the way."""
+
+    server: str
+    name: str | None = None                    # the server's own, of a tool or prompt that is shown with another
+    override: Override | None = None
+
+    def changes(self, message: Message) -> list[tuple[int, int, str]]:
+        """The changes to the text of a request."""
+        changes, override = [], self.override
+        if self.name is not None:
+            path = ("params", "name") if "name" in message.params else ("params", "ref", "name")
+            changes.append((*message.span(*path), dump(self.name)))
+        if override and (override.defaults or override.fixed):
+            given = message.raw_members("params", "arguments") if message.params.get("arguments") else {}
+            new = {name: dump(value) for name, value in override.defaults.items()} | given | {
+                name: dump(value) for name, value in override.fixed.items()}
+            changes.append((*message.span("params", "arguments"), as_object(new)) if "arguments" in message.params else
+                           message.new_members({"arguments": as_object(new)}, "params"))
+        return changes
+
+
+class View:
+    """What one URL shows: which servers, and what of them."""
+
+    def __init__(self, place: str | None, members: tuple[ServerConfig, ...], globs: tuple[tuple[str, ...], ...] = (),
+                 is_joint: bool = False, wanted: tuple = ()):
+        self.place = place                     # the name of a server that is met by itself
+        self.members = members
+        self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
+        self.is_joint = is_joint               # several as one, with prefixes
+        self.wanted = wanted                   # how its client narrowed it down
+        self.is_plain = not (is_joint or globs) and members[0].rules.is_empty          # passes everything as it is
+        self.is_for_all = all(member.settings.shared_session for member in members)
+        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
+        self.direct = functools.lru_cache(KNOWN_NAMES)(self._direct)
+
+    def shows(self, name: str) -> bool:
+        """Is a tool of this name, as it is here, left by what the client chose?"""
+        return all(is_chosen(name, globs) for globs in self.globs)
+
+    def _direct(self, method: str, name: str) -> Target | None:
+        """Where a call of a tool or a prompt goes; None when the servers' lists have to tell. RPCError when there is
+        none of this name."""
+        kind = method.partition("/")[0]
+        candidates = [member for member in self.members
+                      if name.startswith(member.start_of_names)] if self.is_joint else list(self.members)
+        if not candidates or kind == "tools" and not self.shows(name):
+            raise unknown_name(kind, name)
+        if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
+            return None
+        member = candidates[0]
+        shown = name.removeprefix(member.start_of_names) if self.is_joint else name
+        own = member.rules.own(shown) if kind == "tools" else shown
+        if own is None:
+            raise unknown_name(kind, name)
+        return member_target(member, kind, own, name)
+
+
+def member_target(member: ServerConfig, kind: str, own: str, name: str) -> Target:
+    """The target of a call of what the server calls `own` and the client `name`."""
+    override = member.rules.overrides.get(own) if kind == "tools" else None
+    return Target(member.name, own if own != name else None, override)
+
+
+def unknown_name(kind: str, name: str) -> RPCError:
+    """The answer to who asks for a tool or a prompt that is not there."""
+    return RPCError(f"unknown {kind.removesuffix('s')}: {name}", status=200, code=INVALID_PARAMS)
+
+
+class Catalog:
+    """All servers, and the views of them."""
+
+    def __init__(self, servers: dict[str, ServerConfig], is_file: bool = False):
+        self.servers = servers
+        self.is_file = is_file                 # are they met as one, and each at a place of its own?
+        self.view = functools.lru_cache(1_024)(self._view)
+
+    def _view(self, place: str | None = None, wanted: tuple = ()) -> View:
+        """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
+        it down: ("server" or "tools", value) pairs. RPCError when there is no such place or server."""
+        members, globs = self.servers, []
+        if place is not None:
+            members = {place: self.servers[place]} if place in self.servers else {}
+        for kind, text in wanted:
+            parts = listed(text)
+            if not parts:
+                raise RPCError(f"{kind} is empty", code=INVALID_PARAMS)
+            if kind == "tools":
+                globs.append(parts)
+            elif self.is_file:
+                unknown = [part for part in parts if part not in members]
+                if unknown:
+                    raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
+                members = {name: member for name, member in members.items() if name in parts}
+        if not members:
+            raise RPCError(f"there is no server {place}", status=404)
+        return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted)
+
+
+def merged(one: dict, other: dict) -> dict:
+    """Capabilities together: what either has."""
+    result = dict(one)
+    for name, value in other.items():
+        mine = result.get(name)
+        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else mine or value
+    return result
+
+
+@functools.lru_cache(maxsize=1_024)
+def template_pattern(template: str) -> re.Pattern:
+    """What a resource template stands for. RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*} and {?name}
+    may be anything."""
+    parts = re.split(r"(\{[^{}]*\})", template[:MAX_URI])
+    return re.compile("".join(
+        re.escape(part) if not part.startswith("{") else "[^/?#]+" if part[1:2].isalnum() and part[-2] != "*" else ".*"
+        for part in parts if part), re.DOTALL)
+
+
+# Results that are too large.
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most about `limit` bytes: its head and tail, 3 to 1, around a word on what was left out."""
+    data = text.encode("utf-8", "surrogatepass")
+    head, tail = data[:limit * 3 // 4], data[len(data) - limit // 4:]
+    marker = f"\n[... {left_out(len(data) - limit)} of {left_out(len(data))} left out by mcpproxy ...]\n"
+    return head.decode("utf-8", "ignore") + marker + tail.decode("utf-8", "ignore")
+
+
+def left_out(size: int) -> str:
+    return f"{max(1, round(size / 1024))} kB"
+
+
+def cut_result(response: Message, limit: int) -> Message:
+    """The response to a tool call without what is larger than `limit` bytes."""
+    result = members_of(response.members.get("result"))
+    content, changes = result.get("content"), []
+    if not isinstance(content, list):
+        return response
+    blocks, too_large = split_batch(response.raw("result", "content"), len(content)), ""
+    for number, block in enumerate(map(members_of, content)):
+        text = block.get("text")
+        if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
+            old = JSONObject(blocks[number]).raw_members()
+            blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
+            too_large = "text"
+    members = response.raw_members("result")
+    structured = len(members.get("structuredContent", "").encode())
+    if structured > limit:
+        del members["structuredContent"]
+        blocks.append(dump({"type": "text", "text": f"[... structuredContent, {left_out(structured)}, left out by "
+                                                    "mcpproxy ...]"}))
+    if structured > limit or too_large:
+        members["content"] = f"[{','.join(blocks)}]"
+        changes.append((*response.span("result"), as_object(members)))
+    return parse_message(response.changed(changes).decode(), is_servers=True) if changes else response
+
+
+# Task ids of several servers as one.
+
+def task_places(message: Message) -> list[tuple[str, ...]]:
+    """Where a message names a task. MCP 2025-11-25, Tasks; SEP-2663."""
+    params, result = message.params, members_of(message.members.get("result"))
+    places = [("params", "taskId")] if isinstance(params.get("taskId"), str) else []
+    for top, inside in (("params", params), ("result", result)):
+        related = members_of(members_of(inside.get("_meta")).get(RELATED_TASK_KEY))
+        if isinstance(related.get("taskId"), str):
+            places.append((top, "_meta", RELATED_TASK_KEY, "taskId"))
+    if isinstance(members_of(result.get("task")).get("taskId"), str):
+        places.append(("result", "task", "taskId"))
+    if isinstance(result.get("taskId"), str):
+        places.append(("result", "taskId"))
+    return places
+
+
+def with_tasks(message: Message, rename) -> Message:
+    """The message with other task ids; `rename` makes one of another, as strings."""
+    changes = [(*message.span(*place), dump(rename(scan_plain(message.raw(*place), 0)[0])))
+               for place in task_places(message)]
+    return parse_message(message.changed(changes).decode(), is_servers=True) if changes else message
+
+
+# ============================================================================
+# 10. Configuration file
+# ============================================================================
+#
+# Several servers in a file, as desktop clients write it. What others' programs read of it is known and does no harm;
+# what nobody reads is a mistake, and is refused.
+
+# What some desktop client reads in a server, and this program does not.
+_OTHERS_KEYS = frozenset("""alwaysAllow autoApprove description dev disabledTools gallery timeout transportType trust
+    type version""".split())
+# One server's own, by the names of settings.
+SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb")
+_TEXTS = "a list of strings", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
+_TEXT = "a string", lambda value: isinstance(value, str)
+_OBJECT = "an object", lambda value: isinstance(value, dict)
+_BOOL = "true or false", lambda value: isinstance(value, bool)
+_NUMBER = "a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+_WHOLE = "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)
+_SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "tools": _TEXTS, "prefix": _TEXT,
+                "overrides": _OBJECT, "env": ("an object of strings", lambda value: isinstance(value, dict) and all(
+                    isinstance(one, str) for one in value.values()))}
+for _name in SERVER_SETTINGS:
+    _SERVER_KEYS[_name] = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}[type(getattr(Settings, _name))]
+_OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "defaults": _OBJECT, "fixed": _OBJECT}
+# VS Code writes comments and commas before a bracket; what is in strings stays.
+_JSON_WITH_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/|,(?=\s*[}\]])', re.DOTALL)
+
+
+def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
+    """The servers of a file, by name, in its order; SettingsError says which file, server and key cannot be used."""
+    def refuse(*where: str):
+        raise SettingsError(": ".join([settings.mcp_config, *where]))
+    try:
+        text = _JSON_WITH_COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
+        start = _WHITESPACE.match(text).end()
+        whole = members_of(scan_value(text, start)[0])
+        json.loads(text)
+    except (ValueError, StopIteration, RecursionError) as error:
+        refuse(f"is not JSON: {error}")
+    lists = [name for name in ("mcpServers", "servers") if name in whole]
+    if len(lists) != 1 or not isinstance(whole[lists[0]], tuple):
+        refuse("needs an object mcpServers, or servers, of servers by name")
+    names = [name for name, _ in whole[lists[0]]]
+    for name in names:
+        if not re.fullmatch("[A-Za-z0-9_-]{1,32}", name) or "__" in name:
+            good = re.sub("__+", "_", re.sub("[^A-Za-z0-9_-]+", "-", name))[:32].strip("-_") or "server"
+            refuse(f"server {name[:80]!r}", "a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; "
+                                            f"{good} would do")
+        if names.count(name) > 1:
+            refuse(f"server {name}", "is there twice")
+    servers = {}
+    for name, given in json.loads(text)[lists[0]].items():
+        try:
+            if not (isinstance(given, dict) and given.get("disabled") is True):
+                servers[name] = parse_server(name, given, settings, environment)
+        except SettingsError as error:
+            refuse(f"server {name}", str(error))
+    if not servers:
+        refuse("has no server that is not disabled")
+    check_names(servers, refuse)
+    return servers
+
+
+def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> ServerConfig:
+    """One server of the file; SettingsError names the key that cannot be used."""
+    if isinstance(given, dict) and {"url", "serverUrl", "httpUrl"} & given.keys():
+        raise SettingsError("url: only servers that are started by a command can be served; disable this one")
+    if isinstance(given, dict) and "envFile" in given:
+        raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
+    check_keys(given, _SERVER_KEYS, _OTHERS_KEYS)
+    given = {key: expanded(value, key, environment) for key, value in given.items() if key not in _OTHERS_KEYS}
+    if not given.get("command", "").strip():
+        raise SettingsError("command: is missing")
+    if not re.fullmatch("[A-Za-z0-9_-]{0,32}", given.get("prefix", "")) or "__" in given.get("prefix", ""):
+        raise SettingsError("prefix: is up to 32 of A-Z a-z 0-9 _ -, without two _ in a row")
+    own = {key: type(getattr(Settings, key))(given[key]) for key in SERVER_SETTINGS if key in given}
+    own_settings = check_settings(dataclasses.replace(settings, **own))
+    overrides = {}
+    for tool, changes in given.get("overrides", {}).items():
+        try:
+            check_keys(changes, _OVERRIDE_KEYS)
+            if not _NAME.fullmatch(changes.get("name", "x")):
+                raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
+            if changes.keys() and set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
+                raise SettingsError("an argument is in defaults or in fixed, not in both")
+        except SettingsError as error:
+            raise SettingsError(f"overrides: {tool}: {error}") from None
+        overrides[tool] = Override(**changes)
+    tools = tuple(given["tools"]) if "tools" in given else None
+    return ServerConfig(name, own_settings, (given["command"], *given.get("args", ())), given.get("env", {}),
+                        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb))
+
+
+def check_keys(given: object, keys: dict, others: frozenset = frozenset()) -> None:
+    """Refuses an object with a key that is not known, or a value of the wrong type."""
+    if not isinstance(given, dict):
+        raise SettingsError("must be an object")
+    for key, value in given.items():
+        if key in others:
+            continue
+        if key not in keys:
+            import difflib
+            near = difflib.get_close_matches(key, keys, 1, 0)
+            raise SettingsError(f"{key[:80]}: is not known; the nearest that is: {near[0]}")
+        kind, fits = keys[key]
+        if not fits(value):
+            raise SettingsError(f"{key}: must be {kind}")
+
+
+def expanded(value: object, key: str, environment: dict[str, str]) -> object:
+    """A value with variables in the place of ${NAME} in all its strings."""
+    def replace(match: re.Match) -> str:
+        name, default = match[1].removeprefix("env:"), match[2]
+        if name == "userHome":
+            name = "HOME"
+        if not _VARIABLE_NAME.fullmatch(name) or match[1] in ("workspaceFolder", "workspaceRoot"):
+            raise SettingsError(f"{key}: {match[0]} is an editor's, and means nothing here; write the value itself")
+        if default is not None:
+            return environment.get(name) or default
+        if name not in environment:
+            raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
+        return environment[name]
+    if isinstance(value, str):
+        return re.sub(r"\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}", replace, value)
+    if isinstance(value, list):
+        return [expanded(one, key, environment) for one in value]
+    if isinstance(value, dict):
+        return {name: expanded(one, key, environment) for name, one in value.items()}
+    return value
+
+
+def check_names(servers: dict[str, ServerConfig], refuse) -> None:
+    """Refuses names that two tools would have."""
+    owners = {}
+    for name, server in servers.items():
+        for tool, override in server.rules.overrides.items():
+            shown = server.shown_as(tool, "tools/list", is_joint=True)
+            if shown is not None and override.name:
+                if shown in owners:
+                    refuse(f"server {name}", f"overrides: {tool}: the name {shown} is {owners[shown]}'s already")
+                owners[shown] = f"{tool} of {name}"
+
+
+# ============================================================================
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
 #
@@ -1711,7 +2197,7 @@ import traceback
 
 
 # ============================================================================
-# 9. Logs
+# 11. Logs
 # ============================================================================
 #
 # What happened, a line each, on stderr. Two rules: a log that nobody reads, or a
@@ -1880,7 +2366,7 @@ def start_logging(level: str, as_json: bool) -> None:
 
 
 # ============================================================================
-# 10. Shares
+# 12. Shares
 # ============================================================================
 #
 # What many share is never enough for one who takes without end, and a limit for each connection, session and stream
@@ -1967,7 +2453,7 @@ def who_gives(holders, principal: object) -> list:
 
 
 # ============================================================================
-# 11. Orphans
+# 13. Orphans
 # ============================================================================
 #
 # What could outlive a server: a child that left its process group, all children when the proxy itself is killed with
@@ -2138,7 +2624,7 @@ def kill(pid: int, number: int) -> bool:
 
 
 # ============================================================================
-# 12. Links
+# 14. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -2223,8 +2709,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     """One run of an MCP server."""
 
     def __init__(self, server: str, command: list[str], environment: dict[str, str], reaper: Reaper, redact,
-                 limit: int):
-        self._server, self._command, self._environment = server, command, environment
+                 limit: int, directory: str | None = None):
+        self._server, self._command, self._environment, self._directory = server, command, environment, directory
         self._reaper, self._tag = reaper, reaper.new_tag()
         self._redact = redact                  # takes the values of its client's variables out of a text of its own
         self.last_words = collections.deque(maxlen=STDERR_LINES)
@@ -2243,7 +2729,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
         self._reaper.starting += 1
         try:
-            await self._loop.subprocess_exec(lambda: self, *self._command, start_new_session=True,
+            await self._loop.subprocess_exec(lambda: self, *self._command, start_new_session=True, cwd=self._directory,
                                              env={**self._environment, "MCPPROXY_TAG": self._tag})
         except BaseException as error:
             self._reaper.ended(self._tag, self._pid)          # cancelled, it may have children already
@@ -2404,7 +2890,7 @@ def widen_pipe(pipe) -> None:
 
 
 # ============================================================================
-# 13. Server connection
+# 15. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -2773,7 +3259,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 14. Streams, questions and outlets
+# 16. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -2911,7 +3397,7 @@ class Outlet:
 
 
 # ============================================================================
-# 15. What servers send
+# 17. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -2975,6 +3461,8 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         if connection.questions.get(message.id) is question:
             del connection.questions[message.id]
             principal = question.client.principal if question.client else None
+            if question.message is not message:
+                response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
             connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
     question = connection.questions[message.id] = Question(message.with_id, on_response, message)
 
@@ -2986,6 +3474,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
+    if client and client.view.is_joint:
+        question.message = outward(client, instance, message)
+        question.payload = question.message.with_id(b"%d" % question.id)
     log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
              method=message.method, id=question.id)
     if client and not missing(call or client):
@@ -3030,8 +3521,14 @@ def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> 
 
 
 def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
-    if message.method == "notifications/tools/list_changed":
-        instance.tools.is_old = True
+    for method, (_, _, kind) in LISTS.items():
+        if message.method == f"notifications/{kind}/list_changed" and method in instance.lists:
+            instance.lists[method].is_old = True
+    tell_all(instance, message)
+
+
+def tell_all(instance, message: Message) -> None:
+    """Tells all clients that a list changed."""
     payload = message.payload
     if not instance.is_news(payload[0]):
         return
@@ -3061,7 +3558,15 @@ def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
         log.debug("! server %(server)s: %(method)s goes to nobody, because nothing says whose it is",
                   server=instance.server.name, method=message.method)
     elif message.method != "notifications/message" or owner.wants_log(message.params.get("level"), instance):
+        message = outward(owner if owner is session else owner.client, instance, message)
         (owner.stream.send if owner is session else owner.tell)(message.payload)
+
+
+def outward(client, instance, message: Message) -> Message:
+    """A message as a client gets it: where several servers are one, tasks have their server's name before their own."""
+    if not client.view.is_joint:
+        return message
+    return with_tasks(message, lambda task: f"{instance.server.name}__{task}")
 
 
 def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -3086,7 +3591,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 16. Subscriptions and tools
+# 18. Subscriptions and tools
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -3099,8 +3604,8 @@ NOTIFICATION_ROUTES = {
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
-RELIST_SECONDS = 2.0             # for a server to list its tools again, until those that it listed before are used
-TOOLS_SECONDS = 5.0              # before a server is asked for a tool that it did not list
+RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
+KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
@@ -3213,88 +3718,146 @@ class Listening:
             self._go_on()
 
 
-class Tools(dict):
-    """A server's tools by name."""
+class Items(dict):
+    """What a server lists of one kind, as json.loads() would give it, by name or URI."""
 
-    def __init__(self, now: float):
+    def __init__(self, method: str, now: float):
         super().__init__()
+        self.method = method
         self.asked_at = now
+        self.size = 0                              # characters
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
-        self.document: bytes | None = None         # that describes them, once somebody wanted it
+        self.document: bytes | None = None         # that describes tools, once somebody wanted it
+        self.ttl_ms, self.is_public = float("inf"), True       # for how long and for whom it may be kept
+        self._shown: dict[bool, dict] = {}
 
-    def check(self, call: Message, headers: dict[str, str]) -> None:
-        """Refuses a modern tools/call whose headers do not repeat its arguments."""
-        parameters = self.mirrored.get(call.params.get("name"))
+    def check(self, call: Message, name: str, headers: dict[str, str]) -> None:
+        """Refuses a modern call of the tool with this name whose headers do not repeat its arguments."""
+        parameters = self.mirrored.get(name)
         if parameters:
             check_mirrored(parameters, call.plain_params.get("arguments"), headers)
 
     def add(self, page: Message) -> None:
-        """Takes in one page of tools/list."""
-        tools = members_of(page.members["result"]).get("tools")
-        for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
-            tool = scan_plain(text, 0)[0]
-            if isinstance(tool, dict) and isinstance(tool.get("name"), str):
-                self[tool["name"]], self.texts[tool["name"]] = tool, text
+        """Takes in one page."""
+        member, key, _ = LISTS[self.method]
+        result = members_of(page.members["result"])
+        items, ttl = result.get(member), result.get("ttlMs")
+        self.ttl_ms = min(self.ttl_ms, ttl if isinstance(ttl, (int, float)) and ttl > 0 else 0)
+        self.is_public = self.is_public and result.get("cacheScope") == "public"
+        for text in split_batch(page.raw("result", member), len(items)) if isinstance(items, list) else ():
+            item = scan_plain(text, 0)[0]
+            if not (isinstance(item, dict) and isinstance(item.get(key), str)):
+                continue
+            self[item[key]], self.texts[item[key]] = item, text
+            self.size += len(text)
+            if member == "tools":
                 with contextlib.suppress(RecursionError):          # a schema like that spoils its own tool alone
-                    parameters = mirrored_parameters(tool.get("inputSchema"))
+                    parameters = mirrored_parameters(item.get("inputSchema"))
                     if parameters:
-                        self.mirrored[tool["name"]] = parameters
+                        self.mirrored[item[key]] = parameters
+
+    def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, tuple[str, str]]:
+        """The same as clients see it: (the server's own name, the text) by the name that is shown."""
+        if is_joint not in self._shown:
+            shown = self._shown[is_joint] = {}
+            for own, text in self.texts.items():
+                name = config.shown_as(own, self.method, is_joint)
+                if name is None or name in shown:
+                    continue
+                if self.method == "tools/list" and (own in config.rules.overrides or config.rules.max_result_kb):
+                    text = config.rules.restated(JSONObject(text), own, name)
+                elif name != own:
+                    item = JSONObject(text)
+                    text = item.changed([(*item.span("name"), dump(name))]).decode()
+                shown[name] = own, text
+        return self._shown[is_joint]
 
 
-class ToolList:
-    """What an instance's server said of its tools: asked once, and then kept until it says that they changed."""
+class KeptList:
+    """What an instance's server listed of one kind: asked once, and then kept until it says that it changed. One that
+    never says so is asked again after a while."""
 
-    def __init__(self, instance):
+    def __init__(self, instance, method: str):
         self.instance = instance
-        self.is_old = False                        # did they change since?
-        self._tools: Tools | None = None
+        self.method = method
+        self.is_old = False                        # did it change since?
+        self.is_missed = False                     # was somebody given an answer without it?
+        self._items: Items | None = None
         self._listing: asyncio.Task | None = None
 
-    async def get(self, refresh: bool = False) -> Tools:
-        """The tools; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
+    async def get(self, refresh: bool = False) -> Items:
+        """The items; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
         known are used when others are not to be had soon."""
-        tools, now = self._tools, self.instance.server.now()
-        if tools is None or self.is_old or refresh and now - tools.asked_at >= TOOLS_SECONDS:
+        items, now = self._items, self.instance.server.now()
+        if items is None or self.is_old or refresh and now - items.asked_at >= KEPT_SECONDS:
             self._listing = listing = self._listing or asyncio.get_running_loop().create_task(self._list())
-            await asyncio.wait([listing], timeout=None if tools is None else RELIST_SECONDS)
-            if self._tools is None:
+            await asyncio.wait([listing], timeout=None if items is None else RELIST_SECONDS)
+            if self._items is None:
                 listing.result()                   # which raises what went wrong
-        return self._tools
+        return self._items
 
     @property
-    def known(self) -> Tools | None:
-        """The tools, also while they are asked for again; None when they would have to be asked for first."""
-        return None if self.is_old and not self._listing else self._tools
+    def known(self) -> Items | None:
+        """The items, also while they are asked for again; None when they would have to be asked for first."""
+        return None if self.is_old and not self._listing else self._items
+
+    @property
+    def fresh(self) -> Items | None:
+        """The items if they are what the server would say now."""
+        items = None if self.is_old else self._items
+        if items is not None and not self._is_told_of_changes:
+            age = self.instance.server.now() - items.asked_at
+            return items if age < max(KEPT_SECONDS, items.ttl_ms / 1000) else None
+        return items
+
+    @property
+    def _is_told_of_changes(self) -> bool:
+        capability = self.instance.identity.capabilities.get(LISTS[self.method][2]) if self.instance.identity else None
+        return isinstance(capability, dict) and capability.get("listChanged") is True
 
     async def _list(self) -> None:
         self.is_old = False
         try:
-            connection, tools, cursor = await self.instance.ready(), Tools(self.instance.server.now()), None
-            for _ in range(MAX_PAGES):
-                page = await connection.request("tools/list", {"cursor": cursor} if cursor else None).response
-                if not isinstance(page.members.get("result"), tuple):
-                    if not page.is_result and page.error_code == METHOD_NOT_FOUND:
-                        break                       # it has none
-                    words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
-                    raise ServerError(f"the MCP server does not list its tools{words}")
-                tools.add(page)
-                cursor = members_of(page.members["result"]).get("nextCursor")
-                if not isinstance(cursor, str):
-                    break
-            self._tools = tools
+            connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
+            if self.method == "tools/list" or self.instance.identity.has(LISTS[self.method][2]):
+                await self._read(connection, items)
+            self._items = items
+            if self.is_missed:
+                self.is_missed = False
+                changed = f"notifications/{LISTS[self.method][2]}/list_changed"
+                tell_all(self.instance, parse_message(encode_request(None, changed).decode()))
         except ServerError as error:
-            if self._tools is None:
+            if self._items is None:
                 raise
-            log.warning("! server %(server)s: %(reason)s; those it listed before are used",
+            log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self._tools.asked_at = self.instance.server.now()
+            self._items.asked_at = self.instance.server.now()
         finally:
             self._listing = None
 
+    async def _read(self, connection: ServerConnection, items: Items) -> None:
+        """Reads all pages."""
+        cursor, kind = None, LISTS[self.method][0]
+        for _ in range(MAX_PAGES):
+            page = await connection.request(self.method, {"cursor": cursor} if cursor else None).response
+            if not isinstance(page.members.get("result"), tuple):
+                if not page.is_result and page.error_code == METHOD_NOT_FOUND:
+                    return                      # it has none
+                words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
+                raise ServerError(f"the MCP server does not list its {kind}{words}")
+            items.add(page)
+            cursor = members_of(page.members["result"]).get("nextCursor")
+            if not isinstance(cursor, str):
+                return
+            if items.size > MAX_QUEUED_BYTES:
+                break
+        log.warning("! server %(server)s lists %(kind)s without end; the first %(number)d are used",
+                    server=self.instance.server.name, kind=kind, number=len(items))
+
 
 # ============================================================================
-# 17. Instances
+# 19. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -3362,7 +3925,10 @@ class Instance:
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
-        self.tools = ToolList(self)
+        self.lists: dict[str, KeptList] = {}        # by method
+        self.is_missed = False                      # was somebody given an answer without this server?
+        self.failure: ServerError | None = None     # why the last start failed, if it did
+        self.failed_at = 0.0
         self._said: set[bytes] = set()              # to all clients, in this turn
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
@@ -3390,21 +3956,38 @@ class Instance:
         """Does it serve one client alone? Without a key or variables, visitors are anybody: all can say a name."""
         return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
+    def list_of(self, method: str) -> KeptList:
+        """What the server lists by this method."""
+        if method not in self.lists:
+            self.lists[method] = KeptList(self, method)
+        return self.lists[method]
+
+    @property
+    def tools(self) -> KeptList:
+        return self.list_of("tools/list")
+
     # Running.
 
     def start(self, initialize: dict | None = None) -> None:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is InstanceState.NEW:
             if self.owner is not self:                 # a spare one is only started where there is room
-                self.server.make_room(self.principal)
+                self.server.pool.make_room(self.principal)
             self.is_told_ours = not initialize
             initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
+    def check_up(self) -> None:
+        """For who would not wait: raises what was wrong with the last start; another one follows."""
+        if self.failure and self.state is not InstanceState.STARTING and self.connection is None:
+            if self.server.now() - self.failed_at >= KEPT_SECONDS:
+                self._wanted.set()
+            raise ServerError(f"server {self.server.name} did not start: {self.failure}", data=self.failure.data)
+
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
         if self.state is InstanceState.CLOSED:
-            raise ServerError("the MCP server was stopped", status=503)
+            raise self.failure or ServerError("the MCP server was stopped", status=503)
         self.start()
         while self.connection is None:
             self._wanted.set()
@@ -3446,6 +4029,7 @@ class Instance:
                     await asyncio.shield(connection.link.stop())
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
+                self.failure, self.failed_at = error, self.server.now()
                 self._settle_start(error)
             if self.is_private:
                 break
@@ -3453,7 +4037,7 @@ class Instance:
             await self._pause()
         self._become(InstanceState.CLOSED)
         for session in list(self.sessions.values()):
-            session.end(error)
+            session.on_closed(self, error)
 
     async def _connect(self, initialize: dict) -> ServerConnection:
         """Starts a link and finds out how to speak to it; what was found out is remembered for the next start."""
@@ -3511,11 +4095,11 @@ class Instance:
         log.info("= server %(server)s is ready for %(session)s: process %(pid)s, %(name)s %(version)s, revision "
                  "%(revision)s", server=self.server.name, pid=connection.link.label, name=self.identity.name,
                  version=self.identity.release, revision=str(self.identity.version), session=whose)
-        self.connection = connection
+        self.connection, self.failure = connection, None
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
-        if is_restart:
-            self.tools.is_old = True
+        for kept in self.lists.values() if is_restart else ():
+            kept.is_old = True
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
@@ -3525,7 +4109,8 @@ class Instance:
             if self.log_level:
                 connection.request("logging/setLevel", {"level": self.log_level})
         self._settle_start(None)
-        if is_restart:
+        if is_restart or self.is_missed:
+            self.is_missed = False
             for method in self.identity.list_changes():
                 pass_on(self, parse_message(encode_request(None, method).decode()))
 
@@ -3685,7 +4270,7 @@ class Instance:
 
 
 # ============================================================================
-# 18. Clients, servers and mounts
+# 20. Clients, servers and mounts
 # ============================================================================
 #
 # A mount is what clients meet at one URL: it has their sessions, their calls, and
@@ -3707,9 +4292,12 @@ def try_later(why: str) -> ServerError:
 class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
+    hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
+
+    def __init__(self, mount: "Mount", view: View, key: str | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
         self.mount = mount
+        self.view = view                            # what it is shown
         self.principal = principal
         self.key = key                              # that it came with
         self.name = name                            # that tells apart visitors who come with the same key
@@ -3720,9 +4308,20 @@ class Client(Holder):
     def at(self, server: "Server") -> Instance:
         """The instance of a server that it uses, the same from the first use on."""
         instance = self._instances.get(server)
-        if instance is None:
-            instance = self._instances[server] = server.instance_for(self)
+        if instance is None or instance.state is InstanceState.CLOSED and self.view.is_joint and (
+                not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
+            before, instance = instance, server.instance_for(self)
+            self._instances[server] = instance
+            if instance.is_private and self.hello is not None:
+                instance.start(self.hello)
+            if before:
+                self._move_topics(before, instance)
         return instance
+
+    @functools.cached_property
+    def redact(self):
+        """Takes the values of its variables out of a text for the log."""
+        return redactor([value for value in self.variables.values() if len(value) > 3])
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
@@ -3753,14 +4352,15 @@ class Session(Client):
 
     is_session = True
 
-    def __init__(self, mount: "Mount", key: str | None, variables: dict[str, str], principal: object,
+    def __init__(self, mount: "Mount", view: View, key: str | None, variables: dict[str, str], principal: object,
                  is_streamable: bool):
-        super().__init__(mount, key, variables, principal)
+        super().__init__(mount, view, key, variables, principal)
         self.id = self.identity = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
         self.is_followed = False                    # did its client come again?
         self.is_ended = False
+        self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
         self.capabilities: dict = {}
         self.info: str | None = None                # clientInfo, as JSON
         self.version: str | None = None             # the revision that was negotiated
@@ -3771,6 +4371,41 @@ class Session(Client):
         self.last_used = mount.now()
         self._streams = {"0": self.stream}          # by name; those that ended, for a while
         self._stream_names = itertools.count(1)
+
+    def introduce(self, message: Message, version: object) -> None:
+        """Takes in what the client says of itself in its handshake, and the revision that was agreed on."""
+        self.version = version
+        self.capabilities = message.value("params", "capabilities") if isinstance(
+            message.params.get("capabilities"), tuple) else {}
+        self.info = message.raw("params", "clientInfo") if "clientInfo" in message.params else None
+
+    def on_closed(self, instance: Instance, error: ServerError) -> None:
+        """Its own process of a server is gone. A session of that server alone ends with it."""
+        if not self.view.is_joint:
+            self.end(error)
+
+    def adopt(self, catalog: Catalog) -> None:
+        """The configuration is another one: what the session used of servers that are gone, it uses of those in their
+        place."""
+        try:
+            self.view = catalog.view(self.view.place, self.view.wanted)
+        except RPCError:
+            self.is_homeless = True
+            return
+        for old in [server for server in self._instances if server.is_retired]:
+            instance = self._instances.pop(old)
+            instance.sessions.pop(self.id, None)
+            if old.name in self.mount.servers:
+                self._move_topics(instance, self.at(self.mount.servers[old.name]))
+            for topic in [topic for topic in self.topics if topic.instance is instance]:
+                instance.unsubscribe(self, topic)
+        for _, method in LIST_CHANGES.values() if self.version else ():
+            self.stream.send([encode_request(None, method)])
+
+    def _move_topics(self, before: Instance, instance: Instance) -> None:
+        for topic in [topic for topic in self.topics if topic.instance is before]:
+            before.unsubscribe(self, topic)
+            instance.subscribe(self, topic.uri).told.add(self)
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
@@ -3855,22 +4490,61 @@ def is_at_least(level: object, wanted: str) -> bool:
     return level not in LOG_LEVELS or LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
 
 
+class Pool:
+    """The processes of all servers together, and how many there may be."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.servers: set[Server] = set()
+
+    def make_room(self, principal: object) -> None:
+        """Sees to it that one more process can be started for a principal; ServerError when it cannot."""
+        other = self.who_ends(principal)
+        if other:
+            for session in list(other.sessions.values()):
+                session.on_closed(other, try_later("others need the room"))
+            other.server.end(other)
+
+    @property
+    def is_full(self) -> bool:
+        return sum(instance.has_process for server in self.servers for instance in server.instances.values()) + sum(
+            len(server.ending) for server in self.servers) >= self.limit
+
+    def who_ends(self, principal: object) -> Instance | None:
+        """The instance that has to end for one more process of a principal's, if one has to: a spare one, one that is
+        nobody's and idle, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
+        if not self.is_full:
+            return None
+        running = [instance for server in self.servers for instance in server.instances.values()
+                   if instance.has_process and instance.owner != ()]
+        spares = [instance for instance in running if instance.owner is instance]
+        idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
+        others = spares or idle or who_gives(running, principal)
+        if not others or sum(len(server.ending) for server in self.servers) >= max(1, self.limit // 10):
+            raise try_later("too many processes")
+        return min(others, key=lambda instance: (instance.is_used, instance.last_used))
+
+
 class Server:
     """One configured MCP server: how links to it are made, and its instances.
 
     An instance is kept under whom it is for, its owner: (), all clients; (key, name, variables), the visitors that are
     one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
 
-    def __init__(self, name: str, settings: Settings, new_link, now):
-        self.name = name
-        self.settings = settings
+    def __init__(self, config: ServerConfig, new_link, now, pool: "Pool | None" = None):
+        self.name, self.settings = config.name, config.settings
+        self.config = config
+        self.max_result = config.settings.max_result_kb * 1024        # bytes; 0: any
+        self.pool = pool or Pool(config.settings.max_processes)
+        self.pool.servers.add(self)
+        self.is_retired = False                    # out of the configuration: ends when its calls are done
         self.new_link = new_link                   # takes (variables, redact), returns a Link that is not started yet
         self.now = now                             # the clock: returns seconds
-        self.is_for_all = settings.shared_session
-        self.spares_wanted = 0 if self.is_for_all else settings.prewarm
+        self.is_for_all = self.settings.shared_session
+        self.spares_wanted = 0 if self.is_for_all else self.settings.prewarm
         self.speaks: dict[Era, bool] = {}          # what was found out of it
         self.instances: dict[object, Instance] = {}
-        self._ending: dict[Instance, asyncio.Task] = {}
+        self.ending: dict[Instance, asyncio.Task] = {}
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
 
     def instance_for(self, client: Client) -> Instance:
@@ -3878,13 +4552,15 @@ class Server:
         variables, owner = client.variables, ()
         if not self.is_for_all:
             owner = client if client.is_session else client.user
-        elif variables:
+        elif variables and client.view.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
                            "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
         instance = self.instances.get(owner)
+        if instance and instance.state is InstanceState.CLOSED:
+            instance = None
         if instance is None:
             spare = self._adopt_spare(client) if client.is_session and not variables else None
-            instance = spare or self.make_instance(owner, variables, client.principal)
+            instance = spare or self.make_instance(owner, variables if owner != () else {}, client.principal)
         if client.is_session:
             instance.sessions[client.id] = client
             instance.adjust_log_level()
@@ -3894,34 +4570,9 @@ class Server:
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
                       principal: object = None) -> Instance:
         """A new instance; ServerError when there would be no room for its process."""
-        self._who_ends(principal)
+        self.pool.who_ends(principal)
         instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
-
-    def make_room(self, principal: object) -> None:
-        """Sees to it that one more process can be started for a principal; ServerError when it cannot."""
-        other = self._who_ends(principal)
-        if other:
-            for session in list(other.sessions.values()):
-                session.end()
-            self.end(other)
-
-    def _is_full(self) -> bool:
-        return sum(instance.has_process for instance in self.instances.values()) + len(self._ending) >= (
-            self.settings.max_processes)
-
-    def _who_ends(self, principal: object) -> Instance | None:
-        """The instance that has to end for one more process of a principal's, if one has to: a spare one, one that is
-        nobody's and idle, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
-        if not self._is_full():
-            return None
-        running = [instance for instance in self.instances.values() if instance.has_process and instance.owner != ()]
-        spares = [instance for instance in running if instance.owner is instance]
-        idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
-        others = spares or idle or who_gives(running, principal)
-        if not others or len(self._ending) >= max(1, self.settings.max_processes // 10):
-            raise try_later("too many processes")
-        return min(others, key=lambda instance: (instance.is_used, instance.last_used))
 
     def _adopt_spare(self, session: Session) -> Instance | None:
         """Makes a spare instance the session's, one that is ready if there is any."""
@@ -3944,7 +4595,7 @@ class Server:
         if self.now() < self._spares_pause:
             return
         for _ in range(self.spares_wanted - len(spares)):
-            if self._is_full():
+            if self.pool.is_full:
                 break
             spare = Instance(self, None, {}, None)
             spare.owner = spare
@@ -3955,9 +4606,9 @@ class Server:
         """Ends an instance in the background."""
         if self.instances.get(instance.owner) is instance:
             del self.instances[instance.owner]
-        if instance not in self._ending:
-            task = self._ending[instance] = asyncio.get_running_loop().create_task(instance.close())
-            task.add_done_callback(lambda _: self._ending.pop(instance))
+        if instance not in self.ending:
+            task = self.ending[instance] = asyncio.get_running_loop().create_task(instance.close())
+            task.add_done_callback(lambda _: self.ending.pop(instance))
 
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and ends what nobody uses."""
@@ -3965,7 +4616,8 @@ class Server:
         for instance in list(self.instances.values()):
             if instance.connection:
                 instance.connection.give_up(now, self.settings.request_timeout)
-            if not (instance.owner == () or instance.is_private or instance.is_used) and (
+            if self.is_retired and not instance.is_used or not (
+                    instance.owner == () or instance.is_private or instance.is_used) and (
                     now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
 
@@ -3973,37 +4625,76 @@ class Server:
         """Ends all instances; returns when no process is left."""
         for instance in list(self.instances.values()):
             self.end(instance)
-        await asyncio.gather(*self._ending.values())
+        await asyncio.gather(*self.ending.values())
 
 
 class Mount:
-    """What clients meet at one URL: sessions, calls, and what limits them."""
+    """What clients meet, at all URLs: sessions, calls, and what limits them. What each URL shows is a View."""
 
-    def __init__(self, server: Server, settings: Settings, now):
-        self.server = server
+    def __init__(self, catalog: Catalog, settings: Settings, new_server, now):
         self.settings = settings
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.calls: set[PendingRequest] = set()    # that clients wait for
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
         self.is_draining = False                   # no new calls: the proxy is about to end
+        self.listeners: set = set()                # exchanges that listen to several servers as one
+        self._new_server = new_server              # takes (config, pool), returns a Server
+        self._pool = Pool(settings.max_processes)
+        self.catalog, self.servers = catalog, {name: new_server(config, self._pool)
+                                               for name, config in catalog.servers.items()}
 
     def start(self) -> None:
         """Starts what is there before any client is."""
-        if self.server.is_for_all:
-            self.server.make_instance().start()
-        self.server.keep_spares()
+        for server in self.servers.values():
+            if server.is_for_all and () not in server.instances:
+                server.make_instance().start()
+            server.keep_spares()
+
+    def reload(self, catalog: Catalog) -> None:
+        """Takes another configuration: what did not change goes on, what did ends when its calls are done."""
+        before, self.servers, self.catalog = self.servers, {}, catalog
+        for name, config in catalog.servers.items():
+            old = before.get(name)
+            if old and dataclasses.replace(old.config, rules=config.rules, prefix=config.prefix) == config:
+                self.servers[name] = before.pop(name)
+                if old.config != config:
+                    old.config = config
+                    for instance in old.instances.values():
+                        for kept in instance.lists.values():
+                            kept.is_old = True
+            else:
+                self.servers[name] = self._new_server(config, self._pool)
+        for server in before.values():
+            server.is_retired, server.spares_wanted = True, 0
+        self.start()
+        for session in list(self.sessions.values()):
+            session.adopt(catalog)
+        for listener in list(self.listeners):
+            listener.adopt(catalog)
+        for server in before.values():
+            for instance in server.instances.values():
+                pending = list(instance.connection.pending.values()) if instance.connection else []
+                for call in [*instance.listeners, *pending]:
+                    if call.client and call.is_endless:
+                        call.end_subscription()
 
     def pick(self, client: Client) -> Instance:
-        """The instance to which a request of a client's goes."""
-        return client.at(self.server)
+        """The instance to which the requests of a client go that is shown one server."""
+        return client.at(self.server(client.view.members[0].name))
+
+    def server(self, name: str) -> "Server":
+        """RPCError when it was taken out of the configuration."""
+        if name not in self.servers:
+            raise RPCError(f"there is no server {name}", status=404)
+        return self.servers[name]
 
     def check_open(self) -> None:
         """Refuses what would be new when the proxy is about to end."""
         if self.is_draining:
             raise try_later("the proxy is shutting down")
 
-    def open_session(self, key: str | None, variables: dict[str, str], principal: object = None,
+    def open_session(self, view: View, key: str | None, variables: dict[str, str], principal: object = None,
                      is_streamable: bool = True) -> Session:
         """A session for a new client, once there is room for it and what it uses."""
         self.check_open()
@@ -4012,8 +4703,8 @@ class Mount:
             others = who_gives(self.sessions.values(), principal)
             if not others:
                 raise try_later("too many sessions")
-        session = Session(self, key, variables, principal, is_streamable)
-        connection = self.pick(session).connection
+        session = Session(self, view, key, variables, principal, is_streamable)
+        connection = self.pick(session).connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
         self.sessions[session.id] = session
@@ -4021,21 +4712,21 @@ class Mount:
                  session=session.label, pid=connection.link.label if connection else "-")
         return session
 
-    def find_session(self, session_id: str | None, key: str | None, is_streamable: bool) -> Session:
-        """The session that a client names; it has to come with the key that opened it."""
+    def find_session(self, session_id: str | None, place: str | None, key: str | None, is_streamable: bool) -> Session:
+        """The session that a client names; it has to come with the key that opened it, and to the same place."""
         if not session_id:
             raise RPCError("missing Mcp-Session-Id: send initialize first, its answer has one")
         session = self.sessions.get(session_id)
-        if session is None or session.key != key or session.is_streamable != is_streamable:
+        if session is None or (session.view.place, session.key, session.is_streamable) != (place, key, is_streamable):
             raise RPCError("session unknown or ended", status=404)
         session.last_used, session.is_followed = self.now(), True
         return session
 
-    def visit(self, key: str | None, variables: dict[str, str], principal: object = None,
+    def visit(self, view: View, key: str | None, variables: dict[str, str], principal: object = None,
               name: str | None = None) -> Visitor:
         """A caller without a session."""
         self.check_open()
-        return Visitor(self, key, variables, principal, name)
+        return Visitor(self, view, key, variables, principal, name)
 
     def make_room_among(self, listeners, principal: object) -> None:
         """Sees to it that a subscription can be added; ServerError when there are as many as sessions may be."""
@@ -4047,27 +4738,37 @@ class Mount:
 
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
-        self.server.tick(now)
+        for server in list(self._pool.servers):
+            server.tick(now)
+            if server.is_retired and not (server.instances or server.ending):
+                self._pool.servers.discard(server)
         for call in [*self.calls, *self.parked.values()]:
-            if call.is_overdue(now, self.settings.request_timeout):
+            settings = call.instance.server.settings if call.instance else self.settings
+            if call.is_overdue(now, settings.request_timeout):
                 call.time_out()
         idle = self.settings.session_idle
         for session in list(self.sessions.values()):
-            if session.calls or session.stream.is_attached:
+            if session.is_homeless and not session.calls:
+                session.end()
+            elif session.calls or session.stream.is_attached:
                 session.last_used = now
             elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
                 session.end()
 
     async def drain(self, seconds: float) -> None:
         """Takes no new calls, and gives those that run some time to finish."""
-        self.is_draining, self.server.spares_wanted = True, 0
+        self.is_draining = True
+        for server in self.servers.values():
+            server.spares_wanted = 0
         deadline = self.now() + seconds
         while self.calls and self.now() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Ends everything; returns when no process is left."""
-        for instance in list(self.server.instances.values()):
+        for listener in list(self.listeners):
+            listener.end_subscription()
+        for instance in [one for server in self._pool.servers for one in server.instances.values()]:
             pending = list(instance.connection.pending.values()) if instance.connection else []
             for call in [*instance.listeners, *pending]:
                 if call.client and call.is_endless:
@@ -4076,11 +4777,185 @@ class Mount:
             call.on_failure(try_later("the proxy was stopped"))
         for session in list(self.sessions.values()):
             session.end()
-        await self.server.close()
+        await asyncio.gather(*(server.close() for server in list(self._pool.servers)))
 
 
 # ============================================================================
-# 19. Bridges
+# 21. Several servers as one
+# ============================================================================
+#
+# What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
+# costs only what it has itself.
+
+JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
+
+
+async def gather(client: Client, known, ask) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
+    """([(server, value)] of those of a client's servers that have one, {name: why not} of the others).
+
+    known(instance) is the value that is known, or None; ask(instance) is a coroutine that finds it out. ServerError
+    when no server has one."""
+    values, missing, waiting = {}, {}, {}
+    for member in client.view.members:
+        try:
+            instance = client.at(client.mount.server(member.name))
+            instance.check_up()
+            values[member.name] = known(instance)
+            if values[member.name] is None:
+                waiting[asyncio.ensure_future(ask(instance))] = member.name, instance
+        except ProxyError as error:
+            missing[member.name] = str(error)
+    left, timeout = set(waiting), JOINT_SECONDS
+    while left:
+        done, left = await asyncio.wait(left, timeout=timeout, return_when=asyncio.ALL_COMPLETED if timeout else
+                                        asyncio.FIRST_COMPLETED)
+        for task in done:
+            name, _ = waiting[task]
+            error = task.exception()
+            if error:
+                missing[name] = str(as_told(error))
+            else:
+                values[name] = task.result()
+        if any(value is not None for value in values.values()):
+            break
+        timeout = None                             # nothing is there yet: the first that comes is waited for
+    for task in left:
+        task.cancel()
+        name, instance = waiting[task]
+        missing[name] = "it has not answered yet" if instance.connection else "it is starting"
+    found = [(member, values[member.name]) for member in client.view.members if values.get(member.name) is not None]
+    if not found:
+        raise ServerError("none of the servers can be used: " + "; ".join(
+            f"{name}: {why}" for name, why in missing.items()), data={UNAVAILABLE_KEY: missing})
+    return found, missing
+
+
+async def gather_lists(client: Client, method: str) -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
+    """What the servers list by a method; those that are missing tell the client when they are back."""
+    found, missing = await gather(client, lambda instance: instance.list_of(method).fresh,
+                                  lambda instance: instance.list_of(method).get())
+    miss(client, missing, method)
+    return found, missing
+
+
+def miss(client: Client, missing: dict[str, str], method: str | None = None) -> None:
+    """Remembers that a client was given an answer without these servers."""
+    for name in missing:
+        with contextlib.suppress(ProxyError):
+            instance = client.at(client.mount.server(name))
+            if instance.connection is None:
+                instance.is_missed = True
+            elif method:
+                instance.list_of(method).is_missed = True
+
+
+async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Identity]], dict[str, str]]:
+    """What the servers said of themselves in their handshakes."""
+    async def ask(instance: Instance) -> Identity:
+        await instance.ready()
+        return instance.identity
+    found, missing = await gather(client, lambda instance: instance.identity, ask)
+    miss(client, missing)
+    return found, missing
+
+
+async def tools_at(client: Client, refresh: bool = False) -> Items:
+    """The tools that a client is shown."""
+    view = client.view
+    if view.is_plain:
+        return await client.mount.pick(client).tools.get(refresh)
+    found, _ = await gather(client, lambda instance: None if refresh else instance.tools.fresh,
+                            lambda instance: instance.tools.get(refresh))
+    tools = Items("tools/list", client.mount.now())
+    for name, (_, _, text) in shown_of(view, found).items():
+        tools[name], tools.texts[name] = scan_plain(text, 0)[0], text
+    return tools
+
+
+def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, tuple[ServerConfig, str, str]]:
+    """(server, its own name, text) of all items by the name that is shown; of two with one name the first."""
+    shown = {}
+    for member, items in found:
+        for name, (own, text) in items.shown(member, view.is_joint).items():
+            if name in shown:
+                if LISTS[items.method][1] == "name" and (member.name, name) not in view.left_out:
+                    view.left_out.add((member.name, name))
+                    log.warning("! server %(server)s: %(name)s is left out, because server %(other)s has that name",
+                                server=member.name, name=name, other=shown[name][0].name)
+            elif items.method != "tools/list" or view.shows(name):
+                shown[name] = member, own, text
+    return shown
+
+
+def pick(client: Client, message: Message) -> Target | None:
+    """Where a request of a client goes, in a view that is not plain; None when that has to be found out."""
+    view, method, params = client.view, message.method, message.params
+    if method in ("tools/call", "prompts/get") and isinstance(params.get("name"), str):
+        return view.direct(method, params["name"])
+    if not view.is_joint:
+        return Target(view.members[0].name)
+    if isinstance(params.get("taskId"), str):
+        for member in view.members:
+            if params["taskId"].startswith(f"{member.name}__"):
+                return Target(member.name)
+        raise RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
+    return None
+
+
+async def find_targets(client: Client, message: Message) -> list[Target]:
+    """Where a request may go that does not say so by a name alone: one after the other until it is not refused."""
+    view, params = client.view, message.params
+    reference = members_of(params.get("ref"))
+    name, uri = params.get("name", reference.get("name")), params.get("uri", reference.get("uri"))
+    if isinstance(uri, str):
+        return await find_by_uri(client, uri)
+    if not isinstance(name, str):
+        raise RPCError(f"no server is named for {message.method}", status=404, code=METHOD_NOT_FOUND)
+    method = "tools/list" if message.method == "tools/call" else "prompts/list"
+    if reference:
+        target = view.direct("prompts/get", name)
+        if target:
+            return [target]
+    found, missing = await gather_lists(client, method)
+    member, own, _ = shown_of(view, found).get(name, (None, None, None))
+    kind = method.partition("/")[0]
+    if member is None:
+        for config in view.members:
+            if config.name in missing and name.startswith(config.start_of_names):
+                raise ServerError(f"server {config.name}: {missing[config.name]}", status=503)
+        raise unknown_name(kind, name)
+    return [member_target(member, kind, own, name)]
+
+
+async def find_by_uri(client: Client, uri: str) -> list[Target]:
+    """The first server that lists the resource, or the template; else the first with a template that it fits, else
+    all."""
+    for only_known in (True, False):
+        listed_by = []
+        for method in ("resources/list", "resources/templates/list"):
+            if only_known:
+                found = []
+                for member in client.view.members:
+                    items = client.at(client.mount.server(member.name)).list_of(method).fresh
+                    found += [(member, items)] if items is not None else []
+            else:
+                found, _ = await gather_lists(client, method)
+            for member, items in found:
+                if uri in items:
+                    return [Target(member.name)]
+            listed_by += [(member, items) for member, items in found if method == "resources/templates/list"]
+        for member, items in listed_by if len(uri) <= MAX_URI else ():
+            if any(template_pattern(template).fullmatch(uri) for template in items) and not only_known:
+                return [Target(member.name)]
+    found, _ = await gather_identities(client)
+    targets = [Target(member.name) for member, identity in found if identity.has("resources")]
+    if not targets:
+        raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
+    return targets
+
+
+# ============================================================================
+# 22. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -4144,10 +5019,7 @@ class LegacyClientBridge(Bridge):
         is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
         version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
         if client.is_session:
-            client.version = version
-            client.capabilities = message.value("params", "capabilities") if isinstance(
-                params.get("capabilities"), tuple) else {}
-            client.info = message.raw("params", "clientInfo") if "clientInfo" in params else None
+            client.introduce(message, version)
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
         return True
 
@@ -4180,7 +5052,7 @@ class LegacyClientBridge(Bridge):
         def settle(verdict: asyncio.Future) -> None:
             topic.asking.remove(exchange)
             if verdict.result():
-                exchange.fail(verdict.result())
+                exchange.refuse(verdict.result())
             elif not exchange.is_done:
                 topic.told.add(client)
                 exchange.finish(encode_result(exchange.raw_id))
@@ -4475,7 +5347,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 20. Dialogues
+# 23. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -4573,7 +5445,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 21. Exchanges
+# 24. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -4603,7 +5475,7 @@ class ExchangeState(enum.Enum):
 
 EXCHANGE_STATES = {
     ExchangeState.WAITING: {ExchangeState.RUNNING, ExchangeState.DONE},
-    ExchangeState.RUNNING: {ExchangeState.PARKED, ExchangeState.DONE},
+    ExchangeState.RUNNING: {ExchangeState.WAITING, ExchangeState.PARKED, ExchangeState.DONE},
     ExchangeState.PARKED: {ExchangeState.RUNNING, ExchangeState.DONE},
     ExchangeState.DONE: set(),
 }
@@ -4626,12 +5498,14 @@ class Exchange(PendingRequest, Holder):
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
         names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token outlet text held
-        digest principal _bridge""".split())
+        digest principal target others _bridge""".split())
 
-    def __init__(self, client: Client, instance: Instance, message: Message, outlet: Outlet,
+    def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
                  headers: dict[str, str] | None = None):
         self.client, self.instance = client, instance
+        self.target: Target | None = None             # what is changed in it on the way, where anything may be
+        self.others: list[Target] = []                # where it goes next if it is refused
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
         self.digest = 0                               # digest: what was parsed of a large one takes many times its size
@@ -4707,9 +5581,12 @@ class Exchange(PendingRequest, Holder):
 
     def start(self) -> None:
         """Sends the request, as soon as there is a server to send it to and it is known to be right."""
-        client, connection = self.client, self.instance.connection
+        client = self.client
         if self.envelope is None:
             check_parameters(self.message)
+        if self.instance is None:
+            self._pick()
+        connection = self.instance and self.instance.connection
         client.mount.check_open()
         if self.id in client.calls:
             raise RPCError("a request with this id is running")
@@ -4718,33 +5595,64 @@ class Exchange(PendingRequest, Holder):
         self._enter_books()
         if log.level <= logging.DEBUG:
             log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
-                      id=self.id, body=self.instance.redact(self.message.text))
+                      id=self.id, body=client.redact(self.message.text))
         if connection and (self.headers is None or self._is_checked()):
             return self.begin(connection)
-        if self.method == "initialize" and self.instance.is_private:
+        if self.method == "initialize" and self.instance and self.instance.is_private:
             self.instance.start(self.message.plain_params)
         self.message = None
         asyncio.get_running_loop().create_task(self._begin_when_ready())
 
+    def _pick(self) -> None:
+        """Chooses a server by the request alone, if that is enough."""
+        target = pick(self.client, self.message)
+        if target:
+            self.aim(target)
+            if self.client.view.is_joint and self.method.startswith("tasks/"):
+                self.message = with_tasks(self.message, lambda task: task.removeprefix(f"{target.server}__"))
+                self.text = self.message.text
+
+    def aim(self, target: Target) -> None:
+        """Sends it to a server."""
+        self.instance, self.target = self.client.at(self.client.mount.server(target.server)), target
+
     def _is_checked(self) -> bool:
         """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
-        tools = self.instance.tools.known
-        if tools is None or self.name not in tools:
+        tools, name = self.instance.tools.known, self.own_name
+        if tools is None or name not in tools:
             return False
-        tools.check(self.message, self.headers)
+        tools.check(self.message, name, self.headers)
         return True
+
+    @property
+    def own_name(self) -> str | None:
+        """The name that the server has for the tool or prompt."""
+        return self.target and self.target.name or self.name
 
     async def _begin_when_ready(self) -> None:
         try:
-            connection = await self.instance.ready()
             self.message = self.message or parse_message(self.text)
+            if self.instance is None:
+                first, *self.others = await find_targets(self.client, self.message)
+                self.aim(first)
+            connection = await self._connection()
             if self.headers is not None and not self._is_checked():
                 tools = await self.instance.tools.get(refresh=self.instance.tools.known is not None)
-                tools.check(self.message, self.headers)
+                tools.check(self.message, self.own_name, self.headers)
         except Exception as error:
             self.fail(as_told(error))
         else:
             self.begin(connection)
+
+    async def _connection(self) -> ServerConnection:
+        if not self.client.view.is_joint:
+            return await self.instance.ready()
+        self.instance.check_up()
+        try:
+            return await self.instance.ready()
+        except ServerError:
+            self.instance.check_up()           # which names the server
+            raise
 
     def begin(self, connection: ServerConnection) -> None:
         """Sends the request, or does what is done in its place."""
@@ -4768,15 +5676,18 @@ class Exchange(PendingRequest, Holder):
         if self.token:
             new_meta["progressToken"] = server_id
         extensions = self.envelope and self.envelope.capabilities.get("extensions")
-        self.names_tasks = self.method == "tasks/list" or "task" in message.params or (
+        self.names_tasks = self.method.startswith("tasks/") or "task" in message.params or (
             isinstance(extensions, dict) and TASKS_EXTENSION in extensions)
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
+        if self.target:
+            changes += self.target.changes(message)
         connection.send(message.changed(changes), (self.server_id, self.method, self.name), self.client.principal)
         connection.pending[self.server_id] = self
         if self.method in MAY_CAUSE:
             connection.add_cause(self, self.client.identity)
         self.message = None
-        self.text = message.text if self._bridge.keeps_requests and self.method in MAY_NEED_INPUT else None
+        self.text = message.text if self.others or (
+            self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
     def cancel(self, notification: Message | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone."""
@@ -4791,16 +5702,37 @@ class Exchange(PendingRequest, Holder):
             return budget.set(self, self.held + len(response.line if isinstance(response, ResponseLine)
                                                     else response.text))
         try:
+            if self.others and not response.is_result:
+                return self._ask_next()
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
                 claim(self.instance, self.client, response)
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
+                response = outward(self.client, self.instance, response)
+            limit = self.instance.server.max_result
+            if limit and response.is_result and self.method in ("tools/call", "tasks/result"):
+                response = cut_result(response.parsed(), limit)
             self._bridge.respond(self, response)
         except RPCError:
             self.fail(ServerError("the MCP server's answer is not valid"))
         except ServerError as error:
             self.fail(error)
+
+    def refuse(self, error: ProxyError) -> None:
+        """The server does not do it."""
+        if self.others:
+            self._ask_next()
+        else:
+            self.fail(error)
+
+    def _ask_next(self) -> None:
+        if self.method in MAY_CAUSE:
+            self.connection.drop_cause(self)
+        self.server_id, self.message = None, None
+        self._become(WAITING)
+        self.aim(self.others.pop(0))
+        asyncio.get_running_loop().create_task(self._begin_when_ready())
 
     def on_failure(self, error: ProxyError) -> None:
         if self.state is PARKED:
@@ -4838,7 +5770,7 @@ class Exchange(PendingRequest, Holder):
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
-        was_at_server = self.state is RUNNING and not (self.dialogue and self.dialogue.questions)
+        was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
         self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
         if was_at_server:
             self.instance.on_time_out()
@@ -4910,7 +5842,7 @@ class Exchange(PendingRequest, Holder):
         """A line for both messages: at full speed a line for each would be a tenth of all work."""
         if log.level <= logging.DEBUG:
             log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=self.client.label, method=self.method,
-                      id=self.id, body=self.instance.redact(b"".join(payload).decode("utf-8", "replace")))
+                      id=self.id, body=self.client.redact(b"".join(payload).decode("utf-8", "replace")))
         # The name of a tool or a prompt; a resource's URI may hold a secret.
         name = self.name if self.name and NAMED_BY[self.method] == "name" else "-"
         log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
@@ -4952,6 +5884,218 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
+# 25. Joint exchanges
+# ============================================================================
+#
+# Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
+
+class JointExchange(Exchange):
+    """A request that the proxy answers for its servers."""
+
+    __slots__ = ("_joined",)
+
+    def _pick(self) -> None:
+        self._joined: set[Instance] = set()        # whose listener it is
+
+    async def _begin_when_ready(self) -> None:
+        try:
+            self.message = self.message or parse_message(self.text)
+            answer = JOINT.get(self.method, answer_list)(self, self.message)
+            if answer is not None:
+                await answer
+        except Exception as error:
+            self.fail(as_told(error))
+
+    def answer(self, members: dict[str, str], missing: dict[str, str] = {}, ttl_ms: float = 0,
+               is_public: bool = False, info: str | None = None) -> None:
+        """Finishes it with a result of these members (name -> JSON), and what that lacks."""
+        meta = {UNAVAILABLE_KEY: dump(missing)} if missing else {}
+        if self.envelope:
+            new = additions(self.method, info or dump(OUR_INFO))
+            members = {**members, **new.members}
+            if "ttlMs" in members:
+                members["ttlMs"] = str(0 if missing or ttl_ms == float("inf") else int(max(0, ttl_ms)))
+                members["cacheScope"] = '"public"' if is_public else '"private"'
+            meta |= new.meta
+        if meta:
+            members["_meta"] = as_object(meta)
+        self.finish(encode_result(self.raw_id, as_object(members).encode()))
+
+    # Subscriptions.
+
+    async def listen(self, wanted: dict) -> None:
+        """Joins the listeners of all servers that are up, and of the others when they are."""
+        mount, self.wanted, self.topics, self.early = self.client.mount, wanted, set(), []
+        mount.make_room_among(mount.listeners, self.principal)
+        mount.listeners.add(self)
+        self.on_done = self._leave
+        found, missing = await gather_identities(self.client)
+        self._join(found)
+        uris, honoured = wanted.get("resourceSubscriptions"), {}
+        for name, (kind, _) in LIST_CHANGES.items():
+            if wanted.get(name) is True and (missing or any(identity.has(kind) for _, identity in found)):
+                honoured[name] = True
+        if isinstance(uris, list):
+            taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(uris) if isinstance(uri, str)))
+            honoured["resourceSubscriptions"] = [uri for uri in taken if uri]
+        if self.is_done:
+            return self._leave()
+        self._become(RUNNING)
+        self.wanted, early, self.early = honoured, self.early, None
+        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": honoured})])
+        for message in early:
+            self.on_event(message)
+
+    def _join(self, found) -> None:
+        for member in self.client.view.members:
+            with contextlib.suppress(ProxyError):
+                instance = self.client.at(self.client.mount.server(member.name))
+                instance.listeners.add(self)
+                self._joined.add(instance)
+
+    async def _subscribe(self, uri: str) -> str | None:
+        with contextlib.suppress(ProxyError):
+            for target in await find_by_uri(self.client, uri):
+                instance = self.client.at(self.client.mount.server(target.server))
+                if self.is_done or not instance.identity or not instance.identity.supported(
+                        {"resourceSubscriptions": [uri]}):
+                    continue
+                topic = instance.subscribe(self, uri)
+                await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
+                if not (topic.verdict.done() and topic.verdict.result()):
+                    return uri
+        return None
+
+    def on_event(self, message: Message) -> None:
+        if self.early is not None:
+            self.early.append(message)
+        elif message.method == RESOURCE_UPDATED or any(
+                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
+            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
+
+    def adopt(self, catalog: Catalog) -> None:
+        """The configuration is another one: listens to those servers that there are now."""
+        with contextlib.suppress(ProxyError):
+            self.client.view = catalog.view(self.client.view.place, self.client.view.wanted)
+            uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
+            for instance in [one for one in self._joined if one.server.is_retired]:
+                self._leave_one(instance)
+            self._join(())
+            for uri in uris:
+                asyncio.get_running_loop().create_task(self._subscribe(uri))
+        for _, method in LIST_CHANGES.values() if self.early is None else ():
+            self.on_event(parse_message(encode_request(None, method).decode()))
+
+    def _leave_one(self, instance: Instance) -> None:
+        self._joined.discard(instance)
+        instance.listeners.discard(self)
+        for topic in [topic for topic in self.topics if topic.instance is instance]:
+            instance.unsubscribe(self, topic)
+
+    def _leave(self) -> None:
+        self.client.mount.listeners.discard(self)
+        for instance in list(self._joined):
+            self._leave_one(instance)
+
+
+async def answer_list(exchange: JointExchange, message: Message) -> None:
+    """What all servers list, on one page. MCP 2025-11-25, Pagination: an unknown cursor is -32602."""
+    if "cursor" in message.params:
+        raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
+    client, view = exchange.client, exchange.client.view
+    found, missing = await gather_lists(client, exchange.method)
+    now, shown = client.mount.now(), shown_of(view, found)
+    ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
+    is_public = all(items.is_public for _, items in found) and not any(kind == "header" for kind, _ in view.wanted)
+    info = None if view.is_joint else client.mount.pick(client).identity.info
+    exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
+                    is_public, info)
+
+
+async def answer_handshake(exchange: JointExchange, message: Message) -> None:
+    """`initialize` and `server/discover`: what the servers can do, together."""
+    client, is_initialize = exchange.client, exchange.method == "initialize"
+    if is_initialize:
+        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
+        client.hello = message.plain_params
+    found, missing = await gather_identities(client)
+    capabilities: dict = {name: {} for name in ("tools", "prompts", "resources") if missing}
+    for _, identity in found:
+        capabilities = merged(capabilities, identity.capabilities)
+    for kind, _ in LIST_CHANGES.values():
+        if isinstance(capabilities.get(kind), dict):
+            capabilities[kind] = {**capabilities[kind], "listChanged": True}          # servers may come and go
+    members = {"capabilities": dump(capabilities)}
+    instructions = [f"# {member.name}\n\n{identity.instructions}" for member, identity in found
+                    if identity.instructions]
+    if instructions:
+        members["instructions"] = dump("\n\n".join(instructions))
+    if is_initialize:
+        version = negotiate(message.params.get("protocolVersion"))
+        if client.is_session:
+            client.introduce(message, version)
+        members = {"protocolVersion": dump(version), **members, "serverInfo": dump(OUR_INFO)}
+    else:
+        members["supportedVersions"] = dump([MODERN_VERSION, *LEGACY_VERSIONS])
+    exchange.answer(members, missing)
+
+
+async def answer_level(exchange: JointExchange, message: Message) -> None:
+    """Each server is told what its clients want."""
+    client, level = exchange.client, message.params.get("level")
+    if not client.is_session:
+        raise RPCError("a log level needs a session")
+    found, _ = await gather_identities(client)
+    if level not in LOG_LEVELS or not any(identity.has("logging") for _, identity in found):
+        raise RPCError("the servers send no log messages of this level", status=200, code=(
+            INVALID_PARAMS if level not in LOG_LEVELS else METHOD_NOT_FOUND))
+    client.log_level = level
+    for member, _ in found:
+        client.at(client.mount.server(member.name)).adjust_log_level()
+    exchange.answer({})
+
+
+async def answer_tasks(exchange: JointExchange, message: Message) -> None:
+    """The client's tasks at all servers."""
+    client, tasks = exchange.client, []
+    found, missing = await gather_identities(client)
+    for member, identity in found:
+        if not identity.has("tasks"):
+            continue
+        instance = client.at(client.mount.server(member.name))
+        response = own_tasks(instance, client, await (await instance.ready()).request("tasks/list", {}).response)
+        listed_tasks = (response.result or {}).get("tasks")
+        for text in split_batch(response.raw("result", "tasks")) if isinstance(listed_tasks, list) else ():
+            task = JSONObject(text)
+            name = task.value("taskId")
+            tasks.append(task.changed([(*task.span("taskId"), dump(f"{member.name}__{name}"))]).decode())
+    exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
+
+
+# What is answered for several servers as one, beside what they list.
+JOINT = {
+    "initialize": answer_handshake,
+    "server/discover": answer_handshake,
+    "ping": lambda exchange, message: exchange.answer({}),
+    "logging/setLevel": answer_level,
+    "tasks/list": answer_tasks,
+    "subscriptions/listen": lambda exchange, message: exchange.listen(listened_for(message)),
+}
+
+
+def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Envelope | None = None,
+                 trace: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Exchange:
+    """The exchange for a client's request, at the instance that it is for."""
+    view, method = client.view, message.method
+    if view.is_plain:
+        return Exchange(client, client.mount.pick(client), message, outlet, envelope, trace, headers)
+    if view.is_joint and method in JOINT or method in LISTS and (view.is_joint or method == "tools/list"):
+        return JointExchange(client, None, message, outlet, envelope, trace)
+    return Exchange(client, None, message, outlet, envelope, trace, headers)
+
+
+# ============================================================================
 # PART III. THE PROGRAM: what can be seen from outside
 # ============================================================================
 
@@ -4964,7 +6108,7 @@ import threading
 
 
 # ============================================================================
-# 22. HTTP connections
+# 26. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -5351,7 +6495,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 23. HTTP server
+# 27. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -5507,6 +6651,10 @@ class HTTPServer:
             transport.carry(connection)
         writer.transport.set_protocol(transport if tls else connection)
 
+    def forget_heads(self) -> None:
+        """What heads were taken for may be wrong now."""
+        self._heads.clear()
+
     def tick(self, now: float) -> None:
         """Called now and then."""
         for connection in list(self.connections):
@@ -5527,7 +6675,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 24. Outlets
+# 28. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -5684,7 +6832,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 25. Endpoints
+# 29. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -5702,11 +6850,19 @@ class Admission:
     """What the head of a request says of who sends it, and what for. A head that comes again has the same one, so what
     costs anything is found out once."""
 
-    def __init__(self, head: HTTPHead, settings: Settings):
+    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog):
         self.head = head
         # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
         base = settings.base_path
         self.path = head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
+        self.place: str | None = None          # the server that is met by itself there
+        if catalog.is_file and self.path.startswith("/servers/"):
+            name, slash, rest = self.path.removeprefix("/servers/").partition("/")
+            if name in catalog.servers and slash + rest != "/healthz":
+                self.place, self.path = name, slash + rest
+        # What an endpoint says of its own place.
+        self.base = base + (f"/servers/{self.place}" if self.place else "")
+        self._catalog = catalog
         self.route: "Route | None" = ROUTES.get(self.path) or ROUTES.get(self.path.rstrip("/")) or (
             ROUTES["/tools/"] if self.path.startswith("/tools/") else None)
         self.endpoint = None                   # the method of Endpoints that it calls
@@ -5723,21 +6879,29 @@ class Admission:
         return given_key(self.head) if self._settings.auth_key else None
 
     @functools.cached_property
+    def view(self) -> View:
+        """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
+        wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
+        wanted += [("tools", value) for name, value in self.head.fields if name == "x-mcp-tools"]
+        return self._catalog.view(self.place, tuple(wanted))
+
+    @functools.cached_property
     def variables(self) -> dict[str, str]:
-        """The variables that it sets for its server."""
-        head, allowed = self.head, self._settings.allowed_env
-        if self._settings.shared_session:
+        """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
+        head = self.head
+        settings = [member.settings for member in self.view.members if not member.settings.shared_session]
+        if not settings:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
-            head, allowed = dataclasses.replace(head, query=query), "*"
-        elif head.method in ("GET", "HEAD") and not (
+            return client_variables(dataclasses.replace(head, query=query), "*")
+        if head.method in ("GET", "HEAD") and not (
                 self._settings.auth_key or self.headers or "sec-fetch-site" in head.headers
                 or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
             # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
             raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
                             status=403)
-        return client_variables(head, allowed)
+        return [client_variables(head, allowed) for allowed in {one.allowed_env for one in settings}][0]
 
     @functools.cached_property
     def name(self) -> str | None:
@@ -5785,7 +6949,7 @@ class Endpoints(Application):
 
     def admit(self, head: HTTPHead) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
-        admission = Admission(head, self.settings)
+        admission = Admission(head, self.settings, self.mount.catalog)
         route = admission.route
         self._allow_page(admission)
         try:
@@ -5875,8 +7039,9 @@ class Endpoints(Application):
     def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
-        session = self.mount.open_session(admission.key, admission.variables, reply.connection.principal, False)
-        endpoint = f"{self.settings.base_path}/messages?session_id={session.id}"
+        session = self.mount.open_session(admission.view, admission.key, admission.variables,
+                                          reply.connection.principal, False)
+        endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
             endpoint += f"&auth_key={quote(given, safe='')}"
         reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)), HEARTBEAT)
@@ -5887,7 +7052,7 @@ class Endpoints(Application):
     def post_message(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
         session_id = admission.head.query_value("session_id")
-        session = self.mount.find_session(session_id, admission.key, is_streamable=False)
+        session = self.mount.find_session(session_id, admission.place, admission.key, is_streamable=False)
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         message = parse_message(decode_json(body))
@@ -5895,14 +7060,15 @@ class Endpoints(Application):
         try:
             if message.kind is REQUEST:
                 envelope = check_modern(message, None) if is_modern(message, None) else None
-                Exchange(session, self.mount.pick(session), message, outlet, envelope, admission.trace).start()
+                new_exchange(session, message, outlet, envelope, admission.trace).start()
             else:
                 session.receive(message)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running.
             if message.kind is REQUEST and message.id not in session.calls:
                 outlet.send(encode_error(message.raw_id, error))
-            return self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
+            if error.http_status != 200:
+                return self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
         reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
@@ -5933,15 +7099,16 @@ class Endpoints(Application):
         else:
             check_version(admission)
         if is_initialize and not self.settings.stateless:
-            client = self.mount.open_session(admission.key, admission.variables, reply.connection.principal)
+            client = self.mount.open_session(admission.view, admission.key, admission.variables,
+                                             reply.connection.principal)
         else:
             client = self._client(admission, reply)
         if message.kind is not REQUEST:
             if client.is_session:
                 client.receive(message)
             return reply.send(202, [])
-        exchange = Exchange(client, self.mount.pick(client), message,
-                            PostOutlet(self.undecided, admission, reply, client), None, admission.trace)
+        exchange = new_exchange(client, message, PostOutlet(self.undecided, admission, reply, client), None,
+                                admission.trace)
         if client.is_session and is_initialize:
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
@@ -5963,7 +7130,7 @@ class Endpoints(Application):
         outlet = PostOutlet(self.undecided, admission, reply, client, batch=len(requests)) if requests else None
         for message in messages:
             if message.kind is REQUEST:
-                self._start(Exchange(client, self.mount.pick(client), message, outlet, None, admission.trace))
+                self._start(new_exchange(client, message, outlet, None, admission.trace))
             elif client.is_session:
                 client.receive(message)
         if not requests:
@@ -5977,9 +7144,9 @@ class Endpoints(Application):
         headers = admission.head.headers
         envelope = check_modern(message, headers)
         client = self._visit(admission, reply)
-        instance, outlet = self.mount.pick(client), PostOutlet(self.undecided, admission, reply, client, MODERN)
-        self._start(Exchange(client, instance, message, outlet, envelope, admission.trace,
-                             headers if message.method == "tools/call" else None))
+        outlet = PostOutlet(self.undecided, admission, reply, client, MODERN)
+        self._start(new_exchange(client, message, outlet, envelope, admission.trace,
+                                 headers if message.method == "tools/call" else None))
 
     @staticmethod
     def _start(exchange: Exchange) -> None:
@@ -6019,17 +7186,18 @@ class Endpoints(Application):
         reply.send(204, [])
 
     def _session(self, admission: Admission) -> Session:
-        return self.mount.find_session(admission.session_id, admission.key, is_streamable=True)
+        return self.mount.find_session(admission.session_id, admission.place, admission.key, is_streamable=True)
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:
-        return self.mount.visit(admission.key, admission.variables, reply.connection.principal, admission.name)
+        return self.mount.visit(admission.view, admission.key, admission.variables, reply.connection.principal,
+                                admission.name)
 
     def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
         Hosted clients never send the id back that they were given."""
         settings = self.settings
         if settings.stateless or (
-                admission.session_id is None and settings.shared_session and not settings.require_session):
+                admission.session_id is None and admission.view.is_for_all and not settings.require_session):
             return self._visit(admission, reply)
         return self._session(admission)
 
@@ -6037,7 +7205,7 @@ class Endpoints(Application):
 
     async def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        tools = await self.mount.pick(self._visit(admission, reply)).tools.get()
+        tools = await tools_at(self._visit(admission, reply))
         self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.texts.values()).encode())
 
     async def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
@@ -6056,18 +7224,18 @@ class Endpoints(Application):
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
         client = self._visit(admission, reply)
-        instance = self.mount.pick(client)
-        if name not in await instance.tools.get() and name not in await instance.tools.get(refresh=True):
+        if name not in await tools_at(client) and name not in await tools_at(client, refresh=True):
             raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
         if not reply.is_done:                 # its client may be gone meanwhile
-            self._start(Exchange(client, instance, message, ToolOutlet(reply), None, admission.trace))
+            self._start(new_exchange(client, message, ToolOutlet(reply), None, admission.trace))
 
     async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
-        instance = self.mount.pick(self._visit(admission, reply))
-        tools = await instance.tools.get()
-        tools.document = tools.document or openapi_document(tools, instance.identity, self.settings.base_path,
-                                                            bool(self._keys))
+        client = self._visit(admission, reply)
+        tools = await tools_at(client)
+        identity = None if client.view.is_joint else self.mount.pick(client).identity
+        name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
+        tools.document = tools.document or openapi_document(tools, name, version, admission.base, bool(self._keys))
         self.send_json(reply, tools.document)
 
     # For browsers, and for those who look after the proxy.
@@ -6131,7 +7299,7 @@ def check_version(admission: Admission) -> None:
         raise RPCError("unsupported MCP-Protocol-Version")
 
 
-def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key: bool) -> bytes:
+def openapi_document(tools: Items, title: str, version: str, base_path: str, needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of the tools: one operation each."""
     paths = {}
     for name, tool in tools.items():
@@ -6140,7 +7308,7 @@ def openapi_document(tools: Tools, identity: Identity, base_path: str, needs_key
             paths[path] = dump({"post": openapi_operation(path, name, tool)})
         except RecursionError:
             log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
-    document = {"openapi": '"3.1.0"', "info": dump({"title": identity.name, "version": identity.release}),
+    document = {"openapi": '"3.1.0"', "info": dump({"title": title, "version": version}),
                 "servers": dump([{"url": base_path or "/"}]), "paths": as_object(paths)}
     if needs_key:
         document["components"] = dump({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}})
@@ -6178,7 +7346,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 26. Demo server
+# 30. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -6295,13 +7463,14 @@ class DemoServer:
 
 
 # ============================================================================
-# 27. The proxy
+# 31. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
 
 TICK = 0.25                    # how often time is looked at, in seconds
 LOOK = 3.0                     # and what children there are
+WATCH_SECONDS = 1.0            # and whether the file of servers is another one
 
 
 class Proxy:
@@ -6309,25 +7478,50 @@ class Proxy:
 
     def __init__(self, settings: Settings, environment: dict[str, str]):
         self.settings = settings
-        command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
-        environment, name = server_environment(environment, settings.allowed_env), server_name(command)
+        self.environment = environment
         self.reaper = Reaper()
-
-        def new_link(variables: dict[str, str], redact) -> ServerProcess:
-            # Which variables its client set, only the demo server asks.
-            names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
-            return ServerProcess(name, command, {**environment, **variables, **names}, self.reaper, redact,
-                                 settings.max_message_bytes)
         budget.limit = settings.max_buffered_mb * 1024 * 1024
-        self.mount = Mount(Server(name, settings, new_link, time.monotonic), settings, time.monotonic)
+        self.mount = Mount(load_catalog(settings, environment), settings, self._new_server, time.monotonic)
+        self._config_seen = self._stat_config()
         self.endpoints = Endpoints(settings, self.mount)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
         self._is_stopping = False
 
+    def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
+        environment = {**server_environment(self.environment, config.settings.allowed_env), **config.env}
+
+        def new_link(variables: dict[str, str], redact) -> ServerProcess:
+            # Which variables its client set, only the demo server asks.
+            names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
+            return ServerProcess(config.name, list(config.command), {**environment, **variables, **names}, self.reaper,
+                                 redact, self.settings.max_message_bytes, config.cwd)
+        return Server(config, new_link, time.monotonic, pool)
+
+    def _stat_config(self) -> tuple:
+        """What tells whether the file of servers is another one."""
+        try:
+            found = os.stat(self.settings.mcp_config)
+            return found.st_mtime_ns, found.st_size, found.st_ino
+        except OSError:
+            return ()
+
+    def reload(self) -> None:
+        """Reads the file of servers again; one that cannot be used changes nothing."""
+        if not self.settings.mcp_config:
+            return log.info("= SIGHUP: nothing to read again")
+        self._config_seen = self._stat_config()
+        try:
+            catalog = load_catalog(self.settings, self.environment)
+        except SettingsError as error:
+            return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
+        self.mount.reload(catalog)
+        self.http.forget_heads()
+        log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
+
     async def start(self) -> list[tuple[str, int]]:
-        """Listens, and starts the shared server; returns the addresses."""
+        """Listens, and starts the shared servers; returns the addresses."""
         addresses = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
@@ -6336,10 +7530,14 @@ class Proxy:
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
-        looked = 0.0
+        looked = watched = 0.0
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
             now = time.monotonic()
+            if self.settings.watch and now - watched > WATCH_SECONDS:
+                watched, seen = now, self._stat_config()
+                if seen and seen != self._config_seen:
+                    self.reload()
             for part in self.http, self.endpoints, self.mount:
                 part.tick(now)
             if now - looked > LOOK:
@@ -6366,6 +7564,25 @@ class Proxy:
         await self.mount.close()
         await self.http.close()
         self.reaper.close()
+
+
+def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
+    """The servers of the file, or the one of the command line."""
+    if not settings.mcp_config:
+        command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
+        name = server_name(command)
+        return Catalog({name: ServerConfig(name, settings, tuple(command), rules=Rules(
+            max_result_kb=settings.max_result_kb))})
+    try:
+        with open(settings.mcp_config, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{settings.mcp_config}: cannot be read: {getattr(error, 'strerror', None) or error}"
+                            ) from None
+    servers = parse_config(text, settings, environment)
+    if sum(server.settings.shared_session for server in servers.values()) > settings.max_processes:
+        raise SettingsError(f"{settings.mcp_config}: has more servers than MAX_PROCESSES, {settings.max_processes}")
+    return Catalog(servers, is_file=True)
 
 
 def tls_context(settings: Settings):
@@ -6418,7 +7635,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 28. Command line
+# 32. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -6440,7 +7657,8 @@ def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings
             raise SettingsError("-- must be followed by the command of an MCP server")
         values["mcp_server_config"] = shlex.join(command)
     settings = check_settings(Settings(**values))
-    check_command(settings.mcp_server_config, environment)
+    if not settings.mcp_config:
+        check_command(settings.mcp_server_config, environment)
     return settings
 
 
@@ -6449,7 +7667,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
     that is no flag and no flag's value."""
     at = 0
     while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
-        takes_next = "=" not in arguments[at] and arguments[at] not in ("-h", "--help", "--version")
+        takes_next = "=" not in arguments[at] and arguments[at] not in ("-h", "--help", "--version", "--check")
         at += 1 + (takes_next and at + 1 < len(arguments) and arguments[at + 1] != "--")
     rest = arguments[at:]
     return arguments[:at], bool(rest), rest[1:] if rest[:1] == ["--"] else rest
@@ -6514,9 +7732,12 @@ def argument_parser():
                     "Every flag is also an environment variable of the same name: --shared-session is SHARED_SESSION.")
     parser.error = refuse_arguments
     parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
+    parser.add_argument("--check", action="store_true", help="start every server, print what it is and offers, and "
+                                                             "end: with 0 if all work, otherwise with 1")
     for field in dataclasses.fields(Settings):
         default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, metavar="VALUE", default=None,
+        flags = [*(["--config"] if field.name == "mcp_config" else []), "--" + field.name.replace("_", "-")]
+        parser.add_argument(*flags, dest=field.name, metavar="VALUE", default=None,
                             help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
     return parser
 
@@ -6526,7 +7747,7 @@ def refuse_arguments(message: str):
     raise SettingsError(f"{message}; --help lists the flags")
 
 
-def banner(settings: Settings, name: str, addresses: list[tuple[str, int]]) -> str:
+def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]]) -> str:
     """What is served, and where: printed when the proxy has started."""
     in_brackets = [(f"[{host}]" if ":" in host else host, port) for host, port in addresses]
     host, port = in_brackets[0]
@@ -6535,6 +7756,9 @@ def banner(settings: Settings, name: str, addresses: list[tuple[str, int]]) -> s
     key = ' -H "Authorization: Bearer <your key>"' if settings.auth_key else ""
     mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
             "a process for each client")
+    name = ", ".join(names)
+    if settings.mcp_config:
+        mode = f"as one, and each at {base}/servers/<name>/mcp"
     return (f"mcpproxy {__version__} serves {name} ({mode})\n"
             f"  listening on     {', '.join(f'{host}:{port}' for host, port in in_brackets)}\n"
             f"  MCP, any client  {base}/mcp\n"
@@ -6548,11 +7772,11 @@ async def run(settings: Settings) -> None:
     signals = asyncio.Semaphore(0)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.release)
-    # A terminal that closes, and those who hope for a reload, do not mean to end the program.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: log.info("= SIGHUP: nothing to read again"))
+    # SIGHUP, also of a terminal that closes, is to read the file of servers again.
     proxy = Proxy(settings, dict(os.environ))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, proxy.reload)
     try:
-        text = banner(settings, proxy.mount.server.name, await proxy.start())
+        text = banner(settings, list(proxy.mount.servers), await proxy.start())
         try:
             if settings.log_format == "json":
                 # Whatever the level: this is how the port is known.
@@ -6576,6 +7800,32 @@ async def run(settings: Settings) -> None:
         impatience.cancel()
     finally:
         await proxy.stop()
+
+
+async def check(settings: Settings) -> bool:
+    """Starts every server and prints what it is and offers; do all work?"""
+    proxy, all_work = Proxy(settings, dict(os.environ)), True
+    view = proxy.mount.catalog.view()
+    client = proxy.mount.visit(view, None, {})
+    try:
+        async def look(member: ServerConfig) -> list[str]:
+            instance = client.at(proxy.mount.servers[member.name])
+            await asyncio.wait_for(instance.ready(), member.settings.request_timeout)
+            identity, lines = instance.identity, []
+            for method, (kind, _, _) in LISTS.items():
+                names = (await instance.list_of(method).get()).shown(member, view.is_joint)
+                lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
+            return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
+        outcomes = await asyncio.gather(*map(look, view.members), return_exceptions=True)
+        for member, outcome in zip(view.members, outcomes):
+            if isinstance(outcome, BaseException):
+                all_work = False
+                why = "did not start in time" if isinstance(outcome, asyncio.TimeoutError) else str(as_told(outcome))
+                outcome = [f"{member.name}: does not work: {why}"]
+            print("\n".join(outcome))
+    finally:
+        await proxy.stop()
+    return all_work
 
 
 def open_standard_streams() -> None:
@@ -6613,6 +7863,8 @@ def main() -> None:
         # for two thirds of the time, and find nothing.
         gc.set_threshold(100_000, 10, 10)
         start_logging(settings.log_level, settings.log_format == "json")
+        if "--check" in split_arguments(sys.argv[1:])[0]:
+            sys.exit(not asyncio.run(check(settings)))
         asyncio.run(run(settings))
     except StartError as error:
         text = " ".join(str(error).split())
