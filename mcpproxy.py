@@ -33,7 +33,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     15. Server connection      JSON-RPC over one link: handshakes, ids, responses
     16. Streams, questions and outlets      what goes to a client
     17. What servers send      questions and notifications, and whom they concern
-    18. Subscriptions and tools             what a server is asked once for all who want it
+    18. Subscriptions and lists             what a server is asked once for all who want it
     19. Instances              links that are kept running
     20. Clients, servers and mounts         who uses which instance, and what limits them
     21. Several servers as one              what all are asked, and which of them a request is for
@@ -1094,6 +1094,11 @@ def encode_request(request_id: int | None, method: str, params: dict | None = No
     return dump({name: value for name, value in message.items() if value is not None}).encode()
 
 
+def list_changed(kind: str) -> Message:
+    """A notification of our own that the tools, prompts or resources changed."""
+    return parse_message(encode_request(None, f"notifications/{kind}/list_changed").decode())
+
+
 def encode_result(raw_id: bytes, result: bytes = b"{}") -> list[bytes]:
     """The payload of a successful response; `result` is JSON."""
     return [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (raw_id, result)]
@@ -1591,9 +1596,9 @@ class Identity:
             honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
         return honoured
 
-    def list_changes(self) -> list[str]:
+    def list_changes(self) -> list[Message]:
         """The notifications that tell a client to read this server's lists again."""
-        return [method for kind, method in LIST_CHANGES.values() if kind in self.capabilities]
+        return [list_changed(kind) for kind, _ in LIST_CHANGES.values() if kind in self.capabilities]
 
 
 # ============================================================================
@@ -1737,6 +1742,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clien
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
 KNOWN_NAMES = 4_096              # that a view remembers
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
+TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
 
 # The methods that list something: (the member of the result that holds it, the member that names one of it, the
@@ -1931,7 +1937,7 @@ class Catalog:
 
     def _view(self, place: str | None = None, wanted: tuple = ()) -> View:
         """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
-        it down: ("server" or "tools", value) pairs. RPCError when there is no such place or server."""
+        it down: ("server", "tools" or TOOLS_HEADER, value) pairs. RPCError when there is no such place or server."""
         members, globs = self.servers, []
         if place is not None:
             members = {place: self.servers[place]} if place in self.servers else {}
@@ -1939,7 +1945,7 @@ class Catalog:
             parts = listed(text)
             if not parts:
                 raise RPCError(f"{kind} is empty", code=INVALID_PARAMS)
-            if kind == "tools":
+            if kind != "server":
                 globs.append(parts)
             elif self.is_file:
                 unknown = [part for part in parts if part not in members]
@@ -1986,27 +1992,27 @@ def left_out(size: int) -> str:
 
 def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
-    result = members_of(response.members.get("result"))
-    content, changes = result.get("content"), []
+    content = members_of(response.members.get("result")).get("content")
     if not isinstance(content, list):
         return response
-    blocks, too_large = split_batch(response.raw("result", "content"), len(content)), ""
+    blocks, is_cut = split_batch(response.raw("result", "content"), len(content)), False
     for number, block in enumerate(map(members_of, content)):
         text = block.get("text")
         if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
             old = JSONObject(blocks[number]).raw_members()
             blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
-            too_large = "text"
+            is_cut = True
     members = response.raw_members("result")
     structured = len(members.get("structuredContent", "").encode())
     if structured > limit:
         del members["structuredContent"]
         blocks.append(dump({"type": "text", "text": f"[... structuredContent, {left_out(structured)}, left out by "
                                                     "mcpproxy ...]"}))
-    if structured > limit or too_large:
-        members["content"] = f"[{','.join(blocks)}]"
-        changes.append((*response.span("result"), as_object(members)))
-    return parse_message(response.changed(changes).decode(), is_servers=True) if changes else response
+        is_cut = True
+    if not is_cut:
+        return response
+    members["content"] = f"[{','.join(blocks)}]"
+    return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
 
 
 # Task ids of several servers as one.
@@ -2028,8 +2034,7 @@ def task_places(message: Message) -> list[tuple[str, ...]]:
 
 def with_tasks(message: Message, rename) -> Message:
     """The message with other task ids; `rename` makes one of another, as strings."""
-    changes = [(*message.span(*place), dump(rename(scan_plain(message.raw(*place), 0)[0])))
-               for place in task_places(message)]
+    changes = [(*message.span(*place), dump(rename(message.value(*place)))) for place in task_places(message)]
     return parse_message(message.changed(changes).decode(), is_servers=True) if changes else message
 
 
@@ -2051,11 +2056,11 @@ _OBJECT = "an object", lambda value: isinstance(value, dict)
 _BOOL = "true or false", lambda value: isinstance(value, bool)
 _NUMBER = "a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
 _WHOLE = "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)
+_BY_TYPE = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}
 _SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "tools": _TEXTS, "prefix": _TEXT,
                 "overrides": _OBJECT, "env": ("an object of strings", lambda value: isinstance(value, dict) and all(
-                    isinstance(one, str) for one in value.values()))}
-for _name in SERVER_SETTINGS:
-    _SERVER_KEYS[_name] = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}[type(getattr(Settings, _name))]
+                    isinstance(one, str) for one in value.values())),
+                **{name: _BY_TYPE[type(getattr(Settings, name))] for name in SERVER_SETTINGS}}
 _OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "defaults": _OBJECT, "fixed": _OBJECT}
 # VS Code writes comments and commas before a bracket; what is in strings stays.
 _JSON_WITH_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/|,(?=\s*[}\]])', re.DOTALL)
@@ -2069,7 +2074,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
         text = _JSON_WITH_COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
         start = _WHITESPACE.match(text).end()
         whole = members_of(scan_value(text, start)[0])
-        json.loads(text)
+        plain = json.loads(text)
     except (ValueError, StopIteration, RecursionError) as error:
         refuse(f"is not JSON: {error}")
     lists = [name for name in ("mcpServers", "servers") if name in whole]
@@ -2084,7 +2089,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
         if names.count(name) > 1:
             refuse(f"server {name}", "is there twice")
     servers = {}
-    for name, given in json.loads(text)[lists[0]].items():
+    for name, given in plain[lists[0]].items():
         try:
             if not (isinstance(given, dict) and given.get("disabled") is True):
                 servers[name] = parse_server(name, given, settings, environment)
@@ -2116,7 +2121,7 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
             check_keys(changes, _OVERRIDE_KEYS)
             if not _NAME.fullmatch(changes.get("name", "x")):
                 raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
-            if changes.keys() and set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
+            if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
                 raise SettingsError("an argument is in defaults or in fixed, not in both")
         except SettingsError as error:
             raise SettingsError(f"overrides: {tool}: {error}") from None
@@ -2345,6 +2350,11 @@ def redactor(secrets: list[str]):
             text = text.replace(form, "***")
         return text
     return redact
+
+
+def variables_redactor(variables: dict[str, str]):
+    """The same for the values that a client set. Those of a few characters are in everything."""
+    return redactor([value for value in variables.values() if len(value) > 3])
 
 
 log = Log()
@@ -3474,9 +3484,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
-    if client and client.view.is_joint:
-        question.message = outward(client, instance, message)
-        question.payload = question.message.with_id(b"%d" % question.id)
+    told = outward(client, instance, message) if client else message
+    if told is not message:
+        question.message, question.payload = told, told.with_id(b"%d" % question.id)
     log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
              method=message.method, id=question.id)
     if client and not missing(call or client):
@@ -3591,7 +3601,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 18. Subscriptions and tools
+# 18. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -3730,7 +3740,7 @@ class Items(dict):
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
         self.document: bytes | None = None         # that describes tools, once somebody wanted it
         self.ttl_ms, self.is_public = float("inf"), True       # for how long and for whom it may be kept
-        self._shown: dict[bool, dict] = {}
+        self._shown: dict[bool, tuple[ServerConfig, dict]] = {}        # and for which configuration
 
     def check(self, call: Message, name: str, headers: dict[str, str]) -> None:
         """Refuses a modern call of the tool with this name whose headers do not repeat its arguments."""
@@ -3759,19 +3769,22 @@ class Items(dict):
 
     def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, tuple[str, str]]:
         """The same as clients see it: (the server's own name, the text) by the name that is shown."""
-        if is_joint not in self._shown:
-            shown = self._shown[is_joint] = {}
-            for own, text in self.texts.items():
-                name = config.shown_as(own, self.method, is_joint)
-                if name is None or name in shown:
-                    continue
-                if self.method == "tools/list" and (own in config.rules.overrides or config.rules.max_result_kb):
-                    text = config.rules.restated(JSONObject(text), own, name)
-                elif name != own:
-                    item = JSONObject(text)
-                    text = item.changed([(*item.span("name"), dump(name))]).decode()
-                shown[name] = own, text
-        return self._shown[is_joint]
+        known_for, shown = self._shown.get(is_joint, (None, {}))
+        if known_for is config:
+            return shown
+        shown = {}
+        for own, text in self.texts.items():
+            name = config.shown_as(own, self.method, is_joint)
+            if name is None or name in shown:
+                continue
+            if self.method == "tools/list" and (own in config.rules.overrides or config.rules.max_result_kb):
+                text = config.rules.restated(JSONObject(text), own, name)
+            elif name != own:
+                item = JSONObject(text)
+                text = item.changed([(*item.span("name"), dump(name))]).decode()
+            shown[name] = own, text
+        self._shown[is_joint] = config, shown
+        return shown
 
 
 class KeptList:
@@ -3825,8 +3838,7 @@ class KeptList:
             self._items = items
             if self.is_missed:
                 self.is_missed = False
-                changed = f"notifications/{LISTS[self.method][2]}/list_changed"
-                tell_all(self.instance, parse_message(encode_request(None, changed).decode()))
+                tell_all(self.instance, list_changed(LISTS[self.method][2]))
         except ServerError as error:
             if self._items is None:
                 raise
@@ -3910,7 +3922,7 @@ class Instance:
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.principal = principal                  # to whose account it goes
         self.variables = variables
-        self.redact = redactor([value for value in variables.values() if len(value) > 3])
+        self.redact = variables_redactor(variables)
         self.state = InstanceState.NEW
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
@@ -4111,8 +4123,8 @@ class Instance:
         self._settle_start(None)
         if is_restart or self.is_missed:
             self.is_missed = False
-            for method in self.identity.list_changes():
-                pass_on(self, parse_message(encode_request(None, method).decode()))
+            for message in self.identity.list_changes():
+                pass_on(self, message)
 
     def on_time_out(self) -> None:
         """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
@@ -4273,10 +4285,10 @@ class Instance:
 # 20. Clients, servers and mounts
 # ============================================================================
 #
-# A mount is what clients meet at one URL: it has their sessions, their calls, and
-# the limits. A server is what was configured: how its links are made, and its
+# A mount is what clients meet, at whatever URL: it has their sessions, their calls,
+# and the limits. A server is what was configured: how its links are made, and its
 # instances. A client is attached to the instance of a server that it uses when it
-# uses it for the first time, and each request picks one.
+# uses it for the first time, and each request picks one of those in its view.
 
 SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
@@ -4314,14 +4326,14 @@ class Client(Holder):
             self._instances[server] = instance
             if instance.is_private and self.hello is not None:
                 instance.start(self.hello)
-            if before:
+            if before and self.is_session:
                 self._move_topics(before, instance)
         return instance
 
     @functools.cached_property
     def redact(self):
         """Takes the values of its variables out of a text for the log."""
-        return redactor([value for value in self.variables.values() if len(value) > 3])
+        return variables_redactor(self.variables)
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
@@ -4395,17 +4407,16 @@ class Session(Client):
         for old in [server for server in self._instances if server.is_retired]:
             instance = self._instances.pop(old)
             instance.sessions.pop(self.id, None)
-            if old.name in self.mount.servers:
-                self._move_topics(instance, self.at(self.mount.servers[old.name]))
-            for topic in [topic for topic in self.topics if topic.instance is instance]:
-                instance.unsubscribe(self, topic)
-        for _, method in LIST_CHANGES.values() if self.version else ():
-            self.stream.send([encode_request(None, method)])
+            new = self.mount.servers.get(old.name)
+            self._move_topics(instance, self.at(new) if new else None)
+        for kind, _ in LIST_CHANGES.values() if self.version else ():
+            self.stream.send(list_changed(kind).payload)
 
-    def _move_topics(self, before: Instance, instance: Instance) -> None:
+    def _move_topics(self, before: Instance, instance: Instance | None) -> None:
         for topic in [topic for topic in self.topics if topic.instance is before]:
             before.unsubscribe(self, topic)
-            instance.subscribe(self, topic.uri).told.add(self)
+            if instance:
+                instance.subscribe(self, topic.uri).told.add(self)
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
@@ -4621,6 +4632,14 @@ class Server:
                     now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
 
+    def end_subscriptions(self) -> None:
+        """Ends what modern clients listen to here."""
+        for instance in self.instances.values():
+            pending = list(instance.connection.pending.values()) if instance.connection else []
+            for call in [*instance.listeners, *pending]:
+                if call.client and call.is_endless:
+                    call.end_subscription()
+
     async def close(self) -> None:
         """Ends all instances; returns when no process is left."""
         for instance in list(self.instances.values()):
@@ -4658,11 +4677,7 @@ class Mount:
             old = before.get(name)
             if old and dataclasses.replace(old.config, rules=config.rules, prefix=config.prefix) == config:
                 self.servers[name] = before.pop(name)
-                if old.config != config:
-                    old.config = config
-                    for instance in old.instances.values():
-                        for kept in instance.lists.values():
-                            kept.is_old = True
+                old.config = config
             else:
                 self.servers[name] = self._new_server(config, self._pool)
         for server in before.values():
@@ -4673,11 +4688,7 @@ class Mount:
         for listener in list(self.listeners):
             listener.adopt(catalog)
         for server in before.values():
-            for instance in server.instances.values():
-                pending = list(instance.connection.pending.values()) if instance.connection else []
-                for call in [*instance.listeners, *pending]:
-                    if call.client and call.is_endless:
-                        call.end_subscription()
+            server.end_subscriptions()
 
     def pick(self, client: Client) -> Instance:
         """The instance to which the requests of a client go that is shown one server."""
@@ -4768,11 +4779,8 @@ class Mount:
         """Ends everything; returns when no process is left."""
         for listener in list(self.listeners):
             listener.end_subscription()
-        for instance in [one for server in self._pool.servers for one in server.instances.values()]:
-            pending = list(instance.connection.pending.values()) if instance.connection else []
-            for call in [*instance.listeners, *pending]:
-                if call.client and call.is_endless:
-                    call.end_subscription()
+        for server in self._pool.servers:
+            server.end_subscriptions()
         for call in list(self.calls):
             call.on_failure(try_later("the proxy was stopped"))
         for session in list(self.sessions.values()):
@@ -4859,17 +4867,14 @@ async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Id
     return found, missing
 
 
-async def tools_at(client: Client, refresh: bool = False) -> Items:
-    """The tools that a client is shown."""
+async def tools_at(client: Client, refresh: bool = False) -> dict[str, str]:
+    """The texts of the tools that a client is shown, by name."""
     view = client.view
     if view.is_plain:
-        return await client.mount.pick(client).tools.get(refresh)
+        return (await client.mount.pick(client).tools.get(refresh)).texts
     found, _ = await gather(client, lambda instance: None if refresh else instance.tools.fresh,
                             lambda instance: instance.tools.get(refresh))
-    tools = Items("tools/list", client.mount.now())
-    for name, (_, _, text) in shown_of(view, found).items():
-        tools[name], tools.texts[name] = scan_plain(text, 0)[0], text
-    return tools
+    return {name: text for name, (_, _, text) in shown_of(view, found).items()}
 
 
 def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, tuple[ServerConfig, str, str]]:
@@ -4930,23 +4935,21 @@ async def find_targets(client: Client, message: Message) -> list[Target]:
 async def find_by_uri(client: Client, uri: str) -> list[Target]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
     all."""
-    for only_known in (True, False):
-        listed_by = []
-        for method in ("resources/list", "resources/templates/list"):
-            if only_known:
-                found = []
-                for member in client.view.members:
-                    items = client.at(client.mount.server(member.name)).list_of(method).fresh
-                    found += [(member, items)] if items is not None else []
-            else:
-                found, _ = await gather_lists(client, method)
-            for member, items in found:
-                if uri in items:
-                    return [Target(member.name)]
-            listed_by += [(member, items) for member, items in found if method == "resources/templates/list"]
-        for member, items in listed_by if len(uri) <= MAX_URI else ():
-            if any(template_pattern(template).fullmatch(uri) for template in items) and not only_known:
+    lists = "resources/list", "resources/templates/list"
+    for method in lists:                           # where a list that is known has it, nobody is waited for
+        for member in client.view.members:
+            items = client.at(client.mount.server(member.name)).list_of(method).fresh
+            if items is not None and uri in items:
                 return [Target(member.name)]
+    found = {}
+    for method in lists:
+        found[method], _ = await gather_lists(client, method)
+        for member, items in found[method]:
+            if uri in items:
+                return [Target(member.name)]
+    for member, items in found["resources/templates/list"] if len(uri) <= MAX_URI else ():
+        if any(template_pattern(template).fullmatch(uri) for template in items):
+            return [Target(member.name)]
     found, _ = await gather_identities(client)
     targets = [Target(member.name) for member, identity in found if identity.has("resources")]
     if not targets:
@@ -5455,9 +5458,11 @@ class Dialogue:
 # whatever ends it: so nothing is forgotten at the server, at the client or in the
 # books (the calls of its client and of its mount), and the log has a line of each.
 #
-#     WAITING --> RUNNING <--> PARKED        (any of them --> DONE)
-#     for the     at the       for the
-#     server      server       client
+#     WAITING <--> RUNNING <--> PARKED        (any of them --> DONE)
+#     for the      at the       for the
+#     server       server       client
+#
+# It goes back to WAITING where several servers may have a resource, and one refused it.
 
 RUNNING_CALLS = 1_000            # of one client at a time
 
@@ -5631,11 +5636,11 @@ class Exchange(PendingRequest, Holder):
 
     async def _begin_when_ready(self) -> None:
         try:
-            self.message = self.message or parse_message(self.text)
             if self.instance is None:
-                first, *self.others = await find_targets(self.client, self.message)
+                first, *self.others = await find_targets(self.client, parse_message(self.text))
                 self.aim(first)
             connection = await self._connection()
+            self.message = self.message or parse_message(self.text)
             if self.headers is not None and not self._is_checked():
                 tools = await self.instance.tools.get(refresh=self.instance.tools.known is not None)
                 tools.check(self.message, self.own_name, self.headers)
@@ -5895,7 +5900,7 @@ class JointExchange(Exchange):
     __slots__ = ("_joined",)
 
     def _pick(self) -> None:
-        self._joined: set[Instance] = set()        # whose listener it is
+        """It is for no server alone."""
 
     async def _begin_when_ready(self) -> None:
         try:
@@ -5926,11 +5931,12 @@ class JointExchange(Exchange):
     async def listen(self, wanted: dict) -> None:
         """Joins the listeners of all servers that are up, and of the others when they are."""
         mount, self.wanted, self.topics, self.early = self.client.mount, wanted, set(), []
+        self._joined: set[Instance] = set()        # whose listener it is
         mount.make_room_among(mount.listeners, self.principal)
         mount.listeners.add(self)
         self.on_done = self._leave
         found, missing = await gather_identities(self.client)
-        self._join(found)
+        self._join()
         uris, honoured = wanted.get("resourceSubscriptions"), {}
         for name, (kind, _) in LIST_CHANGES.items():
             if wanted.get(name) is True and (missing or any(identity.has(kind) for _, identity in found)):
@@ -5947,7 +5953,7 @@ class JointExchange(Exchange):
         for message in early:
             self.on_event(message)
 
-    def _join(self, found) -> None:
+    def _join(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
                 instance = self.client.at(self.client.mount.server(member.name))
@@ -5981,11 +5987,11 @@ class JointExchange(Exchange):
             uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
             for instance in [one for one in self._joined if one.server.is_retired]:
                 self._leave_one(instance)
-            self._join(())
+            self._join()
             for uri in uris:
                 asyncio.get_running_loop().create_task(self._subscribe(uri))
-        for _, method in LIST_CHANGES.values() if self.early is None else ():
-            self.on_event(parse_message(encode_request(None, method).decode()))
+        for kind, _ in LIST_CHANGES.values() if self.early is None else ():
+            self.on_event(list_changed(kind))
 
     def _leave_one(self, instance: Instance) -> None:
         self._joined.discard(instance)
@@ -6007,7 +6013,8 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     found, missing = await gather_lists(client, exchange.method)
     now, shown = client.mount.now(), shown_of(view, found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
-    is_public = all(items.is_public for _, items in found) and not any(kind == "header" for kind, _ in view.wanted)
+    # A cache goes by the URL, and knows nothing of a header.
+    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted)
     info = None if view.is_joint else client.mount.pick(client).identity.info
     exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
                     is_public, info)
@@ -6882,7 +6889,7 @@ class Admission:
     def view(self) -> View:
         """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
         wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
-        wanted += [("tools", value) for name, value in self.head.fields if name == "x-mcp-tools"]
+        wanted += [field for field in self.head.fields if field[0] == TOOLS_HEADER]
         return self._catalog.view(self.place, tuple(wanted))
 
     @functools.cached_property
@@ -7206,7 +7213,7 @@ class Endpoints(Application):
     async def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
         tools = await tools_at(self._visit(admission, reply))
-        self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.texts.values()).encode())
+        self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.values()).encode())
 
     async def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
@@ -7235,8 +7242,11 @@ class Endpoints(Application):
         tools = await tools_at(client)
         identity = None if client.view.is_joint else self.mount.pick(client).identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
-        tools.document = tools.document or openapi_document(tools, name, version, admission.base, bool(self._keys))
-        self.send_json(reply, tools.document)
+        kept = self.mount.pick(client).tools.known if client.view.is_plain else None
+        document = kept and kept.document or openapi_document(tools, name, version, admission.base, bool(self._keys))
+        if kept:
+            kept.document = document
+        self.send_json(reply, document)
 
     # For browsers, and for those who look after the proxy.
 
@@ -7299,11 +7309,12 @@ def check_version(admission: Admission) -> None:
         raise RPCError("unsupported MCP-Protocol-Version")
 
 
-def openapi_document(tools: Items, title: str, version: str, base_path: str, needs_key: bool) -> bytes:
-    """An OpenAPI 3.1 description of the tools: one operation each."""
+def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
+    """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
     paths = {}
-    for name, tool in tools.items():
+    for name, text in tools.items():
         try:
+            tool = scan_plain(text, 0)[0]
             path = "/tools/" + quote(name, safe="")
             paths[path] = dump({"post": openapi_operation(path, name, tool)})
         except RecursionError:
@@ -7479,10 +7490,11 @@ class Proxy:
     def __init__(self, settings: Settings, environment: dict[str, str]):
         self.settings = settings
         self.environment = environment
+        self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
+        catalog = load_catalog(settings, environment)
         self.reaper = Reaper()
         budget.limit = settings.max_buffered_mb * 1024 * 1024
-        self.mount = Mount(load_catalog(settings, environment), settings, self._new_server, time.monotonic)
-        self._config_seen = self._stat_config()
+        self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
         self.endpoints = Endpoints(settings, self.mount)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None

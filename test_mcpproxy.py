@@ -5296,6 +5296,15 @@ def test_several_servers_are_narrowed_down_by_the_client(several):
             assert client.tool("b__echo", text="x") == "x"
 
 
+def test_several_servers_narrowed_down_by_a_header_are_for_no_public_cache(several):
+    """It goes by the URL alone."""
+    with several(a=MODERN) as proxy:
+        def scope(query="", **headers):
+            with ModernClient(proxy, headers=headers, path="/mcp" + query) as client:
+                return client.call("tools/list")["result"]["cacheScope"]
+        assert (scope(), scope("?tools=*"), scope(**{"X-MCP-Tools": "*"})) == ("public", "public", "private")
+
+
 def test_several_servers_all_down_are_an_error_and_no_empty_list(several):
     with several(a=BROKEN, b=["/does/not/exist"]) as proxy:
         for method in "tools/list", "prompts/list", "resources/list":
