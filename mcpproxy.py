@@ -167,6 +167,7 @@ RESOURCE_NOT_FOUND = -32002
 URL_ELICITATION_REQUIRED = -32042
 
 RESOURCE_UPDATED = "notifications/resources/updated"
+TASK_CHANGED = "notifications/tasks"                 # SEP-2663
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream"
 SESSION_ID_HEADER = "Mcp-Session-Id"
@@ -3102,7 +3103,7 @@ class ServerConnection(Holder):
         server_id = self.next_id()
         self.pending[server_id] = pending
         if self.era is MODERN:
-            params = {**params, "_meta": OUR_ENVELOPE}
+            params = {"_meta": OUR_ENVELOPE, **params}
         try:
             self.send(encode_request(server_id, method, params))
         except ServerError as error:
@@ -3424,6 +3425,7 @@ class Outlet:
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
 
+UNKNOWN_TASK = RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
 
 
@@ -4271,6 +4273,11 @@ class Instance:
         self._said.add(line)
         return is_news
 
+    def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
+        """May a client know of this task? Of one that is nobody's, who may be anybody may."""
+        nobody = client if client.identity is client else None
+        return self.is_ones_own or self.owners.get(name, nobody) == client.identity
+
     def remember_owner(self, name: tuple[str, str] | None, client: "Client | None") -> None:
         """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
         one can show. When too many are known, the oldest of whoever has most is forgotten."""
@@ -4903,7 +4910,7 @@ def pick(client: Client, message: Message) -> Target | None:
         for member in view.members:
             if params["taskId"].startswith(f"{member.name}__"):
                 return Target(member.name)
-        raise RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
+        raise UNKNOWN_TASK
     return None
 
 
@@ -4984,10 +4991,8 @@ class Bridge:
 
     def check_task(self, exchange: "Exchange", message: Message) -> bool:
         """Knows nothing of another client's task."""
-        instance, identity = exchange.instance, exchange.client.identity
-        owner = instance.owners.get(owner_named(message), exchange.client if identity is exchange.client else None)
-        if owner != identity and not instance.is_ones_own:
-            raise RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
+        if not exchange.instance.is_owner(exchange.client, owner_named(message)):
+            raise UNKNOWN_TASK
         return False
 
     # MCP method -> method of the bridge
@@ -5112,8 +5117,11 @@ class ModernClientModernServer(Bridge):
     """
 
     def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
-        """Refuses one subscription too many."""
-        listened_for(message)
+        """Refuses one subscription too many, and one to another client's task."""
+        tasks = listened_for(message).get("taskIds")
+        for name in tasks if isinstance(tasks, list) else ():
+            if isinstance(name, str) and not exchange.instance.is_owner(exchange.client, ("task", name)):
+                raise UNKNOWN_TASK
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         exchange.client.mount.make_room_among(listening, exchange.principal)
@@ -5894,10 +5902,40 @@ class Exchange(PendingRequest, Holder):
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
 
+class TaskListener(PendingRequest):
+    """A joint subscription to tasks at one modern server."""
+
+    __slots__ = ("_exchange", "_instance", "_connection", "_server_id", "taken")
+    is_endless = True
+
+    def __init__(self, exchange: "JointExchange", instance: Instance, names: list[str]):
+        self._exchange, self._instance, self._connection = exchange, instance, instance.connection
+        self.taken: asyncio.Future[list] = asyncio.get_running_loop().create_future()         # what it listens for
+        meta = {**OUR_ENVELOPE, CAPABILITIES_KEY: {"extensions": {TASKS_EXTENSION: {}}}}
+        self._server_id = self._connection.send_request(
+            self, "subscriptions/listen", {"notifications": {"taskIds": names}, "_meta": meta})
+
+    def on_event(self, message: Message) -> None:
+        if message.method == TASK_CHANGED:
+            self._exchange.on_event(outward(self._exchange.client, self._instance, message))
+        elif not self.taken.done():
+            taken = message.plain_params.get("notifications", {}).get("taskIds")
+            self.taken.set_result(taken if isinstance(taken, list) else [])
+
+    def on_response(self, response: ResponseLine | Message) -> None:
+        if not self.taken.done():
+            self.taken.set_result([])
+
+    on_failure = on_response
+
+    def end(self) -> None:
+        self._connection.cancel(self._server_id, "nobody listens")
+
+
 class JointExchange(Exchange):
     """A request that the proxy answers for its servers."""
 
-    __slots__ = ("_joined",)
+    __slots__ = ("_joined", "_task_listeners")
 
     def _pick(self) -> None:
         """It is for no server alone."""
@@ -5932,6 +5970,7 @@ class JointExchange(Exchange):
         """Joins the listeners of all servers that are up, and of the others when they are."""
         mount, self.wanted, self.topics, self.early = self.client.mount, wanted, set(), []
         self._joined: set[Instance] = set()        # whose listener it is
+        self._task_listeners: list[TaskListener] = []
         mount.make_room_among(mount.listeners, self.principal)
         mount.listeners.add(self)
         self.on_done = self._leave
@@ -5944,6 +5983,8 @@ class JointExchange(Exchange):
         if isinstance(uris, list):
             taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(uris) if isinstance(uri, str)))
             honoured["resourceSubscriptions"] = [uri for uri in taken if uri]
+        if isinstance(wanted.get("taskIds"), list):
+            honoured["taskIds"] = await self._listen_to_tasks(wanted["taskIds"])
         if self.is_done:
             return self._leave()
         self._become(RUNNING)
@@ -5973,10 +6014,29 @@ class JointExchange(Exchange):
                     return uri
         return None
 
+    async def _listen_to_tasks(self, names: list) -> list[str]:
+        """Listens for the client's tasks at their servers; returns those that they take. SEP-2663, Task Status
+        Notifications."""
+        if TASKS_EXTENSION not in (self.capabilities.get("extensions") or ()):
+            raise RPCError("taskIds needs the tasks extension", code=MISSING_CAPABILITY, data={
+                "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
+        listeners = {}
+        for member in self.client.view.members:
+            prefix, instance = f"{member.name}__", self.client.at(self.client.mount.server(member.name))
+            own = [name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)]
+            own = [name for name in own if instance.is_owner(self.client, ("task", name))]
+            if own and instance.connection and instance.connection.era is MODERN:
+                listeners[prefix] = TaskListener(self, instance, own)
+        self._task_listeners += listeners.values()
+        if listeners:
+            await asyncio.wait([listener.taken for listener in listeners.values()], timeout=ACKNOWLEDGE_SECONDS)
+        return [f"{prefix}{name}" for prefix, listener in listeners.items() if listener.taken.done()
+                for name in listener.taken.result()]
+
     def on_event(self, message: Message) -> None:
         if self.early is not None:
             self.early.append(message)
-        elif message.method == RESOURCE_UPDATED or any(
+        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
                 self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
             self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
 
@@ -6003,6 +6063,8 @@ class JointExchange(Exchange):
         self.client.mount.listeners.discard(self)
         for instance in list(self._joined):
             self._leave_one(instance)
+        for listener in self._task_listeners:
+            listener.end()
 
 
 async def answer_list(exchange: JointExchange, message: Message) -> None:

@@ -11317,17 +11317,28 @@ def test_conformance_scenarios_of_extensions_pass(suites, tmp_path, revision, er
 
 
 @MODES
-def test_conformance_of_notifications_of_tasks(tmp_path, shared):
-    """What tasks-status-notifications is about."""
+@pytest.mark.parametrize("prefixes", [[""], ["a__", "b__"]])
+def test_conformance_of_notifications_of_tasks(tmp_path, shared, prefixes):
+    """What tasks-status-notifications is about; of one server, and of several as one."""
     (tmp_path / "fixture.py").write_text(CONFORMANCE_FIXTURE)
-    with (running_proxy([sys.executable, str(tmp_path / "fixture.py"), "modern"], SHARED_SESSION=shared) as proxy,
-          ModernClient(proxy, capabilities={"extensions": {"io.modelcontextprotocol/tasks": {}}}) as client):
-        one, other = (client.finish(client.start("slow_compute", seconds=60))["result"]["taskId"] for _ in range(2))
-        stream = client.listen("mine", taskIds=[one])
-        for task in (other, one):
+    command = [sys.executable, str(tmp_path / "fixture.py"), "modern"]
+    start = {"command": command} if prefixes == [""] else {"MCP_CONFIG": write_config(
+        tmp_path / "mcp.json", {"a": (command, {}), "b": (command, {})})}
+    with running_proxy(SHARED_SESSION=shared, **start) as proxy, ModernClient(
+            proxy, capabilities={"extensions": {"io.modelcontextprotocol/tasks": {}}}) as client:
+        made = {prefix: [client.finish(client.start(f"{prefix}slow_compute", seconds=60))["result"]["taskId"]
+                         for _ in range(2)] for prefix in prefixes}
+        ours = [tasks[0] for tasks in made.values()]
+        assert all(name.startswith(prefix) for prefix, (name, _) in made.items())
+        stream = client.listen("mine", taskIds=ours)
+        assert stream.count(1)[0]["params"] == {"_meta": {SUBSCRIPTION: "mine"}, "notifications": {"taskIds": ours}}
+        for task in [tasks[1] for tasks in made.values()] + ours:
             cancel = client.message(task, "tasks/cancel", {"taskId": task})
             assert client.deliver(cancel, {"Mcp-Name": task}).answer()["result"]["resultType"] == "complete"
-        first, second = stream.count(2)
-    assert first["params"] == {"_meta": {SUBSCRIPTION: "mine"}, "notifications": {"taskIds": [one]}}
-    assert second["method"] == "notifications/tasks"
-    assert second["params"].items() >= {"taskId": one, "status": "cancelled", "_meta": {SUBSCRIPTION: "mine"}}.items()
+        told = stream.count(1 + len(ours))[1:]
+        for task, message in zip(ours, told):
+            assert message["method"] == "notifications/tasks"
+            assert message["params"].items() >= {
+                "taskId": task, "status": "cancelled", "_meta": {SUBSCRIPTION: "mine"}}.items()
+        assert client.listen("theirs", taskIds=["c__x"]).count(1)[0]["params"]["notifications"] == {
+            "taskIds": ["c__x"] * (prefixes == [""])}
