@@ -30,36 +30,41 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     12. Shares                 who gives when there is no more room
     13. Orphans                what would outlive its server
     14. Links                  what a server is spoken to through: a process, and its end
-    15. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    16. Streams, questions and outlets      what goes to a client
-    17. What servers send      questions and notifications, and whom they concern
-    18. Subscriptions and lists             what a server is asked once for all who want it
-    19. Instances              links that are kept running
-    20. Clients, servers and mounts         who uses which instance, and what limits them
-    21. Several servers as one              what all are asked, and which of them a request is for
-    22. Bridges                what happens to a call between two eras
-    23. Dialogues              what a server asks in the course of a call
-    24. Exchanges              one client request and everything sent in answer to it
-    25. Joint exchanges        requests that the proxy answers for its servers
+    15. HTTP client            requests of ours, and the connections for them
+    16. Remote servers         the other kind of link: a URL
+    17. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    18. Streams, questions and outlets      what goes to a client
+    19. What servers send      questions and notifications, and whom they concern
+    20. Subscriptions and lists             what a server is asked once for all who want it
+    21. Instances              links that are kept running
+    22. Clients                who sends requests: sessions and visitors
+    23. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    24. Mounts                 what clients meet, at all URLs, and what limits them
+    25. Several servers as one              what all are asked, and which of them a request is for
+    26. Bridges                what happens to a call between two eras
+    27. Dialogues              what a server asks in the course of a call
+    28. Exchanges              one client request and everything sent in answer to it
+    29. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    26. HTTP connections       one socket each
-    27. HTTP server            the sockets that are listened on, and TLS
-    28. Outlets                a call's messages into an HTTP reply
-    29. Endpoints              what each method and path means
-    30. Demo server            a small MCP server to try things with
-    31. The proxy              everything put together
-    32. Command line           arguments and environment into a running proxy
+    30. HTTP connections       one socket each
+    31. HTTP server            the sockets that are listened on, and TLS
+    32. Outlets                a call's messages into an HTTP reply
+    33. Endpoints              what each method and path means
+    34. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    35. Demo server            a small MCP server to try things with
+    36. The proxy              everything put together
+    37. Command line           arguments and environment into a running proxy
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4 and 26 to
-                29 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 15 and 30
+                to 33 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
     modern      2026-07-28, with metadata on every request
-    link        lines to a server and lines from it, with one end; a process is one kind
+    link        lines to a server and lines from it, with one end; through a process, or to a remote server
     connection  JSON-RPC over one link: handshake, ids, pending requests
     instance    a server kept running through one link after another, and set up anew for its clients
     server      one configured server: how its links are made, and its instances
@@ -92,8 +97,7 @@ Where to add something: a setting is a field of Settings. Another way to reach a
 Proxy's new_link(). A method that the eras say differently is a row in a Bridge's `intercepted`; a notification,
 a row of NOTIFICATION_ROUTES. What each request has to pass is a guard; what is offered at a URL, a Route. A
 choice among servers belongs to pick() and find_targets(). What clients are shown of tools, in lists and in calls, is
-said by Rules. What is counted
-is counted where an exchange ends, a request is refused, an instance changes its state, or a link ends.
+said by Rules.
 """
 
 import os
@@ -113,7 +117,7 @@ import json
 import re
 import typing
 from json.decoder import scanstring
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 
 __version__ = "1.0.0"
 
@@ -243,6 +247,11 @@ class ServerError(ProxyError):
 
     http_status = 502
     code = SERVER_FAILED
+    is_unsent = False                    # is it sure that nothing of the request reached the server?
+
+
+class HandshakeRefused(ServerError):
+    """The server answered, but not with what a handshake needs."""
 
 
 class StartError(Exception):
@@ -365,7 +374,7 @@ def check_settings(settings: Settings) -> Settings:
     if settings.auth_key and not settings.auth_keys:
         raise SettingsError("AUTH_KEY is set but holds no key")
     if settings.mcp_config and settings.mcp_server_config:
-        raise SettingsError("MCP_CONFIG is a file of several servers, so there cannot be a command too")
+        raise SettingsError("MCP_CONFIG is a file of several servers, so there cannot be a command too: leave one out")
     if settings.tls_key and not settings.tls_cert:
         raise SettingsError("TLS_KEY is of no use without TLS_CERT")
     return settings
@@ -379,10 +388,12 @@ def check_settings(settings: Settings) -> Settings:
 # the same bytes; if the two can be made to disagree about where a request ends,
 # an attacker's request arrives as part of somebody else's (request smuggling).
 # So whatever RFC 9112 lets a server repair, this parser refuses. Requests are
-# read in two steps, head and body, because access is decided by the head alone.
+# read in two steps, head and body, because access is decided by the head alone;
+# responses too, those of remote servers, because a stream is read as it comes.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                              # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)    # RFC 9112 §3
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")      # RFC 9112 §4
 _FIELD_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)           # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
@@ -393,8 +404,8 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]
                          % (_TOKEN, _TOKEN, _QUOTED))                                  # RFC 9112 §7.1 and §7.1.1
 
 # Headers that mean something to us and that have one value. Said twice, two readers may each believe another.
-_SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id
-    mcp-method mcp-name mcp-protocol-version mcp-session-id origin transfer-encoding x-api-key""".split())
+_SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id location
+    mcp-method mcp-name mcp-protocol-version mcp-session-id origin retry-after transfer-encoding x-api-key""".split())
 
 REASONS = {
     100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
@@ -402,7 +413,7 @@ REASONS = {
     408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
     415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-    504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected",          # the last: RFC 5842
 }
 
 
@@ -442,13 +453,7 @@ def parse_head(raw: bytes) -> HTTPHead:
     if len(match[2]) > MAX_TARGET_BYTES:
         raise HTTPError("request target too long", status=414)
     fields = parse_fields(lines)
-    headers = {}
-    for name, value in fields:
-        if name in headers:
-            if name in _SINGLETONS:
-                raise HTTPError(f"repeated header: {name}")
-            value = f"{headers[name]}, {value}"              # RFC 9110 §5.3
-        headers[name] = value
+    headers = by_name(fields)
     method = match[1].decode()
     authority, path, query = parse_target(method, match[2].decode())
     if version >= (1, 1) and "host" not in headers or not (
@@ -458,12 +463,56 @@ def parse_head(raw: bytes) -> HTTPHead:
         headers["host"] = authority                          # RFC 9112 §3.2.2: the target wins
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise HTTPError("unknown expectation", status=417)   # RFC 9110 §10.1.1
-    connection = {option.strip().lower() for option in headers.get("connection", "").split(",")}
     return HTTPHead(
         method=method, path=path, query=query, headers=headers, fields=fields, version=version,
-        keep_alive="close" not in connection and (version >= (1, 1) or "keep-alive" in connection),
-        content_length=body_length(headers, version), raw=raw,
+        keep_alive=is_kept_alive(headers, version), content_length=body_length(headers, version), raw=raw,
         expects_continue="expect" in headers and version >= (1, 1))
+
+
+UNTIL_CLOSE = 1 << 62                # the length of a body that ends with its connection
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class ResponseHead:
+    """A response without its body. Header names are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    keep_alive: bool
+    content_length: int | None               # None: the body is chunked; or UNTIL_CLOSE
+
+
+def parse_response_head(raw: bytes) -> ResponseHead:
+    """The head of the response to a GET, POST or DELETE; HTTPError as for a request's."""
+    status_line, *lines = raw.split(b"\r\n")
+    match = _STATUS_LINE.fullmatch(status_line)
+    if not match:
+        raise HTTPError("malformed status line")
+    status, version, headers = int(match[2]), (1, int(match[1])), by_name(parse_fields(lines))
+    length = body_length(headers, version)
+    if status < 200 or status in (204, 304):                 # RFC 9112 §6.3
+        length = 0
+    elif length == 0 and "content-length" not in headers:
+        length = UNTIL_CLOSE
+    return ResponseHead(status, headers, is_kept_alive(headers, version) and length != UNTIL_CLOSE, length)
+
+
+def is_kept_alive(headers: dict[str, str], version: tuple[int, int]) -> bool:
+    """May another message come on the same connection? RFC 9112 §9.3."""
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    return "close" not in options and (version >= (1, 1) or "keep-alive" in options)
+
+
+def by_name(fields: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Header lines by name; HTTPError when one is there twice that may not be."""
+    headers = {}
+    for name, value in fields:
+        if name in headers:
+            if name in _SINGLETONS:
+                raise HTTPError(f"repeated header: {name}")
+            value = f"{headers[name]}, {value}"              # RFC 9110 §5.3
+        headers[name] = value
+    return headers
 
 
 def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
@@ -472,8 +521,7 @@ def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
         raise HTTPError("too many headers", status=431)
     fields = []
     for line in lines:
-        # A line that starts with a blank (obsolete folding) or has one before its colon is no field line:
-        # RFC 9112 §5.1 and §5.2 say 400.
+        # RFC 9112 §5.1 and §5.2: 400 for one that starts with a blank (obsolete folding) or has one before its colon.
         match = _FIELD_LINE.fullmatch(line)
         if not match:
             raise HTTPError("malformed header line")
@@ -537,8 +585,9 @@ LINES_A_TURN = 2_000                 # of a chunked body that are read in a row:
 
 
 class RequestParser:
-    """One connection's requests out of its bytes, however they are cut: feed() them, then ask for next_head() and
-    next_body()."""
+    """One connection's requests out of its bytes, however cut: feed() them, then ask for next_head(), next_body()."""
+
+    _parse = staticmethod(parse_head)
 
     def __init__(self, known: dict[bytes, HTTPHead] | None = None):
         self.rest = b""                   # bytes that were not looked at yet
@@ -565,7 +614,7 @@ class RequestParser:
             self._check_unfinished_head()
             return None
         raw = self.rest[:end]
-        head = self._known.get(raw) or parse_head(raw)
+        head = self._known.get(raw) or self._parse(raw)
         self.rest = self.rest[end + 4:]
         self._searched = 0
         self._length = head.content_length
@@ -616,6 +665,11 @@ class RequestParser:
     # What follows are generators. They yield when more bytes are needed (False) or it is the others' turn (True).
 
     def _read_body(self, limit: int):
+        while self._length == UNTIL_CLOSE and not self.is_ended:
+            yield from self._read_data(len(self.rest), limit)
+            yield False
+        if self._length == UNTIL_CLOSE:
+            return
         if self._length is not None:
             yield from self._read_data(self._length, limit)
             return
@@ -663,6 +717,18 @@ class RequestParser:
             yield False
 
 
+class ResponseParser(RequestParser):
+    """The same for the responses on a connection of ours. A body can be taken as it comes."""
+
+    _parse = staticmethod(parse_response_head)
+    is_ended = False                  # will nothing more come?
+
+    def take(self) -> bytes:
+        """What came of the body and was not taken yet."""
+        part, self._body = bytes(self._body), bytearray()
+        return part
+
+
 # Headers with few values, all of them ours. What repeats a client's words is put together anew each time.
 _OUR_WORDS = frozenset({"Content-Type", "Cache-Control", "X-Accel-Buffering", "Transfer-Encoding", "Connection"})
 _known_heads: dict[tuple, bytes] = {}
@@ -701,6 +767,38 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # ends it. A line may end with CR, LF or both, so neither may be in the data;
 # JSON has them only between tokens, and *JSON-RPC* takes them out.
 
+EVENT_LINE = 64                  # bytes that each line of an event takes beside its own
+KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
+
+
+class LineSplitter:
+    """Lines out of chunks of bytes. A large line is joined once, and only new bytes are searched for its end."""
+
+    def __init__(self, limit: int, on_line, on_too_long):
+        self._limit = limit
+        self._on_line = on_line                # called with each line, without its end
+        self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        """Takes the next bytes."""
+        *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
+        for line in lines:                                                  # screenshot has no line end in it
+            size = self._size + len(line)
+            if self._parts:
+                line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
+            if size > self._limit:
+                self._on_too_long(line[:KEPT_ENDS], line[-KEPT_ENDS:])
+            else:
+                self._on_line(line)
+        if rest:
+            self._size += len(rest)
+            self._parts.append(rest)
+            if self._size > self._limit:
+                joined = b"".join(self._parts)
+                self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
+
 def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b"") -> list:
     """One event around a payload that is a single line."""
     head = b"id: %b\nevent: %b\ndata: " % (event_id, event) if event_id else b"event: %b\ndata: " % event
@@ -708,6 +806,53 @@ def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b""
 
 
 HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection alive and means nothing
+
+
+class EventParser:
+    """Events out of the bytes of a stream, however they are cut."""
+
+    def __init__(self, limit: int, on_event, on_too_long):
+        self.last_id = ""                      # of the last event: what to ask on behind
+        self.retry: float | None = None        # seconds to wait before that
+        self._on_event = on_event              # called with the type and the data of each
+        self._lines = LineSplitter(limit, self._on_line, on_too_long)
+        self._id, self._type, self._data = "", b"", []
+        self._ended_in_cr = False
+        self._size, self._limit, self._on_too_long = 0, limit, on_too_long     # _size: of the event, in bytes
+
+    def feed(self, data: bytes) -> None:
+        """Takes the next bytes."""
+        if b"\r" in data or self._ended_in_cr:
+            data, self._ended_in_cr = data.removeprefix(b"\n") if self._ended_in_cr else data, data[-1:] == b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        self._lines.feed(data)
+
+    def _on_line(self, line: bytes) -> None:
+        if not line:
+            self._size = 0
+            data, kind, self._data, self._type, self.last_id = self._data, self._type, [], b"", self._id
+            return self._on_event(kind or b"message", b"\n".join(data)) if data else None
+        if line.startswith(b"data: "):         # what is large is copied once
+            return self._add(line[6:])
+        name, _, value = line.removeprefix(b"\xef\xbb\xbf").partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._add(value)
+        elif name == b"event":
+            self._type = value
+        elif name == b"id" and b"\0" not in value:
+            self._id = value.decode("utf-8", "replace")
+        elif name == b"retry" and value.isdigit() and len(value) < 10:
+            self.retry = int(value) / 1000
+
+    def _add(self, value: bytes) -> None:
+        self._size += len(value) + EVENT_LINE
+        if self._size > self._limit + EVENT_LINE:          # of many lines: each is within the limit
+            if self._data:
+                self._on_too_long(self._data[0][:KEPT_ENDS], value[-KEPT_ENDS:])
+            self._data.clear()
+        else:
+            self._data.append(value)
 
 
 # ============================================================================
@@ -739,6 +884,7 @@ HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection aliv
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _OBJECT_START = re.compile(r"[ \t\n\r]*\{")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
+_FIRST_MEMBER = re.compile(r'\{[ \t\n\r]*"([A-Za-z]+)"[ \t\n\r]*:[ \t\n\r]*')
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
@@ -869,6 +1015,10 @@ class JSONObject:
     def span(self, *path: str) -> tuple[int, int]:
         """(start, end) of a member's value in the text. `path` are the names that lead to it; it has to be there."""
         start = find_only_member(self.text, path[-1])
+        if not start and len(path) > 1:                    # the name that is there twice may come first in its object
+            at = find_only_member(self.text, path[-2])
+            match = at and _FIRST_MEMBER.match(self.text, at)
+            start = match.end() if match and match[1] == path[-1] else 0
         return (start, _skip_value(self.text, start)[1]) if start else self._places(path[:-1])[path[-1]]
 
     def _places(self, path: tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -895,8 +1045,7 @@ class JSONObject:
     # Changes to the text are (start, end, replacement).
 
     def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
-        """The change that puts members (name -> JSON) into the object at `path`; a message's params are made if need
-        be."""
+        """The change that puts members (name -> JSON) into the object at `path`; if need be, params are made for it."""
         inside = as_object(new)[1:-1]
         if path == ("params",) and "params" not in self.members:
             start = self._start + 1
@@ -986,9 +1135,7 @@ class Message(JSONObject):
 
 def one_line(text: str) -> str:
     """JSON without line ends; they are only between tokens, because a string cannot hold them."""
-    if "\n" in text or "\r" in text:
-        text = text.replace("\n", " ").replace("\r", " ")
-    return text
+    return text.replace("\n", " ").replace("\r", " ")
 
 
 def decode_json(body: bytes) -> str:
@@ -1095,6 +1242,9 @@ def encode_request(request_id: int | None, method: str, params: dict | None = No
     return dump({name: value for name, value in message.items() if value is not None}).encode()
 
 
+INITIALIZED = encode_request(None, "notifications/initialized")
+
+
 def list_changed(kind: str) -> Message:
     """A notification of our own that the tools, prompts or resources changed."""
     return parse_message(encode_request(None, f"notifications/{kind}/list_changed").decode())
@@ -1160,6 +1310,16 @@ class ResponseLine:
         return [line[:start], raw_id, line[end:at], *inserted, line[at_end:]]
 
 
+def without(response: ResponseLine, raw_id: bytes, at: int, to: int) -> list:
+    """A response's payload with another id, and without what stands from `at` to `to`."""
+    line, start, end = response.line, response.start, response.end
+    if len(line) >= LARGE:
+        line = memoryview(line)
+    if at < start:
+        return [line[:at], line[to:start], raw_id, line[end:]]
+    return [line[:start], raw_id, line[end:at], line[to:]]
+
+
 def find_response(line: bytes) -> ResponseLine | None:
     """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take something out."""
     if b"\r" in line or line[-1:] != b"}":
@@ -1202,16 +1362,8 @@ def find_response_id(head: bytes, tail: bytes) -> int | None:
 # Here is what a message of the one era is in the other. Which of it happens to
 # whose messages is up to *Exchanges*.
 
-class Era(enum.Enum):
-    """Whether a side shakes hands or says all with each request."""
-
-    LEGACY = "legacy"
-    MODERN = "modern"
-
-    __hash__ = object.__hash__             # its members are singletons; Enum's own hash is slow
-
-
-LEGACY, MODERN = Era
+# Whether a side shakes hands or says all with each request. (A StrEnum, because the hash of an Enum is slow.)
+LEGACY, MODERN = Era = enum.StrEnum("Era", "LEGACY MODERN")
 
 
 # Methods with a parameter that names what they are about, a string. Modern requests repeat it in Mcp-Name.
@@ -1233,11 +1385,8 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 # What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
-LIST_CHANGES = {
-    "toolsListChanged": ("tools", "notifications/tools/list_changed"),
-    "promptsListChanged": ("prompts", "notifications/prompts/list_changed"),
-    "resourcesListChanged": ("resources", "notifications/resources/list_changed"),
-}
+LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
+                for kind in ("tools", "prompts", "resources")}
 
 # What a server that many clients share is told of them. Not roots: they are one client's own.
 SHARED_CAPABILITIES = {"sampling": {}, "elicitation": {"form": {}, "url": {}}}
@@ -1352,6 +1501,14 @@ def check_headers(message: Message, headers: dict[str, str], version: str) -> No
             raise RPCError(f"the header {name} does not match the body", code=HEADER_MISMATCH)
 
 
+def encode_header(value: str | int) -> str:
+    """A string, an integer or a boolean as a header's value. Streamable HTTP, Value Encoding."""
+    text = value if isinstance(value, str) else dump(value)
+    if _PLAIN_VALUE.fullmatch(text) and not (text.startswith("=?base64?") and text.endswith("?=")):
+        return text
+    return f"=?base64?{base64.b64encode(text.encode('utf-8', 'surrogatepass')).decode()}?="
+
+
 def decode_header(value: str) -> str | None:
     """What a header's value stands for; None when it cannot be read. Streamable HTTP, Value Encoding."""
     if not (value.startswith("=?base64?") and value.endswith("?=") and len(value) > 10):
@@ -1362,6 +1519,10 @@ def decode_header(value: str) -> str | None:
         return None
 
 
+_HEADER_NAME = re.compile(_TOKEN.decode())
+_PLAIN_VALUE = re.compile(r"(?:[!-~](?:[\t -~]*[!-~])?)?")
+
+
 def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str, ...]]:
     """Header name in lower case -> path of the argument that is repeated in it, for a tool's inputSchema."""
     found = {}
@@ -1369,10 +1530,24 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
     for name, inner in properties.items() if isinstance(properties, dict) else ():
         if isinstance(inner, dict):
             header = inner.get("x-mcp-header")
-            if isinstance(header, str) and inner.get("type") in ("string", "integer", "boolean"):
+            if isinstance(header, str) and _HEADER_NAME.fullmatch(header) and inner.get("type") in (
+                    "string", "integer", "boolean"):
                 found["mcp-param-" + header.lower()] = (*path, name)
             found.update(mirrored_parameters(inner, (*path, name)))
     return found
+
+
+def argument_at(arguments: object, path: tuple[str, ...]) -> object:
+    """The value of an argument; None where there is none."""
+    for name in path:
+        arguments = arguments.get(name) if isinstance(arguments, dict) else None
+    return arguments
+
+
+def mirror(parameters: dict[str, tuple[str, ...]], arguments: object) -> tuple[tuple[str, str], ...]:
+    """The headers that repeat arguments, as (name, value) pairs."""
+    values = ((header, argument_at(arguments, path)) for header, path in parameters.items())
+    return tuple((header, encode_header(value)) for header, value in values if isinstance(value, (str, int)))
 
 
 def check_mirrored(parameters: dict[str, tuple[str, ...]], arguments: object, headers: dict[str, str]) -> None:
@@ -1380,10 +1555,7 @@ def check_mirrored(parameters: dict[str, tuple[str, ...]], arguments: object, he
 
     MCP 2026-07-28, Streamable HTTP, Server Behavior for Custom Headers."""
     for header, path in parameters.items():
-        value = arguments
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        given = headers.get(header)
+        value, given = argument_at(arguments, path), headers.get(header)
         if value is None:
             if given is not None:
                 raise RPCError(f"the header {header} repeats an argument that is not there", code=HEADER_MISMATCH)
@@ -1509,8 +1681,25 @@ def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions)
     return [response.changed(changes)]
 
 
-def result_without(response: Message, raw_id: bytes) -> list:
+def is_input_required(response: ResponseLine | Message) -> bool:
+    """Is it the result that asks for input?"""
+    if isinstance(response, ResponseLine) and b'"input_required"' not in response.line:
+        return False
+    return members_of(response.parsed().members.get("result")).get("resultType") == "input_required"
+
+
+_COMPLETE_FIRST = re.compile(rb'[ \t]*"resultType": ?"complete"(?:, ?|(?=\}))')
+
+
+def result_without(response: ResponseLine | Message, raw_id: bytes) -> list:
     """A response's payload with another id and without the members that only modern results have."""
+    if isinstance(response, ResponseLine):
+        at, line = response.result_start, response.line
+        match = at is not None and _COMPLETE_FIRST.match(line, at)
+        # None of the other names behind it, in whatever object: it can be taken out without a look at the rest.
+        if match and all(line.find(name, match.end()) < 0 for name in (b'"resultType"', b'"ttlMs"', b'"cacheScope"')):
+            return without(response, raw_id, match.start(), match.end())
+        response = response.parsed()
     changes = [response.new_id(raw_id)]
     if isinstance(response.members.get("result"), tuple):
         kept = {name: value for name, value in response.raw_members("result").items()
@@ -1577,7 +1766,8 @@ class Identity:
 
     def has(self, capability: str) -> bool:
         """Does the server declare a capability, or an extension?"""
-        return capability in self.capabilities or capability in (self.capabilities.get("extensions") or ())
+        extensions = self.capabilities.get("extensions")
+        return capability in self.capabilities or isinstance(extensions, dict) and capability in extensions
 
     @property
     def instructions(self) -> str | None:
@@ -1596,10 +1786,6 @@ class Identity:
         if isinstance(uris, list) and can("resources", "subscribe"):
             honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
         return honoured
-
-    def list_changes(self) -> list[Message]:
-        """The notifications that tell a client to read this server's lists again."""
-        return [list_changed(kind) for kind, _ in LIST_CHANGES.values() if kind in self.capabilities]
 
 
 # ============================================================================
@@ -1741,13 +1927,16 @@ def server_environment(environment: dict[str, str], allowed: str) -> dict[str, s
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
-KNOWN_NAMES = 4_096              # that a view remembers
+KNOWN_NAMES = 4_096              # that a view remembers,
+KNOWN_NAME = 128                 # of at most so many characters
+KNOWN_CHOICE = 1_024             # of a client among servers and tools that is remembered, in characters
+MAX_GLOBS = 100                  # in one
+MAX_TEMPLATE_PARTS = 50          # of a resource template
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
 TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
 
-# The methods that list something: (the member of the result that holds it, the member that names one of it, the
-# capability of a server that has it).
+# What lists something: (the member of the result that holds it, the member that names one of it, its capability).
 LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "name", "prompts"),
          "resources/list": ("resources", "uri", "resources"),
          "resources/templates/list": ("resourceTemplates", "uriTemplate", "resources"),
@@ -1755,8 +1944,7 @@ LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "
 
 
 def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
-    """Do globs, of which the last that matches counts, take in a name? ! takes out; a list that begins with it begins
-    with everything."""
+    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything."""
     is_in = bool(globs) and globs[0].startswith("!")
     for glob in globs:
         if fnmatch.fnmatchcase(name, glob.removeprefix("!")):
@@ -1769,7 +1957,8 @@ def fitting(name: str) -> str:
     if _NAME.fullmatch(name):
         return name
     import hashlib
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:57]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:57]}_{digest[:6]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1804,8 +1993,8 @@ class Rules:
     def own(self, shown: str) -> str | None:
         """The name that the server has for a tool; None if it has none that is shown like this."""
         for name, override in self.overrides.items():
-            if override.name == shown:
-                return name if self.shown(name) else None
+            if override.name == shown and self.shown(name):
+                return name
         return shown if self.shown(shown) == shown else None
 
     def restated(self, tool: JSONObject, name: str, shown: str) -> str:
@@ -1827,23 +2016,54 @@ class Rules:
                     "inputSchema", "properties").items() if name not in override.fixed})
             required = scan_plain(schema.get("required", "[]"), 0)[0]
             if isinstance(required, list) and required:
-                schema["required"] = dump([name for name in required if not (
-                    name in override.fixed or name in override.defaults)])
+                given = override.fixed.keys() | override.defaults.keys()
+                schema["required"] = dump([name for name in required if not (isinstance(name, str) and name in given)])
             members["inputSchema"] = as_object(schema)
         return as_object(members)
 
 
 @dataclasses.dataclass(frozen=True)
+class When:
+    """Which calls a server of a group claims: those of which all that is named here fits its glob."""
+
+    argument: dict[str, str] = dataclasses.field(default_factory=dict)
+    header: dict[str, str] = dataclasses.field(default_factory=dict)           # of HTTP, by name in lower case
+    key: str | None = None                                                     # the name of the client's key
+
+    def claims(self, arguments: dict, headers: dict[str, str], key: str | None) -> bool:
+        """Is a call with these one of them?"""
+        given = [(glob, arguments.get(name)) for name, glob in self.argument.items()]
+        given += [(glob, headers.get(name)) for name, glob in self.header.items()]
+        given += [(self.key, key)] if self.key else []
+        return all(value is not None and fnmatch.fnmatchcase(value if isinstance(value, str) else dump(value), glob)
+                   for glob, value in given)
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """One server as it is configured: in a file of several, or by the command line."""
+    """One server as it is configured: in a file of several, or by the command line. Or what a group of servers is
+    offered as: then it has `members`, and the rest is as that of the first."""
 
     name: str
     settings: Settings = Settings()            # of this server
     command: tuple[str, ...] = ()
+    url: str | None = None                     # of a remote one, in place of the command
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)          # that it gets with every request
+    is_sse: bool = False                       # does it speak HTTP+SSE alone?
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     cwd: str | None = None
     prefix: str | None = None                  # in place of the name
     rules: Rules = Rules()
+    group: str | None = None                   # that it stands in for
+    when: When | None = None                   # the calls there that are its own
+    weight: float = 1.0                        # of its share of the others
+    is_backup: bool = False                    # is it used only when no other is up?
+    members: "tuple[ServerConfig, ...]" = ()
+
+    @property
+    def changed_in_place(self) -> "ServerConfig":
+        """The same without what can be changed while it runs."""
+        return dataclasses.replace(self, rules=Rules(), prefix=None, group=None, when=None, weight=1.0, is_backup=False)
 
     def shown_as(self, name: str, method: str, is_joint: bool) -> str | None:
         """The name of a tool or prompt as it is shown; None if it is not. URIs are shown as they are."""
@@ -1854,7 +2074,7 @@ class ServerConfig:
 
     @property
     def start_of_names(self) -> str:
-        prefix = self.name if self.prefix is None else self.prefix
+        prefix = self.group or self.name if self.prefix is None else self.prefix
         return prefix and prefix + "__"
 
 
@@ -1870,8 +2090,9 @@ class Target(typing.NamedTuple):
         changes, override = [], self.override
         if self.name is not None:
             path = ("params", "name") if "name" in message.params else ("params", "ref", "name")
-            changes.append((*message.span(*path), dump(self.name)))
-        if override and (override.defaults or override.fixed):
+            changes.append((*message.span(*path), quoted(self.name)))
+        is_object = isinstance(message.params.get("arguments") or (), tuple)          # or the server's to refuse
+        if override and (override.defaults or override.fixed) and is_object:
             given = message.raw_members("params", "arguments") if message.params.get("arguments") else {}
             new = {name: dump(value) for name, value in override.defaults.items()} | given | {
                 name: dump(value) for name, value in override.fixed.items()}
@@ -1890,22 +2111,29 @@ class View:
         self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
         self.is_joint = is_joint               # several as one, with prefixes
         self.wanted = wanted                   # how its client narrowed it down
-        self.is_plain = not (is_joint or globs) and members[0].rules.is_empty          # passes everything as it is
+        is_group = any(member.members for member in members)
+        self.is_plain = not (is_joint or globs or is_group) and members[0].rules.is_empty       # all passes as it is
+        self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
-        self.direct = functools.lru_cache(KNOWN_NAMES)(self._direct)
+        self.shown: dict[str, tuple] = {}      # by method: what the servers listed last, and what is shown of it
+        self._known = functools.lru_cache(KNOWN_NAMES)(self._direct)
 
     def shows(self, name: str) -> bool:
         """Is a tool of this name, as it is here, left by what the client chose?"""
         return all(is_chosen(name, globs) for globs in self.globs)
 
+    def candidates(self, name: str) -> list[ServerConfig]:
+        """The servers that may have a tool or prompt of this name."""
+        return [member for member in self.members if not self.is_joint or name.startswith(member.start_of_names)]
+
+    def direct(self, method: str, name: str) -> Target | None:
+        """Where a call of a tool or prompt goes, or RPCError; None when only the servers' lists can tell."""
+        return (self._known if len(name) <= KNOWN_NAME else self._direct)(method, name)
+
     def _direct(self, method: str, name: str) -> Target | None:
-        """Where a call of a tool or a prompt goes; None when the servers' lists have to tell. RPCError when there is
-        none of this name."""
-        kind = method.partition("/")[0]
-        candidates = [member for member in self.members
-                      if name.startswith(member.start_of_names)] if self.is_joint else list(self.members)
-        if not candidates or kind == "tools" and not self.shows(name):
+        kind, candidates = method.partition("/")[0], self.candidates(name)
+        if not candidates or self.is_joint and not _NAME.fullmatch(name) or kind == "tools" and not self.shows(name):
             raise unknown_name(kind, name)
         if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
             return None
@@ -1925,7 +2153,7 @@ def member_target(member: ServerConfig, kind: str, own: str, name: str) -> Targe
 
 def unknown_name(kind: str, name: str) -> RPCError:
     """The answer to who asks for a tool or a prompt that is not there."""
-    return RPCError(f"unknown {kind.removesuffix('s')}: {name}", status=200, code=INVALID_PARAMS)
+    return RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=200, code=INVALID_PARAMS)
 
 
 class Catalog:
@@ -1934,18 +2162,30 @@ class Catalog:
     def __init__(self, servers: dict[str, ServerConfig], is_file: bool = False):
         self.servers = servers
         self.is_file = is_file                 # are they met as one, and each at a place of its own?
-        self.view = functools.lru_cache(1_024)(self._view)
+        self.groups: dict[str, ServerConfig] = {}
+        for name in dict.fromkeys(server.group for server in servers.values() if server.group):
+            members = tuple(server for server in servers.values() if server.group == name)
+            self.groups[name] = dataclasses.replace(members[0], name=name, group=None, when=None, members=members)
+        # What there is in all, a group where its first server is; and by itself, with the servers of groups.
+        self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
+        self.places = {**servers, **self.groups}
+        self.leaving: set[str] = set()         # places that were taken out, and may have sessions yet
+        self._known = functools.lru_cache(1_024)(self._view)
 
-    def _view(self, place: str | None = None, wanted: tuple = ()) -> View:
+    def view(self, place: str | None = None, wanted: tuple = ()) -> View:
         """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
         it down: ("server", "tools" or TOOLS_HEADER, value) pairs. RPCError when there is no such place or server."""
-        members, globs = self.servers, []
+        is_short = sum(len(value) for _, value in wanted) <= KNOWN_CHOICE
+        return (self._known if is_short else self._view)(place, wanted)
+
+    def _view(self, place: str | None, wanted: tuple) -> View:
+        members, globs = self.offered, []
         if place is not None:
-            members = {place: self.servers[place]} if place in self.servers else {}
+            members = {place: self.places[place]} if place in self.places else {}
         for kind, text in wanted:
             parts = listed(text)
-            if not parts:
-                raise RPCError(f"{kind} is empty", code=INVALID_PARAMS)
+            if not 1 <= len(parts) <= MAX_GLOBS:
+                raise RPCError(f"{kind} is empty, or names more than {MAX_GLOBS}", code=INVALID_PARAMS)
             if kind != "server":
                 globs.append(parts)
             elif self.is_file:
@@ -1954,7 +2194,7 @@ class Catalog:
                     raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
                 members = {name: member for name, member in members.items() if name in parts}
         if not members:
-            raise RPCError(f"there is no server {place}", status=404)
+            raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
         return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted)
 
 
@@ -1963,18 +2203,35 @@ def merged(one: dict, other: dict) -> dict:
     result = dict(one)
     for name, value in other.items():
         mine = result.get(name)
-        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else mine or value
+        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else (
+            mine if isinstance(mine, dict) else value if isinstance(value, dict) else mine or value)
     return result
 
 
 @functools.lru_cache(maxsize=1_024)
-def template_pattern(template: str) -> re.Pattern:
-    """What a resource template stands for. RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*} and {?name}
-    may be anything."""
-    parts = re.split(r"(\{[^{}]*\})", template[:MAX_URI])
-    return re.compile("".join(
-        re.escape(part) if not part.startswith("{") else "[^/?#]+" if part[1:2].isalnum() and part[-2] != "*" else ".*"
-        for part in parts if part), re.DOTALL)
+def template_parts(template: str) -> tuple[str, ...]:
+    """A resource template's literals and {expressions}."""
+    return tuple(part for part in re.split(r"(\{[^{}]*\})", template[:MAX_URI]) if part)
+
+
+def fits_template(uri: str, template: str) -> bool:
+    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
+    and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
+    ends = {0}                             # where the parts so far may end
+    for part in template_parts(template)[:MAX_TEMPLATE_PARTS]:
+        if not part.startswith("{"):
+            ends = {end + len(part) for end in ends if uri.startswith(part, end)}
+        elif not (part[1:2].isalnum() and part[-2] != "*"):
+            ends = set(range(min(ends), len(uri) + 1))
+        else:
+            before, ends, is_inside = ends, set(), False
+            for at in range(min(before), len(uri)):
+                is_inside = (is_inside or at in before) and uri[at] not in "/?#"
+                if is_inside:
+                    ends.add(at + 1)
+        if not ends:
+            return False
+    return len(uri) in ends
 
 
 # Results that are too large.
@@ -1993,17 +2250,16 @@ def left_out(size: int) -> str:
 
 def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
-    content = members_of(response.members.get("result")).get("content")
-    if not isinstance(content, list):
-        return response
-    blocks, is_cut = split_batch(response.raw("result", "content"), len(content)), False
+    result, is_cut = members_of(response.members.get("result")), False
+    content = result["content"] if isinstance(result.get("content"), list) else []
+    blocks = split_batch(response.raw("result", "content"), len(content)) if content else []
     for number, block in enumerate(map(members_of, content)):
         text = block.get("text")
         if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
             old = JSONObject(blocks[number]).raw_members()
             blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
             is_cut = True
-    members = response.raw_members("result")
+    members = response.raw_members("result") if result else {}
     structured = len(members.get("structuredContent", "").encode())
     if structured > limit:
         del members["structuredContent"]
@@ -2048,7 +2304,7 @@ def with_tasks(message: Message, rename) -> Message:
 
 # What some desktop client reads in a server, and this program does not.
 _OTHERS_KEYS = frozenset("""alwaysAllow autoApprove description dev disabledTools gallery timeout transportType trust
-    type version""".split())
+    version""".split())
 # One server's own, by the names of settings.
 SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb")
 _TEXTS = "a list of strings", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -2058,13 +2314,22 @@ _BOOL = "true or false", lambda value: isinstance(value, bool)
 _NUMBER = "a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
 _WHOLE = "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)
 _BY_TYPE = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}
+_MAP = "an object of strings", lambda value: isinstance(value, dict) and all(
+    isinstance(one, str) for one in value.values())
 _SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "tools": _TEXTS, "prefix": _TEXT,
-                "overrides": _OBJECT, "env": ("an object of strings", lambda value: isinstance(value, dict) and all(
-                    isinstance(one, str) for one in value.values())),
+                "overrides": _OBJECT, "env": _MAP, "headers": _MAP, "type": _TEXT, "group": _TEXT, "when": _OBJECT,
+                "url": ("a string or a list of strings", lambda value: _TEXT[1](value) or _TEXTS[1](value) and value),
+                "replicas": ("a whole number from 1 to 100", lambda value: _WHOLE[1](value) and 1 <= value <= 100),
+                "weight": ("a number above 0", lambda value: _NUMBER[1](value) and 0 < value < 1e9), "backup": _BOOL,
                 **{name: _BY_TYPE[type(getattr(Settings, name))] for name in SERVER_SETTINGS}}
+_WHEN_KEYS = {"argument": _MAP, "header": _MAP, "key": _TEXT}
 _OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "defaults": _OBJECT, "fixed": _OBJECT}
+# What says how a message is sent, and what is said by the protocol.
+_OUR_HEADERS = re.compile(
+    "(?i)host|connection|content-.*|transfer-encoding|accept|expect|te|upgrade|last-event-id|mcp-.*")
 # VS Code writes comments and commas before a bracket; what is in strings stays.
-_JSON_WITH_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/|,(?=\s*[}\]])', re.DOTALL)
+_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_COMMAS = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
 
 
 def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
@@ -2072,50 +2337,124 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
     def refuse(*where: str):
         raise SettingsError(": ".join([settings.mcp_config, *where]))
     try:
-        text = _JSON_WITH_COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
-        start = _WHITESPACE.match(text).end()
-        whole = members_of(scan_value(text, start)[0])
+        for superfluous in _COMMENTS, _COMMAS:
+            text = superfluous.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
         plain = json.loads(text)
-    except (ValueError, StopIteration, RecursionError) as error:
-        refuse(f"is not JSON: {error}")
-    lists = [name for name in ("mcpServers", "servers") if name in whole]
-    if len(lists) != 1 or not isinstance(whole[lists[0]], tuple):
-        refuse("needs an object mcpServers, or servers, of servers by name")
-    names = [name for name, _ in whole[lists[0]]]
-    for name in names:
-        if not re.fullmatch("[A-Za-z0-9_-]{1,32}", name) or "__" in name:
-            good = re.sub("__+", "_", re.sub("[^A-Za-z0-9_-]+", "-", name))[:32].strip("-_") or "server"
-            refuse(f"server {name[:80]!r}", "a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; "
-                                            f"{good} would do")
-        if names.count(name) > 1:
-            refuse(f"server {name}", "is there twice")
-    servers = {}
+        whole = scan_value(text, _WHITESPACE.match(text).end())[0]
+    except RecursionError:
+        refuse("is nested too deeply")
+    except (ValueError, StopIteration) as error:
+        refuse(f"is not JSON: {error}" if text.strip() else "is empty")
+    lists = [name for name in ("mcpServers", "servers") if isinstance(members_of(whole).get(name), tuple)]
+    if len(lists) != 1:
+        refuse("needs an object mcpServers, or servers, of servers by name" + (", and not both" if lists else ""))
+    servers, names = {}, plain[lists[0]].keys()
     for name, given in plain[lists[0]].items():
         try:
-            if not (isinstance(given, dict) and given.get("disabled") is True):
-                servers[name] = parse_server(name, given, settings, environment)
-        except SettingsError as error:
-            refuse(f"server {name}", str(error))
+            check_name(name)
+            check_single(members_of(whole)[lists[0]], name)
+            if isinstance(given, dict) and given.get("disabled") is True:
+                continue
+            for server in replicated(parse_server(name, given, settings, environment), given):
+                if server.name in servers or server.name != name and server.name in names:
+                    raise SettingsError(f"its replica {server.name} has another server's name")
+                servers[server.name] = server
+        except (SettingsError, OverflowError, RecursionError) as error:
+            refuse(f"server {name[:80] if name.isprintable() else repr(name)[:80]}", str(error))
     if not servers:
         refuse("has no server that is not disabled")
+    check_groups(servers, refuse)
     check_names(servers, refuse)
     return servers
 
 
+def check_single(scanned: tuple, name: str) -> None:
+    """Refuses a server that is there twice, or has a key twice: others take the first of them, we the last."""
+    values = [value for other, value in scanned if other == name]
+    if len(values) > 1:
+        raise SettingsError("is there twice")
+    keys = [key for key, _ in values[0]] if isinstance(values[0], tuple) else []
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SettingsError(f"{key[:80]}: is there twice")
+
+
+def check_name(name: str) -> None:
+    """Refuses what is no name for a server or a group."""
+    if not re.fullmatch("[A-Za-z0-9_-]{1,32}", name) or "__" in name:
+        good = re.sub("__+", "_", re.sub("[^A-Za-z0-9_-]+", "-", name))[:32].strip("-_") or "server"
+        raise SettingsError(f"a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; {good} would do")
+
+
+def replicated(server: ServerConfig, given: dict) -> list[ServerConfig]:
+    """The servers that one of the file stands for: of several replicas or URLs, a group of equal ones."""
+    urls = given["url"] if isinstance(given.get("url"), list) else [server.url]
+    number = given.get("replicas", 1)
+    if len(urls) == number == 1:
+        return [dataclasses.replace(server, url=urls[0])]
+    if server.group:
+        raise SettingsError("group: goes with neither replicas nor several URLs, which are a group by themselves")
+    names = [f"{server.name}-{count}" for count in range(1, len(urls) * number + 1)]
+    if len(names[-1]) > 32:
+        raise SettingsError(f"replicas: the name {names[-1]} would be too long")
+    return [dataclasses.replace(server, name=name, url=url, group=server.name)
+            for name, url in zip(names, urls * number)]
+
+
+def check_groups(servers: dict[str, ServerConfig], refuse) -> None:
+    """Refuses groups that cannot be offered as one."""
+    first: dict[str, ServerConfig] = {}
+    for name, server in servers.items():
+        if server.group in servers:
+            refuse(f"server {name}", f"group: {server.group} is a server's name")
+        other = first.setdefault(server.group, server) if server.group else server
+        for key, mine, others in (("prefix", server.prefix, other.prefix),
+                                  ("tools, overrides or max_result_kb", server.rules, other.rules),
+                                  ("shared_session", server.settings.shared_session, other.settings.shared_session)):
+            if mine != others:
+                refuse(f"server {name}", f"{key}: is another than that of {other.name}, which is of the same group")
+
+
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> ServerConfig:
     """One server of the file; SettingsError names the key that cannot be used."""
-    if isinstance(given, dict) and {"url", "serverUrl", "httpUrl"} & given.keys():
-        raise SettingsError("url: only servers that are started by a command can be served; disable this one")
+    if isinstance(given, dict):
+        given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()}
     if isinstance(given, dict) and "envFile" in given:
         raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS, _OTHERS_KEYS)
-    given = {key: expanded(value, key, environment) for key, value in given.items() if key not in _OTHERS_KEYS}
-    if not given.get("command", "").strip():
-        raise SettingsError("command: is missing")
+    # Headers of one's own server may hold variables of its client's, and are expanded for each.
+    headers = given.get("headers", {})
+    is_later = given.get("shared_session", settings.shared_session) is False
+    given = {key: expanded(value, key, environment, key == "headers" and is_later)
+             for key, value in given.items() if key not in _OTHERS_KEYS}
+    headers = headers if is_later else given.get("headers", {})
+    if "url" in given:
+        for url in [given["url"]] if isinstance(given["url"], str) else given["url"]:
+            check_url(url)
+        if "command" in given:
+            raise SettingsError("url: is beside a command; a server has one of them")
+    elif not given.get("command", "").strip():
+        raise SettingsError("command: is missing, and so is url")
+    group = given.get("group")
+    if group is not None:
+        check_name(group)
+    elif {"when", "weight", "backup"} & given.keys():
+        raise SettingsError(f"{next(key for key in given if key in ('when', 'weight', 'backup'))}: is for servers of a "
+                            "group")
+    for variable, value in given.get("env", {}).items():
+        if not re.fullmatch("[^=\0]+", variable) or "\0" in value:
+            raise SettingsError(f"env: {variable[:80]!r} cannot be set")
+    for header in headers:
+        if not _HEADER_NAME.fullmatch(header) or _OUR_HEADERS.fullmatch(header):
+            raise SettingsError(f"headers: {header[:80]} cannot be set")
     if not re.fullmatch("[A-Za-z0-9_-]{0,32}", given.get("prefix", "")) or "__" in given.get("prefix", ""):
         raise SettingsError("prefix: is up to 32 of A-Z a-z 0-9 _ -, without two _ in a row")
     own = {key: type(getattr(Settings, key))(given[key]) for key in SERVER_SETTINGS if key in given}
-    own_settings = check_settings(dataclasses.replace(settings, **own))
+    try:
+        own_settings = check_settings(dataclasses.replace(settings, **own))
+    except SettingsError as error:
+        key, _, rule = str(error).partition(" ")           # which are said of a variable
+        raise SettingsError(f"{key.lower()}: {rule}") from None
     overrides = {}
     for tool, changes in given.get("overrides", {}).items():
         try:
@@ -2128,8 +2467,37 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
             raise SettingsError(f"overrides: {tool}: {error}") from None
         overrides[tool] = Override(**changes)
     tools = tuple(given["tools"]) if "tools" in given else None
-    return ServerConfig(name, own_settings, (given["command"], *given.get("args", ())), given.get("env", {}),
-                        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb))
+    command = (given["command"], *given.get("args", ())) if "command" in given else ()
+    url = given.get("url") if isinstance(given.get("url"), str) else None          # several: see replicated()
+    return ServerConfig(name, own_settings, command, url, headers, given.get("type") == "sse", given.get("env", {}),
+                        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb),
+                        group, parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
+                        given.get("backup", False))
+
+
+def parse_when(given: dict) -> When:
+    """Which calls a server of a group claims."""
+    try:
+        check_keys(given, _WHEN_KEYS)
+        if not any(given.values()):
+            raise SettingsError("names neither an argument nor a header or a key")
+    except SettingsError as error:
+        raise SettingsError(f"when: {error}") from None
+    headers = {name.lower(): glob for name, glob in given.get("header", {}).items()}
+    return When(given.get("argument", {}), headers, given.get("key"))
+
+
+def check_url(url: str) -> None:
+    """Refuses what is no URL of a remote server."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good or not re.fullmatch("[!-~]+", url) or "#" in url:
+        raise SettingsError("url: must be a URL that begins with http:// or https://")
+    if "@" in parts.netloc:
+        raise SettingsError("url: must hold no user or password; write an Authorization header in headers")
 
 
 def check_keys(given: object, keys: dict, others: frozenset = frozenset()) -> None:
@@ -2141,32 +2509,41 @@ def check_keys(given: object, keys: dict, others: frozenset = frozenset()) -> No
             continue
         if key not in keys:
             import difflib
-            near = difflib.get_close_matches(key, keys, 1, 0)
+            near = difflib.get_close_matches(key.lower(), keys, 1, 0)
             raise SettingsError(f"{key[:80]}: is not known; the nearest that is: {near[0]}")
         kind, fits = keys[key]
         if not fits(value):
             raise SettingsError(f"{key}: must be {kind}")
 
 
-def expanded(value: object, key: str, environment: dict[str, str]) -> object:
-    """A value with variables in the place of ${NAME} in all its strings."""
+def expanded(value: object, key: str, environment: dict[str, str], is_later: bool = False) -> object:
+    """A value with variables in the place of ${NAME} in all its strings; where more will be known later, those that are
+    not set stay."""
     def replace(match: re.Match) -> str:
+        if match[0] == "$${":
+            return "${"
         name, default = match[1].removeprefix("env:"), match[2]
         if name == "userHome":
             name = "HOME"
-        if not _VARIABLE_NAME.fullmatch(name) or match[1] in ("workspaceFolder", "workspaceRoot"):
-            raise SettingsError(f"{key}: {match[0]} is an editor's, and means nothing here; write the value itself")
+        if re.match("input:|workspaceFolder|workspaceRoot", match[1]):
+            raise SettingsError(f"{key}: {match[0]} is an editor's, and means nothing here; write ${{NAME}}, and set "
+                                "that variable")
+        if not _VARIABLE_NAME.fullmatch(name):
+            raise SettingsError(f"{key}: {match[0]} is not ${{NAME}}, ${{env:NAME}} or ${{NAME:-default}}; write $${{ "
+                                "for a ${ that is meant as it is")
         if default is not None:
             return environment.get(name) or default
+        if name not in environment and is_later:
+            return match[0]
         if name not in environment:
             raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
         return environment[name]
     if isinstance(value, str):
-        return re.sub(r"\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}", replace, value)
+        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}", replace, value)
     if isinstance(value, list):
-        return [expanded(one, key, environment) for one in value]
+        return [expanded(one, key, environment, is_later) for one in value]
     if isinstance(value, dict):
-        return {name: expanded(one, key, environment) for name, one in value.items()}
+        return {name: expanded(one, key, environment, is_later) for name, one in value.items()}
     return value
 
 
@@ -2175,11 +2552,9 @@ def check_names(servers: dict[str, ServerConfig], refuse) -> None:
     owners = {}
     for name, server in servers.items():
         for tool, override in server.rules.overrides.items():
-            shown = server.shown_as(tool, "tools/list", is_joint=True)
-            if shown is not None and override.name:
-                if shown in owners:
-                    refuse(f"server {name}", f"overrides: {tool}: the name {shown} is {owners[shown]}'s already")
-                owners[shown] = f"{tool} of {name}"
+            shown, owner = server.shown_as(tool, "tools/list", is_joint=True), f"{tool} of {server.group or name}"
+            if shown is not None and override.name and owners.setdefault(shown, owner) != owner:
+                refuse(f"server {name}", f"overrides: {tool}: the name {shown} is {owners[shown]}'s already")
 
 
 # ============================================================================
@@ -2187,16 +2562,22 @@ def check_names(servers: dict[str, ServerConfig], refuse) -> None:
 # ============================================================================
 #
 # asyncio imports ssl where it can, an eighth of all memory. A program that
-# serves no HTTPS keeps it away.
+# serves no HTTPS, and will not speak it with a remote server, keeps it away.
 
-if __name__ == "__main__" and not (os.environ.get("TLS_CERT") or "--tls-cert" in " ".join(sys.argv)):
+_given = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in ("TLS_CERT", "MCP_CONFIG",
+                                                                                   "MCP_SERVER_CONFIG")])
+if __name__ == "__main__" and not re.search(
+        r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S", _given):
     sys.modules["ssl"] = None
 
 import asyncio
 import collections
+import fcntl
 import logging
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import time
 import traceback
@@ -2339,10 +2720,10 @@ def positional(template: str) -> tuple[str, list[str]]:
     return re.sub(r"%\(\w+\)", "%", template), re.findall(r"%\((\w+)\)", template)
 
 
-def redactor(secrets: list[str]):
-    """A function that takes secrets out of a text for the log, as they are or as they are in JSON. (One expression for
-    all would be slower, and much slower for secrets that begin alike.)"""
-    forms = {form for secret in secrets for form in (
+def redactor(secrets: collections.abc.Iterable[str]):
+    """A function that takes secrets, but not those of a few characters, out of a text for the log, as they are or as in
+    JSON. (One expression for all would be slower, and much slower for secrets that begin alike.)"""
+    forms = {form for secret in secrets if len(secret) > 3 for form in (
         secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])}
     longest_first = sorted(forms, key=len, reverse=True)
 
@@ -2351,11 +2732,6 @@ def redactor(secrets: list[str]):
             text = text.replace(form, "***")
         return text
     return redact
-
-
-def variables_redactor(variables: dict[str, str]):
-    """The same for the values that a client set. Those of a few characters are in everything."""
-    return redactor([value for value in variables.values() if len(value) > 3])
 
 
 log = Log()
@@ -2454,8 +2830,7 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """Those of whom one has to go so that there is room for one more of a principal's: those of whoever has most, if
-    that principal has less; otherwise none."""
+    """Of which one has to go for one more of a principal's: those of whoever has most, if that principal has less."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -2504,20 +2879,20 @@ class Reaper:
         self.servers: set[int] = set()        # the process ids of those that run
         self._numbers = itertools.count(1)
         self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
-        self._left: set[tuple] = set()        # (process id, time of its start) of descendants that were seen
+        self._left: set[tuple] = set()        # (process id, time of its start) of descendants that they had
+        self._ending: dict[int, set[tuple]] = {}          # the same of servers that are being stopped, by process id
         self._sweep: asyncio.TimerHandle | None = None
-        self._watcher: subprocess.Popen | None = None
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
         self._gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
         self._start_watcher()
 
     def _start_watcher(self) -> None:
+        self._watcher: subprocess.Popen | None = None
         try:
             self._watcher = subprocess.Popen(
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce], stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
-            self._watcher = None
             log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
                         reason=error.strerror)
 
@@ -2542,15 +2917,17 @@ class Reaper:
 
     def ending(self, pid: int) -> None:
         """Says that a server will be stopped: its descendants can still be told."""
-        for child in children_of(pid):
-            seen = child, process_state(child)[1]
-            if seen not in self._left:
-                self._left.add(seen)
-                self.ending(child)
+        seen, parents = self._ending.setdefault(pid, set()), [pid]
+        while parents:
+            for child in children_of(parents.pop()):
+                if (child, start := process_state(child)[1]) not in seen:
+                    seen.add((child, start))
+                    parents.append(child)
 
     def ended(self, tag: str, pid: int | None = None) -> None:
         """Says that a server is gone. What it left behind is killed soon, for many servers at once."""
         self.servers.discard(pid)
+        self._left |= self._ending.pop(pid, set())
         self._ended.add(tag)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
@@ -2584,8 +2961,7 @@ class Reaper:
 
 
 def adopt_orphans() -> bool:
-    """Makes this process the parent of whoever loses its own below it, where that is possible. prctl(2),
-    PR_SET_CHILD_SUBREAPER."""
+    """Makes this process the parent of orphans below it, where that is possible. prctl(2), PR_SET_CHILD_SUBREAPER."""
     try:
         import ctypes
         return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
@@ -2639,7 +3015,7 @@ def kill(pid: int, number: int) -> bool:
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
-# A process is the one kind: lines to its stdin, lines from its stdout, its stderr
+# A process is the usual kind: lines to its stdin, lines from its stdout, its stderr
 # into the log. It knows lines of bytes, nothing of JSON.
 #
 # The hard part is the end. A server may exit by itself, hang, ignore its stdin,
@@ -2651,39 +3027,10 @@ def kill(pid: int, number: int) -> bool:
 
 PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
 STDERR_LINES = 20                # how many of the last lines an error carries
+STDERR_A_SECOND = 500            # lines that are looked at
 MAX_STDERR_LINE = 1_000          # characters that are shown, and
 MAX_REDACTED = 16 * 1024         # bytes in which secrets are looked for before
-KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
-
-
-class LineSplitter:
-    """Lines out of chunks of bytes. A large line is joined once, and only new bytes are searched for its end."""
-
-    def __init__(self, limit: int, on_line, on_too_long):
-        self._limit = limit
-        self._on_line = on_line                # called with each line, without its end
-        self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def feed(self, data: bytes) -> None:
-        """Takes the next bytes."""
-        *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
-        for line in lines:                                                  # screenshot has no line end in it
-            size = self._size + len(line)
-            if self._parts:
-                line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
-            if size > self._limit:
-                self._on_too_long(line[:KEPT_ENDS], line[-KEPT_ENDS:])
-            else:
-                self._on_line(line)
-        if rest:
-            self._size += len(rest)
-            self._parts.append(rest)
-            if self._size > self._limit:
-                joined = b"".join(self._parts)
-                self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
 
 
 class Link:
@@ -2693,8 +3040,15 @@ class Link:
                             # link knows it (cause=)
     on_too_long = None      # called with the first and last bytes of a line over the limit
     on_end = None           # called once, when no more lines will come
+    on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
+    on_renewed = None       # called when the server has forgotten all that it was told
+    awaits = None           # called with the id of a request: is its answer still to come?
 
-    label = "-"             # what the log calls it: a process id
+    is_remote = False       # is the server another machine's?
+    label = "a link"        # what the log calls it, with names of fields,
+    fields: dict[str, str] = {}          # and these
+    revision: str | None = None          # that was agreed on in the handshake
+    way = ""                # through which proxies those came that wait for it
     exit_code: int | None = None
     was_stopped = False     # by us; it did not end by itself
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
@@ -2708,16 +3062,55 @@ class Link:
         """Brings the server up; ServerError when that is not possible."""
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
-        """Sends a line. `about` says what it is, (server id, method, name), where it is a client's request."""
+        """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers that repeat
+        arguments, the proxies that it came through)."""
         raise NotImplementedError
+
+    def cancel(self, number: int, line: bytes) -> None:
+        """Takes a request back; `line` says so."""
+        self.write(line)
+
+    def on_answered(self, number: int) -> None:
+        """The answer to a request came, wherever."""
+
+    def tell_way(self, way: str) -> None:
+        """Tells a server that is starting through which proxies those came that wait for it."""
 
     def stop(self) -> asyncio.Future:
         """Begins the end, unless it has begun; the future is done when nothing of the server is left."""
         raise NotImplementedError
 
 
+_SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.*)?", re.DOTALL)
+
+
+def why_not_found(program: str, path: str | None) -> str | None:
+    """What is wrong with a program that cannot be started, and what to write instead; None if nothing is. `path` is
+    the variable PATH."""
+    if shutil.which(program, path=path) and program != "cd":
+        return None
+    if program[:1] in ("[", "{"):
+        hint = "a command is written as you would type it, not as JSON: npx -y some-server"
+    elif re.match(r"[A-Za-z_]\w*=", program):
+        hint = f"no shell reads the command, so write env before variables: env {program.partition('=')[0]}=..."
+    elif " " in program:
+        hint = "it is one word because of the quotes around it: leave them out, or in a file of servers use args"
+    elif program in ("cd", "export", "exec", "source", ".") or _SHELL_WORD.fullmatch(program):
+        hint = "no shell reads the command; where one is needed, write sh -c '...'"
+    elif program.endswith(".json") and os.path.isfile(program):
+        hint = f"a file of several servers is given as --config {program}"
+    elif os.path.exists(program):
+        hint = (f"but is there: make it executable and write ./{program}" if os.path.isfile(program) else
+                "but is there: it is a directory") + f", or name its interpreter before it: python3 {program}"
+    else:
+        hint = "is it installed and in PATH?"
+    return f"the command {program!r} was not found; {hint}"
+
+
 class ServerProcess(Link, asyncio.SubprocessProtocol):
     """One run of an MCP server."""
+
+    label = "process %(pid)s"
 
     def __init__(self, server: str, command: list[str], environment: dict[str, str], reaper: Reaper, redact,
                  limit: int, directory: str | None = None):
@@ -2727,6 +3120,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self.last_words = collections.deque(maxlen=STDERR_LINES)
         self._limit = limit                    # of a line from stdout, in bytes
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
+        self._said, self._said_since = 0, 0.0  # lines of stderr, and since when they are counted
         self._exited = asyncio.Event()
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
@@ -2747,10 +3141,14 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             if not isinstance(error, (OSError, ValueError)):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
+            if self._directory and not os.path.isdir(self._directory):
+                reason = "cwd is no directory"
+            elif isinstance(error, FileNotFoundError):
+                reason = why_not_found(self._command[0], self._environment.get("PATH")) or reason
             raise ServerError(f"the MCP server could not be started: {reason}") from None
         finally:
             self._reaper.starting -= 1
-        log.debug("= server %(server)s started as process %(pid)s", server=self._server, pid=self.label)
+        log.debug("= server %(server)s started as process %(pid)s", server=self._server, **self.fields)
 
     # What asyncio calls.
 
@@ -2758,10 +3156,13 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._transport = transport
         self._pid = transport.get_pid()
         self._reaper.servers.add(self._pid)
-        self.label = str(self._pid)
+        self.fields = {"pid": str(self._pid)}
         self._stdin = transport.get_pipe_transport(0)
         for number in (0, 1):
-            widen_pipe(transport.get_pipe_transport(number).get_extra_info("pipe"))
+            # Not on other systems than Linux, where this user's pipes hold enough already, or when it is closed again.
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                pipe = transport.get_pipe_transport(number).get_extra_info("pipe")
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def pipe_data_received(self, number: int, data: bytes) -> None:
         (self._stdout if number == 1 else self._stderr).feed(data)
@@ -2808,7 +3209,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def unread(self) -> int:
-        import fcntl
         import termios
         for number in (termios.TIOCOUTQ, termios.FIONREAD):          # of a socket, of a pipe
             with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -2843,6 +3243,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             on_end()
 
     async def _stop(self) -> None:
+        if self._pid is None:                  # it could not be started
+            return self._end()
         self._reaper.ending(self._pid)
         for step, patience in SHUTDOWN_STEPS:
             step(self)
@@ -2878,6 +3280,10 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         return True
 
     def _log_stderr(self, line: bytes) -> None:
+        now = time.monotonic()
+        self._said, self._said_since = (self._said + 1, self._said_since) if now - self._said_since < 1 else (1, now)
+        if self._said > STDERR_A_SECOND:
+            return
         text = self._redact(line[:MAX_REDACTED].decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
             self.last_words.append(text)
@@ -2892,22 +3298,785 @@ SHUTDOWN_STEPS = (
 )
 
 
-def widen_pipe(pipe) -> None:
-    """Lets a pipe hold more, where that is possible."""
-    # It is not on other systems than Linux, where this user's pipes hold enough already, or when it is closed again.
-    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
-        import fcntl
-        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+# ============================================================================
+# 15. HTTP client
+# ============================================================================
+#
+# Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
+# and nothing of MCP; what a response means is the business of the Fetch.
+
+CONNECT_SECONDS = 10.0           # for a connection, TLS included
+EXTRA_FETCHES = 4                # beside them: what has no answer, the end of a session, its stream
+MAX_FETCHES = 256                # of one client at a time; further ones wait
+MAX_INTERIM = 100                # 1xx before one response
+KEPT_CONNECTIONS = 8             # of one client, that nothing is sent on
+REUSE_SECONDS = 4.0              # since something was: node closes them after 5
+ANSWERED_SECONDS = 5.0           # for a stream to end that has nothing more to say
+
+
+class Fetch:
+    """One request and its response."""
+
+    connection: "ClientConnection | None" = None
+    is_safe = False                  # may it be sent twice?
+    is_stream = False                # is the body of the response wanted as it comes?
+    is_over = False
+    is_extra = False                 # is it not one of the many that MAX_FETCHES is for?
+    waits_in: collections.deque | None = None      # for a connection
+
+    def __init__(self, head: bytes, body: bytes = b"", limit: int = LARGE):
+        self.head, self.body = head, body
+        self.limit = limit                     # bytes of the response, or of an event
+
+    def on_head(self, head: ResponseHead) -> None:
+        """The response begins."""
+
+    def on_part(self, data: bytes) -> None:
+        """More of the body of a stream came."""
+
+    def on_end(self, head: ResponseHead, body: bytes) -> None:
+        """All of the response is there; `body` is empty if it was a stream."""
+
+    def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        """There will be none: the server `reason`, a predicate."""
+
+    def abort(self) -> None:
+        """Hangs up."""
+        if not self.is_over:
+            self.is_over = True
+            if self.connection:
+                self.connection.close()
+            elif self.waits_in is not None:
+                self.waits_in.remove(self)
+
+
+class ClientConnection(asyncio.Protocol):
+    """One socket, and the fetch that it is busy with."""
+
+    def __init__(self, client: "HTTPClient"):
+        self._client = client
+        self._fetch: Fetch | None = None
+        self._head: ResponseHead | None = None
+        self._parser = ResponseParser()
+        self._uses = self._interim = 0
+        self.used_at = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._client.connections.add(self)
+        # A stream may be silent for hours, and a peer that vanished has to be noticed at last.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._poll = select.poll()
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    @property
+    def is_good(self) -> bool:
+        """Can it be used again? What came while nothing was asked is its end, most likely."""
+        return time.monotonic() - self.used_at < REUSE_SECONDS and not self._poll.poll(0)
+
+    def send(self, fetch: Fetch) -> None:
+        """Begins with a fetch."""
+        self._fetch, self._head, fetch.connection, self._interim = fetch, None, self, 0
+        self._uses += 1
+        self._transport.writelines([fetch.head, fetch.body])
+
+    def data_received(self, data: bytes) -> None:
+        fetch = self._fetch
+        if fetch is None:
+            return self.close()                # nothing was asked
+        self._parser.feed(data)
+        try:
+            if self._head or self._read_head(fetch):
+                self._read_body(fetch)
+        except HTTPError as error:
+            self._fail("sent an answer that is larger than MAX_MESSAGE_MB" if error.http_status == 413 else
+                       f"sent an answer that is not HTTP: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        fetch, head, parser = self._fetch, self._head, self._parser
+        self._client.forget(self)
+        parser.is_ended = True
+        if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
+            self._read_body(fetch)
+        elif fetch and not head and fetch.is_safe and self._uses > 1 and not parser.rest:
+            self._fetch = None
+            self._client.send(fetch)           # it was closed while nothing was sent, as we began to
+        elif fetch:
+            self._fail("cut its answer off" if head else "closed the connection without an answer")
+
+    def close(self) -> None:
+        self._fetch = None
+        self._client.forget(self)
+        self._transport.abort()
+
+    def _read_head(self, fetch: Fetch) -> bool:
+        while self._head is None:
+            head = self._parser.next_head()
+            if head is None:
+                return False
+            if head.status == 101:
+                raise HTTPError("an upgrade that nobody asked for")
+            if head.status >= 200:             # RFC 9110 §15.2: the others are interim
+                self._head = head
+                fetch.on_head(head)
+            else:
+                self._interim += 1
+                if self._interim > MAX_INTERIM:
+                    raise HTTPError("too many interim responses")
+        return not fetch.is_over
+
+    def _read_body(self, fetch: Fetch) -> None:
+        parser, limit = self._parser, UNTIL_CLOSE if fetch.is_stream else fetch.limit
+        body = parser.next_body(limit)
+        while body is None and parser.is_interrupted:
+            body = parser.next_body(limit)
+        if fetch.is_stream:
+            part, body = parser.take() if body is None else body, None if body is None else b""
+            if part:
+                fetch.on_part(part)
+        if body is not None and not fetch.is_over:
+            fetch.is_over, head = True, self._head
+            self._fetch = None
+            if head.keep_alive and not parser.rest and not self._transport.get_write_buffer_size():
+                self._client.release(self)
+            else:
+                self.close()
+            fetch.on_end(head, body)
+
+    def _fail(self, reason: str) -> None:
+        fetch = self._fetch
+        self.close()
+        if not fetch.is_over:
+            fetch.is_over = True
+            fetch.on_failure(reason)
+
+
+class HTTPClient:
+    """The connections to one server."""
+
+    def __init__(self, host: str, port: int, tls: object):
+        self._host, self._port, self._tls = host, port, tls
+        self.connections: set[ClientConnection] = set()
+        self._idle: list[ClientConnection] = []            # the one that was used last is the last
+        self._waiting: collections.deque[Fetch] = collections.deque()
+        self._opening: set[asyncio.Task] = set()
+        self.is_closed = False
+
+    def send(self, fetch: Fetch) -> None:
+        """Sends it, as soon as there is a connection."""
+        if self.is_closed:
+            return
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_good:
+                return connection.send(fetch)
+            connection.close()
+        fetch.waits_in = self._waiting
+        (self._waiting.appendleft if fetch.is_extra else self._waiting.append)(fetch)
+        self._open_more(fetch.is_extra)
+
+    def _open_more(self, is_extra: bool = False) -> None:
+        most = MAX_FETCHES + (EXTRA_FETCHES if is_extra else 0)
+        if not self.is_closed and len(self._waiting) > len(self._opening) and len(
+                self.connections) + len(self._opening) < most:
+            task = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add(task)
+            task.add_done_callback(self._on_opened)
+
+    def _on_opened(self, task: asyncio.Task) -> None:
+        self._opening.discard(task)
+        self._open_more()                      # for what was sent while this one was counted as on its way
+
+    async def _open(self) -> None:
+        reason = None
+        try:
+            _, connection = await asyncio.wait_for(asyncio.get_running_loop().create_connection(
+                lambda: ClientConnection(self), self._host, self._port, ssl=self._tls), CONNECT_SECONDS)
+        except asyncio.TimeoutError:
+            reason = "it takes too long"
+        except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError
+            reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error)
+        self._opening.discard(asyncio.current_task())      # at once: what comes in this turn must not wait for it
+        if reason is None:
+            return self.release(connection)
+        while self._waiting:                               # the others would meet the same
+            fetch = self._waiting.popleft()
+            fetch.waits_in = None
+            if not fetch.is_over:
+                fetch.is_over = True
+                fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
+
+    def release(self, connection: ClientConnection) -> None:
+        """A connection is free."""
+        connection.used_at = time.monotonic()
+        while self._waiting:
+            fetch = self._waiting.popleft()
+            fetch.waits_in = None
+            if not fetch.is_over:
+                return connection.send(fetch)
+        self._idle.append(connection)
+        if len(self._idle) > KEPT_CONNECTIONS:
+            self._idle[0].close()
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._open_more()
+
+    def close(self) -> None:
+        """Ends all connections."""
+        self.is_closed = True
+        for fetch in self._waiting:
+            fetch.waits_in = None
+        self._waiting.clear()
+        for task in self._opening:
+            task.cancel()
+        for connection in list(self.connections):
+            connection.close()
 
 
 # ============================================================================
-# 15. Server connection
+# 16. Remote servers
+# ============================================================================
+#
+# The other kind of link: a server that is spoken to over HTTP, as MCP clients do. Each message is a POST of its own.
+# What answers it is JSON, or a stream with the answer and whatever belongs to it, so that it is known here whose a
+# question is. A modern server has nothing else. A legacy one may open a session, and a stream for what belongs to no
+# request; streams that are cut are asked for again where they were; and a session that it has forgotten is opened again
+# in place, so that nobody notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
+#
+# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
+# header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
+# waits for a server that is starting has its way told to that server, too.
+
+WAY_HEADER = "X-Mcpproxy-Via"    # ids of the proxies on the way, with commas between
+PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
+MAX_WAY = 32                     # that are passed on
+SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
+    resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
+ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
+RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
+RESUME_LEAST = 0.1               # whatever it says
+RESUME_LIMIT = 30.0              # to this
+RESUMES = 5                      # in vain
+DELETE_SECONDS = 2.0             # for the end of a session
+
+
+class RemoteFetch(Fetch):
+    """A request to a remote server whose response may be a stream of messages; `number` is the id of the request that
+    they belong to."""
+
+    def __init__(self, link: "RemoteLink", number: int | None, head: bytes, body: bytes = b""):
+        super().__init__(head, body, link.limit)
+        self.link, self.number = link, number
+        self.events: EventParser | None = None
+
+    def on_head(self, head: ResponseHead) -> None:
+        if head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:
+            self.is_stream, self.events = True, self.link.events_of(self.number)
+
+    def on_part(self, data: bytes) -> None:
+        self.events.feed(data)
+
+
+class Post(RemoteFetch):
+    """A message to a remote server, and what comes in answer to it."""
+
+    def __init__(self, link: "RemoteLink", line: bytes, about: tuple | None, is_repeated: bool = False):
+        super().__init__(link, about and about[0], link.post_head(line, about), line)
+        self.about, self.is_repeated = about, is_repeated
+        self.session = None if about and about[1] in ("initialize", "server/discover") else link.session
+        self.is_safe = about is None or about[1] in SAFE_METHODS
+        self.is_extra = about is None or about[1] in ("initialize", "ping")
+
+    def on_head(self, head: ResponseHead) -> None:
+        if self.about:
+            super().on_head(head)
+        elif head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:       # it was taken; nothing is to come
+            self.abort()
+            return self.link.on_aside(self, "")
+        self.link.on_head(self, head)
+
+    def on_end(self, head: ResponseHead, body: bytes) -> None:
+        self.link.on_end_of_post(self, head, body)
+
+    def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        self.link.on_failure_of_post(self, reason, is_connected)
+
+
+class Listen(RemoteFetch):
+    """A GET for a stream: a session's, what is missing of an answer, or the one of HTTP+SSE."""
+
+    is_safe = is_extra = True
+
+    def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", tries: int = 0):
+        super().__init__(link, number, link.get_head(last_id))
+        self.last_id, self.tries = last_id, tries
+        self.status = 0                        # of the response, if it was no stream
+
+    def on_part(self, data: bytes) -> None:
+        self.tries = 0
+        super().on_part(data)
+
+    def on_end(self, head: ResponseHead, body: bytes) -> None:
+        self.status = 0 if self.is_stream else head.status
+        self.link.on_end_of_stream(self, f"answered HTTP {head.status}")
+
+    def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        self.link.on_end_of_stream(self, reason)
+        if not is_connected and self.tries >= RESUMES:
+            self.link.end(reason)
+
+
+class WayProbe(Post):
+    """Tells a remote server who waits for it; only whether that is refused is of interest."""
+
+    def on_head(self, head: ResponseHead) -> None:
+        self.is_stream = False
+
+    def on_end(self, head: ResponseHead, body: bytes) -> None:
+        if head.status == 508:
+            self.link.end(str(refusal(head, body)))
+
+    def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        pass
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def media_type(head: ResponseHead) -> str:
+    """The media type of a response, without its parameters."""
+    return head.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def port_of(url: SplitResult) -> int:
+    """The port of a split URL."""
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
+def refusal(head: ResponseHead, body: bytes) -> ServerError:
+    """What a response that is no answer stands for."""
+    status, text = head.status, f"HTTP {head.status}"
+    if 300 <= status < 400:
+        # Not what it asks in the query: that may be anybody's secret.
+        text += f", a redirect to {head.headers.get('location', 'nowhere').partition('?')[0][:200]}: set that as url"
+    elif status < 300:
+        text += f" with {media_type(head) or 'nothing'}, which is no answer"
+    with contextlib.suppress(ProxyError):
+        error = members_of(parse_message(decode_json(body)).members.get("error"))
+        text += f": {str(error['message'])[:1_000]}" if isinstance(error.get("message"), str) else ""
+    retry = head.headers.get("retry-after", "") if status in (429, 503) else ""
+    kind = HandshakeRefused if status in (400, 404, 405, 406, 415, 422) else ServerError
+    return kind(f"the MCP server answered {text}", status=503 if status in (429, 503) else 502, data={"status": status},
+                headers=(("Retry-After", retry),) if retry else ())
+
+
+class RemoteLink(Link):
+    """An MCP server that is reached by a URL."""
+
+    is_remote = True
+    label = "%(url)s"
+
+    def __init__(self, server: str, url: str, headers: dict[str, str], way: str, limit: int, is_sse: bool = False):
+        parts = urlsplit(url)
+        self.fields = {"url": f"{parts.scheme}://{parts.netloc}{parts.path}"}          # a query may hold a key
+        self.limit = limit                     # of an answer or an event, in bytes
+        self._server, self._url, self._is_sse = server, url, is_sse
+        self._headers = [*headers.items(), ("User-Agent", f"mcpproxy/{__version__}")]
+        self._host, self._target = parts.netloc, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._own_way = way
+        self._client = HTTPClient(parts.hostname, port_of(parts), client_tls() if parts.scheme == "https" else None)
+        self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
+        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of messages without
+                                               # an answer, which are sent one after the other
+        self._is_aside_running = False
+        self._aside_timer: asyncio.TimerHandle | None = None
+        self._held: list[tuple] | None = None  # what waits for a session, as _post() takes it
+        self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
+        self._greeting: asyncio.Future | None = None         # of a handshake that is made again
+        self.session: str | None = None
+        self._stream: Listen | None = None     # the session's, or the one of HTTP+SSE
+        self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
+        self._stopping: asyncio.Task | None = None
+
+    async def start(self) -> None:
+        for name, value in self._headers:
+            if not _FIELD_LINE.fullmatch(f"{name}: {value}".encode("utf-8", "replace")):
+                raise ServerError(f"the header {name} cannot have this value")
+        if self._is_sse:
+            await self._open_sse()
+
+    # What the connection calls.
+
+    def write(self, line: bytes, about: tuple | None = None) -> None:
+        if about and about[1] == "initialize":
+            self._initialize = line, about
+        if self._held is not None:
+            self._held.append((line, about))
+        elif about:
+            self._post(line, about)
+        else:
+            self._asides.append((line, False))
+            if line == INITIALIZED:
+                self._held = []                # a server may refuse what comes before this
+            self._next_aside()
+
+    @property
+    def is_clogged(self) -> bool:
+        return bool(self._asides)
+
+    @property
+    def backlog(self) -> int:
+        return sum(len(line) for line, _ in self._asides)
+
+    def cancel(self, number: int, line: bytes) -> None:
+        fetch = self._running.pop(number, None)
+        if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
+            self.write(line)
+        if fetch:
+            fetch.abort()
+
+    def tell_way(self, way: str) -> None:
+        if not (self.on_end and self.is_open):
+            return
+        self.way = way
+        about = 0, "server/discover", None, (), ""
+        self._client.send(WayProbe(self, encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), about))
+
+    def stop(self) -> asyncio.Task:
+        if self._stopping is None:
+            self.is_open = False
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        return self._stopping
+
+    async def _stop(self) -> None:
+        running, self._running = self._running, {}
+        for fetch in [*running.values(), self._stream]:
+            if fetch:
+                fetch.abort()
+        if self.session:
+            done = asyncio.Event()
+            delete = Fetch(self._request_head("DELETE", self._session_headers()))
+            delete.is_extra = True
+            delete.on_end = delete.on_failure = lambda *_, **__: done.set()
+            self._client.send(delete)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(done.wait(), DELETE_SECONDS)
+        self._client.close()
+        self.end("")
+
+    def end(self, reason: str) -> None:
+        """No more lines will come."""
+        if self.on_end:
+            on_end, self.on_end = self.on_end, None
+            self.was_stopped = self._stopping is not None
+            self.how_it_ended = reason and f": it {reason}"
+            self.stop()
+            on_end()
+
+    # Requests.
+
+    def _request_head(self, method: str, headers: list[tuple[str, str]], size: int | None = None,
+                      way: str = "") -> bytes:
+        way = ", ".join(filter(None, (way or self.way, self._own_way)))
+        lines = [f"{method} {self._target} HTTP/1.1", f"Host: {self._host}"]
+        lines += [f"{name}: {value}" for name, value in (*self._headers, (WAY_HEADER, way), *headers)]
+        if size is not None:
+            lines.append(f"Content-Length: {size}")
+        # A line end in a value would begin another header, or another request: none may come from anywhere.
+        return "\r\n".join([*(_CONTROL.sub("?", line) for line in lines), "\r\n"]).encode("utf-8", "replace")
+
+    def _session_headers(self) -> list[tuple[str, str]]:
+        return [*([(SESSION_ID_HEADER, self.session)] if self.session else []),
+                *([("MCP-Protocol-Version", self.revision)] if self.revision else [])]
+
+    def post_head(self, line: bytes, about: tuple | None) -> bytes:
+        """The head of a POST. MCP 2026-07-28, Streamable HTTP, Request Metadata."""
+        _, method, name, more, way = about or (0, "", None, (), "")
+        headers = [("Content-Type", JSON_TYPE), ("Accept", f"{JSON_TYPE}, {EVENT_STREAM_TYPE}"), *more]
+        if method == "server/discover" or self.revision == MODERN_VERSION:
+            headers += [("MCP-Protocol-Version", MODERN_VERSION), ("Mcp-Method", encode_header(method))]
+            if name is not None:
+                headers.append(("Mcp-Name", encode_header(name)))
+        elif method != "initialize":
+            headers += self._session_headers()
+        return self._request_head("POST", headers, len(line), way)
+
+    def get_head(self, last_id: str) -> bytes:
+        """The head of a GET for a stream."""
+        headers = [("Accept", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), *self._session_headers()]
+        return self._request_head("GET", headers + ([("Last-Event-ID", last_id)] if last_id else []))
+
+    def _post(self, line: bytes, about: tuple, is_repeated: bool = False) -> None:
+        post = self._running[about[0]] = Post(self, line, about, is_repeated)
+        self._client.send(post)
+
+    def _next_aside(self) -> None:
+        if self._asides and not self._is_aside_running and self.on_end and (
+                self._held is None or self._asides[0][0] == INITIALIZED):
+            self._is_aside_running = True
+            line, is_repeated = self._asides.popleft()
+            post = Post(self, line, None, is_repeated)
+            self._client.send(post)
+            self._aside_timer = asyncio.get_running_loop().call_later(
+                ASIDE_SECONDS, lambda: post.is_over or (post.abort(), self.on_aside(post, "takes too long")))
+
+    # Responses.
+
+    def events_of(self, number: int | None) -> EventParser:
+        """What takes in the events of a stream; `number` is the id of the request that it belongs to."""
+        def on_event(kind: bytes, data: bytes) -> None:
+            if kind == b"message" and data:
+                self._receive(data, number)
+            elif kind == b"endpoint" and self._endpoint and not self._endpoint.done():
+                self._endpoint.set_result(data.decode("utf-8", "replace"))
+        return EventParser(self.limit, on_event, lambda head, tail: self.on_end and self.on_too_long(
+            head.removeprefix(b"data: "), tail))
+
+    def on_answered(self, number: int) -> None:
+        fetch = self._running.pop(number, None)
+        if fetch:
+            # All was said; a server that does not end the stream shall not keep the connection.
+            asyncio.get_running_loop().call_later(ANSWERED_SECONDS, fetch.abort)
+
+    def is_awaited(self, number: int) -> bool:
+        """Is the answer to this request still to come?"""
+        if self._greeting and number == self._initialize[1][0]:
+            return not self._greeting.done()
+        return self.awaits(number)
+
+    def _receive(self, data: bytes, number: int | None) -> None:
+        if b"\n" in data or b"\r" in data:
+            data = data.replace(b"\n", b" ").replace(b"\r", b" ")            # they are only between tokens
+        if self._greeting and self._initialize[1][0] == number and find_response(data):
+            self._greeting.done() or self._greeting.set_result(data)
+            self.on_answered(number)
+        elif self.on_end:
+            self.on_line(data, number)
+
+    def on_head(self, post: Post, head: ResponseHead) -> None:
+        """A response begins: it may open a session."""
+        session = head.headers.get(SESSION_ID_HEADER.lower(), "")
+        if post.about and post.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
+            self.session = session
+
+    def on_end_of_post(self, post: Post, head: ResponseHead, body: bytes) -> None:
+        """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
+        is_answer = not self._is_session_lost(post, head, body) and self._is_answer(post, head, body)
+        if self._running.get(post.number) is post:
+            del self._running[post.number]
+        if self._is_session_lost(post, head, body):
+            self._renew(post, refusal(head, body))
+        elif post.about is None:
+            self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
+        elif is_answer:
+            if not post.is_stream:
+                self._receive(body, post.number)
+            if self.is_awaited(post.number):
+                self._resume(post)
+        elif self._endpoint is None or not 200 <= head.status < 300:
+            self._refuse(post, refusal(head, body))
+
+    @staticmethod
+    def _is_answer(post: Post, head: ResponseHead, body: bytes) -> bool:
+        if post.is_stream or head.status == 200 and media_type(head) == JSON_TYPE:
+            return True
+        if head.status < 400 or head.status in (401, 403):
+            return False
+        try:
+            return as_own_id(parse_message(decode_json(body), is_servers=True).id) == post.number
+        except RPCError:
+            return False
+
+    @staticmethod
+    def _is_session_lost(post: Post, head: ResponseHead, body: bytes) -> bool:
+        # In the field 400 too, with words about the session.
+        return post.session is not None and (head.status == 404 and b"-32601" not in body or
+                                             head.status == 400 and b"session" in body.lower())
+
+    def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:
+        """A POST has not been answered."""
+        if self._running.get(post.number) is post:
+            del self._running[post.number]
+        if post.about is None:
+            self.on_aside(post, reason)
+        elif post.is_stream and self.is_awaited(post.number):
+            self._resume(post)
+        else:
+            error = ServerError(f"the MCP server {reason}")
+            error.is_unsent = not is_connected
+            self._refuse(post, error)
+        if not is_connected and not self._client.connections:
+            self.end(reason)
+
+    def _resume(self, post: Post) -> None:
+        """The stream ended before the answer: asks for the rest, if it can be asked for."""
+        if post.is_stream and post.events.last_id and self.revision != MODERN_VERSION:
+            self._listen_later(Listen(self, post.number, post.events.last_id), post.events.retry)
+        else:
+            self._refuse(post, ServerError("the MCP server cut its answer off" if post.is_stream else
+                                           "the MCP server answered something else"))
+
+    def _refuse(self, post: Post | Listen, error: ServerError) -> None:
+        """There is no answer."""
+        is_initialize = isinstance(post, Post) and post.about[1] == "initialize"
+        if self._greeting and is_initialize:
+            self._greeting.done() or self._greeting.set_exception(error)
+        elif is_initialize and error.data and error.data["status"] in (400, 404, 405) and not self._endpoint:
+            asyncio.get_running_loop().create_task(self._fall_back(post, error))
+        elif self.on_end:
+            self.on_refused(post.number, error)
+
+    def on_aside(self, post: Post, problem: str) -> None:
+        """A message without an answer was taken, or not."""
+        if self._aside_timer:
+            self._aside_timer.cancel()         # it holds the message
+        self._is_aside_running = False
+        if problem and self.on_end:
+            log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
+        if post.body == INITIALIZED:
+            self._go_on()
+            if self.revision != MODERN_VERSION and not self._is_sse and self.on_end:
+                self._stream = Listen(self)
+                self._client.send(self._stream)
+        self._next_aside()
+
+    # Sessions.
+
+    def _renew(self, post: Post, error: ServerError) -> None:
+        """The server has forgotten the session: it is opened again, and what it did not know is sent again. MCP
+        2025-11-25, Transports, Session Management, 4."""
+        if post.about is None:
+            self._is_aside_running = False
+        if post.is_repeated or not self._initialize or post.body == INITIALIZED:
+            return self._refuse(post, error) if post.about else self.on_aside(post, "has forgotten its session")
+        if self._held is None and post.session == self.session:
+            self._begin_session()
+        if self._held is not None:
+            self._held.append((post.body, post.about, True))
+        elif post.about:                       # there is another one already
+            self.awaits(post.number) and self._post(post.body, post.about, True)
+        else:
+            self._asides.append((post.body, True))
+            self._next_aside()
+
+    def _begin_session(self) -> None:
+        self._held = []
+        asyncio.get_running_loop().create_task(self._open_session())
+
+    async def _open_session(self) -> None:
+        self.session, (line, about) = None, self._initialize
+        stream, self._stream = self._stream, None
+        if stream:
+            stream.abort()
+        self._greeting = asyncio.get_running_loop().create_future()
+        try:
+            self._post(line, about)
+            response = parse_message(decode_json(await asyncio.wait_for(self._greeting, ASIDE_SECONDS)), True)
+            if response.result is None:
+                raise ServerError("it refused the handshake")
+        except (ProxyError, asyncio.TimeoutError) as error:
+            return self.end(f"has forgotten its session, and opens no other: {str(error) or 'it takes too long'}")
+        finally:
+            self._greeting = None
+        log.info("= server %(server)s had forgotten its session, and has another one", server=self._server)
+        version = response.result.get("protocolVersion")
+        self.revision = version if version in LEGACY_VERSIONS else None
+        self._asides.appendleft((INITIALIZED, True))
+        self._next_aside()
+        self.on_renewed()
+
+    def _go_on(self) -> None:
+        held, self._held = self._held or [], None
+        for line, about, *is_repeated in held:
+            if about is None:
+                self._asides.append((line, bool(is_repeated)))
+            elif self.awaits(about[0]):
+                self._post(line, about, bool(is_repeated))
+
+    # Streams.
+
+    def _listen_later(self, listen: Listen, seconds: float | None) -> None:
+        if listen.number is None:
+            self._stream = listen
+        else:
+            self._running[listen.number] = listen
+        seconds = max(RESUME_LEAST, RESUME_SECONDS if seconds is None else seconds)
+        seconds = min(RESUME_LIMIT, seconds * 2 ** min(10, max(0, listen.tries - 1)))
+        asyncio.get_running_loop().call_later(
+            seconds, lambda: self.on_end and not listen.is_over and self._client.send(listen))
+
+    def on_end_of_stream(self, listen: Listen, reason: str) -> None:
+        """A stream ended, or there is none."""
+        last_id = listen.events and listen.events.last_id or listen.last_id
+        retry = listen.events and listen.events.retry
+        if not self.on_end or listen.number is not None and self._running.get(listen.number) is not listen:
+            return
+        if self._endpoint:
+            if not self._endpoint.done():
+                self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
+            else:
+                self.end("ended its stream")
+        elif listen.number is None and self._stream is listen:
+            if listen.status == 404 and self.session and listen.tries:         # it had a stream before
+                self._held is None and self._begin_session()
+            elif not 400 <= listen.status < 500 or listen.status == 429:       # MCP 2025-11-25: 405, if it has none
+                self._listen_later(Listen(self, None, last_id, listen.tries + 1), retry)
+        elif listen.number is not None:
+            del self._running[listen.number]
+            if self.awaits(listen.number) and (listen.status or listen.tries >= RESUMES):
+                self._refuse(listen, ServerError(f"the MCP server cut its answer off, and then {reason}"))
+            elif self.awaits(listen.number):
+                self._listen_later(Listen(self, listen.number, last_id, listen.tries + 1), retry)
+
+    # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE; 2025-11-25, Transports, Backwards Compatibility.
+
+    async def _fall_back(self, post: Post, error: ServerError) -> None:
+        try:
+            await self._open_sse()
+        except HandshakeRefused as other:      # it does speak HTTP+SSE
+            self.on_end and self.on_refused(post.number, other)
+        except ServerError:
+            self.on_end and self.on_refused(post.number, error)
+        else:
+            self._post(post.body, post.about)
+
+    async def _open_sse(self) -> None:
+        self._endpoint = asyncio.get_running_loop().create_future()
+        self._stream = Listen(self)
+        self._client.send(self._stream)
+        try:
+            where = await asyncio.wait_for(asyncio.shield(self._endpoint), CONNECT_SECONDS)
+            where, here = urlsplit(urljoin(self._url, where)), urlsplit(self._url)
+            if (where.scheme, where.hostname, port_of(where)) != (here.scheme, here.hostname, port_of(here)):
+                raise HandshakeRefused("the MCP server wants its messages sent elsewhere")
+        except (ServerError, asyncio.TimeoutError, ValueError) as error:
+            self._stream.abort()
+            self._endpoint = None
+            raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
+        self._is_sse, self._target = True, where.path + (f"?{where.query}" if where.query else "")
+
+
+@functools.lru_cache(maxsize=1)
+def client_tls():
+    """What verifies the certificates of remote servers: the system's authorities, or those of SSL_CERT_FILE."""
+    import ssl
+    return ssl.create_default_context()
+
+
+# ============================================================================
+# 17. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
 # of ours, and what comes back is given to whoever waits for it. Knows messages;
 # nothing of sessions or HTTP. `now` is the clock: a function that returns seconds.
 
+JUNK_A_SECOND = 5_000      # lines that are no messages; a server that writes more is ended, so that others have a turn
+LOGGED_JUNK = 10           # lines a second
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
@@ -2980,10 +4149,6 @@ class OwnRequest(PendingRequest):
         return message
 
 
-class HandshakeRefused(ServerError):
-    """The server answered, but not with what a handshake needs."""
-
-
 class ServerConnection(Holder):
     """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
@@ -2993,6 +4158,7 @@ class ServerConnection(Holder):
         self.has_served = False                           # did it get a client's call?
         self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
+        link.on_refused, link.awaits = self._on_refused, lambda number: number in self.pending
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
@@ -3000,6 +4166,7 @@ class ServerConnection(Holder):
         self.causes: dict[PendingRequest, object] = {}
         self._is_ones = None                               # are they all of one client? None: that is not known
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
+        self._junk, self._junk_since = 0, 0.0             # lines that were no messages, and since when they are counted
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
@@ -3061,23 +4228,28 @@ class ServerConnection(Holder):
     def _greeted(self, era: Era, response: Message) -> Identity:
         identity = Identity(era, response)
         self.era, self.is_greeted = era, True
+        self.link.revision = identity.version if identity.version in (MODERN_VERSION, *LEGACY_VERSIONS) else None
         if era is LEGACY:
-            self.notify("notifications/initialized")
+            self.send_if_possible(INITIALIZED)
         return identity
 
     # To the server.
 
-    def send(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
-        """Writes one message, a client's with its principal. ServerError when the server does not read, and most of
-        what waits for it is that principal's."""
+    def send(self, line: bytes, about: tuple | None = None, principal: object = None,
+             cancelled: int | None = None) -> None:
+        """Writes one message, a client's with its principal, or one that takes the request with the id `cancelled`
+        back. ServerError when the server does not read, and most of what waits for it is that principal's."""
         link = self.link
         if not link.is_open:
             raise self.failure()
         if link.is_clogged or self._waiting:
             self._queue(len(line), principal, link.backlog)
-        if about or principal is not None:
+        if principal is not None:
             self.has_served = True
-        link.write(line, about)
+        if cancelled is None:
+            link.write(line, about)
+        else:
+            link.cancel(cancelled, line)
 
     def _queue(self, size: int, principal: object, backlog: int) -> None:
         waiting, shares = self._waiting, self._shares
@@ -3105,7 +4277,7 @@ class ServerConnection(Holder):
         if self.era is MODERN:
             params = {"_meta": OUR_ENVELOPE, **params}
         try:
-            self.send(encode_request(server_id, method, params))
+            self.send(encode_request(server_id, method, params), (server_id, method, None, (), ""))
         except ServerError as error:
             del self.pending[server_id]
             pending.on_failure(error)
@@ -3117,10 +4289,12 @@ class ServerConnection(Holder):
         self.send_request(request, method, params or {})
         return request
 
-    def cancel(self, server_id: int, reason: str) -> None:
-        """Tells the server to stop work on a request, if it is at work on it."""
+    def cancel(self, server_id: int, reason: str, line: bytes | None = None) -> None:
+        """Tells the server to stop work on a request, if it is at work on it; in the words of `line`, if given."""
         if self.pending.pop(server_id, None):
-            self.notify("notifications/cancelled", {"requestId": server_id, "reason": reason})
+            line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
+            with contextlib.suppress(ServerError):
+                self.send(line, cancelled=server_id)
 
     def add_cause(self, call: PendingRequest, identity: object) -> None:
         """A client's call runs, that may cause something."""
@@ -3161,12 +4335,15 @@ class ServerConnection(Holder):
         clients, that may be anybody's secret, and is for the log alone."""
         is_secretive = self.has_served and not self._is_ones_own
         words = [] if is_secretive else list(self.link.last_words)
+        data = {"exitCode": self.link.exit_code, **({} if is_secretive else {"stderr": words})}
         return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
-                           data={"exitCode": self.link.exit_code, **({} if is_secretive else {"stderr": words})})
+                           data=None if self.link.is_remote else data)
 
     # From the server.
 
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
+        if self._junk > JUNK_A_SECOND:
+            return
         line, self.silences = line.rstrip(b"\r"), 0
         try:
             if not line.isascii() and line[:1] != b"[":
@@ -3217,9 +4394,14 @@ class ServerConnection(Holder):
 
     def _on_junk(self, line: bytes, error: RPCError) -> None:
         """Whoever waits for this response is told that it is not valid; a server that meant a request gets an error."""
-        text = line.decode("utf-8", "replace")
-        log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
-                    reason=str(error), text=self._redact(text)[:200])
+        text, now = line.decode("utf-8", "replace"), self._now()
+        self._junk, self._junk_since = (self._junk + 1, self._junk_since) if now - self._junk_since < 1 else (1, now)
+        if self._junk <= LOGGED_JUNK:
+            log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
+                        reason=str(error), text=self._redact(text)[:200])
+        elif self._junk > JUNK_A_SECOND:
+            log.error("! server %(server)s is ended: it floods stdout with what is no MCP", server=self.name)
+            self.link.stop()
         try:
             junk = json.loads(text)
             request_id = junk["id"]
@@ -3236,6 +4418,7 @@ class ServerConnection(Holder):
     def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
+            self.link.on_answered(server_id)
             try:
                 pending.on_response(response)
             except Exception:
@@ -3245,6 +4428,11 @@ class ServerConnection(Holder):
             # It was cancelled in the meantime, or the server answered twice.
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
                      id=self._redact(repr(server_id)))
+
+    def _on_refused(self, server_id: int, error: ServerError) -> None:
+        pending = self.pending.pop(server_id, None)
+        if pending:
+            pending.on_failure(error)
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
         """A line over the limit: if it is a response, one call fails; nothing else does."""
@@ -3261,8 +4449,8 @@ class ServerConnection(Holder):
         if self.is_greeted:              # otherwise the instance logs that it did not start
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
-            log.say(level, "= server %(server)s, process %(pid)s ended%(reason)s", server=self.name,
-                    pid=self.link.label, reason=reason)
+            log.say(level, f"= server %(server)s, {self.link.label} ended%(reason)s", server=self.name, reason=reason,
+                    **self.link.fields)
         pending, self.pending = self.pending, {}
         for request in pending.values():
             request.on_failure(error)
@@ -3270,7 +4458,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 16. Streams, questions and outlets
+# 18. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -3408,7 +4596,7 @@ class Outlet:
 
 
 # ============================================================================
-# 17. What servers send
+# 19. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -3425,6 +4613,8 @@ class Outlet:
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
 
+NO_TASKS = RPCError("the client does not declare the tasks extension", code=MISSING_CAPABILITY, data={
+    "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
 UNKNOWN_TASK = RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
 
@@ -3442,8 +4632,7 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 
 
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
-    """Whose a message is: (the client's running calls in the course of which it can be told, the newest last; a session
-    that can be told outside of them)."""
+    """Whose a message is: (a client's running calls, one of which may carry it, the newest last; else a session)."""
     if cause and cause.client:
         return [cause], None
     named = owner_named(message)
@@ -3596,14 +4785,12 @@ NOTIFICATION_ROUTES = {
     "notifications/cancelled": _to_asked,
     "notifications/progress": lambda *_: None,       # it should have named a request, and did not
     RESOURCE_UPDATED: _to_subscribers,
-    "notifications/tools/list_changed": _to_all,
-    "notifications/prompts/list_changed": _to_all,
-    "notifications/resources/list_changed": _to_all,
+    **{method: _to_all for _, method in LIST_CHANGES.values()},
 }
 
 
 # ============================================================================
-# 18. Subscriptions and lists
+# 20. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -3615,6 +4802,7 @@ NOTIFICATION_ROUTES = {
 
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
@@ -3716,14 +4904,17 @@ class Listening:
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
-        """The server ended a request. If it had not acknowledged it, what was new in it is refused; if it had, it is
-        asked again after a while."""
+        """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
         if request is self._current:
             self._current, self._is_outdated = None, True
             if not self._next:
                 asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
         elif request is self._next:
             self._next = None
+            if isinstance(error, ServerError) and self.instance.connection and self.instance.listening is self:
+                self._is_outdated = True               # a remote server did not take this one request
+                asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
+                return
             for topic in request.topics:
                 if not topic.verdict.done():
                     self.instance.settle(topic, error)
@@ -3741,7 +4932,7 @@ class Items(dict):
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
         self.document: bytes | None = None         # that describes tools, once somebody wanted it
-        self.ttl_ms, self.is_public = float("inf"), True       # for how long and for whom it may be kept
+        self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
         self._shown: dict[bool, tuple[ServerConfig, dict]] = {}        # and for which configuration
 
     def check(self, call: Message, name: str, headers: dict[str, str]) -> None:
@@ -3755,11 +4946,14 @@ class Items(dict):
         member, key, _ = LISTS[self.method]
         result = members_of(page.members["result"])
         items, ttl = result.get(member), result.get("ttlMs")
-        self.ttl_ms = min(self.ttl_ms, ttl if isinstance(ttl, (int, float)) and ttl > 0 else 0)
+        self.ttl_ms = min(self.ttl_ms, MAX_TTL_MS, ttl if isinstance(ttl, (int, float)) and ttl > 0 else 0)
         self.is_public = self.is_public and result.get("cacheScope") == "public"
         for text in split_batch(page.raw("result", member), len(items)) if isinstance(items, list) else ():
             item = scan_plain(text, 0)[0]
             if not (isinstance(item, dict) and isinstance(item.get(key), str)):
+                continue
+            if item[key] in self:
+                log.debug("! %(kind)s: %(name)s is listed twice; the first counts", kind=member, name=item[key])
                 continue
             self[item[key]], self.texts[item[key]] = item, text
             self.size += len(text)
@@ -3777,7 +4971,8 @@ class Items(dict):
         shown = {}
         for own, text in self.texts.items():
             name = config.shown_as(own, self.method, is_joint)
-            if name is None or name in shown:
+            if name is None or name in shown or self.method == "tools/list" and (
+                    config.rules.own(config.rules.shown(own)) != own):         # it has the new name of another
                 continue
             if self.method == "tools/list" and (own in config.rules.overrides or config.rules.max_result_kb):
                 text = config.rules.restated(JSONObject(text), own, name)
@@ -3790,8 +4985,7 @@ class Items(dict):
 
 
 class KeptList:
-    """What an instance's server listed of one kind: asked once, and then kept until it says that it changed. One that
-    never says so is asked again after a while."""
+    """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so."""
 
     def __init__(self, instance, method: str):
         self.instance = instance
@@ -3799,14 +4993,18 @@ class KeptList:
         self.is_old = False                        # did it change since?
         self.is_missed = False                     # was somebody given an answer without it?
         self._items: Items | None = None
+        self._is_doubtful = False                  # did the server not list it when it was asked last?
         self._listing: asyncio.Task | None = None
 
     async def get(self, refresh: bool = False) -> Items:
         """The items; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
         known are used when others are not to be had soon."""
         items, now = self._items, self.instance.server.now()
-        if items is None or self.is_old or refresh and now - items.asked_at >= KEPT_SECONDS:
-            self._listing = listing = self._listing or asyncio.get_running_loop().create_task(self._list())
+        if self.fresh is None or refresh and now - items.asked_at >= KEPT_SECONDS:
+            if self._listing is None:
+                self._listing = asyncio.get_running_loop().create_task(self._list())
+                self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
+            listing = self._listing
             await asyncio.wait([listing], timeout=None if items is None else RELIST_SECONDS)
             if self._items is None:
                 listing.result()                   # which raises what went wrong
@@ -3821,7 +5019,7 @@ class KeptList:
     def fresh(self) -> Items | None:
         """The items if they are what the server would say now."""
         items = None if self.is_old else self._items
-        if items is not None and not self._is_told_of_changes:
+        if items is not None and (self._is_doubtful or not self._is_told_of_changes):
             age = self.instance.server.now() - items.asked_at
             return items if age < max(KEPT_SECONDS, items.ttl_ms / 1000) else None
         return items
@@ -3837,7 +5035,7 @@ class KeptList:
             connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
             if self.method == "tools/list" or self.instance.identity.has(LISTS[self.method][2]):
                 await self._read(connection, items)
-            self._items = items
+            self._items, self._is_doubtful = items, False
             if self.is_missed:
                 self.is_missed = False
                 tell_all(self.instance, list_changed(LISTS[self.method][2]))
@@ -3846,7 +5044,7 @@ class KeptList:
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self._items.asked_at = self.instance.server.now()
+            self._items.asked_at, self._is_doubtful = self.instance.server.now(), True
         finally:
             self._listing = None
 
@@ -3871,7 +5069,7 @@ class KeptList:
 
 
 # ============================================================================
-# 19. Instances
+# 21. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -3895,18 +5093,11 @@ PING_SECONDS = 5.0               # for the answer
 UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_OWNERS = 10_000            # of tasks and elicitations
+KNOWN_WAYS = 16                  # of those who wait for a server to start
+FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
 
 
-class InstanceState(enum.Enum):
-    """Whether its server can be used."""
-
-    NEW = "new"
-    STARTING = "starting"
-    READY = "ready"
-    PAUSED = "paused"
-    CLOSED = "closed"
-
-
+InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
 INSTANCE_STATES = {
     InstanceState.NEW: {InstanceState.STARTING, InstanceState.CLOSED},
     InstanceState.STARTING: {InstanceState.READY, InstanceState.PAUSED, InstanceState.CLOSED},
@@ -3924,7 +5115,7 @@ class Instance:
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.principal = principal                  # to whose account it goes
         self.variables = variables
-        self.redact = variables_redactor(variables)
+        self.redact = redactor(variables.values())
         self.state = InstanceState.NEW
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
@@ -3949,6 +5140,7 @@ class Instance:
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
         self._link: Link | None = None              # the last one that was started
+        self._ways: set[str] = set()                # of those that wait for it through other proxies
 
     @property
     def is_private(self) -> bool:
@@ -3957,7 +5149,7 @@ class Instance:
 
     @property
     def has_process(self) -> bool:
-        return self.state is not InstanceState.NEW and self.state is not InstanceState.CLOSED
+        return self._runner is not None and self.state is not InstanceState.CLOSED
 
     @property
     def is_used(self) -> bool:
@@ -3996,7 +5188,14 @@ class Instance:
         if self.failure and self.state is not InstanceState.STARTING and self.connection is None:
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
-            raise ServerError(f"server {self.server.name} did not start: {self.failure}", data=self.failure.data)
+            raise ServerError(str(self.failure), data=self.failure.data)
+
+    def tell_way(self, way: str) -> None:
+        """Somebody waits for it through other proxies: it must not wait for one of those itself."""
+        if way not in self._ways and len(self._ways) < KNOWN_WAYS:
+            self._ways.add(way)
+            if self._link:
+                self._link.tell_way(way)
 
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
@@ -4050,6 +5249,7 @@ class Instance:
             self._become(InstanceState.PAUSED)
             await self._pause()
         self._become(InstanceState.CLOSED)
+        self._settle_start(error)
         for session in list(self.sessions.values()):
             session.on_closed(self, error)
 
@@ -4064,9 +5264,11 @@ class Instance:
                                           on_notification=functools.partial(pass_on, self),
                                           is_ones_own=self.is_ones_own)
             connection.principal = self.principal
-            await link.start()
+            link.way = ", ".join(self._ways)
+            link.on_renewed = functools.partial(self._put_back, connection)
             self._link = link
             try:
+                await link.start()
                 if era is LEGACY:
                     self.identity = await connection.initialize(initialize)
                 elif LEGACY in eras[1:]:
@@ -4084,8 +5286,8 @@ class Instance:
                 failure = error
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
-                elif era is LEGACY:
-                    self.has_failed = True
+                elif era is LEGACY or link.is_remote:
+                    self.has_failed = era is LEGACY
                     break                       # it died: no other words will help
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
@@ -4106,10 +5308,10 @@ class Instance:
     def _make_ready(self, connection: ServerConnection, is_restart: bool) -> None:
         """Makes a new link what the one before was to its clients."""
         whose = next((session.label for session in self.sessions.values()), "-") if self.is_private else "all"
-        log.info("= server %(server)s is ready for %(session)s: process %(pid)s, %(name)s %(version)s, revision "
-                 "%(revision)s", server=self.server.name, pid=connection.link.label, name=self.identity.name,
-                 version=self.identity.release, revision=str(self.identity.version), session=whose)
-        self.connection, self.failure = connection, None
+        log.info(f"= server %(server)s is ready for %(session)s: {connection.link.label}, %(name)s %(version)s, "
+                 "revision %(revision)s", server=self.server.name, name=self.identity.name, session=whose,
+                 version=self.identity.release, revision=str(self.identity.version), **connection.link.fields)
+        self.connection, self.failure, self.last_used = connection, None, self.server.now()
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
         for kept in self.lists.values() if is_restart else ():
@@ -4117,16 +5319,26 @@ class Instance:
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
-        else:
+        self._settle_start(None)
+        self._put_back(connection, is_restart or self.is_missed)
+
+    def _put_back(self, connection: ServerConnection, is_another: bool = True) -> None:
+        """Tells a legacy server what its clients need of it, and if it is another one than before, them that its lists
+        may be others."""
+        if connection is not self.connection:
+            return
+        if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self._subscribe(topic)
-            if self.log_level:
+            before = self.log_level
+            self.adjust_log_level()                        # somebody may have asked for one meanwhile
+            if before and before == self.log_level:
                 connection.request("logging/setLevel", {"level": self.log_level})
-        self._settle_start(None)
-        if is_restart or self.is_missed:
+        if is_another:
             self.is_missed = False
-            for message in self.identity.list_changes():
-                pass_on(self, message)
+            for kind, _ in LIST_CHANGES.values():
+                if kind in self.identity.capabilities:
+                    pass_on(self, list_changed(kind))
 
     def on_time_out(self) -> None:
         """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
@@ -4152,11 +5364,15 @@ class Instance:
             question.take_back()
 
     async def _pause(self) -> None:
-        """Waits before a restart: longer after each death, and after many of them until somebody asks."""
+        """Waits before a restart: longer after each death, and after many of them until somebody asks. To ask whether a
+        remote server is back costs little."""
         now = self.server.now()
         self._deaths.append(now)
         recent = [death for death in self._deaths if death > now - 60]
-        if len(recent) >= DEATHS_IN_A_MINUTE:
+        if self.server.config.url:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), min(FAR_PAUSE, RESTART_DELAY * 4 ** len(recent)))
+        elif len(recent) >= DEATHS_IN_A_MINUTE:
             log.error("! server %(server)s died %(deaths)d times in a minute; it is started when it is needed",
                       server=self.server.name, deaths=len(recent))
             await self._wanted.wait()
@@ -4166,6 +5382,7 @@ class Instance:
     def _settle_start(self, error: ServerError | None) -> None:
         """Tells those who wait for the server that it can be used, or why it cannot."""
         self._wanted.clear()
+        self._ways.clear()
         settled, self._started = self._started, asyncio.get_running_loop().create_future()
         if error:
             settled.set_exception(error)
@@ -4289,16 +5506,12 @@ class Instance:
 
 
 # ============================================================================
-# 20. Clients, servers and mounts
+# 22. Clients
 # ============================================================================
 #
-# A mount is what clients meet, at whatever URL: it has their sessions, their calls,
-# and the limits. A server is what was configured: how its links are made, and its
-# instances. A client is attached to the instance of a server that it uses when it
-# uses it for the first time, and each request picks one of those in its view.
+# Who sends requests. A client is attached to the instance of a server that it uses
+# when it uses it for the first time, and each request picks one of those in its view.
 
-SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
-UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
 KEPT_STREAMS = 16                # of each session, after they ended
 
@@ -4312,6 +5525,8 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
+    way = ""                                        # the ids of the proxies that its requests come through
+    headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
     def __init__(self, mount: "Mount", view: View, key: str | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
@@ -4323,24 +5538,46 @@ class Client(Holder):
         self.variables = variables                  # that it sets for its servers
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
+        self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
 
-    def at(self, server: "Server") -> Instance:
-        """The instance of a server that it uses, the same from the first use on."""
+    def at(self, server: "Server | Group", message: Message | None = None,
+           left_out: "Server | None" = None) -> Instance:
+        """The instance of a server that it uses, the same from the first use on; of a group, that of the server which
+        is for the message, and is not left out."""
+        if server.is_group:
+            server = server.choose(self, message, left_out)
         instance = self._instances.get(server)
-        if instance is None or instance.state is InstanceState.CLOSED and self.view.is_joint and (
+        if instance is None or instance.state is InstanceState.CLOSED and (
+                self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             if instance.is_private and self.hello is not None:
                 instance.start(self.hello)
             if before and self.is_session:
-                self._move_topics(before, instance)
+                self._move_topics(before, server)
+        instance.last_used = self.mount.now()
+        if self.way and instance.connection is None:
+            instance.tell_way(self.way)
         return instance
+
+    def take_back(self, notification: Message) -> None:
+        """Its notification that it cancels a request."""
+        request_id = notification.params.get("requestId")
+        call = self.calls.get(request_id) if is_id(request_id) else None
+        if call:
+            call.cancel(notification)
+
+    @functools.cached_property
+    def key_name(self) -> str | None:
+        """What its key is called: key1 is the first of AUTH_KEY."""
+        keys = self.mount.settings.auth_keys
+        return f"key{keys.index(self.key) + 1}" if self.key in keys else None
 
     @functools.cached_property
     def redact(self):
         """Takes the values of its variables out of a text for the log."""
-        return variables_redactor(self.variables)
+        return redactor(self.variables.values())
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
@@ -4400,30 +5637,37 @@ class Session(Client):
 
     def on_closed(self, instance: Instance, error: ServerError) -> None:
         """Its own process of a server is gone. A session of that server alone ends with it."""
-        if not self.view.is_joint:
+        if not self.view.has_choice:
             self.end(error)
 
     def adopt(self, catalog: Catalog) -> None:
-        """The configuration is another one: what the session used of servers that are gone, it uses of those in their
-        place."""
+        """The configuration is another one: what it used of servers that are gone, it uses of those in their place."""
+        before = self.view.members
         try:
             self.view = catalog.view(self.view.place, self.view.wanted)
         except RPCError:
             self.is_homeless = True
             return
+        if self.variables and self.view.is_for_all:        # nobody takes them any more
+            self.is_homeless = True
         for old in [server for server in self._instances if server.is_retired]:
             instance = self._instances.pop(old)
             instance.sessions.pop(self.id, None)
-            new = self.mount.servers.get(old.name)
-            self._move_topics(instance, self.at(new) if new else None)
-        for kind, _ in LIST_CHANGES.values() if self.version else ():
+            self._move_topics(instance, self.mount.servers.get(old.name))
+        for kind, _ in LIST_CHANGES.values() if self.version and self.view.members != before else ():
             self.stream.send(list_changed(kind).payload)
 
-    def _move_topics(self, before: Instance, instance: Instance | None) -> None:
+    def _move_topics(self, before: Instance, server: "Server | None") -> None:
+        """Subscribes at the server in the place of another instance, if it can be used."""
         for topic in [topic for topic in self.topics if topic.instance is before]:
             before.unsubscribe(self, topic)
-            if instance:
-                instance.subscribe(self, topic.uri).told.add(self)
+            if server:
+                with contextlib.suppress(ProxyError):
+                    self.at(server).subscribe(self, topic.uri).told.add(self)
+
+    def speak_through(self, stream: Stream) -> None:
+        """Uses this one in place of its own, before anything was sent."""
+        self.stream = self._streams["0"] = stream
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
@@ -4464,9 +5708,7 @@ class Session(Client):
             return question.respond(message) if question else None
         log.info("< %(session)s %(method)s", session=self.label, method=message.method)
         if message.method == "notifications/cancelled":
-            request_id = message.params.get("requestId")
-            call = self.calls.get(request_id) if is_id(request_id) else None
-            return call.cancel(message) if call else None
+            return self.take_back(message)
         for instance in self._instances.values():
             connection = instance.connection
             if connection is None or connection.era is MODERN:
@@ -4506,6 +5748,22 @@ class Session(Client):
 def is_at_least(level: object, wanted: str) -> bool:
     """Is a log message's level at least as high as what is wanted? One that is unknown passes."""
     return level not in LOG_LEVELS or LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
+
+
+# ============================================================================
+# 23. Servers and groups
+# ============================================================================
+#
+# A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
+# other. Which of them a request goes to is said by the first of these that applies: the call that it goes on with, a
+# `when` that claims it, the member that the session is at, and who is least busy. A member is left out while it has no
+# process, and after failures in a row until it answers again.
+
+SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
+FAILURES = 3                     # in a row, after which a member of a group is left out
+PROBE_PAUSE = 1.0                # seconds until one that is left out is asked whether it is back, doubling
+LONGEST_PROBE_PAUSE = 30.0       # to this
+KNOWN_STATES = 1_000             # of calls that wait for input, of one group
 
 
 class Pool:
@@ -4549,6 +5807,8 @@ class Server:
     An instance is kept under whom it is for, its owner: (), all clients; (key, name, variables), the visitors that are
     one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
 
+    is_group = False
+
     def __init__(self, config: ServerConfig, new_link, now, pool: "Pool | None" = None):
         self.name, self.settings = config.name, config.settings
         self.config = config
@@ -4564,6 +5824,48 @@ class Server:
         self.instances: dict[object, Instance] = {}
         self.ending: dict[Instance, asyncio.Task] = {}
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
+        self.chosen = 0                            # how often it was, of its group
+        self.failures = 0                          # of calls in a row
+        self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
+        self._probing: asyncio.Task | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Can a call be expected to work?"""
+        instance = self.instances.get(())
+        return self.failures < FAILURES and not (
+            instance and instance.connection is None and (instance.failure or instance.identity))
+
+    def load(self) -> tuple:
+        """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
+        instance = self.instances.get(())
+        running = sum(not call.is_endless for one in self.instances.values() if one.connection
+                      for call in one.connection.pending.values())
+        weight = self.config.weight
+        return bool(instance and instance.connection is None), running / weight, self.chosen / weight
+
+    def probe(self, others: "list[Server]") -> None:
+        """Finds out now and then whether a member of a group that is left out is back."""
+        now = self.now()
+        if self.is_up or self._probing or now < self._probe_at:
+            return
+
+        async def ask() -> None:
+            if self.is_for_all:
+                connection = await (self.instances.get(()) or self.make_instance()).ready()
+                await connection.request("server/discover" if connection.era is MODERN else "ping", {}).result()
+            self.failures, self._probe_pause = 0, PROBE_PAUSE
+            # It is not to make up for what it missed.
+            self.chosen = max(self.chosen, int(self.config.weight * max(
+                (other.chosen / other.config.weight for other in others), default=0)))
+
+        def on_done(task: asyncio.Task) -> None:
+            self._probing = None
+            self._probe_at = self.now() + self._probe_pause
+            if task.cancelled() or task.exception():
+                self._probe_pause = min(LONGEST_PROBE_PAUSE, 2 * self._probe_pause)
+        self._probing = asyncio.get_running_loop().create_task(asyncio.wait_for(ask(), PING_SECONDS))
+        self._probing.add_done_callback(on_done)
 
     def instance_for(self, client: Client) -> Instance:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
@@ -4654,6 +5956,80 @@ class Server:
         await asyncio.gather(*self.ending.values())
 
 
+class Group:
+    """Servers that stand in for each other."""
+
+    is_group = True
+
+    def __init__(self, config: ServerConfig, members: list[Server], before: "Group | None" = None):
+        self.name, self.config, self.members = config.name, config, members
+        # requestState -> the member that gave it
+        self.states = {state: member for state, member in before.states.items() if member in members} if before else {}
+        for member in members:                     # a new one is not to make up for what it missed
+            member.chosen = 0
+
+    def choose(self, client: Client, message: Message | None, left_out: Server | None) -> Server:
+        """The member for a request, or for what is no single request; `left_out` has failed with it. RPCError when each
+        has calls of its own, and this is none of them."""
+        owner = self._owner(client, message) if message else None
+        if owner:
+            return owner
+        members = [member for member in self.members if member is not left_out]
+        claiming = [member for member in self.members if self._claims(member, client, message)] if message else []
+        if claiming and claiming != [left_out]:            # what is claimed goes to nobody else, also when that is down
+            claiming = [member for member in claiming if member is not left_out]
+            return next((member for member in claiming if member.is_up), claiming[0])
+        is_call = message is not None and message.method in ("tools/call", "prompts/get")
+        members = [member for member in members if not member.config.when] or ([] if is_call else members)
+        if claiming or not members:
+            raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
+        up = [member for member in members if member.is_up]
+        first = [member for member in up if not member.config.is_backup] or up or members
+        own = client.members.get(self.config.name)
+        if own not in first:
+            own = min(first, key=Server.load)
+            own.chosen += client.is_session        # a call of others counts when it is sent
+            client.members[self.config.name] = own
+        return own
+
+    def _claims(self, member: Server, client: Client, message: Message) -> bool:
+        when = member.config.when
+        if when is None:
+            return False
+        arguments = message.plain_params.get("arguments") if when.argument and message.params.get("arguments") else {}
+        return when.claims(arguments if isinstance(arguments, dict) else {}, client.headers, client.key_name)
+
+    def _owner(self, client: Client, message: Message) -> Server | None:
+        """The member that has the task, or the call that waits for input, which a request names."""
+        state, named = message.params.get("requestState"), owner_named(message)
+        if isinstance(state, str):
+            return self.states.get(state)
+        return next((member for member in self.members for instance in member.instances.values()
+                     if named in instance.owners), None) if named else None
+
+    def tick(self) -> None:
+        """Called now and then."""
+        for member in self.members:
+            member.probe(self.members)
+
+    def remember(self, response: ResponseLine | Message, member: Server) -> None:
+        """A response may ask for input: the request that comes with it is for the same member."""
+        state = response.parsed().result.get("requestState") if is_input_required(response) else None
+        if isinstance(state, str):
+            if len(self.states) >= KNOWN_STATES:
+                del self.states[next(iter(self.states))]
+            self.states[state] = member
+
+
+# ============================================================================
+# 24. Mounts
+# ============================================================================
+#
+# A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
+
+UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
+
+
 class Mount:
     """What clients meet, at all URLs: sessions, calls, and what limits them. What each URL shows is a View."""
 
@@ -4667,8 +6043,14 @@ class Mount:
         self.listeners: set = set()                # exchanges that listen to several servers as one
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
-        self.catalog, self.servers = catalog, {name: new_server(config, self._pool)
-                                               for name, config in catalog.servers.items()}
+        self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
+        self.groups: dict[str, Group] = {}
+        self._adopt(catalog)
+
+    def _adopt(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.groups = {name: Group(config, [self.servers[member.name] for member in config.members],
+                                   self.groups.get(name)) for name, config in catalog.groups.items()}
 
     def start(self) -> None:
         """Starts what is there before any client is."""
@@ -4679,16 +6061,18 @@ class Mount:
 
     def reload(self, catalog: Catalog) -> None:
         """Takes another configuration: what did not change goes on, what did ends when its calls are done."""
-        before, self.servers, self.catalog = self.servers, {}, catalog
+        before, self.servers = self.servers, {}
+        catalog.leaving = {session.view.place for session in self.sessions.values()} - {None, *catalog.places}
         for name, config in catalog.servers.items():
             old = before.get(name)
-            if old and dataclasses.replace(old.config, rules=config.rules, prefix=config.prefix) == config:
+            if old and old.config.changed_in_place == config.changed_in_place:
                 self.servers[name] = before.pop(name)
                 old.config = config
             else:
                 self.servers[name] = self._new_server(config, self._pool)
         for server in before.values():
             server.is_retired, server.spares_wanted = True, 0
+        self._adopt(catalog)
         self.start()
         for session in list(self.sessions.values()):
             session.adopt(catalog)
@@ -4701,11 +6085,12 @@ class Mount:
         """The instance to which the requests of a client go that is shown one server."""
         return client.at(self.server(client.view.members[0].name))
 
-    def server(self, name: str) -> "Server":
+    def server(self, name: str) -> Server | Group:
         """RPCError when it was taken out of the configuration."""
-        if name not in self.servers:
+        server = self.servers.get(name) or self.groups.get(name)
+        if server is None:
             raise RPCError(f"there is no server {name}", status=404)
-        return self.servers[name]
+        return server
 
     def check_open(self) -> None:
         """Refuses what would be new when the proxy is about to end."""
@@ -4713,7 +6098,7 @@ class Mount:
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, key: str | None, variables: dict[str, str], principal: object = None,
-                     is_streamable: bool = True) -> Session:
+                     is_streamable: bool = True, way: str = "") -> Session:
         """A session for a new client, once there is room for it and what it uses."""
         self.check_open()
         others = ()
@@ -4722,12 +6107,13 @@ class Mount:
             if not others:
                 raise try_later("too many sessions")
         session = Session(self, view, key, variables, principal, is_streamable)
+        session.way = way
         connection = self.pick(session).connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
         self.sessions[session.id] = session
-        log.info("= session %(session)s opened" + (", at process %(pid)s" if connection else ""),
-                 session=session.label, pid=connection.link.label if connection else "-")
+        log.info("= session %(session)s opened" + (f", at {connection.link.label}" if connection else ""),
+                 session=session.label, **(connection.link.fields if connection else {}))
         return session
 
     def find_session(self, session_id: str | None, place: str | None, key: str | None, is_streamable: bool) -> Session:
@@ -4760,6 +6146,8 @@ class Mount:
             server.tick(now)
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
+        for group in self.groups.values():
+            group.tick()
         for call in [*self.calls, *self.parked.values()]:
             settings = call.instance.server.settings if call.instance else self.settings
             if call.is_overdue(now, settings.request_timeout):
@@ -4796,7 +6184,7 @@ class Mount:
 
 
 # ============================================================================
-# 21. Several servers as one
+# 25. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -4805,50 +6193,68 @@ class Mount:
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 
 
-async def gather(client: Client, known, ask) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
-    """([(server, value)] of those of a client's servers that have one, {name: why not} of the others).
+async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
+    """([(server, value)] of those of a client's servers that have one, {name: why not} of the others); `members` are
+    those that are asked, if not all. One alone is waited for.
 
-    known(instance) is the value that is known, or None; ask(instance) is a coroutine that finds it out. ServerError
-    when no server has one."""
-    values, missing, waiting = {}, {}, {}
-    for member in client.view.members:
+    known(instance) is what is known, or None; ask(instance), a coroutine, finds it out. ServerError if none has one."""
+    members = client.view.members if members is None else members
+    async def ask_one(server: Server | Group, instance: Instance) -> object:
         try:
-            instance = client.at(client.mount.server(member.name))
-            instance.check_up()
+            return await ask(instance)
+        except ServerError:
+            if not server.is_group:
+                raise
+            return await ask(client.at(server, None, instance.server))
+
+    values, missing, waiting = {}, {}, {}
+    for member in members:
+        try:
+            server = client.mount.server(member.name)
+            instance = client.at(server)
+            try:
+                instance.check_up()
+            except ServerError:
+                if not server.is_group:
+                    raise
+                instance = client.at(server, None, instance.server)
+                instance.check_up()
             values[member.name] = known(instance)
             if values[member.name] is None:
-                waiting[asyncio.ensure_future(ask(instance))] = member.name, instance
+                waiting[asyncio.ensure_future(ask_one(server, instance))] = member.name, instance
         except ProxyError as error:
             missing[member.name] = str(error)
-    left, timeout = set(waiting), JOINT_SECONDS
-    while left:
-        done, left = await asyncio.wait(left, timeout=timeout, return_when=asyncio.ALL_COMPLETED if timeout else
-                                        asyncio.FIRST_COMPLETED)
-        for task in done:
-            name, _ = waiting[task]
-            error = task.exception()
-            if error:
-                missing[name] = str(as_told(error))
-            else:
-                values[name] = task.result()
-        if any(value is not None for value in values.values()):
-            break
-        timeout = None                             # nothing is there yet: the first that comes is waited for
-    for task in left:
-        task.cancel()
-        name, instance = waiting[task]
-        missing[name] = "it has not answered yet" if instance.connection else "it is starting"
-    found = [(member, values[member.name]) for member in client.view.members if values.get(member.name) is not None]
+    left, timeout = set(waiting), JOINT_SECONDS if len(members) > 1 else None
+    try:
+        while left:
+            done, left = await asyncio.wait(left, timeout=timeout, return_when=asyncio.ALL_COMPLETED if timeout else
+                                            asyncio.FIRST_COMPLETED)
+            for task in done:
+                error = task.exception()
+                if error:
+                    missing[waiting[task][0]] = str(as_told(error))
+                else:
+                    values[waiting[task][0]] = task.result()
+            if any(value is not None for value in values.values()):
+                break
+            timeout = None                         # nothing is there yet: the first that comes is waited for
+    finally:
+        for task in left:
+            task.cancel()
+            name, instance = waiting[task]
+            missing[name] = "it has not answered yet" if instance.connection else "it is starting"
+    found = [(member, values[member.name]) for member in members if values.get(member.name) is not None]
     if not found:
         raise ServerError("none of the servers can be used: " + "; ".join(
             f"{name}: {why}" for name, why in missing.items()), data={UNAVAILABLE_KEY: missing})
     return found, missing
 
 
-async def gather_lists(client: Client, method: str) -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
+async def gather_lists(client: Client, method: str,
+                       members=None) -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
     """What the servers list by a method; those that are missing tell the client when they are back."""
     found, missing = await gather(client, lambda instance: instance.list_of(method).fresh,
-                                  lambda instance: instance.list_of(method).get())
+                                  lambda instance: instance.list_of(method).get(), members)
     miss(client, missing, method)
     return found, missing
 
@@ -4874,21 +6280,30 @@ async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Id
     return found, missing
 
 
-async def tools_at(client: Client, refresh: bool = False) -> dict[str, str]:
-    """The texts of the tools that a client is shown, by name."""
+async def tools_at(client: Client, name: str | None = None, refresh: bool = False) -> dict[str, str]:
+    """The texts of the tools that a client is shown, by name; with a name, of those servers that may have it."""
     view = client.view
     if view.is_plain:
         return (await client.mount.pick(client).tools.get(refresh)).texts
     found, _ = await gather(client, lambda instance: None if refresh else instance.tools.fresh,
-                            lambda instance: instance.tools.get(refresh))
+                            lambda instance: instance.tools.get(refresh),
+                            None if name is None else view.candidates(name))
     return {name: text for name, (_, _, text) in shown_of(view, found).items()}
 
 
 def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, tuple[ServerConfig, str, str]]:
     """(server, its own name, text) of all items by the name that is shown; of two with one name the first."""
+    known_for, shown = view.shown.get(found[0][1].method, ((), {}))
+    if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
+        return shown
     shown = {}
     for member, items in found:
-        for name, (own, text) in items.shown(member, view.is_joint).items():
+        try:
+            own_shown = items.shown(member, view.is_joint)
+        except Exception as error:             # what is wrong with one of them is no other's fault
+            log.fault(error)
+            continue
+        for name, (own, text) in own_shown.items():
             if name in shown:
                 if LISTS[items.method][1] == "name" and (member.name, name) not in view.left_out:
                     view.left_out.add((member.name, name))
@@ -4896,6 +6311,8 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, t
                                 server=member.name, name=name, other=shown[name][0].name)
             elif items.method != "tools/list" or view.shows(name):
                 shown[name] = member, own, text
+    if not view.wanted:
+        view.shown[found[0][1].method] = found, shown
     return shown
 
 
@@ -4907,65 +6324,91 @@ def pick(client: Client, message: Message) -> Target | None:
     if not view.is_joint:
         return Target(view.members[0].name)
     if isinstance(params.get("taskId"), str):
-        for member in view.members:
-            if params["taskId"].startswith(f"{member.name}__"):
-                return Target(member.name)
-        raise UNKNOWN_TASK
+        names = [one.name for member in view.members for one in member.members or (member,)
+                 if params["taskId"].startswith(f"{one.name}__")]
+        return Target(max(names, key=len)) if names else None          # a___1 is of a_, and not of a
     return None
 
 
-async def find_targets(client: Client, message: Message) -> list[Target]:
-    """Where a request may go that does not say so by a name alone: one after the other until it is not refused."""
+async def find_targets(client: Client, message: Message) -> tuple[list[Target], dict[str, str]]:
+    """(Where a request may go that does not say so by a name alone: one after the other until it is not refused; what
+    may be missing there, {name of a server: why})."""
     view, params = client.view, message.params
-    reference = members_of(params.get("ref"))
-    name, uri = params.get("name", reference.get("name")), params.get("uri", reference.get("uri"))
+    named = members_of(params.get("ref")) or params
+    name, uri, method = named.get("name"), named.get("uri"), message.method
     if isinstance(uri, str):
         return await find_by_uri(client, uri)
+    if method.startswith("tasks/"):
+        await check_knows_tasks(client, message)
+        raise UNKNOWN_TASK
     if not isinstance(name, str):
-        raise RPCError(f"no server is named for {message.method}", status=404, code=METHOD_NOT_FOUND)
-    method = "tools/list" if message.method == "tools/call" else "prompts/list"
-    if reference:
+        raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
+    if method not in ("tools/call", "prompts/get", "completion/complete"):         # of an extension
+        candidates = view.candidates(name)
+        if len(candidates) != 1:
+            raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
+        return [Target(candidates[0].name, name.removeprefix(candidates[0].start_of_names))], {}
+    if named is not params:
         target = view.direct("prompts/get", name)
         if target:
-            return [target]
-    found, missing = await gather_lists(client, method)
+            return [target], {}
+    kind = "tools" if method == "tools/call" else "prompts"
+    found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
-    kind = method.partition("/")[0]
+    if member is None and missing:
+        raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
     if member is None:
-        for config in view.members:
-            if config.name in missing and name.startswith(config.start_of_names):
-                raise ServerError(f"server {config.name}: {missing[config.name]}", status=503)
         raise unknown_name(kind, name)
-    return [member_target(member, kind, own, name)]
+    return [member_target(member, kind, own, name)], {}
 
 
-async def find_by_uri(client: Client, uri: str) -> list[Target]:
+async def check_knows_tasks(client: Client, message: Message) -> None:
+    """Refuses a request for a task where no server has any, or the client has not said that it knows them. SEP-2663,
+    Capability Negotiation."""
+    found, _ = await gather_identities(client)
+    if not any(identity.has("tasks") or identity.has(TASKS_EXTENSION) for _, identity in found):
+        raise RPCError(f"no server knows {message.method}", status=404, code=METHOD_NOT_FOUND)
+    capabilities = members_of(message.meta.get(CAPABILITIES_KEY))
+    if CAPABILITIES_KEY in message.meta and message.method not in NAMED_IN_HEADER:
+        raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
+    if CAPABILITIES_KEY in message.meta and TASKS_EXTENSION not in members_of(capabilities.get("extensions")):
+        raise NO_TASKS
+
+
+async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
-    all."""
+    all. In the form of find_targets()."""
     lists = "resources/list", "resources/templates/list"
     for method in lists:                           # where a list that is known has it, nobody is waited for
         for member in client.view.members:
-            items = client.at(client.mount.server(member.name)).list_of(method).fresh
-            if items is not None and uri in items:
-                return [Target(member.name)]
-    found = {}
-    for method in lists:
-        found[method], _ = await gather_lists(client, method)
-        for member, items in found[method]:
-            if uri in items:
-                return [Target(member.name)]
-    for member, items in found["resources/templates/list"] if len(uri) <= MAX_URI else ():
-        if any(template_pattern(template).fullmatch(uri) for template in items):
-            return [Target(member.name)]
-    found, _ = await gather_identities(client)
-    targets = [Target(member.name) for member, identity in found if identity.has("resources")]
+            with contextlib.suppress(ProxyError):
+                items = client.at(client.mount.server(member.name)).list_of(method).known
+                if items is not None and uri in items:
+                    return [Target(member.name)], {}
+
+    def known(instance: Instance) -> tuple | None:
+        items = [instance.list_of(method).fresh for method in lists]
+        return (instance.identity, *items) if instance.identity and None not in items else None
+
+    async def ask(instance: Instance) -> tuple:
+        items = await asyncio.gather(*(instance.list_of(method).get() for method in lists))
+        return instance.identity, *items
+    found, missing = await gather(client, known, ask)
+    for number in (1, 2):
+        for member, has in found:
+            if uri in has[number]:
+                return [Target(member.name)], missing
+    for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
+        if any(fits_template(uri, template) for template in templates):
+            return [Target(member.name)], missing
+    targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
         raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
-    return targets
+    return targets, missing
 
 
 # ============================================================================
-# 22. Bridges
+# 26. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -4999,8 +6442,7 @@ class Bridge:
     intercepted = dict.fromkeys(("tasks/get", "tasks/result", "tasks/cancel", "tasks/update"), check_task)
 
     def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
-        """The changes that a request needs for the server beside its id, with the members `new` (name -> JSON) put into
-        its _meta."""
+        """What a request needs changed for the server beside its id; the members `new` (name -> JSON) go into _meta."""
         return restated_meta(message, new)
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
@@ -5193,8 +6635,7 @@ class ModernClientLegacyServer(Bridge):
         return True
 
     def listen(self, exchange: "Exchange", message: Message) -> bool:
-        """A subscription, made of the server's list changes and of legacy subscriptions; acknowledged when the server
-        has said which of those it takes."""
+        """A subscription, made of list changes and legacy ones; acknowledged when the server has settled the latter."""
         instance, wanted = exchange.instance, listened_for(message)
         exchange.client.mount.make_room_among(instance.listeners, exchange.principal)
         exchange.wanted, exchange.topics, exchange.early = instance.identity.supported(wanted), set(), []
@@ -5274,13 +6715,12 @@ class LegacyClientModernServer(LegacyClientBridge):
         return restated_meta(message, new, beside=exchange.dialogue and exchange.dialogue.gathered)
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
-        response = response.parsed()
         if not response.is_result:
             # What it was called before 2026-07-28.
             codes = {INVALID_PARAMS: RESOURCE_NOT_FOUND} if exchange.method == "resources/read" else {}
-            exchange.finish(error_with(response, exchange.raw_id, codes))
-        elif members_of(response.members["result"]).get("resultType") == "input_required":
-            self._gather(exchange, response)
+            exchange.finish(error_with(response.parsed(), exchange.raw_id, codes))
+        elif is_input_required(response):
+            self._gather(exchange, response.parsed())
         else:
             exchange.finish(result_without(response, exchange.raw_id))
 
@@ -5358,7 +6798,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 23. Dialogues
+# 27. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -5383,7 +6823,7 @@ class Dialogue:
     def ask_session(self, question: Question) -> None:
         """Asks a legacy client."""
         self.questions[str(question.id)] = question
-        question.call = self.exchange
+        question.call, self.exchange.has_begun = self.exchange, True
         self.exchange.client.ask(question, self.exchange.outlet.send)
 
     def ask_by_parking(self, question: Question, missing: dict | None) -> None:
@@ -5456,7 +6896,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 24. Exchanges
+# 28. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -5473,26 +6913,16 @@ class Dialogue:
 # It goes back to WAITING where several servers may have a resource, and one refused it.
 
 RUNNING_CALLS = 1_000            # of one client at a time
+NOWHERE: list[Target] = []       # is never changed: most calls have one target
 
 
-class ExchangeState(enum.Enum):
-    """What an exchange waits for."""
-
-    __hash__ = object.__hash__             # as of Era
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    PARKED = "parked"
-    DONE = "done"
-
-
+WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
 EXCHANGE_STATES = {
-    ExchangeState.WAITING: {ExchangeState.RUNNING, ExchangeState.DONE},
-    ExchangeState.RUNNING: {ExchangeState.WAITING, ExchangeState.PARKED, ExchangeState.DONE},
-    ExchangeState.PARKED: {ExchangeState.RUNNING, ExchangeState.DONE},
-    ExchangeState.DONE: set(),
+    WAITING: {RUNNING, DONE},
+    RUNNING: {WAITING, PARKED, DONE},
+    PARKED: {RUNNING, DONE},
+    DONE: set(),
 }
-WAITING, RUNNING, PARKED, DONE = ExchangeState
 
 
 class Outcome(enum.Enum):
@@ -5506,19 +6936,23 @@ class Outcome(enum.Enum):
 
 
 class Exchange(PendingRequest, Holder):
-    """One client request on its way. `envelope` comes with a modern one; `headers` with one whose arguments may have to
-    be repeated in them."""
+    """One client request on its way; with the `envelope` of a modern one, and `headers` that may repeat arguments."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
         names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token outlet text held
-        digest principal target others _bridge""".split())
+        digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
                  headers: dict[str, str] | None = None):
         self.client, self.instance = client, instance
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
-        self.others: list[Target] = []                # where it goes next if it is refused
+        self.others: list[Target] = NOWHERE           # where it goes next if it is refused
+        self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
+        self.group: Group | None = None               # whose members stand in for each other, once for a call:
+        self.work: asyncio.Task | None = None         # that waits for what it needs
+        self.is_repeated = False                      # did another one fail with it?
+        self.has_begun = False                        # was anything of the answer told?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
         self.digest = 0                               # digest: what was parsed of a large one takes many times its size
@@ -5609,15 +7043,23 @@ class Exchange(PendingRequest, Holder):
         if log.level <= logging.DEBUG:
             log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
                       id=self.id, body=client.redact(self.message.text))
-        if connection and (self.headers is None or self._is_checked()):
+        if connection and (self.headers is None and not connection.link.is_remote or self._is_checked(connection)):
             return self.begin(connection)
         if self.method == "initialize" and self.instance and self.instance.is_private:
             self.instance.start(self.message.plain_params)
         self.message = None
-        asyncio.get_running_loop().create_task(self._begin_when_ready())
+        self._begin_soon()
+
+    def _begin_soon(self) -> None:
+        self.work = asyncio.get_running_loop().create_task(self._begin_when_ready())
 
     def _pick(self) -> None:
         """Chooses a server by the request alone, if that is enough."""
+        state = self.message.params.get("requestState")
+        parked = self.client.mount.parked.get(state) if isinstance(state, str) else None
+        if parked:                                     # whatever was taken out of the configuration since
+            self.instance, self.target, self.group = parked.instance, parked.target, parked.group
+            return
         target = pick(self.client, self.message)
         if target:
             self.aim(target)
@@ -5625,17 +7067,27 @@ class Exchange(PendingRequest, Holder):
                 self.message = with_tasks(self.message, lambda task: task.removeprefix(f"{target.server}__"))
                 self.text = self.message.text
 
-    def aim(self, target: Target) -> None:
-        """Sends it to a server."""
-        self.instance, self.target = self.client.at(self.client.mount.server(target.server)), target
+    def aim(self, target: Target, left_out: Server | None = None) -> None:
+        """Sends it to a server, or to one of a group."""
+        server, message = self.client.mount.server(target.server), None
+        if server.is_group:
+            self.group, message = server, self.message or parse_message(self.text)
+        self.instance, self.target = self.client.at(server, message, left_out), target
 
-    def _is_checked(self) -> bool:
-        """Does a modern tools/call repeat in headers what it has to? Only the server's list of tools tells."""
+    def _is_checked(self, connection: ServerConnection) -> bool:
+        """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
+        remote server? Only the server's list of tools tells."""
+        if self.headers is None and not self._is_repeated_at(connection):
+            return True
         tools, name = self.instance.tools.known, self.own_name
         if tools is None or name not in tools:
             return False
-        tools.check(self.message, name, self.headers)
+        if self.headers is not None:
+            tools.check(self.message, name, self.headers)
         return True
+
+    def _is_repeated_at(self, connection: ServerConnection) -> bool:
+        return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
 
     @property
     def own_name(self) -> str | None:
@@ -5645,27 +7097,27 @@ class Exchange(PendingRequest, Holder):
     async def _begin_when_ready(self) -> None:
         try:
             if self.instance is None:
-                first, *self.others = await find_targets(self.client, parse_message(self.text))
+                (first, *self.others), self.missing = await find_targets(self.client, parse_message(self.text))
                 self.aim(first)
             connection = await self._connection()
             self.message = self.message or parse_message(self.text)
-            if self.headers is not None and not self._is_checked():
+            if not self._is_checked(connection):
                 tools = await self.instance.tools.get(refresh=self.instance.tools.known is not None)
-                tools.check(self.message, self.own_name, self.headers)
+                if self.headers is not None:
+                    tools.check(self.message, self.own_name, self.headers)
         except Exception as error:
-            self.fail(as_told(error))
+            self.on_failure(as_told(error))
         else:
             self.begin(connection)
 
     async def _connection(self) -> ServerConnection:
-        if not self.client.view.is_joint:
+        if not self.client.view.has_choice:
             return await self.instance.ready()
-        self.instance.check_up()
         try:
+            self.instance.check_up()
             return await self.instance.ready()
-        except ServerError:
-            self.instance.check_up()           # which names the server
-            raise
+        except ServerError as error:
+            raise ServerError(f"server {self.instance.server.name}: {error}", data=error.data) from None
 
     def begin(self, connection: ServerConnection) -> None:
         """Sends the request, or does what is done in its place."""
@@ -5678,13 +7130,13 @@ class Exchange(PendingRequest, Holder):
             if not (intercept and intercept(self._bridge, self, self.message)):
                 self.transmit()
         except Exception as error:
-            self.fail(as_told(error))
+            self.on_failure(as_told(error))
 
     def transmit(self) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
         message, connection = self.message or parse_message(self.text), self.connection
-        self.server_id = connection.next_id()
-        server_id = str(self.server_id)
+        number = connection.next_id()
+        server_id = str(number)
         new_meta = dict(self.trace) if self.trace and "traceparent" not in message.meta else {}
         if self.token:
             new_meta["progressToken"] = server_id
@@ -5694,13 +7146,28 @@ class Exchange(PendingRequest, Holder):
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
         if self.target:
             changes += self.target.changes(message)
-        connection.send(message.changed(changes), (self.server_id, self.method, self.name), self.client.principal)
-        connection.pending[self.server_id] = self
+        connection.has_served = True
+        if self.group and not self.client.is_session:
+            self.instance.server.chosen += 1
+        name = self.own_name or self.names_tasks and message.params.get("taskId") or None
+        mirrored = self._mirrored(message) if connection.link.is_remote and self._is_repeated_at(connection) else ()
+        connection.send(message.changed(changes), (number, self.method, name, mirrored, self.client.way),
+                        self.client.principal)
+        self.server_id = number
+        connection.pending[number] = self
         if self.method in MAY_CAUSE:
             connection.add_cause(self, self.client.identity)
         self.message = None
-        self.text = message.text if self.others or (
+        self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
+
+    def _mirrored(self, message: Message) -> tuple[tuple[str, str], ...]:
+        """The headers in which a tools/call repeats arguments for a remote server."""
+        tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
+        if self.target and self.target.override and isinstance(arguments or {}, dict):
+            override = self.target.override
+            arguments = {**override.defaults, **(arguments or {}), **override.fixed}
+        return mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
 
     def cancel(self, notification: Message | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone."""
@@ -5715,8 +7182,11 @@ class Exchange(PendingRequest, Holder):
             return budget.set(self, self.held + len(response.line if isinstance(response, ResponseLine)
                                                     else response.text))
         try:
-            if self.others and not response.is_result:
-                return self._ask_next()
+            if self.group:
+                self.instance.server.failures = 0
+                self.group.remember(response, self.instance.server)
+            if not response.is_result and (self._ask_next() or self._is_unknown_without(response)):
+                return None
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
                 claim(self.instance, self.client, response)
@@ -5734,24 +7204,64 @@ class Exchange(PendingRequest, Holder):
 
     def refuse(self, error: ProxyError) -> None:
         """The server does not do it."""
-        if self.others:
-            self._ask_next()
-        else:
+        if not self._ask_next():
             self.fail(error)
 
-    def _ask_next(self) -> None:
-        if self.method in MAY_CAUSE:
-            self.connection.drop_cause(self)
+    def _is_unknown_without(self, response: ResponseLine | Message) -> bool:
+        """A resource that nobody knows may be that of a server which cannot be asked."""
+        is_so = bool(self.missing) and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS)
+        if is_so:
+            self.fail(ServerError("no server that can be used has it; " + "; ".join(
+                f"server {name}: {why}" for name, why in self.missing.items()), data={UNAVAILABLE_KEY: self.missing}))
+        return is_so
+
+    def _ask_next(self) -> bool:
+        """Asks the next of those that may have the resource; is there one?"""
+        while self.others:
+            with contextlib.suppress(ProxyError):          # it was taken out of the configuration, say
+                self._begin_again(self.others.pop(0))
+                return True
+        return False
+
+    def _begin_again(self, target: Target, left_out: Server | None = None) -> None:
+        """Goes to another server."""
+        self.aim(target, left_out)
+        if self.state is RUNNING:
+            if self.method in MAY_CAUSE:
+                self.connection.drop_cause(self)
+            self._become(WAITING)
         self.server_id, self.message = None, None
-        self._become(WAITING)
-        self.aim(self.others.pop(0))
-        asyncio.get_running_loop().create_task(self._begin_when_ready())
+        self._begin_soon()
 
     def on_failure(self, error: ProxyError) -> None:
         if self.state is PARKED:
             self.dialogue.late = error
-        else:
+        elif not (self.group and isinstance(error, ServerError) and self._goes_elsewhere(error)):
             self.fail(error)
+
+    def _goes_elsewhere(self, error: ServerError) -> bool:
+        """A member of a group failed. Another one is asked, once, if nothing can happen twice by that, and nothing of
+        the answer was told."""
+        failed = self.instance.server
+        failed.failures += 1
+        if self.state is DONE or self.is_repeated or self.has_begun or not (
+                self.server_id is None or error.is_unsent or self._is_safe()):
+            return False
+        self.is_repeated = True
+        try:
+            self._begin_again(self.target, failed)
+        except ProxyError:
+            return False
+        return True
+
+    def _is_safe(self) -> bool:
+        """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
+        if self.method != "tools/call":
+            return self.method in SAFE_METHODS
+        known = (instance.tools.known for member in self.group.members for instance in member.instances.values())
+        tool = next((tools[self.own_name] for tools in known if tools and self.own_name in tools), {})
+        hints = tool.get("annotations")
+        return isinstance(hints, dict) and True in (hints.get("readOnlyHint"), hints.get("idempotentHint"))
 
     def on_progress(self, message: Message) -> None:
         self.touch()
@@ -5764,11 +7274,13 @@ class Exchange(PendingRequest, Holder):
     def tell(self, payload: list) -> None:
         """A message to the client before the answer; while the call is parked there is no way."""
         if self.state is RUNNING:
+            self.has_begun = True
             self.outlet.send(payload)
 
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
         self.touch()
+        self.has_begun = True
         self._bridge.ask(self, question, missing)
 
     # The end.
@@ -5779,13 +7291,16 @@ class Exchange(PendingRequest, Holder):
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         """There is an error in place of it."""
-        self.end(outcome, encode_error(self.raw_id, error), error.http_status, error.headers)
+        # To a legacy client, 404 would mean that its session is lost.
+        status = 200 if self.envelope is None and error.code == METHOD_NOT_FOUND else error.http_status
+        self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
         was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
         self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
         if was_at_server:
+            self.instance.server.failures += bool(self.group)
             self.instance.on_time_out()
 
     def end_subscription(self) -> None:
@@ -5809,6 +7324,8 @@ class Exchange(PendingRequest, Holder):
         if self.state is DONE and self.dialogue:
             self.dialogue.end(outcome is Outcome.ANSWERED)
         self._log(outcome, payload)
+        if self.work and outcome is not Outcome.ANSWERED:
+            self.work.cancel()
         if self.state is DONE and self.on_done:
             on_done, self.on_done = self.on_done, None
             on_done()
@@ -5845,11 +7362,10 @@ class Exchange(PendingRequest, Holder):
         """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
         if self.server_id is None:
             return
-        if notification is None or len(notification.text) > SMALL:
-            self.connection.cancel(self.server_id, reason)
-        elif self.connection.pending.pop(self.server_id, None):
-            new_id = (*notification.span("params", "requestId"), str(self.server_id))
-            self.connection.send_if_possible(notification.changed([new_id]))
+        line = None
+        if notification and len(notification.text) <= SMALL:
+            line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
+        self.connection.cancel(self.server_id, reason, line)
 
     def _log(self, outcome: Outcome, payload: list) -> None:
         """A line for both messages: at full speed a line for each would be a tenth of all work."""
@@ -5897,7 +7413,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 25. Joint exchanges
+# 29. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -5957,7 +7473,7 @@ class JointExchange(Exchange):
             new = additions(self.method, info or dump(OUR_INFO))
             members = {**members, **new.members}
             if "ttlMs" in members:
-                members["ttlMs"] = str(0 if missing or ttl_ms == float("inf") else int(max(0, ttl_ms)))
+                members["ttlMs"] = str(0 if missing else int(max(0, ttl_ms)))
                 members["cacheScope"] = '"public"' if is_public else '"private"'
             meta |= new.meta
         if meta:
@@ -6003,7 +7519,7 @@ class JointExchange(Exchange):
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
-            for target in await find_by_uri(self.client, uri):
+            for target in (await find_by_uri(self.client, uri))[0]:
                 instance = self.client.at(self.client.mount.server(target.server))
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
@@ -6018,10 +7534,9 @@ class JointExchange(Exchange):
         """Listens for the client's tasks at their servers; returns those that they take. SEP-2663, Task Status
         Notifications."""
         if TASKS_EXTENSION not in (self.capabilities.get("extensions") or ()):
-            raise RPCError("taskIds needs the tasks extension", code=MISSING_CAPABILITY, data={
-                "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
+            raise NO_TASKS
         listeners = {}
-        for member in self.client.view.members:
+        for member in [one for member in self.client.view.members for one in member.members or (member,)]:
             prefix, instance = f"{member.name}__", self.client.at(self.client.mount.server(member.name))
             own = [name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)]
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
@@ -6042,6 +7557,7 @@ class JointExchange(Exchange):
 
     def adopt(self, catalog: Catalog) -> None:
         """The configuration is another one: listens to those servers that there are now."""
+        before = self.client.view.members
         with contextlib.suppress(ProxyError):
             self.client.view = catalog.view(self.client.view.place, self.client.view.wanted)
             uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
@@ -6050,7 +7566,7 @@ class JointExchange(Exchange):
             self._join()
             for uri in uris:
                 asyncio.get_running_loop().create_task(self._subscribe(uri))
-        for kind, _ in LIST_CHANGES.values() if self.early is None else ():
+        for kind, _ in LIST_CHANGES.values() if self.early is None and self.client.view.members != before else ():
             self.on_event(list_changed(kind))
 
     def _leave_one(self, instance: Instance) -> None:
@@ -6069,7 +7585,7 @@ class JointExchange(Exchange):
 
 async def answer_list(exchange: JointExchange, message: Message) -> None:
     """What all servers list, on one page. MCP 2025-11-25, Pagination: an unknown cursor is -32602."""
-    if "cursor" in message.params:
+    if message.params.get("cursor") is not None:
         raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
     client, view = exchange.client, exchange.client.view
     found, missing = await gather_lists(client, exchange.method)
@@ -6091,7 +7607,8 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
     found, missing = await gather_identities(client)
     capabilities: dict = {name: {} for name in ("tools", "prompts", "resources") if missing}
     for _, identity in found:
-        capabilities = merged(capabilities, identity.capabilities)
+        capabilities = merged(capabilities, {
+            name: value for name, value in identity.capabilities.items() if isinstance(value, dict)})
     for kind, _ in LIST_CHANGES.values():
         if isinstance(capabilities.get(kind), dict):
             capabilities[kind] = {**capabilities[kind], "listChanged": True}          # servers may come and go
@@ -6128,15 +7645,25 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
 async def answer_tasks(exchange: JointExchange, message: Message) -> None:
     """The client's tasks at all servers."""
     client, tasks = exchange.client, []
-    found, missing = await gather_identities(client)
-    for member, identity in found:
-        if not identity.has("tasks"):
-            continue
-        instance = client.at(client.mount.server(member.name))
-        response = own_tasks(instance, client, await (await instance.ready()).request("tasks/list", {}).response)
-        listed_tasks = (response.result or {}).get("tasks")
-        for text in split_batch(response.raw("result", "tasks")) if isinstance(listed_tasks, list) else ():
-            task = JSONObject(text)
+
+    async def ask(instance: Instance) -> tuple[bool, list[str]]:
+        connection, cursor, texts = await instance.ready(), None, []
+        has_tasks = instance.identity.has("tasks")
+        for _ in range(MAX_PAGES if has_tasks else 0):
+            page = await connection.request("tasks/list", {"cursor": cursor} if cursor else None).response
+            page = own_tasks(instance, client, page)
+            result = page.result or {}
+            if isinstance(result.get("tasks"), list):
+                texts += split_batch(page.raw("result", "tasks"), len(result["tasks"]))
+            cursor = result.get("nextCursor")
+            if not isinstance(cursor, str):
+                break
+        return has_tasks, texts
+    found, missing = await gather(client, lambda instance: None, ask)
+    if not any(has_tasks for _, (has_tasks, _) in found):
+        raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
+    for member, (_, texts) in found:
+        for task in map(JSONObject, texts):
             name = task.value("taskId")
             tasks.append(task.changed([(*task.span("taskId"), dump(f"{member.name}__{name}"))]).decode())
     exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
@@ -6171,18 +7698,24 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
 import errno
 import gc
 import shlex
-import shutil
-import socket
 import threading
 
 
 # ============================================================================
-# 26. HTTP connections
+# 30. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
 # Knows HTTP and nothing of MCP; what a request means is the business of the
-# application that is handed in.
+# application that is handed in. It has
+#
+#     max_body                           bytes
+#     admit(head)                        raises ProxyError when a request with this head may not pass; its body was not
+#                                        read yet. What it returns is kept for when the head comes again, and has
+#                                        `headers`, (name, value) pairs for every reply, and `principal`, who is
+#                                        answerable for it; None: whoever has the address
+#     handle(admission, body, reply)     sees to it that the reply is sent, now or later
+#     refuse(error, reply)               sends the reply that an error stands for
 #
 #     HEAD --> BODY --> REPLY --> HEAD       (the connection is kept)
 #       |        |
@@ -6210,48 +7743,15 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
-class Application:
-    """What an HTTPConnection calls."""
-
-    max_body = 0                           # bytes
-
-    def admit(self, head: HTTPHead) -> object:
-        """Raises ProxyError when a request with this head may not pass; its body was not read yet. What it returns is
-        kept for when the head comes again, and has `headers`, (name, value) pairs for every reply, and `principal`, who
-        is answerable for it; None: whoever has the address."""
-        raise NotImplementedError
-
-    def handle(self, admission: object, body: bytes, reply: "Reply") -> None:
-        """Sees to it that the reply is sent, now or later."""
-        raise NotImplementedError
-
-    def refuse(self, error: ProxyError, reply: "Reply") -> None:
-        """Sends the reply that an error stands for."""
-        raise NotImplementedError
-
-
-class Phase(enum.Enum):
-    """What comes next on a connection."""
-
-    HEAD = "head"               # of a request
-    BODY = "body"
-    REPLY = "reply"             # to a request that was read
-    LINGER = "linger"           # the rest is thrown away until the client is done
-
-
-HEAD, BODY, REPLY, LINGER = Phase
-
-
-def address_group(host: str) -> str:
-    """What one that has an address has all of: a /64 of IPv6, the loopback addresses."""
-    return "127.0.0.1" if host.startswith("127.") else ":".join(host.split(":")[:4])
+# What comes next on a connection: of a request the head or the body; the reply to one that was read; or the rest of one
+# that was not is thrown away until the client is done.
+HEAD, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD BODY REPLY LINGER")
 
 
 class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
-    __slots__ = ("connection", "head", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof",
-                 "keep_alive_bytes", "last_write")
+    __slots__ = ("connection", "head", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof", "last_write")
 
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
@@ -6283,10 +7783,9 @@ class Reply:
         return {"method": self.head.method if self.head else "-", "path": self.head.path if self.head else "-",
                 "address": self.connection.address}
 
-    def start_stream(self, headers: tuple, keep_alive: bytes) -> None:
-        """Begins a reply of unknown length; `keep_alive` is what is written when nothing else was for a while."""
+    def start_stream(self, headers: tuple) -> None:
+        """Begins a reply of unknown length, of events; a heartbeat is written when nothing else was for a while."""
         self.is_stream = True
-        self.keep_alive_bytes = keep_alive
         self.last_write = time.monotonic()
         headers += self.headers
         if self.head.version >= (1, 1):
@@ -6315,7 +7814,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     """One client's socket."""
 
     def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
-                 application: Application, connections: set, heads: dict[bytes, HTTPHead]):
+                 application, connections: set, heads: dict[bytes, HTTPHead]):
         self._writer = writer               # kept, because newer Pythons close the socket with it
         self._transport = transport
         self.abort = transport.abort        # ends the connection at once
@@ -6325,7 +7824,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
-        self.principal = self._host = address_group(host)
+        # Who has an address has others too: a /64 of IPv6, all of the loopback.
+        self.principal = self._host = "127.0.0.1" if host.startswith("127.") else ":".join(host.split(":")[:4])
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
@@ -6535,7 +8035,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         elif reply is not None:
             self._probe(reply, now)
             if reply.is_stream and now - reply.last_write >= heartbeat:
-                reply.write([reply.keep_alive_bytes])
+                reply.write([HEARTBEAT])
         elif not self._is_clogged and now > self._deadline():
             if self._phase is LINGER or self._phase is HEAD and self._parser.is_between:
                 self._transport.close()
@@ -6564,7 +8064,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 27. HTTP server
+# 31. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -6674,12 +8174,12 @@ class TLSTransport(asyncio.Protocol):
 class HTTPServer:
     """The listening sockets and their connections."""
 
-    def __init__(self, application: Application, heartbeat: float):
+    def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
         self._servers: list[asyncio.Server] = []
         self._application = application
         self._heartbeat = heartbeat
-        self._heads: dict[bytes, HTTPHead] = {}        # clients send the same head again and again
+        self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
         """Listens at all addresses of a host (:: is both families); returns them. StartError when one is taken."""
@@ -6715,14 +8215,10 @@ class HTTPServer:
         if len(self.connections) >= MAX_CONNECTIONS:
             return writer.transport.abort()
         transport = TLSTransport(writer.transport, tls) if tls else writer.transport
-        connection = HTTPConnection(writer, transport, self._application, self.connections, self._heads)
+        connection = HTTPConnection(writer, transport, self._application, self.connections, self.heads)
         if tls:
             transport.carry(connection)
         writer.transport.set_protocol(transport if tls else connection)
-
-    def forget_heads(self) -> None:
-        """What heads were taken for may be wrong now."""
-        self._heads.clear()
 
     def tick(self, now: float) -> None:
         """Called now and then."""
@@ -6744,7 +8240,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 28. Outlets
+# 32. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -6777,8 +8273,7 @@ class StreamOutlet(Outlet):
 
 class PostOutlet(Outlet, Holder):
     """Into the reply to a POST: plain JSON when the answer is the first thing that comes, and comes soon; otherwise a
-    stream. For a client that takes only one of the two, that one. Several requests are answered with a stream or an
-    array."""
+    stream. For a client that takes only one of the two, that one. Several requests get a stream or an array."""
 
     def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, batch: int = 0):
         self.reply = reply
@@ -6807,7 +8302,7 @@ class PostOutlet(Outlet, Holder):
         self._stream = session.open_stream() if session else Stream()
         if self.reply.is_done:
             return                        # the client is gone, but it may come back for what is kept of the stream
-        self.reply.start_stream((*STREAM_HEADERS, *self._session_header()), HEARTBEAT)
+        self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
         if session and session.version == LEGACY_VERSIONS[0]:
             # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
@@ -6901,7 +8396,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 29. Endpoints
+# 33. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -6916,8 +8411,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Admission:
-    """What the head of a request says of who sends it, and what for. A head that comes again has the same one, so what
-    costs anything is found out once."""
+    """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
     def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog):
         self.head = head
@@ -6927,18 +8421,18 @@ class Admission:
         self.place: str | None = None          # the server that is met by itself there
         if catalog.is_file and self.path.startswith("/servers/"):
             name, slash, rest = self.path.removeprefix("/servers/").partition("/")
-            if name in catalog.servers and slash + rest != "/healthz":
+            if (name in catalog.places or name in catalog.leaving) and slash + rest != "/healthz":
                 self.place, self.path = name, slash + rest
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
         self._catalog = catalog
         self.route: "Route | None" = ROUTES.get(self.path) or ROUTES.get(self.path.rstrip("/")) or (
             ROUTES["/tools/"] if self.path.startswith("/tools/") else None)
-        self.endpoint = None                   # the method of Endpoints that it calls
         self.principal: str | None = None      # who is answerable for what it takes, if it brings a key
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
+        self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._settings = settings
 
@@ -7003,12 +8497,13 @@ class Admission:
         return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
 
 
-class Endpoints(Application):
+class Endpoints:
     """The application behind HTTP connections."""
 
     def __init__(self, settings: Settings, mount: Mount):
         self.settings = settings
         self.mount = mount
+        self.id = os.urandom(8).hex()          # by which other proxies know this one
         self.max_body = settings.max_request_bytes
         self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
         self._keys = settings.auth_keys
@@ -7036,7 +8531,6 @@ class Endpoints(Application):
         except HTTPError as error:
             error.headers += admission.headers
             raise
-        admission.endpoint = route.methods[head.method]
         return admission
 
     def _allow_page(self, admission: Admission) -> None:
@@ -7069,12 +8563,16 @@ class Endpoints(Application):
             raise HTTPError(f"missing key: {how}" if admission.key is None else "wrong key", status=401,
                             headers=(("WWW-Authenticate", "Bearer"),))
 
+    def _check_way(self, admission: Admission) -> None:
+        if self.id in admission.way.split(", "):
+            raise HTTPError("requests go round in a circle: this one came through this proxy before", status=508)
+
     # Requests.
 
     def handle(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """Runs the endpoint that the request is for; one that has to wait for something is a coroutine."""
         try:
-            work = admission.endpoint(self, admission, body, reply)
+            work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 asyncio.get_running_loop().create_task(self._finish(work, reply))
         except Exception as error:
@@ -7109,11 +8607,11 @@ class Endpoints(Application):
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.key, admission.variables,
-                                          reply.connection.principal, False)
+                                          reply.connection.principal, False, admission.way)
         endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
             endpoint += f"&auth_key={quote(given, safe='')}"
-        reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)), HEARTBEAT)
+        reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)))
         reply.on_gone = session.end
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
         session.stream.attach(reply)
@@ -7122,6 +8620,7 @@ class Endpoints(Application):
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
         session_id = admission.head.query_value("session_id")
         session = self.mount.find_session(session_id, admission.place, admission.key, is_streamable=False)
+        session.headers = admission.head.headers
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         message = parse_message(decode_json(body))
@@ -7169,7 +8668,7 @@ class Endpoints(Application):
             check_version(admission)
         if is_initialize and not self.settings.stateless:
             client = self.mount.open_session(admission.view, admission.key, admission.variables,
-                                             reply.connection.principal)
+                                             reply.connection.principal, way=admission.way)
         else:
             client = self._client(admission, reply)
         if message.kind is not REQUEST:
@@ -7240,7 +8739,7 @@ class Endpoints(Application):
         last_event_id = admission.head.headers.get("last-event-id")
         if last_event_id is not None:
             stream, after = session.find_event(last_event_id)
-        reply.start_stream(STREAM_HEADERS, HEARTBEAT)
+        reply.start_stream(STREAM_HEADERS)
         if session.version == LEGACY_VERSIONS[0] and after is None:
             prime(reply, stream, stream.written)
         reply.on_gone = lambda: stream.detach(reply)
@@ -7255,11 +8754,15 @@ class Endpoints(Application):
         reply.send(204, [])
 
     def _session(self, admission: Admission) -> Session:
-        return self.mount.find_session(admission.session_id, admission.place, admission.key, is_streamable=True)
+        session = self.mount.find_session(admission.session_id, admission.place, admission.key, is_streamable=True)
+        session.headers = admission.head.headers
+        return session
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:
-        return self.mount.visit(admission.view, admission.key, admission.variables, reply.connection.principal,
-                                admission.name)
+        visitor = self.mount.visit(admission.view, admission.key, admission.variables, reply.connection.principal,
+                                   admission.name)
+        visitor.way, visitor.headers = admission.way, admission.head.headers
+        return visitor
 
     def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
@@ -7293,7 +8796,8 @@ class Endpoints(Application):
         if not is_alone or not isinstance(message.params.get("arguments"), tuple):
             raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
         client = self._visit(admission, reply)
-        if name not in await tools_at(client) and name not in await tools_at(client, refresh=True):
+        if not client.view.candidates(name) or name not in await tools_at(client, name) and (
+                name not in await tools_at(client, name, refresh=True)):
             raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
         if not reply.is_done:                 # its client may be gone meanwhile
             self._start(new_exchange(client, message, ToolOutlet(reply), None, admission.trace))
@@ -7336,7 +8840,7 @@ class Route:
 
 
 # In the order in which they ask; to add a guard, write a method and add it here.
-GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key)
+GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key, Endpoints._check_way)
 
 _MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
@@ -7419,7 +8923,154 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 30. Demo server
+# 34. Standard streams
+# ============================================================================
+#
+# The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
+# session, a modern one a visitor that stays. What is written to stdout is nothing but messages, a line each.
+
+STDIN_BYTES = 256 * 1024         # that are read at a time
+
+
+class LineStream(Stream):
+    """Messages for a reader of lines."""
+
+    def _write(self, payload: list, number: int) -> None:
+        self._reader.write([*payload, b"\n"])
+
+
+class StandardStreams:
+    """The client on stdin and stdout. MCP 2025-11-25, Transports, stdio, and 2026-07-28, stdio."""
+
+    def __init__(self, mount: Mount, settings: Settings):
+        self.is_over = asyncio.Event()         # is the client gone, or its session?
+        self._mount = mount
+        self._loop = asyncio.get_running_loop()
+        self._lines = LineSplitter(settings.max_request_bytes, self._on_line, lambda head, tail: self._refuse(
+            RPCError("message too large")))
+        self._stream = LineStream()
+        self._stream.attach(self)
+        self._session: Session | None = None
+        self._visitor = mount.visit(mount.catalog.view(), None, {})
+        self._output: asyncio.WriteTransport | None = None             # None: a file
+
+    async def start(self) -> None:
+        """Begins to read."""
+        with contextlib.suppress(ValueError):              # a file is written to as it is: it does not make one wait
+            self._output, _ = await self._loop.connect_write_pipe(lambda: self, open(1, "wb", 0, closefd=False))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        # In a thread, because stdin may be a file, which asyncio cannot wait for.
+        data = b"-"
+        with contextlib.suppress(RuntimeError, OSError):   # the loop is closed
+            while data:
+                try:
+                    data = os.read(0, STDIN_BYTES)
+                except BlockingIOError:                    # its parent, or what it shares with stdout, made it so
+                    select.select([0], [], [])
+                    continue
+                except OSError:                            # the terminal is gone
+                    data = b""
+                self._loop.call_soon_threadsafe(self._lines.feed, data or b"\n")
+            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._on_end()))
+
+    async def _on_end(self) -> None:
+        deadline = self._mount.now() + self._mount.settings.shutdown_grace
+        await self._mount.drain(self._mount.settings.shutdown_grace)           # what was asked is answered,
+        while self._output and self._output.get_write_buffer_size() and self._mount.now() < deadline:
+            await asyncio.sleep(0.02)                                          # and read
+        self.is_over.set()
+
+    # What asyncio calls: it notices when nobody reads any more.
+
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:
+        pass
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_over.set()
+
+    def pause_writing(self) -> None:
+        pass
+
+    def resume_writing(self) -> None:
+        pass
+
+    # What the streams call.
+
+    def write(self, parts: list) -> None:
+        """Writes a message."""
+        if self._output is None:
+            with contextlib.suppress(OSError):
+                os.writev(1, parts)
+        elif self._output.get_write_buffer_size() > MAX_QUEUED_BYTES:
+            log.error("! the client does not read")
+            self.is_over.set()
+        else:
+            self._output.write(b"".join(parts))
+
+    def close(self) -> None:
+        """The session is over: its server is gone."""
+        self.is_over.set()
+
+    # Messages.
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            text = decode_json(line)
+            for one in split_batch(text) if is_batch(text) else [text] if text.strip() else ():
+                self._receive(parse_message(one))
+        except ProxyError as error:
+            self._refuse(error)
+
+    def _receive(self, message: Message) -> None:
+        try:
+            envelope = check_modern(message, None) if message.kind is REQUEST and is_modern(message, None) else None
+            if message.kind is REQUEST and message.method == "initialize":
+                self._open_session(message)
+            client = self._visitor if envelope or self._session is None else self._session
+            if message.kind is REQUEST:
+                self._serve(client, message, envelope)
+            elif message.method == "notifications/cancelled":
+                for client in filter(None, (self._visitor, self._session)):
+                    client.take_back(message)
+            elif self._session:
+                self._session.receive(message)
+        except ProxyError as error:
+            self._refuse(error, message.raw_id if message.kind is REQUEST else None)
+
+    def _open_session(self, message: Message) -> None:
+        check_parameters(message)
+        if self._session:
+            raise RPCError("this client has shaken hands already")
+        self._session = self._mount.open_session(self._mount.catalog.view(), None, {}, is_streamable=False)
+        self._session.speak_through(self._stream)
+
+    def _drop_session(self) -> None:
+        """The handshake failed; it may be made again."""
+        session, self._session = self._session, None
+        session.speak_through(LineStream())        # whose end is not the client's
+        session.end()
+
+    def _serve(self, client: Client, message: Message, envelope: Envelope | None) -> None:
+        self._visitor.view = self._mount.catalog.view()    # the file may have been read again
+        outlet = StreamOutlet(self._stream)
+        outlet.asks = client.is_session
+        exchange = new_exchange(client, message, outlet, envelope)
+        if client.is_session and message.method == "initialize":
+            exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
+        try:
+            exchange.start()
+        except ProxyError as error:
+            exchange.fail(error)
+
+    def _refuse(self, error: ProxyError, raw_id: bytes | None = None) -> None:
+        log.info("! refused: %(reason)s", reason=str(error))
+        self.write([*encode_error(raw_id, error), b"\n"])
+
+
+# ============================================================================
+# 35. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -7536,7 +9187,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 31. The proxy
+# 36. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -7566,7 +9217,14 @@ class Proxy:
     def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
         environment = {**server_environment(self.environment, config.settings.allowed_env), **config.env}
 
-        def new_link(variables: dict[str, str], redact) -> ServerProcess:
+        def new_link(variables: dict[str, str], redact) -> Link:
+            if config.url:
+                try:
+                    headers = expanded(config.headers, "headers", {**self.environment, **variables})
+                except SettingsError as error:
+                    raise ServerError(str(error).removeprefix("headers: ")) from None
+                return RemoteLink(config.name, config.url, headers, self.endpoints.id, self.settings.max_message_bytes,
+                                  config.is_sse)
             # Which variables its client set, only the demo server asks.
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
             return ServerProcess(config.name, list(config.command), {**environment, **variables, **names}, self.reaper,
@@ -7590,13 +9248,17 @@ class Proxy:
             catalog = load_catalog(self.settings, self.environment)
         except SettingsError as error:
             return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
+        if self._is_stopping or self.mount.is_draining:
+            return                                         # what it would start would be ended at once
         self.mount.reload(catalog)
-        self.http.forget_heads()
+        self.http.heads.clear()              # what they were taken for may be wrong now
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
-    async def start(self) -> list[tuple[str, int]]:
-        """Listens, and starts the shared servers; returns the addresses."""
-        addresses = await self.http.start(self.settings.host, self.settings.port, tls_context(self.settings))
+    async def start(self, listens: bool = True) -> list[tuple[str, int]]:
+        """Listens, unless it is for one client on stdin and stdout, and starts the shared servers; returns the
+        addresses."""
+        addresses = await self.http.start(
+            self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self.mount.start()
@@ -7613,7 +9275,10 @@ class Proxy:
                 if seen and seen != self._config_seen:
                     self.reload()
             for part in self.http, self.endpoints, self.mount:
-                part.tick(now)
+                try:
+                    part.tick(now)
+                except Exception as error:
+                    log.fault(error)                       # what is looked at next time still is
             if now - looked > LOOK:
                 looked = now
                 self.reaper.tick()
@@ -7645,14 +9310,14 @@ def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
     if not settings.mcp_config:
         command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
         name = server_name(command)
-        return Catalog({name: ServerConfig(name, settings, tuple(command), rules=Rules(
-            max_result_kb=settings.max_result_kb))})
+        where = {"url": command[0]} if is_url(command) else {"command": tuple(command)}
+        return Catalog({name: ServerConfig(name, settings, **where, rules=Rules(max_result_kb=settings.max_result_kb))})
     try:
         with open(settings.mcp_config, encoding="utf-8") as file:
             text = file.read()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{settings.mcp_config}: cannot be read: {getattr(error, 'strerror', None) or error}"
-                            ) from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingsError(f"{settings.mcp_config}: cannot be read: {reason}") from None
     servers = parse_config(text, settings, environment)
     if sum(server.settings.shared_session for server in servers.values()) > settings.max_processes:
         raise SettingsError(f"{settings.mcp_config}: has more servers than MAX_PROCESSES, {settings.max_processes}")
@@ -7679,10 +9344,17 @@ _TAKE_A_VALUE = frozenset("""-e --env --env-file -v --volume --mount -p --publis
     --workdir --entrypoint --platform --with --python --registry --directory --project --index-url --index""".split())
 
 
+def is_url(command: list[str]) -> bool:
+    """Is a command line the URL of a remote server?"""
+    return len(command) == 1 and command[0].startswith(("http://", "https://"))
+
+
 def server_name(command: list[str]) -> str:
-    """What a server is called in the log: the program, or the package that a launcher launches."""
+    """What a server is called in the log: the program, the package that a launcher launches, or the host of a URL."""
     if command == DEMO_COMMAND:
         return "demo"
+    if is_url(command):
+        return urlsplit(command[0]).hostname
     program, words = os.path.basename(command[0]), list(command[1:])
     if program == "env":
         words = list(itertools.dropwhile(lambda word: word.startswith("-") or "=" in word, words))
@@ -7709,7 +9381,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 32. Command line
+# 37. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -7737,17 +9409,14 @@ def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
-    """(flags with their values, is there a command?, the command), which stands behind -- or begins with the first word
-    that is no flag and no flag's value."""
+    """(flags with their values, is there a command?, the command: what is behind --, or from the first other word)."""
     at = 0
     while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
-        takes_next = "=" not in arguments[at] and arguments[at] not in ("-h", "--help", "--version", "--check")
+        takes_next = "=" not in arguments[at] and arguments[at] not in (
+            "-h", "--help", "--version", "--check", "--stdio")
         at += 1 + (takes_next and at + 1 < len(arguments) and arguments[at + 1] != "--")
     rest = arguments[at:]
     return arguments[:at], bool(rest), rest[1:] if rest[:1] == ["--"] else rest
-
-
-_SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.*)?", re.DOTALL)
 
 
 def check_command(config: str, environment: dict[str, str]) -> None:
@@ -7758,23 +9427,11 @@ def check_command(config: str, environment: dict[str, str]) -> None:
         raise SettingsError(f"MCP_SERVER_CONFIG cannot be split: {error}") from None
     if config and not command:
         raise SettingsError("MCP_SERVER_CONFIG is empty")
-    program = command[0] if command else sys.executable
-    if shutil.which(program, path=environment.get("PATH")) and program != "cd":
-        return
-    if config.lstrip()[:1] in ("[", "{") or program[:1] in ("[", "{"):
-        hint = "a command is written as you would type it, not as JSON: npx -y some-server"
-    elif re.match(r"[A-Za-z_]\w*=", program):
-        hint = f"no shell reads the command, so write env before variables: env {program.partition('=')[0]}=..."
-    elif " " in program:
-        hint = "it is one word because of the quotes around it; leave them out"
-    elif program in ("cd", "export", "exec", "source", ".") or _SHELL_WORD.fullmatch(program):
-        hint = "no shell reads the command; where one is needed, write sh -c '...'"
-    elif os.path.exists(program):
-        hint = (f"but is there: make it executable and write ./{program}" if os.path.isfile(program) else
-                "but is there: it is a directory") + f", or name its interpreter before it: python3 {program}"
-    else:
-        hint = "is it installed and in PATH?"
-    raise SettingsError(f"the command {program!r} was not found; {hint}")
+    if is_url(command):
+        return check_url(command[0])
+    problem = why_not_found(command[0] if command else sys.executable, environment.get("PATH"))
+    if problem:
+        raise SettingsError(problem)
 
 
 def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
@@ -7804,21 +9461,21 @@ def argument_parser():
         usage="mcpproxy.py [--flag value ...] [-- command of an MCP server ...]",
         description="Puts any stdio MCP server on the network. Without a command it serves a built-in demo server.\n"
                     "Every flag is also an environment variable of the same name: --shared-session is SHARED_SESSION.")
-    parser.error = refuse_arguments
+
+    def refuse(message: str):
+        raise SettingsError(f"{message}; --help lists the flags")
+    parser.error = refuse
     parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
     parser.add_argument("--check", action="store_true", help="start every server, print what it is and offers, and "
                                                              "end: with 0 if all work, otherwise with 1")
+    parser.add_argument("--stdio", action="store_true", help="serve one client on stdin and stdout instead of HTTP, "
+                                                             "whatever is configured")
     for field in dataclasses.fields(Settings):
         default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
         flags = [*(["--config"] if field.name == "mcp_config" else []), "--" + field.name.replace("_", "-")]
         parser.add_argument(*flags, dest=field.name, metavar="VALUE", default=None,
                             help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
     return parser
-
-
-def refuse_arguments(message: str):
-    """What argparse calls when it cannot go on."""
-    raise SettingsError(f"{message}; --help lists the flags")
 
 
 def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]]) -> str:
@@ -7876,6 +9533,21 @@ async def run(settings: Settings) -> None:
         await proxy.stop()
 
 
+async def serve_stdio(settings: Settings) -> None:
+    """One run for one client on stdin and stdout: until it is gone, or SIGTERM or SIGINT."""
+    proxy, loop = Proxy(settings, dict(os.environ)), asyncio.get_running_loop()
+    try:
+        client = StandardStreams(proxy.mount, settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, client.is_over.set)
+        loop.add_signal_handler(signal.SIGHUP, proxy.reload)
+        await proxy.start(listens=False)
+        await client.start()
+        await client.is_over.wait()
+    finally:
+        await proxy.stop()
+
+
 async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
     proxy, all_work = Proxy(settings, dict(os.environ)), True
@@ -7884,19 +9556,22 @@ async def check(settings: Settings) -> bool:
     try:
         async def look(member: ServerConfig) -> list[str]:
             instance = client.at(proxy.mount.servers[member.name])
-            await asyncio.wait_for(instance.ready(), member.settings.request_timeout)
+            await instance.ready()
             identity, lines = instance.identity, []
             for method, (kind, _, _) in LISTS.items():
                 names = (await instance.list_of(method).get()).shown(member, view.is_joint)
                 lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
             return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
-        outcomes = await asyncio.gather(*map(look, view.members), return_exceptions=True)
-        for member, outcome in zip(view.members, outcomes):
+        members = view.members if not settings.mcp_config else proxy.mount.catalog.servers.values()
+        outcomes = await asyncio.gather(*(asyncio.wait_for(look(member), member.settings.request_timeout)
+                                          for member in members), return_exceptions=True)
+        for member, outcome in zip(members, outcomes):
             if isinstance(outcome, BaseException):
                 all_work = False
-                why = "did not start in time" if isinstance(outcome, asyncio.TimeoutError) else str(as_told(outcome))
+                is_late = isinstance(outcome, asyncio.TimeoutError)
+                why = "it has not answered in time" if is_late else str(as_told(outcome))
                 outcome = [f"{member.name}: does not work: {why}"]
-            print("\n".join(outcome))
+            print("\n".join(outcome).encode("utf-8", "backslashreplace").decode())
     finally:
         await proxy.stop()
     return all_work
@@ -7923,6 +9598,7 @@ def main() -> None:
     if sys.argv[1:] == ["--demo-server"]:
         return DemoServer().run()
     open_standard_streams()
+    signal.signal(signal.SIGHUP, lambda *_: None)          # one that comes before the file was read changes nothing
     # Also what is wrong with the settings is said in the form that they ask for.
     formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(
         split_arguments(sys.argv[1:])[0]))]
@@ -7937,9 +9613,10 @@ def main() -> None:
         # for two thirds of the time, and find nothing.
         gc.set_threshold(100_000, 10, 10)
         start_logging(settings.log_level, settings.log_format == "json")
-        if "--check" in split_arguments(sys.argv[1:])[0]:
+        flags = split_arguments(sys.argv[1:])[0]
+        if "--check" in flags:
             sys.exit(not asyncio.run(check(settings)))
-        asyncio.run(run(settings))
+        asyncio.run((serve_stdio if "--stdio" in flags else run)(settings))
     except StartError as error:
         text = " ".join(str(error).split())
         if log.as_json:

@@ -203,12 +203,17 @@ if __name__ == "__main__":
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
     if sys.argv[1:]:
         sys.exit(subprocess.run([*command, *sys.argv[1:]]).returncode)
-    # The tests of the last two parts mostly wait. So they run beside the others, and are shown behind them.
-    last = "test_real or test_conformance"
-    with subprocess.Popen([*command, "-k", last], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as beside:
-        status = subprocess.run([*command, "-k", f"not ({last})"]).returncode
-        print("\nReal servers and clients, conformance:\n" + beside.communicate()[0].decode(), flush=True)
-    sys.exit(status or beside.returncode)
+    # Tests mostly wait. So three parts run side by side, and two of them are shown behind the first.
+    parts = {"Several servers, groups, remote servers, stdin and stdout":
+                 "test_several or test_group or test_remote or test_stdio",
+             "Real servers and clients, conformance": "test_real or test_conformance"}
+    with contextlib.ExitStack() as stack:
+        beside = [stack.enter_context(subprocess.Popen([*command, "-k", part], stdout=subprocess.PIPE,
+                                                       stderr=subprocess.STDOUT)) for part in parts.values()]
+        status = subprocess.run([*command, "-k", f"not ({' or '.join(parts.values())})"]).returncode
+        for title, process in zip(parts, beside):
+            print(f"\n{title}:\n{process.communicate()[0].decode()}", flush=True)
+    sys.exit(status or any(process.returncode for process in beside))
 
 import pytest
 
@@ -376,6 +381,8 @@ class HTTP:
     def head(self):
         """The status and headers of the next response."""
         line = self.file.readline()
+        if not line:
+            raise ConnectionResetError("the connection was closed without an answer")
         assert line.startswith(b"HTTP/1.1 "), line
         headers = {}
         for field in iter(self.file.readline, b"\r\n"):
@@ -776,6 +783,10 @@ class ModernClient(Client):
 
     def log_at(self, wanted, name, **arguments):
         return self.logs(self.begin("tools/call", {"name": name, "arguments": arguments}, meta={LEVEL: wanted}))
+
+
+CLIENTS = {"sse": SSEClient, "http": StreamableClient, "modern": ModernClient}
+EACH_CLIENT = pytest.mark.parametrize("kind", CLIENTS)
 
 
 def meaning(answer):
@@ -1853,6 +1864,57 @@ def test_http_any_bytes_are_requests_or_refused_however_they_are_cut():
         assert (whole, bool(status)) == (cut, bool(cut_status)), (data, at)
 
 
+def response_of(raw, step, limit=1 << 20, ends=False):
+    """(status, body) of a response that comes `step` bytes at a time."""
+    parser, head, body = mcpproxy.ResponseParser(), None, None
+    for at in range(0, len(raw), step):
+        parser.feed(raw[at:at + step])
+        head = head or parser.next_head()
+        body = parser.next_body(limit) if head and body is None else body
+    if ends:
+        parser.is_ended = True
+        body = parser.next_body(limit)
+    return head, body
+
+
+@pytest.mark.parametrize("raw, status, body, keep_alive", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", 200, b"abc", True),
+    (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1;x\r\na\r\n2\r\nbc\r\n0\r\n\r\n", 200,
+     b"abc", False),
+    (b"HTTP/1.1 204 No\r\n\r\n", 204, b"", True), (b"HTTP/1.0 404 \xe9\r\nContent-Length: 0\r\n\r\n", 404, b"", False)])
+def test_http_response_is(raw, status, body, keep_alive):
+    for step in (1, 7, 1000):
+        head, found = response_of(raw, step)
+        assert (head.status, found, head.keep_alive) == (status, body, keep_alive)
+
+
+def test_http_response_may_last_until_the_connection_ends():
+    for step in (1, 9, 1000):
+        head, body = response_of(b"HTTP/1.1 200 OK\r\nContent-Type: x\r\n\r\nabc", step, ends=True)
+        assert body == b"abc" and not head.keep_alive
+
+
+@pytest.mark.parametrize("raw", [
+    b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n", b"ICY 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n x: y\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"HTTP/1.1 200 OK\nA: b\n\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", b"x" * 40_000,
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n"])
+def test_http_response_is_refused(raw):
+    for step in (1, 1000):
+        with pytest.raises(HTTPError):
+            response_of(raw, step, limit=8)
+
+
+def test_http_response_can_be_taken_as_it_comes():
+    parser = mcpproxy.ResponseParser()
+    parser.feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab")
+    assert parser.next_head().status == 200 and parser.next_body(9) is None and parser.take() == b"ab"
+    parser.feed(b"\r\n1\r\nc\r\n0\r\n\r\n")
+    assert parser.next_body(9) == b"c"
+
+
 # ============================================================================
 # 5. Server-sent events
 # ============================================================================
@@ -1865,6 +1927,31 @@ def test_http_any_bytes_are_requests_or_refused_however_they_are_cut():
 ])
 def test_sse_event_is_encoded(arguments, expected):
     assert b"".join(mcpproxy.encode_event(*arguments)) == expected
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("lines, events", [
+    (["data: a", ""], [("message", "a")]), (["data:a", "data", "data:  b", ""], [("message", "a\n\n b")]),
+    (["event: x", "id: 7", "data: a", "", "data: b", ""], [("x", "a"), ("message", "b")]),
+    ([": data: c", "event: x", "", "data: a", ""], [("message", "a")]), (["data: half"], []),
+    (["other: x", "data: {\"é\": 1}", ""], [("message", '{"é": 1}')])])
+def test_sse_events_are_read_however_they_are_cut(lines, events, line_end):
+    raw = ("\ufeff" + "".join(line + line_end for line in lines)).encode()
+    for step in (1, 2, 5, 1000):
+        found = []
+        parser = mcpproxy.EventParser(1000, lambda kind, data: found.append((kind.decode(), data.decode())), None)
+        for at in range(0, len(raw), step):
+            parser.feed(raw[at:at + step])
+        assert found == events
+
+
+def test_sse_events_say_where_to_go_on_and_when():
+    found, long = [], []
+    parser = mcpproxy.EventParser(100, lambda kind, data: found.append(data), lambda head, tail: long.append(head))
+    parser.feed(b"id: 1\nretry: 250\ndata: a\n\nid: 2\nretry: x\n")
+    assert (parser.last_id, parser.retry) == ("1", 0.25)          # the second is not complete
+    parser.feed(b"\nid: bad\0\ndata: " + b"x" * 200 + b"\n\ndata: b\n\n")
+    assert (parser.last_id, found, len(long)) == ("2", [b"a", b"b"], 1)
 
 
 def test_sse_heartbeat_is_a_comment():
@@ -2761,6 +2848,37 @@ def test_era_members_are_put_into_meta_and_beside_it(params, expected):
     assert line.count(b'"params"') == 1 and json.loads(line)["params"] == expected
 
 
+@pytest.mark.parametrize("value, header", [
+    ("us-west1", "us-west1"), ("Hello, \u4e16\u754c", "=?base64?SGVsbG8sIOS4lueVjA==?="),
+    (" padded ", "=?base64?IHBhZGRlZCA=?="),
+    ("line1\nline2", "=?base64?bGluZTEKbGluZTI=?="), ("=?base64?literal?=", "=?base64?PT9iYXNlNjQ/bGl0ZXJhbD89?="),
+    (42, "42"), (True, "true"), ("", ""), ("a\tb", "a\tb"), ("a\r\nX: y", "=?base64?YQ0KWDogeQ==?=")])
+def test_protocol_header_values_are_encoded(value, header):
+    assert mcpproxy.encode_header(value) == header
+    assert mcpproxy.decode_header(header) == (value if isinstance(value, str) else header)
+
+
+def test_protocol_arguments_are_repeated_in_headers():
+    schema = {"properties": {"a": {"type": "string", "x-mcp-header": "A"}, "b": {"properties": {
+        "c": {"type": "integer", "x-mcp-header": "C"}}}, "d": {"type": "boolean", "x-mcp-header": "D"}}}
+    found = mcpproxy.mirrored_parameters(schema)
+    assert mcpproxy.mirror(found, {"a": "x", "b": {"c": 1}, "d": None}) == (("mcp-param-a", "x"), ("mcp-param-c", "1"))
+    assert mcpproxy.mirror(found, {"b": 1, "d": False}) == (("mcp-param-d", "false"),)
+
+
+@pytest.mark.parametrize("result, expected", [
+    ('{"resultType":"complete","content":[1e400]}', '{"content":[1e400]}'), ('{"resultType":"complete"}', "{}"),
+    ('{ "resultType": "complete", "a":{"x":1.0}}', '{ "a":{"x":1.0}}'.replace("{ ", "{")), ('{"a":1}', '{"a":1}'),
+    ('{"a":{"resultType":"x"},"resultType":"complete"}', '{"a":{"resultType":"x"}}'),
+    ('{"resultType":"complete","ttlMs":5,"cacheScope":"public","tools":[]}', '{"tools":[]}'),
+    ('{"resultType":"complete","a":{"ttlMs":5}}', '{"a":{"ttlMs":5}}')])
+@pytest.mark.parametrize("form", ['{"jsonrpc":"2.0","id":7,"result":%s}', '{"result":%s,"jsonrpc":"2.0","id":7}'])
+def test_protocol_modern_members_are_taken_out_of_results(form, result, expected):
+    line = (form % result).encode()
+    for response in mcpproxy.find_response(line), mcpproxy.parse_message(line.decode()):
+        assert b"".join(mcpproxy.result_without(response, b'"x"')).decode() == (form % expected).replace("7", '"x"')
+
+
 # ============================================================================
 # 8. Access
 # ============================================================================
@@ -3491,8 +3609,17 @@ def test_views_show_a_changed_tool_with_all_else_as_it_was():
     ("a://{x}", ["a://1"], ["a://1/2", "b://1"]), ("a://{+x}", ["a://1/2"], []), ("a://x{/y*}", ["a://x/1/2"], []),
     ("a://x{?q}", ["a://x?q=1", "a://x"], ["a://y"]), ("a.b://{x}/c", ["a.b://1/c"], ["aXb://1/c"])])
 def test_views_templates_stand_for_uris(template, fits, misfits):
-    pattern = mcpproxy.template_pattern(template)
-    assert all(map(pattern.fullmatch, fits)) and not any(map(pattern.fullmatch, misfits))
+    assert all(mcpproxy.fits_template(uri, template) for uri in fits)
+    assert not any(mcpproxy.fits_template(uri, template) for uri in misfits)
+
+
+@pytest.mark.parametrize("template", ["x:{+a}{+b}{+c}{+d}{+e}!", "x:{a}{b}{c}{d}!", "x://{+a}/{+b}/{+c}.md"])
+def test_views_templates_take_no_time_whatever_the_uri(template):
+    uri = "x://" + "/a" * 1000
+    before = time.process_time()
+    assert not any(mcpproxy.fits_template(uri, template) for _ in range(10))
+    assert time.process_time() - before < 2          # with backtracking it would be hours
+
 
 
 def test_views_large_results_keep_head_and_tail():
@@ -3523,6 +3650,26 @@ def test_views_name_tasks_by_their_server():
     assert told["_meta"]["io.modelcontextprotocol/related-task"]["taskId"] == "a__8"
 
 
+@pytest.mark.parametrize("when, arguments, headers, key, is_so", [
+    ({"argument": {"region": "eu*"}}, {"region": "eu-1"}, {}, None, True),
+    ({"argument": {"region": "eu*"}}, {"region": "us"}, {}, None, False),
+    ({"argument": {"region": "*"}}, {}, {}, None, False),
+    ({"argument": {"n": "1"}}, {"n": 1}, {}, None, True), ({"argument": {"n": "true"}}, {"n": True}, {}, None, True),
+    ({"header": {"x-a": "b"}}, {}, {"x-a": "b"}, None, True), ({"key": "key?"}, {}, {}, "key2", True),
+    ({"key": "key?"}, {}, {}, None, False), ({"key": "a", "header": {"h": "x"}}, {}, {"h": "x"}, "b", False)])
+def test_views_a_server_of_a_group_claims_calls(when, arguments, headers, key, is_so):
+    assert mcpproxy.When(**when).claims(arguments, headers, key) is is_so
+
+
+def test_views_show_a_group_as_one_and_its_servers_by_themselves():
+    catalog = mcpproxy.Catalog(config_of(x={}, a={"group": "g"}, b={"group": "g"}), is_file=True)
+    assert [member.name for member in catalog.view().members] == ["x", "g"]
+    assert catalog.view().direct("tools/call", "g__t")[:2] == ("g", "t")
+    assert [member.name for member in catalog.view("g").members[0].members] == ["a", "b"]
+    assert not catalog.view("g").is_plain and catalog.view("a").is_plain and catalog.view("g").has_choice
+    assert catalog.view("g").direct("tools/call", "t")[:2] == ("g", None)
+
+
 # ============================================================================
 # 10. Configuration file
 # ============================================================================
@@ -3538,16 +3685,40 @@ def test_configuration_files_of_desktop_clients_are_read_as_they_are():
       "inputs": [], /* and keys of its own */
       "servers": {"a": {"type": "stdio", "command": "npx", "args": ["-y", "x//y", ], "env": {"A": "1"},
                         "alwaysAllow": [], "autoApprove": ["*"], "timeout": 60, "disabledTools": []},
+                  "far": {"type": "http", "url": "http://x/mcp", "headers": {"A": "b"}},
                   "off": {"disabled": true, "url": "http://x", "what": 1}},
     }"""
     servers = parse_file(text)
-    assert list(servers) == ["a"] and servers["a"].command == ("npx", "-y", "x//y") and servers["a"].env == {"A": "1"}
+    assert list(servers) == ["a", "far"] and servers["a"].command == ("npx", "-y", "x//y")
+    assert servers["a"].env == {"A": "1"}
+    assert (servers["far"].url, servers["far"].headers) == ("http://x/mcp", {"A": "b"})
+
+
+def test_configuration_has_remote_servers():
+    given = {"a": {"url": "http://x:1/mcp?k=${K}", "headers": {"Authorization": "Bearer ${K}"}},
+             "b": {"serverUrl": "https://x/", "type": "sse", "headers": {"A": "${MINE}"}, "shared_session": False}}
+    one, other = parse_file({"mcpServers": given}, {"K": "1"}).values()
+    assert (one.url, one.headers, one.is_sse) == ("http://x:1/mcp?k=1", {"Authorization": "Bearer 1"}, False)
+    assert (other.url, other.headers, other.is_sse) == ("https://x/", {"A": "${MINE}"}, True)          # its client's
+
+
+def test_configuration_has_groups():
+    given = {"web": {**A_SERVER, "replicas": 2}, "far": {"url": ["http://a/", "http://b/"]},
+             "x": {**A_SERVER, "group": "g", "when": {"argument": {"r": "eu*"}, "header": {"X-A": "b"}}},
+             "y": {**A_SERVER, "group": "g", "weight": 2, "backup": True}}
+    servers = parse_file({"mcpServers": given})
+    assert {name: server.group for name, server in servers.items()} == {
+        "web-1": "web", "web-2": "web", "far-1": "far", "far-2": "far", "x": "g", "y": "g"}
+    assert [servers[name].url for name in ("far-1", "far-2")] == ["http://a/", "http://b/"]
+    assert servers["x"].when == mcpproxy.When({"r": "eu*"}, {"x-a": "b"})
+    assert (servers["y"].weight, servers["y"].is_backup) == (2.0, True)
 
 
 def test_configuration_names_variables():
-    given = {"command": "${env:BIN}", "args": ["${A}${B:-b}", "${B:-}", "${userHome}/x", "$A ${ A"], "cwd": "${A:-z}"}
+    given = {"command": "${env:BIN}", "args": ["${A}${B:-b}", "${B:-}", "${userHome}/x", "$A ${ A", "$${A}"],
+             "cwd": "${A:-z}"}
     server = parse_file({"mcpServers": {"a": given}}, {"BIN": "run", "A": "1", "HOME": "/h"})["a"]
-    assert server.command == ("run", "1b", "", "/h/x", "$A ${ A") and server.cwd == "1"
+    assert server.command == ("run", "1b", "", "/h/x", "$A ${ A", "${A}") and server.cwd == "1"
 
 
 def test_configuration_has_settings_of_each_server():
@@ -3562,10 +3733,12 @@ A_SERVER = {"command": "x"}
 
 
 @pytest.mark.parametrize("given, words", [
-    ("", "is not JSON"), ("[]", "needs an object mcpServers"), ("{}", "needs an object mcpServers"),
+    ("", "is empty"), ("# x", "is not JSON: Expecting value"),
+    ("[" * 100_000, "nested too deeply"), ("[]", "needs an object mcpServers"), ("{}", "needs an object mcpServers"),
     ('{"mcpServers": {"a": {"command": "x"}', "is not JSON"), ({"mcpServers": []}, "needs an object"),
     ({"mcpServers": {}}, "no server"), ({"mcpServers": {"a": {"command": "x", "disabled": True}}}, "no server"),
-    ({"mcpServers": {"a": A_SERVER}, "servers": {}}, "needs an object"),
+    ({"mcpServers": {"a": A_SERVER}, "servers": {}}, "and not both"),
+    ('{"mcpServers": {"a": {"command": "x", "command": "y"}}}', "server a: command: is there twice"),
     ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "server a: is there twice"),
     *(({"mcpServers": {name: A_SERVER}}, f"{good} would do") for name, good in {
         "a b": "a-b", "a__b": "a_b", "": "server", "x" * 33: "x" * 32, "ä": "server", "a.b/c": "a-b-c"}.items()),
@@ -3574,19 +3747,20 @@ A_SERVER = {"command": "x"}
         ({"overides": {}}, "the nearest that is: overrides"), ({"command": 1}, "command: must be a string"),
         ({"command": " "}, "command: is missing"), ({"args": "x"}, "args: must be a list of strings"),
         ({"args": [1]}, "args: must be a list"), ({"env": {"A": 1}}, "env: must be an object of strings"),
-        ({"env": []}, "env: must be"), ({"cwd": []}, "cwd: must be a string"),
+        ({"env": []}, "env: must be"), ({"env": {"A=B": ""}}, "'A=B' cannot"),
+        ({"cwd": []}, "cwd: must be a string"),
         ({"disabled": "yes"}, "disabled: must be"),
         ({"tools": "a"}, "tools: must be"), ({"prefix": "a__b"}, "prefix: is up to 32"),
         ({"prefix": 1}, "prefix: must"),
         ({"shared_session": "true"}, "shared_session: must be true or false"), ({"prewarm": 1.5}, "must be a whole"),
-        ({"prewarm": -1}, "PREWARM must be 0 or more"), ({"prewarm": True}, "prewarm: must be a whole number"),
+        ({"prewarm": -1}, "prewarm: must be 0 or more"), ({"prewarm": True}, "prewarm: must be a whole number"),
         ({"request_timeout": "5"}, "request_timeout: must be a number"),
-        ({"request_timeout": 0}, "REQUEST_TIMEOUT must"),
-        ({"server_era": "old"}, "SERVER_ERA must be auto"), ({"max_result_kb": -1}, "MAX_RESULT_KB must"),
-        ({"allowed_env": []}, "allowed_env: must be a string"), ({"url": "http://x"}, "url: only servers"),
+        ({"request_timeout": 0}, "request_timeout: must"),
+        ({"server_era": "old"}, "server_era: must be auto"), ({"max_result_kb": -1}, "max_result_kb: must"),
+        ({"allowed_env": []}, "allowed_env: must be a string"), ({"url": "http://x"}, "url: is beside a command"),
         ({"envFile": "x"}, "envFile: files of variables"), ({"cwd": "${input:x}"}, "cwd: ${input:x} is an editor's"),
         ({"cwd": "${workspaceFolder}"}, "${workspaceFolder} is an editor's"),
-        ({"env": {"A": "${NO}"}}, "NO is not set"),
+        ({"env": {"A": "${NO}"}}, "NO is not set"), ({"cwd": "${A-x}"}, "cwd: ${A-x} is not ${NAME}"),
         ({"overrides": []}, "overrides: must be an object"),
         ({"overrides": {"t": 1}}, "overrides: t: must be an object"),
         ({"overrides": {"t": {"nam": "x"}}}, "overrides: t: nam: is not known; the nearest that is: name"),
@@ -3598,6 +3772,35 @@ A_SERVER = {"command": "x"}
         ({"overrides": {"t": {"defaults": {"a": 1}, "fixed": {"a": 1}}}}, "in defaults or in fixed"),
         ({"overrides": {"t": {"name": "x"}, "u": {"name": "x"}}}, "the name a__x is t of a's already")]),
     ({"mcpServers": {"a": 1}}, "server a: must be an object"), ({"mcpServers": {"a": {}}}, "command: is missing"),
+    *(({"mcpServers": {"a": keys}}, words) for keys, words in [
+        *(({"url": url}, "url: must be") for url in (
+            "x", "ftp://x", "http://", "http://x/#a", "http://x y", "http://x:y")),
+        ({"url": 1}, "url: must be a string or a list"),
+        ({"url": []}, "url: must be"), ({"url": ["x"]}, "url: must be"),
+        ({"url": "http://u:p@x"}, "no user or password"),
+        ({"url": "http://x", "headers": {"Host": "x"}}, "Host cannot"),
+        ({"url": "http://x", "headers": {"a b": "x"}}, "headers: a b cannot"), ({"url": "${X}"}, "the variable X"),
+        ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
+        ({"headers": []}, "headers: must be"),
+        ({"url": "http://x", "headers": {"A": "${input:x}"}, "shared_session": False}, "is an editor's")]),
+    *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER}}, words) for keys, words in [
+        ({"group": "b"}, "group: b is a server's name"),
+        ({"group": "x__y"}, "x_y would do"), ({"group": 1}, "group: must"),
+        ({"replicas": 0}, "replicas: must be a whole number from 1"),
+        ({"replicas": 2, "group": "g"}, "goes with neither"),
+        ({"weight": 2}, "weight: is for servers of a group"), ({"backup": True}, "backup: is for"),
+        ({"when": {}}, "when: is for"), ({"group": "g", "when": {}}, "when: names neither"),
+        ({"group": "g", "weight": 0}, "weight: must be a number above 0"),
+        ({"group": "g", "backup": 1}, "backup: must be"),
+        ({"group": "g", "when": {"arguments": {}}}, "when: arguments: is not known; the nearest that is: argument"),
+        ({"group": "g", "when": {"argument": {"a": 1}}}, "when: argument: must be an object of strings")]),
+    ({"mcpServers": {"a": {**A_SERVER, "replicas": 2}, "a-2": A_SERVER}}, "its replica a-2 has another server's name"),
+    ({"mcpServers": {"x" * 32: {**A_SERVER, "replicas": 2}}}, "would be too long"),
+    *(({"mcpServers": {"a": {**A_SERVER, "group": "g"}, "b": {**A_SERVER, "group": "g", **keys}}}, words)
+      for keys, words in [
+        ({"prefix": "p"}, "prefix: is another than that of a"),
+        ({"tools": ["x"]}, "tools, overrides or max_result_kb: is"),
+        ({"shared_session": False}, "shared_session: is another")]),
     ({"mcpServers": {name: {**A_SERVER, "prefix": "", "overrides": {"t": {"name": "x"}}} for name in "ab"}},
      "server b: overrides: t: the name x is t of a's already")])
 def test_configuration_that_cannot_be_used_is_refused_with_file_server_and_key(given, words):
@@ -4245,7 +4448,1087 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 15. Server connection
+# 16. Remote servers
+# ============================================================================
+
+#
+# A Remote is a small MCP server at a URL, in this process, so that a test can say what it does and look at what came.
+# Its tools: echo, mirror, ask (asks the client), and hold (says when it has begun, and ends when told to).
+
+def http_response(status, body=b"", kind="application/json", **headers):
+    """A response as bytes. A body that is not bytes is sent as JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {"Content-Type": kind, "Content-Length": len(body),
+              **{name.replace("_", "-"): value for name, value in headers.items()}}
+    lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+BEGUN = b"HTTP/1.1 200 X\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def result_of(visit, text):
+    """The answer to a tool's call, as JSON."""
+    return json.dumps({"jsonrpc": "2.0", "id": visit.id, "result": {
+        "content": [{"type": "text", "text": text}],
+        **({"resultType": "complete"} if visit.remote.kind == "modern" else {})}})
+
+
+class Visit:
+    """A request that a Remote got, and what it sends in answer."""
+
+    def __init__(self, remote, wire, body):
+        self.remote, self.socket, self.at = remote, wire.connection, time.monotonic()
+        self.verb, self.path = wire.command, wire.path
+        self.headers = {name.lower(): ", ".join(wire.headers.get_all(name)) for name in wire.headers}
+        self.message = json.loads(body) if body else {}
+        self.method, self.id = self.message.get("method", ""), self.message.get("id")
+        self.params = self.message.get("params") or {}
+        self.out, self.is_open = self, False         # where its messages go; is it a stream?
+
+    def write(self, data):
+        self.socket.sendall(data)
+
+    def respond(self, status=200, body=b"", kind="application/json", **headers):
+        self.write(http_response(status, body, kind, **headers))
+
+    def open(self):
+        """Begins a stream."""
+        self.is_open = True
+        self.write(BEGUN % b"text/event-stream")
+
+    def chunk(self, data):
+        with self.remote.lock:
+            self.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def event(self, data="", **fields):
+        lines = [f"{name}: {value}" for name, value in {**fields, "data": data}.items()]
+        self.chunk("\n".join([*lines, "\n"]).encode())
+
+    def send(self, **members):
+        """A message on the stream that it belongs on."""
+        self.out.event(json.dumps({"jsonrpc": "2.0", **members}))
+
+    def answer(self, result=None, **error):
+        answer = {"jsonrpc": "2.0", "id": self.id, **({"error": error} if error else {"result": result})}
+        if not self.out.is_open:
+            return self.respond(404 if error.get("code") == -32601 and self.remote.kind == "modern" else 200, answer)
+        self.out.event(json.dumps(answer))
+        if self.out is self:
+            self.chunk(b"")
+
+    def hang_up(self):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def is_over(self):
+        """Has the other side hung up, or is the test at its end?"""
+        try:
+            readable = select.select([self.out.socket], [], [], 0.01)[0]
+            return self.remote.closing.is_set() or readable and not self.out.socket.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError) as error:           # it is closed; or it is of TLS, which cannot tell
+            return self.remote.closing.wait(0.01) or "non-zero flags" not in str(error)
+
+    def stay(self, until_told=lambda: False):
+        """Keeps the connection until the other side hangs up; False when told to go on before."""
+        while not until_told():
+            if self.is_over():
+                self.remote.left.append(self)
+                return True
+        return False
+
+
+class RemoteHandler(SimpleHTTPRequestHandler):
+    """One connection to a Remote."""
+
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        if self.server.remote.context:
+            self.request = self.server.remote.context.wrap_socket(self.request, server_side=True)
+        super().setup()
+        self.server.remote.connections.append(self.connection)
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        visit = Visit(self.server.remote, self, body)
+        self.server.remote.visits.append(visit)
+        try:
+            self.server.remote.serve(visit)
+        except OSError:                              # the other side has gone
+            visit.hang_up()
+
+    do_GET = do_DELETE = do_POST
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+        self.connection.close()
+
+
+class Remote:
+    """A remote server of a kind: "legacy" or "modern" Streamable HTTP, or "sse", which is HTTP+SSE. `script` has, by
+    method, else "resume", "GET" or "DELETE", what to do instead of answering, once each: a function of the Visit, or
+    bytes to send (where they are no whole response, it hangs up)."""
+
+    CAPABILITIES = {"tools": {"listChanged": True}, "logging": {},
+                    "resources": {"subscribe": True, "listChanged": True}}
+    QUESTION = {"method": "elicitation/create",
+                "params": {"message": "who?", "requestedSchema": {"type": "object", "properties": {}}}}
+
+    def __init__(self, kind="legacy", context=None):
+        self.kind, self.visits, self.script = kind, [], collections.defaultdict(collections.deque)
+        self.sessions, self.streams, self.listening, self.replies = [], [], [], {}
+        self.left = []                               # visits that the other side hung up on
+        self.refusal = http_response(405)            # of a POST to a server of HTTP+SSE
+        self.endpoint = "/messages?n=%d"
+        self.released = threading.Event()            # lets `hold` end
+        self.tools = [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "ask", "hold")]
+        self.tools.append({"name": "mirror", "inputSchema": {"type": "object", "properties": {
+            "region": {"type": "string", "x-mcp-header": "Region"},
+            "number": {"type": "integer", "x-mcp-header": "Number"},
+            "deep": {"type": "object", "properties": {"flag": {"type": "boolean", "x-mcp-header": "Flag"}}}}}})
+        self.closing, self.lock, self.connections = threading.Event(), threading.Lock(), []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), RemoteHandler)
+        self.server.remote, self.faults = self, []
+        self.server.handle_error = lambda *_: self.note(sys.exc_info()[1])
+        self.context, self.port = context, self.server.server_port
+        self.url = f"http{'s' * bool(context)}://127.0.0.1:{self.port}/{'sse' if kind == 'sse' else 'mcp'}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        assert self.faults == []
+
+    def note(self, error):
+        """Keeps faults of our own, which are all but the other side's hanging up."""
+        if not isinstance(error, OSError):
+            self.faults.append(repr(error))
+
+    def got(self, method):
+        """The visits of this method; of this verb, where there is no message."""
+        return [visit for visit in list(self.visits) if (visit.method or visit.message and "answer" or visit.verb) ==
+                method]
+
+    def wait_for(self, method, count=1):
+        return until(lambda: len(self.got(method)) >= count and self.got(method), f"{count} {method}")
+
+    def tell(self, method, **params):
+        """A notification on the stream for those that are of no request."""
+        for visit in self.streams[-1:] + self.listening:
+            meta = {"_meta": {SUBSCRIPTION: visit.id}} if self.kind == "modern" else {}
+            visit.out.event(json.dumps(notification(method, {**params, **meta} or None)))
+
+    def serve(self, visit):
+        key = visit.method or ("resume" if "last-event-id" in visit.headers else visit.verb)
+        if not self.script[key]:
+            return getattr(self, self.kind)(visit)
+        step = self.script[key].popleft()
+        if callable(step):
+            return step(visit)
+        visit.write(step)
+        if b"Content-Length" not in step:
+            visit.hang_up()
+
+    def legacy(self, visit):
+        session = visit.headers.get("mcp-session-id")
+        if visit.method == "initialize":
+            session = f"session-{len(self.visits)}"
+            self.sessions.append(session)
+            return visit.respond(200, json.loads(self.initialized(visit)), Mcp_Session_Id=session)
+        if session not in self.sessions:
+            return visit.respond(404 if session else 400, {"jsonrpc": "2.0", "id": None, "error": {
+                "code": -32600, "message": "no such session" if session else "no session"}})
+        if visit.verb == "DELETE":
+            self.sessions.remove(session)
+            return visit.respond()
+        if visit.verb == "GET":
+            visit.open()
+            self.streams.append(visit)
+            return visit.stay()
+        self.take(visit, lambda: visit.respond(202))
+
+    def sse(self, visit):
+        if visit.verb == "GET":
+            self.streams.append(visit)
+            visit.open()
+            visit.event(self.endpoint % (len(self.streams) - 1), event="endpoint")
+            return visit.stay()
+        if not visit.path.startswith("/messages"):
+            return visit.write(self.refusal)
+        visit.out = self.streams[int(visit.path.partition("=")[2])]
+        visit.respond(202)
+        if visit.method == "initialize":
+            return visit.out.event(self.initialized(visit))
+
+        def take():
+            try:
+                self.take(visit, lambda: None)
+            except Exception as error:
+                self.note(error)
+        threading.Thread(target=take, daemon=True).start()
+
+    def modern(self, visit):
+        """As strict about headers as the specification wants it."""
+        if visit.verb != "POST":
+            return visit.respond(405)
+        meta, arguments = visit.params.get("_meta", {}), visit.params.get("arguments") or {}
+        wanted = {"mcp-protocol-version": meta.get(VERSION), "mcp-method": visit.method}
+        if visit.method in ("tools/call", "prompts/get", "resources/read"):
+            wanted["mcp-name"] = visit.params.get("uri" if visit.method == "resources/read" else "name")
+        if visit.params.get("name") == "mirror":
+            found = arguments.get("region"), arguments.get("number"), arguments.get("deep", {}).get("flag")
+            wanted.update(zip(("mcp-param-region", "mcp-param-number", "mcp-param-flag"),
+                              (value if isinstance(value, str | None) else json.dumps(value) for value in found)))
+        given = {name: visit.headers.get(name) for name in wanted}
+        for name, value in given.items():
+            if value and value.startswith("=?base64?") and value.endswith("?="):
+                given[name] = base64.b64decode(value[9:-2]).decode()
+        if given != wanted or "mcp-session-id" in visit.headers or CAPABILITIES not in meta:
+            return visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {
+                "code": -32020, "message": f"headers {given} are not {wanted}"}})
+        if visit.method == "subscriptions/listen":
+            visit.open()
+            visit.send(method="notifications/subscriptions/acknowledged", params={
+                "notifications": visit.params["notifications"], "_meta": {SUBSCRIPTION: visit.id}})
+            self.listening.append(visit)
+            visit.stay()
+            return self.listening.remove(visit)
+        self.take(visit, lambda: visit.respond(202))
+
+    def initialized(self, visit):
+        return json.dumps({"jsonrpc": "2.0", "id": visit.id, "result": {
+            "protocolVersion": "2024-11-05" if self.kind == "sse" else "2025-06-18",
+            "capabilities": self.CAPABILITIES, "serverInfo": {"name": "far", "version": "1"}}})
+
+    def take(self, visit, accept):
+        """What the kinds have in common: a message is answered or accepted."""
+        if "id" not in visit.message or not visit.method:
+            self.replies[visit.id] = visit.message
+            return accept()
+        results = {"tools/list": {"tools": self.tools}, "resources/list": {"resources": []}, "ping": {},
+                   "prompts/list": {"prompts": []}, "resources/templates/list": {"resourceTemplates": []},
+                   "resources/read": {"contents": [{"uri": visit.params.get("uri"), "text": "content"}]}}
+        if self.kind == "modern":
+            more = {"resultType": "complete", "ttlMs": 0, "cacheScope": "public"}
+            results = {method: {**result, **more} for method, result in results.items()}
+            results["server/discover"] = {
+                "supportedVersions": ["2026-07-28"], "capabilities": self.CAPABILITIES, **more}
+        else:
+            results.update({method: {} for method in ("logging/setLevel", "resources/subscribe",
+                                                      "resources/unsubscribe")})
+        if visit.method == "tools/call" and visit.params.get("name") in {tool["name"] for tool in self.tools}:
+            self.call(visit, visit.params["name"], visit.params.get("arguments") or {})
+        elif visit.method in results:
+            visit.answer(results[visit.method])
+        else:
+            visit.answer(code=-32601, message=f"no {visit.method}")
+
+    def call(self, visit, name, arguments):
+        text = arguments.get("text", "")
+        if name == "ask" and self.kind == "modern" and "inputResponses" not in visit.params:
+            return visit.answer({"resultType": "input_required", "inputRequests": {"q": self.QUESTION},
+                                 "requestState": json.dumps(text)})
+        if name == "ask" and self.kind == "modern":
+            text = json.dumps([json.loads(visit.params["requestState"]), visit.params["inputResponses"]["q"]])
+        elif name == "ask" or name == "hold":
+            if visit.out is visit:
+                visit.open()
+            token = visit.params.get("_meta", {}).get("progressToken")
+            if token is not None:
+                visit.send(method="notifications/progress", params={"progressToken": token, "progress": 1})
+            if name == "hold":
+                if visit.stay(self.released.is_set):
+                    return
+            else:
+                question = f"question-{id(visit)}"
+                visit.send(id=question, **{**self.QUESTION, "params": {**self.QUESTION["params"], "message": text}})
+                if visit.stay(lambda: question in self.replies):
+                    return
+                text = json.dumps([text, self.replies[question].get("result")])
+        visit.answer(json.loads(result_of(visit, text))["result"])
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """Runs a proxy of the servers of a file: of name={keys}, and of settings in capitals."""
+    @contextlib.contextmanager
+    def start(**given):
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.json"
+        servers = {name: keys for name, keys in given.items() if name.upper() != name}
+        path.write_text(json.dumps({"mcpServers": servers}))
+        with running_proxy(MCP_CONFIG=path, **{name: given[name] for name in given if name not in servers}) as proxy:
+            proxy.path = path
+            yield proxy
+    return start
+
+
+def command_of(command, **more):
+    """A command as an object of the file."""
+    return {"command": command[0], "args": command[1:], **more}
+
+
+REMOTES = "legacy", "modern", "sse"
+EACH_REMOTE = pytest.mark.parametrize("far_kind", REMOTES)
+STREAMABLE = pytest.mark.parametrize("far_kind", ["legacy", "modern"])
+
+
+# What is found out, and what is sent.
+
+@EACH_CLIENT
+@EACH_REMOTE
+def test_remote_servers_of_each_kind_are_used_by_clients_of_each_kind(far_kind, kind):
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, CLIENTS[kind](proxy) as client:
+        assert names_of(client.call("tools/list")) == ["echo", "ask", "hold", "mirror"]
+        assert client.tool("echo", text="\u00e4\U0001f600") == "\u00e4\U0001f600"
+        assert json.loads(client.tool("ask", text="x"))[1]["content"] == {"name": "Ada"}
+        assert client.start("none").answer()["error"]["code"] == -32601
+        call = client.start("hold", token="mine")
+        assert call.stream.wait_for("notifications/progress")["params"]["progressToken"] == "mine"
+        stream = client.watch("test://a")
+        until(lambda: far.listening or far.got("resources/subscribe"), "the subscription")
+        far.tell(UPDATED, uri="test://a")
+        far.tell(TOOLS_CHANGED)
+        assert stream.wait_for(TOOLS_CHANGED) and methods_of(stream).count(UPDATED) == 1
+        far.released.set()
+        assert "result" in call.answer()
+
+
+@EACH_REMOTE
+def test_remote_server_in_a_file_gets_its_headers_with_each_request(configured, far_kind):
+    keys = {"headers": {"Authorization": "Bearer ${FAR_KEY}", "X-Other": "${env:FAR_KEY}-${NONE:-2}"}}
+    with Remote(far_kind) as far, configured(far={"url": far.url, **keys}, FAR_KEY="k", near=command_of(FAKE)) as proxy:
+        assert {"far__echo", "near__echo"} <= set(names_of(ask_joint(proxy, "tools/list")))
+        for server in "far", "near":
+            with StreamableClient(proxy) as client:
+                assert client.tool(f"{server}__echo", text="x") == "x"
+    assert far.visits and {(visit.headers.get("authorization"), visit.headers.get("x-other"))
+                           for visit in far.visits} == {("Bearer k", "k-2")}
+
+
+@pytest.mark.parametrize("word", [None, "http", "streamable-http", "streamableHttp"])
+@pytest.mark.parametrize("key", ["url", "serverUrl", "httpUrl"])
+def test_remote_server_is_written_in_every_way_that_desktop_clients_have(configured, key, word):
+    keys = {"type": word} if word else {}
+    with Remote() as far, configured(far={key: far.url, **keys}) as proxy:
+        assert proxy.request("POST", "/servers/far/tools/echo", {"text": "x"}).json()["content"][0]["text"] == "x"
+
+
+@pytest.mark.parametrize("keys, words", [
+    ({"url": "ftp://a.example/mcp"}, "url"), ({"url": 1}, "url"), ({"url": "http://"}, "url"),
+    ({"url": "http://a.example/mcp", "command": "x"}, "command"), ({"headers": {}}, "far"),
+    ({"url": "http://a.example/mcp", "headers": {"A b": "x"}}, "headers"),
+    ({"url": "http://a.example/mcp", "headers": {"A": 1}}, "headers"),
+    ({"url": "http://a.example/mcp", "headers": {"A": "${NO_SUCH_VARIABLE}"}}, "NO_SUCH_VARIABLE")])
+def test_remote_server_that_is_written_wrongly_ends_the_start(tmp_path, keys, words):
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"far": keys}}))
+    found = run_program("--config", tmp_path / "mcp.json", PORT="0")
+    assert found.returncode == 2 and len(found.stderr.splitlines()) == 1
+    assert "far" in found.stderr and words in found.stderr
+
+
+def test_remote_legacy_server_gets_the_headers_of_its_era():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        client.tool("echo", text="x")
+        far.wait_for("GET")
+    assert far.sessions == []                        # which each DELETE takes out
+    hello = next(place for place, visit in enumerate(far.visits) if visit.method == "initialize")
+    first, *others = far.visits[hello:]
+    assert "mcp-session-id" not in first.headers and others
+    for visit in others:
+        assert visit.headers["mcp-session-id"] == f"session-{hello + 1}"
+        assert visit.headers["mcp-protocol-version"] == "2025-06-18" and "mcp-method" not in visit.headers
+    for visit in far.visits:
+        accepted = {part.strip() for part in visit.headers.get("accept", "").split(",")}
+        assert visit.verb == "DELETE" or "text/event-stream" in accepted
+        if visit.verb == "POST":
+            assert "application/json" in accepted and visit.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    case("plain", {"region": "us west-1", "number": -7, "deep": {"flag": False}}, ("us west-1", "-7", "false")),
+    case("none", {"region": None, "number": None}, (None, None, None)),
+    case("not ASCII", {"region": "Hello, \u4e16\u754c"}, ("=?base64?SGVsbG8sIOS4lueVjA==?=", None, None)),
+    case("padded", {"region": " padded "}, ("=?base64?IHBhZGRlZCA=?=", None, None)),
+    case("line end", {"region": "line1\nline2"}, ("=?base64?bGluZTEKbGluZTI=?=", None, None)),
+    case("looks encoded", {"region": "=?base64?literal?="}, ("=?base64?PT9iYXNlNjQ/bGl0ZXJhbD89?=", None, None)),
+    case("large", {"number": 9007199254740991}, (None, "9007199254740991", None))])
+def test_remote_modern_server_gets_arguments_in_headers(arguments, expected):
+    """The values are the specification's own examples; a legacy client sends no such headers itself."""
+    with Remote("modern") as far, running_proxy(far.url) as proxy, SSEClient(proxy) as client:
+        assert client.tool("mirror", **arguments) == ""
+        visit = far.wait_for("tools/call")[0]
+        assert tuple(visit.headers.get(f"mcp-param-{name}") for name in ("region", "number", "flag")) == expected
+        assert visit.headers["mcp-name"] == "mirror"
+
+
+def test_remote_modern_server_gets_names_in_base64_where_they_need_it():
+    with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.tools.append({"name": "\u00e4 b", "inputSchema": {"type": "object"}})
+        assert client.tool("\u00e4 b") == ""
+        assert "result" in client.call("resources/read", {"uri": "test://\u00e4"})
+        assert [far.got(method)[0].headers["mcp-name"] for method in ("tools/call", "resources/read")] == [
+            in_base64("\u00e4 b"), in_base64("test://\u00e4")]
+
+
+def test_remote_modern_server_whose_schema_changed_gets_the_new_headers():
+    """Streamable HTTP, Client Behavior: after a HeaderMismatch the tools are listed again, and the call is repeated."""
+    with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        annotated, far.tools[3] = far.tools[3], {"name": "mirror", "inputSchema": {"type": "object"}}
+        assert names_of(client.call("tools/list"))[3] == "mirror"
+        far.tools[3] = annotated
+        assert client.tool("mirror", region="eu") == ""
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, None])
+def test_remote_http_sse_server_is_found_behind_a_refusal_or_where_the_file_says_so(configured, status):
+    keys = {"type": "sse"} if status is None else {}
+    with Remote("sse") as far, configured(far={"url": far.url, **keys}) as proxy, ModernClient(proxy) as client:
+        far.refusal = http_response(status or 405, b"no such thing", "text/plain")
+        assert client.tool("far__echo", text="x") == "x"
+        assert {visit.path for visit in far.got("tools/call")} == {"/messages?n=0"}
+        assert (status is None) != any(visit.verb == "POST" and visit.path == "/sse" for visit in far.visits)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:%d/messages", "//localhost:%d/x", "https://127.0.0.1:%d/x"])
+def test_remote_http_sse_server_may_not_send_the_client_elsewhere(configured, endpoint):
+    """Its headers, with the credentials in them, would go there."""
+    with (Remote("sse") as other, Remote("sse") as far,
+          configured(a={"url": far.url}, b={"url": far.url, "type": "sse"}) as proxy):
+        far.endpoint = endpoint % other.port + "?n=%d"
+        errors = [ask_joint(proxy, "tools/list", path=f"/servers/{server}/mcp")["error"] for server in "ab"]
+        assert [error["code"] for error in errors] == [-32000] * 2 and other.visits == []
+        assert "elsewhere" in errors[1]["message"]
+
+
+def test_remote_http_sse_server_is_connected_to_again_when_its_stream_ends():
+    with Remote("sse") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        client.call("resources/subscribe", {"uri": "test://a"})
+        call = client.start("hold")
+        far.wait_for("tools/call")
+        far.streams[0].hang_up()
+        assert call.answer()["error"]["code"] == -32000
+        assert client.tool("echo", text="x") == "x"
+        assert [visit.params["uri"] for visit in far.wait_for("resources/subscribe", 2)] == ["test://a"] * 2
+        assert stream.wait_for(TOOLS_CHANGED) and len(far.streams) == 2
+
+
+def test_remote_legacy_server_without_a_stream_of_its_own_is_used():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy:
+        far.script["GET"].extend([http_response(405)] * 50)
+        with StreamableClient(proxy) as client:
+            for number in range(3):
+                assert client.tool("echo", text=str(number)) == str(number)
+    assert len(far.got("GET")) == 1                  # it has said no
+
+
+def test_remote_modern_server_without_a_method_is_no_server_without_a_session():
+    """It says 404 to that, too."""
+    with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        for _ in range(2):
+            assert client.call("custom/method")["error"]["code"] == -32601
+        assert len(far.got("custom/method")) == 2 and len(far.got("server/discover")) <= 1
+
+
+# TLS, redirects.
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A certificate authority of one's own: a folder with it, and with the certificates that it issued."""
+    folder = tmp_path_factory.mktemp("authority")
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl command")
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key",
+            "-out", "ca.crt")
+    for name, host in (("good", "IP:127.0.0.1"), ("misnamed", "DNS:a.example"), ("expired", "IP:127.0.0.1")):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", f"{name}.key",
+                "-out", f"{name}.csr")
+        (folder / "extensions").write_text(f"subjectAltName={host}")
+        openssl("x509", "-req", "-in", name + ".csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
+                "-extfile", "extensions", "-out", name + ".crt", "-days", "-1" if name == "expired" else "2")
+    return folder
+
+
+def tls_context(authority, name):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority / f"{name}.crt", authority / f"{name}.key")
+    return context
+
+
+@STREAMABLE
+def test_remote_server_with_a_certificate_of_a_private_authority_is_trusted_when_told_so(authority, far_kind):
+    with (Remote(far_kind, tls_context(authority, "good")) as far,
+          running_proxy(far.url, SSL_CERT_FILE=authority / "ca.crt") as proxy, StreamableClient(proxy) as client):
+        assert client.tool("echo", text="x" * 300_000) == "x" * 300_000
+
+
+@pytest.mark.parametrize("name, authorities, words", [
+    ("good", "", "certificate"), ("misnamed", "ca.crt", "127.0.0.1"), ("expired", "ca.crt", "expired")])
+def test_remote_server_with_a_bad_certificate_is_told_nothing(authority, name, authorities, words):
+    settings = {"SSL_CERT_FILE": authority / authorities} if authorities else {}
+    with Remote("legacy", tls_context(authority, name)) as far, running_proxy(far.url, **settings) as proxy:
+        response = proxy.request("POST", "/mcp", request(1, "tools/list"), ACCEPT)
+        error = response.json()["error"]
+        assert error["code"] == -32000 and "cannot be reached" in error["message"] and words in error["message"]
+        assert far.visits == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_remote_server_that_is_elsewhere_is_not_followed(status):
+    """The headers of the file are for the URL of the file."""
+    with Remote("legacy") as other, Remote("legacy") as far, running_proxy(far.url) as proxy:
+        for step in ("server/discover", "initialize", "GET"):
+            far.script[step].extend([http_response(status, Location=other.url)] * 20)
+        response = proxy.request("POST", "/mcp", request(1, "tools/list"), ACCEPT)
+        error = response.json()["error"]
+        assert (response.status, error["code"], error["data"]["status"]) == (502, -32000, status)
+        assert other.url in error["message"] and other.visits == []
+
+
+# Errors, each of which is one call's alone.
+
+WRONG_ID = {"jsonrpc": "2.0", "id": "wrong", "result": {"content": []}}
+# What it sends; the status of ours and of the error's data (...: whichever), and a word of the message.
+FAULTS = {
+    "401": (http_response(401, WWW_Authenticate="Bearer"), 502, 401, "401"),
+    "403": (http_response(403, {"error": "x"}), 502, 403, "403"),
+    "302": (http_response(302, Location="https://a.example/x"), 502, 302, "https://a.example/x"),
+    "429": (http_response(429, Retry_After="7"), 503, 429, "429"),
+    "429 without a time": (http_response(429), 503, 429, "429"),
+    "503": (http_response(503, Retry_After="9"), 503, 503, "503"),
+    "500": (http_response(500, b"<h1>oops</h1>", "text/html"), 502, 500, "500"),
+    "HTML": (http_response(200, b"<h1>hi</h1>", "text/html"), 502, 200, "text/html"),
+    "no body": (http_response(200), 502, ..., ""),
+    "202 for a request": (http_response(202), 502, 202, "202"),
+    "204": (b"HTTP/1.1 204 X\r\n\r\n", 502, 204, "204"),
+    "no JSON": (http_response(200, b"{nope"), 502, ..., ""),
+    "no JSON-RPC": (http_response(200, {"hello": 1}), 502, ..., ""),
+    "a list": (http_response(200, []), 502, ..., ""),
+    "no HTTP": (b"\x00\x01\x02junk\r\n\r\n", 502, ..., "HTTP"),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", 502, ..., "HTTP"),
+    "two lengths": (b"HTTP/1.1 200 X\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 502, ..., "length"),
+    "coded": (http_response(200, b"\x1f\x8b", Content_Encoding="gzip"), 502, ..., ""),
+    "nothing": (b"", 502, ..., "closed"),
+    "half a head": (b"HTTP/1.1 200 X\r\nContent-Type: appl", 502, ..., "closed"),
+    "half a body": (BEGUN % b"application/json" + b'9\r\n{"jsonrpc\r\n', 502, ..., "cut"),
+    "half an event": (BEGUN % b"text/event-stream" + b'9\r\ndata: {"j\r\n', 502, ..., "cut"),
+    "a stream of nothing": (BEGUN % b"text/event-stream" + b"5\r\n: x\n\n\r\n0\r\n\r\n", 502, ..., "cut"),
+    "a wrong id": (http_response(200, WRONG_ID), 502, ..., ""),
+    "an event with a wrong id": (b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\n\r\ndata: " +
+                                 json.dumps(WRONG_ID).encode() + b"\n\n", 502, ..., ""),
+}
+
+
+@STREAMABLE
+@pytest.mark.parametrize("client", ["without a session", "modern"])
+def test_remote_server_that_misbehaves_fails_one_call_and_says_why(far_kind, client):
+    wrong = []
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy:
+        for name, (step, status, theirs, word) in FAULTS.items():
+            message, headers = (modern_request(1, "tools/call", {"name": "echo", "arguments": {"text": name}})
+                                if client == "modern" else (tool_call(1, "echo", {"text": name}), ACCEPT))
+            assert text_of(proxy.request("POST", "/mcp", message, headers).json()) == name
+            before = len(far.got("tools/call"))
+            far.script["tools/call"].append(step)
+            with HTTP(proxy) as http:
+                response = http.request("POST", "/mcp", message, headers)
+            error, retry = response.json().get("error", {}), response.headers.get("retry-after")
+            found = response.status, error.get("code"), (error.get("data") or {}).get("status")
+            if (found[:2] != (status, -32000) or theirs is not ... and found[2] != theirs
+                    or word not in error["message"] or retry != {"429": "7", "503": "9"}.get(name)):
+                wrong.append((name, found, retry, error))
+            if len(far.got("tools/call")) != before + 1:
+                wrong.append((name, "was sent again"))
+        assert wrong == []
+        assert len(far.sessions) <= 1                # none of that ends a session
+
+
+def test_remote_http_sse_server_that_misbehaves_fails_one_call_and_says_why():
+    wrong = []
+    with Remote("sse") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        for name, (step, status, theirs, word) in FAULTS.items():
+            if theirs is not ... and theirs > 204:
+                far.script["tools/call"].append(step)
+                error = client.start("echo").answer()["error"]
+                if (error["code"], error["data"]["status"]) != (-32000, theirs) or word not in error["message"]:
+                    wrong.append((name, error))
+            assert client.tool("echo", text=name) == name
+        assert wrong == [] and len(far.streams) == 1
+
+
+@pytest.mark.parametrize("what", ["nothing", "a head", "a body", "a stream", "comments"])
+@STREAMABLE
+def test_remote_server_that_does_not_come_to_an_end_is_given_up(far_kind, what):
+    def endless(visit):
+        if what == "a head":
+            visit.write(b"HTTP/1.1 200 X\r\nX-")
+        elif what == "a body":
+            visit.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n{")
+        elif what in ("a stream", "comments"):
+            visit.open()
+        while not visit.is_over():
+            if what == "comments":
+                visit.chunk(b": still here\n\n")
+            elif what != "nothing":
+                visit.write(b"x" if what != "a stream" else b"")
+        far.left.append(visit)
+    with Remote(far_kind) as far, running_proxy(far.url, REQUEST_TIMEOUT=1) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(endless)
+        began, call = time.monotonic(), client.start("echo")
+        far.wait_for("tools/call")
+        assert client.tool("echo", text="meanwhile") == "meanwhile"
+        assert call.answer()["error"]["code"] == -32000 and 0.5 < time.monotonic() - began < 6
+        until(lambda: far.left, "the hanging up")
+        assert client.tool("echo", text="after") == "after"
+
+
+@STREAMABLE
+def test_remote_server_that_sends_without_end_fills_no_memory(far_kind):
+    def flood(kind, start):
+        def write(visit):
+            visit.write(b"HTTP/1.1 200 X\r\nContent-Type: " + kind + b"\r\n\r\n" + start)
+            with contextlib.suppress(OSError):
+                for _ in range(400):
+                    visit.write(b"x" * 1_000_000)
+            visit.hang_up()
+            far.left.append(visit)
+        return write
+    with Remote(far_kind) as far, running_proxy(far.url, MAX_MESSAGE_MB=1) as proxy, StreamableClient(proxy) as client:
+        assert client.tool("echo", text="before") == "before"
+        before = memory(proxy)
+        for kind, start in (b"application/json", b'{"a": "'), (b"text/event-stream", b"data: "), (b"text/html", b"<"):
+            far.script["tools/call"].append(flood(kind, start))
+            assert client.start("echo").answer()["error"]["code"] == -32000
+        assert until(lambda: len(far.left) == 3, "the hanging up") and memory(proxy) < before + 40
+        assert client.tool("echo", text="after") == "after"
+
+
+@STREAMABLE
+def test_remote_server_sends_ten_thousand_events_before_its_answer(far_kind):
+    def flood(visit):
+        visit.open()
+        for number in range(10_000):
+            visit.send(method="notifications/progress", params={"progressToken": visit.params["_meta"]["progressToken"],
+                                                                "progress": number})
+        visit.answer(json.loads(result_of(visit, "at last"))["result"])
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(flood)
+        call = client.start("echo", token="mine")
+        assert text_of(call.answer()) == "at last"
+        numbers = [number for _, number in progress_of(call.stream)]
+        assert numbers == sorted(set(numbers)) and numbers[-1] == 9999
+
+
+def in_pieces(visit):
+    """As an event with every freedom that the format has."""
+    text = result_of(visit, "\u00e4" * 500_000).replace(', "', ',\n "')
+    visit.open()
+    visit.chunk(b"\xef\xbb\xbf: hello\r\n\r\nid: 1\r\nretry: 5\r\nevent: message\r\n: between\r\n")
+    lines = "\r\n".join(f"data:{line}" for line in text.split("\n")).encode()
+    for start in range(0, len(lines), 70_001):
+        visit.chunk(lines[start:start + 70_001])
+    for byte in b"\r\n\r\n":
+        visit.chunk(bytes([byte]))
+    visit.chunk(b"")
+
+
+def until_closed(visit):
+    visit.write(b"HTTP/1.0 200 X\r\nContent-Type: application/json; charset=utf-8\r\n\r\n" +
+                result_of(visit, "\u00e4" * 500_000).encode())
+    visit.hang_up()
+
+
+LARGE_ANSWERS = {"JSON": lambda visit: visit.respond(200, result_of(visit, "\u00e4" * 500_000).encode()),
+                 "an event": in_pieces, "HTTP/1.0": until_closed}
+
+
+@EACH_CLIENT
+@STREAMABLE
+@pytest.mark.parametrize("form", LARGE_ANSWERS)
+def test_remote_server_sends_a_megabyte_in_every_form(far_kind, kind, form):
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, CLIENTS[kind](proxy) as client:
+        far.script["tools/call"].append(LARGE_ANSWERS[form])
+        assert client.tool("echo") == "\u00e4" * 500_000
+
+
+@STREAMABLE
+def test_remote_server_that_closes_kept_connections_is_not_noticed(far_kind):
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        def answer_and_close(visit):
+            visit.respond(200, result_of(visit, "x").encode())
+            visit.socket.shutdown(socket.SHUT_WR)
+            visit.stay()
+        for number in range(5):
+            far.script["tools/call"].append(answer_and_close)
+            for _ in range(2):
+                assert client.tool("echo", text="x") == "x"
+                until(lambda: [visit.method for visit in far.left].count("tools/call") > number, "the hanging up")
+
+
+@STREAMABLE
+def test_remote_server_is_called_by_many_at_once_over_connections_that_are_kept(far_kind):
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy:
+        def echo(number):
+            return text_of(proxy.request("POST", "/mcp", tool_call(1, "echo", {"text": str(number)}), ACCEPT).json())
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(echo, range(300))) == [str(number) for number in range(300)]
+        assert len(far.connections) < 100
+
+
+def test_remote_server_that_cannot_be_reached_says_so(configured):
+    with Remote() as gone:
+        pass
+    with configured(dead={"url": gone.url}, good=command_of(FAKE)) as proxy:
+        tools = until(lambda: (answer := ask_joint(proxy, "tools/list")).get("result") and answer, "the list")
+        assert "good__echo" in names_of(tools)
+        assert "cannot be reached" in tools["result"]["_meta"]["mcpproxy/unavailable"]["dead"]
+        began = time.monotonic()
+        response = proxy.request("POST", "/mcp", tool_call(1, "dead__echo"), ACCEPT)
+        error = response.json()["error"]
+        assert (response.status, error["code"]) == (502, -32000) and time.monotonic() - began < 2
+        assert "dead" in error["message"] and "cannot be reached" in error["message"]
+        assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
+
+
+def test_remote_server_that_refuses_everything_is_named_in_lists(configured):
+    with Remote() as far, configured(far={"url": far.url}, good=command_of(FAKE)) as proxy:
+        for step in "server/discover", "initialize", "GET":
+            far.script[step].extend([http_response(401)] * 50)
+        unavailable = ask_joint(proxy, "tools/list")["result"]["_meta"]["mcpproxy/unavailable"]
+        assert list(unavailable) == ["far"] and "401" in unavailable["far"]
+        response = proxy.request("POST", "/servers/far/mcp", tool_call(1, "echo"), ACCEPT)
+        assert response.status == 502 and response.json()["error"]["data"]["status"] == 401
+        far.script.clear()
+        until(lambda: "far__echo" in names_of(ask_joint(proxy, "tools/list")), "the return", 60)
+
+
+# Sessions.
+
+def test_remote_session_that_was_forgotten_is_made_again_once_for_all_calls():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        assert client.call("resources/subscribe", {"uri": "test://a"})["result"] == {}
+        assert client.call("logging/setLevel", {"level": "warning"})["result"] == {}
+        assert client.tool("echo", text="x") == "x" and len(far.got("initialize")) == 1
+        old, seen_before = far.sessions.pop(), len(far.visits)
+        calls = [client.start("echo", text=str(number)) for number in range(8)]
+        assert [text_of(call.answer()) for call in calls] == [str(number) for number in range(8)]
+        assert len(far.got("initialize")) == 2 and far.sessions != [old]
+        assert stream.wait_for(TOOLS_CHANGED)
+        again = [visit for visit in far.visits[seen_before:] if visit.headers.get("mcp-session-id") in far.sessions]
+        assert [visit.params for visit in again if visit.method == "resources/subscribe"] == [{"uri": "test://a"}]
+        assert [visit.params for visit in again if visit.method == "logging/setLevel"] == [{"level": "warning"}]
+        assert len([visit for visit in again if visit.method == "tools/call"]) == 8
+        until(lambda: far.streams[-1].headers["mcp-session-id"] in far.sessions, "the new stream")
+        far.tell(UPDATED, uri="test://a")
+        assert stream.wait_for(UPDATED)
+
+
+def test_remote_session_is_made_again_whatever_id_the_refusal_has():
+    def forget(visit):
+        visit.respond(404, {"jsonrpc": "2.0", "id": visit.id, "error": {"code": -32600, "message": "session unknown"}})
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(forget)
+        assert client.tool("echo", text="x") == "x"
+        assert len(far.got("initialize")) == 2
+
+
+def test_remote_session_that_was_forgotten_is_no_matter_when_each_call_hears_of_it():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        client.tool("echo")
+        far.sessions.clear()
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            calls = [pool.submit(lambda: ask_joint(proxy, "tools/call", {"name": "echo", "arguments": {"text": "x"}}))
+                     for _ in range(50)]
+            assert [call.result() for call in calls if "result" not in call.result()] == []
+        assert len(far.got("initialize")) == 2
+
+
+def test_remote_server_gets_no_line_of_a_client_s_as_a_header():
+    evil = "x\r\nContent-Length: 0\r\n\r\nDELETE /admin HTTP/1.1\r\nHost: h\r\nX: y"
+    with Remote("modern") as far, running_proxy(far.url) as proxy:
+        ask_joint(proxy, evil)
+        assert {visit.verb for visit in far.visits} == {"POST"} and {visit.path for visit in far.visits} == {"/mcp"}
+
+
+def test_remote_server_without_a_stream_is_not_asked_for_it_again_and_again():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["GET"].extend([http_response(404)] * 1000)
+        client.tool("echo")
+        assert client.tool("echo", text="x") == "x" and len(far.got("initialize")) == 1
+
+
+def test_remote_server_that_keeps_all_its_streams_open_goes_on_to_be_used():
+    """More than there may be connections."""
+    def stay(visit):
+        visit.open()
+        visit.send(id=visit.id, result=json.loads(result_of(visit, "x"))["result"])
+        visit.stay()
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        for _ in range(300):
+            far.script["tools/call"].append(stay)
+            assert client.tool("echo", text="x") == "x"
+
+
+def test_remote_session_that_is_forgotten_again_and_again_is_an_error():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        client.tool("echo")
+        far.script["tools/call"].extend([http_response(404)] * 50)
+        assert client.start("echo").answer()["error"]["code"] == -32000
+        assert 2 <= 50 - len(far.script["tools/call"]) <= 3
+        far.script.clear()
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_remote_session_is_made_again_where_the_refusal_ends_its_connection():
+    """Without a word of that: what is sent on it next is lost, and an initialize can be sent again."""
+    def forget(visit):
+        far.sessions.clear()
+        visit.respond(404)
+        visit.hang_up()
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        for number in range(10):
+            far.script["tools/call"].append(forget)
+            assert client.tool("echo", text=str(number)) == str(number)
+
+
+def test_remote_session_that_is_lost_ends_no_running_call_of_another():
+    """Its stream is there, and may go on."""
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        call = client.start("hold", token=1)
+        call.stream.wait_for("notifications/progress")
+        far.sessions.clear()
+        assert client.tool("echo", text="x") == "x"
+        far.released.set()
+        assert "result" in call.answer()
+
+
+def test_remote_sessions_are_one_for_each_client_where_nothing_is_shared(configured):
+    with Remote("legacy") as far, configured(far={"url": far.url, "shared_session": False}) as proxy:
+        with StreamableClient(proxy) as one, SSEClient(proxy) as two:
+            for client in one, two, one:
+                client.tool("far__echo")
+            first, second, third = [visit.headers["mcp-session-id"] for visit in far.got("tools/call")]
+            assert first == third != second
+            two.leave()
+            until(lambda: [visit.headers["mcp-session-id"] for visit in far.got("DELETE")] == [second], "its DELETE")
+        until(lambda: far.sessions == [], "the other")
+
+
+# Calls: cancelled, asking, cut.
+
+@EACH_CLIENT
+@EACH_REMOTE
+def test_remote_call_that_is_cancelled_ends_there(far_kind, kind):
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, CLIENTS[kind](proxy) as client:
+        call = client.start("hold", token=1)
+        call.stream.wait_for("notifications/progress")
+        visit = far.wait_for("tools/call")[0]
+        client.cancel(call)
+        if far_kind != "modern":
+            assert far.wait_for("notifications/cancelled")[0].params["requestId"] == visit.id
+        if far_kind != "sse":
+            until(lambda: visit in far.left, "the hanging up")
+        assert client.tool("echo", text="x") == "x"
+        assert len(far.got("notifications/cancelled")) == (far_kind != "modern")
+
+
+@STREAMABLE
+def test_remote_questions_go_to_the_client_whose_call_asks(far_kind):
+    with (Remote(far_kind) as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as one,
+          ModernClient(proxy) as two):
+        if far_kind == "legacy":
+            far.wait_for("GET")
+        holding = [client.start("hold", token=1) for client in (one, two)]
+        for call in holding:
+            call.stream.wait_for("notifications/progress")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asked = list(pool.map(lambda client: json.loads(client.tool("ask", text=str(id(client)))), (one, two, one)))
+        for client, (text, answer) in zip((one, two, one), asked):
+            assert text == str(id(client)) and answer["action"] == "accept"
+        assert (len(one.asked), len(two.asked)) == (2, 1)
+        if far_kind == "legacy":
+            assert {params["message"] for _, params in one.asked} == {str(id(one))}
+            assert {params["message"] for _, params in two.asked} == {str(id(two))}
+        far.released.set()
+        assert all("result" in call.answer() for call in holding)
+
+
+def test_remote_stream_that_was_cut_is_asked_for_from_where_it_was():
+    """As 2025-11-25 has it: an event without data tells the id, `retry` says when, and a question can come later."""
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        calls = []
+
+        def first(visit):
+            calls.append(visit)
+            visit.open()
+            visit.event(id="1-0", retry=700)
+            visit.chunk(b"")
+
+        def second(visit):
+            visit.open()
+            visit.event(json.dumps({"jsonrpc": "2.0", "id": "q", **Remote.QUESTION}), id="1-1")
+            visit.hang_up()
+
+        def third(visit):
+            until(lambda: "q" in far.replies, "the reply")
+            visit.open()
+            visit.event(result_of(calls[0], "at last"), id="1-2")
+            visit.chunk(b"")
+        far.script["tools/call"].append(first)
+        far.script["resume"].extend([second, third])
+        assert client.tool("echo") == "at last" and len(client.asked) == 1
+        resumed = [visit for visit in far.got("GET") if "last-event-id" in visit.headers]
+        assert [visit.headers["last-event-id"] for visit in resumed] == ["1-0", "1-1"]
+        assert {visit.headers["mcp-session-id"] for visit in resumed} == set(far.sessions)
+        assert 0.65 < resumed[0].at - calls[0].at < 5 and len(far.got("tools/call")) == 1
+        assert far.replies["q"]["result"]["action"] == "accept"
+
+
+@pytest.mark.parametrize("refusal", [http_response(405), http_response(404), http_response(200), b""])
+def test_remote_stream_that_cannot_be_resumed_fails_its_call(refusal):
+    def cut(visit):
+        visit.open()
+        visit.event(id="e", retry=10)
+        visit.hang_up()
+    with Remote("legacy") as far, running_proxy(far.url, REQUEST_TIMEOUT=5) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(cut)
+        far.script["resume"].extend([refusal] * 1000)
+        call = client.start("echo")
+        far.wait_for("tools/call")
+        assert client.tool("echo", text="x") == "x"
+        assert call.answer()["error"]["code"] == -32000
+        assert 1000 - len(far.script["resume"]) < 100        # in five seconds: it did not hammer
+
+
+def test_remote_stream_of_the_session_is_opened_again_and_loses_nothing():
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        first = until(lambda: far.streams, "the stream")[0]
+        first.event(json.dumps(notification(PROMPTS_CHANGED)), id="g1", retry=50)
+        stream.wait_for(PROMPTS_CHANGED)
+        first.hang_up()
+        again = until(lambda: [visit for visit in far.got("GET") if visit is not first], "another")[0]
+        assert again.headers["last-event-id"] == "g1"
+        until(lambda: far.streams[-1] is again, "its being open")
+        far.tell(TOOLS_CHANGED)
+        assert stream.wait_for(TOOLS_CHANGED)
+
+
+# Variables in headers.
+
+def test_remote_headers_have_the_variables_of_the_client(configured):
+    keys = {"headers": {"Authorization": "Bearer ${FAR_KEY}"}, "shared_session": False}
+    with Remote("legacy") as far, configured(far={"url": far.url, **keys}, PREWARM=0) as proxy:
+        with StreamableClient(proxy, query="?FAR_KEY=one") as one, SSEClient(
+                proxy, headers={"X-MCP-Env-FAR-KEY": "two"}) as two:
+            assert one.tool("far__echo", text="x") == two.tool("far__echo", text="x") == "x"
+        assert [visit.headers["authorization"] for visit in far.got("tools/call")] == ["Bearer one", "Bearer two"]
+        before = len([visit for visit in far.visits if visit.verb != "DELETE"])
+        with ModernClient(proxy) as client:
+            for call in client.start("far__echo"), client.begin("tools/list"):
+                error = call.answer()["error"]
+                assert error["code"] == -32000 and "FAR_KEY" in error["message"]
+        assert len([visit for visit in far.visits if visit.verb != "DELETE"]) == before
+    with Remote("modern") as far, configured(far={"url": far.url, **keys}, FAR_KEY="ours") as proxy:
+        for headers in {}, {"X-MCP-Env-FAR-KEY": "theirs"}:
+            assert ModernClient(proxy, headers=headers).tool("far__echo", text="x") == "x"
+        assert [visit.headers["authorization"] for visit in far.got("tools/call")] == ["Bearer ours", "Bearer theirs"]
+
+
+@pytest.mark.parametrize("value", ["a%0D%0AX-Evil:%20yes", "a%00b", "a%7F"])
+def test_remote_headers_take_no_control_characters_from_clients(configured, value):
+    keys = {"headers": {"Authorization": "Bearer ${FAR_KEY}"}, "shared_session": False}
+    with (Remote("modern") as far, configured(far={"url": far.url, **keys}) as proxy,
+          ModernClient(proxy, path=f"/servers/far/mcp?FAR_KEY={value}") as client):
+        assert client.start("echo").stream.status == 400 and far.visits == []
+
+
+# Proxies in front of proxies.
+
+def use_all_of(client, other, prefix=""):
+    """What a client can do with a fake server; `other` may be the same client."""
+    def at(name):
+        return prefix + name
+    assert prefix + "echo" in names_of(client.call("tools/list"))
+    assert client.tool(at("echo"), text="\u00e4\n" * 100_000) == "\u00e4\n" * 100_000
+    asked = text_of(client.finish(client.start(at("inquire"), rounds=[[FORM, SAMPLING], [FORM]])))
+    assert len(json.loads(asked)) == len(client.asked) == 3 and (other is client or other.asked == [])
+    call = client.start(at("sleep"), token="t", seconds=0.4, steps=2)
+    assert text_of(call.answer()) == "slept" and progress_of(call.stream) == [("t", 0), ("t", 1)]
+    stream = client.watch("test://a")
+    until(lambda: client.tool(at("notify"), method=UPDATED, params={"uri": "test://a"}) and
+          UPDATED in methods_of(stream), "the update")
+    other.tool(at("notify"), method=TOOLS_CHANGED)
+    assert stream.wait_for(TOOLS_CHANGED) and "hi" in client.log_at("info", at("log"), text="hi")
+    assert client.call("nothing/like")["error"]["code"] == -32601
+    holding = client.start(at("sleep"), seconds=60)
+    until(lambda: '"seconds": 60' in other.tool(at("seen")), "the call")
+    client.cancel(holding)
+    until(lambda: "notifications/cancelled" in other.tool(at("seen")), "the cancellation")
+
+
+@EACH_CLIENT
+def test_remote_server_is_another_mcpproxy(server, kind):
+    with (running_proxy(server) as inner, running_proxy(f"http://127.0.0.1:{inner.port}/mcp") as proxy,
+          CLIENTS[kind](proxy) as client, CLIENTS[kind](proxy) as other):
+        use_all_of(client, other)
+        assert meaning(client.call("resources/read", {"uri": "test://missing"})) == {"resource not found"}
+
+
+@EACH_REMOTE
+def test_remote_server_is_told_which_proxies_were_on_the_way(far_kind):
+    with (Remote(far_kind) as far, running_proxy(far.url) as inner,
+          running_proxy(f"http://127.0.0.1:{inner.port}/mcp") as outer):
+        for proxy in inner, outer:
+            with StreamableClient(proxy) as client:
+                client.tool("echo")
+        own, both = [visit.headers["x-mcpproxy-via"].split(", ") for visit in far.got("tools/call")]
+        assert len(own) == 1 and len(set(both)) == 2 and own[0] in both
+        for via in own[0], f"x, {own[0]}":
+            for verb, path in ("POST", "/mcp"), ("POST", "/tools/echo"), ("GET", "/sse"):
+                body = tool_call(1, "echo") if verb == "POST" else None
+                assert inner.request(verb, path, body, {**ACCEPT, "X-Mcpproxy-Via": via}).status == 508
+        assert text_of(inner.request("POST", "/mcp", tool_call(1, "echo", {"text": "x"}),
+                                     {**ACCEPT, "X-Mcpproxy-Via": "another"}).json()) == "x"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(configured(next=command_of(FAKE))) for _ in range(count)]
+        for place, proxy in enumerate(proxies):
+            after = proxies[(place + 1) % count]
+            proxy.path.write_text(json.dumps({"mcpServers": {"next": {
+                "url": f"http://127.0.0.1:{after.port}/servers/next/mcp"}, "good": command_of(FAKE)}}))
+            proxy.process.send_signal(signal.SIGHUP)
+        for proxy in proxies:
+            until(lambda: "configuration read again" in proxy.log(), "the configuration")
+        for proxy in proxies:
+            began = time.monotonic()
+            error = ask_joint(proxy, "tools/call", {"name": "next__echo", "arguments": {}})["error"]
+            assert error["code"] == -32000 and time.monotonic() - began < 8
+            assert re.search("cycle|loop|508", error["message"], re.I), error
+            assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
+
+
+# ============================================================================
+# 17. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -4320,7 +5603,8 @@ class Wire(mcpproxy.Link):
 def test_connection_survives_any_line(monkeypatch):
     async def read():
         link = Wire()
-        connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=lambda text: text,
+        now = itertools.count().__next__          # each line in another second, or it were a flood
+        connection = mcpproxy.ServerConnection("x", link, now=now, redact=lambda text: text,
                                                on_request=lambda *_: None, on_notification=lambda *_: None,
                                                is_ones_own=False)
         splitter = mcpproxy.LineSplitter(2000, link.on_line, link.on_too_long)
@@ -4506,7 +5790,214 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 20. Clients, servers and mounts
+# 23. Servers and groups
+# ============================================================================
+
+# Says who it is, and writes down what it has executed.
+MEMBER = r"""
+import json, os, sys, time
+def send(**members): print(json.dumps({"jsonrpc": "2.0", **members}), flush=True)
+name, book = sys.argv[1:]
+tools = [{"name": "do", "inputSchema": {}}, {"name": "look", "inputSchema": {}, "annotations": {"readOnlyHint": True}},
+         {"name": "set", "inputSchema": {}, "annotations": {"idempotentHint": True}}]
+for line in sys.stdin:
+    message = json.loads(line)
+    if "id" not in message: continue
+    method, params = message["method"], message.get("params", {})
+    results = {"initialize": {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}},
+                              "serverInfo": {"name": name, "version": "1"}}, "tools/list": {"tools": tools}, "ping": {}}
+    if method == "tools/call":
+        arguments = params["arguments"]
+        with open(book, "a") as file: file.write(f"{arguments.get('n')} {name}\n")
+        if arguments.get("dies") in ("all", name): os._exit(3)
+        time.sleep(arguments.get("seconds", 0))
+        results[method] = {"content": [{"type": "text", "text": name}]}
+    if method in results: send(id=message["id"], result=results[method])
+    else: send(id=message["id"], error={"code": -32601, "message": "no"})
+"""
+
+
+@pytest.fixture
+def group(several, tmp_path):
+    """Runs a proxy of a group g, of name=keys; and says who executed which call: [(n, name)]."""
+    @contextlib.contextmanager
+    def start(settings={}, **members):
+        book = tmp_path / "book"
+        book.touch()
+        with several(SERVER_ERA="legacy", **settings, **{name: ([sys.executable, "-c", MEMBER, name, str(book)], {
+                "group": "g", **keys}) for name, keys in members.items()}) as proxy:
+            proxy.executed = lambda: [line.split() for line in book.read_text().splitlines()]
+            until(lambda: proxy.log().count("is ready") == len(members), "all members")
+            yield proxy
+    return start
+
+
+def call_group(proxy, tool, path="/servers/g/mcp", headers={}, **arguments):
+    """The name of the member that a call without a session went to, or the error."""
+    answer = ask_joint(proxy, "tools/call", {"name": tool, "arguments": arguments}, path, **headers)
+    return answer["result"]["content"][0]["text"] if "result" in answer else answer["error"]
+
+
+def test_group_is_one_server_to_clients(group):
+    with group(a={}, b={}) as proxy, StreamableClient(proxy) as client:
+        assert names_of(client.call("tools/list")) == ["g__do", "g__look", "g__set"]
+        assert names_of(ask_joint(proxy, "tools/list", path="/servers/g/mcp")) == ["do", "look", "set"]
+        assert [call_group(proxy, "do", f"/servers/{name}/mcp") for name in "ab"] == ["a", "b"]
+        assert client.tool("g__do") in "ab"
+        assert {path.split("/")[2] for path in proxy.request("GET", "/openapi.json").json()["paths"]} == {
+            "g__do", "g__look", "g__set"}
+
+
+def test_group_shares_calls_by_weight(group):
+    with group(a={}, b={"weight": 2}) as proxy:
+        assert collections.Counter(call_group(proxy, "do") for _ in range(30)) == {"a": 10, "b": 20}
+
+
+def test_group_asks_who_has_least_to_do(group):
+    with group(a={}, b={}) as proxy, StreamableClient(proxy, path="/servers/a/mcp") as client:
+        call = client.start("do", n=1, seconds=1)
+        until(proxy.executed, "the call")
+        assert {call_group(proxy, "do", n=2) for _ in range(5)} == {"b"}
+        assert text_of(call.answer()) == "a"
+
+
+@pytest.mark.parametrize("when, arguments, headers, is_claimed", [
+    ({"argument": {"region": "eu*"}}, {"region": "eu-1"}, {}, True),
+    ({"argument": {"region": "eu*"}}, {"region": "us"}, {}, False),
+    ({"header": {"X-Team": "red"}}, {}, {"X-Team": "red"}, True), ({"header": {"X-Team": "red"}}, {}, {}, False),
+    ({"key": "key1"}, {}, {"Authorization": "Bearer one"}, True), ({"key": "key1"}, {}, {}, False)])
+def test_group_member_claims_calls(group, when, arguments, headers, is_claimed):
+    with group({"AUTH_KEY": "one,two"} if "key" in when else {}, a={}, b={"when": when}) as proxy:
+        headers = headers or {"Authorization": "Bearer two"}
+        assert {call_group(proxy, "do", headers=headers, **arguments) for _ in range(4)} == {"b" if is_claimed else "a"}
+
+
+def test_group_of_members_that_claim_refuses_what_is_nobodys(group):
+    with group(a={"when": {"argument": {"r": "1"}}}, b={"when": {"argument": {"r": "2"}}}) as proxy:
+        assert [call_group(proxy, "do", r=r) for r in (2, 1)] == ["b", "a"]
+        assert call_group(proxy, "do", r=3)["code"] == -32602
+        assert len(ask_joint(proxy, "tools/list", path="/servers/g/mcp")["result"]["tools"]) == 3
+
+
+@pytest.mark.parametrize("tool, is_repeated", [("do", False), ("look", True), ("set", True)])
+def test_group_repeats_only_what_can_be_done_twice(group, tool, is_repeated):
+    with group(a={}, b={}) as proxy:
+        assert names_of(ask_joint(proxy, "tools/list"))            # so that the hints are known
+        answer = call_group(proxy, tool, n=1, dies="a")
+        answer = call_group(proxy, tool, n=1, dies="a") if answer == "b" else answer
+        assert answer == "b" if is_repeated else "exit code 3" in answer["message"]
+        assert [name for _, name in proxy.executed() if name == "a"] == ["a"]
+
+
+def test_group_repeats_a_call_once(group):
+    with group(a={}, b={}, c={}) as proxy:
+        assert names_of(ask_joint(proxy, "tools/list"))
+        assert "exit code 3" in call_group(proxy, "look", n=1, dies="all")["message"]
+        assert len(proxy.executed()) == 2
+
+
+def test_group_uses_a_backup_only_while_no_other_is_up(group):
+    with group(a={}, b={"backup": True}) as proxy:
+        assert {call_group(proxy, "do") for _ in range(5)} == {"a"}
+        broken = [sys.executable, "-c", "import sys; sys.exit('no')"]
+        servers = json.loads(proxy.path.read_text())["mcpServers"]
+        good, servers["a"] = servers["a"], {**servers["a"], "command": broken[0], "args": broken[1:]}
+        proxy.path.write_text(json.dumps({"mcpServers": servers}))
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: call_group(proxy, "do") == "b", "the backup")
+        assert call_group(proxy, "do") == "b"
+        proxy.path.write_text(json.dumps({"mcpServers": {**servers, "a": good}}))
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: call_group(proxy, "do") == "a", "the other one again")
+
+
+def test_group_session_stays_with_its_member_while_that_is_up(group):
+    with group(a={}, b={}) as proxy, StreamableClient(proxy) as client:
+        mine = client.tool("g__do")
+        other = {"a": "b", "b": "a"}[mine]
+        assert {client.tool("g__do") for _ in range(5)} == {mine}
+        assert failure_of(client.start("g__do", dies=mine).answer())
+        assert client.tool("g__do") in "ab"                        # at once
+        until(lambda: proxy.log().count("is ready") == 3, "the restart")
+        assert {call_group(proxy, "do") for _ in range(8)} == {mine, other}
+
+
+def test_group_loses_no_safe_call_and_does_no_other_twice_when_a_member_is_killed(group):
+    with group(a={}, b={}, c={}) as proxy:
+        assert names_of(ask_joint(proxy, "tools/list"))
+        victim = servers_of(proxy)[0]
+
+        def load(worker):
+            tool = "look" if worker % 2 else "do"
+            return [(tool, f"{worker}-{n}", call_group(proxy, tool, n=f"{worker}-{n}", seconds=0.005))
+                    for n in range(60)]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            working = [pool.submit(load, worker) for worker in range(6)]
+            until(lambda: len(proxy.executed()) > 60, "some calls")
+            os.kill(victim, signal.SIGKILL)
+            answers = [answer for work in working for answer in work.result()]
+        executed = collections.Counter(n for n, _ in proxy.executed())
+        assert [answer for answer in answers if answer[0] == "look" and answer[2] not in ("a", "b", "c")] == []
+        assert not [n for tool, n, _ in answers if tool == "do" and executed[n] > 1]
+        failed = [answer for answer in answers if answer[2] not in ("a", "b", "c")]
+        assert len(failed) <= 6 and all("signal 9" in error["message"] for _, _, error in failed)
+
+
+def test_group_of_members_of_one_session_each_is_used_without_one(several):
+    own = {"group": "g", "shared_session": False}
+    with several(a=(FAKE, own), b=(FAKE, own)) as proxy, ModernClient(proxy, path="/servers/g/mcp") as client:
+        for _ in range(3):
+            assert "echo" in names_of(client.call("tools/list"))
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_group_is_listened_to_by_modern_clients(several):
+    with several(g=(FAKE, {"replicas": 3})) as proxy, ModernClient(proxy) as client:
+        stream = client.listen(resourceSubscriptions=["test://a"])
+        for place in (f"/servers/g-{number}" for number in (1, 2, 3)):
+            with StreamableClient(proxy, path=f"{place}/mcp") as other:
+                other.tool("notify", method="notifications/resources/updated", params={"uri": "test://a"})
+        assert stream.count(2)[1]["params"]["uri"] == "test://a"
+
+
+def test_group_shares_calls_of_tools_without_mcp(group):
+    with group(a={}, b={}) as proxy:
+        names = [proxy.request("POST", "/servers/g/tools/do", {}).json()["content"][0]["text"] for _ in range(20)]
+        assert collections.Counter(names) == {"a": 10, "b": 10}
+
+
+def test_group_session_of_its_own_process_goes_on_at_once_when_that_dies(several):
+    own = {"group": "g", "shared_session": False}
+    with several(a=(FAKE, own), b=(FAKE, own), REQUEST_TIMEOUT=30) as proxy, StreamableClient(proxy) as client:
+        pid = client.tool("g__pid")
+        os.kill(int(pid), signal.SIGKILL)
+        before = time.monotonic()
+        until(lambda: "result" in (answer := client.start("g__pid").answer()) and text_of(answer) != pid, "another")
+        assert time.monotonic() - before < 15
+
+
+def test_group_goes_on_with_a_call_that_waits_for_its_client_at_the_same_member(several):
+    with several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"}), c=(MODERN, {"group": "h"}),
+                 d=(MODERN, {"group": "h"})) as proxy, ModernClient(proxy) as client:
+        for start in "g__", "h__":
+            for _ in range(4):
+                call = client.start(f"{start}inquire", rounds=[[FORM]])
+                assert "action" in text_of(client.finish(call))
+
+
+def test_group_of_a_program_and_a_url(several, any_proxy):
+    url = f"http://127.0.0.1:{any_proxy.port}/mcp"
+    with several(here=(FAKE, {"group": "g"}), far=(url, {"group": "g", "backup": True})) as proxy:
+        pid = text_of(ask_joint(proxy, "tools/call", {"name": "g__pid", "arguments": {}}))
+        assert int(pid) in servers_of(proxy)
+        write_config(proxy.path, {"here": (BROKEN, {"group": "g"}), "far": (url, {"group": "g", "backup": True})})
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "result" in (answer := ask_joint(proxy, "tools/call", {"name": "g__pid", "arguments": {}})) and
+              int(text_of(answer)) in servers_of(any_proxy), "the other")
+
+
+# ============================================================================
+# 24. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -5195,16 +6686,17 @@ def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
 
 
 # ============================================================================
-# 21. Several servers as one
+# 25. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
 
 
 def write_config(path, servers):
-    """A file of servers, each of a command and what else is in its object."""
-    path.write_text(json.dumps({"mcpServers": {
-        name: {"command": command[0], "args": command[1:], **more} for name, (command, more) in servers.items()}}))
+    """A file of servers, each of a command, or a URL, and what else is in its object."""
+    path.write_text(json.dumps({"mcpServers": {name: {
+        **({"url": command} if isinstance(command, str) else {"command": command[0], "args": command[1:]}), **more}
+        for name, (command, more) in servers.items()}}))
     return path
 
 
@@ -5230,10 +6722,6 @@ def ask_joint(proxy, method, params=None, path="/mcp", **headers):
 
 def names_of(answer, kind="tools", name="name"):
     return [item[name] for item in answer["result"][kind]]
-
-
-CLIENTS = {"sse": SSEClient, "http": StreamableClient, "modern": ModernClient}
-EACH_CLIENT = pytest.mark.parametrize("kind", CLIENTS)
 
 
 @EACH_CLIENT
@@ -5349,7 +6837,9 @@ for line in sys.stdin:
     answer = {"result": LISTS.get(method, {})}
     if method == "initialize":
         answer = {"result": {"protocolVersion": "2025-06-18", "serverInfo": {"name": "x", "version": "1"},
-                             "capabilities": {"resources": {}, "tools": {}}}}
+                             "capabilities": {"resources": {}, "tools": {}}, **answer["result"]}}
+    elif method == "tools/call":
+        answer = {"result": {"content": [{"type": "text", "text": params["name"]}]}}
     elif method == "resources/read" and not params["uri"].startswith(URI.split(":")[0]):
         answer = {"error": {"code": -32002, "message": "no"}}
     elif method == "resources/read":
@@ -5369,7 +6859,7 @@ def test_several_servers_list_items_as_they_were_written(several):
         name = re.search('"name": ?"([^"]*)"', body)[1]
         assert len(name) == 64 and name.startswith("a__xxx")
         assert "no tool" in str(proxy.request("POST", f"/tools/{name}x", {}).json())
-        assert ask_joint(proxy, "tools/call", {"name": name})["error"]["code"] == -32601        # the server's
+        assert text_of(ask_joint(proxy, "tools/call", {"name": name})) == "x" * 200
 
 
 def test_several_servers_with_many_pages_and_without_end_are_read(several):
@@ -5524,6 +7014,134 @@ def test_several_servers_are_a_hundred_of_which_thirty_do_not_start(several):
         assert len(answer["result"]["_meta"]["mcpproxy/unavailable"]) == 30
 
 
+def listing(tools=(), capabilities=None):
+    """A server that lists these tools, and says their own name when they are called."""
+    lists = {"tools/list": {"tools": [{"name": tool, "inputSchema": {}} if isinstance(tool, str) else tool
+                                      for tool in tools]}, **({"initialize": {"capabilities": capabilities}}
+                                                              if capabilities else {})}
+    return [sys.executable, "-c", LISTING_SERVER % (lists, "")]
+
+
+HUNG = ["sleep", "1000"]
+
+
+def test_several_servers_lists_are_asked_for_again_where_changes_are_not_told(several, altered):
+    count = "    n += method == 'tools/list'\n    LISTS['tools/list'] = {'tools': [{'name': 't%d' % n}]}\n    answer ="
+    growing = (LISTING_SERVER % ({}, "")).replace("    answer =", count, 1).replace("import json", "n = 0\nimport json")
+    altered(KEPT_SECONDS=0.1)
+    with several(a=[sys.executable, "-c", growing]) as proxy:
+        until(lambda: names_of(ask_joint(proxy, "tools/list")) >= ["a__t3"], "a newer list")
+
+
+def test_several_servers_of_a_session_are_no_more_than_may_be(several):
+    with several(**{name: (FAKE, {"shared_session": False}) for name in "abcd"}, MAX_PROCESSES=2) as proxy:
+        with StreamableClient(proxy) as client:
+            missing = client.call("tools/list")["result"]["_meta"]["mcpproxy/unavailable"]
+            assert sorted(missing.values()) == ["too many processes"] * 2 and len(servers_of(proxy)) == 2
+
+
+@pytest.mark.parametrize("odd", [
+    listing(["x\ud800"]), listing(["t"], {"extensions": 5, "tools": {}}),
+    listing(["t"], {"prompts": True, "logging": None}),
+    [sys.executable, "-c", LISTING_SERVER % ({"tools/list": {"tools": [], "ttlMs": 10 ** 400}}, "")],
+    (listing([{"name": "t", "inputSchema": {"required": [{"a": 1}]}}]), {"overrides": {"t": {"fixed": {"b": 1}}}})])
+def test_several_servers_one_that_says_odd_things_harms_no_other(several, odd):
+    with several(a=FAKE, odd=odd) as proxy:
+        assert "a__echo" in names_of(ask_joint(proxy, "tools/list"))
+        answer = ask_joint(proxy, "initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {}})
+        assert all(isinstance(one, dict) for one in answer["result"]["capabilities"].values())
+        assert "result" in ask_joint(proxy, "resources/read", {"uri": "test://unlisted"})
+
+
+def test_several_servers_are_not_held_up_by_one_that_hangs(several):
+    long = "x" * 80
+    with several(a=listing(["t", long]), hung=HUNG, SERVER_ERA="legacy") as proxy:
+        cut = next(name for name in names_of(ask_joint(proxy, "tools/list")) if name != "a__t")
+        before = time.monotonic()
+        assert proxy.request("POST", "/tools/a__t", {}, ACCEPT).json()["content"][0]["text"] == "t"
+        assert proxy.request("POST", "/tools/a__unknown", {}, ACCEPT).status == 404
+        assert text_of(ask_joint(proxy, "tools/call", {"name": cut, "arguments": {}})) == long
+        assert time.monotonic() - before < 1.9          # each would wait for as much
+
+
+def test_several_servers_one_that_is_down_is_not_called_unknown(several):
+    with several(a=FAKE, down=BROKEN) as proxy:
+        until(lambda: "died 5 times" in proxy.log(), "the last start")
+        answer = proxy.request("POST", "/tools/down__t", {}, ACCEPT)
+        assert answer.status == 502 and "down: the MCP server ended" in answer.json()["error"]["message"]
+        answer = ask_joint(proxy, "resources/read", {"uri": "test://missing"})
+        assert answer["error"]["code"] == -32000 and "server down: " in answer["error"]["message"]
+        assert ask_joint(proxy, "tools/call", {"name": "down__t"})["error"]["message"].count("down") == 1
+
+
+def test_several_servers_a_new_name_wins_over_an_old_one_in_lists_and_calls(several):
+    given = listing(["B", "A", "C"]), {"overrides": {"A": {"name": "B", "description": "was A"}}}
+    with several(a=given) as proxy:
+        listed = ask_joint(proxy, "tools/list")["result"]["tools"]
+        assert [(tool["name"], tool.get("description")) for tool in listed] == [("a__B", "was A"), ("a__C", None)]
+        assert text_of(ask_joint(proxy, "tools/call", {"name": "a__B", "arguments": {}})) == "A"
+
+
+def test_several_servers_leave_out_names_that_are_cut_also_uncut(several):
+    with several(a=listing(["read.file", "t"])) as proxy:
+        cut = next(name for name in names_of(ask_joint(proxy, "tools/list")) if name != "a__t")
+        for name in cut, "a__read.file":
+            answer = ask_joint(proxy, "tools/call", {"name": name, "arguments": {}}, f"/mcp?tools=*,!{cut}")
+            assert answer["error"]["code"] == -32602
+
+
+def test_several_servers_that_come_later_get_the_log_level(several):
+    late = [sys.executable, "-c", "import time; time.sleep(3)\n" + FAKE_SERVER]
+    with several(a=FAKE, late=late, SERVER_ERA="legacy") as proxy, StreamableClient(proxy) as client:
+        assert client.call("logging/setLevel", {"level": "error"})["result"] == {}
+        assert '"level": "error"' in client.tool("late__seen")
+
+
+def test_several_servers_one_that_is_taken_out_still_gets_answers(several):
+    with several(a=FAKE, b=FAKE) as proxy, StreamableClient(
+            proxy, path="/servers/b/mcp", capabilities=ALL_CAPABILITIES) as client, ModernClient(proxy) as modern:
+        parked = park_at(modern, "b__inquire")
+        call = client.start("ask", method=ELICIT, params={"message": "?"})
+        until(lambda: call.stream.messages(), "the question")
+        write_config(proxy.path, {"a": (FAKE, {})})
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "configuration read again" in proxy.log(), "the new configuration")
+        assert "action" in text_of(client.finish(call)) and "action" in text_of(modern.finish(parked))
+
+
+def park_at(client, name):
+    """A call of a modern client's that waits for its input."""
+    call = client.start(name, rounds=[[FORM]])
+    assert call.answer()["result"]["resultType"] == "input_required"
+    return call
+
+
+def test_several_servers_forget_nothing_when_a_reload_finds_no_room(several):
+    own = FAKE, {"shared_session": False}
+    with several(a=FAKE, own=own, MAX_PROCESSES=3) as proxy, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(StreamableClient(proxy)) for _ in range(2)]
+        pids = [client.tool("own__pid") for client in clients]
+        write_config(proxy.path, {"a": (FAKE, {}), "own": (fake_server(X="1"), {"shared_session": False}),
+                                  "c": (FAKE, {})})
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "configuration read again" in proxy.log(), "the new configuration")
+        assert len(set(pids)) == 2 and clients[0].tool("a__echo", text="x") == "x"
+
+
+def test_several_servers_one_that_floods_is_ended(several):
+    with several(a=FAKE, flood=["yes"], loud=["sh", "-c", "yes >&2"], SERVER_ERA="legacy") as proxy:
+        until(lambda: "server flood is ended: it floods stdout" in proxy.log(), "the end of the flood")
+        assert text_of(ask_joint(proxy, "tools/call", {"name": "a__echo", "arguments": {"text": "x"}})) == "x"
+        assert proxy.log().count("wrote junk") <= 20 * proxy.log().count("is ended: it floods")
+
+
+def test_several_servers_are_given_their_time_to_end_each(several, tmp_path):
+    slow = (f"import sys, time\nfor line in sys.stdin: pass\ntime.sleep(1); open({str(tmp_path / 'ended')!r}, 'w')")
+    with several(quick=["cat"], slow=["sh", "-c", '"$0" -c "$1"; true', sys.executable, slow]) as proxy:
+        until(lambda: len(servers_of(proxy)) == 2, "both")
+    assert (tmp_path / "ended").exists()
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_several_servers_are_checked(tmp_path, broken):
     path = write_config(tmp_path / "mcp.json", {"a": (FAKE, {}), **({"b": (BROKEN, {})} if broken else {})})
@@ -5539,7 +7157,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 24. Exchanges
+# 28. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -7931,7 +9549,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 26. HTTP connections
+# 30. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -8174,7 +9792,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 29. Endpoints
+# 33. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -8708,7 +10326,169 @@ def test_endpoint_openapi_operation_can_be_called(fake):
 
 
 # ============================================================================
-# 30. Demo server
+# 34. Standard streams
+# ============================================================================
+
+class Lines(Events):
+    """What a program writes, each line of which has to be a message."""
+
+    def _run(self):
+        for line in self.http:
+            self.events.append({"data": json.dumps(json.loads(line))})
+        self.ended.set()
+
+
+class StdioClient(Client):
+    """mcpproxy.py --stdio as a process, and a legacy client on it."""
+
+    def __init__(self, *arguments, **environment):
+        super().__init__(None)
+        self.tag, self.log = os.urandom(8).hex(), tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, PROXY, "--stdio", *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.log, env={"PATH": os.environ["PATH"], "TEST_TAG": self.tag, **environment})
+        self.stream = Lines(self.process.stdout)
+
+    def __enter__(self):
+        params = initialize(capabilities=self.capabilities)["params"]
+        assert "result" in self.call("initialize", params), self.said()
+        self.post(notification("notifications/initialized"))
+        return self
+
+    def __exit__(self, *_):
+        try:
+            assert self.leave() == 0, self.said()
+            assert "Traceback" not in self.said() and "fault of the proxy" not in self.said(), self.said()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            assert self.stream.ended.wait(PATIENCE), "stdout has what is no JSON"
+            self.process.stdout.close()
+            self.log.close()
+
+    def leave(self):
+        """Closes stdin; returns the status with which it ends. Nothing of it may be left."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        status = self.process.wait(PATIENCE)
+        until(lambda: not processes_with("TEST_TAG=" + self.tag), "the end of all processes")
+        return status
+
+    def said(self):
+        return os.pread(self.log.fileno(), 10_000_000, 0).decode(errors="replace")
+
+    def post(self, message, expect=None, headers=None):
+        self.process.stdin.write(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def deliver(self, message, headers=None):
+        call = Call(self.stream, message, len(self.stream.events))
+        self.post(message)
+        return call
+
+    def listen(self):
+        return self.stream
+
+    cancel = Client.cancel
+
+
+class ModernStdioClient(StdioClient, ModernClient):
+    """A modern one."""
+
+    listen, watch, log_at = ModernClient.listen, ModernClient.watch, ModernClient.log_at
+
+    def __enter__(self):
+        return self
+
+
+EACH_STDIO = pytest.mark.parametrize("kind", [StdioClient, ModernStdioClient], ids=["legacy", "modern"])
+
+
+@EACH_STDIO
+@pytest.mark.parametrize("what", ["command", "URL", "file"])
+def test_stdio_serves_whatever_is_configured(tmp_path, server, what, kind):
+    with contextlib.ExitStack() as stack:
+        arguments = ["--", *server]
+        if what == "URL":
+            inner = stack.enter_context(running_proxy(server))
+            arguments = ["--", f"http://127.0.0.1:{inner.port}/mcp"]
+        elif what == "file":
+            far = stack.enter_context(Remote())
+            servers = {"x": command_of(server), "far": {"url": far.url}, "bad": command_of(BROKEN)}
+            (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
+            arguments = ["--config", tmp_path / "mcp.json"]
+        client = stack.enter_context(kind(*arguments))
+        use_all_of(client, client, "x__" * (what == "file"))
+        if what == "file":
+            assert client.tool("far__echo", text="x") == "x"
+
+
+def test_stdio_answers_what_is_no_request_and_goes_on():
+    with StdioClient("--", *FAKE) as client:
+        for line, code in (b"{nope\n", -32700), (b'{"jsonrpc": "2.0", "id": 5, "method": 5}\n', -32600), (b"\n", None):
+            client.post(line)
+            if code:
+                client.stream.wait(lambda message: message.get("error", {}).get("code") == code, str(code))
+        assert client.tool("echo", text="x") == "x"
+
+
+def test_stdio_opens_no_port_and_logs_to_stderr_alone():
+    noisy = fake_server("import sys; print('a word of the server', file=sys.stderr, flush=True)")
+    with StdioClient("--", *noisy, LOG_LEVEL="DEBUG", PORT="1") as client:
+        assert client.tool("echo", text="x") == "x"
+        files = f"/proc/{client.process.pid}/fd"
+        ours = {os.readlink(f"{files}/{fd}") for fd in os.listdir(files)}
+        tables = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()]
+        assert not [fields for fields in tables if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours]
+        assert "a word of the server" in client.said()
+
+
+@pytest.mark.parametrize("moment", ["before the handshake", "at rest", "in a call"])
+@pytest.mark.parametrize("way", ["end of stdin", "SIGTERM"])
+def test_stdio_ends_with_its_client_whatever_is_going_on(moment, way):
+    with (ModernStdioClient if moment == "before the handshake" else StdioClient)("--", *FAKE) as client:
+        if moment == "before the handshake":
+            client.post(b"nonsense\n")
+            client.stream.count(1)                       # so it has started
+        elif moment == "at rest":
+            client.tool("echo")
+        else:
+            client.start("silent")
+        began = time.monotonic()
+        if way == "SIGTERM":
+            client.process.terminate()
+            assert client.process.wait(PATIENCE) == 0
+        assert client.leave() == 0 and time.monotonic() - began < 15
+
+
+def test_stdio_gives_a_slow_reader_all_answers():
+    lines = [initialize(), *(tool_call(number, "big", {"size": 20_000}) for number in range(1, 200))]
+    with subprocess.Popen([sys.executable, PROXY, "--stdio", "--", *FAKE], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        program.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        program.stdin.close()
+        time.sleep(1)                              # in which the pipe is full
+        assert sorted(json.loads(line)["id"] for line in program.stdout) == list(range(200))
+
+
+def test_stdio_ends_the_sessions_of_remote_servers():
+    with Remote("legacy") as far:
+        with StdioClient("--", far.url) as client:
+            assert client.tool("echo", text="x") == "x"
+        assert far.got("DELETE") and far.sessions == []
+
+
+def test_stdio_finishes_what_was_asked_before_stdin_ended():
+    """A shell's `echo ... | mcpproxy --stdio` gets its answers."""
+    lines = [initialize(1), notification("notifications/initialized"), tool_call(2, "echo", {"text": "x"})]
+    found = subprocess.run([sys.executable, PROXY, "--stdio", "--", *FAKE], capture_output=True, timeout=PATIENCE,
+                           input="".join(json.dumps(line) + "\n" for line in lines).encode())
+    answers = {message["id"]: message for message in map(json.loads, found.stdout.splitlines()) if "id" in message}
+    assert found.returncode == 0 and text_of(answers[2]) == "x"
+
+
+# ============================================================================
+# 35. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -8810,7 +10590,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 31. The proxy
+# 36. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -8856,7 +10636,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 32. Command line
+# 37. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -10813,6 +12593,205 @@ def test_real_browser_shows_the_tools_when_their_url_is_typed(tmp_path):
         assert '"inquire"' in browser.communicate(timeout=PATIENCE)[0].decode()
 
 
+# Servers of the SDKs at a URL. PORT and HOME are put in. The everything server is on the TypeScript SDK 1.x.
+FAR_SERVERS = {
+    "python-1-http": "HOME/python-1/bin/python HOME/far.py streamable-http PORT",
+    "python-1-sse": "HOME/python-1/bin/python HOME/far.py sse PORT",
+    "python-2-http": "HOME/python-2/bin/python HOME/far2.py streamable-http PORT",
+    "python-2-sse": "HOME/python-2/bin/python HOME/far2.py sse PORT",
+    "typescript-1-http": f"env PORT=PORT {shlex.join(REAL_SERVERS['everything'])} streamableHttp",
+    "typescript-1-sse": f"env PORT=PORT {shlex.join(REAL_SERVERS['everything'])} sse",
+    "typescript-2-http": "node HOME/far.mjs PORT",
+}
+FAR_PROGRAMS = {
+    "far.py": r'''
+import asyncio, sys
+from mcp.server.fastmcp import Context, FastMCP
+from pydantic import BaseModel
+
+class Name(BaseModel):
+    name: str
+
+server = FastMCP("far", host="127.0.0.1", port=int(sys.argv[2]), log_level="ERROR")
+
+@server.tool()
+def echo(text: str) -> str:
+    return text
+
+@server.tool()
+async def ask(context: Context) -> str:
+    return (await context.elicit("Who?", Name)).data.name
+
+@server.tool()
+async def work(context: Context, steps: int) -> str:
+    for step in range(1, steps + 1):
+        await context.report_progress(step, steps)
+        await asyncio.sleep(0.2)
+    return "worked"
+
+server.run(sys.argv[1])
+''',
+    # SDK_SERVER, but at a URL.
+    "far2.py": r'''
+import os, sys
+from mcp.server.mcpserver import MCPServer
+run = MCPServer.run
+MCPServer.run = lambda self: run(self, sys.argv[1], port=int(sys.argv[2]))
+exec(open(os.path.join(os.path.dirname(__file__), "server.py")).read())
+''',
+    # Modern alone. What a client wants to know about the argument is in a header.
+    "far.mjs": r'''
+import http from 'node:http';
+import { Readable } from 'node:stream';
+import * as sdk from '@modelcontextprotocol/server';
+const object = properties => sdk.fromJsonSchema({ type: 'object', properties });
+const text = text => ({ content: [{ type: 'text', text }] });
+const handler = sdk.createMcpHandler(() => {
+  const server = new sdk.McpServer({ name: 'far', version: '1' });
+  server.registerTool('echo', { inputSchema: object({ text: { type: 'string', 'x-mcp-header': 'Text' } }) },
+    args => text(args.text));
+  server.registerTool('ask', { inputSchema: object({}) }, (_, context) => {
+    const found = sdk.acceptedContent(context.mcpReq.inputResponses, 'who');
+    return found ? text(found.name) : sdk.inputRequired({ inputRequests: { who: sdk.inputRequired.elicit({
+      message: 'Who?', requestedSchema: { type: 'object', properties: { name: { type: 'string' } } } }) } });
+  });
+  server.registerTool('work', { inputSchema: object({ steps: { type: 'integer' } }) }, async ({ steps }, context) => {
+    for (let step = 1; step <= steps; step++) {
+      await context.mcpReq.notify({ method: 'notifications/progress',
+        params: { progressToken: context.mcpReq._meta.progressToken, progress: step, total: steps } });
+      await new Promise(resolve => setTimeout(resolve, 200));
+    }
+    return text('worked');
+  });
+  return server;
+}, { legacy: 'reject' });
+http.createServer(async (request, response) => {
+  const body = await Readable.from(request).toArray();
+  const stop = new AbortController();
+  const given = { method: request.method, headers: request.headers, signal: stop.signal,
+    body: body.length ? Buffer.concat(body) : undefined };
+  response.on('close', () => stop.abort());
+  const answer = await handler.fetch(new Request('http://127.0.0.1' + request.url, given));
+  response.writeHead(answer.status, Object.fromEntries(answer.headers));
+  if (!answer.body) return response.end();
+  Readable.fromWeb(answer.body).on('error', () => response.destroy()).pipe(response);
+}).listen(Number(process.argv[2]), '127.0.0.1');
+''',
+}
+FAR_STEPS = [["call", "echo", {"text": "\u00e4 \U0001f600"}], ["call", "ask"], ["seen", "elicitation"],
+             ["call", "work", {"steps": 3}], ["seen", "progress", 2]]
+FAR_OUTCOMES = ["\u00e4 \U0001f600", "Ada", "elicitation", "worked", "progress 1/3, progress 2/3"]
+
+# The SDKs' clients again, over stdio; in place of the URL is the command, as JSON.
+STDIO_CLIENTS = {
+    "client_stdio.py": PYTHON_CLIENT.replace(
+        'transport = (sse_client if wire == "sse" else streamable_http_client)(url)',
+        'from mcp.client.stdio import StdioServerParameters, stdio_client\n'
+        '    command, *arguments = json.loads(url)\n'
+        '    transport = stdio_client(StdioServerParameters(command=command, args=arguments))'),
+    "client_stdio.mjs": TYPESCRIPT_CLIENT.replace(
+        "new sdk[wire === 'sse' ? 'SSEClientTransport' : 'StreamableHTTPClientTransport'](new URL(url))",
+        "new (await import(V2 ? '@modelcontextprotocol/client/stdio' : V1 + 'client/stdio.js')).StdioClientTransport(\n"
+        "  { command: JSON.parse(url)[0], args: JSON.parse(url).slice(1) })")}
+
+
+@pytest.fixture(scope="session")
+def far_workshop(workshop):
+    """The workshop, with programs that are or use remote servers."""
+    for name, text in {**FAR_PROGRAMS, **STDIO_CLIENTS}.items():
+        (workshop / name).write_text(text)
+    download(f"npm install --silent --prefix {workshop} @modelcontextprotocol/server@2.4.0")
+    return workshop
+
+
+@contextlib.contextmanager
+def far_server(workshop, name):
+    """A server of FAR_SERVERS; gives its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    tag = os.urandom(8).hex()
+    command = FAR_SERVERS[name].replace("HOME", str(workshop)).replace("PORT ", f"{port} ").replace("=PORT", f"={port}")
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+            shlex.split(re.sub(r"PORT$", str(port), command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env={**os.environ, "TEST_TAG": tag}) as process:
+        def is_up():
+            assert process.poll() is None, os.pread(log.fileno(), 10_000, 0).decode()
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
+                return True
+        try:
+            until(is_up, "the server's port", 60)
+            yield f"http://localhost:{port}/{name.rpartition('-')[2].replace('http', 'mcp')}"
+        finally:
+            for pid in processes_with("TEST_TAG=" + tag):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def everything_of(wire):
+    """What the everything server can do for a client with a session of its own."""
+    more = [(["until", "file:///nowhere", "call", "get-roots-list"], "")] if has_roots(wire, False) else []
+    return EVERYTHING + more
+
+
+@pytest.mark.parametrize("far", ["python-1-http", "python-1-sse", "typescript-2-http"])
+def test_real_remote_server_of_an_sdk_is_used_by_all_clients(far_workshop, far):
+    with far_server(far_workshop, far) as url, running_proxy(url) as proxy:
+        if far.endswith("sse"):                          # with one stream for all it is not known whose a question is
+            found = {wire: drive(far_workshop, proxy, client, wire, FAR_STEPS) for client, wire in WIRES}
+        else:
+            found = drive_all(far_workshop, proxy, lambda *_: FAR_STEPS)
+        for name, outcomes in found.items():
+            assert [outcome[:len(wanted)] for outcome, wanted in zip(outcomes, FAR_OUTCOMES)] == FAR_OUTCOMES, name
+
+
+@pytest.mark.parametrize("far", ["typescript-1-http"])
+def test_real_remote_everything_server_can_do_everything_for_all_clients(far_workshop, far):
+    with far_server(far_workshop, far) as url, running_proxy(url, SHARED_SESSION="false") as proxy:
+        found = drive_all(far_workshop, proxy, lambda _, wire: [step for step, _ in everything_of(wire)])
+    assert [(name, *row, outcome) for name, outcomes in found.items()
+            for row, outcome in zip(everything_of(name.rpartition("-")[2]), outcomes) if row[1] not in outcome] == []
+
+
+@pytest.mark.parametrize("far", ["python-2-http"])
+def test_real_remote_server_of_both_eras_asks_and_tells_all_clients(far_workshop, far):
+    def steps(name, wire):
+        return [["call", "survey"], ["call", "poem", {"topic": name}], ["subscribe", "test://thing"],
+                ["call", "change"], ["seen", "resources/updated"], ["cancel", "work", {"name": name, "steps": 1000}]]
+    with far_server(far_workshop, far) as url, running_proxy(url, SHARED_SESSION=far.endswith("http")) as proxy:
+        for name, outcomes in drive_all(far_workshop, proxy, steps).items():
+            assert outcomes[:2] == ["Ada likes teal", f"{name}: sampled"] and "test://thing" in outcomes[4]
+            assert outcomes[5] == "cancelled"
+
+
+@pytest.mark.parametrize("what", ["file"])          # which has a command and a URL
+@pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
+def test_real_clients_use_a_server_over_stdio(far_workshop, tmp_path, client, what):
+    """Each SDK's own client for that; the file has the everything server and one at a URL."""
+    # An SDK's client gives its server little of the environment, so what npx needs is said here.
+    needed = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("npm_config_")]
+    everything, prefix = ["env", *needed, *REAL_SERVERS["everything"]], "x__" * (what == "file")
+    with contextlib.ExitStack() as stack:
+        if what == "command":
+            arguments = ["--", *everything]
+        else:
+            url = stack.enter_context(far_server(far_workshop, "typescript-1-http"))
+            path = tmp_path / "mcp.json"
+            path.write_text(json.dumps({"mcpServers": {"x": command_of(everything), "far": {"url": url}}}))
+            arguments = ["--", url] if what == "URL" else ["--config", str(path)]
+        elicit = f"{prefix}trigger-elicitation-request"
+        steps = [["call", f"{prefix}echo", {"message": "hi"}], ["until", elicit, "tools"], ["call", elicit],
+                 ["subscribe", "demo://resource/dynamic/text/1"],
+                 ["call", f"{prefix}trigger-long-running-operation", {"duration": 1.6, "steps": 4}],
+                 ["seen", "progress", 2], *([["call", "far__echo", {"message": "ho"}]] if what == "file" else [])]
+        program = (["node", far_workshop / "client_stdio.mjs", client[-1]] if client in TYPESCRIPT_SDKS else
+                   [far_workshop / client / "bin/python", far_workshop / "client_stdio.py"])
+        for wire in ("http", "modern") if client.endswith("2") else ("http",):
+            _, *found = json.loads(run(*program, wire, json.dumps([sys.executable, PROXY, "--stdio", *arguments]),
+                                       "file:///nowhere", json.dumps(steps)))
+            assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
+            assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"] * (what == "file")
+
+
 # ============================================================================
 # Conformance
 # ============================================================================
@@ -11243,14 +13222,18 @@ def suites(tmp_path_factory):
     return home
 
 
-def examine(suites, home, suite, era, shared, *selections, path="/mcp", is_file=False):
+def examine(suites, home, suite, era, shared, *selections, path="/mcp", is_file=False, between=None):
     """The checks of what is selected of a suite, all of it at the same time, on the fixture behind a proxy; in a file
-    of servers it is the only one."""
+    of servers it is the only one. With `between` another proxy is in front, and speaks that era with the first."""
     program = suites / suite / "node_modules/@modelcontextprotocol/conformance/dist/index.js"
     command = [sys.executable, str(suites / "fixture.py"), era]
     start = {"command": command} if not is_file else {
         "MCP_CONFIG": write_config(home / "mcp.json", {"x": (command, {"prefix": ""})})}
-    with running_proxy(SHARED_SESSION=shared, **start) as proxy, concurrent.futures.ThreadPoolExecutor() as pool:
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor() as pool:
+        proxy = stack.enter_context(running_proxy(SHARED_SESSION=shared, **start))
+        if between:
+            proxy = stack.enter_context(running_proxy(
+                f"http://127.0.0.1:{proxy.port}/mcp", SHARED_SESSION=shared, SERVER_ERA=between))
         output = list(pool.map(lambda selection: run(
             suites / "node/node_modules/.bin/node", program, "server", *selection, "-o", home,
             "--url", f"http://127.0.0.1:{proxy.port}{path}", timeout=120, statuses=(0, 1)), selections))
@@ -11316,6 +13299,13 @@ def test_conformance_scenarios_of_extensions_pass(suites, tmp_path, revision, er
     assert [check for check in checks if check["status"] in ("FAILURE", "WARNING")] == []
 
 
+def test_conformance_scenarios_of_extensions_pass_where_there_may_be_several_servers(suites, tmp_path):
+    checks = examine(suites, tmp_path, "new", "modern", True, *(
+        ["--scenario", scenario, "--spec-version", "2026-07-28", "--force"]
+        for scenario in SKILLS_SCENARIOS + TASKS_SCENARIOS), is_file=True)
+    assert [check for check in checks if check["status"] in ("FAILURE", "WARNING", "SKIPPED")] == []
+
+
 @MODES
 @pytest.mark.parametrize("prefixes", [[""], ["a__", "b__"]])
 def test_conformance_of_notifications_of_tasks(tmp_path, shared, prefixes):
@@ -11342,3 +13332,12 @@ def test_conformance_of_notifications_of_tasks(tmp_path, shared, prefixes):
                 "taskId": task, "status": "cancelled", "_meta": {SUBSCRIPTION: "mine"}}.items()
         assert client.listen("theirs", taskIds=["c__x"]).count(1)[0]["params"]["notifications"] == {
             "taskIds": ["c__x"] * (prefixes == [""])}
+
+
+@pytest.mark.parametrize("between", ["legacy", "modern"])
+@pytest.mark.parametrize("revision, era", [("2025-11-25", "legacy"), ("2026-07-28", "modern")])
+def test_conformance_suites_pass_through_two_proxies(suites, tmp_path, revision, era, between):
+    checks = examine(suites, tmp_path, "new", era, True, ["--suite", "all", "--spec-version", revision],
+                     between=between)
+    beyond = BEYOND_A_LEGACY_SERVER if revision == "2026-07-28" and "legacy" in (era, between) else set()
+    assert [check for check in checks if check["status"] in ("FAILURE", "WARNING") and check["id"] not in beyond] == []
