@@ -12787,7 +12787,7 @@ def test_real_clients_use_a_server_over_stdio(far_workshop, tmp_path, client, wh
                    [far_workshop / client / "bin/python", far_workshop / "client_stdio.py"])
         for wire in ("http", "modern") if client.endswith("2") else ("http",):
             _, *found = json.loads(run(*program, wire, json.dumps([sys.executable, PROXY, "--stdio", *arguments]),
-                                       "file:///nowhere", json.dumps(steps)))
+                                       "file:///nowhere", json.dumps(steps), timeout=180))
             assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
             assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"] * (what == "file")
 
