@@ -799,6 +799,7 @@ class LineSplitter:
                 joined = b"".join(self._parts)
                 self._parts = [joined[:KEPT_ENDS], joined[-KEPT_ENDS:]] if len(joined) > 2 * KEPT_ENDS else [joined]
 
+
 def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b"") -> list:
     """One event around a payload that is a single line."""
     head = b"id: %b\nevent: %b\ndata: " % (event_id, event) if event_id else b"event: %b\ndata: " % event
@@ -3865,10 +3866,11 @@ class RemoteLink(Link):
 
     def on_end_of_post(self, post: Post, head: ResponseHead, body: bytes) -> None:
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
-        is_answer = not self._is_session_lost(post, head, body) and self._is_answer(post, head, body)
+        is_lost = self._is_session_lost(post, head, body)
+        is_answer = not is_lost and self._is_answer(post, head, body)
         if self._running.get(post.number) is post:
             del self._running[post.number]
-        if self._is_session_lost(post, head, body):
+        if is_lost:
             self._renew(post, refusal(head, body))
         elif post.about is None:
             self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
