@@ -38,6 +38,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import py_compile
 import random
 import re
@@ -4523,11 +4524,12 @@ class Visit:
 
     def is_over(self):
         """Has the other side hung up, or is the test at its end?"""
+        hung_up = select.poll()
         try:
-            readable = select.select([self.out.socket], [], [], 0.01)[0]
-            return self.remote.closing.is_set() or readable and not self.out.socket.recv(1, socket.MSG_PEEK)
-        except (OSError, ValueError) as error:           # it is closed; or it is of TLS, which cannot tell
-            return self.remote.closing.wait(0.01) or "non-zero flags" not in str(error)
+            hung_up.register(self.out.socket, select.POLLRDHUP)          # whatever it sent before that
+        except ValueError:                               # it is closed
+            return True
+        return bool(hung_up.poll(10)) or self.remote.closing.is_set()
 
     def stay(self, until_told=lambda: False):
         """Keeps the connection until the other side hangs up; False when told to go on before."""
@@ -4904,10 +4906,10 @@ def test_remote_http_sse_server_is_found_behind_a_refusal_or_where_the_file_says
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:%d/messages", "//localhost:%d/x", "https://127.0.0.1:%d/x"])
 def test_remote_http_sse_server_may_not_send_the_client_elsewhere(configured, endpoint):
     """Its headers, with the credentials in them, would go there."""
-    with (Remote("sse") as other, Remote("sse") as far,
-          configured(a={"url": far.url}, b={"url": far.url, "type": "sse"}) as proxy):
+    with Remote("sse") as other, Remote("sse") as far:
         far.endpoint = endpoint % other.port + "?n=%d"
-        errors = [ask_joint(proxy, "tools/list", path=f"/servers/{server}/mcp")["error"] for server in "ab"]
+        with configured(a={"url": far.url}, b={"url": far.url, "type": "sse"}) as proxy:
+            errors = [ask_joint(proxy, "tools/list", path=f"/servers/{server}/mcp")["error"] for server in "ab"]
         assert [error["code"] for error in errors] == [-32000] * 2 and other.visits == []
         assert "elsewhere" in errors[1]["message"]
 
@@ -12122,15 +12124,37 @@ def workshop(tmp_path_factory):
                for name, package in {**PYTHON_SDKS, **FIELD_PYTHON}.items()),
              f"npm install --silent --prefix {home} {' '.join(TYPESCRIPT_SDKS.values())}",
              f"npm install --silent --prefix {home}/field {' '.join(FIELD_NODE)}",
+             f"npm install --silent --prefix {home}/servers " + " ".join(
+                 command[2] for command in REAL_SERVERS.values() if command[0] == "npx"),
+             f"uv venv -q {home}/servers/python && uv pip install -q --python {home}/servers/python " +
+             REAL_SERVERS["fetch"][1],
              "; ".join(f"npx -y -p {command[2]} -c true" for command in REAL_SERVERS.values() if command[0] == "npx"),
              shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
     return home
+
+
+def installed(workshop, name):
+    """The command of one of REAL_SERVERS without npx or uvx, each start of which takes a second of a core."""
+    command = REAL_SERVERS[name]
+    if command[0] == "uvx":
+        return [f"{workshop}/servers/python/bin/{command[1].partition('=')[0]}", *command[2:]]
+    package = f"{workshop}/servers/node_modules/{command[2].rpartition('@')[0]}"
+    (program,) = json.loads(pathlib.Path(package, "package.json").read_text())["bin"].values()
+    return ["node", f"{package}/{program}", *command[3:]]
+
+
+def as_usual(workshop, name, shared):
+    """The command of one of REAL_SERVERS: with its launcher for all clients, without it for each of them."""
+    return REAL_SERVERS[name] if shared else installed(workshop, name)
 
 
 # Every client on every wire that it speaks. "http" is Streamable HTTP up to 2025-11-25, "modern" is 2026-07-28.
 WIRES = [(client, wire) for wire in ("sse", "http", "modern") for client in (*PYTHON_SDKS, *TYPESCRIPT_SDKS)
          if wire != "modern" or client.endswith("2")]
 EACH_WIRE = pytest.mark.parametrize("client, wire", WIRES)
+# Of those as many as are told apart by what is not the wire's business.
+SOME_WIRES = [("python-1", "sse"), ("python-2", "http"), ("python-2", "modern"), ("typescript-1", "http"),
+              ("typescript-2", "sse"), ("typescript-2", "modern")]
 
 
 def drive(workshop, proxy, client, wire, steps, root="file:///nowhere", query=""):
@@ -12144,13 +12168,13 @@ def drive(workshop, proxy, client, wire, steps, root="file:///nowhere", query=""
 
 
 def drive_all(workshop, proxy, steps, **more):
-    """Runs all clients on all wires at the same time, each with the steps that steps(its name, wire) gives."""
+    """Runs all clients at the same time, each with the steps that steps(its name, wire) gives."""
     def one(client, wire):
         name = f"{client}-{wire}"
         query = f"?client={name}"                # what is not a session has a process of its own too, where others do
         return name, drive(workshop, proxy, client, wire, steps(name, wire), query=query, **more)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return dict(pool.map(one, *zip(*WIRES)))
+        return dict(pool.map(one, *zip(*SOME_WIRES)))
 
 
 def has_roots(wire, shared):
@@ -12194,7 +12218,7 @@ def test_real_everything_that_a_client_and_a_server_can_do_works(workshop, clien
     table = EVERYTHING
     if has_roots(wire, shared):
         table = [*table, (["until", "file:///nowhere", "call", "get-roots-list"], "")]
-    with running_proxy(REAL_SERVERS["everything"], SHARED_SESSION=shared) as proxy:
+    with running_proxy(as_usual(workshop, "everything", shared), SHARED_SESSION=shared) as proxy:
         outcomes = drive(workshop, proxy, client, wire, [step for step, _ in table])
     assert [(*row, outcome) for row, outcome in zip(table, outcomes) if row[1] not in outcome] == []
 
@@ -12212,7 +12236,7 @@ def test_real_clients_use_a_filesystem_server_at_once(workshop, tmp_path, shared
                 ["call", "write_file", {"path": file, "content": f"by {name}"}],
                 ["call", "read_text_file", {"path": file}],
                 ["call", "read_text_file", {"path": "/etc/passwd"}]]
-    with running_proxy([*REAL_SERVERS["filesystem"], str(given)], SHARED_SESSION=shared) as proxy:
+    with running_proxy([*as_usual(workshop, "filesystem", shared), str(given)], SHARED_SESSION=shared) as proxy:
         for name, (_, _, text, refusal) in drive_all(workshop, proxy, steps, root=root.as_uri()).items():
             assert text == f"by {name}" and "failed: Access denied" in refusal
 
@@ -12223,8 +12247,8 @@ def test_real_clients_keep_things_in_a_memory_server(workshop, tmp_path, shared)
     environment = {"MEMORY_FILE_PATH": tmp_path / "everybodys"} if shared else {
         "AUTH_KEY": "key", "ALLOWED_ENV": "MEMORY_FILE_PATH"}
     names = []
-    with running_proxy(REAL_SERVERS["memory"], SHARED_SESSION=shared, **environment) as proxy:
-        for client, wire in WIRES:
+    with running_proxy(as_usual(workshop, "memory", shared), SHARED_SESSION=shared, **environment) as proxy:
+        for client, wire in SOME_WIRES:
             names = [*names, f"{client}-{wire}"] if shared else [f"{client}-{wire}"]
             entity = {"name": names[-1], "entityType": "client", "observations": ["was here"]}
             *_, update, graph = drive(
@@ -12242,7 +12266,7 @@ def test_real_clients_fetch_a_page_at_once(workshop, tmp_path, shared):
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     handler.log_message = lambda *_: None
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web, \
-            running_proxy(REAL_SERVERS["fetch"], SHARED_SESSION=shared) as proxy:
+            running_proxy(as_usual(workshop, "fetch", shared), SHARED_SESSION=shared) as proxy:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         page = f"http://127.0.0.1:{web.server_port}/page"
         results = drive_all(workshop, proxy, lambda *_: [["tools"], ["call", "fetch", {"url": page, "raw": True}]])
@@ -12599,8 +12623,8 @@ FAR_SERVERS = {
     "python-1-sse": "HOME/python-1/bin/python HOME/far.py sse PORT",
     "python-2-http": "HOME/python-2/bin/python HOME/far2.py streamable-http PORT",
     "python-2-sse": "HOME/python-2/bin/python HOME/far2.py sse PORT",
-    "typescript-1-http": f"env PORT=PORT {shlex.join(REAL_SERVERS['everything'])} streamableHttp",
-    "typescript-1-sse": f"env PORT=PORT {shlex.join(REAL_SERVERS['everything'])} sse",
+    "typescript-1-http": "env PORT=PORT EVERYTHING streamableHttp",
+    "typescript-1-sse": "env PORT=PORT EVERYTHING sse",
     "typescript-2-http": "node HOME/far.mjs PORT",
 }
 FAR_PROGRAMS = {
@@ -12710,7 +12734,8 @@ def far_server(workshop, name):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     tag = os.urandom(8).hex()
-    command = FAR_SERVERS[name].replace("HOME", str(workshop)).replace("PORT ", f"{port} ").replace("=PORT", f"={port}")
+    command = FAR_SERVERS[name].replace("EVERYTHING", shlex.join(installed(workshop, "everything"))).replace(
+        "HOME", str(workshop)).replace("PORT ", f"{port} ").replace("=PORT", f"={port}")
     with tempfile.TemporaryFile() as log, subprocess.Popen(
             shlex.split(re.sub(r"PORT$", str(port), command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             env={**os.environ, "TEST_TAG": tag}) as process:
@@ -12737,7 +12762,7 @@ def everything_of(wire):
 def test_real_remote_server_of_an_sdk_is_used_by_all_clients(far_workshop, far):
     with far_server(far_workshop, far) as url, running_proxy(url) as proxy:
         if far.endswith("sse"):                          # with one stream for all it is not known whose a question is
-            found = {wire: drive(far_workshop, proxy, client, wire, FAR_STEPS) for client, wire in WIRES}
+            found = {wire: drive(far_workshop, proxy, client, wire, FAR_STEPS) for client, wire in SOME_WIRES}
         else:
             found = drive_all(far_workshop, proxy, lambda *_: FAR_STEPS)
         for name, outcomes in found.items():
@@ -12763,33 +12788,26 @@ def test_real_remote_server_of_both_eras_asks_and_tells_all_clients(far_workshop
             assert outcomes[5] == "cancelled"
 
 
-@pytest.mark.parametrize("what", ["file"])          # which has a command and a URL
 @pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
-def test_real_clients_use_a_server_over_stdio(far_workshop, tmp_path, client, what):
-    """Each SDK's own client for that; the file has the everything server and one at a URL."""
-    # An SDK's client gives its server little of the environment, so what npx needs is said here.
-    needed = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("npm_config_")]
-    everything, prefix = ["env", *needed, *REAL_SERVERS["everything"]], "x__" * (what == "file")
-    with contextlib.ExitStack() as stack:
-        if what == "command":
-            arguments = ["--", *everything]
-        else:
-            url = stack.enter_context(far_server(far_workshop, "typescript-1-http"))
-            path = tmp_path / "mcp.json"
-            path.write_text(json.dumps({"mcpServers": {"x": command_of(everything), "far": {"url": url}}}))
-            arguments = ["--", url] if what == "URL" else ["--config", str(path)]
-        elicit = f"{prefix}trigger-elicitation-request"
-        steps = [["call", f"{prefix}echo", {"message": "hi"}], ["until", elicit, "tools"], ["call", elicit],
+def test_real_clients_use_a_server_over_stdio(far_workshop, tmp_path, client):
+    """Each SDK's own client for that, which gives its server little of the environment; a file has the everything
+    server twice, once as a program and once at a URL."""
+    with far_server(far_workshop, "typescript-1-http") as url:
+        path = tmp_path / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": {
+            "x": command_of(installed(far_workshop, "everything")), "far": {"url": url}}}))
+        command = [sys.executable, PROXY, "--stdio", "--config", str(path)]
+        elicit = "x__trigger-elicitation-request"
+        steps = [["call", "x__echo", {"message": "hi"}], ["until", elicit, "tools"], ["call", elicit],
                  ["subscribe", "demo://resource/dynamic/text/1"],
-                 ["call", f"{prefix}trigger-long-running-operation", {"duration": 1.6, "steps": 4}],
-                 ["seen", "progress", 2], *([["call", "far__echo", {"message": "ho"}]] if what == "file" else [])]
+                 ["call", "x__trigger-long-running-operation", {"duration": 1.6, "steps": 4}],
+                 ["seen", "progress", 2], ["call", "far__echo", {"message": "ho"}]]
         program = (["node", far_workshop / "client_stdio.mjs", client[-1]] if client in TYPESCRIPT_SDKS else
                    [far_workshop / client / "bin/python", far_workshop / "client_stdio.py"])
         for wire in ("http", "modern") if client.endswith("2") else ("http",):
-            _, *found = json.loads(run(*program, wire, json.dumps([sys.executable, PROXY, "--stdio", *arguments]),
-                                       "file:///nowhere", json.dumps(steps), timeout=180))
+            _, *found = json.loads(run(*program, wire, json.dumps(command), "file:///nowhere", json.dumps(steps)))
             assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
-            assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"] * (what == "file")
+            assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"]
 
 
 # ============================================================================
