@@ -22,44 +22,47 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     6.  JSON-RPC               text into one valid message, changed without being rewritten
     7.  Protocol eras          what a message of the one era is in the other
     8.  Access                 who may come in, and what a client may set
-    9.  Views                  which servers and tools a URL shows, and under which names
-    10. Configuration file     several servers, as desktop clients write them
+    9.  Tokens                 what an OAuth token says, and who has signed it
+    10. Views                  which servers and tools a URL shows, and under which names
+    11. Configuration file     several servers, as desktop clients write them; and of keys
 
     The moving parts: what is alive while the proxy runs.
-    11. Logs                   what happened, a line each
-    12. Shares                 who gives when there is no more room
-    13. Orphans                what would outlive its server
-    14. Links                  what a server is spoken to through: a process, and its end
-    15. HTTP client            requests of ours, and the connections for them
-    16. Remote servers         the other kind of link: a URL
-    17. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    18. Streams, questions and outlets      what goes to a client
-    19. What servers send      questions and notifications, and whom they concern
-    20. Subscriptions and lists             what a server is asked once for all who want it
-    21. Instances              links that are kept running
-    22. Clients                who sends requests: sessions and visitors
-    23. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    24. Mounts                 what clients meet, at all URLs, and what limits them
-    25. Several servers as one              what all are asked, and which of them a request is for
-    26. Bridges                what happens to a call between two eras
-    27. Dialogues              what a server asks in the course of a call
-    28. Exchanges              one client request and everything sent in answer to it
-    29. Joint exchanges        requests that the proxy answers for its servers
+    12. Logs                   what happened, a line each
+    13. Shares                 who gives when there is no more room
+    14. Processes              whose each is, what it uses, and what would outlive its server
+    15. Sandbox                what a server is kept from
+    16. Links                  what a server is spoken to through: a process, and its end
+    17. HTTP client            requests of ours, and the connections for them
+    18. Issuer of tokens       who is asked what a token is worth
+    19. Remote servers         the other kind of link: a URL
+    20. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    21. Streams, questions and outlets      what goes to a client
+    22. What servers send      questions and notifications, and whom they concern
+    23. Subscriptions and lists             what a server is asked once for all who want it
+    24. Instances              links that are kept running
+    25. Clients                who sends requests: sessions and visitors
+    26. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    27. Mounts                 what clients meet, at all URLs, and what limits them
+    28. Several servers as one              what all are asked, and which of them a request is for
+    29. Bridges                what happens to a call between two eras
+    30. Dialogues              what a server asks in the course of a call
+    31. Exchanges              one client request and everything sent in answer to it
+    32. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    30. HTTP connections       one socket each
-    31. HTTP server            the sockets that are listened on, and TLS
-    32. Outlets                a call's messages into an HTTP reply
-    33. Endpoints              what each method and path means
-    34. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    35. Demo server            a small MCP server to try things with
-    36. The proxy              everything put together
-    37. Command line           arguments and environment into a running proxy
+    33. HTTP connections       one socket each
+    34. HTTP server            the sockets that are listened on, and TLS
+    35. Outlets                a call's messages into an HTTP reply
+    36. Endpoints              what each method and path means
+    37. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    38. Demo server            a small MCP server to try things with
+    39. The proxy              everything put together
+    40. Command line           arguments and environment into a running proxy
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 15 and 30
-                to 33 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 17, 18
+                and 33 to 36 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -175,6 +178,7 @@ TASK_CHANGED = "notifications/tasks"                 # SEP-2663
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream"
 SESSION_ID_HEADER = "Mcp-Session-Id"
+CHALLENGE_HEADER = "WWW-Authenticate"
 
 # RFC 5424 severities, mildest first. MCP 2025-11-25, Logging, Log Levels.
 LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
@@ -295,6 +299,15 @@ class Settings:
     require_session: bool = setting(False, "refuse legacy requests without Mcp-Session-Id to a shared server, instead "
                                            "of serving them as STATELESS does")
     auth_key: str = setting("", "key required on every request; several with commas between")
+    auth_keys_file: str = setting("", "JSON file of keys by name, each with what it may use; SIGHUP reads it again")
+    public_url: str = setting("", "URL by which clients reach this proxy, as https://host/prefix; OAuth needs it")
+    oauth_issuer: str = setting("", "issuer of the OAuth access tokens that are taken, beside keys; its URL")
+    oauth_audience: str = setting("", "what tokens have to be for; empty: the URL of the place, as PUBLIC_URL/mcp")
+    oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
+    oauth_jwks_url: str = setting("", "where the issuer's keys are; empty: where its metadata says")
+    oauth_introspection_url: str = setting("", "where the issuer says what tokens are worth that are no JWTs")
+    oauth_client_id: str = setting("", "who asks there,")
+    oauth_client_secret: str = setting("", "and with which secret")
     allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
                                        "Loopback and the host itself always may")
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
@@ -324,10 +337,30 @@ class Settings:
     tls_key: str = setting("", "private key (PEM file), when it is not in TLS_CERT")
     log_level: str = setting("INFO", "DEBUG (with message bodies), INFO, WARNING or ERROR")
     log_format: str = setting("text", "text, or json for one object a line")
+    sandbox: str = setting("off", "on: the server reads no more files than it needs, and writes none but its own; try: "
+                                  "as far as this machine can; or off")
+    sandbox_read: str = setting("", "paths that it may read too, with : between")
+    sandbox_write: str = setting("", "paths that it may write too, with : between")
+    sandbox_net: bool = setting(True, "false: the server and its children can open no socket")
+    private_home: bool = setting(False, "home, temporary and working directory of its own for each process, removed "
+                                        "after; SANDBOX has it too")
+    clean_env: bool = setting(False, "the server gets of the proxy's environment only PATH, locale, HOME, TMPDIR and "
+                                     "what ALLOWED_ENV names")
+    run_as_user: str = setting("", "whom the server runs as: a name or number, or numbers as 2000-2099, of which each "
+                                   "process gets one of its own")
+    limit_memory_mb: int = setting(0, "memory of a server with all its children; over it, they are ended; 0: any")
+    limit_processes: int = setting(0, "how many processes these may be; the same")
+    limit_cpu_seconds: int = setting(0, "CPU time of a process, in its whole life; the same")
+    limit_open_files: int = setting(0, "open files and sockets of a process; 0: as many as the proxy")
+    limit_file_mb: int = setting(0, "size of a file that is written; 0: any")
 
     @property
     def auth_keys(self) -> tuple[str, ...]:
         return listed(self.auth_key)
+
+    @property
+    def is_guarded(self) -> bool:
+        return bool(self.auth_key or self.auth_keys_file or self.oauth_issuer)
 
     @property
     def max_message_bytes(self) -> int:
@@ -336,6 +369,10 @@ class Settings:
     @property
     def max_request_bytes(self) -> int:
         return int(min(self.max_request_mb, self.max_message_mb) * 1024 * 1024)
+
+
+SANDBOX_SETTINGS = tuple(name for name in Settings.__dataclass_fields__ if name.startswith(("sandbox", "limit_")) or
+                         name in ("private_home", "clean_env", "run_as_user"))
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -356,17 +393,56 @@ def parse_setting(name: str, default, text: str):
         raise SettingsError(f"{name.upper()} must be {kind}, not {text!r}") from None
 
 
+_PUBLIC_URL = re.compile(r"(?i:(https?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\]))(?::([0-9]{1,5}))?((?:/[A-Za-z0-9._~-]+)*)/?")
+
+
+def canonical(url: str) -> str:
+    """A URL as clients make it of what they are given: RFC 3986 §6.2.2 and 6.2.3; nothing if it is none."""
+    match = _PUBLIC_URL.fullmatch(url)
+    if not match or match[3] and not 0 < int(match[3]) < 65_536:
+        return ""
+    scheme, port = match[1].lower(), match[3] and int(match[3])
+    is_usual = not port or port == {"http": 80, "https": 443}[scheme]
+    return f"{scheme}://{match[2].lower()}{'' if is_usual else f':{port}'}{match[4]}"
+
+
+def is_safe_url(url: object) -> bool:
+    """Is it a URL at which nobody in between can answer?"""
+    try:
+        parts = urlsplit(url) if isinstance(url, str) and re.fullmatch("[!-~]+", url) else urlsplit("")
+        return bool(parts.hostname) and parts.port != 0 and not parts.fragment and "@" not in parts.netloc and (
+            parts.scheme == "https" or parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1"))
+    except ValueError:
+        return False
+
+
+def is_user(text: str) -> bool:
+    """Is it the name or the number of a user, a range of numbers, or nothing?"""
+    numbers = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    if numbers:
+        return int(numbers[1]) <= int(numbers[2] or numbers[1])
+    return not text or bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", text))
+
+
 def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     for rule, fits, names in (
             ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port"),
             ("be a number above 0", lambda value: 0 < value < float("inf"),
              "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
-            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm max_result_kb"),
+            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm max_result_kb "
+             "limit_memory_mb limit_processes limit_cpu_seconds limit_open_files limit_file_mb"),
             ("be 1 or more", lambda value: value >= 1, "max_sessions max_processes"),
             ("be DEBUG, INFO, WARNING or ERROR", re.compile("(?i)debug|info|warn(ing)?|error").fullmatch, "log_level"),
             ("be auto, legacy or modern", re.compile("auto|legacy|modern").fullmatch, "server_era"),
             ("be text or json", re.compile("text|json").fullmatch, "log_format"),
+            ("look like https://host/prefix", lambda value: not value or bool(canonical(value)), "public_url"),
+            ("be an https URL, or an http one on loopback", lambda value: not value or is_safe_url(value),
+             "oauth_issuer oauth_jwks_url oauth_introspection_url"),
+            ("be an issuer's URL, without a query", lambda value: "?" not in value, "oauth_issuer"),
+            ("be scopes with blanks between", re.compile("[!#-\\[\\]-~ ]*").fullmatch, "oauth_scopes"),
+            ("be on, try or off", re.compile("on|try|off").fullmatch, "sandbox"),
+            ("be a user's name or number, or two numbers as 2000-2099", is_user, "run_as_user"),
             ("look like /prefix", re.compile("(/[A-Za-z0-9._~-]+)*").fullmatch, "base_path")):
         for name in names.split():
             if not fits(getattr(settings, name)):
@@ -375,6 +451,8 @@ def check_settings(settings: Settings) -> Settings:
         raise SettingsError("AUTH_KEY is set but holds no key")
     if settings.mcp_config and settings.mcp_server_config:
         raise SettingsError("MCP_CONFIG is a file of several servers, so there cannot be a command too: leave one out")
+    if bool(settings.oauth_issuer) != bool(settings.public_url):
+        raise SettingsError("OAUTH_ISSUER and PUBLIC_URL need each other")
     if settings.tls_key and not settings.tls_cert:
         raise SettingsError("TLS_KEY is of no use without TLS_CERT")
     return settings
@@ -950,6 +1028,16 @@ def unique_members_of(scanned: object) -> dict:
 
 
 _known_name = functools.lru_cache(maxsize=256)(dump)      # the few that come again and again
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; ValueError if a member is there twice, because others might take the other one."""
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]}: is there twice")
+        found[name] = value
+    return found
 
 
 def quoted(name: str) -> str:
@@ -1793,7 +1881,7 @@ class Identity:
 # 8. Access
 # ============================================================================
 #
-# Who may come in, and what a client may set in the environment of its server.
+# Who may come in, to what, and what a client may set in the environment of its server.
 
 # What clients may set where ALLOWED_ENV is empty: what has the shape of a credential, or of the place that one is for,
 # and a few plain preferences. It is an allowlist because no list of what is dangerous is ever whole: some program runs
@@ -1814,8 +1902,10 @@ VALUES = {"place": re.compile(r"(?!-)[\w.,+~= -]*"), "user": re.compile(r"(?!-).
           "file": re.compile(r"(?![:/])(?!.*\.\.)[\w.@+/-]*")}
 MAX_VARIABLES = 64                # of one client
 
+OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET"})          # which no server gets
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+CLEAN = "PATH, LANG, LANGUAGE, LC_*, HOME, TMPDIR"          # what CLEAN_ENV leaves
 
 # Query parameters that are ours; every other one is a variable for the server.
 QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "tools", "client"})
@@ -1829,19 +1919,99 @@ def in_utf8(value: str) -> str:
         return value
 
 
+def given_token(head: HTTPHead) -> str | None:
+    """What a request has in Authorization: Bearer. RFC 6750 §2.1; a token may be nowhere else."""
+    scheme, _, credentials = in_utf8(head.headers.get("authorization", "")).partition(" ")
+    return credentials.strip() if scheme.lower() == "bearer" else None
+
+
 def given_key(head: HTTPHead) -> str | None:
     """The key that a request carries: Authorization: Bearer, X-API-Key or ?auth_key=."""
-    scheme, _, credentials = in_utf8(head.headers.get("authorization", "")).partition(" ")
-    if scheme.lower() == "bearer":
-        return credentials.strip()
-    return in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key")
+    token = given_token(head)
+    return token if token is not None else (
+        in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key"))
 
 
-def is_known_key(key: str, keys: tuple[str, ...]) -> bool:
-    """Compares with every key in constant time: how long it takes tells nothing of how much was right."""
+def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
+    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything."""
+    is_in = bool(globs) and globs[0].startswith("!")
+    for glob in globs:
+        if fnmatch.fnmatchcase(name, glob.removeprefix("!")):
+            is_in = not glob.startswith("!")
+    return is_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Grant:
+    """What may be used. Where nothing is named, everything."""
+
+    servers: tuple[str, ...] | None = None
+    tools: tuple[str, ...] | None = None       # globs on the servers' own names
+    read_only: bool = False                    # tools with readOnlyHint alone
+    env: tuple[str, ...] | None = None         # variables that may be set, with * patterns
+
+    def is_for(self, servers: tuple[str, ...]) -> bool:
+        """May one of these be used?"""
+        return self.servers is None or bool({*servers} & {*self.servers})
+
+    def takes(self, tool: str, is_read_only: bool = True) -> bool:
+        """May this tool be used?"""
+        return (self.tools is None or is_chosen(tool, self.tools)) and (is_read_only or not self.read_only)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a caller may use: what any of these grants."""
+
+    key: str                                   # whose they are, for who meets them
+    grants: tuple[Grant, ...]
+    # Of a token: all scopes that there are, those that it has, and the challenge for more of them, without these.
+    scopes: tuple[tuple[str, Grant], ...] = ()
+    has: tuple[str, ...] = ()
+    challenge: str = ""
+
+    def of(self, servers: tuple[str, ...]) -> tuple[Grant, ...]:
+        """The grants for a server that has these names: its own, and that of its group."""
+        return tuple(grant for grant in self.grants if grant.is_for(servers))
+
+    def refusal(self, limit: str, text: str, status: int = 200, servers: tuple[str, ...] = (),
+                tool: str | None = None) -> RPCError:
+        """What somebody is told who is over one of them; and by which scope a token would not be. MCP 2025-11-25,
+        Scope Challenge Handling: with those that it has, which would be lost otherwise."""
+        scope = next((name for name, grant in self.scopes if name not in self.has and grant.is_for(servers)
+                      and (tool is None or grant.takes(tool, limit != "read_only"))), None)
+        challenge = f'{self.challenge}, error="insufficient_scope", scope="{" ".join([*self.has, scope or ""])}"'
+        headers = ((CHALLENGE_HEADER, challenge),) if scope else ()
+        return RPCError(f"{text} is not open to {self.key}", status=403 if headers else status, code=INVALID_PARAMS,
+                        data={"limit": limit, "key": self.key}, headers=headers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Who calls, by a key or a token. Two are the same if their name and digest are, whatever they may use."""
+
+    name: str                                  # of a token's subject: with a colon, which no key's has
+    digest: bytes                              # SHA-256 of the key, or of the token's issuer and subject
+    limits: Limits | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def is_token(self) -> bool:
+        return ":" in self.name
+
+
+def digest_of_key(key: str) -> bytes:
+    import hashlib
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def find_caller(key: str, callers: tuple[Caller, ...]) -> Caller | None:
+    """Whose key this is. Compares with all in constant time: how long it takes tells nothing of how much was right."""
     import hmac
-    given = key.encode("utf-8", "replace")
-    return any([hmac.compare_digest(given, known.encode("utf-8", "surrogateescape")) for known in keys])
+    try:
+        given = digest_of_key(key)
+    except UnicodeEncodeError:                 # no key has it
+        return None
+    return next(itertools.compress(callers, [hmac.compare_digest(given, one.digest) for one in callers]), None)
 
 
 # DNS rebinding: a web page at evil.example makes its own name point to 127.0.0.1 or to a machine behind the
@@ -1910,16 +2080,211 @@ def is_named(name: str, patterns: str) -> bool:
     return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in listed(patterns))
 
 
-def server_environment(environment: dict[str, str], allowed: str) -> dict[str, str]:
+def server_environment(environment: dict[str, str], settings: Settings) -> dict[str, str]:
     """What a server gets of our environment: none of our settings, because one that also knows HTTP would take our
-    PORT for its own; but those that ALLOWED_ENV names. Never the key that protects it."""
+    PORT for its own; with CLEAN_ENV nothing but what every program needs; and what ALLOWED_ENV names. Never a
+    secret that protects it."""
     ours = {field.name.upper() for field in dataclasses.fields(Settings)}
-    return {name: value for name, value in environment.items()
-            if name not in ours or name != "AUTH_KEY" and is_named(name, allowed)}
+    return {name: value for name, value in environment.items() if name not in OUR_SECRETS and (
+        is_named(name, settings.allowed_env) or name not in ours and (not settings.clean_env or is_named(name, CLEAN)))}
 
 
 # ============================================================================
-# 9. Views
+# 9. Tokens
+# ============================================================================
+#
+# Access tokens as a resource server meets them (RFC 6749 §1.1, RFC 9068): what a JWT says (RFC 7519), and whether its
+# issuer has signed it (RFC 7515), with one of the keys that it publishes (RFC 7517). Two algorithms are enough for the
+# issuers there are, and what a token says of its own algorithm is only ever compared with its key's (RFC 8725 §3.1).
+# Nothing here is secret, so nothing has to take the same time whatever it finds.
+#
+#     RS256, RFC 7518 §3.3: the signature to the power of the key's exponent is, in full, what the signer has padded.
+#         To build that anew and compare leaves nothing to parse, where forgers would get in (Bleichenbacher, 2006).
+#     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. Points are
+#         X / Z², Y / Z³, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
+
+MAX_TOKEN = 8 * 1024
+MAX_KEYS = 100                   # of one issuer
+MAX_TRIES = 8                    # of those that a token may mean, because it names none
+LEEWAY = 60                      # seconds between two clocks
+JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
+PADDING = bytes.fromhex("003031300d060960864801650304020105000420")     # RFC 8017 §9.2: a zero, and who made the hash
+P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
+P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
+P256_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+P256_G = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+          0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5, 1)
+INFINITY = (1, 1, 0)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class TokenError(ValueError):
+    """Why a token is not good."""
+
+
+class UnknownKey(TokenError):
+    """It names a key that the issuer did not publish, so far as is known."""
+
+
+class PublicKey(typing.NamedTuple):
+    """One of an issuer's."""
+
+    kid: str | None
+    algorithm: str                             # "RS256": the numbers are n and e. "ES256": x and y
+    numbers: tuple[int, int]
+
+
+class Token(typing.NamedTuple):
+    """A JWT, taken apart."""
+
+    header: dict
+    claims: dict
+    signed: bytes                              # what its signature is of
+    signature: bytes
+
+
+def from_base64url(text: object) -> bytes:
+    """RFC 7515 §2; there is one way to write each value."""
+    if not isinstance(text, str):
+        raise TokenError("something in it is no base64url")
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64.urlsafe_b64encode(data).rstrip(b"=") != text.encode("ascii"):
+        raise TokenError("something in it is no base64url")
+    return data
+
+
+def parse_token(text: str) -> Token:
+    """Takes a JWT apart; TokenError when it is none, or none of the kind that is known here."""
+    parts = text.split(".")
+    if len(parts) != 3 or len(text) > MAX_TOKEN:
+        raise TokenError("it is no signed JWT")
+    try:
+        header, claims = (json.loads(from_base64url(part).decode(), object_pairs_hook=without_repeats,
+                                     parse_constant=_no_such_constant) for part in parts[:2])
+        signature = from_base64url(parts[2])
+    except (ValueError, RecursionError):
+        raise TokenError("it is no signed JWT") from None
+    if not isinstance(header, dict) or not isinstance(claims, dict):
+        raise TokenError("it is no signed JWT")
+    if header.get("alg") not in ("RS256", "ES256"):
+        raise TokenError("it is not signed with RS256 or ES256")
+    if {"crit", "b64", "zip", "cty"} & header.keys() or str(header.get("typ", "JWT")).lower() not in JWT_TYPES or (
+            not isinstance(header.get("kid", ""), str)):
+        raise TokenError("its header asks for what is not known here")
+    return Token(header, claims, f"{parts[0]}.{parts[1]}".encode(), signature)
+
+
+def check_claims(claims: dict, issuer: str, now: float) -> None:
+    """Refuses a token that is another issuer's, nobody's, or of another time. RFC 7519 §4.1."""
+    times = {name: claims[name] for name in ("exp", "nbf") if name in claims}
+    if claims.get("iss") != issuer:
+        raise TokenError("another issuer has made it")
+    if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255 or _SURROGATE.search(claims["sub"]):
+        raise TokenError("it does not say whose it is")
+    if "exp" not in times or not all(type(time) in (int, float) and abs(time) < 1e12 for time in times.values()):
+        raise TokenError("it does not say until when it is good")
+    if now >= times["exp"] + LEEWAY:
+        raise TokenError("it has expired")
+    if now < times.get("nbf", 0) - LEEWAY:
+        raise TokenError("it is not good yet")
+
+
+def parse_jwks(given: dict) -> list[PublicKey]:
+    """The keys of a JWK set that are of use here. RFC 7517 §5: others are passed over. ValueError if it is no set."""
+    if not isinstance(given.get("keys"), list):
+        raise ValueError("it has no keys")
+    keys = []
+    for jwk in given["keys"][:MAX_KEYS]:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            keys.append(parse_jwk(jwk))
+    return keys
+
+
+def parse_jwk(jwk: dict) -> PublicKey:
+    """One key; ValueError when it is of no use, or weak. RFC 7518 §6; NIST SP 800-131A for the size."""
+    def number(name: str) -> int:
+        return int.from_bytes(from_base64url(jwk.get(name)), "big")
+    algorithm = {"RSA": "RS256", "EC": "ES256"}.get(jwk.get("kty"))
+    if (algorithm is None or jwk.get("alg", algorithm) != algorithm or jwk.get("use", "sig") != "sig"
+            or "verify" not in jwk.get("key_ops", ["verify"]) or not isinstance(jwk.get("kid", ""), str)):
+        raise ValueError("it is for something else")
+    if algorithm == "RS256":
+        n, e = number("n"), number("e")
+        if not (2048 <= n.bit_length() <= 8192 and n % 2 and e % 2 and 3 <= e < 2**32):
+            raise ValueError("it is weak")
+        return PublicKey(jwk.get("kid"), algorithm, (n, e))
+    x, y = number("x"), number("y")
+    if jwk.get("crv") != "P-256" or len(jwk["x"]) != 43 or len(jwk["y"]) != 43 or not (          # 32 bytes, §6.2.1.2
+            x < P256_P and y < P256_P and (y * y - x**3 + 3 * x - P256_B) % P256_P == 0):
+        raise ValueError("it is no point of P-256")
+    return PublicKey(jwk.get("kid"), algorithm, (x, y))
+
+
+def verify(token: Token, keys: list[PublicKey]) -> PublicKey:
+    """The key that has signed it; TokenError if none of these has, UnknownKey if it names another."""
+    kid = token.header.get("kid")
+    named = [key for key in keys if key.algorithm == token.header["alg"] and (kid is None or key.kid == kid)]
+    if not named:
+        raise UnknownKey("its issuer has published no such key")
+    is_signed = {"RS256": is_signed_by_rsa, "ES256": is_signed_by_ecdsa}[token.header["alg"]]
+    for key in named[:MAX_TRIES]:
+        if is_signed(token.signed, token.signature, *key.numbers):
+            return key
+    raise TokenError("its signature is wrong")
+
+
+def is_signed_by_rsa(signed: bytes, signature: bytes, n: int, e: int) -> bool:
+    """RFC 8017 §8.2.2, with SHA-256."""
+    import hashlib
+    size, number = (n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    padded = PADDING + hashlib.sha256(signed).digest()
+    padded = b"\0\1" + b"\xff" * (size - len(padded) - 2) + padded
+    return len(signature) == size and number < n and pow(number, e, n).to_bytes(size, "big") == padded
+
+
+def is_signed_by_ecdsa(signed: bytes, signature: bytes, x: int, y: int) -> bool:
+    """SEC 1 §4.1.4, on P-256 with SHA-256."""
+    import hashlib
+    r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+    if len(signature) != 64 or not (0 < r < P256_N and 0 < s < P256_N):
+        return False
+    inverse = pow(s, -1, P256_N)
+    hashed = int.from_bytes(hashlib.sha256(signed).digest(), "big") * inverse % P256_N
+    shift, key, total = r * inverse % P256_N, (x, y, 1), INFINITY
+    sums = INFINITY, P256_G, key, added(P256_G, key)
+    for bit in range(255, -1, -1):                     # both products at once
+        total = added(doubled(total), sums[(hashed >> bit & 1) + 2 * (shift >> bit & 1)])
+    return total[2] % P256_P != 0 and total[0] * pow(total[2], -2, P256_P) % P256_P % P256_N == r
+
+
+def doubled(point: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Twice a point; the curve is y² = x³ - 3x + b."""
+    x, y, z = point
+    zz, yy = z * z % P256_P, y * y % P256_P
+    xyy, slope = x * yy % P256_P, 3 * (x - zz) * (x + zz) % P256_P
+    new = (slope * slope - 8 * xyy) % P256_P
+    return new, (slope * (4 * xyy - new) - 8 * yy * yy) % P256_P, 2 * y * z % P256_P
+
+
+def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P256_P, z2 * z2 % P256_P
+    u1, u2 = x1 * zz2 % P256_P, x2 * zz1 % P256_P
+    s1, s2 = y1 * zz2 * z2 % P256_P, y2 * zz1 * z1 % P256_P
+    if u1 == u2:
+        return doubled(one) if s1 == s2 else INFINITY
+    h, slope = u2 - u1, s2 - s1
+    hh = h * h % P256_P
+    hhh, v = h * hh % P256_P, u1 * hh % P256_P
+    new = (slope * slope - hhh - 2 * v) % P256_P
+    return new, (slope * (v - new) - s1 * hhh) % P256_P, h * z1 * z2 % P256_P
+
+
+# ============================================================================
+# 10. Views
 # ============================================================================
 #
 # What one URL shows of the servers: which of them, and under which names. A server by itself is shown with its names
@@ -1942,15 +2307,6 @@ LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "
          "resources/list": ("resources", "uri", "resources"),
          "resources/templates/list": ("resourceTemplates", "uriTemplate", "resources"),
          "skills/list": ("skills", "uri", SKILLS_EXTENSION)}
-
-
-def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
-    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything."""
-    is_in = bool(globs) and globs[0].startswith("!")
-    for glob in globs:
-        if fnmatch.fnmatchcase(name, glob.removeprefix("!")):
-            is_in = not glob.startswith("!")
-    return is_in
 
 
 def fitting(name: str) -> str:
@@ -1980,23 +2336,40 @@ class Rules:
     tools: tuple[str, ...] | None = None                   # globs on the server's own names
     overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
     max_result_kb: int = 0
+    grants: tuple[Grant, ...] | None = None                # of its caller, for that server; None: there are no limits
 
     @property
     def is_empty(self) -> bool:
-        return self.tools is None and not self.overrides and not self.max_result_kb
+        return self.tools is None and not self.overrides and not self.max_result_kb and self.grants is None
+
+    @property
+    def are_of_hints(self) -> bool:
+        """Does it take the list of tools to say what may be used?"""
+        return self.grants is not None and any(grant.read_only for grant in self.grants)
+
+    def opens(self, name: str, tool: dict) -> bool:
+        """May the caller use a tool, as it is listed? MCP 2025-11-25, Schema, ToolAnnotations."""
+        hints = tool.get("annotations")
+        hints = {**(hints if isinstance(hints, dict) else {}), **self.overrides.get(name, Override()).annotations}
+        return self.grants is None or any(grant.takes(name, hints.get("readOnlyHint") is True) for grant in self.grants)
 
     def shown(self, name: str) -> str | None:
         """A tool's name as it is shown; None if it is not."""
+        is_open = self.grants is None or any(grant.takes(name) for grant in self.grants)
+        return self._offered(name) if is_open else None
+
+    def _offered(self, name: str) -> str | None:
+        """The same to somebody without limits."""
         if self.tools is not None and not is_chosen(name, self.tools):
             return None
         return self.overrides[name].name or name if name in self.overrides else name
 
     def own(self, shown: str) -> str | None:
-        """The name that the server has for a tool; None if it has none that is shown like this."""
-        for name, override in self.overrides.items():
-            if override.name == shown and self.shown(name):
-                return name
-        return shown if self.shown(shown) == shown else None
+        """The name that the server has for a tool; None if it has none that is shown like this. A name that another
+        tool was given is that one's, also for those who may not use it."""
+        own = next((name for name, override in self.overrides.items()
+                    if override.name == shown and self._offered(name)), shown)
+        return own if self._offered(own) == shown and self.shown(own) else None
 
     def restated(self, tool: JSONObject, name: str, shown: str) -> str:
         """The text of a tool as clients see it."""
@@ -2060,6 +2433,12 @@ class ServerConfig:
     weight: float = 1.0                        # of its share of the others
     is_backup: bool = False                    # is it used only when no other is up?
     members: "tuple[ServerConfig, ...]" = ()
+    whole: "ServerConfig | None" = None        # the same without the limits of a caller
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own, and that of its group."""
+        return (self.name, self.group) if self.group else (self.name,)
 
     @property
     def changed_in_place(self) -> "ServerConfig":
@@ -2085,6 +2464,7 @@ class Target(typing.NamedTuple):
     server: str
     name: str | None = None                    # the server's own, of a tool or prompt that is shown with another
     override: Override | None = None
+    rules: Rules | None = None                 # where they depend on what the server lists
 
     def changes(self, message: Message) -> list[tuple[int, int, str]]:
         """The changes to the text of a request."""
@@ -2106,7 +2486,9 @@ class View:
     """What one URL shows: which servers, and what of them."""
 
     def __init__(self, place: str | None, members: tuple[ServerConfig, ...], globs: tuple[tuple[str, ...], ...] = (),
-                 is_joint: bool = False, wanted: tuple = ()):
+                 is_joint: bool = False, wanted: tuple = (), limits: Limits | None = None, whole=None):
+        self.limits = limits                   # of its caller,
+        self.whole = whole                     # and what makes the view that somebody without has
         self.place = place                     # the name of a server that is met by itself
         self.members = members
         self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
@@ -2135,26 +2517,44 @@ class View:
     def _direct(self, method: str, name: str) -> Target | None:
         kind, candidates = method.partition("/")[0], self.candidates(name)
         if not candidates or self.is_joint and not _NAME.fullmatch(name) or kind == "tools" and not self.shows(name):
-            raise unknown_name(kind, name)
+            raise self.unknown(kind, name)
         if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
             return None
         member = candidates[0]
         shown = name.removeprefix(member.start_of_names) if self.is_joint else name
         own = member.rules.own(shown) if kind == "tools" else shown
         if own is None:
-            raise unknown_name(kind, name)
+            raise self.unknown(kind, name)
         return member_target(member, kind, own, name)
+
+    def closed(self, kind: str, name: str, status: int = 200) -> RPCError | None:
+        """The answer to who asks for a tool or a prompt that others may use; None if nobody may."""
+        if not self.limits:
+            return None
+        whole, mine = self.whole(), {one.name: one for one in self.members}
+        with contextlib.suppress(RPCError):
+            target = whole.direct(f"{kind}/", name)
+            if target is None:                         # the servers' lists would tell; a prefix is good enough here
+                one = next((one for one in whole.candidates(name) if one.start_of_names), ServerConfig(""))
+                shown = name.removeprefix(one.start_of_names)
+                target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
+            own, member = target.name or name, mine.get(target.server)
+            limit = "servers" if member is None else "read_only" if member.rules.shown(own) else "tools"
+            if target.server and (limit != "read_only" or member.rules.are_of_hints):
+                return self.limits.refusal(limit, name[:200], status, member.names if member else (target.server,), own)
+        return None
+
+    def unknown(self, kind: str, name: str) -> RPCError:
+        """The answer to who asks for a tool or a prompt that is not here."""
+        return self.closed(kind, name) or RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=200,
+                                                   code=INVALID_PARAMS)
 
 
 def member_target(member: ServerConfig, kind: str, own: str, name: str) -> Target:
     """The target of a call of what the server calls `own` and the client `name`."""
     override = member.rules.overrides.get(own) if kind == "tools" else None
-    return Target(member.name, own if own != name else None, override)
-
-
-def unknown_name(kind: str, name: str) -> RPCError:
-    """The answer to who asks for a tool or a prompt that is not there."""
-    return RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=200, code=INVALID_PARAMS)
+    rules = member.rules if kind == "tools" and member.rules.are_of_hints else None
+    return Target(member.name, own if own != name else None, override, rules)
 
 
 class Catalog:
@@ -2173,16 +2573,21 @@ class Catalog:
         self.leaving: set[str] = set()         # places that were taken out, and may have sessions yet
         self._known = functools.lru_cache(1_024)(self._view)
 
-    def view(self, place: str | None = None, wanted: tuple = ()) -> View:
+    def view(self, place: str | None = None, wanted: tuple = (), limits: Limits | None = None) -> View:
         """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
         it down: ("server", "tools" or TOOLS_HEADER, value) pairs. RPCError when there is no such place or server."""
         is_short = sum(len(value) for _, value in wanted) <= KNOWN_CHOICE
-        return (self._known if is_short else self._view)(place, wanted)
+        return (self._known if is_short else self._view)(place, wanted, limits)
 
-    def _view(self, place: str | None, wanted: tuple) -> View:
+    def _view(self, place: str | None, wanted: tuple, limits: Limits | None) -> View:
         members, globs = self.offered, []
         if place is not None:
             members = {place: self.places[place]} if place in self.places else {}
+        if limits and members:
+            everywhere = tuple(members)
+            members = {name: limited(member, limits) for name, member in members.items() if limits.of(member.names)}
+            if not members:
+                raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
             parts = listed(text)
             if not 1 <= len(parts) <= MAX_GLOBS:
@@ -2191,12 +2596,21 @@ class Catalog:
                 globs.append(parts)
             elif self.is_file:
                 unknown = [part for part in parts if part not in members]
+                if limits and any(part in self.places for part in unknown):
+                    raise limits.refusal("servers", f"server {unknown[0]}", 403, (unknown[0],))
                 if unknown:
                     raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
                 members = {name: member for name, member in members.items() if name in parts}
         if not members:
             raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
-        return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted)
+        return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits,
+                    functools.partial(self.view, place, wanted))
+
+
+def limited(member: ServerConfig, limits: Limits) -> ServerConfig:
+    """A server with the rules of a caller."""
+    rules = dataclasses.replace(member.rules, grants=limits.of(member.names))
+    return dataclasses.replace(member, rules=rules, whole=member)
 
 
 def merged(one: dict, other: dict) -> dict:
@@ -2297,7 +2711,7 @@ def with_tasks(message: Message, rename) -> Message:
 
 
 # ============================================================================
-# 10. Configuration file
+# 11. Configuration file
 # ============================================================================
 #
 # Several servers in a file, as desktop clients write it. What others' programs read of it is known and does no harm;
@@ -2307,7 +2721,8 @@ def with_tasks(message: Message, rename) -> Message:
 _OTHERS_KEYS = frozenset("""alwaysAllow autoApprove description dev disabledTools gallery timeout transportType trust
     version""".split())
 # One server's own, by the names of settings.
-SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb")
+SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb",
+                   *SANDBOX_SETTINGS)
 _TEXTS = "a list of strings", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)
 _TEXT = "a string", lambda value: isinstance(value, str)
 _OBJECT = "an object", lambda value: isinstance(value, dict)
@@ -2558,6 +2973,82 @@ def check_names(servers: dict[str, ServerConfig], refuse) -> None:
                 refuse(f"server {name}", f"overrides: {tool}: the name {shown} is {owners[shown]}'s already")
 
 
+# The file of keys.
+
+_SCOPE = re.compile(r"[!#-\[\]-~]+")                  # RFC 6749 §3.3
+_GRANT_KEYS = {"servers": _TEXTS, "tools": _TEXTS, "read_only": _BOOL, "env": _TEXTS}
+
+
+class Keys(typing.NamedTuple):
+    """Who may come in."""
+
+    callers: tuple[Caller, ...] = ()           # with a key
+    scopes: dict[str, Grant] | None = None     # what tokens open by theirs; None: everything
+
+
+def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -> Keys:
+    """Those of AUTH_KEY, called key1, key2, ..., and those of a file with this text, in which only `servers` may be
+    named. SettingsError says what is wrong in it."""
+    callers = [Caller(f"key{number}", digest_of_key(key)) for number, key in enumerate(settings.auth_keys, 1)]
+    scopes = None
+    if not settings.auth_keys_file:
+        return Keys(tuple(callers))
+    try:
+        given = json.loads(text, object_pairs_hook=without_repeats)
+        check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
+        if "scopes" in given:
+            given = dict(given)
+            check_keys(given["scopes"], dict.fromkeys(given["scopes"], _OBJECT))
+            scopes = {name: parse_grant(f"scopes: {name}", entry, servers)
+                      for name, entry in given.pop("scopes").items()}
+            for name in scopes:
+                if not _SCOPE.fullmatch(name):
+                    raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
+        for name, entry in given.items():
+            callers.append(parse_caller(name, entry, servers))
+        for number, caller in enumerate(callers):
+            for other in callers[:number]:
+                if caller.digest == other.digest or caller.name == other.name:
+                    raise SettingsError(f"{caller.name}: has the same {'key' if caller.name != other.name else 'name'} "
+                                        f"as {other.name}")
+    except (SettingsError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{settings.auth_keys_file}: {error}") from None
+    return Keys(tuple(callers), scopes)
+
+
+def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
+    """One key of the file."""
+    if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name):
+        # What is meant as a key may stand there, and is not said.
+        raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -")
+    grant = parse_grant(name, entry, servers, {"key": _TEXT, "sha256": _TEXT})
+    if ("key" in entry) == ("sha256" in entry):
+        raise SettingsError(f"{name}: needs either key or sha256")
+    key = entry.get("key", "x")
+    if not re.fullmatch("[0-9a-fA-F]{64}", entry.get("sha256", "0" * 64)) or not key or key != key.strip():
+        raise SettingsError(f"{name}: a key must not be empty, nor have blanks around it, and a sha256 has 64 digits")
+    digest = bytes.fromhex(entry["sha256"]) if "sha256" in entry else digest_of_key(key)
+    if digest == digest_of_key(""):
+        raise SettingsError(f"{name}: sha256: is that of an empty key")
+    return Caller(name, digest, Limits(name, (grant,)) if grant != Grant() else None)
+
+
+def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict = {}) -> Grant:
+    """What a key or a scope opens; `others` are members that are looked at elsewhere."""
+    known = {**others, **_GRANT_KEYS}
+    try:
+        if not entry.keys() <= known.keys():
+            raise SettingsError(f"has something that is not known; what is: {', '.join(known)}")
+        check_keys(entry, known)
+        unknown = [server for server in entry.get("servers", ()) if server not in servers]
+        if unknown:
+            raise SettingsError(f"servers: there is no server {unknown[0][:80]}, but {', '.join(servers)}")
+    except SettingsError as error:
+        raise SettingsError(f"{name}: {error}") from None
+    return Grant(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+                    if key in _GRANT_KEYS})
+
+
 # ============================================================================
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
@@ -2565,27 +3056,31 @@ def check_names(servers: dict[str, ServerConfig], refuse) -> None:
 # asyncio imports ssl where it can, an eighth of all memory. A program that
 # serves no HTTPS, and will not speak it with a remote server, keeps it away.
 
-_given = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in ("TLS_CERT", "MCP_CONFIG",
-                                                                                   "MCP_SERVER_CONFIG")])
+_given = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in (
+    "TLS_CERT", "MCP_CONFIG", "MCP_SERVER_CONFIG", "OAUTH_ISSUER")])
 if __name__ == "__main__" and not re.search(
-        r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S", _given):
+        r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S|--oauth|OAUTH_ISSUER=\S", _given):
     sys.modules["ssl"] = None
 
 import asyncio
 import collections
+import concurrent.futures
+import errno
 import fcntl
 import logging
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
+import tempfile
 import time
 import traceback
 
 
 # ============================================================================
-# 11. Logs
+# 12. Logs
 # ============================================================================
 #
 # What happened, a line each, on stderr. Two rules: a log that nobody reads, or a
@@ -2754,7 +3249,7 @@ def start_logging(level: str, as_json: bool) -> None:
 
 
 # ============================================================================
-# 12. Shares
+# 13. Shares
 # ============================================================================
 #
 # What many share is never enough for one who takes without end, and a limit for each connection, session and stream
@@ -2839,23 +3334,130 @@ def who_gives(holders, principal: object) -> list:
     return [holder for holder in holders if holder.principal == most]
 
 
+def try_later(why: str) -> ServerError:
+    """The answer to a client that may come again."""
+    return ServerError(why, status=503, headers=(("Retry-After", "5"),))
+
+
 # ============================================================================
-# 13. Orphans
+# 14. Processes
 # ============================================================================
 #
-# What could outlive a server: a child that left its process group, all children when the proxy itself is killed with
-# SIGKILL, and a server that was just being started then.
+# Whose each process is, what it uses, and what could outlive a server: a child that left its process group, all
+# children when the proxy itself is killed with SIGKILL, and a server that was just being started then.
+
+# Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
+STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, START, PAGES = 0, 1, 2, 3, 11, 12, 19, 21
+
+
+class Usage:
+    """What a server uses, with all that descends from it."""
+
+    def __init__(self, tag: str, on_looked_at=None):
+        self.tag = tag
+        self.on_looked_at = on_looked_at             # called when the rest is new
+        self.memory = self.most_memory = 0           # bytes that are resident; what is shared counts for each
+        self.processes = self.most_processes = 0
+        self.cpu: dict[int, float] = {}              # seconds of CPU, by process
+        self.gone = 0.0                              # of processes that have ended
+        self.seen_at = 0.0                           # when it was looked at
+
+    @property
+    def seconds(self) -> float:
+        return self.gone + sum(self.cpu.values())
+
+
+class Census:
+    """Whose each process is, and what it uses. It stays its server's, whatever becomes of its parents."""
+
+    def __init__(self):
+        self.starting = 0                                       # servers whose process id is not known yet
+        self.servers: dict[int, Usage] = {}                     # by process id
+        self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
+        self._others: set[int] = set()                          # that are no server's
+        self.ours: set[int] = set()                             # children of the proxy that are no server's either
+        # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
+        self.gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
+
+    def look(self) -> None:
+        """Reads /proc. What was found to be another's is not read again; each of the rest takes 20 µs."""
+        tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        pids = {*list_processes()}
+        self._others &= pids
+        found = {pid: stat for pid in pids - self._others if len(stat := process_stat(pid)) > PAGES}
+        before, self._whose = self._whose, {}
+        for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
+            server = self._server_of(pid, stat, before)
+            if server in self.servers:
+                self._whose[pid] = stat[START], server
+            elif not self.starting and int(stat[PARENT]) != os.getpid():
+                self._others.add(pid)
+        for server, usage in self.servers.items():
+            mine = [pid for pid, (_, whose) in self._whose.items() if whose == server and found[pid][STATE] != b"Z"]
+            cpu = {pid: (int(found[pid][USER_TICKS]) + int(found[pid][SYSTEM_TICKS])) / tick for pid in mine}
+            usage.gone += sum(seconds for pid, seconds in usage.cpu.items() if pid not in cpu)
+            usage.cpu, usage.processes = cpu, len(mine)
+            usage.memory = sum(int(found[pid][PAGES]) for pid in mine) * page
+            usage.most_memory = max(usage.memory, usage.most_memory)
+            usage.most_processes = max(usage.processes, usage.most_processes)
+            usage.seen_at = time.monotonic()
+
+    def measure(self) -> None:
+        """Called each second: looks, and tells everybody."""
+        if self.servers:
+            self.look()
+        for usage in list(self.servers.values()):
+            usage.on_looked_at()
+
+    def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
+        """By what was known of it, its parent, or its session; when the proxy got it as an orphan, by its control group
+        or its environment; otherwise it is of the only server there is."""
+        start, server = before.get(pid, (b"", None))
+        if pid in self.servers:
+            return pid
+        if start == stat[START]:
+            return server
+        parent, session = int(stat[PARENT]), int(stat[SESSION])
+        if parent in self._whose:
+            return self._whose[parent][1]
+        if session in self.servers:
+            return session
+        if parent not in (1, os.getpid()):
+            return None
+        for file, mark in ("cgroup", b"/mcpproxy-%b\n"), ("environ", b"MCPPROXY_TAG=%b\0"):
+            text = read_file(f"/proc/{pid}/{file}")
+            for server, usage in self.servers.items():
+                if mark % usage.tag.encode() in text:
+                    return server
+        is_only = self.gets_orphans and len(self.servers) == 1 and not self.starting and parent == os.getpid()
+        return next(iter(self.servers)) if is_only and pid not in self.ours else None
+
+    def of(self, server: int) -> set[tuple[int, bytes]]:
+        """(process id, time of its start) of what is a server's."""
+        return {(pid, start) for pid, (start, whose) in self._whose.items() if whose == server}
+
+    def kill(self, server: int) -> None:
+        """Kills a server and all that is its, whole process groups at a time, and what was born meanwhile."""
+        known = None
+        for _ in range(20):
+            self.look()
+            if known == (known := self.of(server)):
+                break
+            stats = [(process_stat(pid), start) for pid, start in known]
+            for group in {int(stat[GROUP]) for stat, start in stats if stat[START:START + 1] == [start]}:
+                kill(-group, signal.SIGKILL)
+
 
 class Reaper:
-    """Ends what would outlive its server, and all servers when the proxy is killed.
+    """Ends what would outlive its server, and all servers when the proxy is killed; removes what they had.
 
-    Every server has the variable MCPPROXY_TAG in its environment: a nonce, a dash and a number. Processes are found by
-    it in Linux's /proc, wherever they went. A small shell waits for the proxy's end, however that comes: the pipe from
-    the proxy to it closes. Where there is no /proc, groups have to do.
+    Every server has the variable MCPPROXY_TAG in its environment: a nonce of the proxy's and one of its own, which its
+    neighbours do not know. Processes are found by it in Linux's /proc, wherever they went. A small shell waits for the
+    proxy's end, however that comes: the pipe from the proxy to it closes. Where there is no /proc, groups have to do.
 
-    What clears its environment is found by its parents when its server is stopped. If it has lost them, it has become
-    the proxy's own child, and nobody can say whose it was; so it ends when no server runs, or with the proxy. Only
-    when that is killed with SIGKILL does such a one live on."""
+    What clears its environment is found by its parents when its server is stopped, or was found so before. If it lost
+    them at once, it has become the proxy's own child, and nobody can say whose it was; so it ends when no server runs,
+    or with the proxy. Only when that is killed with SIGKILL does such a one live on."""
 
     SCRIPT = """
         trap '' HUP INT TERM
@@ -2867,38 +3469,44 @@ class Reaper:
                     case $line in *"MCPPROXY_TAG=$1-"*) found="$found $path"; break;; esac
                 done < "$path"
             done
-            [ -n "$found" ] || exit 0
+            [ -n "$found" ] || break
             for path in $found; do
                 pid=${path#/proc/}; pid=${pid%/environ}
                 kill -s KILL -- "-$pid" "$pid" 2>/dev/null
             done
-        done"""
+        done
+        shift
+        rm -rf -- "$1"
+        shift
+        for prefix do rmdir "$prefix"-*; done"""
 
     def __init__(self):
         self.nonce = os.urandom(8).hex()
-        self.starting = 0                     # servers whose process id is not known yet
-        self.servers: set[int] = set()        # the process ids of those that run
-        self._numbers = itertools.count(1)
+        self.census = Census()
+        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(8).hex()}")     # of sandboxed servers,
+        self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
+        self.uids: set[int] = set()           # and the users that they have for themselves
         self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
         self._left: set[tuple] = set()        # (process id, time of its start) of descendants that they had
         self._ending: dict[int, set[tuple]] = {}          # the same of servers that are being stopped, by process id
+        self._leases: list = []               # what ended servers had, to be given back, in a thread:
+        self._closer = concurrent.futures.ThreadPoolExecutor(1)
         self._sweep: asyncio.TimerHandle | None = None
-        # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
-        self._gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
         self._start_watcher()
 
     def _start_watcher(self) -> None:
         self._watcher: subprocess.Popen | None = None
         try:
             self._watcher = subprocess.Popen(
-                ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce], stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce, self.homes, *self.cgroups],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            self.census.ours = {self._watcher.pid}
         except OSError as error:
             log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
                         reason=error.strerror)
 
     def new_tag(self) -> str:
-        return f"{self.nonce}-{next(self._numbers)}"
+        return f"{self.nonce}-{os.urandom(8).hex()}"
 
     def tick(self) -> None:
         """Called every few seconds: hears of orphans that ended, and of the shell if it did."""
@@ -2913,8 +3521,8 @@ class Reaper:
 
     def _orphans(self) -> set[int]:
         """Our children that are nothing of ours. While a server is started, it could be one of them."""
-        known = {*self.servers, self._watcher and self._watcher.pid}
-        return {*children_of(os.getpid())} - known if self._gets_orphans and not self.starting else set()
+        known = {*self.census.servers, *self.census.ours}
+        return {*children_of(os.getpid())} - known if self.census.gets_orphans and not self.census.starting else set()
 
     def ending(self, pid: int) -> None:
         """Says that a server will be stopped: its descendants can still be told."""
@@ -2925,11 +3533,13 @@ class Reaper:
                     seen.add((child, start))
                     parents.append(child)
 
-    def ended(self, tag: str, pid: int | None = None) -> None:
-        """Says that a server is gone. What it left behind is killed soon, for many servers at once."""
-        self.servers.discard(pid)
-        self._left |= self._ending.pop(pid, set())
+    def ended(self, tag: str, pid: int | None = None, lease=None) -> None:
+        """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease` is
+        closed."""
+        self._left |= self._ending.pop(pid, set()) | (self.census.of(pid) if pid else set())
+        self.census.servers.pop(pid, None)
         self._ended.add(tag)
+        self._leases += [lease] if lease else []
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
 
@@ -2942,20 +3552,25 @@ class Reaper:
             self._sweep = None
         marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag in ended]
         found = [pid for pid, start in left if process_state(pid)[1] == start]
-        if ended and not self.servers:
+        if ended and not self.census.servers:
             found += self._orphans()
         for pid in list_processes() if marks else ():
             environment = read_file(f"/proc/{pid}/environ")
             if any(mark in environment for mark in marks):
                 found.append(pid)
-        for pid in {*found} - self.servers:
-            if process_state(pid)[0] != b"Z":
+        for pid in {*found} - self.census.servers.keys():
+            if process_state(pid)[0] not in (b"Z", b""):
                 log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
+        while self._leases:
+            self._closer.submit(self._leases.pop().close)
 
     def close(self) -> None:
         """Ends the shell. Every server has to be gone by now."""
         self.sweep()
+        self._closer.shutdown()
+        with contextlib.suppress(OSError):
+            os.rmdir(self.homes)
         if self._watcher:
             self._watcher.stdin.close()
             self._watcher.wait()
@@ -2979,10 +3594,24 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
+def process_stat(pid: int) -> list[bytes]:
+    """What the system says of a process: see STATE and the others; nothing of one that is gone."""
+    return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+
+
 def process_state(pid: int) -> tuple[bytes, bytes]:
-    """(the state, the time of the start) of a process; nothing of one that is gone. proc_pid_stat(5)."""
-    fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return (fields[0], fields[19]) if len(fields) > 19 else (b"", b"")
+    """(the state, the time of the start) of a process; nothing of one that is gone."""
+    fields = process_stat(pid)
+    return (fields[STATE], fields[START]) if len(fields) > START else (b"", b"")
+
+
+def cgroups_around() -> list[str]:
+    """Our control group and the one above it, as directories; none where there is no cgroup v2. cgroups(7)."""
+    mounts = [line.split() for line in read_file("/proc/self/mounts").decode(errors="replace").splitlines()]
+    root = next((fields[1] for fields in mounts if fields[2] == "cgroup2"), None)
+    own = re.search("^0::(.*)$", read_file("/proc/self/cgroup").decode(errors="replace"), re.MULTILINE)
+    paths = [os.path.normpath(root + own[1]), os.path.normpath(root + os.path.dirname(own[1]))] if root and own else []
+    return [*dict.fromkeys(paths)]
 
 
 def list_processes() -> list[int]:
@@ -3012,7 +3641,446 @@ def kill(pid: int, number: int) -> bool:
 
 
 # ============================================================================
-# 14. Links
+# 15. Sandbox
+# ============================================================================
+#
+# What a server is kept from, with no privilege, engine or namespace: by what Linux lets a process forbid itself. It is
+# for good, and for all that it starts.
+#
+#     landlock(7)     files. A ruleset names what is forbidden wherever no rule allows it, each rule allows some of that
+#                     beneath a path, and a process restricts itself to it. It is asked when a file is opened.
+#     seccomp(2)      system calls. A small program, in the BPF of 1992, sees the number and the registers of each call
+#                     and says what becomes of it. It sees no memory, so it knows no path and no address.
+#     setrlimit(2)    what one process may use. What a server uses with all its children is looked at each second, and
+#                     bounded by cgroups(7) where there is one that may be divided.
+#
+# A process can only restrict itself. So CONFINE, a small program of its own, is started in the place of the server,
+# takes the steps that it is given, one after the other, and becomes the server. To do this between fork and exec of the
+# proxy itself (preexec_fn) is not safe where there are threads. A step that fails ends it, and the start.
+
+# linux/landlock.h: the rights on files, and the version of the interface (ABI) from which on they are known.
+LANDLOCK_RIGHTS = {
+    "EXECUTE": (1 << 0, 1), "WRITE_FILE": (1 << 1, 1), "READ_FILE": (1 << 2, 1), "READ_DIR": (1 << 3, 1),
+    "REMOVE_DIR": (1 << 4, 1), "REMOVE_FILE": (1 << 5, 1), "MAKE_CHAR": (1 << 6, 1), "MAKE_DIR": (1 << 7, 1),
+    "MAKE_REG": (1 << 8, 1), "MAKE_SOCK": (1 << 9, 1), "MAKE_FIFO": (1 << 10, 1), "MAKE_BLOCK": (1 << 11, 1),
+    "MAKE_SYM": (1 << 12, 1), "REFER": (1 << 13, 2), "TRUNCATE": (1 << 14, 3), "IOCTL_DEV": (1 << 15, 5)}
+LANDLOCK_SCOPES = 0b11, 6                # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and _SIGNAL, and from which ABI on
+LANDLOCK_ABI = 3                         # the least of use: before, whatever can be read can be emptied. Linux 6.2
+
+
+def rights(*names: str) -> int:
+    return sum(LANDLOCK_RIGHTS[name][0] for name in names)
+
+
+READ = rights("EXECUTE", "READ_FILE", "READ_DIR")
+WRITE = sum(bit for bit, _ in LANDLOCK_RIGHTS.values()) - rights("MAKE_CHAR", "MAKE_BLOCK", "IOCTL_DEV")
+DEVICE = rights("READ_FILE", "READ_DIR", "WRITE_FILE", "TRUNCATE", "IOCTL_DEV")
+OF_A_FILE = rights("EXECUTE", "READ_FILE", "WRITE_FILE", "TRUNCATE", "IOCTL_DEV")          # others are of directories
+ALL_READ = "/usr /lib /lib32 /lib64 /libx32 /bin /sbin /etc /opt /proc".split()
+ALL_USE = [f"/dev/{name}" for name in "null zero full random urandom tty ptmx pts".split()]
+
+# linux/audit.h; asm/unistd.h of each machine: the calls that SANDBOX_NET=false refuses. socketpair() stays, but for
+# two types alone: sockets of datagrams can be connected to others. By pidfd_getfd(2) another's sockets could be had.
+MACHINES = {"x86_64": (0xC000003E, {"socket": 41, "socketpair": 53}),
+            "aarch64": (0xC00000B7, {"socket": 198, "socketpair": 199})}
+EVERYWHERE = {"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438}
+X32 = 0x40000000                         # bit of the calls of x86_64's third interface
+# linux/bpf_common.h: load a word of struct seccomp_data, compare, mask, return; linux/seccomp.h.
+LOAD, EQUALS, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000   # REFUSE with an errno
+
+CONFINE = """
+import ctypes, os, resource, struct, sys               # and not json or signal, which take longer than all the rest
+libc = ctypes.CDLL(None, use_errno=True)
+
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+
+def system_call(number, *arguments):
+    return checked(libc.syscall(*(ctypes.c_long(one) if isinstance(one, int) else one for one in (number, *arguments))))
+
+def prctl(option, *arguments):
+    checked(libc.prctl(option, *(ctypes.c_ulong(one) for one in (*arguments, 0, 0, 0, 0)[:4])))
+
+def limit(kind, soft, hard):
+    most = resource.getrlimit(kind)[1]
+    soft, hard = (one if most == resource.RLIM_INFINITY else min(one, most) for one in (soft, hard))
+    resource.setrlimit(kind, (soft, hard))
+
+def enter(cgroup):
+    try:
+        with open(cgroup + "/cgroup.procs", "w") as file:
+            file.write("0")
+    except OSError:
+        pass                                         # what else is done does not depend on it
+
+def landlock(attributes, rules):                     # landlock_create_ruleset(2), _add_rule(2), _restrict_self(2)
+    attributes = struct.pack("=QQQ", *attributes)
+    ruleset = system_call(444, attributes, len(attributes), 0)
+    for path, allowed in rules:
+        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        system_call(445, ruleset, 1, struct.pack("=Qi", allowed, at), 0)
+        os.close(at)
+    system_call(446, ruleset, 0)
+    os.close(ruleset)
+
+def become(uid, gid):
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+def seccomp(program):                                # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    code = ctypes.create_string_buffer(bytes.fromhex(program))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(code)))
+    prctl(22, 2, ctypes.addressof(program))
+
+def main(report, is_strict, unset, ignored, steps, program):
+    os.set_inheritable(report, False)                # it closes when this becomes the server
+    for number, (name, *arguments) in enumerate(steps):
+        try:
+            globals()[name](*arguments)
+        except (OSError, ValueError) as error:
+            os.write(report, b"%d %d\\n" % (number, getattr(error, "errno", 0) or 0))
+            if is_strict:
+                sys.exit(126)
+    for name in unset:                               # which Python has set, in the locale C
+        os.environ.pop(name, None)
+    for number in ignored:                           # signals that Python ignores; what is ignored would stay so
+        libc.signal(number, None)
+    os.write(report, b"done")
+    try:
+        program and os.execve(program, sys.argv[1:], os.environ)
+    except OSError as error:
+        os.write(report, b"\\n-1 %d" % error.errno)
+        sys.exit(126)
+
+"""
+
+
+# By limit: the setting, and what is counted.
+LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
+          "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
+TASKS = 32                       # of a process, threads included, that a control group allows for
+REASONS_AGAINST = {              # by step and errno
+    ("landlock", errno.ENOSYS): "this kernel has no Landlock, or hides it: it takes Linux 6.2, and not gVisor",
+    ("landlock", errno.EOPNOTSUPP): "Landlock is off in this kernel: lsm= at boot has to name it",
+    ("seccomp", errno.EINVAL): "this kernel has no seccomp filters, or hides them",
+    ("become", errno.EPERM): "only root may become another user"}
+
+
+def landlock_abi() -> int:
+    """Which version of Landlock there is; OSError when there is none. LANDLOCK_CREATE_RULESET_VERSION."""
+    try:
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        abi = libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    except (ImportError, AttributeError):
+        raise OSError(errno.ENOSYS, "") from None
+    if abi < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return abi
+
+
+def socket_filter() -> bytes:
+    """The program that refuses sockets, for seccomp(2)."""
+    audit, calls = MACHINES[os.uname().machine]
+
+    def refuse(number: int, error: int) -> list[tuple]:
+        return [(EQUALS, 0, 1, number), (RETURN, 0, 0, REFUSE | error)]          # or one step on
+    # struct seccomp_data: the number at 0, the machine at 4, and from 16 on the arguments, 8 bytes each.
+    program = [(LOAD, 0, 0, 4), (EQUALS, 1, 0, audit), (RETURN, 0, 0, REFUSE | errno.ENOSYS),
+               (LOAD, 0, 0, 0), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSE | errno.ENOSYS),
+               *itertools.chain.from_iterable(refuse(number, errno.ENOSYS) for number in EVERYWHERE.values()),
+               *refuse(calls["socket"], errno.EACCES),
+               (EQUALS, 0, 5, calls["socketpair"]),
+               (LOAD, 0, 0, 24), (AND, 0, 0, 0xF),                       # its second argument without its flags
+               (EQUALS, 2, 0, socket.SOCK_STREAM), (EQUALS, 1, 0, socket.SOCK_SEQPACKET),
+               (RETURN, 0, 0, REFUSE | errno.EACCES),
+               (RETURN, 0, 0, ALLOW)]
+    return b"".join(struct.pack("=HBBI", *step) for step in program)
+
+
+class Sandbox:
+    """What one configured server is confined to."""
+
+    def __init__(self, server: str, settings: Settings, reaper: Reaper, given: collections.abc.Collection[str] = ()):
+        self.server, self.settings, self.reaper = server, settings, reaper
+        self.given = given                     # variables that the file sets, and that stay as they are
+        self.is_on = any(getattr(settings, name) != getattr(Settings, name) for name in SANDBOX_SETTINGS)
+
+    def refuse(self, name: str, problem: str) -> None:
+        """Something cannot be given: ServerError, or a warning with SANDBOX=try."""
+        text = f"{name.upper()} cannot be given: {problem}"
+        if self.settings.sandbox != "try":
+            raise ServerError(f"{text} (SANDBOX=try starts the server all the same)")
+        log.warning("! server %(server)s: %(problem)s", server=self.server, problem=text)
+
+    def steps(self, cell: "Cell") -> list[tuple]:
+        """What a process does to itself before it becomes the server: (the setting, a function of CONFINE, its
+        arguments). The user comes late, because rules and limits may need root; sockets come last."""
+        import resource
+        settings, megabyte = self.settings, 1024 * 1024
+        steps = [("sandbox", "prctl", 38, 1),                        # PR_SET_NO_NEW_PRIVS
+                 ("sandbox", "limit", resource.RLIMIT_CORE, 0, 0)]
+        if os.geteuid() == 0:                        # PR_CAPBSET_DROP of CAP_SYS_RESOURCE, which knows no limits
+            steps.append(("sandbox", "prctl", 24, 24))
+        # A soft limit alone could be raised again. One second is between the signal for CPU time and the end.
+        for name, kind, unit, more in (("limit_open_files", resource.RLIMIT_NOFILE, 1, 0),
+                                       ("limit_file_mb", resource.RLIMIT_FSIZE, megabyte, 0),
+                                       ("limit_cpu_seconds", resource.RLIMIT_CPU, 1, 1)):
+            allowed = getattr(settings, name) * unit
+            steps += [(name, "limit", kind, allowed, allowed + more)] if allowed else []
+        if cell.cgroup:
+            steps.append(("limit_memory_mb", "enter", cell.cgroup))
+        if settings.sandbox != "off":
+            steps += self._landlock(cell)
+        if cell.user:
+            steps.append(("run_as_user", "become", *cell.user))
+        if not settings.sandbox_net:
+            if os.uname().machine in MACHINES:
+                steps.append(("sandbox_net", "seccomp", socket_filter().hex()))
+            else:
+                self.refuse("sandbox_net", f"the calls of this machine, {os.uname().machine}, are not known here")
+        return steps
+
+    def _landlock(self, cell: "Cell") -> list[tuple]:
+        try:
+            abi = landlock_abi()
+        except OSError as error:
+            self.refuse("sandbox", why_refused("landlock", error.errno))
+            return []
+        if abi < LANDLOCK_ABI:
+            self.refuse("sandbox", f"Landlock of this kernel (ABI {abi}) lets files be emptied that may only be read; "
+                                   "it takes Linux 6.2")
+        known = sum(bit for bit, since in LANDLOCK_RIGHTS.values() if since <= abi)
+        # The Python that runs this file, for the demo server; and what names are resolved with.
+        usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
+        allowed = [(path, READ) for path in (*ALL_READ, *usual)] + [(path, DEVICE) for path in ALL_USE]
+        allowed = [one for one in allowed if os.path.exists(one[0])]
+        for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
+            for path in filter(None, getattr(self.settings, name).split(":")):
+                path = os.path.abspath(os.path.expanduser(path))
+                if os.path.exists(path):
+                    allowed.append((path, right))
+                else:
+                    self.refuse(name, f"{path} does not exist")
+        allowed.append((cell.directory, WRITE))
+        rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE)) for path, right in allowed]
+        scopes, since = LANDLOCK_SCOPES
+        return [("sandbox", "landlock", (known, 0, scopes if abi >= since else 0), rules)]
+
+
+def why_refused(step: str, number: int) -> str:
+    """What it means that a step failed with this errno."""
+    return REASONS_AGAINST.get((step, number)) or f"{step}: {os.strerror(number)}"
+
+
+class Cell:
+    """What one run of a server has for itself: directories, a user, a control group."""
+
+    def __init__(self, sandbox: Sandbox, tag: str):
+        self.sandbox, self._number = sandbox, tag.rpartition("-")[2]
+        self.variables: dict[str, str] = {}
+        self.directory = self.home = self.cgroup = self.user = self._uid = None
+
+    def _open(self) -> None:
+        settings, reaper = self.sandbox.settings, self.sandbox.reaper
+        if settings.run_as_user:
+            self._take_user(settings.run_as_user)
+        if settings.private_home or settings.sandbox != "off":
+            self.directory = f"{reaper.homes}/{self._number}"
+            self.home = f"{self.directory}/home"
+            os.makedirs(reaper.homes, 0o711, exist_ok=True)
+            for path in self.directory, self.home, f"{self.directory}/tmp":
+                os.mkdir(path, 0o700)
+                if self.user and os.geteuid() == 0:
+                    os.chown(path, *self.user)
+            self.variables.update(HOME=self.home, TMPDIR=f"{self.directory}/tmp")
+        self._make_cgroup()
+
+    def _take_user(self, text: str) -> None:
+        """A user by name or number, or one of a range that no other process here has."""
+        import pwd
+        first, dash, last = text.partition("-") if text[0].isdigit() else (None, "", "")
+        if dash:
+            taken = self.sandbox.reaper.uids
+            uid = next((uid for uid in range(int(first), int(last) + 1) if uid not in taken), None)
+            if uid is None:
+                raise try_later("all users of RUN_AS_USER are taken")
+            taken.add(uid)
+            self._uid = first = uid
+        try:
+            found = pwd.getpwnam(text) if first is None else pwd.getpwuid(int(first))
+        except KeyError:
+            if first is None:
+                return self.sandbox.refuse("run_as_user", f"there is no user {text}")
+            found = None
+        self.user = (found.pw_uid, found.pw_gid) if found else (int(first), int(first))
+        self.variables["HOME"] = found.pw_dir if found else "/"
+
+    def _make_cgroup(self) -> None:
+        """A control group, where ours or the one above it can be divided; with its limits, where they can be set there.
+        cgroups(7); Linux, Control Group v2, memory.max and pids.max."""
+        settings = self.sandbox.settings
+        for prefix in self.sandbox.reaper.cgroups:
+            path = f"{prefix}-{self._number}"
+            with contextlib.suppress(OSError):
+                os.mkdir(path)
+                self.cgroup = path
+                break
+        for controller, file, limit in (("memory", "memory.max", settings.limit_memory_mb * 1024 * 1024),
+                                        ("pids", "pids.max", settings.limit_processes * TASKS)):
+            if self.cgroup and limit:
+                with contextlib.suppress(OSError):
+                    write_file(f"{os.path.dirname(self.cgroup)}/cgroup.subtree_control", f"+{controller}")
+                    write_file(f"{self.cgroup}/{file}", str(limit))
+
+    def _leave_cgroup(self) -> None:
+        if self.cgroup:
+            with contextlib.suppress(OSError):             # Linux 5.14
+                write_file(f"{self.cgroup}/cgroup.kill", "1")
+            os.rmdir(self.cgroup)
+            self.cgroup = None
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Did the kernel end something of it, because it was over memory.max?"""
+        events = dict(line.split() for line in read_file(f"{self.cgroup}/memory.events").splitlines())
+        return int(events.get(b"oom_kill", 0)) > 0
+
+    async def start(self, spawn, command: list[str], environment: dict[str, str], directory: str | None) -> None:
+        """Starts CONFINE by spawn(), as asyncio's subprocess_exec; returns when it has become the server, or, without a
+        command, when all steps were taken. OSError when there is no such program, ServerError when a step failed."""
+        self._open()
+        given = self.sandbox.given
+        environment = {**{name: value for name, value in environment.items()           # these lead out of the home
+                          if not (self.home and name.startswith("XDG_")) or name in given},
+                       **{name: value for name, value in self.variables.items() if name not in given}}
+        program = shutil.which(command[0], path=environment.get("PATH")) if command else ""
+        if program is None:
+            raise FileNotFoundError(errno.ENOENT, "")
+        steps = self.sandbox.steps(self)
+        output, report = os.pipe()
+        try:
+            plan = (report, self.sandbox.settings.sandbox != "try", [] if "LC_CTYPE" in environment else ["LC_CTYPE"],
+                    [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
+                    program and os.path.abspath(program))
+            # Isolated from what the server's environment and directory say to Python.
+            await spawn(sys.executable, "-I", "-S", "-c", f"{CONFINE}main{plan!r}", *command, start_new_session=True,
+                        env=environment, cwd=directory or self.home, pass_fds=[report])
+        except BaseException:
+            os.close(output)
+            raise
+        finally:
+            os.close(report)
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(output, "rb", 0))
+        try:
+            lines = (await reader.read()).splitlines()
+            for number, error in (map(int, line.split()) for line in lines if line != b"done"):
+                if number < 0:
+                    raise OSError(error, "")
+                name, step, *_ = steps[number]
+                self.sandbox.refuse(name, why_refused(step, error))
+            if b"done" not in lines:
+                raise ServerError("the sandbox could not be made")
+        finally:
+            transport.close()
+
+    def close(self) -> None:
+        """Gives back what it has; all processes that are known have got their SIGKILL. Called in a thread: it may take
+        long."""
+        while self._uid is not None and any([kill(pid, signal.SIGKILL) for pid in processes_of(self._uid)]):
+            time.sleep(0.01)
+        for _ in range(20):
+            try:
+                self._leave_cgroup()
+                if self.directory and os.path.exists(self.directory):
+                    remove_tree(*os.path.split(self.directory))
+                break
+            except OSError:                            # something still writes, or has not ended yet
+                time.sleep(0.05)
+        self.sandbox.reaper.uids.discard(self._uid)
+
+
+def processes_of(uid: int) -> list[int]:
+    """What runs as a user; a zombie does not."""
+    found = []
+    for pid in list_processes():
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid and process_state(pid)[0] != b"Z":
+                found.append(pid)
+    return found
+
+
+def write_file(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def remove_tree(base: str, name: str) -> None:
+    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
+    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
+    into, and a link is followed nowhere."""
+    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
+    try:
+        while found:
+            here = found.pop()
+            try:
+                if os.geteuid():                       # root needs no rights, and must not be led to others' files
+                    os.chmod(here, 0o700, dir_fd=at)
+                folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except NotADirectoryError:                 # it was exchanged for another thing as it was moved
+                os.unlink(here, dir_fd=at)
+                continue
+            try:
+                for entry in list(os.scandir(folder)):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=folder)
+                        continue
+                    if os.geteuid():
+                        os.chmod(entry.name, 0o700, dir_fd=folder)
+                    found.append(f"{name}.{next(numbers)}")
+                    os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
+            finally:
+                os.close(folder)
+            os.rmdir(here, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+async def try_out(sandbox: Sandbox) -> None:
+    """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
+    if sandbox.is_on:
+        try:
+            cell = Cell(sandbox, sandbox.reaper.new_tag())
+            try:
+                await cell.start(asyncio.create_subprocess_exec, [], {}, None)
+            finally:
+                cell.close()
+        except ServerError as error:
+            raise StartError(str(error)) from None
+
+
+def abilities() -> str:
+    """What this machine can do of all this, in words."""
+    import ctypes
+    try:
+        found = [f"Landlock (ABI {landlock_abi()})"]
+    except OSError as error:
+        found = [f"no Landlock: {why_refused('landlock', error.errno)}"]
+    # A program at address 0 is not read, where there is a seccomp to read it.
+    ctypes.CDLL(None, use_errno=True).prctl(22, ctypes.c_ulong(2), None, None, None)
+    has_filters = ctypes.get_errno() == errno.EFAULT and os.uname().machine in MACHINES
+    return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
+                      "can become other users" if os.geteuid() == 0 else "cannot become other users"])
+
+
+# ============================================================================
+# 16. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -3053,6 +4121,8 @@ class Link:
     exit_code: int | None = None
     was_stopped = False     # by us; it did not end by itself
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
+    excess: dict[str, object] = {}       # the limit for which it was ended, what that allows, and what was measured
+    told_usage = ""         # what it used, for the log
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
     is_clogged = False      # does what is written wait here for the server to read?
@@ -3113,10 +4183,14 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     label = "process %(pid)s"
 
-    def __init__(self, server: str, command: list[str], environment: dict[str, str], reaper: Reaper, redact,
-                 limit: int, directory: str | None = None):
-        self._server, self._command, self._environment, self._directory = server, command, environment, directory
-        self._reaper, self._tag = reaper, reaper.new_tag()
+    def __init__(self, command: list[str], environment: dict[str, str], sandbox: Sandbox, redact, limit: int,
+                 directory: str | None = None):
+        self._server, self._sandbox, self._reaper = sandbox.server, sandbox, sandbox.reaper
+        self._command, self._environment, self._directory = command, environment, directory
+        self._tag = sandbox.reaper.new_tag()
+        self._cell = Cell(sandbox, self._tag) if sandbox.is_on else None
+        self.usage = Usage(self._tag, self._check_limits)
+        self._excess: tuple | None = None      # the limit that it went over, and what was measured
         self._redact = redact                  # takes the values of its client's variables out of a text of its own
         self.last_words = collections.deque(maxlen=STDERR_LINES)
         self._limit = limit                    # of a line from stdout, in bytes
@@ -3133,12 +4207,16 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     async def start(self) -> None:
         """Starts the server in a process group of its own; ServerError when it cannot be executed."""
         self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
-        self._reaper.starting += 1
+        self._reaper.census.starting += 1
+        spawn = functools.partial(self._loop.subprocess_exec, lambda: self)
+        environment = {**self._environment, "MCPPROXY_TAG": self._tag}
         try:
-            await self._loop.subprocess_exec(lambda: self, *self._command, start_new_session=True, cwd=self._directory,
-                                             env={**self._environment, "MCPPROXY_TAG": self._tag})
+            if self._cell:
+                await self._cell.start(spawn, self._command, environment, self._directory)
+            else:
+                await spawn(*self._command, start_new_session=True, cwd=self._directory, env=environment)
         except BaseException as error:
-            self._reaper.ended(self._tag, self._pid)          # cancelled, it may have children already
+            self._reaper.ended(self._tag, self._pid, self._cell)          # cancelled, it may have children already
             if not isinstance(error, (OSError, ValueError)):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"
@@ -3146,9 +4224,11 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
                 reason = "cwd is no directory"
             elif isinstance(error, FileNotFoundError):
                 reason = why_not_found(self._command[0], self._environment.get("PATH")) or reason
+            elif self._cell and isinstance(error, PermissionError):
+                reason += f": {self._command[0]} is not within SANDBOX_READ, or RUN_AS_USER may not run it"
             raise ServerError(f"the MCP server could not be started: {reason}") from None
         finally:
-            self._reaper.starting -= 1
+            self._reaper.census.starting -= 1
         log.debug("= server %(server)s started as process %(pid)s", server=self._server, **self.fields)
 
     # What asyncio calls.
@@ -3156,7 +4236,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
         self._pid = transport.get_pid()
-        self._reaper.servers.add(self._pid)
+        self._reaper.census.servers[self._pid] = self.usage
         self.fields = {"pid": str(self._pid)}
         self._stdin = transport.get_pipe_transport(0)
         for number in (0, 1):
@@ -3186,6 +4266,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
+        self._excess = self._excess or self._blamed_limit()
         self._exited.set()
         self._end_soon()
 
@@ -3204,9 +4285,49 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def how_it_ended(self) -> str:
+        if self._excess:
+            limit, measured = self._excess
+            return f": {measured:g} {LIMITS[limit][1]} are more than {LIMITS[limit][0].upper()} allows"
         if self.exit_code is None or self.exit_code >= 0:
             return "" if self.exit_code is None else f" with exit code {self.exit_code}"
         return f" by signal {-self.exit_code} ({signal.strsignal(-self.exit_code)})"
+
+    @property
+    def excess(self) -> dict[str, object]:
+        if not self._excess:
+            return {}
+        limit, measured = self._excess
+        return {"limit": limit, "allowed": getattr(self._sandbox.settings, LIMITS[limit][0]), "measured": measured}
+
+    def _check_limits(self) -> None:
+        """Called when its usage was looked at: ends it if it is over a limit."""
+        settings, usage = self._sandbox.settings, self.usage
+        for limit, measured in (("memory", round(usage.memory / 1024 / 1024, 1)), ("processes", usage.processes),
+                                ("cpu", round(max(usage.cpu.values(), default=0), 1))):
+            if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not self._excess:
+                self._excess = limit, measured
+                self._reaper.census.kill(self._pid)
+
+    def _blamed_limit(self) -> tuple | None:
+        """The limit because of which the kernel ended it, and what was reached. A shell or npx passes on how its child
+        ended."""
+        settings, most_cpu = self._sandbox.settings, max(self.usage.cpu.values(), default=0)
+        number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
+        could_be = most_cpu + (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
+        if settings.limit_file_mb and number == signal.SIGXFSZ:
+            return "file_size", settings.limit_file_mb
+        if settings.limit_cpu_seconds and (number == signal.SIGXCPU or (
+                number == signal.SIGKILL and not self._stopping and could_be > settings.limit_cpu_seconds)):
+            return "cpu", max(settings.limit_cpu_seconds, round(most_cpu, 1))
+        if self._cell and self._cell.is_out_of_memory:
+            return "memory", max(settings.limit_memory_mb, round(self.usage.memory / 1024 / 1024, 1))
+        return None
+
+    @property
+    def told_usage(self) -> str:
+        usage = self.usage
+        return (f"; it took up to {usage.most_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
+                f"processes: {usage.most_processes}") if usage.seen_at else ""
 
     @property
     def unread(self) -> int:
@@ -3254,7 +4375,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
-        self._reaper.ended(self._tag, self._pid)
+        self._reaper.ended(self._tag, self._pid, self._cell)
         self._end()
 
     def close_stdin(self) -> None:
@@ -3300,7 +4421,7 @@ SHUTDOWN_STEPS = (
 
 
 # ============================================================================
-# 15. HTTP client
+# 17. HTTP client
 # ============================================================================
 #
 # Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
@@ -3452,6 +4573,18 @@ class ClientConnection(asyncio.Protocol):
             fetch.on_failure(reason)
 
 
+@functools.lru_cache(maxsize=1)
+def client_tls():
+    """What verifies the certificates of remote servers: the system's authorities, or those of SSL_CERT_FILE."""
+    import ssl
+    return ssl.create_default_context()
+
+
+def port_of(url: SplitResult) -> int:
+    """The port of a split URL."""
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
 class HTTPClient:
     """The connections to one server."""
 
@@ -3539,7 +4672,254 @@ class HTTPClient:
 
 
 # ============================================================================
-# 16. Remote servers
+# 18. Issuer of tokens
+# ============================================================================
+#
+# Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
+# token itself. What was found out is kept by the token's hash, so that a signature is verified once, and not by the
+# event loop. Whoever needs what is not known yet is told to come again (NotYet).
+
+ANSWER_SECONDS = 10.0            # for the issuer to say something
+ANSWER_BYTES = 256 * 1024        # of what it says
+KEYS_SECONDS = 600.0             # after which its keys are read again
+RETRY_SECONDS = 60.0             # before that is done for a key that is not known
+OUTAGE_SECONDS = 5.0             # or because none is known at all
+KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
+INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
+BAD_SECONDS = 10.0               # for which a token is remembered as bad
+BAD_PAUSE = 0.01                 # after each one with a wrong signature: to make them costs nothing
+KNOWN_TOKENS = 10_000
+QUESTIONS = 8                    # about tokens, that are asked at a time; and after an answer that one is bad
+QUESTION_PAUSE = 0.1             # so long is waited: whoever makes them up shall not ask as much as he likes
+CHECKS, CHECKS_OF_ONE = 256, 128 # that may run, in all and for one address, which may be a reverse proxy's
+
+
+class NotYet(Exception):
+    """Something has to be found out first; when `task` is done, ask again."""
+
+    def __init__(self, task: asyncio.Task):
+        super().__init__()
+        self.task = task
+
+
+class Verdict(typing.NamedTuple):
+    """What is known of a token."""
+
+    good_until: float                          # of the clock; what is said here holds for so long
+    error: str | None = None                   # why it is refused
+    subject: str = ""
+    audience: frozenset[str] = frozenset()
+    scopes: frozenset[str] = frozenset()
+    key: PublicKey | None = None               # that has signed it
+
+
+class Ask(Fetch):
+    """A request of which all of the answer is wanted."""
+
+    is_safe = True
+
+    def __init__(self, head: bytes, body: bytes):
+        super().__init__(head, body, ANSWER_BYTES)
+        self.answer = asyncio.get_running_loop().create_future()
+
+    def on_end(self, head: ResponseHead, body: bytes) -> None:
+        if not self.answer.done():
+            self.answer.set_result((head, body))
+
+    def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(OSError(reason))
+
+
+async def ask(url: str, body: bytes = b"", headers: tuple[str, ...] = ()) -> dict:
+    """The JSON object that a URL answers with; OSError when it does not. Redirects are not followed."""
+    parts = urlsplit(url)
+    lines = [f"{'POST' if body else 'GET'} {parts.path or '/'}{'?' * bool(parts.query)}{parts.query} HTTP/1.1",
+             f"Host: {parts.netloc}", f"Accept: {JSON_TYPE}", f"User-Agent: mcpproxy/{__version__}", *headers]
+    lines += [f"Content-Length: {len(body)}"] if body else []
+    client = HTTPClient(parts.hostname, port_of(parts), client_tls() if parts.scheme == "https" else None)
+    fetch = Ask("\r\n".join([*lines, "\r\n"]).encode(), body)
+    client.send(fetch)
+    try:
+        head, answer = await asyncio.wait_for(fetch.answer, ANSWER_SECONDS)
+    except asyncio.TimeoutError:
+        raise OSError("does not answer") from None
+    finally:
+        client.close()
+    if head.status != 200:
+        raise OSError(f"answers HTTP {head.status}")
+    with contextlib.suppress(ValueError, RecursionError):              # whose words may be of what was asked
+        found = json.loads(answer.decode(), object_pairs_hook=without_repeats)
+        if isinstance(found, dict):
+            return found
+    raise OSError("answers with what is no JSON object")
+
+
+class Issuer:
+    """The issuer of tokens, as it is known here."""
+
+    def __init__(self, settings: Settings, now, on_other_keys):
+        self._settings, self._now = settings, now
+        self._on_other_keys = on_other_keys        # called when what was found out by keys may be wrong
+        self._keys: list[PublicKey] = []
+        self._read_at = self._tried_at = self._retried_at = -float("inf")          # the last: for an unknown one
+        self._reading: asyncio.Task | None = None
+        self._verdicts: dict[bytes, Verdict] = {}  # by the token's hash
+        self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that run, and for whom
+        self._verifier = concurrent.futures.ThreadPoolExecutor(1)
+        self._questions = asyncio.Semaphore(QUESTIONS)
+
+    def check(self, text: str, principal: object) -> Verdict:
+        """What a token is worth. Raises NotYet when that has to be found out, ServerError when it cannot be."""
+        import hashlib
+        digest, now = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), self._now()
+        if self._keys and now - self._read_at > KEYS_SECONDS:
+            self._read_soon()
+        verdict = self._verdicts.get(digest)
+        if verdict and now < verdict.good_until:
+            return verdict
+        if digest in self._checks:
+            raise NotYet(self._checks[digest][0])
+        try:
+            token = parse_token(text) if text.count(".") == 2 or not self._settings.oauth_introspection_url else None
+            if token:
+                check_claims(token.claims, self._settings.oauth_issuer, time.time())
+        except TokenError as error:
+            return Verdict(now + BAD_SECONDS, str(error))
+        of_one = sum(whose == principal for _, whose in self._checks.values())
+        if len(self._checks) >= CHECKS or of_one >= CHECKS_OF_ONE:
+            raise try_later("too many tokens have to be looked at")
+        task = asyncio.get_running_loop().create_task(self._find_out(digest, text, token))
+        self._checks[digest] = task, principal
+        task.add_done_callback(lambda task: (self._checks.pop(digest), task.cancelled() or task.exception()))
+        raise NotYet(task)
+
+    async def _find_out(self, digest: bytes, text: str, token: Token | None) -> None:
+        try:
+            claims, key = (token.claims, await self._verify(token)) if token else (await self._introspect(text), None)
+            scopes = claims.get("scope", claims.get("scp", ""))
+            scopes = scopes.split() if isinstance(scopes, str) else scopes if isinstance(scopes, list) else []
+            audience = claims.get("aud")
+            audience = [audience] if isinstance(audience, str) else audience if isinstance(audience, list) else []
+            left = min(max(claims["exp"] - time.time(), 1), INTROSPECTED_SECONDS if token is None else KNOWN_SECONDS)
+            audience, scopes = (frozenset(one for one in some if isinstance(one, str)) for some in (audience, scopes))
+            verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key)
+        except TokenError as error:
+            verdict = Verdict(self._now() + BAD_SECONDS, str(error))
+        if len(self._verdicts) >= KNOWN_TOKENS:
+            del self._verdicts[next(iter(self._verdicts))]
+        self._verdicts[digest] = verdict
+
+    # JWTs.
+
+    async def _verify(self, token: Token) -> PublicKey:
+        if not self._keys:
+            await self._renew_keys()
+        if not self._keys:
+            raise ServerError("the keys of the tokens' issuer are not known: it cannot be reached", status=503,
+                              headers=(("Retry-After", "5"),))
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._verifier, verify_with_care, token, self._keys)
+        except UnknownKey:
+            if self._now() - self._retried_at < RETRY_SECONDS and not self._reading:
+                raise
+            self._retried_at, self._tried_at = self._now(), -float("inf")
+            await self._renew_keys()
+            return await loop.run_in_executor(self._verifier, verify_with_care, token, self._keys)
+
+    def _read_soon(self) -> asyncio.Task | None:
+        """Begins to read its keys, once for all who want them; but not at once again."""
+        if self._reading is None and self._now() - self._tried_at >= OUTAGE_SECONDS:
+            self._tried_at = self._now()
+            self._reading = asyncio.get_running_loop().create_task(self._read())
+        return self._reading
+
+    async def _renew_keys(self) -> None:
+        if self._read_soon():
+            await asyncio.wait([self._reading])
+
+    async def _read(self) -> None:
+        """Reads its keys; those that are known stay while it is down."""
+        try:
+            keys = await asyncio.wait_for(self._fetch(), ANSWER_SECONDS)
+            if not keys:
+                raise ValueError("no key that is of use")
+            is_other, self._keys, self._read_at = keys != self._keys, keys, self._now()
+            if is_other:
+                self._verdicts = {digest: verdict for digest, verdict in self._verdicts.items()
+                                  if verdict.error is None and (verdict.key is None or verdict.key in keys)}
+                self._on_other_keys()
+        except (OSError, ValueError, asyncio.TimeoutError) as error:
+            log.error("! the keys of %(issuer)s cannot be read: %(reason)s", issuer=self._settings.oauth_issuer,
+                      reason=str(error)[:200] or "it takes too long")
+        finally:
+            self._reading = None
+
+    async def _fetch(self) -> list[PublicKey]:
+        return parse_jwks(await ask(self._settings.oauth_jwks_url or await self._discover()))
+
+    async def _discover(self) -> str:
+        """Where its keys are. MCP 2025-11-25, Authorization Server Discovery: RFC 8414 first, then OpenID Connect."""
+        issuer, failure = urlsplit(self._settings.oauth_issuer), None
+        path = issuer.path.rstrip("/")
+        for where in (f"/.well-known/oauth-authorization-server{path}", f"/.well-known/openid-configuration{path}",
+                      f"{path}/.well-known/openid-configuration"):
+            try:
+                found = await ask(f"{issuer.scheme}://{issuer.netloc}{where}")
+                if found.get("issuer") != self._settings.oauth_issuer:           # RFC 8414 §3.3
+                    raise ValueError("what is found there is another issuer's")
+                if not is_safe_url(found.get("jwks_uri")):
+                    raise ValueError("its jwks_uri is no https URL")
+                return found["jwks_uri"]
+            except (OSError, ValueError) as error:
+                failure = failure or error
+        raise failure
+
+    # Others. RFC 7662.
+
+    async def _introspect(self, text: str) -> dict:
+        settings = self._settings
+        # RFC 6749 §2.3.1: both are form-encoded first.
+        who = f"{quote(settings.oauth_client_id, safe='')}:{quote(settings.oauth_client_secret, safe='')}".encode()
+        headers = (f"Authorization: Basic {base64.b64encode(who).decode()}",) if settings.oauth_client_id else ()
+        try:
+            async with self._questions:
+                said = await ask(settings.oauth_introspection_url,
+                                 f"token={quote(text, safe='')}&token_type_hint=access_token".encode(),
+                                 ("Content-Type: application/x-www-form-urlencoded", *headers))
+                if said.get("active") is not True:
+                    await asyncio.sleep(QUESTION_PAUSE)
+        except OSError as error:
+            log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
+            raise ServerError("whoever knows the tokens cannot be reached", status=503,
+                              headers=(("Retry-After", "5"),)) from None
+        if said.get("active") is not True:
+            raise TokenError("it is not active")
+        # What need not be said there is what it is here.
+        usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS,
+                 "sub": said.get("username") or said.get("client_id")}
+        claims = {**usual, **{name: value for name, value in said.items() if value is not None}}
+        check_claims(claims, settings.oauth_issuer, time.time())
+        return claims
+
+    def close(self) -> None:
+        self._verifier.shutdown(wait=False, cancel_futures=True)
+
+
+def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
+    """verify(), at a pace that wrong signatures cannot make dear."""
+    try:
+        return verify(token, keys)
+    except UnknownKey:
+        raise
+    except TokenError:
+        time.sleep(BAD_PAUSE)
+        raise
+
+
+# ============================================================================
+# 19. Remote servers
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. Each message is a POST of its own.
@@ -3651,11 +5031,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 def media_type(head: ResponseHead) -> str:
     """The media type of a response, without its parameters."""
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def port_of(url: SplitResult) -> int:
-    """The port of a split URL."""
-    return url.port or (443 if url.scheme == "https" else 80)
 
 
 def refusal(head: ResponseHead, body: bytes) -> ServerError:
@@ -4062,15 +5437,8 @@ class RemoteLink(Link):
         self._is_sse, self._target = True, where.path + (f"?{where.query}" if where.query else "")
 
 
-@functools.lru_cache(maxsize=1)
-def client_tls():
-    """What verifies the certificates of remote servers: the system's authorities, or those of SSL_CERT_FILE."""
-    import ssl
-    return ssl.create_default_context()
-
-
 # ============================================================================
-# 17. Server connection
+# 20. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -4337,7 +5705,7 @@ class ServerConnection(Holder):
         clients, that may be anybody's secret, and is for the log alone."""
         is_secretive = self.has_served and not self._is_ones_own
         words = [] if is_secretive else list(self.link.last_words)
-        data = {"exitCode": self.link.exit_code, **({} if is_secretive else {"stderr": words})}
+        data = {"exitCode": self.link.exit_code, **self.link.excess, **({} if is_secretive else {"stderr": words})}
         return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
                            data=None if self.link.is_remote else data)
 
@@ -4451,8 +5819,8 @@ class ServerConnection(Holder):
         if self.is_greeted:              # otherwise the instance logs that it did not start
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
-            log.say(level, f"= server %(server)s, {self.link.label} ended%(reason)s", server=self.name, reason=reason,
-                    **self.link.fields)
+            log.say(level, f"= server %(server)s, {self.link.label} ended%(reason)s%(usage)s", server=self.name,
+                    reason=reason, usage=self.link.told_usage, **self.link.fields)
         pending, self.pending = self.pending, {}
         for request in pending.values():
             request.on_failure(error)
@@ -4460,7 +5828,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 18. Streams, questions and outlets
+# 21. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -4598,7 +5966,7 @@ class Outlet:
 
 
 # ============================================================================
-# 19. What servers send
+# 22. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -4792,7 +6160,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 20. Subscriptions and lists
+# 23. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -4807,6 +6175,7 @@ LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a su
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
+KNOWN_CONFIGS = 64               # for which it is known how a list is shown
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
@@ -4935,7 +6304,7 @@ class Items(dict):
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
         self.document: bytes | None = None         # that describes tools, once somebody wanted it
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
-        self._shown: dict[bool, tuple[ServerConfig, dict]] = {}        # and for which configuration
+        self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its id, and is it one of several?
 
     def check(self, call: Message, name: str, headers: dict[str, str]) -> None:
         """Refuses a modern call of the tool with this name whose headers do not repeat its arguments."""
@@ -4967,9 +6336,12 @@ class Items(dict):
 
     def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, tuple[str, str]]:
         """The same as clients see it: (the server's own name, the text) by the name that is shown."""
-        known_for, shown = self._shown.get(is_joint, (None, {}))
-        if known_for is config:
-            return shown
+        kept = self._shown.get((id(config), is_joint))
+        if kept and kept[0] is config:
+            return kept[1]
+        if config.whole:                           # of whose texts there is one for all
+            return {name: (own, text) for name, (own, text) in self.shown(config.whole, is_joint).items()
+                    if self.method != "tools/list" or config.rules.opens(own, self[own])}
         shown = {}
         for own, text in self.texts.items():
             name = config.shown_as(own, self.method, is_joint)
@@ -4982,7 +6354,9 @@ class Items(dict):
                 item = JSONObject(text)
                 text = item.changed([(*item.span("name"), dump(name))]).decode()
             shown[name] = own, text
-        self._shown[is_joint] = config, shown
+        if len(self._shown) >= KNOWN_CONFIGS:
+            self._shown.clear()
+        self._shown[id(config), is_joint] = config, shown
         return shown
 
 
@@ -5071,7 +6445,7 @@ class KeptList:
 
 
 # ============================================================================
-# 21. Instances
+# 24. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -5508,7 +6882,7 @@ class Instance:
 
 
 # ============================================================================
-# 22. Clients
+# 25. Clients
 # ============================================================================
 #
 # Who sends requests. A client is attached to the instance of a server that it uses
@@ -5516,11 +6890,7 @@ class Instance:
 
 OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
 KEPT_STREAMS = 16                # of each session, after they ended
-
-
-def try_later(why: str) -> ServerError:
-    """The answer to a client that may come again."""
-    return ServerError(why, status=503, headers=(("Retry-After", "5"),))
+MAX_LABEL = 64                   # characters of who somebody is, in the log
 
 
 class Client(Holder):
@@ -5530,12 +6900,12 @@ class Client(Holder):
     way = ""                                        # the ids of the proxies that its requests come through
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
-    def __init__(self, mount: "Mount", view: View, key: str | None, variables: dict[str, str], principal: object,
+    def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
         self.mount = mount
         self.view = view                            # what it is shown
         self.principal = principal
-        self.key = key                              # that it came with
+        self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
         self.variables = variables                  # that it sets for its servers
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
@@ -5571,12 +6941,6 @@ class Client(Holder):
             call.cancel(notification)
 
     @functools.cached_property
-    def key_name(self) -> str | None:
-        """What its key is called: key1 is the first of AUTH_KEY."""
-        keys = self.mount.settings.auth_keys
-        return f"key{keys.index(self.key) + 1}" if self.key in keys else None
-
-    @functools.cached_property
     def redact(self):
         """Takes the values of its variables out of a text for the log."""
         return redactor(self.variables.values())
@@ -5590,19 +6954,23 @@ class Visitor(Client):
     """A caller without a session."""
 
     is_session = False
-    label = "-"                                     # what the log calls it
     capabilities: dict = {}                         # nobody can ask it anything,
     info = version = log_level = None               # and it has said nothing of itself
+
+    @property
+    def label(self) -> str:
+        """What the log calls it."""
+        return self.caller.name[:MAX_LABEL] if self.caller else "-"
 
     @functools.cached_property
     def user(self) -> tuple:
         """Those with the same are one user."""
-        return self.key, self.name, frozenset(self.variables.items())
+        return self.caller, self.name, frozenset(self.variables.items())
 
     @property
     def identity(self) -> object:
         """Whose its calls are: the user's, or if that may be anybody, each its own."""
-        return self.user if self.key is not None or self.variables else self
+        return self.user if self.caller is not None or self.variables else self
 
 
 class Session(Client):
@@ -5610,9 +6978,9 @@ class Session(Client):
 
     is_session = True
 
-    def __init__(self, mount: "Mount", view: View, key: str | None, variables: dict[str, str], principal: object,
-                 is_streamable: bool):
-        super().__init__(mount, view, key, variables, principal)
+    def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str],
+                 principal: object, is_streamable: bool):
+        super().__init__(mount, view, caller, variables, principal)
         self.id = self.identity = os.urandom(16).hex()
         self.label = self.id[:8]                    # the id is a secret
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
@@ -5646,16 +7014,20 @@ class Session(Client):
         """The configuration is another one: what it used of servers that are gone, it uses of those in their place."""
         before = self.view.members
         try:
-            self.view = catalog.view(self.view.place, self.view.wanted)
-        except RPCError:
+            self.view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
+        except RPCError as error:
             self.is_homeless = True
-            return
+            return self.end() if error.data else None      # its key opens the place no more
         if self.variables and self.view.is_for_all:        # nobody takes them any more
             self.is_homeless = True
-        for old in [server for server in self._instances if server.is_retired]:
+        shown = {one.name for member in self.view.members for one in (member, *member.members)}
+        for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
-            instance.sessions.pop(self.id, None)
-            self._move_topics(instance, self.mount.servers.get(old.name))
+            self._move_topics(instance, self.mount.servers.get(old.name) if old.name in shown else None)
+            if old.is_retired:                             # it ends when its calls are done
+                instance.sessions.pop(self.id, None)
+            else:
+                instance.leave(self)
         for kind, _ in LIST_CHANGES.values() if self.version and self.view.members != before else ():
             self.stream.send(list_changed(kind).payload)
 
@@ -5753,7 +7125,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 23. Servers and groups
+# 26. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -5943,12 +7315,12 @@ class Server:
                     now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
 
-    def end_subscriptions(self) -> None:
-        """Ends what modern clients listen to here."""
+    def end_subscriptions(self, whose=lambda client: True) -> None:
+        """Ends what modern clients listen to here, of those for whom whose(client) is true."""
         for instance in self.instances.values():
             pending = list(instance.connection.pending.values()) if instance.connection else []
             for call in [*instance.listeners, *pending]:
-                if call.client and call.is_endless:
+                if call.client and call.is_endless and whose(call.client):
                     call.end_subscription()
 
     async def close(self) -> None:
@@ -5999,7 +7371,8 @@ class Group:
         if when is None:
             return False
         arguments = message.plain_params.get("arguments") if when.argument and message.params.get("arguments") else {}
-        return when.claims(arguments if isinstance(arguments, dict) else {}, client.headers, client.key_name)
+        return when.claims(arguments if isinstance(arguments, dict) else {}, client.headers,
+                           client.caller and client.caller.name)
 
     def _owner(self, client: Client, message: Message) -> Server | None:
         """The member that has the task, or the call that waits for input, which a request names."""
@@ -6024,7 +7397,7 @@ class Group:
 
 
 # ============================================================================
-# 24. Mounts
+# 27. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -6061,8 +7434,10 @@ class Mount:
                 server.make_instance().start()
             server.keep_spares()
 
-    def reload(self, catalog: Catalog) -> None:
-        """Takes another configuration: what did not change goes on, what did ends when its calls are done."""
+    def reload(self, catalog: Catalog, callers: tuple[Caller, ...] = ()) -> None:
+        """Takes another configuration: what did not change goes on, what did ends when its calls are done; what came by
+        a key that is gone ends at once."""
+        self._adopt_callers({caller: caller for caller in callers})
         before, self.servers = self.servers, {}
         catalog.leaving = {session.view.place for session in self.sessions.values()} - {None, *catalog.places}
         for name, config in catalog.servers.items():
@@ -6083,6 +7458,23 @@ class Mount:
         for server in before.values():
             server.end_subscriptions()
 
+    def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
+        """Takes other keys. What tokens may use is seen when they come again."""
+        def now(client: Client) -> Caller | None:
+            return client.caller if client.caller and client.caller.is_token else callers.get(client.caller)
+        for session in list(self.sessions.values()):
+            if session.caller and not now(session):
+                session.end()
+            session.caller = now(session)
+
+        def is_another(client: Client) -> bool:
+            return not client.is_session and client.caller is not None and (
+                not now(client) or now(client).limits != client.caller.limits)
+        for listener in [listener for listener in self.listeners if is_another(listener.client)]:
+            listener.end_subscription()
+        for server in self.servers.values():
+            server.end_subscriptions(is_another)
+
     def pick(self, client: Client) -> Instance:
         """The instance to which the requests of a client go that is shown one server."""
         return client.at(self.server(client.view.members[0].name))
@@ -6099,7 +7491,7 @@ class Mount:
         if self.is_draining:
             raise try_later("the proxy is shutting down")
 
-    def open_session(self, view: View, key: str | None, variables: dict[str, str], principal: object = None,
+    def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
                      is_streamable: bool = True, way: str = "") -> Session:
         """A session for a new client, once there is room for it and what it uses."""
         self.check_open()
@@ -6108,31 +7500,35 @@ class Mount:
             others = who_gives(self.sessions.values(), principal)
             if not others:
                 raise try_later("too many sessions")
-        session = Session(self, view, key, variables, principal, is_streamable)
+        session = Session(self, view, caller, variables, principal, is_streamable)
         session.way = way
         connection = self.pick(session).connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
         self.sessions[session.id] = session
-        log.info("= session %(session)s opened" + (f", at {connection.link.label}" if connection else ""),
-                 session=session.label, **(connection.link.fields if connection else {}))
+        about = {"session": session.label, **({"key": caller.name[:MAX_LABEL]} if caller else {})}
+        log.info("= session %(session)s opened" + (" by %(key)s" if caller else "") + (
+            f", at {connection.link.label}" if connection else ""), **about,
+                 **(connection.link.fields if connection else {}))
         return session
 
-    def find_session(self, session_id: str | None, place: str | None, key: str | None, is_streamable: bool) -> Session:
-        """The session that a client names; it has to come with the key that opened it, and to the same place."""
+    def find_session(self, session_id: str | None, place: str | None, caller: Caller | None,
+                     is_streamable: bool) -> Session:
+        """The session that a client names; it has to come from the caller who opened it, and to the same place."""
         if not session_id:
             raise RPCError("missing Mcp-Session-Id: send initialize first, its answer has one")
         session = self.sessions.get(session_id)
-        if session is None or (session.view.place, session.key, session.is_streamable) != (place, key, is_streamable):
+        if session is None or (session.view.place, session.caller, session.is_streamable) != (
+                place, caller, is_streamable):
             raise RPCError("session unknown or ended", status=404)
         session.last_used, session.is_followed = self.now(), True
         return session
 
-    def visit(self, view: View, key: str | None, variables: dict[str, str], principal: object = None,
+    def visit(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
               name: str | None = None) -> Visitor:
-        """A caller without a session."""
+        """Somebody without a session."""
         self.check_open()
-        return Visitor(self, view, key, variables, principal, name)
+        return Visitor(self, view, caller, variables, principal, name)
 
     def make_room_among(self, listeners, principal: object) -> None:
         """Sees to it that a subscription can be added; ServerError when there are as many as sessions may be."""
@@ -6186,7 +7582,7 @@ class Mount:
 
 
 # ============================================================================
-# 25. Several servers as one
+# 28. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -6360,8 +7756,18 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     if member is None and missing:
         raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
     if member is None:
-        raise unknown_name(kind, name)
+        raise why_closed(view, kind, name, found) or view.unknown(kind, name)
     return [member_target(member, kind, own, name)], {}
+
+
+def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig, Items]]) -> RPCError | None:
+    """The answer to who asks for what one of these lists has, but not for them."""
+    for member, items in found if view.limits else ():
+        own, _ = items.shown(member.whole or member, view.is_joint).get(name, (None, None))
+        if own is not None:
+            limit = "read_only" if member.rules.shown(own) else "tools"
+            return view.limits.refusal(limit, name[:200], 200, member.names, own)
+    return None
 
 
 async def check_knows_tasks(client: Client, message: Message) -> None:
@@ -6410,7 +7816,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 
 
 # ============================================================================
-# 26. Bridges
+# 29. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -6677,7 +8083,7 @@ class ModernClientLegacyServer(Bridge):
             return False
         state = message.params.get("requestState")
         parked = exchange.client.mount.parked.get(state) if isinstance(state, str) else None
-        if (parked is None or parked.client.key != exchange.client.key or parked.instance is not exchange.instance
+        if (parked is None or parked.client.caller != exchange.client.caller or parked.instance is not exchange.instance
                 or parked.method != exchange.method or parked.digest != digest_of(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
         parked.dialogue.resume(exchange, message)
@@ -6800,7 +8206,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 27. Dialogues
+# 30. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -6898,7 +8304,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 28. Exchanges
+# 31. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -7045,8 +8451,12 @@ class Exchange(PendingRequest, Holder):
         if log.level <= logging.DEBUG:
             log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
                       id=self.id, body=client.redact(self.message.text))
-        if connection and (self.headers is None and not connection.link.is_remote or self._is_checked(connection)):
-            return self.begin(connection)
+        is_plain = self.headers is None and self.target is None          # so it is for most calls
+        try:
+            if connection and (is_plain and not connection.link.is_remote or self._is_checked(connection)):
+                return self.begin(connection)
+        except ProxyError as error:
+            return self.fail(error)
         if self.method == "initialize" and self.instance and self.instance.is_private:
             self.instance.start(self.message.plain_params)
         self.message = None
@@ -7058,8 +8468,12 @@ class Exchange(PendingRequest, Holder):
     def _pick(self) -> None:
         """Chooses a server by the request alone, if that is enough."""
         state = self.message.params.get("requestState")
-        parked = self.client.mount.parked.get(state) if isinstance(state, str) else None
-        if parked:                                     # whatever was taken out of the configuration since
+        parked = self.client.mount.parked.get(state) if isinstance(state, str) and self.envelope else None
+        if parked and (parked.client.caller, parked.method, parked.name) == (
+                self.client.caller, self.method, self.name):
+            if self.client.view.limits:
+                pick(self.client, self.message)        # which refuses what it may use no more
+            # Whatever was taken out of the configuration since.
             self.instance, self.target, self.group = parked.instance, parked.target, parked.group
             return
         target = pick(self.client, self.message)
@@ -7079,14 +8493,24 @@ class Exchange(PendingRequest, Holder):
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
-        if self.headers is None and not self._is_repeated_at(connection):
+        if not self._takes_list(connection):
             return True
         tools, name = self.instance.tools.known, self.own_name
         if tools is None or name not in tools:
             return False
+        self._check_by(tools)
+        return True
+
+    def _takes_list(self, connection: ServerConnection) -> bool:
+        """Does it take the list of tools to know whether it may be sent, and how?"""
+        return self.headers is not None or bool(self.target and self.target.rules) or self._is_repeated_at(connection)
+
+    def _check_by(self, tools: Items) -> None:
+        rules, name = self.target and self.target.rules, self.own_name
+        if rules and not rules.opens(name, tools.get(name, {})):
+            raise self.client.view.limits.refusal("read_only", self.name, 200, (self.target.server,), name)
         if self.headers is not None:
             tools.check(self.message, name, self.headers)
-        return True
 
     def _is_repeated_at(self, connection: ServerConnection) -> bool:
         return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
@@ -7104,9 +8528,7 @@ class Exchange(PendingRequest, Holder):
             connection = await self._connection()
             self.message = self.message or parse_message(self.text)
             if not self._is_checked(connection):
-                tools = await self.instance.tools.get(refresh=self.instance.tools.known is not None)
-                if self.headers is not None:
-                    tools.check(self.message, self.own_name, self.headers)
+                self._check_by(await self.instance.tools.get(refresh=self.instance.tools.known is not None))
         except Exception as error:
             self.on_failure(as_told(error))
         else:
@@ -7415,7 +8837,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 29. Joint exchanges
+# 32. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -7561,7 +8983,8 @@ class JointExchange(Exchange):
         """The configuration is another one: listens to those servers that there are now."""
         before = self.client.view.members
         with contextlib.suppress(ProxyError):
-            self.client.view = catalog.view(self.client.view.place, self.client.view.wanted)
+            view, caller = self.client.view, self.client.caller
+            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
             uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
             for instance in [one for one in self._joined if one.server.is_retired]:
                 self._leave_one(instance)
@@ -7593,8 +9016,8 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     found, missing = await gather_lists(client, exchange.method)
     now, shown = client.mount.now(), shown_of(view, found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
-    # A cache goes by the URL, and knows nothing of a header.
-    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted)
+    # A cache goes by the URL, and knows nothing of a header or a key.
+    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not view.limits
     info = None if view.is_joint else client.mount.pick(client).identity.info
     exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
                     is_public, info)
@@ -7697,14 +9120,13 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
 # PART III. THE PROGRAM: what can be seen from outside
 # ============================================================================
 
-import errno
 import gc
 import shlex
 import threading
 
 
 # ============================================================================
-# 30. HTTP connections
+# 33. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -7745,9 +9167,9 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
-# What comes next on a connection: of a request the head or the body; the reply to one that was read; or the rest of one
-# that was not is thrown away until the client is done.
-HEAD, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD BODY REPLY LINGER")
+# What comes next on a connection: of a request the head, what has to be found out because of it, or the body; the reply
+# to one that was read; or the rest of one that was not is thrown away until the client is done.
+HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY LINGER")
 
 
 class Reply:
@@ -7825,6 +9247,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._parser = RequestParser(heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
+        self._checked: tuple | None = None  # (head, error or None) of one that had to wait
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         # Who has an address has others too: a /64 of IPv6, all of the loopback.
         self.principal = self._host = "127.0.0.1" if host.startswith("127.") else ":".join(host.split(":")[:4])
@@ -7856,7 +9279,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
         self._half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
-        reply = self._reply if self._phase is REPLY else None
+        reply = self._reply if self._phase in (REPLY, CHECK) else None
         waits = self._is_clogged or self._advances_soon if reply is None else not (
             reply.is_stream or reply.leaves_on_eof)
         return waits and self._transport.can_write_eof()
@@ -7889,12 +9312,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
         self._advances_soon = False
         for _ in range(REQUESTS_A_TURN):
-            if not self._parser.rest or self._phase not in (HEAD, BODY) or (
+            if not (self._parser.rest or self._checked) or self._phase not in (HEAD, BODY) or (
                     self._is_clogged or self._transport.is_closing()) or not self._next_request():
                 break
         else:
             self._advance_soon()
-        if self._phase is REPLY or self._is_clogged or self._advances_soon:
+        if self._phase in (REPLY, CHECK) or self._is_clogged or self._advances_soon:
             if len(self._parser.rest) > MAX_HEAD_BYTES:
                 self._transport.pause_reading()        # a client that sends on while it is answered can wait
         elif self._half_closed:
@@ -7914,23 +9337,32 @@ class HTTPConnection(asyncio.Protocol, Holder):
         refusal = None                 # by the head alone
         try:
             if self._phase is HEAD:
-                head = self._parser.next_head()
+                if self._checked:
+                    (head, refusal), self._checked = self._checked, None
+                else:
+                    head = self._parser.next_head()
                 if head is None:
                     return False
                 self._phase, self._reply = BODY, Reply(self, head)
                 self._continues = head.expects_continue
                 self.keeps_alive = head.keep_alive
                 try:
-                    if head.admission is None:
-                        head.admission = self._application.admit(head)
+                    if refusal:
+                        raise refusal
+                    if head.admission is None or head.admission.is_old:
+                        head.admission = self._application.admit(head, self._host)
                         self._parser.keep(head)
                     self._reply.headers = head.admission.headers
-                    self.principal = head.admission.principal or self._host
+                    self.principal = head.admission.caller or self._host
                     size = head.content_length
                     if size and size > SMALL and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
                     refusal = error
+                except NotYet as reason:
+                    self._phase = CHECK
+                    reason.task.add_done_callback(functools.partial(self._on_checked, head))
+                    return False
             body = self._parser.next_body(self._application.max_body)
         except ProxyError as error:
             self._refuse(refusal or error)
@@ -7951,6 +9383,15 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self.write([CONTINUE])
         self._continues = False
         return False
+
+    def _on_checked(self, head: HTTPHead, task: asyncio.Task) -> None:
+        """What had to be found out of a request is known."""
+        if self._phase is CHECK and not self._transport.is_closing():
+            error = None if task.cancelled() else task.exception()
+            self._phase, self._checked = HEAD, (head, error and as_told(error))
+            if not self._is_clogged:
+                self._transport.resume_reading()           # also of one that is refused, so that it hears of that
+            self._advance()
 
     def _refuse(self, error: ProxyError) -> None:
         """Answers a request that was not read to its end; where the next one begins is not known."""
@@ -8066,7 +9507,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 31. HTTP server
+# 34. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -8242,7 +9683,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 32. Outlets
+# 35. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -8398,7 +9839,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 33. Endpoints
+# 36. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -8409,6 +9850,8 @@ class ToolOutlet(Outlet):
 # Streamable HTTP, of the era that the message claims; a GET is the stream of the
 # session that it names, and without a session it is HTTP+SSE.
 
+RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
+CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -8416,7 +9859,9 @@ class Admission:
     """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
     def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog):
-        self.head = head
+        self.head, self._settings, self._catalog = head, settings, catalog
+        self.caller: Caller | None = None      # whose key or token it brings, once that was checked
+        self.good_until: float | None = None   # when it has to be checked again
         # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
         base = settings.base_path
         self.path = head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
@@ -8427,28 +9872,57 @@ class Admission:
                 self.place, self.path = name, slash + rest
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self._catalog = catalog
         self.route: "Route | None" = ROUTES.get(self.path) or ROUTES.get(self.path.rstrip("/")) or (
             ROUTES["/tools/"] if self.path.startswith("/tools/") else None)
-        self.principal: str | None = None      # who is answerable for what it takes, if it brings a key
+        if settings.oauth_issuer and self.path.startswith(RESOURCE_METADATA) and not self.place:
+            self.route = self._route_of_metadata()
+        self.host, self.keys = "", Keys()      # where it came from first, and the keys there were
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
         self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
-        self._settings = settings
+
+    def _route_of_metadata(self) -> "Route | None":
+        """RFC 9728 §3.1: the path of a resource stands behind the well-known one."""
+        prefix = urlsplit(canonical(self._settings.public_url)).path
+        rest = self.path.removeprefix(RESOURCE_METADATA)
+        match = re.fullmatch("(?:/servers/([^/]+))?(/mcp|/sse|/tools)?/?", rest.removeprefix(prefix))
+        if not match or match[1] and not (self._catalog.is_file and match[1] in self._catalog.places):
+            return None
+        self.place, self.path = match[1], match[2] or "/mcp"
+        return METADATA_ROUTE
+
+    @property
+    def is_old(self) -> bool:
+        return self.good_until is not None and self.good_until < time.monotonic()
+
+    @property
+    def resources(self) -> list[str]:
+        """The URLs of its place, its own first. A token that is for one of them (its `aud`, RFC 8707 §2) is good for
+        all."""
+        base = canonical(self._settings.public_url) + (f"/servers/{self.place}" if self.place else "")
+        own = {"/messages": "/sse", "/openapi.json": "/tools"}.get(self.path, "/" + self.path.split("/")[1])
+        return [base + path for path in sorted(("/mcp", "/sse", "/tools"), key=lambda path: path != own)]
+
+    @property
+    def challenge(self) -> str:
+        """What a client without a good token needs to get one: RFC 9728 §5.1. The metadata of a resource name just
+        that one, §3.3."""
+        parts = urlsplit(self.resources[0])
+        return f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{RESOURCE_METADATA}{parts.path}"'
 
     @functools.cached_property
     def key(self) -> str | None:
         """The key that it brings; None when none is asked for."""
-        return given_key(self.head) if self._settings.auth_key else None
+        return given_key(self.head) if self._settings.is_guarded else None
 
     @functools.cached_property
     def view(self) -> View:
         """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
         wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
         wanted += [field for field in self.head.fields if field[0] == TOOLS_HEADER]
-        return self._catalog.view(self.place, tuple(wanted))
+        return self._catalog.view(self.place, tuple(wanted), self.caller and self.caller.limits)
 
     @functools.cached_property
     def variables(self) -> dict[str, str]:
@@ -8461,12 +9935,17 @@ class Admission:
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
             return client_variables(dataclasses.replace(head, query=query), "*")
         if head.method in ("GET", "HEAD") and not (
-                self._settings.auth_key or self.headers or "sec-fetch-site" in head.headers
+                self._settings.is_guarded or self.headers or "sec-fetch-site" in head.headers
                 or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
             # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
             raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
                             status=403)
-        return [client_variables(head, allowed) for allowed in {one.allowed_env for one in settings}][0]
+        variables = [client_variables(head, allowed) for allowed in {one.allowed_env for one in settings}][0]
+        limits = self.caller and self.caller.limits
+        for name in variables if limits else ():
+            if not any(grant.env is None or is_named(name, ",".join(grant.env)) for grant in limits.grants):
+                raise limits.refusal("env", f"the variable {name}", 403)
+        return variables
 
     @functools.cached_property
     def name(self) -> str | None:
@@ -8502,20 +9981,23 @@ class Admission:
 class Endpoints:
     """The application behind HTTP connections."""
 
-    def __init__(self, settings: Settings, mount: Mount):
+    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None):
         self.settings = settings
         self.mount = mount
+        self.keys = keys
+        self.issuer = issuer
         self.id = os.urandom(8).hex()          # by which other proxies know this one
         self.max_body = settings.max_request_bytes
         self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
-        self._keys = settings.auth_keys
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
 
     # What an HTTPConnection calls.
 
-    def admit(self, head: HTTPHead) -> Admission:
-        """Refuses what may not pass, by the head alone: the first guard that objects is heard."""
+    def admit(self, head: HTTPHead, host: str) -> Admission:
+        """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
+        has to find something out; `host` is who is answerable for that."""
         admission = Admission(head, self.settings, self.mount.catalog)
+        admission.host, admission.keys = host, self.keys
         route = admission.route
         self._allow_page(admission)
         try:
@@ -8529,7 +10011,6 @@ class Endpoints:
             if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
                 raise HTTPError("a body must come as it is, without Content-Encoding", status=415,
                                 headers=(("Accept-Encoding", "identity"),))
-            admission.principal = admission.key
         except HTTPError as error:
             error.headers += admission.headers
             raise
@@ -8537,6 +10018,9 @@ class Endpoints:
 
     def _allow_page(self, admission: Admission) -> None:
         """Lets a browser show its page the answer, also a refusal, if pages of that origin may call."""
+        if admission.route is METADATA_ROUTE:          # which is for everybody
+            admission.headers = (("Access-Control-Allow-Origin", "*"),)
+            return
         origin, host = (admission.head.headers.get(name, "") for name in ("origin", "host"))
         if origin and is_allowed_origin(origin, host, self._origins):
             admission.headers = (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
@@ -8554,16 +10038,44 @@ class Endpoints:
             raise HTTPError("pages of other sites may not call like this", status=403)
 
     def _check_host(self, admission: Admission) -> None:
-        if not self._keys and not is_allowed_host(admission.head.headers.get("host", ""), self._hosts):
+        if not self.settings.is_guarded and not is_allowed_host(admission.head.headers.get("host", ""), self._hosts):
             raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
 
     def _check_key(self, admission: Admission) -> None:
-        if not self._keys or admission.head.method == "OPTIONS":
+        if not self.settings.is_guarded or admission.head.method == "OPTIONS":
             return                        # a preflight brings no key, and learns nothing
-        if admission.key is None or not is_known_key(admission.key, self._keys):
+        admission.caller = find_caller(admission.key, self.keys.callers) if admission.key is not None else None
+        if admission.caller is None and self.issuer:
+            self._check_token(admission, given_token(admission.head))
+        elif admission.caller is None:
             how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"
             raise HTTPError(f"missing key: {how}" if admission.key is None else "wrong key", status=401,
-                            headers=(("WWW-Authenticate", "Bearer"),))
+                            headers=((CHALLENGE_HEADER, "Bearer"),))
+
+    def _check_token(self, admission: Admission, text: str | None) -> None:
+        """RFC 6750 §3; MCP 2025-11-25, Authorization, Access Token Usage."""
+        settings, wanted, scopes = self.settings, self.settings.oauth_scopes.split(), self.keys.scopes
+
+        def refuse(problem: str, error: str = "", status: int = 401, has: tuple[str, ...] = ()):
+            parameters = [admission.challenge, *([f'error="{error}", error_description="{problem}"'] if error else []),
+                          *([f'scope="{" ".join(dict.fromkeys([*wanted, *has]))}"'] if wanted else [])]
+            raise HTTPError(problem, status=status, headers=((CHALLENGE_HEADER, ", ".join(parameters)),))
+        if not text:
+            refuse("missing token: send Authorization: Bearer <token>")
+        verdict = self.issuer.check(text, admission.host)
+        if verdict.error:
+            refuse(f"the token is not good: {verdict.error}", "invalid_token")
+        if verdict.audience.isdisjoint([settings.oauth_audience] if settings.oauth_audience else admission.resources):
+            refuse("the token is not good: it is for something else", "invalid_token")
+        has = tuple(name for name in scopes or () if name in verdict.scopes)
+        if not verdict.scopes.issuperset(wanted):
+            refuse(f"the token lacks one of the scopes {' '.join(wanted)}", "insufficient_scope", 403, has)
+        limits, subject = None, f"oauth:{verdict.subject}"
+        if scopes is not None:
+            limits = Limits(subject, tuple(scopes[name] for name in has), tuple(scopes.items()),
+                            tuple(dict.fromkeys([*wanted, *has])), admission.challenge)
+        admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), limits)
+        admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _check_way(self, admission: Admission) -> None:
         if self.id in admission.way.split(", "):
@@ -8574,6 +10086,8 @@ class Endpoints:
     def handle(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """Runs the endpoint that the request is for; one that has to wait for something is a coroutine."""
         try:
+            if admission.keys is not self.keys and not (admission.caller and admission.caller.is_token):
+                admission = self.admit(admission.head, admission.host)          # while its body came, keys have changed
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 asyncio.get_running_loop().create_task(self._finish(work, reply))
@@ -8608,7 +10122,7 @@ class Endpoints:
     def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
-        session = self.mount.open_session(admission.view, admission.key, admission.variables,
+        session = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                           reply.connection.principal, False, admission.way)
         endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
@@ -8621,8 +10135,7 @@ class Endpoints:
     def post_message(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
         session_id = admission.head.query_value("session_id")
-        session = self.mount.find_session(session_id, admission.place, admission.key, is_streamable=False)
-        session.headers = admission.head.headers
+        session = self._find_session(session_id, admission, is_streamable=False)
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         message = parse_message(decode_json(body))
@@ -8634,8 +10147,10 @@ class Endpoints:
             else:
                 session.receive(message)
         except ProxyError as error:
-            # The client waits at its stream, so the answer goes there too; but not to a call that is running.
-            if message.kind is REQUEST and message.id not in session.calls:
+            # The client waits at its stream, so the answer goes there too; but not to a call that is running, and not
+            # if the client may come again with another token.
+            is_final = CHALLENGE_HEADER not in dict(error.headers)
+            if message.kind is REQUEST and message.id not in session.calls and is_final:
                 outlet.send(encode_error(message.raw_id, error))
             if error.http_status != 200:
                 return self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
@@ -8669,7 +10184,7 @@ class Endpoints:
         else:
             check_version(admission)
         if is_initialize and not self.settings.stateless:
-            client = self.mount.open_session(admission.view, admission.key, admission.variables,
+            client = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                              reply.connection.principal, way=admission.way)
         else:
             client = self._client(admission, reply)
@@ -8756,12 +10271,20 @@ class Endpoints:
         reply.send(204, [])
 
     def _session(self, admission: Admission) -> Session:
-        session = self.mount.find_session(admission.session_id, admission.place, admission.key, is_streamable=True)
+        return self._find_session(admission.session_id, admission, is_streamable=True)
+
+    def _find_session(self, session_id: str | None, admission: Admission, is_streamable: bool) -> Session:
+        caller = admission.caller
+        session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
+        if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
+            self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)          # if there is any
+            session.caller = caller
+            session.adopt(self.mount.catalog)
         return session
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:
-        visitor = self.mount.visit(admission.view, admission.key, admission.variables, reply.connection.principal,
+        visitor = self.mount.visit(admission.view, admission.caller, admission.variables, reply.connection.principal,
                                    admission.name)
         visitor.way, visitor.headers = admission.way, admission.head.headers
         return visitor
@@ -8800,7 +10323,10 @@ class Endpoints:
         client = self._visit(admission, reply)
         if not client.view.candidates(name) or name not in await tools_at(client, name) and (
                 name not in await tools_at(client, name, refresh=True)):
-            raise RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
+            whole = client.view.limits and self.mount.visit(
+                client.view.whole(), client.caller, client.variables, client.principal, client.name)
+            closed = client.view.closed("tools", name, 403) if whole and name in await tools_at(whole, name) else None
+            raise closed or RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
         if not reply.is_done:                 # its client may be gone meanwhile
             self._start(new_exchange(client, message, ToolOutlet(reply), None, admission.trace))
 
@@ -8811,7 +10337,8 @@ class Endpoints:
         identity = None if client.view.is_joint else self.mount.pick(client).identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
         kept = self.mount.pick(client).tools.known if client.view.is_plain else None
-        document = kept and kept.document or openapi_document(tools, name, version, admission.base, bool(self._keys))
+        document = kept and kept.document or openapi_document(
+            tools, name, version, admission.base, self.settings.is_guarded)
         if kept:
             kept.document = document
         self.send_json(reply, document)
@@ -8826,6 +10353,14 @@ class Endpoints:
             headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
                        ("Access-Control-Max-Age", "3600"))
         reply.send(204, [], (("Allow", route.allow), *headers))
+
+    def describe_resource(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /.well-known/oauth-protected-resource: who gives tokens for this place. RFC 9728 §3.2."""
+        scopes = [*self.settings.oauth_scopes.split(), *(self.keys.scopes or ())]
+        self.send_json(reply, dump({
+            "resource": admission.resources[0], "authorization_servers": [self.settings.oauth_issuer],
+            "bearer_methods_supported": ["header"],
+            **({"scopes_supported": [*dict.fromkeys(scopes)]} if scopes else {})}).encode())
 
     def health(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /healthz: this process is alive."""
@@ -8844,6 +10379,7 @@ class Route:
 # In the order in which they ask; to add a guard, write a method and add it here.
 GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key, Endpoints._check_way)
 
+METADATA_ROUTE = Route(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
 _MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
 ROUTES = {
@@ -8925,7 +10461,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 34. Standard streams
+# 37. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -9072,7 +10608,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 35. Demo server
+# 38. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -9189,13 +10725,14 @@ class DemoServer:
 
 
 # ============================================================================
-# 36. The proxy
+# 39. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
 
 TICK = 0.25                    # how often time is looked at, in seconds
-LOOK = 3.0                     # and what children there are
+LOOK = 3.0                     # and what orphans there are
+MEASURE = 1.0                  # and what servers use
 WATCH_SECONDS = 1.0            # and whether the file of servers is another one
 
 
@@ -9208,16 +10745,21 @@ class Proxy:
         self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
         catalog = load_catalog(settings, environment)
         self.reaper = Reaper()
+        self.sandboxes: dict[str, Sandbox] = {}          # by server
         budget.limit = settings.max_buffered_mb * 1024 * 1024
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
-        self.endpoints = Endpoints(settings, self.mount)
+        self.issuer = None
+        if settings.oauth_issuer:
+            self.issuer = Issuer(settings, time.monotonic, lambda: self.http.heads.clear())
+        self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
         self._is_stopping = False
 
     def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
-        environment = {**server_environment(self.environment, config.settings.allowed_env), **config.env}
+        environment = {**server_environment(self.environment, config.settings), **config.env}
+        sandbox = self.sandboxes[config.name] = Sandbox(config.name, config.settings, self.reaper, config.env)
 
         def new_link(variables: dict[str, str], redact) -> Link:
             if config.url:
@@ -9229,8 +10771,8 @@ class Proxy:
                                   config.is_sse)
             # Which variables its client set, only the demo server asks.
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
-            return ServerProcess(config.name, list(config.command), {**environment, **variables, **names}, self.reaper,
-                                 redact, self.settings.max_message_bytes, config.cwd)
+            return ServerProcess(list(config.command), {**environment, **variables, **names}, sandbox, redact,
+                                 self.settings.max_message_bytes, config.cwd)
         return Server(config, new_link, time.monotonic, pool)
 
     def _stat_config(self) -> tuple:
@@ -9243,22 +10785,30 @@ class Proxy:
 
     def reload(self) -> None:
         """Reads the file of servers again; one that cannot be used changes nothing."""
-        if not self.settings.mcp_config:
+        if not (self.settings.mcp_config or self.settings.auth_keys_file):
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
             catalog = load_catalog(self.settings, self.environment)
+            keys = load_keys(self.settings, catalog)
         except SettingsError as error:
             return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
-        self.mount.reload(catalog)
+        self.endpoints.keys = keys
+        self.mount.reload(catalog, keys.callers)
         self.http.heads.clear()              # what they were taken for may be wrong now
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
         """Listens, unless it is for one client on stdin and stdout, and starts the shared servers; returns the
         addresses."""
+        if not self.settings.mcp_config:
+            await try_out(*self.sandboxes.values())
+        for name, sandbox in self.sandboxes.items():
+            if sandbox.settings.sandbox != "off" and os.geteuid() == 0 and not sandbox.settings.run_as_user:
+                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
+                            server=name)
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
@@ -9268,7 +10818,7 @@ class Proxy:
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
-        looked = watched = 0.0
+        looked = watched = measured = 0.0
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
             now = time.monotonic()
@@ -9281,6 +10831,9 @@ class Proxy:
                     part.tick(now)
                 except Exception as error:
                     log.fault(error)                       # what is looked at next time still is
+            if now - measured > MEASURE:
+                measured = now
+                self.reaper.census.measure()
             if now - looked > LOOK:
                 looked = now
                 self.reaper.tick()
@@ -9304,6 +10857,8 @@ class Proxy:
             self._ticker.cancel()
         await self.mount.close()
         await self.http.close()
+        if self.issuer:
+            self.issuer.close()
         self.reaper.close()
 
 
@@ -9314,16 +10869,26 @@ def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
         name = server_name(command)
         where = {"url": command[0]} if is_url(command) else {"command": tuple(command)}
         return Catalog({name: ServerConfig(name, settings, **where, rules=Rules(max_result_kb=settings.max_result_kb))})
-    try:
-        with open(settings.mcp_config, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise SettingsError(f"{settings.mcp_config}: cannot be read: {reason}") from None
-    servers = parse_config(text, settings, environment)
+    servers = parse_config(read_text(settings.mcp_config), settings, environment)
     if sum(server.settings.shared_session for server in servers.values()) > settings.max_processes:
         raise SettingsError(f"{settings.mcp_config}: has more servers than MAX_PROCESSES, {settings.max_processes}")
     return Catalog(servers, is_file=True)
+
+
+def load_keys(settings: Settings, catalog: Catalog) -> Keys:
+    """Who may come in."""
+    return keys_of(settings, read_text(settings.auth_keys_file) if settings.auth_keys_file else "",
+                      tuple(catalog.places))
+
+
+def read_text(path: str) -> str:
+    """A file of the configuration; SettingsError when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingsError(f"{path}: cannot be read: {reason}") from None
 
 
 def tls_context(settings: Settings):
@@ -9383,7 +10948,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 37. Command line
+# 40. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -9451,7 +11016,10 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("PREWARM", settings.prewarm and settings.shared_session, "SHARED_SESSION=true"),
         ("REQUIRE_SESSION", settings.require_session and not settings.shared_session, "SHARED_SESSION=false"),
         ("REQUIRE_SESSION", settings.require_session and settings.stateless, "STATELESS=true"),
-        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"))
+        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"),
+        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_keys_file, "AUTH_KEYS_FILE"),
+        ("SANDBOX_READ", settings.sandbox_read and settings.sandbox == "off", "SANDBOX=off"),
+        ("SANDBOX_WRITE", settings.sandbox_write and settings.sandbox == "off", "SANDBOX=off"))
     return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
 
 
@@ -9470,6 +11038,7 @@ def argument_parser():
     parser.add_argument("--version", action="version", version=f"mcpproxy {__version__}")
     parser.add_argument("--check", action="store_true", help="start every server, print what it is and offers, and "
                                                              "end: with 0 if all work, otherwise with 1")
+    parser.add_argument("--new-key", metavar="NAME", help="print a fresh key and its line for AUTH_KEYS_FILE, and end")
     parser.add_argument("--stdio", action="store_true", help="serve one client on stdin and stdout instead of HTTP, "
                                                              "whatever is configured")
     for field in dataclasses.fields(Settings):
@@ -9486,7 +11055,7 @@ def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]
     host, port = in_brackets[0]
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
-    key = ' -H "Authorization: Bearer <your key>"' if settings.auth_key else ""
+    key = ' -H "Authorization: Bearer <your key>"' if settings.is_guarded else ""
     mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
             "a process for each client")
     name = ", ".join(names)
@@ -9519,7 +11088,7 @@ async def run(settings: Settings) -> None:
                 os.write(1, text.encode())          # and nothing is left to be flushed at the end, to a full disk
         except OSError as error:
             log.warning("! stdout: %(reason)s", reason=error.strerror)          # a full disk is no reason to stop
-        if not settings.auth_key:
+        if not settings.is_guarded:
             log.warning("! AUTH_KEY is not set: whoever reaches this port can use the server")
         for doubt in doubts(settings, dict(os.environ)):
             log.warning("! %(doubt)s", doubt=doubt)
@@ -9564,6 +11133,7 @@ async def check(settings: Settings) -> bool:
                 names = (await instance.list_of(method).get()).shown(member, view.is_joint)
                 lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
             return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
+        print("sandbox:", abilities())
         members = view.members if not settings.mcp_config else proxy.mount.catalog.servers.values()
         outcomes = await asyncio.gather(*(asyncio.wait_for(look(member), member.settings.request_timeout)
                                           for member in members), return_exceptions=True)
@@ -9577,6 +11147,15 @@ async def check(settings: Settings) -> bool:
     finally:
         await proxy.stop()
     return all_work
+
+
+def print_new_key(name: str) -> None:
+    """A fresh key, and what the file of keys has of it."""
+    import secrets
+    key = secrets.token_urlsafe(32)
+    entry = {"sha256": digest_of_key(key).hex()}
+    parse_caller(name, entry, ())
+    print(f"the key, for {name}: {key}\nfor AUTH_KEYS_FILE:   {dump(name)}: {dump(entry)}")
 
 
 def open_standard_streams() -> None:
@@ -9606,6 +11185,10 @@ def main() -> None:
         split_arguments(sys.argv[1:])[0]))]
     start_logging("INFO", formats[-1].strip() == "json")
     try:
+        flags = split_arguments(sys.argv[1:])[0]
+        name = argument_parser().parse_args(flags).new_key
+        if name is not None:
+            return print_new_key(name)
         settings = load_settings(sys.argv[1:], dict(os.environ))
         raise_descriptor_limit()
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
@@ -9615,7 +11198,6 @@ def main() -> None:
         # for two thirds of the time, and find nothing.
         gc.set_threshold(100_000, 10, 10)
         start_logging(settings.log_level, settings.log_format == "json")
-        flags = split_arguments(sys.argv[1:])[0]
         if "--check" in flags:
             sys.exit(not asyncio.run(check(settings)))
         asyncio.run((serve_stdio if "--stdio" in flags else run)(settings))

