@@ -396,6 +396,7 @@ def parse_setting(name: str, default, text: str):
 _PUBLIC_URL = re.compile(r"(?i:(https?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\]))(?::([0-9]{1,5}))?((?:/[A-Za-z0-9._~-]+)*)/?")
 
 
+@functools.lru_cache(maxsize=16)
 def canonical(url: str) -> str:
     """A URL as clients make it of what they are given: RFC 3986 §6.2.2 and 6.2.3; nothing if it is none."""
     match = _PUBLIC_URL.fullmatch(url)
@@ -2000,6 +2001,7 @@ class Caller:
 
 
 def digest_of_key(key: str) -> bytes:
+    """What is known of a key, so that it need not be known itself."""
     import hashlib
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
@@ -2539,10 +2541,16 @@ class View:
                 shown = name.removeprefix(one.start_of_names)
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
             own, member = target.name or name, mine.get(target.server)
-            limit = "servers" if member is None else "read_only" if member.rules.shown(own) else "tools"
-            if target.server and (limit != "read_only" or member.rules.are_of_hints):
-                return self.limits.refusal(limit, name[:200], status, member.names if member else (target.server,), own)
+            if member is None and target.server:
+                return self.limits.refusal("servers", name[:200], status, (target.server,), own)
+            if member and (member.rules.shown(own) is None or member.rules.are_of_hints):
+                return self.refusal(member, own, name, status)
         return None
+
+    def refusal(self, member: ServerConfig, own: str, name: str, status: int = 200) -> RPCError:
+        """The answer to who asks for a tool of a member's that is not open to them; the server calls it `own`."""
+        limit = "tools" if member.rules.shown(own) is None else "read_only"
+        return self.limits.refusal(limit, name[:200], status, member.names, own)
 
     def unknown(self, kind: str, name: str) -> RPCError:
         """The answer to who asks for a tool or a prompt that is not here."""
@@ -3006,11 +3014,12 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
                     raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
         for name, entry in given.items():
             callers.append(parse_caller(name, entry, servers))
-        for number, caller in enumerate(callers):
-            for other in callers[:number]:
-                if caller.digest == other.digest or caller.name == other.name:
-                    raise SettingsError(f"{caller.name}: has the same {'key' if caller.name != other.name else 'name'} "
-                                        f"as {other.name}")
+        first: dict[object, Caller] = {}
+        for caller in callers:
+            for what, value in ("name", caller.name), ("key", caller.digest):
+                other = first.setdefault(value, caller)
+                if other is not caller:
+                    raise SettingsError(f"{caller.name}: has the same {what} as {other.name}")
     except (SettingsError, ValueError, RecursionError) as error:
         raise SettingsError(f"{settings.auth_keys_file}: {error}") from None
     return Keys(tuple(callers), scopes)
@@ -3364,7 +3373,18 @@ class Usage:
 
     @property
     def seconds(self) -> float:
+        """Of CPU, in all."""
         return self.gone + sum(self.cpu.values())
+
+    @property
+    def most_seconds(self) -> float:
+        """Of CPU, of one process."""
+        return max(self.cpu.values(), default=0)
+
+    @property
+    def megabytes(self) -> float:
+        """Of memory, as limits are told."""
+        return round(self.memory / 1024 / 1024, 1)
 
 
 class Census:
@@ -3576,13 +3596,18 @@ class Reaper:
             self._watcher.wait()
 
 
-def adopt_orphans() -> bool:
-    """Makes this process the parent of orphans below it, where that is possible. prctl(2), PR_SET_CHILD_SUBREAPER."""
+def libc():
+    """The C library, for what Python has no function for; None where it cannot be had."""
     try:
         import ctypes
-        return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
-    except (ImportError, OSError, AttributeError):
-        return False
+        return ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        return None
+
+
+def adopt_orphans() -> bool:
+    """Makes this process the parent of orphans below it, where that is possible. prctl(2), PR_SET_CHILD_SUBREAPER."""
+    return hasattr(libc(), "prctl") and libc().prctl(36, 1, 0, 0, 0) == 0
 
 
 def children_of(pid: int) -> list[int]:
@@ -3669,6 +3694,7 @@ LANDLOCK_ABI = 3                         # the least of use: before, whatever ca
 
 
 def rights(*names: str) -> int:
+    """These rights together."""
     return sum(LANDLOCK_RIGHTS[name][0] for name in names)
 
 
@@ -3762,6 +3788,7 @@ def main(report, is_strict, unset, ignored, steps, program):
 # By limit: the setting, and what is counted.
 LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
           "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
+UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
 REASONS_AGAINST = {              # by step and errno
     ("landlock", errno.ENOSYS): "this kernel has no Landlock, or hides it: it takes Linux 6.2, and not gVisor",
@@ -3772,12 +3799,10 @@ REASONS_AGAINST = {              # by step and errno
 
 def landlock_abi() -> int:
     """Which version of Landlock there is; OSError when there is none. LANDLOCK_CREATE_RULESET_VERSION."""
-    try:
-        import ctypes
-        libc = ctypes.CDLL(None, use_errno=True)
-        abi = libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
-    except (ImportError, AttributeError):
-        raise OSError(errno.ENOSYS, "") from None
+    if not hasattr(libc(), "syscall"):
+        raise OSError(errno.ENOSYS, "")
+    import ctypes
+    abi = libc().syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 0:
         raise OSError(ctypes.get_errno(), "")
     return abi
@@ -3993,7 +4018,10 @@ class Cell:
     def close(self) -> None:
         """Gives back what it has; all processes that are known have got their SIGKILL. Called in a thread: it may take
         long."""
+        deadline = time.monotonic() + UID_SECONDS
         while self._uid is not None and any([kill(pid, signal.SIGKILL) for pid in processes_of(self._uid)]):
+            if time.monotonic() > deadline:            # it cannot be killed, so its user is not given again
+                self._uid = None
             time.sleep(0.01)
         for _ in range(20):
             try:
@@ -4017,6 +4045,7 @@ def processes_of(uid: int) -> list[int]:
 
 
 def write_file(path: str, text: str) -> None:
+    """Writes to a file that is the kernel's; OSError when it takes it not."""
     with open(path, "w") as file:
         file.write(text)
 
@@ -4067,14 +4096,15 @@ async def try_out(sandbox: Sandbox) -> None:
 
 def abilities() -> str:
     """What this machine can do of all this, in words."""
-    import ctypes
     try:
         found = [f"Landlock (ABI {landlock_abi()})"]
     except OSError as error:
         found = [f"no Landlock: {why_refused('landlock', error.errno)}"]
-    # A program at address 0 is not read, where there is a seccomp to read it.
-    ctypes.CDLL(None, use_errno=True).prctl(22, ctypes.c_ulong(2), None, None, None)
-    has_filters = ctypes.get_errno() == errno.EFAULT and os.uname().machine in MACHINES
+    has_filters = False
+    if hasattr(libc(), "prctl") and os.uname().machine in MACHINES:
+        import ctypes
+        libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # where there is seccomp, it would read address 0
+        has_filters = ctypes.get_errno() == errno.EFAULT
     return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
                       "can become other users" if os.geteuid() == 0 else "cannot become other users"])
 
@@ -4302,8 +4332,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def _check_limits(self) -> None:
         """Called when its usage was looked at: ends it if it is over a limit."""
         settings, usage = self._sandbox.settings, self.usage
-        for limit, measured in (("memory", round(usage.memory / 1024 / 1024, 1)), ("processes", usage.processes),
-                                ("cpu", round(max(usage.cpu.values(), default=0), 1))):
+        for limit, measured in (("memory", usage.megabytes), ("processes", usage.processes),
+                                ("cpu", round(usage.most_seconds, 1))):
             if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not self._excess:
                 self._excess = limit, measured
                 self._reaper.census.kill(self._pid)
@@ -4311,7 +4341,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def _blamed_limit(self) -> tuple | None:
         """The limit because of which the kernel ended it, and what was reached. A shell or npx passes on how its child
         ended."""
-        settings, most_cpu = self._sandbox.settings, max(self.usage.cpu.values(), default=0)
+        settings, most_cpu = self._sandbox.settings, self.usage.most_seconds
         number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
         could_be = most_cpu + (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
         if settings.limit_file_mb and number == signal.SIGXFSZ:
@@ -4320,7 +4350,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
                 number == signal.SIGKILL and not self._stopping and could_be > settings.limit_cpu_seconds)):
             return "cpu", max(settings.limit_cpu_seconds, round(most_cpu, 1))
         if self._cell and self._cell.is_out_of_memory:
-            return "memory", max(settings.limit_memory_mb, round(self.usage.memory / 1024 / 1024, 1))
+            return "memory", max(settings.limit_memory_mb, self.usage.megabytes)
         return None
 
     @property
@@ -7765,8 +7795,7 @@ def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig,
     for member, items in found if view.limits else ():
         own, _ = items.shown(member.whole or member, view.is_joint).get(name, (None, None))
         if own is not None:
-            limit = "read_only" if member.rules.shown(own) else "tools"
-            return view.limits.refusal(limit, name[:200], 200, member.names, own)
+            return view.refusal(member, own, name)
     return None
 
 
