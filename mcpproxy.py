@@ -28,41 +28,44 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
     The moving parts: what is alive while the proxy runs.
     12. Logs                   what happened, a line each
-    13. Shares                 who gives when there is no more room
-    14. Processes              whose each is, what it uses, and what would outlive its server
-    15. Sandbox                what a server is kept from
-    16. Links                  what a server is spoken to through: a process, and its end
-    17. HTTP client            requests of ours, and the connections for them
-    18. Issuer of tokens       who is asked what a token is worth
-    19. Remote servers         the other kind of link: a URL
-    20. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    21. Streams, questions and outlets      what goes to a client
-    22. What servers send      questions and notifications, and whom they concern
-    23. Subscriptions and lists             what a server is asked once for all who want it
-    24. Instances              links that are kept running
-    25. Clients                who sends requests: sessions and visitors
-    26. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    27. Mounts                 what clients meet, at all URLs, and what limits them
-    28. Several servers as one              what all are asked, and which of them a request is for
-    29. Bridges                what happens to a call between two eras
-    30. Dialogues              what a server asks in the course of a call
-    31. Exchanges              one client request and everything sent in answer to it
-    32. Joint exchanges        requests that the proxy answers for its servers
+    13. Counters               how often it happened, and how long it took
+    14. Shares                 who gives when there is no more room
+    15. Processes              whose each is, what it uses, and what would outlive its server
+    16. Sandbox                what a server is kept from
+    17. Links                  what a server is spoken to through: a process, and its end
+    18. HTTP client            requests of ours, and the connections for them
+    19. Issuer of tokens       who is asked what a token is worth
+    20. Remote servers         the other kind of link: a URL
+    21. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    22. Streams, questions and outlets      what goes to a client
+    23. What servers send      questions and notifications, and whom they concern
+    24. Subscriptions and lists             what a server is asked once for all who want it
+    25. Instances              links that are kept running
+    26. Clients                who sends requests: sessions and visitors
+    27. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    28. Mounts                 what clients meet, at all URLs, and what limits them
+    29. Several servers as one              what all are asked, and which of them a request is for
+    30. Bridges                what happens to a call between two eras
+    31. Dialogues              what a server asks in the course of a call
+    32. Exchanges              one client request and everything sent in answer to it
+    33. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    33. HTTP connections       one socket each
-    34. HTTP server            the sockets that are listened on, and TLS
-    35. Outlets                a call's messages into an HTTP reply
-    36. Endpoints              what each method and path means
-    37. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    38. Demo server            a small MCP server to try things with
-    39. The proxy              everything put together
-    40. Command line           arguments and environment into a running proxy
+    34. HTTP connections       one socket each
+    35. HTTP server            the sockets that are listened on, and TLS
+    36. Outlets                a call's messages into an HTTP reply
+    37. Overview               what those who look after the proxy are told of it
+    38. Endpoints              what each method and path means
+    39. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    40. Demo server            a small MCP server to try things with
+    41. The proxy              everything put together
+    42. Command line           arguments and environment into a running proxy
+    43. The page               the overview for people
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 17, 18
-                and 33 to 36 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 18, 19
+                and 34 to 38 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -157,6 +160,12 @@ SERVER_INFO_KEY = RESERVED_PREFIX + "serverInfo"
 SUBSCRIPTION_KEY = RESERVED_PREFIX + "subscriptionId"
 TASKS_EXTENSION = RESERVED_PREFIX + "tasks"          # its results have another shape than the tasks of 2025-11-25
 RELATED_TASK_KEY = RESERVED_PREFIX + "related-task"
+
+# The methods of requests that clients send, of all revisions and of the extensions Tasks and Skills.
+METHODS = frozenset("""initialize server/discover ping tools/list tools/call prompts/list prompts/get resources/list
+    resources/templates/list resources/read resources/subscribe resources/unsubscribe completion/complete
+    logging/setLevel subscriptions/listen tasks/get tasks/result tasks/list tasks/cancel tasks/update skills/list
+    skills/get""".split())
 
 # JSON-RPC 2.0, section 5.1, and the code that MCP implementations use for a server that failed.
 PARSE_ERROR = -32700
@@ -298,6 +307,8 @@ class Settings:
     stateless: bool = setting(False, "Streamable HTTP without session ids: any replica can answer any request")
     require_session: bool = setting(False, "refuse legacy requests without Mcp-Session-Id to a shared server, instead "
                                            "of serving them as STATELESS does")
+    session_secret: str = setting("", "signs ids of sessions of shared servers, which then go on at any replica "
+                                      "that has the same secret, and when this one was started again")
     auth_key: str = setting("", "key required on every request; several with commas between")
     auth_keys_file: str = setting("", "JSON file of keys by name, each with what it may use; SIGHUP reads it again")
     public_url: str = setting("", "URL by which clients reach this proxy, as https://host/prefix; OAuth needs it")
@@ -332,9 +343,13 @@ class Settings:
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
                               "when SHARED_SESSION is false")
     server_era: str = setting("auto", "legacy (initialize handshake), modern (2026-07-28), or auto: find out")
-    shutdown_grace: float = setting(10.0, "seconds that running calls may take on SIGTERM or SIGINT")
+    drain_delay: float = setting(0.0, "seconds on SIGTERM or SIGINT in which all goes on, but /readyz is 503 and "
+                                      "connections are not kept, until balancers have noticed")
+    shutdown_grace: float = setting(10.0, "seconds that running calls may take after that")
     tls_cert: str = setting("", "certificate chain (PEM file); with it, HTTPS is served")
     tls_key: str = setting("", "private key (PEM file), when it is not in TLS_CERT")
+    metrics_port: int = setting(0, "port for /metrics, /healthz and /readyz alone, plain HTTP without a key; "
+                                   "0: only beside the rest, where /metrics needs one")
     log_level: str = setting("INFO", "DEBUG (with message bodies), INFO, WARNING or ERROR")
     log_format: str = setting("text", "text, or json for one object a line")
     sandbox: str = setting("off", "on: the server reads no more files than it needs, and writes none but its own; try: "
@@ -428,11 +443,11 @@ def is_user(text: str) -> bool:
 def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     for rule, fits, names in (
-            ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port"),
+            ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port metrics_port"),
             ("be a number above 0", lambda value: 0 < value < float("inf"),
              "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
-            ("be 0 or more", lambda value: 0 <= value < float("inf"), "shutdown_grace prewarm max_result_kb "
-             "limit_memory_mb limit_processes limit_cpu_seconds limit_open_files limit_file_mb"),
+            ("be 0 or more", lambda value: 0 <= value < float("inf"), "drain_delay shutdown_grace prewarm "
+             "max_result_kb limit_memory_mb limit_processes limit_cpu_seconds limit_open_files limit_file_mb"),
             ("be 1 or more", lambda value: value >= 1, "max_sessions max_processes"),
             ("be DEBUG, INFO, WARNING or ERROR", re.compile("(?i)debug|info|warn(ing)?|error").fullmatch, "log_level"),
             ("be auto, legacy or modern", re.compile("auto|legacy|modern").fullmatch, "server_era"),
@@ -1360,6 +1375,8 @@ _RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, 
 _NULL = re.compile(rb'"(?:result|error)": *null')
 _PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
 _RESPONSE_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
+_IS_ERROR = re.compile(rb'"isError"\s*:\s*true')
+_END_BYTES = 4 * 1024
 
 
 class ResponseLine:
@@ -1398,6 +1415,23 @@ class ResponseLine:
         if at < start:
             return [line[:at], *inserted, line[at_end:start], raw_id, line[end:]]
         return [line[:start], raw_id, line[end:at], *inserted, line[at_end:]]
+
+
+def error_type(response: "ResponseLine | Message") -> str:
+    """What went wrong, as OpenTelemetry has it (Semantic conventions for MCP, error.type): the code of an error,
+    tool_error of a tool's result that says so; nothing if nothing did. Of a large result both ends are looked at."""
+    if response.is_result and isinstance(response, ResponseLine):
+        line = response.line
+        if len(line) > LARGE:
+            line = line[:_END_BYTES] + line[-_END_BYTES:]
+        if b'"isError"' not in line or not _IS_ERROR.search(line):
+            return ""
+    with contextlib.suppress(RPCError):
+        message = response.parsed()
+        if not message.is_result:
+            return str(message.error_code)
+        return "tool_error" if members_of(message.members["result"]).get("isError") is True else ""
+    return ""
 
 
 def without(response: ResponseLine, raw_id: bytes, at: int, to: int) -> list:
@@ -1903,7 +1937,7 @@ VALUES = {"place": re.compile(r"(?!-)[\w.,+~= -]*"), "user": re.compile(r"(?!-).
           "file": re.compile(r"(?![:/])(?!.*\.\.)[\w.@+/-]*")}
 MAX_VARIABLES = 64                # of one client
 
-OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET"})          # which no server gets
+OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET", "SESSION_SECRET"})          # which no server gets
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 CLEAN = "PATH, LANG, LANGUAGE, LC_*, HOME, TMPDIR"          # what CLEAN_ENV leaves
@@ -1999,11 +2033,58 @@ class Caller:
     def is_token(self) -> bool:
         return ":" in self.name
 
+    @property
+    def sees_all(self) -> bool:
+        """May it see what others do? Not with limits; and not with a token, for anybody may get one."""
+        return not (self.limits or self.is_token)
+
 
 def digest_of_key(key: str) -> bytes:
     """What is known of a key, so that it need not be known itself."""
     import hashlib
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+# A session id that outlives its process: the name of the session, facts of it as JSON, and a signature of both, with
+# dots between. RFC 2104; RFC 4648 §5. MCP 2025-11-25, Transports, Session Management: visible ASCII, and secure.
+
+MAX_FACTS = 1_500                # bytes; many servers take no header of more than 8 KiB
+ID_SECONDS = 30 * 86400          # for which an id is good
+
+
+def seal(secret: str, name: str, facts: dict) -> str:
+    """The id of a session with this name, which says these facts of it; those that are too large go without."""
+    for shorter in {}, {"info": None}, {"info": None, "capabilities": dict.fromkeys(facts["capabilities"], {})}:
+        try:
+            text = dump({**facts, **shorter}).encode()
+        except ValueError:                         # 1e999, which is no number here
+            continue
+        if len(text) <= MAX_FACTS:
+            sealed = f"{name}.{base64.urlsafe_b64encode(text).decode().rstrip('=')}"
+            return f"{sealed}.{_signature(secret, sealed)}"
+    return name                                    # this session lives as long as the process
+
+
+def unseal(secret: str, sealed: str) -> tuple[str, dict] | None:
+    """The name of a session and the facts that its id says of it; None if it is not of ours."""
+    import hmac
+    body, _, signature = sealed.rpartition(".")
+    name, _, text = body.partition(".")
+    if not (text and secret and sealed.isascii() and hmac.compare_digest(_signature(secret, body), signature)):
+        return None
+    return name, json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+
+
+def _signature(secret: str, text: str) -> str:
+    import hmac
+    digest = hmac.digest(secret.encode("utf-8", "surrogateescape"), b"mcpproxy session\0" + text.encode(
+        "utf-8", "surrogatepass"), "sha256")
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def whose(secret: str, caller: Caller | None) -> str:
+    """What an id says of the caller, whatever its key is called: nobody else can tell who it is."""
+    return _signature(secret, caller.digest.hex())[:16] if caller else ""
 
 
 def find_caller(key: str, callers: tuple[Caller, ...]) -> Caller | None:
@@ -3072,6 +3153,7 @@ if __name__ == "__main__" and not re.search(
     sys.modules["ssl"] = None
 
 import asyncio
+import bisect
 import collections
 import concurrent.futures
 import errno
@@ -3099,6 +3181,8 @@ import traceback
 #     <  came from a client    >  goes to a client    <> came and is over    =  changed state    !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
+LEVEL_NAMES = collections.defaultdict(lambda: "ERROR  ", {
+    logging.DEBUG: "DEBUG  ", logging.INFO: "INFO   ", logging.WARNING: "WARNING", logging.ERROR: "ERROR  "})
 
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
@@ -3136,7 +3220,7 @@ class Log(logging.Handler):
         self.dropped = 0                        # lines that nobody could take, for whoever looks in
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
-        self._entries: list[tuple] = []         # (time, level, template, fields, error) of lines to come
+        self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
         self._millisecond, self._clock, self._zone = 0, "", ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
@@ -3154,11 +3238,13 @@ class Log(logging.Handler):
         """A line for the log."""
         self.add(level, template, fields)
 
-    def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None) -> None:
-        """The same, with the fields as a dict, or as values in the order of the template; and an error's traceback."""
+    def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None,
+            about: dict | None = None) -> None:
+        """The same, with the fields as a dict, or as values in the order of the template; and an error's traceback.
+        `about`: the fields of the object, where they are others than those of the text."""
         if level < self.level:
             return
-        self._entries.append((time.time(), level, template, fields, error))
+        self._entries.append((time.time(), level, template, fields, error, about))
         if len(self._entries) == 1:
             try:
                 at_end_of_turn(self.flush)
@@ -3177,7 +3263,8 @@ class Log(logging.Handler):
         if block:
             self._write(block)
 
-    def _line(self, when: float, level: int, template: str, fields: dict | tuple, error: BaseException | None) -> bytes:
+    def _line(self, when: float, level: int, template: str, fields: dict | tuple, error: BaseException | None,
+              about: dict | None) -> bytes:
         millisecond = int(when * 1000)
         if millisecond != self._millisecond:
             local = time.localtime(when)
@@ -3188,7 +3275,7 @@ class Log(logging.Handler):
             if isinstance(fields, tuple):
                 template, names = positional(template)
                 text = template % fields
-                fields = dict(zip(names, fields)) if self.as_json else {}
+                fields = about or dict(zip(names, fields)) if self.as_json else {}
             else:
                 text = template % fields if fields else template
         except (TypeError, ValueError, KeyError):
@@ -3197,10 +3284,10 @@ class Log(logging.Handler):
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
-        clock, name = self._clock, logging.getLevelName(level)
+        clock, name = self._clock, LEVEL_NAMES[level]
         if not self.as_json:
-            return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
+            return f"{clock} {name} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
+        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name.strip(), "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
                          str(value)[:limit] for field, value in entry.items() if value != "-"})
@@ -3258,7 +3345,118 @@ def start_logging(level: str, as_json: bool) -> None:
 
 
 # ============================================================================
-# 13. Shares
+# 13. Counters
+# ============================================================================
+#
+# How often things happened, for Prometheus. The names and buckets of requests are OpenTelemetry's (Semantic conventions
+# for MCP, metric mcp.server.operation.duration). Each set of labels is kept for good, so no client may make new ones:
+# a method, revision or tool that it made up counts as another. Which tools there are only the server says, and it may
+# not have been asked yet; so what names an unknown one is kept apart until the numbers are read. Codes of errors are
+# the server's, and bounded.
+
+DURATIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)         # seconds
+OTHER = "_OTHER"
+MAX_TOOLS = 500                  # that have numbers of their own
+MAX_CODES = 50                   # of errors, those that servers made up with them
+MAX_UNSETTLED = 1_000            # sets of labels with a tool that is not known (yet)
+MAX_LABEL_VALUE = 100            # characters
+
+
+class Counters:
+    """What is counted at the doors: a call ends, a request is refused, bytes and streams come and go."""
+
+    def __init__(self):
+        self.calls: dict[tuple, list] = {}         # by (server, method, tool, revision, error): see find()
+        self.refused: collections.Counter = collections.Counter()          # HTTP requests, by status
+        self.connections: set = set()              # of HTTP, and of those that are gone
+        self.gone_received = self.gone_sent = 0    # bytes
+        self.streams = 0                           # that are open
+        self.found: dict[tuple, list] = {}         # what find() gave, by the same
+        self._unsettled: dict[tuple, list] = {}
+        self._kept: dict[str, set[str]] = {"tool": set(), "error": {"", "cancelled", "tool_error", *map(str, (
+            PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR, SERVER_FAILED,
+            HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION, RESOURCE_NOT_FOUND, URL_ELICITATION_REQUIRED))}}
+
+    def find(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
+        """The numbers for a call with these labels, which are as in `calls`; all but the method may be empty, and the
+        error is if there was none. `tools` are those that the server has. The numbers are: how many took up to each of
+        DURATIONS but not up to the one before, how many took longer, and how many seconds they took together."""
+        tool = labels[2]
+        if tool and tool not in tools and len(tool) <= MAX_LABEL_VALUE and len(self._unsettled) < MAX_UNSETTLED:
+            self.found[labels] = self._unsettled[labels] = [0] * (len(DURATIONS) + 2)
+            return self.found[labels]
+        numbers = self._settled(labels, tools)
+        if labels in self.calls:                   # nothing in it was made up
+            self.found[labels] = numbers
+        return numbers
+
+    def _settled(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
+        server, method, tool, revision, error = labels
+        method = method if method in METHODS else OTHER
+        is_name = tool in tools and len(tool) <= MAX_LABEL_VALUE and tool.isprintable()      # no two are written alike
+        tool = self._bounded("tool", tool, MAX_TOOLS) if is_name else tool and OTHER
+        revision = revision if revision in ("", MODERN_VERSION, *LEGACY_VERSIONS) else OTHER
+        labels = server, method, tool, revision, self._bounded("error", error, MAX_CODES)
+        return self.calls.setdefault(labels, [0] * (len(DURATIONS) + 2))
+
+    def _bounded(self, kind: str, value: str, limit: int) -> str:
+        kept = self._kept[kind]
+        if value not in kept and len(kept) < limit and len(value) <= MAX_LABEL_VALUE:
+            kept.add(value)
+        return value if value in kept else OTHER
+
+    @property
+    def received(self) -> int:
+        """Bytes that came by HTTP."""
+        return self.gone_received + sum(connection.received for connection in self.connections)
+
+    @property
+    def sent(self) -> int:
+        return self.gone_sent + sum(connection.sent for connection in self.connections)
+
+    @property
+    def unsettled(self) -> set[tuple[str, str]]:
+        """(server, tool) of calls of which it is not known whether there is such a tool."""
+        return {(labels[0], labels[2]) for labels in self._unsettled}
+
+    def settle(self, tools: dict[str, collections.abc.Container[str]], waiting: set[str]) -> None:
+        """Counts what was kept apart, now that the tools of each server are as well known as can be; `waiting` are the
+        servers that will still say which they have."""
+        unsettled, self._unsettled = self._unsettled, {}
+        for labels, numbers in unsettled.items():
+            if labels[0] in waiting:
+                self._unsettled[labels] = numbers
+                continue
+            del self.found[labels]
+            into = self._settled(labels, tools.get(labels[0], ()))
+            into[:] = map(sum, zip(into, numbers))
+
+
+def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
+    """The text that Prometheus reads, of (name, type, help, samples); these are (labels as a dict, value), and of a
+    histogram the value is as in Counters. Prometheus, Exposition formats, Text-based format, 0.0.4."""
+    def sample(name: str, labels: dict, value: float) -> str:
+        pairs = [f'{label}="{escape(str(text)[:MAX_LABEL_VALUE])}"' for label, text in labels.items()]
+        return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
+
+    def escape(text: str) -> str:
+        return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    lines = []
+    for name, kind, about, samples in families:
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+        for labels, value in samples:
+            if kind != "histogram":
+                lines.append(sample(name, labels, value))
+                continue
+            *counts, seconds = value
+            for limit, count in zip([*DURATIONS, "+Inf"], itertools.accumulate(counts)):
+                lines.append(sample(f"{name}_bucket", {**labels, "le": limit}, count))
+            lines += [sample(f"{name}_sum", labels, seconds), sample(f"{name}_count", labels, sum(counts))]
+    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+
+
+# ============================================================================
+# 14. Shares
 # ============================================================================
 #
 # What many share is never enough for one who takes without end, and a limit for each connection, session and stream
@@ -3349,7 +3547,7 @@ def try_later(why: str) -> ServerError:
 
 
 # ============================================================================
-# 14. Processes
+# 15. Processes
 # ============================================================================
 #
 # Whose each process is, what it uses, and what could outlive a server: a child that left its process group, all
@@ -3362,13 +3560,15 @@ STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, START, PAGES = 0, 1, 2,
 class Usage:
     """What a server uses, with all that descends from it."""
 
-    def __init__(self, tag: str, on_looked_at=None):
+    def __init__(self, server: str, tag: str, on_looked_at=None):
+        self.server = server
         self.tag = tag
         self.on_looked_at = on_looked_at             # called when the rest is new
         self.memory = self.most_memory = 0           # bytes that are resident; what is shared counts for each
         self.processes = self.most_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
+        self.excess = ""                             # the limit for which it was ended
         self.seen_at = 0.0                           # when it was looked at
 
     @property
@@ -3393,8 +3593,11 @@ class Census:
     def __init__(self):
         self.starting = 0                                       # servers whose process id is not known yet
         self.servers: dict[int, Usage] = {}                     # by process id
+        self.spent: collections.Counter = collections.Counter()           # seconds of CPU of what has ended, by server
+        self.killed: collections.Counter = collections.Counter()          # processes, by (server, limit)
         self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
         self._others: set[int] = set()                          # that are no server's
+        self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
         self.gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
@@ -3451,6 +3654,23 @@ class Census:
                     return server
         is_only = self.gets_orphans and len(self.servers) == 1 and not self.starting and parent == os.getpid()
         return next(iter(self.servers)) if is_only and pid not in self.ours else None
+
+    def reaped(self, usage: Usage) -> None:
+        """Its process has ended, maybe between two looks. The system adds up what children that ended have taken."""
+        before, self._reaped = self._reaped, sum(os.times()[2:4])
+        usage.gone += max(0, self._reaped - before - usage.seconds)
+
+    def skip(self) -> None:
+        """What was waited for was no server; what it took is counted as its server's already."""
+        self._reaped = sum(os.times()[2:4])
+
+    def forget(self, server: int) -> None:
+        """It is gone; what it used counts."""
+        usage = self.servers.pop(server, None)
+        if usage:
+            self.spent[usage.server] += usage.seconds
+            if usage.excess:
+                self.killed[usage.server, usage.excess] += 1
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -3534,6 +3754,7 @@ class Reaper:
             if process_state(pid)[0] == b"Z":
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
+                    self.census.skip()
         if self._watcher and self._watcher.poll() is not None:
             log.warning("! the shell that ends servers if this program is killed has ended, and is started again")
             self._watcher.stdin.close()
@@ -3557,7 +3778,7 @@ class Reaper:
         """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease` is
         closed."""
         self._left |= self._ending.pop(pid, set()) | (self.census.of(pid) if pid else set())
-        self.census.servers.pop(pid, None)
+        self.census.forget(pid)
         self._ended.add(tag)
         self._leases += [lease] if lease else []
         if self._sweep is None:
@@ -3666,7 +3887,7 @@ def kill(pid: int, number: int) -> bool:
 
 
 # ============================================================================
-# 15. Sandbox
+# 16. Sandbox
 # ============================================================================
 #
 # What a server is kept from, with no privilege, engine or namespace: by what Linux lets a process forbid itself. It is
@@ -4110,7 +4331,7 @@ def abilities() -> str:
 
 
 # ============================================================================
-# 16. Links
+# 17. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -4219,7 +4440,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._command, self._environment, self._directory = command, environment, directory
         self._tag = sandbox.reaper.new_tag()
         self._cell = Cell(sandbox, self._tag) if sandbox.is_on else None
-        self.usage = Usage(self._tag, self._check_limits)
+        self.usage = Usage(self._server, self._tag, self._check_limits)
         self._excess: tuple | None = None      # the limit that it went over, and what was measured
         self._redact = redact                  # takes the values of its client's variables out of a text of its own
         self.last_words = collections.deque(maxlen=STDERR_LINES)
@@ -4296,6 +4517,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
+        self._reaper.census.reaped(self.usage)
         self._excess = self._excess or self._blamed_limit()
         self._exited.set()
         self._end_soon()
@@ -4405,6 +4627,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
+        self.usage.excess = self._excess[0] if self._excess else ""
         self._reaper.ended(self._tag, self._pid, self._cell)
         self._end()
 
@@ -4451,7 +4674,7 @@ SHUTDOWN_STEPS = (
 
 
 # ============================================================================
-# 17. HTTP client
+# 18. HTTP client
 # ============================================================================
 #
 # Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
@@ -4702,7 +4925,7 @@ class HTTPClient:
 
 
 # ============================================================================
-# 18. Issuer of tokens
+# 19. Issuer of tokens
 # ============================================================================
 #
 # Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
@@ -4949,7 +5172,7 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
 
 
 # ============================================================================
-# 19. Remote servers
+# 20. Remote servers
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. Each message is a POST of its own.
@@ -5468,7 +5691,7 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 20. Server connection
+# 21. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -5858,7 +6081,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 21. Streams, questions and outlets
+# 22. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -5984,6 +6207,7 @@ class Outlet:
 
     exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
     asks = False                           # can a question of the server's be sent this way, and be answered?
+    transport = ""                         # what the log calls it
 
     def send(self, payload: list) -> None:
         """A message before the answer."""
@@ -5996,7 +6220,7 @@ class Outlet:
 
 
 # ============================================================================
-# 22. What servers send
+# 23. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -6190,7 +6414,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 23. Subscriptions and lists
+# 24. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -6442,6 +6666,8 @@ class KeptList:
             if self.method == "tools/list" or self.instance.identity.has(LISTS[self.method][2]):
                 await self._read(connection, items)
             self._items, self._is_doubtful = items, False
+            if self.method == "tools/list":
+                self.instance.server.learn_tools(items)
             if self.is_missed:
                 self.is_missed = False
                 tell_all(self.instance, list_changed(LISTS[self.method][2]))
@@ -6475,7 +6701,7 @@ class KeptList:
 
 
 # ============================================================================
-# 24. Instances
+# 25. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -6501,6 +6727,7 @@ LEVEL_SECONDS = 60.0             # for which a level that a modern request asked
 KNOWN_OWNERS = 10_000            # of tasks and elicitations
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
+SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
 
 
 InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
@@ -6522,7 +6749,7 @@ class Instance:
         self.principal = principal                  # to whose account it goes
         self.variables = variables
         self.redact = redactor(variables.values())
-        self.state = InstanceState.NEW
+        self.state, self.since = InstanceState.NEW, server.now()          # and since when
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics: dict[str, Topic] = {}          # by URI
@@ -6546,6 +6773,7 @@ class Instance:
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
         self._link: Link | None = None              # the last one that was started
+        self._told_slow = 0                         # how often the log had that it still starts
         self._ways: set[str] = set()                # of those that wait for it through other proxies
 
     @property
@@ -6625,8 +6853,9 @@ class Instance:
 
     async def _run(self, initialize: dict) -> None:
         has_run = False
-        while True:
+        for number in itertools.count():
             self._become(InstanceState.STARTING)
+            self.server.restarts += number > 0
             connection, is_ready = None, False
             try:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
@@ -6646,6 +6875,9 @@ class Instance:
             finally:
                 if connection:
                     await asyncio.shield(connection.link.stop())
+            # What a client said in its handshake, or set as a variable, may be wrong.
+            is_ours = not self.variables and (self.is_told_ours or not isinstance(error, HandshakeRefused))
+            self.server.on_error(error, self.words, is_ready, is_ours)
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
                 self.failure, self.failed_at = error, self.server.now()
@@ -6718,6 +6950,9 @@ class Instance:
                  "revision %(revision)s", server=self.server.name, name=self.identity.name, session=whose,
                  version=self.identity.release, revision=str(self.identity.version), **connection.link.fields)
         self.connection, self.failure, self.last_used = connection, None, self.server.now()
+        self.server.start_seconds, self.server.start_failed = self.last_used - self.since, False
+        self.server.identity = self.identity
+        self.server.takes_variables = self.server.takes_variables or bool(self.variables)
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
         for kept in self.lists.values() if is_restart else ():
@@ -6800,7 +7035,21 @@ class Instance:
         if self.state is state is InstanceState.CLOSED:
             return
         assert state in INSTANCE_STATES[self.state], (self.state, state)
-        self.state = state
+        self.state, self.since, self._told_slow = state, self.server.now(), 0
+
+    def tick(self, now: float) -> None:
+        """Called now and then: gives up on what takes too long, and says so of a start."""
+        if self.connection:
+            self.connection.give_up(now, self.server.settings.request_timeout)
+        if self.state is InstanceState.STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
+            self._told_slow += 1
+            log.info("= server %(server)s is still starting, %(seconds)d s" + (": %(text)s" if self.words else ""),
+                     server=self.server.name, seconds=int(now - self.since), text=self.words or "-")
+
+    @property
+    def words(self) -> str:
+        """What the server said last beside the protocol."""
+        return next(reversed(self._link.last_words or [""]), "") if self._link else ""
 
     # The clients together, as the server sees them.
 
@@ -6912,7 +7161,7 @@ class Instance:
 
 
 # ============================================================================
-# 25. Clients
+# 26. Clients
 # ============================================================================
 #
 # Who sends requests. A client is attached to the instance of a server that it uses
@@ -6927,6 +7176,7 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
+    told = ""                                       # what it said of itself when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
@@ -6984,6 +7234,7 @@ class Visitor(Client):
     """A caller without a session."""
 
     is_session = False
+    session_label = ""
     capabilities: dict = {}                         # nobody can ask it anything,
     info = version = log_level = None               # and it has said nothing of itself
 
@@ -7009,24 +7260,34 @@ class Session(Client):
     is_session = True
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str],
-                 principal: object, is_streamable: bool):
+                 principal: object, is_streamable: bool, name: str | None = None):
         super().__init__(mount, view, caller, variables, principal)
-        self.id = self.identity = os.urandom(16).hex()
-        self.label = self.id[:8]                    # the id is a secret
+        self.id = self.identity = name or os.urandom(16).hex()
+        self.label = self.session_label = label_of(self.id)
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
         self.is_followed = False                    # did its client come again?
         self.is_ended = False
         self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
         self.capabilities: dict = {}
-        self.info: str | None = None                # clientInfo, as JSON
+        self.info: str | None = None                # clientInfo, as JSON, and
+        self.told = ""                              # the same as name/version
         self.version: str | None = None             # the revision that was negotiated
+        self.offered: str | None = None             # that will be, at a shared server
         self.log_level: str | None = None           # that it asked for
         self.topics: set[Topic] = set()             # that it subscribed to
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
-        self.stream = Stream("0" if is_streamable else "", principal)
-        self.last_used = mount.now()
-        self._streams = {"0": self.stream}          # by name; those that ended, for a while
+        # Events of one process mean nothing to another, which has to see that.
+        self._tag = "." + os.urandom(4).hex() if is_streamable and mount.settings.session_secret else ""
+        self.stream = Stream("0" + self._tag if is_streamable else "", principal)
+        self.last_used = self.opened_at = mount.now()
+        self._streams = {self.stream.name: self.stream}          # by name; those that ended, for a while
         self._stream_names = itertools.count(1)
+
+    def announce(self, message: Message) -> None:
+        """Its id may be told before a server that starts slowly has answered the handshake, and says all the same."""
+        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
+        self.introduce(message, None)
+        self.offered = negotiate(message.params.get("protocolVersion"))
 
     def introduce(self, message: Message, version: object) -> None:
         """Takes in what the client says of itself in its handshake, and the revision that was agreed on."""
@@ -7034,6 +7295,34 @@ class Session(Client):
         self.capabilities = message.value("params", "capabilities") if isinstance(
             message.params.get("capabilities"), tuple) else {}
         self.info = message.raw("params", "clientInfo") if "clientInfo" in message.params else None
+        self.told = client_name(message.params.get("clientInfo"))
+
+    @functools.cached_property
+    def sealed_id(self) -> str:
+        """Its Mcp-Session-Id: the same from the first time that it is told."""
+        secret, version = self.mount.settings.session_secret, self.version or self.offered
+        if not (secret and version and self.is_streamable and self.view.is_for_all):
+            return self.id
+        try:
+            info = self.info and json.loads(self.info)
+        except (ValueError, RecursionError):        # too many digits, or too deep
+            info = None
+        return seal(secret, self.id, {
+            "version": version, "capabilities": self.capabilities, "info": info,
+            "whose": whose(secret, self.caller), "place": self.view.place, "time": int(time.time())})
+
+    def restore(self, sealed_id: str, facts: dict) -> None:
+        """Goes on as the session that has this id. What it subscribed to is not known any more, so it is told that all
+        may have changed."""
+        self.sealed_id, self.is_followed = sealed_id, True
+        self.version, self.capabilities = facts["version"], facts["capabilities"]
+        self.info = facts["info"] and dump(facts["info"])
+        self.told = client_name(tuple(facts["info"].items()) if isinstance(facts["info"], dict) else ())
+        for member in self.view.members:
+            with contextlib.suppress(ProxyError):
+                self.at(self.mount.server(member.name))
+        for kind, _ in LIST_CHANGES.values():
+            self.stream.send(list_changed(kind).payload)
 
     def on_closed(self, instance: Instance, error: ServerError) -> None:
         """Its own process of a server is gone. A session of that server alone ends with it."""
@@ -7071,11 +7360,11 @@ class Session(Client):
 
     def speak_through(self, stream: Stream) -> None:
         """Uses this one in place of its own, before anything was sent."""
-        self.stream = self._streams["0"] = stream
+        self.stream = self._streams["0" + self._tag] = stream
 
     def open_stream(self) -> Stream:
         """A stream for the answer to one POST."""
-        stream = Stream(str(next(self._stream_names)), self.principal)
+        stream = Stream(f"{next(self._stream_names)}{self._tag}", self.principal)
         self._streams[stream.name] = stream
         return stream
 
@@ -7088,10 +7377,13 @@ class Session(Client):
             oldest.give()
             del self._streams[oldest.name]
 
-    def find_event(self, event_id: str) -> tuple[Stream, int]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here."""
+    def find_event(self, event_id: str) -> tuple[Stream, int | None]:
+        """The stream that an event was on, and its number there; RPCError when that is not known here. One of another
+        process is followed by what nobody has heard here."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
+        if not name.endswith(self._tag):
+            return self.stream, None
         if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number) or (
                 stream.is_ended and stream.has_forgotten):
             raise RPCError("Last-Event-ID names no event that is kept here")
@@ -7149,13 +7441,24 @@ class Session(Client):
         log.info("= session %(session)s closed", session=self.label)
 
 
+def label_of(session_id: str) -> str:
+    """What the log calls a session; its id is a secret."""
+    return digest_of_key(session_id).hex()[:8]
+
+
+def client_name(info: object) -> str:
+    """What a client says of itself, a clientInfo as it was scanned, as name/version."""
+    given = members_of(info)
+    return "/".join(given[name][:MAX_LABEL] for name in ("name", "version") if isinstance(given.get(name), str))
+
+
 def is_at_least(level: object, wanted: str) -> bool:
     """Is a log message's level at least as high as what is wanted? One that is unknown passes."""
     return level not in LOG_LEVELS or LOG_LEVELS.index(level) >= LOG_LEVELS.index(wanted)
 
 
 # ============================================================================
-# 26. Servers and groups
+# 27. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -7168,6 +7471,8 @@ FAILURES = 3                     # in a row, after which a member of a group is 
 PROBE_PAUSE = 1.0                # seconds until one that is left out is asked whether it is back, doubling
 LONGEST_PROBE_PAUSE = 30.0       # to this
 KNOWN_STATES = 1_000             # of calls that wait for input, of one group
+MAX_LISTINGS = 8                 # pages of tools that clients were given and nobody has read yet,
+MAX_LISTING = 256 * 1024         # of so many bytes each
 
 
 class Pool:
@@ -7228,6 +7533,14 @@ class Server:
         self.instances: dict[object, Instance] = {}
         self.ending: dict[Instance, asyncio.Task] = {}
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
+        self.identity: Identity | None = None      # what it said of itself last
+        self.restarts = 0                          # starts of its instances, after the first of each
+        self.start_seconds: float | None = None    # that the last one took
+        self.start_failed = False                  # did the last one fail, but not because of a client's variables?
+        self.takes_variables = False               # did one work with such? Then it may need them
+        self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
+        self.tool_names: dict[str, None] = {}      # that are known, the newest first
+        self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.chosen = 0                            # how often it was, of its group
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
@@ -7240,6 +7553,42 @@ class Server:
         return self.failures < FAILURES and not (
             instance and instance.connection is None and (instance.failure or instance.identity))
 
+    @property
+    def state(self) -> str:
+        """For who looks after the proxy: ready, starting, down, or on demand."""
+        if not self.is_for_all:
+            states = {instance.state for instance in self.instances.values()}
+            return ("down" if self.start_failed else "ready" if InstanceState.READY in states else
+                    "starting" if InstanceState.STARTING in states else "on demand")
+        instance = self.instances.get(())
+        if instance is None or instance.state in (InstanceState.NEW, InstanceState.STARTING):
+            return "starting"
+        return "ready" if instance.connection and self.failures < FAILURES else "down"
+
+    @property
+    def can_be_used(self) -> bool:
+        return self.state == "ready" or not (self.is_for_all or self.start_failed)
+
+    def on_error(self, error: ServerError, words: str, has_started: bool, is_ours: bool) -> None:
+        """An instance could not be started, or has ended, with these last words; `is_ours`: no client can be the
+        reason."""
+        self.last_error = f"{error}: {words}" if words and words not in str(error) else str(error)
+        self.last_error_at = self.now()
+        self.start_failed = self.start_failed or not (has_started or self.takes_variables) and is_ours
+
+    def learn_tools(self, names: collections.abc.Iterable[str]) -> None:
+        """It lists these."""
+        names = dict.fromkeys((*names, *self.tool_names))
+        self.tool_names = dict.fromkeys(itertools.islice(names, MAX_TOOLS))
+
+    def read_listings(self) -> None:
+        """Learns from the pages that clients were given."""
+        while self.listings:
+            with contextlib.suppress(RPCError):
+                tools = (self.listings.popleft().parsed().result or {}).get("tools")
+                self.learn_tools(tool["name"] for tool in (tools if isinstance(tools, list) else ())
+                                 if isinstance(tool, dict) and isinstance(tool.get("name"), str))
+
     def load(self) -> tuple:
         """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
         instance = self.instances.get(())
@@ -7248,16 +7597,18 @@ class Server:
         weight = self.config.weight
         return bool(instance and instance.connection is None), running / weight, self.chosen / weight
 
-    def probe(self, others: "list[Server]") -> None:
-        """Finds out now and then whether a member of a group that is left out is back."""
+    def probe(self, others: "collections.abc.Iterable[Server]" = ()) -> None:
+        """Finds out now and then whether a server that cannot be used is back; one that its group leaves out, say."""
         now = self.now()
-        if self.is_up or self._probing or now < self._probe_at:
+        if self.is_up and not self.start_failed or self._probing or now < self._probe_at:
             return
 
         async def ask() -> None:
             if self.is_for_all:
                 connection = await (self.instances.get(()) or self.make_instance()).ready()
                 await connection.request("server/discover" if connection.era is MODERN else "ping", {}).result()
+            elif self.start_failed:
+                await self._try_start()
             self.failures, self._probe_pause = 0, PROBE_PAUSE
             # It is not to make up for what it missed.
             self.chosen = max(self.chosen, int(self.config.weight * max(
@@ -7268,8 +7619,26 @@ class Server:
             self._probe_at = self.now() + self._probe_pause
             if task.cancelled() or task.exception():
                 self._probe_pause = min(LONGEST_PROBE_PAUSE, 2 * self._probe_pause)
-        self._probing = asyncio.get_running_loop().create_task(asyncio.wait_for(ask(), PING_SECONDS))
+        self._probing = asyncio.get_running_loop().create_task(asyncio.wait_for(
+            ask(), PING_SECONDS if self.is_for_all else self.settings.request_timeout))
         self._probing.add_done_callback(on_done)
+
+    async def _try_start(self) -> None:
+        """Starts a spare instance, to see whether that works."""
+        if self.pool.is_full:
+            raise try_later("too many processes")
+        spare = self._new_spare()
+        try:
+            await spare.ready()
+        finally:
+            if spare.owner is spare:               # nobody adopted it
+                self.end(spare)
+
+    def _new_spare(self) -> Instance:
+        spare = Instance(self, None, {}, None)
+        spare.owner = spare
+        self.instances[spare] = spare
+        return spare
 
     def instance_for(self, client: Client) -> Instance:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
@@ -7321,10 +7690,7 @@ class Server:
         for _ in range(self.spares_wanted - len(spares)):
             if self.pool.is_full:
                 break
-            spare = Instance(self, None, {}, None)
-            spare.owner = spare
-            self.instances[spare] = spare
-            spare.start()
+            self._new_spare().start()
 
     def end(self, instance: Instance) -> None:
         """Ends an instance in the background."""
@@ -7338,8 +7704,7 @@ class Server:
         """Called now and then: gives up on what takes too long, and ends what nobody uses."""
         self.keep_spares()
         for instance in list(self.instances.values()):
-            if instance.connection:
-                instance.connection.give_up(now, self.settings.request_timeout)
+            instance.tick(now)
             if self.is_retired and not instance.is_used or not (
                     instance.owner == () or instance.is_private or instance.is_used) and (
                     now - instance.last_used > self.settings.session_idle):
@@ -7427,12 +7792,17 @@ class Group:
 
 
 # ============================================================================
-# 27. Mounts
+# 28. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
 
+NOBODYS_NAME = "-"               # of a session
+MAX_DELETED = 10_000             # sessions that are known as ended by their clients
+CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
+RECENT_CALLS = 100               # that can be looked at
+ASKED_SECONDS = 60.0             # after somebody asked whether there is a server to be used, in which starts are tried
 
 
 class Mount:
@@ -7442,9 +7812,14 @@ class Mount:
         self.settings = settings
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
+        self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
         self.calls: set[PendingRequest] = set()    # that clients wait for
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
+        self.is_leaving = False                    # will the proxy end? Until it drains, all goes on
         self.is_draining = False                   # no new calls: the proxy is about to end
+        self.counters = Counters()
+        self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see Exchange
+        self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
         self.listeners: set = set()                # exchanges that listen to several servers as one
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
@@ -7477,6 +7852,7 @@ class Mount:
                 old.config = config
             else:
                 self.servers[name] = self._new_server(config, self._pool)
+                self.servers[name].restarts = old.restarts if old else 0
         for server in before.values():
             server.is_retired, server.spares_wanted = True, 0
         self._adopt(catalog)
@@ -7505,6 +7881,11 @@ class Mount:
         for server in self.servers.values():
             server.end_subscriptions(is_another)
 
+    @property
+    def is_ready(self) -> bool:
+        """Is there a server that can be used?"""
+        return not self.is_leaving and any(server.can_be_used for server in self.servers.values())
+
     def pick(self, client: Client) -> Instance:
         """The instance to which the requests of a client go that is shown one server."""
         return client.at(self.server(client.view.members[0].name))
@@ -7522,7 +7903,7 @@ class Mount:
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
-                     is_streamable: bool = True, way: str = "") -> Session:
+                     is_streamable: bool = True, way: str = "", name: str | None = None) -> Session:
         """A session for a new client, once there is room for it and what it uses."""
         self.check_open()
         others = ()
@@ -7530,7 +7911,7 @@ class Mount:
             others = who_gives(self.sessions.values(), principal)
             if not others:
                 raise try_later("too many sessions")
-        session = Session(self, view, caller, variables, principal, is_streamable)
+        session = Session(self, view, caller, variables, principal, is_streamable, name)
         session.way = way
         connection = self.pick(session).connection if not view.is_joint else None
         if others:
@@ -7541,6 +7922,28 @@ class Mount:
             f", at {connection.link.label}" if connection else ""), **about,
                  **(connection.link.fields if connection else {}))
         return session
+
+    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str) -> str:
+        """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
+        its servers are shared: another process opened it, or this one before it was started again."""
+        name, secret = sealed_id.partition(".")[0], self.settings.session_secret
+        if name in self.sessions:
+            return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
+        _, facts = unseal(secret, sealed_id) or (None, None)
+        if not facts or name in self.deleted or not view.is_for_all or (
+                facts["whose"], facts["place"]) != (whose(secret, caller), view.place) or not (
+                -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
+            return NOBODYS_NAME
+        self.open_session(view, caller, {}, principal, way=way, name=name).restore(sealed_id, facts)
+        return name
+
+    def delete_session(self, session: Session) -> None:
+        """Its client needs it no more: it is not opened again here."""
+        session.end()
+        if self.settings.session_secret:
+            self.deleted[session.id] = None
+            if len(self.deleted) > MAX_DELETED:
+                del self.deleted[next(iter(self.deleted))]
 
     def find_session(self, session_id: str | None, place: str | None, caller: Caller | None,
                      is_streamable: bool) -> Session:
@@ -7576,6 +7979,9 @@ class Mount:
                 self._pool.servers.discard(server)
         for group in self.groups.values():
             group.tick()
+        if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
+            for server in self.servers.values():
+                server.probe()
         for call in [*self.calls, *self.parked.values()]:
             settings = call.instance.server.settings if call.instance else self.settings
             if call.is_overdue(now, settings.request_timeout):
@@ -7589,8 +7995,10 @@ class Mount:
             elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
                 session.end()
 
-    async def drain(self, seconds: float) -> None:
-        """Takes no new calls, and gives those that run some time to finish."""
+    async def drain(self, seconds: float, delay: float = 0.0) -> None:
+        """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
+        self.is_leaving = True
+        await asyncio.sleep(delay)
         self.is_draining = True
         for server in self.servers.values():
             server.spares_wanted = 0
@@ -7612,7 +8020,7 @@ class Mount:
 
 
 # ============================================================================
-# 28. Several servers as one
+# 29. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -7845,7 +8253,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 
 
 # ============================================================================
-# 29. Bridges
+# 30. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -8235,7 +8643,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 30. Dialogues
+# 31. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -8333,7 +8741,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 31. Exchanges
+# 32. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -8362,7 +8770,7 @@ EXCHANGE_STATES = {
 }
 
 
-class Outcome(enum.Enum):
+class Outcome(enum.StrEnum):
     """How an exchange ends, or is interrupted."""
 
     ANSWERED = "answered"
@@ -8372,11 +8780,24 @@ class Outcome(enum.Enum):
     PARKED = "waits for input"
 
 
+def audit(caller: Caller | None, told: object, method: str | None, name: str | None, trace: dict[str, str] | None,
+          **fields) -> dict:
+    """What the log has, as JSON, of each request of a client: one line, never with an argument. `told` is who the
+    client says it is. What has no value is left out."""
+    traced = re.fullmatch('"?[0-9a-f]{2}-([0-9a-f]{32})-.*', (trace or {}).get("traceparent", ""))
+    found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
+             "sub": caller and caller.is_token and caller.name.partition(":")[2],
+             "client": told if isinstance(told, str) else client_name(told), "method": method,
+             {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
+    return {field: value for field, value in found.items() if value or value == 0 and value is not False}
+
+
 class Exchange(PendingRequest, Holder):
     """One client request on its way; with the `envelope` of a modern one, and `headers` that may repeat arguments."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token outlet text held
+        names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token told problem
+        outlet text held
         digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
@@ -8405,6 +8826,7 @@ class Exchange(PendingRequest, Holder):
         self.dialogue: Dialogue | None = None
         self.wanted = self.topics = None              # what a subscription is to, and
         self.early = None                             # what came for it before it was acknowledged
+        self.problem = ""                             # what went wrong, see error_type()
         self.on_done = None                           # called when the exchange is over
         self._started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
@@ -8415,8 +8837,15 @@ class Exchange(PendingRequest, Holder):
         name = message.params.get(NAMED_BY.get(self.method))
         self.name = name if isinstance(name, str) else None
         self.size, self.principal = len(message.text), self.client.principal
-        has_token = message.meta and is_id(message.meta.get("progressToken"))
-        self.token = message.raw("params", "_meta", "progressToken") if has_token else None
+        self.token = self.told = None
+        meta = message.meta
+        if meta:
+            if is_id(meta.get("progressToken")):
+                self.token = message.raw("params", "_meta", "progressToken")
+            if self.size <= SMALL:                    # what the client says of itself, as it was scanned
+                self.told = meta.get(CLIENT_INFO_KEY)
+            if isinstance(meta.get("traceparent"), str):             # it is what the server gets
+                self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
         outlet.exchange = self
 
@@ -8646,6 +9075,13 @@ class Exchange(PendingRequest, Holder):
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
                 response = outward(self.client, self.instance, response)
+            # For most that would be told in one look, a call of a function is too much.
+            if not response.is_result or self.method == "tools/call" and (
+                    type(response) is not ResponseLine or len(response.line) > LARGE or b'"isError"' in response.line):
+                self.problem = error_type(response)
+            elif self.method == "tools/list" and isinstance(response, ResponseLine) and (
+                    len(response.line) <= MAX_LISTING):
+                self.instance.server.listings.append(response)
             limit = self.instance.server.max_result
             if limit and response.is_result and self.method in ("tools/call", "tasks/result"):
                 response = cut_result(response.parsed(), limit)
@@ -8746,6 +9182,7 @@ class Exchange(PendingRequest, Holder):
         """There is an error in place of it."""
         # To a legacy client, 404 would mean that its session is lost.
         status = 200 if self.envelope is None and error.code == METHOD_NOT_FOUND else error.http_status
+        self.problem = str(error.code)
         self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
 
     def time_out(self) -> None:
@@ -8773,10 +9210,10 @@ class Exchange(PendingRequest, Holder):
         if before is RUNNING and self.method in MAY_CAUSE:
             self.connection.drop_cause(self)
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
-            self._take_back(notification, outcome.value)
+            self._take_back(notification, outcome)
         if self.state is DONE and self.dialogue:
             self.dialogue.end(outcome is Outcome.ANSWERED)
-        self._log(outcome, payload)
+        self._record(outcome, payload)
         if self.work and outcome is not Outcome.ANSWERED:
             self.work.cancel()
         if self.state is DONE and self.on_done:
@@ -8820,17 +9257,45 @@ class Exchange(PendingRequest, Holder):
             line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
         self.connection.cancel(self.server_id, reason, line)
 
-    def _log(self, outcome: Outcome, payload: list) -> None:
-        """A line for both messages: at full speed a line for each would be a tenth of all work."""
+    def _record(self, outcome: Outcome, payload: list) -> None:
+        """It counts, can be looked at for a while, and has a line in the log for both messages: at full speed a line
+        for each would be a tenth of all work."""
+        client, method = self.client, self.method
+        mount = client.mount
         if log.level <= logging.DEBUG:
-            log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=self.client.label, method=self.method,
-                      id=self.id, body=self.client.redact(b"".join(payload).decode("utf-8", "replace")))
+            log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
+                      id=self.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
+        now, size = mount.now(), sum(map(len, payload))
+        seconds, server = now - self._started, self.instance and self.instance.server
+        place = server.name if server else ""
+        problem = "cancelled" if outcome is Outcome.CANCELLED else self.problem
         # The name of a tool or a prompt; a resource's URI may hold a secret.
-        name = self.name if self.name and NAMED_BY[self.method] == "name" else "-"
+        name = own_name = self.name if self.name and NAMED_BY[method] == "name" else "-"
+        if self.target is not None and name != "-":
+            own_name = self.own_name
+        labels = (place, method, own_name if method == "tools/call" else "",
+                  MODERN_VERSION if self.envelope else client.version or "", problem)
+        numbers = mount.counters.found.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
+        numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
+        numbers[-1] += seconds
+        fields = client.label, method, name, self.id, outcome, self.size, size, seconds * 1000
+        mount.recent.append((now, labels, own_name, client.told or self.told, client.caller, fields) if (
+            self.size <= SMALL) else self._cut(now, labels, own_name, fields))
+        about = None
+        if log.as_json:
+            about = audit(client.caller, client.told or self.told, method, own_name if name != "-" else None,
+                          self.trace, transport=self.outlet.transport,
+                          era=(MODERN if self.envelope else LEGACY) if labels[3] else "",
+                          session=client.session_label, server=place, id=self.id, outcome=outcome, error_type=problem,
+                          ms=seconds * 1000, bytes_in=self.size, bytes_out=size)
         log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
-                "%(bytes_out)d bytes out, %(ms).1f ms", (
-                    self.client.label, self.method, name, self.id, outcome.value, self.size, sum(map(len, payload)),
-                    (self.client.mount.now() - self._started) * 1000))
+                "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
+
+    def _cut(self, now: float, labels: tuple, name: str, fields: tuple) -> tuple:
+        """What is kept of a large request: its names may be what is large."""
+        shorter = [text[:MAX_LABEL_VALUE] for text in labels]
+        return now, shorter, name[:MAX_LABEL_VALUE], self.client.told, self.client.caller, (
+            fields[0], shorter[1], "-", "-", *fields[4:])
 
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self.last_sign >= patience
@@ -8859,6 +9324,7 @@ class Exchange(PendingRequest, Holder):
         self.leave_books()
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
+        self._started = retry._started                # the time of people is not the server's
         self._serve(message, retry.outlet)
         self._enter_books()
         self.connection.add_cause(self, self.client.identity)
@@ -8866,7 +9332,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 32. Joint exchanges
+# 33. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -9155,7 +9621,7 @@ import threading
 
 
 # ============================================================================
-# 33. HTTP connections
+# 34. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -9163,6 +9629,7 @@ import threading
 # application that is handed in. It has
 #
 #     max_body                           bytes
+#     counters                           where bytes and streams are counted
 #     admit(head)                        raises ProxyError when a request with this head may not pass; its body was not
 #                                        read yet. What it returns is kept for when the head comes again, and has
 #                                        `headers`, (name, value) pairs for every reply, and `principal`, who is
@@ -9231,14 +9698,20 @@ class Reply:
         connection.finished()
 
     @property
+    def seconds(self) -> float:
+        """Since its request began."""
+        return time.monotonic() - self.connection.since
+
+    @property
     def about(self) -> dict[str, str]:
         """What the log says of the request; not its query, which may hold a key."""
-        return {"method": self.head.method if self.head else "-", "path": self.head.path if self.head else "-",
+        return {"http_method": self.head.method if self.head else "-", "path": self.head.path if self.head else "-",
                 "address": self.connection.address}
 
     def start_stream(self, headers: tuple) -> None:
         """Begins a reply of unknown length, of events; a heartbeat is written when nothing else was for a while."""
         self.is_stream = True
+        self.connection.counters.streams += 1
         self.last_write = time.monotonic()
         headers += self.headers
         if self.head.version >= (1, 1):
@@ -9259,6 +9732,7 @@ class Reply:
         """The end of a stream."""
         if not self.is_done:
             self.is_done, self.on_gone = True, None
+            self.connection.counters.streams -= 1
             self.connection.write([LAST_CHUNK] if self.head.version >= (1, 1) else [])
             self.connection.finished()
 
@@ -9266,12 +9740,15 @@ class Reply:
 class HTTPConnection(asyncio.Protocol, Holder):
     """One client's socket."""
 
+    is_leaving = False                      # is it to be closed behind the next answer?
+
     def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
                  application, connections: set, heads: dict[bytes, HTTPHead]):
         self._writer = writer               # kept, because newer Pythons close the socket with it
         self._transport = transport
         self.abort = transport.abort        # ends the connection at once
         self._application = application
+        self.counters = application.counters
         self._connections = connections
         self._parser = RequestParser(heads)
         self._phase = HEAD
@@ -9284,12 +9761,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
-        self._written = 0                   # bytes
+        self.sent = 0                       # bytes
         self._is_clogged = False            # does output wait for the client to read?
         self._half_closed = False           # will the client send nothing more?
         self._advances_soon = False         # is it planned to go on with what is there?
-        self._since = time.monotonic()      # the beginning of what is waited for
-        self._received = 0                  # bytes since then
+        self.since = time.monotonic()      # the beginning of what is waited for
+        self.received = self._received_before = 0              # bytes, and what they were then
         self.keeps_alive = True
         connections.add(self)
 
@@ -9298,9 +9775,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def data_received(self, data: bytes) -> None:
         if self._phase is LINGER:
             return
-        if not self._received:
-            self._since = time.monotonic()
-        self._received += len(data)
+        if self.received == self._received_before:
+            self.since = time.monotonic()
+        self.received += len(data)
         self._parser.feed(data)
         self._advance()
 
@@ -9315,17 +9792,20 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
+        self.counters.gone_received += self.received
+        self.counters.gone_sent += self.sent
         self._parser.clear()                # a connection is a cycle, and may be collected much later
         budget.set(self, 0)
         reply, self._reply, self._soon = self._reply, None, []
         if reply and not reply.is_done:
             reply.is_done = True
+            self.counters.streams -= reply.is_stream
             if reply.on_gone:
                 reply.on_gone()
 
     def pause_writing(self) -> None:
         self._is_clogged = True
-        self._stalled_since, self._read = time.monotonic(), self._written - self._transport.get_write_buffer_size()
+        self._stalled_since, self._read = time.monotonic(), self.sent - self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_clogged = False
@@ -9374,11 +9854,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     return False
                 self._phase, self._reply = BODY, Reply(self, head)
                 self._continues = head.expects_continue
-                self.keeps_alive = head.keep_alive
+                self.keeps_alive = head.keep_alive and not self.is_leaving
                 try:
                     if refusal:
                         raise refusal
                     if head.admission is None or head.admission.is_old:
+                        head.admission = None              # also if it may not pass any more
                         head.admission = self._application.admit(head, self._host)
                         self._parser.keep(head)
                     self._reply.headers = head.admission.headers
@@ -9468,7 +9949,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._transport.abort()
             return
         size = sum(map(len, parts))
-        self._written += size
+        self.sent += size
         if size < LARGE:
             self._transport.write(b"".join(parts))
         else:
@@ -9481,7 +9962,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def finished(self) -> None:
         """The reply is complete: on to the next request, or the end."""
         self._reply = None
-        self._since, self._received = time.monotonic(), 0 if self._parser.is_between else len(self._parser.rest)
+        self.since = time.monotonic()
+        self._received_before = self.received - (0 if self._parser.is_between else len(self._parser.rest))
         if self._phase is LINGER:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -9498,7 +9980,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
-        read = self._written - self._transport.get_write_buffer_size()
+        read = self.sent - self._transport.get_write_buffer_size()
         if self._is_clogged and read > self._read:
             self._stalled_since, self._read = now, read
             self._count()
@@ -9524,10 +10006,10 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def _deadline(self) -> float:
         if self._phase is LINGER:
-            return self._since + LINGER_SECONDS
+            return self.since + LINGER_SECONDS
         if self._phase is BODY:
-            return self._since + BODY_SECONDS + self._received / BODY_RATE
-        return self._since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
+            return self.since + BODY_SECONDS + (self.received - self._received_before) / BODY_RATE
+        return self.since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
 
     def close(self) -> None:
         """Ends the connection once what was written has been sent."""
@@ -9536,7 +10018,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 34. HTTP server
+# 35. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -9648,6 +10130,8 @@ class HTTPServer:
 
     def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
+        application.counters.connections = self.connections
+        self.is_leaving = False                # is no connection to be kept any more?
         self._servers: list[asyncio.Server] = []
         self._application = application
         self._heartbeat = heartbeat
@@ -9688,6 +10172,7 @@ class HTTPServer:
             return writer.transport.abort()
         transport = TLSTransport(writer.transport, tls) if tls else writer.transport
         connection = HTTPConnection(writer, transport, self._application, self.connections, self.heads)
+        connection.is_leaving = self.is_leaving
         if tls:
             transport.carry(connection)
         writer.transport.set_protocol(transport if tls else connection)
@@ -9696,6 +10181,12 @@ class HTTPServer:
         """Called now and then."""
         for connection in list(self.connections):
             connection.tick(now, self._heartbeat)
+
+    def leave(self) -> None:
+        """From now on, connections are closed behind the next answer."""
+        self.is_leaving = True
+        for connection in self.connections:
+            connection.is_leaving = True
 
     async def close(self) -> None:
         """Stops listening and ends all connections."""
@@ -9712,7 +10203,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 35. Outlets
+# 36. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -9735,6 +10226,7 @@ class StreamOutlet(Outlet):
     """Into the one stream that the session has for everything: HTTP+SSE."""
 
     asks = True
+    transport = "sse"
 
     def __init__(self, stream: Stream):
         self.send = stream.send
@@ -9746,6 +10238,8 @@ class StreamOutlet(Outlet):
 class PostOutlet(Outlet, Holder):
     """Into the reply to a POST: plain JSON when the answer is the first thing that comes, and comes soon; otherwise a
     stream. For a client that takes only one of the two, that one. Several requests get a stream or an array."""
+
+    transport = "streamable-http"
 
     def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, batch: int = 0):
         self.reply = reply
@@ -9834,7 +10328,7 @@ class PostOutlet(Outlet, Holder):
         session = self._session
         opens = (session and (session.version or self._stream) and self.exchange
                  and self.exchange.method == "initialize")
-        return ((SESSION_ID_HEADER, session.id),) if opens else ()
+        return ((SESSION_ID_HEADER, session.sealed_id),) if opens else ()
 
     def _gone(self) -> None:
         """The client hung up. A legacy call goes on, and what comes on its stream can be fetched."""
@@ -9849,6 +10343,8 @@ class PostOutlet(Outlet, Holder):
 
 class ToolOutlet(Outlet):
     """Into the reply to a tool call without MCP: the result alone. Progress has no place there."""
+
+    transport = "tools"
 
     def __init__(self, reply: Reply):
         self._reply = reply
@@ -9868,7 +10364,173 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 36. Endpoints
+# 37. Overview
+# ============================================================================
+#
+# What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
+# the Prometheus client libraries' where they have any.
+
+LABELS = ("server", "mcp_method_name", "gen_ai_tool_name", "mcp_protocol_version", "error_type")
+LISTS_SECONDS = 1.0              # for servers to say which tools they have
+MAX_SESSIONS_SHOWN = 100
+
+
+class Overview:
+    """The proxy as seen from outside."""
+
+    def __init__(self, mount: Mount, census: Census | None = None):
+        self._mount = mount
+        self._census = census or Census()
+        self._started_at, self._clock_at = time.time(), mount.now()
+
+    def _wall(self, moment: float) -> float:
+        """A moment of the mount's clock in seconds since 1970."""
+        return self._started_at - self._clock_at + moment
+
+    def _facts(self, server: Server, with_error: bool) -> dict:
+        """What is known of a server; nothing of what is not."""
+        facts, identity = {"state": server.state, "restarts": server.restarts}, server.identity
+        if identity:
+            facts |= {"era": MODERN if identity.version == MODERN_VERSION else LEGACY,
+                      "revision": str(identity.version)[:MAX_LABEL], "name": identity.name[:MAX_LABEL],
+                      "version": identity.release[:MAX_LABEL]}
+        return facts | ({"error": server.last_error} if server.last_error and with_error else {})
+
+    def health(self, with_errors: bool) -> dict:
+        """Which servers can be used."""
+        mount = self._mount
+        return {"status": "draining" if mount.is_leaving else "ready" if mount.is_ready else "not ready",
+                "servers": {name: self._facts(server, with_errors) for name, server in mount.servers.items()}}
+
+    def summary(self, caller: Caller | None) -> str:
+        """All that a caller may see, as JSON."""
+        mount, sees_all = self._mount, caller is None or caller.sees_all
+        view = mount.catalog.view(None, (), caller and caller.limits)
+        shown = {one.name for member in view.members for one in (member, *member.members)}
+        sessions = [session for session in mount.sessions.values() if sees_all or session.caller == caller]
+        return dump({
+            "name": "mcpproxy", "version": __version__, "status": self.health(False)["status"], "mcp": "/mcp",
+            "isGuarded": mount.settings.is_guarded, "isFile": mount.catalog.is_file,
+            "shared": all(server.is_for_all for server in mount.servers.values()),
+            "servers": [self._about_server(name, server, sees_all) for name, server in mount.servers.items()
+                        if name in shown or sees_all],
+            "sessions": [self._about_session(session) for session in sessions[-MAX_SESSIONS_SHOWN:]],
+            "calls": [self._about_call(*call) for call in reversed(mount.recent) if sees_all or call[4] == caller]})
+
+    def _about_server(self, name: str, server: Server, with_error: bool) -> dict:
+        facts, usages = self._facts(server, with_error), self._usages(name)
+        instance, group = server.instances.get(()), server.config.group
+        place = name if name in self._mount.catalog.places else group
+        if instance and instance.state is InstanceState.READY:
+            facts["since"] = int(self._wall(instance.since))
+        if instance and with_error and server.state == "starting":
+            facts["words"] = instance.words
+        if "error" in facts:
+            facts["errorAt"] = int(self._wall(server.last_error_at))
+        facts["title"] = facts.pop("name", None)
+        return {"name": name, **facts, "group": group, "isRemote": bool(server.config.url),
+                "path": f"/servers/{place}/mcp" if self._mount.catalog.is_file else "/mcp",
+                "processes": sum(usage.processes for usage in usages), "memory": sum(usage.memory for usage in usages),
+                "cpu": round(self._census.spent[name] + sum(usage.seconds for usage in usages), 1)}
+
+    def _usages(self, name: str) -> list[Usage]:
+        return [usage for usage in self._census.servers.values() if usage.server == name]
+
+    def _about_session(self, session: Session) -> dict:
+        return {"session": session.label, "client": session.told, "place": session.view.place or "",
+                "revision": session.version or "", "transport": transport_of(session),
+                "key": session.caller.name if session.caller else "", "since": int(self._wall(session.opened_at)),
+                "calls": len(session.calls)}
+
+    def _about_call(self, at: float, labels: tuple, name: str, told: object, caller: Caller | None,
+                    fields: tuple) -> dict:
+        label, method, _, _, outcome, size_in, size_out, ms = fields
+        return {"at": round(self._wall(at), 3), "server": labels[0], "session": "" if label == "-" else label,
+                "client": told if isinstance(told, str) else client_name(told), "method": method,
+                "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
+                "bytes_in": size_in, "bytes_out": size_out}
+
+    async def metrics(self) -> bytes:
+        """What Prometheus reads, once it is known which tools there are."""
+        servers, counters, instances = self._mount.servers, self._mount.counters, {}
+        for server in servers.values():
+            server.read_listings()
+        for name, tool in counters.unsettled:
+            if name in servers and tool not in servers[name].tool_names:
+                instances |= {name: one for one in reversed(servers[name].instances.values()) if one.connection}
+        if instances:
+            await asyncio.wait({asyncio.ensure_future(asyncio.gather(*(
+                one.tools.get(refresh=True) for one in instances.values()), return_exceptions=True))},
+                timeout=LISTS_SECONDS)
+        counters.settle({name: server.tool_names for name, server in servers.items()}, {
+            name for name, server in servers.items() if server.state == "starting" and not server.tool_names})
+        return exposition(self._families())
+
+    def _families(self) -> collections.abc.Iterator[tuple]:
+        """See exposition()."""
+        import platform
+        mount, counters, census = self._mount, self._mount.counters, self._census
+        running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
+        transports = collections.Counter(map(transport_of, mount.sessions.values()))
+        yield ("mcp_server_operation_duration_seconds", "histogram", "How long requests of clients took.",
+               [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()])
+        yield from self._families_of_servers()
+        facts = [(server.name, self._facts(server, False)) for server in mount.servers.values() if server.identity]
+        for name, kind, about, samples in (
+                ("server_info", "gauge", "What the server said of itself.", [({"server": server, **{
+                    label: known[label] for label in ("era", "revision", "name", "version")}}, 1)
+                    for server, known in facts]),
+                ("limit_kills_total", "counter", "Processes that were ended because of a limit.", [
+                    ({"server": server, "limit": limit}, number) for (server, limit), number in census.killed.items()]),
+                ("calls_in_flight", "gauge", "Calls that clients wait for.", [
+                    ({"server": name}, running[name]) for name in dict.fromkeys(("", *mount.servers, *running))]),
+                ("sessions", "gauge", "Sessions of clients.", [
+                    ({"transport": transport}, transports[transport]) for transport in TRANSPORTS]),
+                ("refused_total", "counter", "Requests that were refused, by HTTP status.", [
+                    ({"reason": re.sub("[ -]", "_", REASONS[status].lower())}, number)
+                    for status, number in counters.refused.items()]),
+                ("streams", "gauge", "Event streams that are open.", [({}, counters.streams)]),
+                ("received_bytes_total", "counter", "Bytes that came by HTTP.", [({}, counters.received)]),
+                ("sent_bytes_total", "counter", "Bytes that went by HTTP.", [({}, counters.sent)]),
+                ("build_info", "gauge", "What runs here.", [
+                    ({"version": __version__, "python": platform.python_version()}, 1)])):
+            yield f"mcpproxy_{name}", kind, about, samples
+        pages = process_stat(os.getpid())[PAGES:PAGES + 1]
+        yield ("process_resident_memory_bytes", "gauge", "Memory of the proxy itself.",
+               [({}, int(number) * os.sysconf("SC_PAGE_SIZE")) for number in pages])
+        yield "process_cpu_seconds_total", "counter", "CPU time of the proxy itself.", [({}, time.process_time())]
+        yield "process_start_time_seconds", "gauge", "When it was started.", [({}, self._started_at)]
+        with contextlib.suppress(OSError):
+            yield "process_open_fds", "gauge", "Its open files and sockets.", [({}, len(os.listdir("/proc/self/fd")))]
+
+    def _families_of_servers(self) -> collections.abc.Iterator[tuple]:
+        servers, spent = self._mount.servers.values(), self._census.spent
+
+        def total(name: str, server: Server) -> float:
+            return sum(getattr(usage, name) for usage in self._usages(server.name))
+        for name, kind, about, value_of in (
+                ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
+                ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
+                ("server_start_duration_seconds", "gauge", "How long its last start took.",
+                 lambda server: server.start_seconds),
+                ("server_processes", "gauge", "Processes that it is.", lambda server: total("processes", server)),
+                ("server_resident_memory_bytes", "gauge", "Memory of these.", lambda server: total("memory", server)),
+                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.",
+                 lambda server: spent[server.name] + total("seconds", server))):
+            found = [({"server": server.name}, value_of(server)) for server in servers]
+            yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
+
+
+TRANSPORTS = ("streamable-http", "sse")
+
+
+def transport_of(session: Session) -> str:
+    """How its client reaches it, as the names in clients' configuration go."""
+    return TRANSPORTS[0 if session.is_streamable else 1]
+
+
+# ============================================================================
+# 38. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -9881,31 +10543,38 @@ class ToolOutlet(Outlet):
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
 CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_WATCHERS = 20                # of the overview
+WATCH_PAUSE = 1.0                # seconds until they are told again
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Admission:
     """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
-    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog):
+    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: "dict[str, Route] | None" = None):
         self.head, self._settings, self._catalog = head, settings, catalog
+        routes = routes or ROUTES
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
         # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
         base = settings.base_path
         self.path = head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
+        self.path = "/" if head.path == base and base not in routes else self.path
         self.place: str | None = None          # the server that is met by itself there
         if catalog.is_file and self.path.startswith("/servers/"):
             name, slash, rest = self.path.removeprefix("/servers/").partition("/")
-            if (name in catalog.places or name in catalog.leaving) and slash + rest != "/healthz":
+            if (name in catalog.places or name in catalog.leaving) and (
+                    not slash or "/" + rest.rstrip("/") not in OF_ALL):
                 self.place, self.path = name, slash + rest
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: "Route | None" = ROUTES.get(self.path) or ROUTES.get(self.path.rstrip("/")) or (
-            ROUTES["/tools/"] if self.path.startswith("/tools/") else None)
-        if settings.oauth_issuer and self.path.startswith(RESOURCE_METADATA) and not self.place:
+        self.route: "Route | None" = routes.get(self.path) or routes.get(self.path.rstrip("/")) or (
+            routes.get("/tools/") if self.path.startswith("/tools/") else None)
+        if routes is ROUTES and settings.oauth_issuer and self.path.startswith(RESOURCE_METADATA) and not self.place:
             self.route = self._route_of_metadata()
         self.host, self.keys = "", Keys()      # where it came from first, and the keys there were
+        self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
@@ -10010,14 +10679,23 @@ class Admission:
 class Endpoints:
     """The application behind HTTP connections."""
 
-    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None):
+    nothing_here = ("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
+                    "{0}/openapi.json")
+
+    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None,
+                 overview: Overview | None = None):
         self.settings = settings
         self.mount = mount
+        self.counters = mount.counters
+        self.routes, self.guards = ROUTES, GUARDS
+        self.overview = overview or Overview(mount)
         self.keys = keys
         self.issuer = issuer
         self.id = os.urandom(8).hex()          # by which other proxies know this one
         self.max_body = settings.max_request_bytes
         self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
+        self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
+        self._told_at = 0.0
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
 
     # What an HTTPConnection calls.
@@ -10025,16 +10703,23 @@ class Endpoints:
     def admit(self, head: HTTPHead, host: str) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
         has to find something out; `host` is who is answerable for that."""
-        admission = Admission(head, self.settings, self.mount.catalog)
+        admission = Admission(head, self.settings, self.mount.catalog, self.routes)
         admission.host, admission.keys = host, self.keys
         route = admission.route
         self._allow_page(admission)
         try:
-            if route is None:             # for everybody: who is asked for a key here would look for OAuth
-                raise HTTPError("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
-                                "{0}/openapi.json".format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
-            for guard in GUARDS if not route.is_public else ():
-                guard(self, admission)
+            # So is a client that takes / for the URL of MCP.
+            if route is None or admission.path == "/" and (head.method == "POST" or is_stream_wanted(head)):
+                # For everybody: who is asked for a key here would look for OAuth.
+                raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
+            try:
+                for guard in self.guards if not route.is_public else ():
+                    guard(self, admission)
+            except HTTPError as error:
+                if not route.is_open:
+                    raise
+                # Who is refused is looked at each time; and what is raised again and again keeps all that raised it.
+                admission.objection, admission.good_until = error, 0.0
             if head.method not in route.methods:
                 raise HTTPError(f"this path takes {route.allow}", status=405, headers=(("Allow", route.allow),))
             if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
@@ -10129,22 +10814,62 @@ class Endpoints:
         except Exception as error:
             self.refuse(as_told(error), reply)
 
-    def refuse(self, error: ProxyError, reply: Reply, raw_id: bytes | None = None) -> None:
-        """Answers an HTTP request with an error; one of a call on its way goes through its outlet instead."""
-        log.info("! %(method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **reply.about,
+    def refuse(self, error: ProxyError, reply: Reply, message: Message | None = None) -> None:
+        """Answers an HTTP request with an error; `message` is what was in it, if that could be read. One of a call on
+        its way goes through its outlet instead."""
+        self.counters.refused[error.http_status] += 1
+        payload = encode_error(message.raw_id if message and message.kind is REQUEST else None, error)
+        about, admission = reply.about, reply.head and reply.head.admission
+        if log.as_json and admission and reply.head.method == "POST":
+            about |= self._audited(admission, message, error)
+            about |= {"ms": reply.seconds * 1000, "bytes_out": sum(map(len, payload)),
+                      "bytes_in": len(message.text) if message else 0}
+        log.info("! %(http_method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **about,
                  status=error.http_status, reason=str(error))
-        reply.send(error.http_status, encode_error(raw_id, error), (*JSON_HEADERS, *error.headers))
+        reply.send(error.http_status, payload, (*JSON_HEADERS, *error.headers))
+
+    def _audited(self, admission: Admission, message: Message | None, error: ProxyError) -> dict:
+        """What the log has of a request that became no call."""
+        method = message.method if message else "tools/call" if admission.path.startswith("/tools/") else None
+        name = message.params.get("name") if message and NAMED_BY.get(method) == "name" else None
+        session = (admission.session_id or admission.head.query_value("session_id") or "").partition(".")[0]
+        is_legacy = not message or not is_modern(message, admission.version)
+        return audit(admission.caller, client_name(message.meta.get(CLIENT_INFO_KEY)) if message else None, method,
+                     name if isinstance(name, str) else None, admission.trace,
+                     era=(LEGACY if is_legacy else MODERN) if message else "",
+                     transport={"/messages": "sse", "/mcp": "streamable-http", "/sse": "streamable-http"}.get(
+                         admission.path, "tools"), session=session and label_of(session), server=admission.place,
+                     id=message and message.id, outcome="refused", error_type=str(error.code))
 
     def send_json(self, reply: Reply, body: bytes) -> None:
         """Answers what is no call."""
-        log.info("<> %(method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about, bytes_out=len(body))
+        log.info("<> %(http_method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about,
+                 bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
 
+    def send_page(self, reply: Reply, page: str) -> None:
+        """A page for a browser. Nothing may run in it but its own script and style, which ask nobody but this proxy.
+        W3C, Content Security Policy Level 3."""
+        import hashlib
+        own = []
+        for tag in "script", "style":
+            text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+            own.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        policy = "; ".join(["default-src 'none'", *own, "connect-src 'self'", "img-src data:", "media-src data:",
+                            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
+        reply.send(200, [page.encode()], (
+            ("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy),
+            ("Cache-Control", "no-cache"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")))
+
     def tick(self, now: float) -> None:
-        """Called now and then: makes answers streams that took too long to be JSON."""
+        """Called now and then: makes answers streams that took too long to be JSON, and tells those who watch."""
         for outlet, deadline in list(self.undecided.items()):
             if deadline <= now:
                 outlet.open()
+        if self._watchers and now - self._told_at >= WATCH_PAUSE:
+            self._told_at = now
+            for watcher in list(self._watchers):
+                self._tell(watcher)
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
@@ -10168,21 +10893,24 @@ class Endpoints:
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         message = parse_message(decode_json(body))
-        outlet = StreamOutlet(session.stream)
+        outlet, exchange = StreamOutlet(session.stream), None
         try:
             if message.kind is REQUEST:
                 envelope = check_modern(message, None) if is_modern(message, None) else None
-                new_exchange(session, message, outlet, envelope, admission.trace).start()
+                exchange = new_exchange(session, message, outlet, envelope, admission.trace)
+                exchange.start()
             else:
                 session.receive(message)
         except ProxyError as error:
             # The client waits at its stream, so the answer goes there too; but not to a call that is running, and not
             # if the client may come again with another token.
             is_final = CHALLENGE_HEADER not in dict(error.headers)
-            if message.kind is REQUEST and message.id not in session.calls and is_final:
+            if exchange and error.http_status == 200:
+                exchange.fail(error)
+            elif message.kind is REQUEST and message.id not in session.calls and is_final:
                 outlet.send(encode_error(message.raw_id, error))
             if error.http_status != 200:
-                return self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
+                return self.refuse(error, reply, message)
         reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
@@ -10204,7 +10932,7 @@ class Endpoints:
             else:
                 self._post_legacy(admission, message, reply)
         except ProxyError as error:
-            self.refuse(error, reply, message.raw_id if message.kind is REQUEST else None)
+            self.refuse(error, reply, message)
 
     def _post_legacy(self, admission: Admission, message: Message, reply: Reply) -> None:
         is_initialize = message.kind is REQUEST and message.method == "initialize"
@@ -10224,6 +10952,12 @@ class Endpoints:
         exchange = new_exchange(client, message, PostOutlet(self.undecided, admission, reply, client), None,
                                 admission.trace)
         if client.is_session and is_initialize:
+            if self.settings.session_secret and client.view.is_for_all:
+                try:
+                    client.announce(message)
+                except ProxyError:
+                    client.end()
+                    raise
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
         self._start(exchange)
@@ -10296,7 +11030,7 @@ class Endpoints:
         if self.settings.stateless or admission.session_id is None and admission.version == MODERN_VERSION:
             raise HTTPError("there are no sessions here", status=405, headers=(("Allow", "POST"),))
         check_version(admission)
-        self._session(admission).end()
+        self.mount.delete_session(self._session(admission))
         reply.send(204, [])
 
     def _session(self, admission: Admission) -> Session:
@@ -10304,6 +11038,9 @@ class Endpoints:
 
     def _find_session(self, session_id: str | None, admission: Admission, is_streamable: bool) -> Session:
         caller = admission.caller
+        if self.settings.session_secret and is_streamable and session_id:
+            session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
+                                                   admission.way)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
         if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
@@ -10324,7 +11061,9 @@ class Endpoints:
         settings = self.settings
         if settings.stateless or (
                 admission.session_id is None and admission.view.is_for_all and not settings.require_session):
-            return self._visit(admission, reply)
+            visitor = self._visit(admission, reply)
+            visitor.version = admission.version or BATCH_VERSION         # MCP 2025-11-25, Transports, Protocol Version
+            return visitor
         return self._session(admission)
 
     # Tools without MCP.
@@ -10392,15 +11131,75 @@ class Endpoints:
             **({"scopes_supported": [*dict.fromkeys(scopes)]} if scopes else {})}).encode())
 
     def health(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /healthz: this process is alive."""
+        """GET /healthz: this process is alive, whatever its servers are."""
         reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
+
+    def _sees_all(self, admission: Admission) -> bool:
+        """May it know what a server said last? It can be another client's business."""
+        caller = admission.caller
+        return admission.objection is None and (caller.sees_all if caller else not self.settings.is_guarded)
+
+    def ready(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /readyz: can a server be used?"""
+        self.mount.asked_at = self.mount.now()
+        document = dump(self.overview.health(self._sees_all(admission))).encode()
+        status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
+        reply.send(status, [document], (*JSON_HEADERS, ("Cache-Control", "no-store"), *more))
+
+    async def metrics(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /metrics: what was counted and measured, for Prometheus."""
+        if admission.caller and not admission.caller.sees_all:
+            raise HTTPError("a token, or a key with limits, may not see what all do", status=403)
+        reply.send(200, [await self.overview.metrics()], (("Content-Type", METRICS_TYPE),))
+
+    def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /: all that can be seen of the proxy, as JSON. GET /?watch=1: the same whenever it has changed."""
+        if admission.objection:
+            raise admission.objection
+        if admission.head.method == "HEAD" or admission.head.query_value("watch") is None:
+            return self.send_json(reply, self.overview.summary(admission.caller).encode())
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise try_later("too many watch already")
+        self._watchers[reply] = ""
+        reply.on_gone = lambda: self._watchers.pop(reply)
+        reply.start_stream(STREAM_HEADERS)
+        self._tell(reply)
+
+    def _tell(self, watcher: Reply) -> None:
+        admission = watcher.head.admission
+        try:
+            text = self.overview.summary(admission.caller)
+        except RPCError:                       # its key opens nothing that is configured now
+            text = ""
+        if not text or admission.is_old or admission.keys is not self.keys:            # it has to come again
+            del self._watchers[watcher]
+            return watcher.close()
+        if text != self._watchers[watcher]:
+            self._watchers[watcher] = text
+            watcher.write(encode_event([text.encode()]))
+
+
+class Probes(Endpoints):
+    """The application at METRICS_PORT: what those who look after the proxy ask for. That port is for a network of their
+    own, and takes no key."""
+
+    nothing_here = "here are only /metrics, /healthz and /readyz"
+
+    def __init__(self, settings: Settings, mount: Mount, overview: Overview):
+        super().__init__(settings, mount, overview=overview)
+        self.counters = Counters()             # its own requests are not counted
+        self.routes, self.guards = {path: ROUTES[path] for path in ("/metrics", "/healthz", "/readyz")}, GUARDS[:1]
+
+    def _sees_all(self, admission: Admission) -> bool:
+        return False                           # who asks here is not known
 
 
 class Route:
     """What can be done with a path."""
 
-    def __init__(self, is_public: bool = False, **methods):
+    def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
         self.is_public = is_public             # without a key
+        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
         self.methods = {**methods, "OPTIONS": Endpoints.preflight}
         self.allow = ", ".join(self.methods)
 
@@ -10419,7 +11218,15 @@ ROUTES = {
     "/tools/": Route(POST=Endpoints.call_tool),              # and the tool's name
     "/openapi.json": Route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
     "/healthz": Route(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
+    "/readyz": Route(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
+    "/metrics": Route(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
 }
+OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
+
+
+def is_stream_wanted(head: HTTPHead) -> bool:
+    """Is it asked for events, but not for those of the overview?"""
+    return head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE) and head.query_value("watch") is None
 
 
 def check_is_json(admission: Admission) -> None:
@@ -10490,7 +11297,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 37. Standard streams
+# 39. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -10604,7 +11411,7 @@ class StandardStreams:
             elif self._session:
                 self._session.receive(message)
         except ProxyError as error:
-            self._refuse(error, message.raw_id if message.kind is REQUEST else None)
+            self._refuse(error, message)
 
     def _open_session(self, message: Message) -> None:
         check_parameters(message)
@@ -10622,7 +11429,7 @@ class StandardStreams:
     def _serve(self, client: Client, message: Message, envelope: Envelope | None) -> None:
         self._visitor.view = self._mount.catalog.view()    # the file may have been read again
         outlet = StreamOutlet(self._stream)
-        outlet.asks = client.is_session
+        outlet.asks, outlet.transport = client.is_session, "stdio"
         exchange = new_exchange(client, message, outlet, envelope)
         if client.is_session and message.method == "initialize":
             exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
@@ -10631,13 +11438,16 @@ class StandardStreams:
         except ProxyError as error:
             exchange.fail(error)
 
-    def _refuse(self, error: ProxyError, raw_id: bytes | None = None) -> None:
-        log.info("! refused: %(reason)s", reason=str(error))
-        self.write([*encode_error(raw_id, error), b"\n"])
+    def _refuse(self, error: ProxyError, message: Message | None = None) -> None:
+        is_request = message is not None and message.kind is REQUEST
+        log.info("! refused: %(reason)s", reason=str(error), **audit(
+            None, None, message and message.method, None, None, transport="stdio", id=is_request and message.id,
+            outcome="refused", error_type=str(error.code)))
+        self.write([*encode_error(message.raw_id if is_request else None, error), b"\n"])
 
 
 # ============================================================================
-# 38. Demo server
+# 40. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -10754,7 +11564,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 39. The proxy
+# 41. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -10780,8 +11590,10 @@ class Proxy:
         self.issuer = None
         if settings.oauth_issuer:
             self.issuer = Issuer(settings, time.monotonic, lambda: self.http.heads.clear())
-        self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer)
+        overview = Overview(self.mount, self.reaper.census)
+        self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer, overview)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
+        self.probes = HTTPServer(Probes(settings, self.mount, overview), settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
         self._is_stopping = False
@@ -10840,6 +11652,8 @@ class Proxy:
                             server=name)
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
+        if listens and self.settings.metrics_port:
+            await self.probes.start(self.settings.host, self.settings.metrics_port, None)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self.mount.start()
@@ -10855,7 +11669,7 @@ class Proxy:
                 watched, seen = now, self._stat_config()
                 if seen and seen != self._config_seen:
                     self.reload()
-            for part in self.http, self.endpoints, self.mount:
+            for part in self.http, self.probes, self.endpoints, self.mount:
                 try:
                     part.tick(now)
                 except Exception as error:
@@ -10886,6 +11700,7 @@ class Proxy:
             self._ticker.cancel()
         await self.mount.close()
         await self.http.close()
+        await self.probes.close()
         if self.issuer:
             self.issuer.close()
         self.reaper.close()
@@ -10977,7 +11792,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 40. Command line
+# 42. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -11045,6 +11860,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("PREWARM", settings.prewarm and settings.shared_session, "SHARED_SESSION=true"),
         ("REQUIRE_SESSION", settings.require_session and not settings.shared_session, "SHARED_SESSION=false"),
         ("REQUIRE_SESSION", settings.require_session and settings.stateless, "STATELESS=true"),
+        ("SESSION_SECRET", settings.session_secret and settings.stateless, "STATELESS=true"),
+        ("SESSION_SECRET", settings.session_secret and not settings.shared_session, "SHARED_SESSION=false"),
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"),
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_keys_file, "AUTH_KEYS_FILE"),
         ("SANDBOX_READ", settings.sandbox_read and settings.sandbox == "off", "SANDBOX=off"),
@@ -11078,12 +11895,17 @@ def argument_parser():
     return parser
 
 
+def base_url(settings: Settings, addresses: list[tuple[str, int]]) -> str:
+    """Where the proxy is for who is at this machine."""
+    host, port = addresses[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
+
+
 def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]]) -> str:
     """What is served, and where: printed when the proxy has started."""
     in_brackets = [(f"[{host}]" if ":" in host else host, port) for host, port in addresses]
-    host, port = in_brackets[0]
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
+    base = base_url(settings, addresses)
     key = ' -H "Authorization: Bearer <your key>"' if settings.is_guarded else ""
     mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
             "a process for each client")
@@ -11094,8 +11916,29 @@ def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]
             f"  listening on     {', '.join(f'{host}:{port}' for host, port in in_brackets)}\n"
             f"  MCP, any client  {base}/mcp\n"
             f"  plain HTTP       {base}/tools\n"
+            f"  in a browser     {base}/\n"
+            + (f"  metrics          port {settings.metrics_port}, /metrics\n" if settings.metrics_port else "") +
             f"  try it           curl -s{key} {base}/tools"
             + ("/echo -H 'Content-Type: application/json' -d '{\"text\":\"hello\"}'\n" if name == "demo" else "\n"))
+
+
+async def tell_servers(mount: Mount, base: str) -> None:
+    """For a terminal: the servers, once it is known what they are, or some of them take long."""
+    late = mount.now() + SLOW_START
+    while mount.now() < late and any(server.state == "starting" for server in mount.servers.values()):
+        await asyncio.sleep(0.1)
+    rows = [("server", "state", "era", "revision", "what it is", "at")]
+    for name, server in mount.servers.items():
+        identity, place = server.identity, f"{base}/servers/{name}/mcp" if mount.catalog.is_file else f"{base}/mcp"
+        era = "" if identity is None else MODERN if identity.version == MODERN_VERSION else LEGACY
+        what = (identity.version, f"{identity.name} {identity.release}"[:80]) if identity else (
+            "", server.last_error[:80])
+        rows.append((name, server.state, era, *what, place))
+    texts = [[text if (text := str(cell)).isprintable() else ascii(text) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
+    with contextlib.suppress(OSError):
+        os.write(1, "".join(f"  {line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 async def run(settings: Settings) -> None:
@@ -11106,8 +11949,10 @@ async def run(settings: Settings) -> None:
     # SIGHUP, also of a terminal that closes, is to read the file of servers again.
     proxy = Proxy(settings, dict(os.environ))
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, proxy.reload)
+    telling = None
     try:
-        text = banner(settings, list(proxy.mount.servers), await proxy.start())
+        addresses = await proxy.start()
+        text = banner(settings, list(proxy.mount.servers), addresses)
         try:
             if settings.log_format == "json":
                 # Whatever the level: this is how the port is known.
@@ -11115,6 +11960,8 @@ async def run(settings: Settings) -> None:
                     " ".join(line.split()) for line in text.splitlines()))
             else:
                 os.write(1, text.encode())          # and nothing is left to be flushed at the end, to a full disk
+                if os.isatty(1):
+                    telling = asyncio.create_task(tell_servers(proxy.mount, base_url(settings, addresses)))
         except OSError as error:
             log.warning("! stdout: %(reason)s", reason=error.strerror)          # a full disk is no reason to stop
         if not settings.is_guarded:
@@ -11123,13 +11970,16 @@ async def run(settings: Settings) -> None:
             log.warning("! %(doubt)s", doubt=doubt)
         await signals.acquire()
         log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
-                 seconds=settings.shutdown_grace)
+                 seconds=settings.drain_delay + settings.shutdown_grace)
+        proxy.http.leave()
         draining, impatience = (asyncio.ensure_future(work) for work in (
-            proxy.mount.drain(settings.shutdown_grace), signals.acquire()))
+            proxy.mount.drain(settings.shutdown_grace, settings.drain_delay), signals.acquire()))
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         impatience.cancel()
     finally:
+        if telling:
+            telling.cancel()
         await proxy.stop()
 
 
@@ -11239,6 +12089,225 @@ def main() -> None:
         sys.exit(error.exit_status)
     finally:
         log.flush()
+
+
+# ============================================================================
+# 43. The page
+# ============================================================================
+#
+# The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows
+# is the stream that the overview is; tools are called as without MCP.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<title>mcpproxy</title><style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; --back: light-dark(#f4f6f9, #12151b);
+  --card: light-dark(#fff, #1b2029); --line: light-dark(#dde1e7, #313947); --soft: light-dark(#566070, #a3adbd);
+  --text: light-dark(#1c2330, #e8ebf1); --blue: light-dark(#2257d6, #8fb2ff); --good: light-dark(#0f7048, #5fd39c);
+  --bad: light-dark(#b8241b, #ff8f86); --wait: light-dark(#855600, #f0bd62) }
+* { box-sizing: border-box; overflow-wrap: anywhere } [hidden] { display: none !important } a { color: var(--blue) }
+body { max-width: 1280px; margin: auto; padding: 16px; background: var(--back); color: var(--text) }
+h1 { font-size: 21px; margin: 0 } h2 { font-size: 18px; margin: 0 0 8px } label, p { display: block; margin: 8px 0 }
+header, .row { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: baseline } header { margin-bottom: 14px }
+main, .column { display: grid; gap: 14px; align-content: start; grid-template-columns: minmax(0, 1fr) }
+@media (min-width: 960px) { #all { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px }
+.item { border-top: 1px solid var(--line); padding: 8px 0 } .item:first-child { border: 0; padding-top: 0 }
+.row > :last-child { margin-left: auto } .soft { color: var(--soft); font-weight: 400 } summary { cursor: pointer }
+.state::before { content: "\25cf  " } .ready { color: var(--good) } .starting { color: var(--wait) }
+.down, .error { color: var(--bad) } .error, pre { white-space: pre-wrap; margin: 4px 0 0 }
+.bar { height: 3px; background: var(--blue); margin-top: 4px } .down + .bar { background: var(--bad) }
+img, audio { max-width: 100%; display: block; margin-top: 6px } #calls, pre { max-height: 520px; overflow: auto }
+pre, input:not([type=checkbox]), select, textarea { width: 100%; font: inherit; color: inherit; padding: 6px 8px;
+  background: var(--back); border: 1px solid var(--line); border-radius: 6px } pre, textarea { font: 13px monospace }
+::placeholder { color: var(--soft); opacity: 1 } .old { opacity: .5 } #closed { max-width: 420px }
+b, .soft { unicode-bidi: isolate } summary b { word-break: break-all } summary .soft { display: -webkit-box;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; margin-left: 17px }
+[open] > summary .soft { -webkit-line-clamp: none; white-space: pre-line }
+button { font: inherit; color: var(--card); background: var(--blue); border: 0; border-radius: 6px; padding: 6px 14px }
+</style>
+<header><h1>mcpproxy</h1><span id="status" class="soft" role="status">connecting</span></header>
+<main id="closed" hidden><section><form id="login"><label>This proxy asks for a key <input id="key" type="password"
+required></label><button>Show</button><p id="wrong" class="error" role="alert"></p></form></section></main>
+<main id="all" hidden><div class="column"><section><h2>Servers</h2><div id="servers"></div></section>
+<section id="connect"><h2>Connect</h2><label>to <select id="what"></select></label><label>with <select id="with">
+</select></label><label id="mine" hidden><input id="show-key" type="checkbox"> my key in it</label><pre id="recipe"
+tabindex="0" role="region" aria-label="configuration"></pre><p><button id="copy">Copy</button></p></section>
+<section><h2>Sessions</h2><div id="sessions"></div></section></div><div class="column"><section><h2>Tools</h2>
+<div id="tools"></div><button id="load" hidden>Start a server and list its tools</button></section><section><h2>Calls
+<span class="soft">the last hundred, newest first</span></h2><div id="calls" tabindex="0" role="region"
+aria-label="calls"></div></section></div></main>
+<script>
+const $ = id => document.getElementById(id), base = location.pathname.replace(/\/?$/, "/")
+let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null
+// What comes from elsewhere is text here, and never markup.
+function el(tag, { dataset, ...properties } = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties)
+  return Object.assign(made.dataset, dataset), made.append(...children.filter(Boolean)), made
+}
+const soft = (...facts) => el("span", { className: "soft" }, facts.filter(Boolean).join(" \u00b7 "))
+const bad = text => el("div", { className: "error" }, text), pre = text => el("pre", {}, text)
+const row = (...parts) => el("div", { className: "row" }, ...parts), pretty = value => JSON.stringify(value, null, 2)
+const isSelected = id => !getSelection().isCollapsed && getSelection().containsNode($(id), true)
+const put = (id, items, none) => isSelected(id) || $(id).replaceChildren(...items.length ? items : [soft(none)])
+const bearer = text => text ? { Authorization: `Bearer ${text}` } : {}, json = { "Content-Type": "application/json" }
+const ask = (path, more) => fetch(base + path, { ...more, headers: { ...more && json, ...bearer(key) } })
+const clock = moment => new Date(moment * 1000).toLocaleTimeString()
+const bytes = n => n < 1000 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`
+const long = ms => ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(1)} s`
+const since = (moment, s = Math.max(0, Date.now() / 1000 - moment)) => s < 90 ? `${Math.floor(s)} s` : s < 5400 ?
+  `${Math.floor(s / 60)} min` : s < 129600 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} d`
+const showServer = one => el("div", { className: "server item", dataset: { name: one.name, state: one.state } },
+  row(el("b", {}, one.name), soft(one.title, one.version), el("span", { className: `state ${one.state}` }, one.state)),
+  soft(one.era && `${one.era} ${one.revision}`, one.since && `up ${since(one.since)}`, one.restarts &&
+    `restarts: ${one.restarts}`, one.processes && `processes: ${one.processes}, ${bytes(one.memory)}, ${one.cpu} s CPU`,
+    one.isRemote && "remote", one.group && `of ${one.group}`, one.words),
+  one.error && bad(`${since(one.errorAt)} ago: ${one.error}`))
+const showSession = one => el("div", { className: "session item" }, row(el("b", {}, one.client || "a client"),
+  soft(one.session), soft(`for ${since(one.since)}`)), soft(one.place && `at ${one.place}`, one.transport, one.revision,
+  one.key && `key ${one.key}`, one.calls && `running: ${one.calls}`))
+function showCall(one) {
+  const bar = el("div", { className: "bar" }), went = one.error_type || one.outcome
+  const isGood = ["answered", "waits for input"].includes(went)
+  bar.style.width = `${Math.min(100, 2 + 16 * Math.log10(1 + one.ms))}%`
+  return el("div", { className: "call item" }, el("div", { className: isGood ? "row" : "row down" },
+    [one.server, one.tool || one.method].filter(Boolean).join(" \u203a "), !isGood && el("span", {}, went),
+    soft(one.client || one.session, clock(one.at), bytes(one.bytes_out), long(one.ms))), bar)
+}
+function show() {
+  put("servers", now.servers.map(showServer), "none"), put("calls", now.calls.map(showCall), "none yet")
+  put("sessions", now.sessions.map(showSession), "none; clients without a session leave calls alone")
+  const state = pretty(now.servers.map(one => [one.name, one.state, one.restarts])), isNew = state !== seen
+  const places = new Set(["/mcp", ...now.servers.map(one => one.path)])
+  if ([...$("what").options].map(one => one.value).join() !== [...places].join())
+    $("what").replaceChildren(...[...places].map(one => el("option", {}, one)))
+  if (isNew && (now.shared || listed)) loadTools()
+  seen = state, $("load").hidden = now.shared || listed, $("mine").hidden = !key
+  const recipe = RECIPES[$("with").value]()
+  if ($("recipe").textContent !== recipe) $("recipe").textContent = recipe
+}
+// How clients are told of the proxy. What a shell reads is quoted for it.
+const quoted = text => /^[\w.:/@-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`
+const url = () => location.origin + base.slice(0, -1) + $("what").value
+const given = () => now.isGuarded && ($("show-key").checked && key || "<your key>")
+const flag = name => given() ? ` ${name} ${quoted(`Authorization: ${bearer(given()).Authorization}`)}` : ""
+const short = () => $("what").value.split("/")[2] || (now.isFile ? "all" : now.servers[0].name.replace(/\W+/g, "-"))
+const entry = (list, server) => pretty({ [list]: { [short()]: server } })
+const remote = () => ({ url: url(), ...given() && { headers: bearer(given()) } })
+const RECIPES = {
+  "Cursor: .cursor/mcp.json": () => entry("mcpServers", remote()),
+  "Claude Code": () => `claude mcp add --transport http ${short()} ${quoted(url())}${flag("--header")}`,
+  "Claude Desktop: mcp-remote": () => entry("mcpServers", { command: "npx", args: ["-y", "mcp-remote", url(),
+    ...given() ? ["--header", `Authorization: Bearer ${given()}`] : []] }),
+  "VS Code: .vscode/mcp.json": () => entry("servers", { type: "http", ...remote() }),
+  "Python SDK": () => `import mcp\nfrom mcp.client.streamable_http import streamablehttp_client\n
+async with streamablehttp_client("${url()}", ${pretty(bearer(given()))}) as (read, write, _):
+    async with mcp.ClientSession(read, write) as session: ...`,
+  "TypeScript SDK": () => `// from "@modelcontextprotocol/sdk/client/streamableHttp.js"
+await client.connect(new StreamableHTTPClientTransport(new URL("${url()}"),
+    { requestInit: { headers: ${pretty(bearer(given()))} } }))`,
+  "curl, without MCP": () => `curl -s ${quoted(url().replace(/mcp$/, "tools"))}${flag("-H")}`,
+  "Inspector": () => "npx @modelcontextprotocol/inspector --cli " +
+    `${quoted(url())} --transport http --method tools/list${flag("--header")}`,
+}
+// Tools. A form has a field for each simple part of the schema, and one for the rest.
+async function loadTools() {
+  try {
+    const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text)
+    if (text === listed || listed && !answer.ok) return
+    listed = answer.ok && text
+    put("tools", answer.ok ? said.tools.map(showTool) : [bad(said.error.message)], "none")
+  } catch (error) { put("tools", [bad(error.message)]) }
+}
+function fieldOf([name, schema], isRequired) {
+  const kind = Array.isArray(schema?.enum) ? "enum" : schema?.type, value = schema?.default ?? "", required = isRequired
+  const number = { type: "number", value, required, min: schema?.minimum, max: schema?.maximum }
+  const properties = { enum: {}, boolean: { type: "checkbox", checked: value === true }, string: { value },
+    number: { ...number, step: "any" }, integer: number }[kind]
+  if (!properties) return name
+  const input = el(kind === "enum" ? "select" : "input", { name, ...properties })
+  if (kind === "enum") input.append(...isRequired ? [] : [el("option", { value: "" })], ...schema.enum.map((one, at) =>
+    el("option", { value: at, selected: one === schema.default }, String(one))))
+  const isLeftOut = () => !isRequired && (kind === "boolean" ? !input.checked && value !== true : input.value === "")
+  const read = () => isLeftOut() ? undefined : kind === "boolean" ? input.checked : kind === "string" ? input.value :
+    kind === "enum" ? schema.enum[input.value] : Number(input.value)
+  return { name, read, made: el("label", {}, name, isRequired && " *", " ", input, soft(schema.description)) }
+}
+function showTool(tool) {
+  const { properties, required } = tool.inputSchema || {}, result = el("div", { className: "result" })
+  const all = Object.entries(properties || {}).map(one => fieldOf(one, [required].flat().includes(one[0])))
+  const rest = all.filter(one => !one.read), fields = all.filter(one => one.read)
+  const example = pretty(Object.fromEntries(rest.map(name => [name, null])))
+  const more = el("textarea", { name: "json", rows: rest.length + 2, placeholder: example })
+  const form = el("form", {}, ...fields.map(one => one.made), (rest.length > 0 || !properties) && el("label", {},
+    `as JSON: ${rest.join(", ") || "arguments"} `, more), el("p", {}, el("button", { type: "submit" }, "Call")))
+  form.onsubmit = async event => {
+    event.preventDefault(), result.replaceChildren(soft("it runs"))
+    try {
+      const simple = Object.fromEntries(fields.map(one => [one.name, one.read()]))           // undefined is left out
+      const body = JSON.stringify({ ...simple, ...JSON.parse(more.value || "{}") })
+      const answer = await ask(`tools/${encodeURIComponent(tool.name)}`, { method: "POST", body })
+      const said = await answer.json(), structured = said.structuredContent && pre(pretty(said.structuredContent))
+      const parts = [said.error && bad(`${said.error.message} (${said.error.code})`), said.isError &&
+        bad("the tool failed"), ...(said.content || []).map(showContent), structured].filter(Boolean)
+      result.replaceChildren(...parts.length ? parts : [soft("it is done, and gave nothing")])
+    } catch (error) { result.replaceChildren(bad(error.message)) }
+  }
+  return el("details", { className: "tool item", dataset: { name: tool.name } },
+    el("summary", {}, el("b", {}, tool.name), " ", soft(tool.description)), form, result)
+}
+function showContent(one) {
+  const src = `data:${one.mimeType};base64,${one.data}`
+  if (one.type === "image") return el("img", { src, alt: "image" })
+  if (one.type === "audio") return el("audio", { src, controls: true })
+  if (one.type === "resource_link" && /^https?:\/\//i.test(one.uri)) return el("div", {}, el("a", { href: one.uri,
+    target: "_blank", rel: "noopener noreferrer" }, one.title || one.name || one.uri), " ", soft(one.uri))
+  return pre(one.text ?? one.resource?.text ?? pretty(one))
+}
+function forget() {
+  for (const id of ["servers", "sessions", "calls", "tools"]) $(id).replaceChildren()
+  now = seen = listed = null, $("status").textContent = "closed", sessionStorage.removeItem("key")
+  $("wrong").textContent = key && "This key is not right.", $("key").focus()
+}
+// One stream brings all that changes.
+async function watch() {
+  try {
+    const answer = /[^ -~\xa0-\xff]/.test(key) ? { status: 401 } : await ask("?watch=1")       // no header can hold it
+    $("closed").hidden = !($("all").hidden = answer.status === 401)
+    if (answer.status === 401) return forget()
+    if (!answer.ok) throw new Error((await answer.json()).error.message)
+    sessionStorage.setItem("key", key)
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
+    for (let kept = "", more; !(more = await reader.read()).done;) {
+      const events = (kept + more.value).split("\n\n")
+      kept = events.pop()
+      for (const one of events) if (one.includes("\ndata: ")) {
+        now = JSON.parse(one.split("\ndata: ")[1]), $("all").className = "", show()
+        $("status").textContent = `${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`
+      }
+    }
+    throw new Error("the stream has ended")
+  } catch (error) {
+    $("all").className = "old", $("status").textContent = `not connected: ${error.message}`, setTimeout(watch, 1000)
+  }
+}
+$("with").append(...Object.keys(RECIPES).map(name => el("option", {}, name)))
+$("what").oninput = $("with").oninput = $("show-key").oninput = show, $("load").onclick = loadTools
+$("login").onsubmit = () => (key = $("key").value.trim(), watch(), false)
+$("copy").onclick = () => navigator.clipboard?.writeText($("recipe").textContent) ??
+  getSelection().selectAllChildren($("recipe"))                    // only pages of https and of this machine have one
+setInterval(() => now && show(), 5000), watch()
+</script>
+"""
+
+
+def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) -> None:
+    """GET /: the page for a browser, which says that it wants one; for others what there is to be seen."""
+    is_browser = "text/html" in admission.head.headers.get("accept", "")
+    return endpoints.send_page(reply, PAGE) if is_browser else endpoints.look(admission, body, reply)
+
+
+ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)
 
 
 if __name__ == "__main__":

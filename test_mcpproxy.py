@@ -213,9 +213,10 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(subprocess.run([*command, *sys.argv[1:]]).returncode)
     # Tests mostly wait. So four parts run side by side, and three of them are shown behind the first.
-    parts = {"Several servers, groups, remote servers, stdin and stdout":
-                 "test_several or test_group or test_remote or test_stdio",
-             "Access, tokens, sandbox": "test_access or test_oauth or test_sandbox",
+    parts = {"Several servers, groups, remote servers, stdin and stdout, health, metrics, audit":
+                 "test_several or test_group or test_remote or test_stdio or test_health or test_metrics or test_audit",
+             "Access, tokens, sandbox, load, processes":
+                 "test_access or test_oauth or test_sandbox or test_load or test_process",
              "Real servers and clients, conformance": "test_real or test_conformance"}
     with contextlib.ExitStack() as stack:
         beside = [stack.enter_context(subprocess.Popen([*command, "-k", part], stdout=subprocess.PIPE,
@@ -3040,6 +3041,77 @@ def test_access_key_is_known(key, expected):
     assert (found and found.name) == (f"the {key}" if expected else None)
 
 
+# Ids of sessions that outlive a process.
+
+SEAL = "0123456789abcdef" * 2
+FACTS = {"version": "2025-06-18", "capabilities": {"elicitation": {"form": {}}, "sampling": {}},
+         "info": {"name": "a client", "version": "1"}, "whose": "", "place": None, "time": 1_800_000_000}
+WORDY = "x" * 2_000
+
+
+def sealed(secret=SEAL, name="ab" * 16, **facts):
+    return mcpproxy.seal(secret, name, {**FACTS, **facts})
+
+
+@pytest.mark.parametrize("facts, came", [
+    case("all", {}, {}),
+    case("little", {"capabilities": {}, "info": None}, {}),
+    case("a place and a key", {"place": "a b", "whose": "0123456789abcdef"}, {}),
+    case("not ASCII", {"info": {"name": "\xfc\u20ac\U0001f600", "version": "."}}, {}),
+    case("lone surrogates", {"info": {"name": "\ud800"}, "capabilities": {"\udfff": {"x": "\ud800"}}}, {}),
+    case("what no client should say", {"info": ["a", None], "capabilities": {"x": [1, 1.5, True]}}, {}),
+    case("too long a name", {"info": {"name": WORDY}}, {"info": None}),
+    case("too much that it can", {"capabilities": {"sampling": {"x": WORDY}, "roots": {"y": 1}}},
+         {"info": None, "capabilities": {"sampling": {}, "roots": {}}}),
+])
+def test_access_sealed_id_says_what_fits_into_it(facts, came):
+    found = sealed(**facts)
+    assert re.fullmatch(r"[!-~]+", found) and len(found) < 2_200          # MCP: visible ASCII
+    assert mcpproxy.unseal(SEAL, found) == ("ab" * 16, {**FACTS, **facts, **came})
+
+
+def test_access_id_of_a_client_that_can_too_much_is_not_sealed():
+    assert sealed(capabilities={WORDY: {}}) == "ab" * 16
+
+
+@pytest.mark.parametrize("secret, given", [
+    case("no secret", "", sealed()), case("no secret and signed with none", "", sealed("")),
+    case("another secret", SEAL[:-1], sealed()), case("signed with another", SEAL, sealed(SEAL + "0")),
+    case("empty", SEAL, ""), case("a name", SEAL, "ab" * 16), case("dots", SEAL, ".."), case("a dot", SEAL, "."),
+    case("no signature", SEAL, sealed().rpartition(".")[0]),
+    case("an empty one", SEAL, sealed().rpartition(".")[0] + "."),
+    case("that of another id", SEAL, sealed().rpartition(".")[0] + "." + sealed(time=1).rpartition(".")[2]),
+    case("that of a caller", SEAL, sealed().rpartition(".")[0] + "." + mcpproxy.whose(
+        SEAL, mcpproxy.Caller("a", b""))),
+    case("a signed name", SEAL, "ab." + mcpproxy._signature(SEAL, "ab")),
+    case("nothing signed", SEAL, "." + mcpproxy._signature(SEAL, "")),
+    case("a shorter one", SEAL, sealed()[:-1]), case("padded", SEAL, sealed() + "="),
+    case("a blank behind", SEAL, sealed() + " "), case("twice", SEAL, f"{sealed()}, {sealed()}"),
+    case("not ASCII", SEAL, sealed() + "\xfc"), case("not ASCII in front", SEAL, "\xfc" + sealed()),
+    case("lone surrogate", SEAL, "\udcff" + sealed()), case("null", SEAL, sealed() + "\0"),
+    case("huge", SEAL, "a." + "b" * 1_000_000 + ".c"), case("dots without end", SEAL, "." * 100_000),
+])
+def test_access_id_that_is_not_of_ours_says_nothing(secret, given):
+    assert mcpproxy.unseal(secret, given) is None
+
+
+def test_access_sealed_id_can_be_altered_nowhere():
+    good = sealed()
+    for place, character in enumerate(good):
+        for other in {"A", "b", "-", "."} - {character}:
+            assert mcpproxy.unseal(SEAL, good[:place] + other + good[place + 1:]) is None, place
+        assert mcpproxy.unseal(SEAL, good[:place] + good[place + 1:]) is None, place
+
+
+def test_access_sealed_id_tells_nobody_whose_it_is():
+    ann, bob, ann2 = (mcpproxy.Caller(name, mcpproxy.digest_of_key(key)) for name, key in (
+        ("ann", "k"), ("bob", "k"), ("ann", "l")))
+    found = {mcpproxy.whose(secret, caller) for secret in (SEAL, SEAL + "0") for caller in (ann, bob, ann2)}
+    assert len(found) == 4                         # whatever the key is called
+    assert {len(one) for one in found} == {16} and mcpproxy.whose(SEAL, None) == ""
+    assert mcpproxy.whose(SEAL, mcpproxy.Caller("sub:\ud800", b"")) not in found          # a name in a token
+
+
 @pytest.mark.parametrize("name", """
     PATH LD_PRELOAD LD_LIBRARY_PATH DYLD_INSERT_LIBRARIES PYTHONPATH PYTHONSTARTUP NODE_OPTIONS NODE_PATH
     NPM_CONFIG_REGISTRY npm_config_registry npm_config__authToken NPM_CONFIG_USER UV_INDEX_URL UV_PROJECT
@@ -3177,7 +3249,7 @@ def test_access_no_endpoint_opens_without_the_key(guarded, method, path):
 
 
 @pytest.mark.parametrize("path", [
-    "/", "/nothing", "/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server/mcp", "/token"])
+    "/nothing", "/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server/mcp", "/token"])
 def test_access_where_there_is_nothing_nobody_is_asked_for_a_key(guarded, path):
     """A client that is challenged there begins an OAuth that does not exist."""
     for headers in {}, WITH_KEY, {"Origin": "https://evil.example"}, {"Host": "evil.example"}:
@@ -5349,7 +5421,7 @@ def test_log_lines_name_what_they_are_about():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
         with StreamableClient(proxy) as client:
             client.tool("echo", text="x")
-            label, pid = client.session[:8], client.tool("pid")
+            label, pid = mcpproxy.label_of(client.session), client.tool("pid")
         proxy.request("GET", "/tools", headers={"Host": "evil.example"})
         proxy.request("GET", "/tools")
         for pattern in (f"= session {label} opened", f"ready for {label}: process {pid}, fake 1, revision 2025-06-18",
@@ -5428,7 +5500,7 @@ def test_log_names_the_key_and_never_its_value(keys):
 
 
 # ============================================================================
-# 13. Shares
+# 14. Shares
 # ============================================================================
 
 class Holder(mcpproxy.Holder):
@@ -5618,7 +5690,7 @@ def test_shares_of_processes():
 
 
 # ============================================================================
-# 15. Sandbox
+# 16. Sandbox
 # ============================================================================
 #
 # A hostile server, and what becomes of it. Each attack is made with the setting that is meant for it and without, where
@@ -6934,7 +7006,7 @@ def test_sandbox_nothing_of_it_is_there_by_default(free):
 
 
 # ============================================================================
-# 16. Links
+# 17. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -7212,7 +7284,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 19. Remote servers
+# 20. Remote servers
 # ============================================================================
 
 #
@@ -8293,7 +8365,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 
 
 # ============================================================================
-# 20. Server connection
+# 21. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -8555,7 +8627,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 26. Servers and groups
+# 27. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -8783,7 +8855,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 27. Mounts
+# 28. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -9061,6 +9133,295 @@ def test_session_is_told_what_a_server_said_that_exits_at_once(shared):
         assert "no such module" in proxy.log()
 
 
+# Sessions that go on at another replica. One that was started again is no different from it.
+
+replica, other_replica = (shared_proxy(FAKE, SESSION_SECRET=SEAL, LOG_FORMAT="json") for _ in range(2))
+LISTS_CHANGED = {TOOLS_CHANGED, PROMPTS_CHANGED, RESOURCES_CHANGED}
+
+
+def ping(proxy, session, expect=200, path="/mcp", **headers):
+    """Whether a session is known; returns the response."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    found = proxy.request("POST", path, request(os.urandom(4).hex(), "ping"),
+                          {**ACCEPT, "Mcp-Session-Id": session, **headers})
+    assert found.status == expect, (found.status, found.body)
+    return found
+
+
+def lines_of(proxy, client):
+    """The lines of a JSON log that name a client's session."""
+    label = mcpproxy.label_of(client.session.partition(".")[0])
+    return [line for line in map(json.loads, proxy.log().splitlines()) if line.get("session") == label]
+
+
+@pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05"])
+def test_session_goes_on_at_another_replica(replica, other_replica, version):
+    """It is the same session, of the same revision, of a client that can the same."""
+    rounds = [[FORM], [SAMPLING]]
+    with StreamableClient(replica, version=version) as client:
+        came, batch = [], [request(1, "ping"), request(2, "ping")]
+        for client.proxy in replica, other_replica, replica:
+            found = json.loads(client.tool("inquire", rounds=rounds))
+            came.append((found, client.post(batch, 200 if version == "2025-03-26" else 400).status))
+        assert came == [came[0]] * 3 and came[0][0] == [ACCEPTED, Client.RESULTS["sampling/createMessage"]]
+        for proxy in replica, other_replica:
+            lines = until(lambda: [line for line in lines_of(proxy, client) if "tool" in line], "the call's line")
+            assert {line["client"] for line in lines} == {"test/1"}
+            assert client.session not in proxy.log()
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"sampling": {}}, {"elicitation": {}}, {"elicitation": {"url": {}}}])
+def test_session_of_a_client_that_cannot_is_not_asked_at_another_replica_either(replica, other_replica, capabilities):
+    with StreamableClient(replica, capabilities=capabilities) as client:
+        found = [(json.loads(client.tool("inquire", rounds=[[FORM], [URL], [SAMPLING]])), client.asked)
+                 for client.proxy in (replica, other_replica)]
+        assert found[0] == found[1] and len(client.asked) == 2 * len(capabilities)
+
+
+def test_session_at_another_replica_hears_that_all_lists_changed(replica, other_replica):
+    with StreamableClient(replica) as client:
+        client.proxy = other_replica
+        assert {message["method"] for message in client.listen().count(3)} == LISTS_CHANGED
+
+
+@pytest.mark.parametrize("last", ["0-0", "0-1", "0-2", "0-3", "0-99", "1-1", "7-7", "x", "-", "0-", "0-\xb2",
+                                  "0-" + "9" * 5000])
+def test_session_at_another_replica_takes_the_last_event_of_before(replica, other_replica, last):
+    """Whatever it was: what came there before is unknown here."""
+    with StreamableClient(replica) as client:
+        for _ in range(2):
+            client.tool("notify", method=TOOLS_CHANGED)
+        client.proxy = other_replica
+        assert {message["method"] for message in client.listen(last).count(3)} == LISTS_CHANGED
+
+
+def test_session_that_comes_back_takes_the_last_event_of_the_replica_between(replica, other_replica):
+    with StreamableClient(replica) as client:
+        client.proxy = other_replica
+        for _ in range(3):
+            client.tool("notify", method=TOOLS_CHANGED)
+        stream = client.listen()
+        last = until(lambda: [event["id"] for event in stream.events if "id" in event][5:], "the events")[-1]
+        client.proxy = replica
+        stream = client.listen(last)
+        client.tool("notify", method=PROMPTS_CHANGED)
+        stream.wait_for(PROMPTS_CHANGED)
+
+
+def test_session_whose_event_is_of_an_answer_elsewhere_is_not_given_another_answer(replica, other_replica):
+    with StreamableClient(replica) as client:
+        client.tool("inquire", rounds=[[FORM]])
+        last = next(event["id"] for event in client._open[-1].events if event.get("id"))
+        client.proxy = other_replica
+        call = client.start("inquire", rounds=[[FORM]])
+        client.finish(call)
+        stream = client.listen(last)
+        assert {message["method"] for message in stream.count(3)} == LISTS_CHANGED
+
+
+def test_session_is_opened_once_at_a_replica_that_is_asked_many_times_at_once(replica, other_replica):
+    with StreamableClient(replica) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(lambda _: ping(other_replica, client.session).status, range(16))] == [200] * 16
+        opened = [line for line in lines_of(other_replica, client) if "opened" in line["message"]]
+        assert len(opened) == 1
+
+
+def odd(name, info=..., capabilities=None, expect=200):
+    """A row: a client that says odd things of itself, as JSON."""
+    return case(name, json.dumps(CLIENT_INFO) if info is ... else info, capabilities or "{}", expect)
+
+
+@pytest.mark.parametrize("info, capabilities, expect", [
+    odd("null", "null"), odd("a text", '"x"'), odd("a number", "1"), odd("a list", '[["name", "x"]]'),
+    odd("true", "true"),
+    odd("nothing in it", "{}"), odd("names that are none", '{"name": null, "version": 5}'),
+    odd("not ASCII", '{"name": "\u20ac\\ud800"}'), odd("twice", '{"name": "a", "name": "b"}'),
+    odd("many digits", '{"name": "a", "x": %s}' % ("9" * 5000)), odd("large number", '{"name": "a", "x": 1e999}'),
+    odd("deep", '{"x": %s}' % ("[" * 400 + "]" * 400)), odd("long", json.dumps({"name": "\xfc" * 5000})),
+    odd("can a text", None, '"x"'), odd("can nothing", None, "null"), odd("can a list", None, "[]"),
+    odd("can many digits", None, '{"sampling": %s}' % ("9" * 5000)), odd("can 1e999", None, '{"sampling": 1e999}'),
+    odd("can deep", None, '{"sampling": {"x": %s}}' % ("[" * 400 + "]" * 400)),
+    odd("can long", None, json.dumps({"sampling": {"x": WORDY}})),
+    odd("can too much", None, json.dumps({WORDY: {}}), 404)])
+def test_session_goes_on_whatever_its_client_said_of_itself(replica, other_replica, info, capabilities, expect):
+    body = json.dumps(initialize()).replace('"capabilities": {}', f'"capabilities": {capabilities}').replace(
+        json.dumps(CLIENT_INFO), info or "{}")
+    opened = post(replica, body.encode())
+    assert opened.status in (200, 400), opened.body
+    if opened.status == 200:
+        session = opened.headers["mcp-session-id"]
+        ping(replica, session)
+        ping(other_replica, session, expect)
+        listed = {**ACCEPT, "Mcp-Session-Id": session}
+        assert other_replica.request("POST", "/mcp", request(2, "tools/list"), listed).status == expect
+        for proxy in replica, other_replica:
+            proxy.request("DELETE", "/mcp", None, listed)
+
+
+@pytest.mark.parametrize("facts, status", [
+    case("now", {"time": 0}, 200), case("a clock that is fast", {"time": 200}, 200),
+    case("from the future", {"time": 600}, 404), case("of last week", {"time": -7 * 86400}, 200),
+    case("too old", {"time": -31 * 86400}, 404), case("another place", {"time": 0, "place": "a"}, 404),
+    case("a key", {"time": 0, "whose": "0123456789abcdef"}, 404), case("another secret", {"secret": SEAL[:-1]}, 404)])
+def test_session_id_is_good_for_its_time_and_place(replica, facts, status):
+    facts = {"time": 0, **facts}
+    session = sealed(name=os.urandom(16).hex(), **{**facts, "time": int(time.time()) + facts["time"]})
+    found = ping(replica, session, status)
+    if status == 404:
+        assert found.error() == (404, -32600)
+        for method in "GET", "DELETE":
+            assert replica.request(method, "/mcp", None, {**ACCEPT, "Mcp-Session-Id": session}).status == 404
+    assert replica.request("DELETE", "/mcp", None, {"Mcp-Session-Id": session.partition(".")[0]}).status == 404
+
+
+@pytest.mark.parametrize("given", ["", ".", "..", "a.b.c", "a", "\xfc", sealed()[:-1], sealed("x"), "a." + "b" * 9_000])
+def test_session_id_that_is_nobody_s_is_refused(replica, given):
+    found = replica.request("POST", "/mcp", request(1, "ping"), {**ACCEPT, "Mcp-Session-Id": given})
+    assert found.status in ((404, 431) if given else (200, 400)), found.status
+
+
+def test_session_that_its_client_ended_is_unknown_where_it_was_ended(replica, other_replica):
+    with StreamableClient(replica) as client, StreamableClient(replica) as another:
+        ping(other_replica, client.session)
+        assert client.delete() == 204 and client.delete() == 404
+        ping(replica, client.session, 404)
+        client.proxy = replica
+        assert client.send(None, method="GET").status == 404
+        ping(replica, another.session)
+        ping(other_replica, client.session)          # which does not know
+        assert other_replica.request("DELETE", "/mcp", None, client.headers).status == 204
+        ping(other_replica, client.session, 404)
+        assert other_replica.request("DELETE", "/mcp", None, another.headers).status == 204          # not seen before
+        ping(other_replica, another.session, 404)
+
+
+def test_session_that_was_idle_goes_on_and_one_that_was_ended_does_not():
+    def is_empty():
+        return not re.search(rb"\nmcpproxy_sessions\S* [1-9]", proxy.request("GET", "/metrics").body)
+    with running_proxy(FAKE, SESSION_SECRET=SEAL, SESSION_IDLE=0.2, HEARTBEAT=0.4) as proxy:
+        with StreamableClient(proxy) as client, StreamableClient(proxy) as ended:
+            assert ended.delete() == 204
+            until(is_empty, "the end of what is idle")
+            ping(proxy, ended.session, 404)
+            ping(proxy, client.session)
+            label = mcpproxy.label_of(client.session.partition(".")[0])
+            assert proxy.log().count(f"session {label} opened") == 2
+
+
+def test_session_over_http_sse_is_as_it_was(replica, other_replica):
+    with SSEClient(replica) as client, StreamableClient(replica) as other:
+        assert re.fullmatch(r"/messages\?session_id=[0-9a-f]{32}", client.endpoint)
+        assert client.tool("echo", text="hi") == "hi"
+        assert other_replica.request("POST", client.endpoint, request(1, "ping")).status == 404
+        ping(replica, client.endpoint.partition("=")[2], 404)
+        for proxy in replica, other_replica:
+            assert proxy.request("POST", f"/messages?session_id={other.session}", request(1, "ping")).status == 404
+
+
+def test_session_ids_without_a_secret_are_as_they_were(fake, replica):
+    with StreamableClient(fake) as client, StreamableClient(replica) as other:
+        assert re.fullmatch("[0-9a-f]{32}", client.session)
+        assert re.fullmatch(r"[0-9a-f]{32}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}", other.session)
+        ping(replica, client.session, 404)
+        ping(fake, other.session, 404)
+
+
+def test_session_with_a_process_of_its_own_ends_with_it():
+    with running_proxy(FAKE, SESSION_SECRET=SEAL, SHARED_SESSION="false") as proxy:
+        with StreamableClient(proxy) as client:
+            assert re.fullmatch("[0-9a-f]{32}", client.session) and client.tool("echo", text="hi") == "hi"
+        ping(proxy, client.session, 404)
+        ping(proxy, sealed(time=int(time.time())), 404)
+        assert "SESSION_SECRET has no effect with SHARED_SESSION=false" in proxy.log()
+
+
+def test_session_id_that_is_sealed_is_ignored_where_there_are_none(stateless, replica):
+    with StreamableClient(replica) as client:
+        for session in client.session, client.session[:-1]:
+            assert "mcp-session-id" not in ping(stateless, session).headers
+    with running_proxy(FAKE, SESSION_SECRET=SEAL, STATELESS="true") as proxy:
+        assert "mcp-session-id" not in post(proxy, initialize()).headers
+        assert "SESSION_SECRET has no effect with STATELESS=true" in proxy.log()
+
+
+def test_session_of_several_servers_goes_on_as_one_and_at_each_place(several):
+    servers = {"a": FAKE, "b": FAKE, "SESSION_SECRET": SEAL}
+    with several(**servers) as one, several(**servers) as other:
+        for path, prefix in ("/mcp", "b__"), ("/servers/a/mcp", ""):
+            with StreamableClient(one, path=path) as client:
+                client.proxy = other
+                assert {message["method"] for message in client.listen().count(3)} == LISTS_CHANGED
+                assert json.loads(client.tool(f"{prefix}inquire", rounds=[[FORM]])) == [ACCEPTED]
+                for wrong in {"/mcp", "/servers/a/mcp", "/servers/b/mcp"} - {path}:
+                    ping(one, client.session, 404, wrong)
+                    ping(other, client.session, 404, wrong)
+
+
+def test_session_goes_on_with_the_key_alone_that_opened_it(keys):
+    given = {"ann": {}, "bob": {}, "eve": {"servers": ["b"]}}
+    with keys(given, SESSION_SECRET=SEAL) as one, keys(given, SESSION_SECRET=SEAL) as other:
+        with StreamableClient(one, headers=brings("ann")) as client:
+            for who, status in ("bob", 404), ("eve", 404), ("nobody", 401), ("ann", 200), ("bob", 404):
+                ping(other, client.session, status, **brings(who))
+            ping(other, client.session, 401)
+            client.proxy = other
+            assert client.tool("a__look") == "a look"
+            other.change({name: limits for name, limits in given.items() if name != "ann"})
+            ping(other, client.session, 401, **brings("ann"))
+        with StreamableClient(one, headers=brings("eve")) as client:
+            client.proxy = other
+            assert client.tool("b__look") == "b look" and "error" in client.start("a__look").answer()
+        assert "-secret" not in other.log() + one.log()
+
+
+def test_session_that_comes_from_elsewhere_counts_as_one():
+    with running_proxy(FAKE, SESSION_SECRET=SEAL, AUTH_KEY="a,b", MAX_SESSIONS=2) as proxy:
+        def came(key, number):
+            caller = mcpproxy.Caller(f"key{number}", mcpproxy.digest_of_key(key))
+            session = sealed(name=os.urandom(16).hex(), time=int(time.time()), whose=mcpproxy.whose(SEAL, caller))
+            return session, post(proxy, request(1, "ping"), Mcp_Session_Id=session, X_API_Key=key)
+        (first, answer), (_, second), (_, third) = (came("a", 1) for _ in range(3))
+        assert (answer.status, second.status) == (200, 200)
+        assert third.error() == (503, -32000) and "retry-after" in third.headers
+        assert came("b", 2)[1].status == 200          # in the place of one of the other's, which has most
+        assert post(proxy, initialize(), X_API_Key="a").status == 503
+        assert proxy.request("DELETE", "/mcp", None, {"Mcp-Session-Id": first, "X-API-Key": "a"}).status in (204, 503)
+
+
+def test_session_secret_is_in_no_log_and_no_environment_of_a_server():
+    with running_proxy(FAKE, SESSION_SECRET=SEAL, LOG_LEVEL="DEBUG", ALLOWED_ENV="*") as proxy:
+        with StreamableClient(proxy) as client:
+            ping(proxy, client.session[:-1], 404)
+            assert client.tool("variable", variable="SESSION_SECRET") == "(unset)"
+            with open(f"/proc/{client.tool('pid')}/environ") as environment:
+                assert SEAL not in environment.read()
+            for path in "/", "/healthz", "/readyz", "/metrics", "/overview":
+                assert SEAL.encode() not in proxy.request("GET", path).body
+            # A signature is what its client alone has.
+            assert SEAL not in proxy.log() and client.session.rpartition(".")[2] not in proxy.log()
+
+
+def test_session_of_a_server_that_starts_slowly_goes_on_too(other_replica):
+    """Its answer is a stream that begins before the server has answered."""
+    with running_proxy(fake_server("import time; time.sleep(3)"), SESSION_SECRET=SEAL) as proxy:
+        with StreamableClient(proxy) as client:
+            ping(other_replica, client.session)
+
+
+def test_session_with_a_secret_is_not_left_behind_by_a_handshake_that_is_nested_too_deeply():
+    with running_proxy(FAKE, MAX_SESSIONS=1, SESSION_SECRET=SEAL) as proxy:
+        for depth in range(800, 1001, 20):
+            for member in '"capabilities": {}', '"name": "test"':
+                body = json.dumps(initialize()).replace(member, member.partition(":")[0] + ':{"x":%s}' % (
+                    "[" * depth + "]" * depth))
+                response = post(proxy, body.encode())
+                assert response.status in (200, 400), (depth, response.status)
+                if response.status == 200:
+                    session = {"Mcp-Session-Id": response.headers["mcp-session-id"]}
+                    assert proxy.request("DELETE", "/mcp", None, session).status == 204
+        assert post(proxy, initialize()).status == 200
+
+
 # Independent mode.
 
 def test_session_is_told_the_revision_it_asked_for_when_nobody_knows_that_of_its_server():
@@ -9248,7 +9609,8 @@ def test_session_that_nothing_follows_ends_soon(altered):
     altered(UNFOLLOWED_SECONDS=0.3)
     with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
         left = post(proxy, initialize()).headers["mcp-session-id"]
-        until(lambda: f"session {left[:8]} closed" in proxy.log(), "the end of the one that nothing followed")
+        end = f"session {mcpproxy.label_of(left)} closed"
+        until(lambda: end in proxy.log(), "the end of the one that nothing followed")
         client.post(request(1, "ping"))
 
 
@@ -9657,7 +10019,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 28. Several servers as one
+# 29. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -10128,7 +10490,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 31. Exchanges
+# 32. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -12521,7 +12883,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 33. HTTP connections
+# 34. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -12764,7 +13126,1900 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 36. Endpoints
+# 37. Overview
+# ============================================================================
+
+# Servers that do what is to be seen.
+
+# Its tools: good, bad (its result says that it failed), error (with a code), ask (its client), wait (never answers),
+# die, burn (CPU, and dies), raw (a line as it is told), and those of its arguments. It is of either era.
+COUNTED_SERVER = r"""
+import json, os, sys, threading, time
+era, names = sys.argv[1], json.loads(sys.argv[2])
+version, waiting, number = "2025-11-25", {}, 0
+info = {"name": "counted", "version": "1.2", **json.loads(os.environ.get("COUNTED_INFO", "{}"))}
+TOOLS = ["good", "bad", "error", "ask", "wait", "die", "burn", "raw", *names]
+def write(text):
+    os.write(1, text.encode("utf-8", "surrogatepass") + b"\n")
+def send(**members):
+    write(json.dumps({"jsonrpc": "2.0", **members}))
+def finish(id, **members):
+    send(id=id, result={"content": [{"type": "text", "text": "x"}], **more, **members})
+more = {"resultType": "complete", "ttlMs": 0, "cacheScope": "public"} if era == "modern" else {}
+for line in sys.stdin:
+    message = json.loads(line)
+    method, params, id = message.get("method"), message.get("params") or {}, message.get("id")
+    name, arguments = params.get("name"), params.get("arguments") or {}
+    if method is None: finish(waiting.pop(id))
+    elif id is None: pass
+    elif method == "initialize" and era == "legacy":
+        finish(id, protocolVersion=version, capabilities={"tools": {}, "prompts": {}, "resources": {}}, serverInfo=info)
+    elif method == "server/discover" and era == "modern":
+        finish(id, supportedVersions=["2026-07-28"], capabilities={"tools": {}, "prompts": {}, "resources": {}},
+               _meta={"io.modelcontextprotocol/serverInfo": info})
+    elif method == "tools/list": finish(id, tools=[{"name": name, "inputSchema": {"type": "object"}} for name in TOOLS])
+    elif method == "prompts/list": finish(id, prompts=[{"name": "greet"}])
+    elif method == "prompts/get": finish(id, messages=[])
+    elif method == "resources/list": finish(id, resources=[])
+    elif method == "resources/templates/list": finish(id, resourceTemplates=[])
+    elif method == "resources/read": finish(id, contents=[{"uri": params["uri"], "text": "x"}])
+    elif method == "ping": finish(id)
+    elif method != "tools/call" or name not in TOOLS:
+        send(id=id, error={"code": -32602 if method == "tools/call" else -32601, "message": "there is none"})
+    elif name == "bad": finish(id, isError=True)
+    elif name == "error": send(id=id, error={"code": arguments.get("code", 7), "message": "no"})
+    elif name == "ask" and era == "legacy":
+        number += 1
+        waiting["q%d" % number] = id
+        send(id="q%d" % number, method="elicitation/create", params={"message": "?", "requestedSchema": {
+            "type": "object", "properties": {}}})
+    elif name == "ask" and "inputResponses" not in params:
+        finish(id, resultType="input_required", requestState="state-Xy7", inputRequests={"q": {
+            "method": "elicitation/create", "params": {"message": "?", "requestedSchema": {
+                "type": "object", "properties": {}}}}})
+    elif name == "wait": continue
+    elif name == "die":
+        print("my last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    elif name == "burn":
+        while time.process_time() < arguments["seconds"]: pass
+        os._exit(3)
+    elif name == "raw": write(arguments["line"].replace("%ID%", str(id)))
+    else: finish(id)
+"""
+
+
+def counted_server(era="legacy", names=(), before="", **variables):
+    """The command of such a server."""
+    command = [sys.executable, "-c", before + "\n" + COUNTED_SERVER, era, json.dumps(names)]
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *command] if variables else command
+
+
+class Staged:
+    """A server that starts as it is told to: it `works`, it `fails`, or it `waits`, as npx does for a download."""
+
+    def __init__(self, folder, mode="works"):
+        self._mode, self._starts = (folder / f"{os.urandom(4).hex()}-{what}" for what in ("mode", "starts"))
+        self.be(mode)
+        before = (f"import select, sys\nwith open({str(self._starts)!r}, 'a') as starts: starts.write('x')\n"
+                  "print('downloading', file=sys.stderr, flush=True)\n"
+                  f"while (mode := open({str(self._mode)!r}).read()) != 'works':\n"
+                  "    if mode == 'fails': print('no good', file=sys.stderr, flush=True); sys.exit(3)\n"
+                  "    hung_up = select.poll()\n    hung_up.register(0, 0)\n    if hung_up.poll(20): sys.exit(4)\n")
+        self.command = counted_server(before=before)
+
+    def be(self, mode):
+        self._mode.write_text(mode)
+
+    @property
+    def starts(self):
+        return len(self._starts.read_text()) if self._starts.exists() else 0
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """Makes servers that are Staged."""
+    return functools.partial(Staged, tmp_path)
+
+
+class Beside:
+    """The other listener of a proxy, at METRICS_PORT, for which clients take it."""
+
+    request = Proxy.request
+
+    def __init__(self, port):
+        self.port = port
+
+
+@pytest.fixture
+def beside_port():
+    """A Beside, at a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        return Beside(unused.getsockname()[1])
+
+
+# Health.
+
+def readiness(proxy, headers=None, path="/readyz"):
+    """(status, body) of what /readyz says."""
+    answer = proxy.request("GET", path, None, headers)
+    assert answer.headers["content-type"] == "application/json"
+    assert ("retry-after" in answer.headers) == (answer.status == 503)
+    body = answer.json()
+    assert answer.status == (200 if body["status"] == "ready" else 503), (answer.status, body)
+    return answer.status, body
+
+
+def states_of(proxy, headers=None):
+    return {name: said["state"] for name, said in readiness(proxy, headers)[1]["servers"].items()}
+
+
+def only_server(proxy, headers=None):
+    """What /readyz says of the only server."""
+    (said,) = readiness(proxy, headers)[1]["servers"].values()
+    return said
+
+
+def use_once(proxy, count=1):
+    post(proxy, initialize())
+
+
+def give_up(proxy, count=1):
+    """Waits until so many servers that fail are not started any more."""
+    until(lambda: proxy.log().count("times in a minute") >= count, "the end of the tries")
+
+
+def leave_open(proxy, count):
+    assert post(proxy, initialize()).status == 200
+
+
+def nothing(proxy, count):
+    pass
+
+
+OWN = {"SHARED_SESSION": "false"}
+
+
+@pytest.mark.parametrize("modes, settings, reach, word, states", [
+    #    what the servers do             settings   what is done before   what is said
+    case("starting", ["waits"], {}, nothing, "not ready", ["starting"]),
+    case("running", ["works"], {}, nothing, "ready", ["ready"]),
+    case("crash loop", ["fails"], {}, give_up, "not ready", ["down"]),
+    case("on demand", ["works"], OWN, nothing, "ready", ["on demand"]),
+    case("on demand, broken, and nobody knows", ["fails"], OWN, nothing, "ready", ["on demand"]),
+    case("on demand, running", ["works"], OWN, leave_open, "ready", ["ready"]),
+    case("on demand, last start failed", ["fails"], OWN, use_once, "not ready", ["down"]),
+    case("one of three down", ["works", "works", "fails"], {}, give_up, "ready", ["ready", "ready", "down"]),
+    case("one of three starting", ["works", "waits", "works"], {}, nothing, "ready", ["ready", "starting", "ready"]),
+    case("two of three not yet", ["fails", "waits", "works"], {}, give_up, "ready", ["down", "starting", "ready"]),
+    case("none of two yet", ["fails", "waits"], {}, give_up, "not ready", ["down", "starting"]),
+    case("all down", ["fails", "fails", "fails"], {}, give_up, "not ready", ["down", "down", "down"]),
+])
+def test_health_of_each_state(altered, staged, several, beside_port, modes, settings, reach, word, states):
+    """Down servers that are asked about are being started now and then, which is seen too."""
+    altered(RESTART_DELAY=0.01)
+    servers = {name: staged(mode).command for name, mode in zip("abc", modes)}
+    settings = {"METRICS_PORT": beside_port.port, "SERVER_ERA": "legacy", **settings}
+    with (several(**servers, **settings) if len(modes) > 1 else running_proxy(servers["a"], **settings)) as proxy:
+        reach(proxy, modes.count("fails"))
+
+        def look(where=proxy):
+            status, said = readiness(where)
+            found = [one["state"] for one in said["servers"].values()]
+            return found == states and (status, said)
+        status, said = until(look, str(states))
+        assert (status, said["status"]) == (200 if word == "ready" else 503, word)
+        assert until(lambda: look(beside_port), "the same at the other port")[0] == status
+        for where in proxy, beside_port:
+            alive = where.request("GET", "/healthz")
+            assert (alive.status, alive.json()) == (200, {"status": "ok"})
+            head = where.request("HEAD", "/readyz")
+            assert (head.status, head.body, head.headers["content-type"]) == (status, b"", "application/json")
+        for one in said["servers"].values():
+            known = {"era": "legacy", "revision": "2025-11-25", "name": "counted", "version": "1.2"}
+            if one["state"] == "ready":
+                assert one == {**known, "state": "ready", "restarts": 0}
+            elif one["state"] == "down":
+                assert one.keys() == {"state", "restarts", "error"} and "exit code 3" in one["error"]
+                assert one["restarts"] >= (0 if settings.get("SHARED_SESSION") else 4)
+            else:
+                assert one == {"state": one["state"], "restarts": 0}
+        up = [value for _, value in metrics_of(proxy).rows("mcpproxy_server_up")]
+        assert up == [state in ("ready", "on demand") for state in states]
+
+
+@pytest.mark.parametrize("command, settings, known", [
+    case("modern", MODERN, {}, ("modern", "2026-07-28", "modern", "1")),
+    case("legacy", FAKE, {}, ("legacy", "2025-06-18", "fake", "1")),
+    case("older", fake_server(FAKE_VERSION="2024-11-05"), {}, ("legacy", "2024-11-05", "fake", "1"))])
+def test_health_says_which_server_it_is_once_that_is_known(command, settings, known):
+    with running_proxy(command, **settings) as proxy:
+        said = until(lambda: only_server(proxy)["state"] == "ready" and only_server(proxy), "the server")
+        assert tuple(said.get(name) for name in ("era", "revision", "name", "version")) == known
+
+
+@pytest.mark.parametrize("far_kind, era, revision", [
+    ("legacy", "legacy", "2025-06-18"), ("modern", "modern", "2026-07-28"), ("sse", "legacy", "2024-11-05")])
+def test_health_of_a_remote_server(configured, far_kind, era, revision):
+    with Remote(far_kind) as far, configured(far={"url": far.url}) as proxy:
+        until(lambda: states_of(proxy) == {"far": "ready"}, "the server")
+        said = only_server(proxy)
+        assert (said["era"], said["revision"]) == (era, revision) and "error" not in said
+
+
+def test_health_of_a_remote_server_that_is_away_and_comes_back(beside_port):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with running_proxy(f"http://127.0.0.1:{port}/mcp") as proxy:
+        until(lambda: only_server(proxy)["state"] == "down", "the failed start")
+        assert only_server(proxy)["error"] and is_healthy(proxy)
+
+        class There(Remote):                      # at the port that was unused
+            def __init__(self):
+                server = ThreadingHTTPServer
+                globals()["ThreadingHTTPServer"] = lambda _, handler: server(("127.0.0.1", port), handler)
+                try:
+                    super().__init__()
+                finally:
+                    globals()["ThreadingHTTPServer"] = server
+        with There():
+            until(lambda: readiness(proxy)[0] == 200, "the server, without any client")
+
+
+def test_health_of_a_server_that_dies_goes_down_and_comes_back(altered, staged):
+    altered(RESTART_DELAY=0.01)
+    server = staged()
+    with running_proxy(server.command) as proxy:
+        until(lambda: only_server(proxy)["state"] == "ready", "the server")
+        assert only_server(proxy)["restarts"] == 0
+        proxy.request("POST", "/tools/die", {})
+        until(lambda: only_server(proxy)["state"] == "ready" and only_server(proxy)["restarts"] == 1, "its successor")
+        server.be("fails")
+        proxy.request("POST", "/tools/die", {})
+        until(lambda: only_server(proxy)["state"] == "down", "its end")
+        assert "exit code 3" in only_server(proxy)["error"] and readiness(proxy)[0] == 503
+        give_up(proxy)
+        server.be("works")
+        until(lambda: readiness(proxy)[0] == 200, "the server, without any client")
+        said = only_server(proxy)
+        assert said["state"] == "ready" and said["restarts"] >= 3
+        assert post(proxy, tool_call(1, "good")).status == 200
+
+
+def test_health_of_a_server_on_demand_comes_back_without_any_client(staged):
+    server = staged("fails")
+    with running_proxy(server.command, SHARED_SESSION="false") as proxy:
+        assert readiness(proxy)[0] == 200 and not servers_of(proxy)
+        assert post(proxy, initialize()).status == 502
+        until(lambda: only_server(proxy)["state"] == "down", "the failed start")
+        assert readiness(proxy)[0] == 503 and "exit code 3" in only_server(proxy)["error"]
+        before = server.starts
+        until(lambda: readiness(proxy)[0] == 503 and server.starts > before, "another try")
+        server.be("works")
+        until(lambda: readiness(proxy)[0] == 200, "the server, without any client")
+        assert until(lambda: only_server(proxy)["state"] in ("on demand", "ready"), "its state")
+        assert len(servers_of(proxy)) <= 1
+        with StreamableClient(proxy) as client:
+            assert client.tool("good") == "x"
+
+
+def test_health_of_a_server_on_demand_is_that_of_its_last_start(staged):
+    server = staged()
+    with running_proxy(server.command, SHARED_SESSION="false") as proxy:
+        with StreamableClient(proxy) as client:
+            assert client.tool("good") == "x" and only_server(proxy)["state"] == "ready"
+        until(lambda: only_server(proxy)["state"] == "on demand", "nobody left")
+        server.be("fails")
+        assert post(proxy, initialize()).status == 502
+        until(lambda: only_server(proxy)["state"] == "down", "the failed start")
+        server.be("works")
+        assert post(proxy, initialize()).status == 200
+        until(lambda: only_server(proxy)["state"] == "ready", "the next, of a client")
+
+
+@pytest.mark.parametrize("settings", [{}, OWN], ids=["shared", "own"])
+def test_health_starts_what_is_down_again_with_patience(altered, staged, settings):
+    altered(RESTART_DELAY=0.01)
+    server = staged("fails")
+    with running_proxy(server.command, **settings) as proxy, HTTP(proxy) as http:
+        use_once(proxy)
+        until(lambda: only_server(proxy)["state"] == "down", "the failed start")
+        if not settings:
+            give_up(proxy)
+        before, asked, deadline = server.starts, 0, time.monotonic() + 2
+        while time.monotonic() < deadline:
+            asked += http.request("GET", "/readyz").status == 503
+        assert asked > 100 and server.starts - before <= 8
+
+
+def test_health_starts_nothing_while_another_server_can_be_used(altered, staged, several):
+    altered(RESTART_DELAY=0.01)
+    good, bad = staged(), staged("fails")
+    with several(good=good.command, bad=bad.command) as proxy:
+        give_up(proxy)
+        until(lambda: states_of(proxy) == {"good": "ready", "bad": "down"}, "both")
+        before = bad.starts
+        assert all(readiness(proxy)[0] == 200 for _ in range(300))
+        assert bad.starts == before
+
+
+def test_health_starts_nothing_that_is_being_started(staged):
+    server = staged("waits")
+    with running_proxy(server.command, SERVER_ERA="legacy") as proxy:
+        assert all(readiness(proxy)[0] == 503 for _ in range(300))
+        assert server.starts <= 1
+
+
+def test_health_is_not_changed_by_a_client_whose_handshake_a_server_refuses():
+    strict = COUNTED_SERVER.replace('elif method == "initialize"', (
+        'elif params.get("clientInfo", {}).get("name") == "bad": send(id=id, error={"code": 1, "message": "no"})\n'
+        '    elif method == "initialize"'))
+    with running_proxy([sys.executable, "-c", strict, "legacy", "[]"], SHARED_SESSION="false") as proxy:
+        assert post(proxy, initialize()).status == 200 and readiness(proxy)[0] == 200
+        params = {**initialize()["params"], "clientInfo": {"name": "bad", "version": "1"}}
+        assert "error" in post(proxy, request(1, "initialize", params)).json()
+        assert readiness(proxy)[0] == 200
+
+
+def test_health_is_not_changed_by_a_start_that_fails_with_the_variables_of_a_client():
+    picky = counted_server(before="import os, sys\nif os.environ.get('TOKEN') == 'bad': sys.exit(3)")
+    with running_proxy(picky, SHARED_SESSION="false") as proxy:
+        assert post(proxy, initialize(), X_MCP_Env_Token="bad").status == 502
+        assert readiness(proxy)[0] == 200
+        assert post(proxy, initialize(), X_MCP_Env_Token="good").status == 200
+
+
+broken = shared_proxy(BROKEN)
+broken_keyed = shared_proxy(BROKEN, AUTH_KEY="Kq7-the-key")
+
+
+@pytest.mark.parametrize("place, path, headers, is_told", [
+    case("no key configured", "broken", "/readyz", {}, True),
+    case("no key configured, by name", "broken", "/readyz", {"Host": "localhost"}, True),
+    case("another host", "broken", "/readyz", {"Host": "evil.example"}, False),
+    case("another page", "broken", "/readyz", {"Origin": "https://evil.example"}, False),
+    case("another page's image", "broken", "/readyz", {"Sec-Fetch-Site": "cross-site"}, False),
+    case("no key", "broken_keyed", "/readyz", {}, False),
+    case("wrong key", "broken_keyed", "/readyz", {"Authorization": "Bearer wrong"}, False),
+    case("another scheme", "broken_keyed", "/readyz", {"Authorization": "Basic x"}, False),
+    case("wrong key in the query", "broken_keyed", "/readyz?auth_key=wrong", {}, False),
+    case("key", "broken_keyed", "/readyz", {"Authorization": "Bearer Kq7-the-key"}, True),
+    case("key in a header", "broken_keyed", "/readyz", {"X-API-Key": "Kq7-the-key"}, True),
+    case("key in the query", "broken_keyed", "/readyz?auth_key=Kq7-the-key", {}, True),
+    case("key of another page", "broken_keyed", "/readyz", {
+        "X-API-Key": "Kq7-the-key", "Origin": "https://evil.example"}, False),
+])
+def test_health_tells_the_error_to_who_may_know_it(broken, broken_keyed, place, path, headers, is_told):
+    proxy = {"broken": broken, "broken_keyed": broken_keyed}[place]
+    give_up(proxy)
+    body = readiness(proxy, headers, path)[1]
+    (said,) = body["servers"].values()
+    assert ("error" in said) == is_told and ("exit code" in json.dumps(body)) == is_told
+
+
+def test_health_tells_no_error_at_the_port_without_a_key(beside_port):
+    with running_proxy(BROKEN, METRICS_PORT=beside_port.port, AUTH_KEY="Kq7-the-key") as proxy:
+        until(lambda: only_server(proxy, {"X-API-Key": "Kq7-the-key"}).get("error"), "the failed start")
+        assert "error" not in only_server(beside_port)
+
+
+def test_health_tells_the_error_and_no_secret_of_the_command(several):
+    with several(a=["no-such-command-here", "--token", "Kq7-the-secret"]) as proxy:
+        error = until(lambda: only_server(proxy).get("error"), "the error")
+        assert "no-such-command-here" in error and "Kq7" not in error
+
+
+@MODES
+def test_health_while_it_is_drained(beside_port, shared):
+    with (running_proxy(counted_server(), SHARED_SESSION=shared, METRICS_PORT=beside_port.port) as proxy,
+          StreamableClient(proxy) as client):
+        call = client.start("ask")
+        question = call.stream.wait_for("elicitation/create")
+        assert readiness(proxy)[1]["status"] == "ready"
+        proxy.process.terminate()
+        until(lambda: "= stopping" in proxy.log())
+        for where in proxy, beside_port:
+            status, said = readiness(where)
+            assert (status, said["status"]) == (503, "draining")
+            assert where.request("GET", "/healthz").status == 200
+            assert where.request("HEAD", "/readyz").status == 503
+            assert metrics_of(where).total("mcpproxy_calls_in_flight") == 1
+        client.reply(question["id"], ACCEPTED)
+        assert "result" in call.answer()
+        assert proxy.process.wait(PATIENCE) == 0
+        proxy.stop()
+
+
+class Kubelet:
+    """What Kubernetes would do to a proxy with probes for its start, readiness and life; each period is one look(), and
+    what takes a second there is as long here. Each probe is a GET by the pod's address on a connection of its own, and
+    200 to 399 is good. Kubernetes, Configure Liveness, Readiness and Startup Probes."""
+
+    FAILURES, TIMEOUT = 3, 1.0               # failureThreshold, timeoutSeconds
+
+    def __init__(self, proxy):
+        self.proxy = proxy
+        self.is_started = self.is_ready = self.is_killed = False
+        self.failed = collections.Counter()
+
+    def probe(self, path):
+        """Is it good? kubernetes, pkg/probe/http: these are all the headers there are."""
+        address = ("127.0.0.1", self.proxy.port)
+        try:
+            with socket.create_connection(address, timeout=self.TIMEOUT) as wire:
+                wire.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.proxy.port}\r\n"
+                             "User-Agent: kube-probe/1.33\r\nAccept: */*\r\nConnection: close\r\n\r\n".encode())
+                answer = b"".join(iter(lambda: wire.recv(65_536), b""))
+        except OSError:
+            answer = b""
+        is_good = re.match(rb"HTTP/1\.1 [23]\d\d ", answer) is not None
+        self.failed[path] = 0 if is_good else self.failed[path] + 1
+        return is_good
+
+    def look(self):
+        if not self.is_started:
+            self.is_started = self.probe("/readyz")
+        if self.is_started:                  # the others wait for that one
+            self.probe("/healthz")
+            self.is_killed |= self.failed["/healthz"] >= self.FAILURES
+            if self.probe("/readyz"):
+                self.is_ready = True
+            elif self.failed["/readyz"] >= self.FAILURES:
+                self.is_ready = False
+        return self
+
+
+@pytest.mark.parametrize("settings", [{}, OWN, {"AUTH_KEY": "secret"}], ids=["shared", "own", "with a key"])
+@pytest.mark.parametrize("port", ["main", "other"])
+def test_health_is_what_kubernetes_needs(staged, beside_port, port, settings):
+    server, key = staged("waits"), {"X-API-Key": settings.get("AUTH_KEY")}
+    with running_proxy(server.command, METRICS_PORT=beside_port.port, SERVER_ERA="legacy", **settings) as proxy:
+        pod = Kubelet(proxy if port == "main" else beside_port)
+        if "SHARED_SESSION" not in settings:                      # npx has to download it
+            assert not any(pod.look().is_started for _ in range(40))
+            assert pod.probe("/healthz")
+        server.be("works")
+        until(lambda: pod.look().is_ready, "readiness")
+        assert proxy.request("POST", "/tools/good", {}, key).status == 200
+        server.be("fails")
+        proxy.request("POST", "/tools/die", {}, key)
+        until(lambda: proxy.request("POST", "/tools/good", {}, key).status != 200, "its end")
+        until(lambda: not pod.look().is_ready, "the end of readiness")
+        server.be("works")                                        # without any client: there are none while it is not
+        until(lambda: pod.look().is_ready, "readiness again")
+        with StreamableClient(proxy, headers=key) as client:
+            call = client.start("ask")
+            question = call.stream.wait_for("elicitation/create")
+            proxy.process.terminate()
+            until(lambda: not pod.look().is_ready, "the end of readiness, for good")
+            assert not pod.is_killed and pod.probe("/healthz")
+            client.reply(question["id"], ACCEPTED)
+            assert "result" in call.answer() and proxy.process.wait(PATIENCE) == 0
+        proxy.stop()
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/healthz"])
+@pytest.mark.parametrize("method, headers, status", [
+    ("GET", {"Host": "10.1.2.3:8000"}, 200), ("GET", {"Host": "evil.example"}, 200), ("POST", {}, 405),
+    ("GET", {"Accept": "text/html"}, 200), ("GET", {"Origin": "https://evil.example"}, 200)])
+def test_health_is_told_to_everybody(counted, path, method, headers, status):
+    until(lambda: readiness(counted)[0] == 200, "the server")
+    assert counted.request(method, path, b"" if method == "POST" else None, headers).status == status
+
+
+def test_health_is_told_in_http_1_0_to_balancers(counted):
+    until(lambda: readiness(counted)[0] == 200, "the server")
+    for path in "/healthz", "/readyz":
+        with HTTP(counted) as http:
+            http.send(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert http.response().status == 200 and http.is_closed()
+
+
+def test_health_is_told_behind_a_base_path_and_not_of_one_server(several):
+    with several(a=FAKE, BASE_PATH="/base") as proxy:
+        until(lambda: states_of(proxy) == {"a": "ready"}, "the server")
+        assert readiness(proxy, path="/base/readyz")[1]["servers"].keys() == {"a"}
+        for path in "/servers/a/healthz", "/servers/a/readyz", "/servers/a/metrics", "/readyz/x":
+            assert proxy.request("GET", path).status == 404
+
+
+def test_health_has_members_of_groups_and_what_a_file_that_is_read_again_says(several):
+    with several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"}), c=FAKE) as proxy:
+        until(lambda: states_of(proxy) == dict.fromkeys("abc", "ready"), "the servers")
+        write_config(proxy.path, {"a": (FAKE, {}), "d": (BROKEN, {})})
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: states_of(proxy) in ({"a": "ready", "d": state} for state in ("down", "starting")), "the others")
+
+
+# Metrics.
+
+class Metrics:
+    """What /metrics says, read more strictly than Prometheus does: Exposition formats, Text-based format, 0.0.4. What
+    it calls for, and what this house does: each family together, in the order HELP, TYPE, samples; no series twice; the
+    same labels in all of a family, none of them empty; buckets that add up."""
+
+    LINE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)", re.DOTALL)
+    LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\["\\n])*)"(,|$)', re.DOTALL)
+    NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?|[+-]Inf|NaN")
+    SUFFIXES = {"counter": [""], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+
+    def __init__(self, text):
+        self.kinds, self.helps = {}, {}              # by family
+        self.series = {}                             # {(name, ((label, value), ...) in order): value}
+        assert text.endswith("\n"), "the last line must end"
+        family = None
+        for line in text[:-1].split("\n"):
+            comment = re.fullmatch(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) ((?:[^\\]|\\[\\n])+)", line)
+            if comment and comment[1] == "HELP":
+                assert family in {None, *self.kinds} and comment[2] not in self.helps, line
+                family = comment[2]
+                self.helps[family] = comment[3]
+            elif comment:
+                assert comment[2] == family and family not in self.kinds and comment[3] in self.SUFFIXES, line
+                self.kinds[family] = comment[3]
+            else:
+                self._add(family, line)
+        assert family in self.kinds
+        for name, kind in self.kinds.items():
+            assert (kind == "counter") == name.endswith("_total"), name
+            if kind == "histogram":
+                self._check_buckets(name)
+        names = {}
+        for name, labels in self.series:
+            assert names.setdefault(name, [label for label, _ in labels]) == [label for label, _ in labels], name
+
+    def _add(self, family, line):
+        match = self.LINE.fullmatch(line)
+        assert match and family in self.kinds, f"no sample: {line!r}"
+        name, text, number = match.groups()
+        assert name in [family + suffix for suffix in self.SUFFIXES[self.kinds[family]]], f"not of {family}: {line!r}"
+        assert self.NUMBER.fullmatch(number), f"no number: {line!r}"
+        labels, at = [], 0
+        while text is not None and at < len(text):
+            label = self.LABEL.match(text, at)
+            assert label and not label[1].startswith("__"), f"no label: {line!r}"
+            unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+            labels.append((label[1], re.sub(r"\\.", lambda pair: unescape[pair[0]], label[2])))
+            at = label.end()
+            assert label[3] == "" or at < len(text), f"a comma too many: {line!r}"
+        assert text != "" and len(dict(labels)) == len(labels), f"no set of labels: {line!r}"
+        series, value = (name, tuple(labels)), float(number.replace("Inf", "inf"))
+        assert series not in self.series, f"twice: {line!r}"
+        assert self.kinds[family] == "gauge" or 0 <= value < float("inf"), f"no count: {line!r}"
+        self.series[series] = value
+
+    def _check_buckets(self, family):
+        """They are cumulative, the last has all, and the sum is one that such durations can have."""
+        sets = {}
+        for (name, labels), value in self.series.items():
+            if name == f"{family}_bucket":
+                assert [label for label, _ in labels].count("le") == 1
+                others = tuple(pair for pair in labels if pair[0] != "le")
+                sets.setdefault(others, []).append((float(dict(labels)["le"].replace("Inf", "inf")), value))
+            else:
+                assert "le" not in dict(labels)
+        for suffix in "_sum", "_count":
+            assert {labels for name, labels in self.series if name == family + suffix} == sets.keys()
+        for labels, buckets in sets.items():
+            limits, counts = zip(*buckets)
+            assert [*limits] == sorted({*limits}) and limits[-1] == float("inf"), labels
+            assert [*counts] == sorted(counts) and counts[-1] == self.series[f"{family}_count", labels], labels
+            assert all(count == int(count) for count in counts)
+            seconds, each = self.series[f"{family}_sum", labels], [now - before for before, now in zip(
+                (0, *counts), counts)]
+            assert sum(map(lambda limit, count: limit and count * limit, (0, *limits), each)) <= seconds + 1e-6, labels
+            assert each[-1] or seconds <= sum(map(lambda limit, count: count * limit, limits, each[:-1])) + 1e-6, labels
+
+    def rows(self, name, **wanted):
+        """(labels, value) of each series that has these labels."""
+        return [(dict(labels), value) for (found, labels), value in self.series.items()
+                if found == name and wanted.items() <= dict(labels).items()]
+
+    def total(self, name, **wanted):
+        """The sum of these."""
+        return sum(value for _, value in self.rows(name, **wanted))
+
+    def one(self, name, **wanted):
+        """The only one of these."""
+        ((_, value),) = self.rows(name, **wanted)
+        return value
+
+
+GOOD_METRICS = """# HELP a_total x
+# TYPE a_total counter
+a_total{x="1"} 5
+a_total{x="2"} 0
+# HELP b a \\\\ and a \\n
+# TYPE b gauge
+b -1.5e-05
+# HELP h x
+# TYPE h histogram
+h_bucket{le="1"} 1
+h_bucket{le="+Inf"} 3
+h_sum 9.5
+h_count 3
+"""
+
+
+def test_metrics_are_read_strictly():
+    read = Metrics(GOOD_METRICS.replace('x="1"', 'x="a\\"b\\\\\\n}"'))
+    assert read.one("a_total", x='a"b\\\n}') == 5 and read.one("b") == -1.5e-05 and read.total("a_total") == 5
+
+
+@pytest.mark.parametrize("old, new", [
+    case("no end", "h_count 3\n", "h_count 3"), case("empty line", "b -1.5", "\nb -1.5"),
+    case("twice", 'x="2"', 'x="1"'), case("apart", "h_count 3\n", 'h_count 3\na_total{x="3"} 1\n'),
+    case("again", "h_count 3\n", "h_count 3\n# HELP b y\n# TYPE b gauge\n"),
+    case("no HELP", "# HELP a_total x\n", ""), case("no TYPE", "# TYPE b gauge\n", ""),
+    case("TYPE first", "# HELP b a \\\\ and a \\n\n# TYPE b gauge", "# TYPE b gauge\n# HELP b x"),
+    case("type behind samples", "# TYPE b gauge\nb -1.5e-05", "b -1.5e-05\n# TYPE b gauge"),
+    case("strange escape", 'x="1"', 'x="\\u00e4"'), case("no escape", 'x="1"', 'x="a"b"'),
+    case("line end", 'x="1"', 'x="a\nb"'), case("comma", 'x="1"', 'x="1",'), case("empty", '{x="1"}', "{}"),
+    case("label twice", 'x="1"', 'x="1",x="1"'), case("other labels", 'x="1"', 'y="1"'), case("less", " 5", " -5"),
+    case("no number", " 5", " five"), case("counter without total", "a_total", "a"), case("a tail", " 5", " 5 6 7"),
+    case("not cumulative", 'le="+Inf"} 3', 'le="+Inf"} 0'), case("no end of buckets", 'h_bucket{le="+Inf"} 3\n', ""),
+    case("another count", "h_count 3", "h_count 4"), case("sum too small", "9.5", "1.5"),
+    case("no sum", "h_sum 9.5\n", ""), case("sum too large", 'le="1"} 1', 'le="1"} 3'),
+    case("another's sample", "b -1.5", "c -1.5"), case("strange kind", "b gauge", "b untyped")])
+def test_metrics_that_are_wrong_are_not_read(old, new):
+    assert GOOD_METRICS.count(old)
+    with pytest.raises(AssertionError):
+        Metrics(GOOD_METRICS.replace(old, new, 1) if "+Inf" not in old else GOOD_METRICS.replace(old, new))
+
+
+def metrics_of(proxy, headers=None, path="/metrics"):
+    """What /metrics says."""
+    answer = proxy.request("GET", path, None, headers)
+    assert answer.status == 200, answer.body
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return Metrics(answer.body.decode())
+
+
+OPERATION = "mcp_server_operation_duration_seconds"
+CALL_LABELS = "server", "mcp_method_name", "gen_ai_tool_name", "mcp_protocol_version", "error_type"
+
+
+def calls_in(metrics, *labels, method="tools/call"):
+    """How many calls there were of each (labels, or tool, revision and error)."""
+    labels = labels or ("gen_ai_tool_name", "mcp_protocol_version", "error_type")
+    counts = collections.Counter()
+    for row, value in metrics.rows(f"{OPERATION}_count", **({"mcp_method_name": method} if method else {})):
+        counts[tuple(row[label] for label in labels)] += int(value)
+    return counts
+
+
+#   name                                        kind         labels
+FAMILIES = {
+    OPERATION:                                  ("histogram", CALL_LABELS),
+    "mcpproxy_server_up":                       ("gauge", ("server",)),
+    "mcpproxy_server_info":                     ("gauge", ("server", "era", "revision", "name", "version")),
+    "mcpproxy_server_restarts_total":           ("counter", ("server",)),
+    "mcpproxy_server_start_duration_seconds":   ("gauge", ("server",)),
+    "mcpproxy_server_processes":                ("gauge", ("server",)),
+    "mcpproxy_server_resident_memory_bytes":    ("gauge", ("server",)),
+    "mcpproxy_server_cpu_seconds_total":        ("counter", ("server",)),
+    "mcpproxy_limit_kills_total":               ("counter", ("server", "limit")),
+    "mcpproxy_sessions":                        ("gauge", ("transport",)),
+    "mcpproxy_streams":                         ("gauge", ()),
+    "mcpproxy_calls_in_flight":                 ("gauge", ("server",)),
+    "mcpproxy_refused_total":                   ("counter", ("reason",)),
+    "mcpproxy_received_bytes_total":            ("counter", ()),
+    "mcpproxy_sent_bytes_total":                ("counter", ()),
+    "mcpproxy_build_info":                      ("gauge", ("version", "python")),
+    "process_resident_memory_bytes":            ("gauge", ()),
+    "process_cpu_seconds_total":                ("counter", ()),
+    "process_start_time_seconds":               ("gauge", ()),
+    "process_open_fds":                         ("gauge", ()),
+}
+BUCKETS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, float("inf")]
+
+
+@pytest.fixture(scope="module", params=[f"{era}-{mode}" for era in SERVERS for mode in ("shared", "own")])
+def counted(request):
+    """A proxy in front of a server of each era, in each session mode, whose calls are counted."""
+    era, _, mode = request.param.partition("-")
+    with running_proxy(counted_server(era), SHARED_SESSION=mode == "shared") as proxy:
+        proxy.is_shared = mode == "shared"
+        yield proxy
+
+
+counting = shared_proxy(counted_server())
+
+
+def test_metrics_have_each_family_with_its_kind_and_labels(counted):
+    assert post(counted, initialize()).status == 200
+    assert counted.request("GET", "/nothing").status == 404
+    metrics = metrics_of(counted)
+    assert metrics.kinds == {name: kind for name, (kind, _) in FAMILIES.items()}
+    for name, (kind, labels) in FAMILIES.items():
+        rows = metrics.rows(name + "_count" * (kind == "histogram"))
+        assert rows or name == "mcpproxy_limit_kills_total", name
+        assert all(tuple(row) == labels for row, _ in rows), name
+    limits = [float(row["le"].replace("Inf", "inf")) for row, _ in metrics.rows(
+        f"{OPERATION}_bucket", mcp_method_name="initialize")]
+    assert limits[:len(BUCKETS)] == BUCKETS
+
+
+def test_metrics_are_there_before_anything_happens():
+    with running_proxy(FAKE) as proxy:
+        metrics = metrics_of(proxy)
+        assert metrics.kinds.keys() == FAMILIES.keys() and metrics.total(f"{OPERATION}_count") == 0
+
+
+@pytest.mark.parametrize("accept", [
+    "*/*", "text/plain", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", None,
+    "application/json", "text/html,*/*;q=0.8"])
+def test_metrics_are_text_whatever_is_asked_for(fake, accept):
+    assert metrics_of(fake, {"Accept": accept, "Accept-Encoding": "gzip"}).kinds
+    assert fake.request("HEAD", "/metrics", None, {"Accept": accept}).status == 200
+    assert fake.request("POST", "/metrics", b"").status == 405
+
+
+@EACH_CLIENT
+def test_metrics_count_each_call_once_and_by_what_became_of_it(counted, kind):
+    with CLIENTS[kind](counted) as client:
+        revision = "2026-07-28" if kind == "modern" else client.result["protocolVersion"]
+        before = calls_in(metrics_of(counted))
+        for tool, arguments, count in (("good", {}, 3), ("bad", {}, 2), ("error", {"code": 7}, 1),
+                                       ("error", {"code": -32000}, 1), ("none such", {}, 2)):
+            for _ in range(count):
+                client.start(tool, **arguments).answer()
+        waiting = client.start("wait")
+        until(lambda: metrics_of(counted).total("mcpproxy_calls_in_flight") == 1, "the call")
+        client.cancel(waiting)
+        expected = {("good", ""): 3, ("bad", "tool_error"): 2, ("error", "7"): 1, ("error", "-32000"): 1,
+                    ("_OTHER", "-32602"): 2, ("wait", "cancelled"): 1}
+        expected = collections.Counter({(tool, revision, error): count for (tool, error), count in expected.items()})
+        until(lambda: calls_in(metrics_of(counted)) - before == expected, "the counts")
+        assert metrics_of(counted).total("mcpproxy_calls_in_flight") == 0
+
+
+def test_metrics_count_calls_without_mcp(counted):
+    before = calls_in(metrics_of(counted))
+    statuses = [counted.request("POST", f"/tools/{tool}", {}).status for tool in ("good", "bad", "error", "none")]
+    assert statuses[0] == 200 and statuses[3] == 404
+    new = calls_in(metrics_of(counted)) - before
+    assert {key: new.pop(key) for key in (("good", "", ""), ("bad", "", "tool_error"), ("error", "", "7"))} == {
+        ("good", "", ""): 1, ("bad", "", "tool_error"): 1, ("error", "", "7"): 1}
+    assert new in ({}, {("_OTHER", "", "-32602"): 1})              # where it is looked for before there is a call
+
+
+@pytest.mark.parametrize("revision", mcpproxy.LEGACY_VERSIONS)
+def test_metrics_know_the_revision_of_the_client(fake, revision):
+    def count():
+        metrics = metrics_of(fake)
+        return [calls_in(metrics, "mcp_protocol_version", method=method)[revision,] for method in (
+            "initialize", "tools/call")]
+    before = count()
+    with StreamableClient(fake, version=revision) as client:
+        client.tool("echo")
+    assert [now - then for then, now in zip(before, count())] == [1, 1]
+    post(fake, tool_call(1, "echo"), MCP_Protocol_Version=revision)            # without a session
+    assert count()[1] - before[1] == 2
+
+
+def test_metrics_count_what_the_proxy_answers_itself(fake):
+    def count():
+        return calls_in(metrics_of(fake), "mcp_method_name", "gen_ai_tool_name", "error_type", method=None)
+    before = count()
+    with StreamableClient(fake) as client, ModernClient(fake) as modern:
+        client.call("ping")
+        modern.call("server/discover")
+        client.call("prompts/get", {"name": "greet", "arguments": {"who": "x"}})
+        client.call("resources/read", {"uri": "test://a"})
+        client.call("resources/read", {"uri": "test://missing"})
+        client.call("made/up")
+    assert count() - before == {("initialize", "", ""): 1, ("ping", "", ""): 1, ("server/discover", "", ""): 1,
+                                ("prompts/get", "", ""): 1, ("resources/read", "", ""): 1,
+                                ("resources/read", "", "-32002"): 1, ("_OTHER", "", "-32601"): 1}
+
+
+PADDING = "x" * 200_000
+
+
+@pytest.mark.parametrize("result, expected", [
+    case("behind", '{"content":[],"isError":true}', "tool_error"),
+    case("before", '{"isError":true,"content":[]}', "tool_error"),
+    case("amid", '{"content":[],"isError":true,"structuredContent":{"a":1}}', "tool_error"),
+    case("blanks", '{"content":[] , "isError" : true }', "tool_error"),
+    case("false", '{"content":[],"isError":false}', ""),
+    case("null", '{"content":[],"isError":null}', ""),
+    case("a string", '{"content":[],"isError":"true"}', ""),
+    case("in a text", '{"content":[{"type":"text","text":"\\"isError\\":true"}]}', ""),
+    case("in a structure", '{"content":[],"structuredContent":{"isError":true}}', ""),
+    case("in a block", '{"content":[{"type":"text","text":"","isError":true}]}', ""),
+    case("in a structure, and false", '{"content":[],"structuredContent":{"isError":true},"isError":false}', ""),
+    case("behind much", '{"content":[{"type":"text","text":"PADDING"}],"isError":true}', "tool_error"),
+    case("before much", '{"isError":true,"content":[{"type":"text","text":"PADDING"}]}', "tool_error"),
+    case("false behind much", '{"content":[{"type":"text","text":"PADDING"}],"isError":false}', ""),
+    case("in a text, much", '{"content":[{"type":"text","text":"PADDING \\"isError\\":true"}]}', ""),
+    case("in a structure, much", '{"content":[{"type":"text","text":"PADDING"}],"structuredContent":{"isError":true}}',
+         ""),
+    case("in a structure before much", '{"structuredContent":{"isError":true},"content":["PADDING"]}', ""),
+    case("behind much, in its _meta", '{"content":["PADDING"],"_meta":{"isError":true}}', ""),
+])
+@pytest.mark.parametrize("kind", ["http", "modern", "tools"])
+def test_metrics_tell_a_tool_that_failed_from_a_text_that_says_so(counting, kind, result, expected):
+    line = '{"jsonrpc":"2.0","id":%ID%,"result":' + result.replace("PADDING", PADDING) + "}"
+    before = calls_in(metrics_of(counting), "gen_ai_tool_name", "error_type")
+    if kind == "tools":
+        assert counting.request("POST", "/tools/raw", {"line": line}).status == 200
+    else:
+        with CLIENTS[kind](counting) as client:
+            assert "result" in client.start("raw", line=line).answer()
+    assert calls_in(metrics_of(counting), "gen_ai_tool_name", "error_type") - before == {("raw", expected): 1}
+
+
+def test_metrics_say_how_long_it_took(fake):
+    def row():
+        metrics = metrics_of(fake)
+        return {float(labels["le"].replace("Inf", "inf")): value for labels, value in metrics.rows(
+            f"{OPERATION}_bucket", mcp_protocol_version="2024-11-05", error_type="",
+            mcp_method_name="tools/call")}, metrics.total(
+                f"{OPERATION}_sum", mcp_method_name="tools/call", mcp_protocol_version="2024-11-05")
+    with StreamableClient(fake, version="2024-11-05") as client:             # which no other test calls with
+        client.tool("sleep")
+        (buckets, seconds), began = row(), time.monotonic()
+        client.tool("sleep", seconds=0.25)
+        took = time.monotonic() - began
+    later, more = row()
+    assert 0.25 <= more - seconds <= took
+    assert later[0.2] == buckets.get(0.2, 0) and later[300] == buckets.get(300, 0) + 1
+
+
+def test_metrics_of_a_call_that_waits_for_input_leave_out_the_time_of_people():
+    with running_proxy(FAKE) as proxy, ModernClient(proxy) as client:
+        message, state, (key,) = park(client)
+        client.tool("sleep", seconds=0.6)                        # meanwhile
+        assert text_of(client.finish(client.retry(message, state, {key: ACCEPTED})))
+        metrics = metrics_of(proxy)
+        assert calls_in(metrics, "gen_ai_tool_name", "error_type")["inquire", ""] == 2
+        assert metrics.total(f"{OPERATION}_sum", gen_ai_tool_name="inquire") < 0.5
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_metrics_of_calls_that_come_to_nothing(kind):
+    with running_proxy(counted_server(), REQUEST_TIMEOUT=1) as proxy, CLIENTS[kind](proxy) as client:
+        client.call("tools/list")
+        for tool in "wait", "die":
+            assert client.start(tool).answer()["error"]["code"] == -32000
+        found = calls_in(metrics_of(proxy), "gen_ai_tool_name", "error_type")
+        assert (found["wait", "-32000"], found["die", "-32000"]) == (1, 1)
+
+
+# Each request counts once: as a call that ended, or as refused.
+#    what is sent                                        reason: the name of the status; nothing if it is a call
+ONCE = [
+    case("a call", "POST", "/mcp", tool_call(1, "echo"), {}, None),
+    case("an unknown method", "POST", "/mcp", request(1, "x"), {}, None),
+    case("no tool's name", "POST", "/mcp", request(1, "tools/call", {}), {}, ...),
+    case("no JSON", "POST", "/mcp", b"{", {}, "bad_request"),
+    case("no JSON-RPC", "POST", "/mcp", {}, {}, "bad_request"),
+    case("empty batch", "POST", "/mcp", [], {}, "bad_request"),
+    case("no UTF-8", "POST", "/mcp", b"\xff", {}, "bad_request"),
+    case("modern, and its header is another", "POST", "/mcp", modern_request(1, "ping")[0],
+         {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "other"}, ...),
+    case("modern, of a revision that is not", "POST", "/mcp", request(1, "tools/list", {"_meta": {
+        VERSION: "2030-01-01", CAPABILITIES: {}}}), {"MCP-Protocol-Version": "2030-01-01", "Mcp-Method": "tools/list"},
+         ...),
+    case("legacy, of a revision that is not", "POST", "/mcp", request(1, "ping"), {"MCP-Protocol-Version": "x"},
+         "bad_request"),
+    case("no type", "POST", "/mcp", tool_call(1, "echo"), {"Content-Type": "text/plain"}, "unsupported_media_type"),
+    case("no stream taken", "POST", "/mcp", tool_call(1, "echo"), {"Accept": "text/html"}, "not_acceptable"),
+    case("no session", "POST", "/mcp", tool_call(1, "echo"), {"Mcp-Session-Id": "x"}, "not_found"),
+    case("nothing there", "GET", "/nothing", None, {}, "not_found"),
+    case("no method", "PUT", "/mcp", b"", {}, "method_not_allowed"),
+    case("another host", "POST", "/mcp", tool_call(1, "echo"), {"Host": "evil.example"}, "forbidden"),
+    case("another page", "POST", "/mcp", tool_call(1, "echo"), {"Origin": "https://evil.example"}, "forbidden"),
+    case("too large", "POST", "/mcp", b"x" * 3_000_000, {}, "TOO LARGE"),
+    case("coded", "POST", "/mcp", tool_call(1, "echo"), {"Content-Encoding": "gzip"}, "unsupported_media_type"),
+    case("no session for messages", "POST", "/messages?session_id=x", request(1, "ping"), {}, "not_found"),
+    case("a tool", "POST", "/tools/echo", {}, {}, None),
+    case("no tool", "POST", "/tools/none", {}, {}, ...),
+    case("no arguments", "POST", "/tools/echo", [1], {}, "bad_request"),
+    case("no HTTP", "nonsense", "", None, {}, ...),
+]
+
+
+@pytest.mark.parametrize("method, path, body, headers, reason", ONCE)
+def test_metrics_count_each_request_once_as_a_call_or_as_refused(small, method, path, body, headers, reason):
+    def count():
+        metrics = metrics_of(small)
+        refused = {row["reason"]: value for row, value in metrics.rows("mcpproxy_refused_total")}
+        return metrics.total(f"{OPERATION}_count"), collections.Counter(refused)
+    assert small.request("GET", "/tools").status == 200          # and the proxy knows what there is
+    calls, refused = count()
+    status = small.request(method, path, body, {**ACCEPT, **headers}).status
+    now, refused_now = count()
+    new = refused_now - refused
+    assert (now - calls) + new.total() == 1, (status, now - calls, new)
+    if reason == "TOO LARGE":
+        assert [*new] in (["request_entity_too_large"], ["content_too_large"])       # its name until Python 3.12
+    elif reason is not ...:
+        assert [*new] == ([reason] if reason else [])
+
+
+def test_metrics_count_who_is_not_let_in(keys):
+    with keys({"ann": {"servers": ["a"]}, "bob": {}}) as proxy:
+        for headers in {}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "wrong"}:
+            assert proxy.request("GET", "/metrics", None, headers).status == 401
+            assert proxy.request("POST", "/mcp", initialize(), {**ACCEPT, **headers}).status == 401
+        refused = proxy.request("GET", "/metrics", None, brings("ann"))
+        assert refused.status == 403 and b"mcpproxy_" not in refused.body
+        assert proxy.request("HEAD", "/metrics", None, brings("ann")).status == 403
+        metrics = metrics_of(proxy, brings("bob"))
+        assert metrics.one("mcpproxy_refused_total", reason="unauthorized") == 6
+        assert metrics.one("mcpproxy_refused_total", reason="forbidden") == 2
+        assert "-secret" not in str(metrics.series)
+
+
+@pytest.mark.parametrize("settings", [{"MAX_SESSIONS": 1}, {"MAX_PROCESSES": 1, **OWN}], ids=["session", "process"])
+def test_metrics_count_who_finds_no_room(settings):
+    with running_proxy(FAKE, **settings) as proxy, StreamableClient(proxy):
+        assert post(proxy, initialize()).status == 503
+        metrics = metrics_of(proxy)
+        calls = calls_in(metrics, "error_type", method="initialize")
+        assert metrics.total("mcpproxy_refused_total", reason="service_unavailable") + calls["-32000",] == 1
+
+
+# Nobody can make more of them than there are meant to be.
+
+def series_in(metrics):
+    """What of each label there is in the calls."""
+    rows = [row for row, _ in metrics.rows(f"{OPERATION}_count")]
+    return {label: {row[label] for row in rows} for label in CALL_LABELS}, len(rows)
+
+
+def test_metrics_stay_few_whatever_clients_make_up():
+    old = {"MCP-Protocol-Version": "2025-03-26"}
+    with running_proxy(counted_server(), STATELESS="true") as proxy, HTTP(proxy) as http:
+        def send_all(messages, headers=lambda _: {}):
+            with HTTP(proxy) as wire:
+                reader = threading.Thread(target=drain, args=(wire,), daemon=True)
+                reader.start()
+                for message in messages:
+                    wire.send(encode_http("POST", "/mcp", message, {**ACCEPT, **headers(message)}))
+                wire.send(encode_http("GET", "/healthz", None, {"Connection": "close"}))
+                reader.join(PATIENCE * 3)
+                assert not reader.is_alive()
+        for kind in range(2):
+            for part in range(10):
+                batch = [tool_call(n, f"made-up-{part}-{n}") if kind else request(n, f"made/up-{part}-{n}")
+                         for n in range(1000)]
+                assert http.request("POST", "/mcp", batch, {**ACCEPT, **old}).status == 200
+        send_all([initialize(n, f"2030-{n}") for n in range(2000)])
+        send_all([request(n, "tools/list", {"_meta": {VERSION: f"2030-{n}", CAPABILITIES: {}}}) for n in range(1000)],
+                 lambda message: modern_headers(message))
+        send_all([request(n, "ping") for n in range(1000)], lambda message: {"MCP-Protocol-Version": f"x-{message}"})
+        answer = http.request("GET", "/metrics")
+        metrics = Metrics(answer.body.decode())
+        found, count = series_in(metrics)
+        assert found["gen_ai_tool_name"] <= {"", "_OTHER"}
+        assert found["mcp_method_name"] <= {"tools/call", "_OTHER", "initialize", "tools/list", "ping"}
+        assert found["mcp_protocol_version"] <= {"", "_OTHER", "2026-07-28", *mcpproxy.LEGACY_VERSIONS}
+        assert count < 20 and len(answer.body) < 50_000 and b"made" not in answer.body and b"2030" not in answer.body
+        counts = calls_in(metrics, "mcp_method_name", "gen_ai_tool_name", method=None)
+        assert counts["tools/call", "_OTHER"] == counts["_OTHER", ""] == 10_000          # and none is lost
+        assert counts.total() + metrics.total("mcpproxy_refused_total") == 24_000
+
+
+def test_metrics_stay_few_whatever_a_server_lists():
+    names = [f"tool-{n}" for n in range(700)]
+    with running_proxy(counted_server(names=names), STATELESS="true") as proxy:
+        for part in names[:350], names[350:]:
+            answers = post(proxy, [tool_call(name, name) for name in part], MCP_Protocol_Version="2025-03-26").json()
+            assert all("result" in answer for answer in answers)
+        found = calls_in(metrics_of(proxy), "gen_ai_tool_name")
+        assert 490 < len(found) <= 501 and found["_OTHER",] == 700 - (len(found) - 1) and found.total() == 700
+        post(proxy, tool_call(1, "tool-0"))
+        again = calls_in(metrics_of(proxy), "gen_ai_tool_name")
+        assert again.total() == 701 and len(again) == len(found)
+
+
+def test_metrics_stay_few_whatever_codes_a_server_has_for_errors():
+    with running_proxy(counted_server(), STATELESS="true") as proxy:
+        for part in range(3):
+            batch = [tool_call(n, "error", {"code": 1000 * part + n}) for n in range(1000)]
+            assert post(proxy, batch, MCP_Protocol_Version="2025-03-26").status == 200
+        found, count = series_in(metrics_of(proxy))
+        assert count < 100 and calls_in(metrics_of(proxy)).total() == 3000
+
+
+# Names with which one could leave the place of a label, or a line; some that are hard to write; two that begin alike.
+HOSTILE_NAMES = ['a"b', "a\\b", "a\nb", "a\\nb", 'a\\"b', "}", '"} 1', "\\", '"', "{", "a,b", "a=b",
+                 'x"} 1\n# HELP evil_total x\n# TYPE evil_total counter\nevil_total 5', " ", "a\tb", "a\rb",
+                 "\u00e4\u20ac\U0001f600", "a\u2028b\x85c", "\x7f\x1b[31m", "\0", "\ud800", "?", "\ufffd", "__name__",
+                 "le", "y" * 300 + "1", "y" * 300 + "2"]
+
+
+@pytest.mark.parametrize("era", SERVERS)
+@pytest.mark.parametrize("first", ["listed", "called"])
+def test_metrics_take_hostile_names_of_tools(era, first):
+    with running_proxy(counted_server(era, HOSTILE_NAMES), STATELESS="true") as proxy:
+        if first == "listed":
+            assert HOSTILE_NAMES[0] in str(post(proxy, request(1, "tools/list")).json())
+        for name in HOSTILE_NAMES:
+            assert "result" in post(proxy, tool_call(1, name)).json(), name
+        metrics = metrics_of(proxy)
+        assert metrics.kinds.keys() == FAMILIES.keys()
+        found = calls_in(metrics, "gen_ai_tool_name", "error_type")
+        assert found.total() == len(HOSTILE_NAMES)
+        for name in HOSTILE_NAMES:
+            if name.isprintable() and len(name) < 100:               # others may be one
+                assert found[name, ""] == 1, name
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_NAMES[:12], "\ud800", "\r", "", "z" * 10_000, 5, None, ["x"], {"x": 1}])
+@pytest.mark.parametrize("era", SERVERS)
+def test_metrics_and_health_take_hostile_names_of_servers(tmp_path, era, name):
+    info = f"import os\nos.environ['COUNTED_INFO'] = {json.dumps({'name': name, 'version': name})!r}"
+    with running_proxy(counted_server(era, before=info)) as proxy:
+        until(lambda: readiness(proxy)[0] == 200, "the server")
+        metrics = metrics_of(proxy)
+        assert metrics.kinds.keys() == FAMILIES.keys() and metrics.total("mcpproxy_server_info") == 1
+        ((row, _),) = metrics.rows("mcpproxy_server_info")
+        if isinstance(name, str) and len(name) < 100 and name and name.isprintable():
+            assert row["name"] == row["version"] == only_server(proxy)["name"] == name
+
+
+@pytest.mark.parametrize("code", ["1.5", '"x\\"}\\n"', "true", "null", "[1]", "{}", "1" + "0" * 400, "1e999", "-0",
+                                  '"\\ud800"', "9" * 5000])
+def test_metrics_take_hostile_codes_of_errors(counted, code):
+    line = '{"jsonrpc":"2.0","id":%ID%,"error":{"message":"no","code":' + code + "}}"
+    call = modern_request(1, "tools/call", {"name": "raw", "arguments": {"line": line}})
+    assert b'"error"' in counted.request("POST", "/mcp", *call).body
+    assert metrics_of(counted).kinds.keys() == FAMILIES.keys()
+
+
+# Counters count up.
+
+class Ratchet:
+    """Fails when a counter says less than it said before, also if it was not there meanwhile."""
+
+    def __init__(self, proxy):
+        self.proxy, self.most = proxy, {}
+
+    def look(self):
+        metrics = metrics_of(self.proxy)
+        for (name, labels), value in metrics.series.items():
+            family = re.sub("_(bucket|sum|count)$", "", name)
+            if metrics.kinds.get(family, metrics.kinds.get(name)) != "gauge":
+                assert value >= self.most.get((name, labels), 0) - 1e-9, (name, labels)
+                self.most[name, labels] = value
+        return metrics
+
+
+@MODES
+def test_metrics_that_count_never_go_down(several, shared):
+    one, other = counted_server(), counted_server(names=["other"])
+    with several(a=one, b=one, SHARED_SESSION=shared) as proxy:
+        ratchet = Ratchet(proxy)
+
+        def use(*names):
+            for name in names:
+                proxy.request("POST", f"/servers/{name}/tools/good", {})
+                ratchet.look()
+                proxy.request("POST", f"/servers/{name}/tools/burn", {"seconds": 0.15})
+                ratchet.look()
+
+        def change(**servers):
+            before = proxy.log().count("configuration read again")
+            write_config(proxy.path, {name: (command, {}) for name, command in servers.items()})
+            proxy.process.send_signal(signal.SIGHUP)
+            until(lambda: proxy.log().count("configuration read again") > before, "the file read again")
+            ratchet.look()
+        use("a", "b")
+        change(a=one, b=other)
+        use("a", "b")
+        change(a=one)
+        use("a")
+        change(a=one, b=one)
+        use("b", "a")
+        until(lambda: not ratchet.look().total("mcpproxy_calls_in_flight"), "rest")
+        good = calls_in(ratchet.look(), "server", "gen_ai_tool_name", "error_type")
+        assert (good["a", "good", ""], good["b", "good", ""]) == (4, 3)
+
+
+def test_metrics_of_a_server_that_is_started_again_and_again(altered, staged):
+    altered(RESTART_DELAY=0.01)
+    server = staged()
+    with running_proxy(server.command) as proxy:
+        ratchet = Ratchet(proxy)
+        until(lambda: ratchet.look().one("mcpproxy_server_up"), "the server")
+        assert ratchet.look().one("mcpproxy_server_restarts_total") == 0
+        proxy.request("POST", "/tools/die", {})
+        until(lambda: ratchet.look().one("mcpproxy_server_restarts_total") == 1, "its successor")
+        until(lambda: ratchet.look().one("mcpproxy_server_up"), "its successor, ready")
+        server.be("fails")
+        proxy.request("POST", "/tools/die", {})
+        until(lambda: not ratchet.look().one("mcpproxy_server_up"), "its end")
+        give_up(proxy)
+        restarts = ratchet.look().one("mcpproxy_server_restarts_total")
+        assert restarts == server.starts - 1 >= 3
+        assert ratchet.look().one("mcpproxy_server_processes") == 0
+        assert ratchet.look().one("mcpproxy_server_resident_memory_bytes") == 0
+
+
+# What servers and the proxy use.
+
+def test_metrics_say_what_a_server_uses():
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
+        pid = int(client.tool("pid"))
+        assert until(lambda: metrics_of(proxy).one("mcpproxy_server_processes") == 1, "the process")
+        with open(f"/proc/{pid}/status") as status:
+            size = int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) * 1024
+        until(lambda: 0.7 < metrics_of(proxy).one("mcpproxy_server_resident_memory_bytes") / size < 1.4, "its memory")
+        child = int(client.tool("leave"))
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_processes") == 2, "its child")
+        os.kill(child, signal.SIGKILL)
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_processes") == 1, "the end of the child")
+        before = metrics_of(proxy).one("mcpproxy_server_cpu_seconds_total")
+        assert "result" in client.start("run", text=(
+            "end = time.process_time() + 0.4\nwhile time.process_time() < end: pass\nsend(id=id, result={})")).answer()
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_cpu_seconds_total") - before >= 0.35, "its CPU time")
+
+
+def test_metrics_keep_the_cpu_time_of_processes_that_have_ended():
+    with running_proxy(counted_server()) as proxy:
+        for count in 1, 2:
+            before = metrics_of(proxy).total("mcpproxy_server_cpu_seconds_total")
+            assert proxy.request("POST", "/tools/burn", {"seconds": 0.5}).status == 502
+            until(lambda: metrics_of(proxy).one("mcpproxy_server_restarts_total") == count, "its successor")
+            assert metrics_of(proxy).total("mcpproxy_server_cpu_seconds_total") - before >= 0.4
+
+
+def test_metrics_of_processes_that_are_sessions_own():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        assert metrics_of(proxy).one("mcpproxy_server_processes") == 0
+        with StreamableClient(proxy), SSEClient(proxy):
+            until(lambda: metrics_of(proxy).one("mcpproxy_server_processes") == 2, "both processes")
+            assert metrics_of(proxy).one("mcpproxy_server_restarts_total") == 0
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_processes") == 0, "their end")
+        assert metrics_of(proxy).one("mcpproxy_server_up") == 1
+
+
+def test_metrics_say_how_long_the_start_took():
+    with running_proxy(fake_server("import time; time.sleep(0.4)"), SERVER_ERA="legacy") as proxy:
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_up"), "the server")
+        assert 0.4 < metrics_of(proxy).one("mcpproxy_server_start_duration_seconds") < PATIENCE
+
+
+def test_metrics_name_the_server():
+    with running_proxy(MODERN) as proxy:
+        until(lambda: metrics_of(proxy).total("mcpproxy_server_up"), "the server")
+        ((row, value),) = metrics_of(proxy).rows("mcpproxy_server_info")
+        (name,) = readiness(proxy)[1]["servers"]
+        assert value == 1 and row == {"server": name, "era": "modern", "revision": "2026-07-28", "name": "modern",
+                                      "version": "1"}
+
+
+def test_metrics_name_one_version_of_a_server_that_becomes_another(tmp_path):
+    version = tmp_path / "version"
+    version.write_text("1")
+    info = f"import json, os\nos.environ['COUNTED_INFO'] = json.dumps({{'version': open({str(version)!r}).read()}})"
+    with running_proxy(counted_server(before=info)) as proxy:
+        for number in "12":
+            until(lambda: [row["version"] for row, _ in metrics_of(proxy).rows("mcpproxy_server_info")] == [number],
+                  "this version, alone")
+            version.write_text("2")
+            proxy.request("POST", "/tools/die", {})
+
+
+def test_metrics_of_the_proxy_itself():
+    began = time.time()
+    with running_proxy(FAKE) as proxy:
+        until(lambda: metrics_of(proxy).one("mcpproxy_server_up"), "the server")
+        metrics = metrics_of(proxy)
+        assert 0.5 < metrics.one("process_resident_memory_bytes") / memory(proxy) / 1024 ** 2 < 2
+        assert abs(metrics.one("process_open_fds") - descriptors(proxy)) <= 3
+        assert began - 5 < metrics.one("process_start_time_seconds") < time.time()
+        assert 0 < metrics.one("process_cpu_seconds_total") < PATIENCE
+        assert metrics.rows("mcpproxy_build_info") == [({
+            "version": mcpproxy.__version__, "python": platform.python_version()}, 1)]
+
+
+@pytest.mark.parametrize("mode", ["shared", "own"])
+def test_metrics_count_sessions_streams_and_calls(mode):
+    with running_proxy(counted_server(), SHARED_SESSION=mode == "shared") as proxy:
+        def now():
+            metrics = metrics_of(proxy)
+            return (metrics.total("mcpproxy_sessions", transport="sse"), metrics.total(
+                "mcpproxy_sessions", transport="streamable-http"), metrics.total("mcpproxy_streams"),
+                metrics.total("mcpproxy_calls_in_flight"))
+        assert now() == (0, 0, 0, 0)
+        with SSEClient(proxy) as sse, StreamableClient(proxy) as one, StreamableClient(proxy), ModernClient(proxy) as m:
+            until(lambda: now() == (1, 2, 1, 0), "the sessions")
+            streams = [one.listen(), m.listen(toolsListChanged=True)]
+            until(lambda: now() == (1, 2, 3, 0), "the streams")
+            calls = [(client, client.start("wait")) for client in (sse, one, m)]
+            until(lambda: now()[3] == 3, "the calls")
+            for client, call in calls:
+                client.cancel(call)
+            for stream in streams:
+                stream.close()
+            until(lambda: now() == (1, 2, 1, 0), "their end")
+            for path in "/sse", "/mcp":                           # one that vanishes has none either
+                http = HTTP(proxy)
+                http.send(encode_http("GET", path, None, {
+                    **(one.headers if path == "/mcp" else {}), "Accept": "text/event-stream"}))
+                assert http.head().status == 200 and now()[2] == 2
+                vanish(http)
+                until(lambda: now() == (1, 2, 1, 0), "its end")
+        until(lambda: now() == (0, 0, 0, 0), "the end of all")
+
+
+def test_metrics_count_the_bytes_of_http_at_the_main_port(beside_port):
+    with running_proxy(FAKE, METRICS_PORT=beside_port.port) as proxy:
+        def now():
+            metrics = metrics_of(beside_port)
+            return [metrics.one(f"mcpproxy_{way}_bytes_total") for way in ("received", "sent")]
+        until(lambda: metrics_of(beside_port).one("mcpproxy_server_up"), "the server")
+        assert now() == now() == [0, 0]
+        sent = received = 0
+        for data in (encode_http("GET", "/healthz", None, {"Connection": "close"}), b"nonsense\r\n\r\n",
+                     encode_http("POST", "/mcp", tool_call(1, "echo", {"text": "\u00e4" * 100_000}),
+                                 {**ACCEPT, "Connection": "close"}),
+                     encode_http("POST", "/mcp", tool_call(1, "sleep", {"steps": 3}, token=1),
+                                 {**ACCEPT, "Connection": "close"})):
+            with HTTP(proxy) as http:
+                http.send(data)
+                sent, received = sent + len(data), received + len(http.file.read())
+            until(lambda: now() == [sent, received], f"{sent} and {received}, from {now()}", 3)
+        with SSEClient(proxy) as client:
+            client.tool("big", size=3_000_000)
+            until(lambda: now()[1] > received + 3_000_000, "the bytes of a stream")
+
+
+def test_metrics_count_what_was_ended_for_a_limit(place):
+    large = {"path": f"{place}/common/large", "megabytes": 9, "dies": True}
+    limits = {"memory": ("limit_memory_mb", 150, "allocate", {"megabytes": 300, "seconds": 20}),
+              "processes": ("limit_processes", 20, "fork", {"count": 50, "seconds": 20}),
+              "cpu": ("limit_cpu_seconds", 1, "spin", {"seconds": 20}),
+              "file_size": ("limit_file_mb", 3, "write_file", large)}
+    write_config(place / "mcp.json", {
+        name: (hostile(), {setting: value}) for name, (setting, value, *_) in limits.items()})
+    with sandboxed(place, MCP_CONFIG=place / "mcp.json") as proxy, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert metrics_of(proxy).total("mcpproxy_limit_kills_total") == 0
+        list(pool.map(lambda one: use(proxy, one[1][2], at=f"/servers/{one[0]}", **one[1][3]), limits.items()))
+        until(lambda: metrics_of(proxy).total("mcpproxy_limit_kills_total") >= 4, "the counts")
+        killed = {(row["server"], row["limit"]): value for row, value in metrics_of(proxy).rows(
+            "mcpproxy_limit_kills_total") if value}
+        assert killed == {(name, name): 1 for name in limits}
+
+
+# Several servers.
+
+@EACH_CLIENT
+@MODES
+def test_metrics_of_several_servers(several, kind, shared):
+    with (Remote("legacy") as far, several(old=counted_server(), new=(counted_server("modern"), {"prefix": "nu"}),
+                                           bad=BROKEN, far=far.url, SHARED_SESSION=shared) as proxy,
+          CLIENTS[kind](proxy) as client):
+        labels = "server", "gen_ai_tool_name", "error_type"
+        for tool in "old__good", "old__good", "nu__good", "old__bad", "far__echo", "none__good", "old__none", "good":
+            client.start(tool).answer()
+        assert client.start("bad__good").answer()["error"]["code"] == -32000
+        # While it may still say what it has, it is not known what was called.
+        until(lambda: calls_in(metrics_of(proxy), *labels)["bad", "_OTHER", "-32000"] == 1, "the call of what is down")
+        found = calls_in(metrics_of(proxy), *labels)
+        assert {key: found.pop(key) for key in list(found) if key[1] not in ("", "_OTHER")} == {
+            ("old", "good", ""): 2, ("new", "good", ""): 1, ("old", "bad", "tool_error"): 1, ("far", "echo", ""): 1}
+        assert found.pop(("old", "_OTHER", "-32602")) == 1
+        assert found.pop(("bad", "_OTHER", "-32000")) == 1
+        assert found == {("", "_OTHER", "-32602"): 2}
+        client.call("tools/list")
+        others = calls_in(metrics_of(proxy), "server", "mcp_method_name", method=None)
+        assert others["", "tools/list"] == 1 and others["old", "tools/list"] == 0
+        assert kind == "modern" or others["", "initialize"] == 1
+        metrics = metrics_of(proxy)
+        up = {row["server"]: value for row, value in metrics.rows("mcpproxy_server_up")}
+        assert up == {"old": 1, "new": 1, "bad": 0, "far": 1}
+        assert {row["server"] for row, _ in metrics.rows("mcpproxy_server_processes")} <= up.keys()
+        with StreamableClient(proxy, path="/servers/old/mcp") as own:
+            own.tool("good")
+        assert calls_in(metrics_of(proxy), *labels)["old", "good", ""] == 3
+        assert calls_in(metrics_of(proxy), "server", method="initialize")["old",] == 1
+
+
+@EACH_CLIENT
+@EACH_REMOTE
+@MODES
+def test_metrics_of_a_remote_server(far_kind, kind, shared):
+    with (Remote(far_kind) as far, running_proxy(far.url, SHARED_SESSION=shared) as proxy,
+          CLIENTS[kind](proxy) as client):
+        client.tool("echo", text="x")
+        client.finish(client.start("ask"))
+        client.start("none").answer()
+        held = client.start("hold")
+        far.wait_for("tools/call", 4)
+        client.cancel(held)
+        labels = "server", "gen_ai_tool_name", "error_type"
+        until(lambda: calls_in(metrics_of(proxy), *labels)["127.0.0.1", "hold", "cancelled"] == 1, "the cancelled call")
+        found = calls_in(metrics_of(proxy), *labels)
+        assert found["127.0.0.1", "echo", ""] == 1 and found["127.0.0.1", "ask", ""] == (2 if kind == "modern" else 1)
+        assert found["127.0.0.1", "_OTHER", "-32601"] == 1
+        metrics = metrics_of(proxy)
+        assert metrics.one("mcpproxy_server_up") == 1 and metrics.total("mcpproxy_server_processes") == 0
+        if shared:
+            assert metrics.one("mcpproxy_server_info", era="modern" if far_kind == "modern" else "legacy") == 1
+
+
+def test_metrics_of_a_group_are_of_the_member(several):
+    with several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy:
+        until(lambda: states_of(proxy) == {"a": "ready", "b": "ready"}, "both")
+        for _ in range(4):
+            proxy.request("POST", "/servers/g/tools/echo", {"text": "x"})
+        found = calls_in(metrics_of(proxy), "server", "gen_ai_tool_name")
+        assert found == {("a", "echo"): 2, ("b", "echo"): 2}
+
+
+# Who may read them, and where.
+
+def test_metrics_need_the_key_at_the_main_port(beside_port):
+    with running_proxy(FAKE, AUTH_KEY="secret", METRICS_PORT=beside_port.port) as proxy:
+        assert proxy.request("GET", "/metrics").error()[0] == 401
+        assert proxy.request("GET", "/metrics", None, {"Authorization": "Bearer x"}).error()[0] == 401
+        assert metrics_of(proxy, WITH_KEY).kinds.keys() == metrics_of(beside_port).kinds.keys() == FAMILIES.keys()
+        assert metrics_of(beside_port, {"Authorization": "Bearer wrong"}).kinds
+        assert metrics_of(proxy, path="/metrics?auth_key=secret").kinds
+
+
+def test_metrics_are_for_no_page_and_no_other_host(unguarded):
+    for headers in {"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}:
+        assert unguarded.request("GET", "/metrics", None, headers).status == 403
+    assert metrics_of(unguarded, {"Host": "mcp.example.com"}).kinds
+
+
+def test_metrics_port_is_for_three_paths_alone(beside_port):
+    with running_proxy(FAKE, AUTH_KEY="secret", METRICS_PORT=beside_port.port) as proxy:
+        until(lambda: readiness(beside_port)[0] == 200, "the server")
+        # Prometheus comes by whatever name it was told, as that of a service.
+        ways = {}, {"Host": "mcpproxy:9464"}, {"Host": "proxy.monitoring.svc.cluster.local:9464"}, WITH_KEY
+        for path in "/metrics", "/healthz", "/readyz":
+            for method in "GET", "HEAD":
+                for headers in ways:
+                    answer = beside_port.request(method, path, None, headers)
+                    assert answer.status == 200 and bool(answer.body) == (method == "GET"), (path, method, headers)
+            for method in "POST", "PUT", "DELETE":
+                assert beside_port.request(method, path, b"", WITH_KEY).status == 405
+        for method, path in [*ENDPOINTS, ("GET", "/"), ("GET", "/metrics/x"), ("GET", "/x"), ("OPTIONS", "/mcp"),
+                             ("GET", METADATA), ("POST", "/")]:
+            body = None if method in ("GET", "OPTIONS") else initialize()
+            answer = beside_port.request(method, path, body, {**ACCEPT, **WITH_KEY})
+            assert answer.status in (404, 405) and "mcp-session-id" not in answer.headers, (method, path)
+        assert "opened" not in proxy.log()
+        with HTTP(beside_port) as http:                        # and connections are kept
+            assert [http.request("GET", path).status for path in ("/metrics", "/x", "/metrics", "/readyz")] == [
+                200, 404, 200, 200]
+
+
+def test_metrics_port_is_plain_http_beside_tls(beside_port, certificate):
+    with running_proxy(FAKE, TLS_CERT=certificate / "key.crt", TLS_KEY=certificate / "key",
+                       METRICS_PORT=beside_port.port) as proxy:
+        assert metrics_of(beside_port).kinds
+        with tls_client(proxy, certificate) as http:
+            assert http.request("GET", "/metrics").status == 200
+
+
+def test_metrics_port_that_is_in_use_ends_the_program_with_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        program = run_program("--host", "127.0.0.1", "--port", "0", "--metrics-port", port)
+        assert_one_line(program, 1)
+        assert port in program.stderr
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "x"])
+def test_metrics_port_that_is_none_is_a_mistake(port):
+    program = run_program(METRICS_PORT=port)
+    assert_one_line(program, 2)
+    assert "METRICS_PORT" in program.stderr
+
+
+def test_metrics_port_is_closed_with_the_proxy(beside_port):
+    with running_proxy(FAKE, METRICS_PORT=beside_port.port) as proxy, HTTP(beside_port) as http:
+        assert http.request("GET", "/healthz").status == 200
+        assert proxy.stop() == 0 and http.is_closed()
+        with pytest.raises(ConnectionRefusedError):
+            beside_port.request("GET", "/healthz")
+
+
+def test_metrics_do_not_wait_long_for_servers_that_do_not_say_what_they_have(several):
+    deaf = fake_server(FAKE_DEAF_TO="tools/list")
+    with several(a=deaf, b=deaf, c=FAKE) as proxy:
+        until(lambda: states_of(proxy) == dict.fromkeys("abc", "ready"), "the servers")
+        for name in "abc":
+            post_to = f"/servers/{name}/mcp"
+            assert proxy.request("POST", post_to, tool_call(1, "echo", {"text": "x"}), ACCEPT).status == 200
+        began = time.monotonic()
+        found = calls_in(metrics_of(proxy), "server", "gen_ai_tool_name")
+        assert time.monotonic() - began < 4 and found["c", "echo"] == found.total() - 2 == 1
+        assert calls_in(metrics_of(proxy), "server")["a",] == 1
+
+
+def test_metrics_cost_little_however_many_series_there_are():
+    names = [f"tool-{n}" for n in range(500)]
+    with running_proxy(counted_server(names=names), STATELESS="true") as proxy, HTTP(proxy) as http:
+        assert post(proxy, [tool_call(name, name) for name in names], MCP_Protocol_Version="2025-03-26").status == 200
+        times = []
+        for _ in range(5):
+            began = time.monotonic()
+            assert http.request("GET", "/metrics").status == 200
+            times.append(time.monotonic() - began)
+        assert min(times) < 0.25
+
+
+# The line of each request.
+
+@contextlib.contextmanager
+def audited(proxy, count=1):
+    """A list, which afterwards has the lines of the requests that were made meanwhile: so many, and no more."""
+    lines = []
+
+    def mark():
+        """A place in the log that is behind all that was logged before."""
+        text = f"/{os.urandom(8).hex()}"
+        assert proxy.request("GET", text).status == 404
+        return until(lambda: proxy.log().partition(text)[2] and proxy.log().index(text), "the mark")
+
+    def read(end=None):
+        entries = proxy.log()[before:end].splitlines(keepends=True)[1:]
+        return [entry for entry in map(json.loads, filter(re.compile(r".*\n").match, entries)) if "outcome" in entry]
+    before = mark()
+    yield lines
+    until(lambda: len(read()) >= count, f"{count} lines, from {proxy.log()[before:]}", 5)
+    mark()
+    lines += read()
+    assert len(lines) == count, lines
+
+
+AUDIT_SECRETS = "Kq7-first", "Kq7-second", "Zw5-argument", "Zw5-uri", "Zw5-prompt", "Zw5-query"
+AUDIT_KEY = {"Authorization": f"Bearer {AUDIT_SECRETS[0]}"}
+AUDIT_FIELDS = {"time", "level", "message", "key", "client", "transport", "era", "session", "server", "method", "id",
+                "outcome", "ms", "bytes_in", "bytes_out"}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A proxy whose log is JSON. At its end there is no secret in it, nor the id of any session."""
+    with running_proxy(counted_server(), LOG_FORMAT="json", AUTH_KEY=", ".join(AUDIT_SECRETS[:2])) as proxy:
+        proxy.secrets = [secret[:6] for secret in AUDIT_SECRETS]
+        yield proxy
+        log = proxy.log()
+    assert not [secret for secret in proxy.secrets if secret in log]
+    for line in log.splitlines():
+        assert isinstance(json.loads(line), dict)
+
+
+def as_expected(entry, client, kind, **expected):
+    """Has a line the fields that it should have, and no others? `without` and `with_` are names of such fields."""
+    fields = {*AUDIT_FIELDS, *expected} - ({"session"} if kind in ("modern", "tools") else set())
+    fields -= {"client", "id"} if kind == "tools" else set()
+    optional = {"bytes_out"} if entry["outcome"] in ("cancelled", "timed out") else set()
+    optional |= {"era", "id"} if kind == "tools" else set()
+    assert fields - optional <= entry.keys() <= fields | optional, entry.keys() ^ fields
+    expected = {"key": "key1", "client": "test/1", "era": "modern" if kind == "modern" else "legacy", "transport": {
+        "sse": "sse", "tools": "tools"}.get(kind, "streamable-http"), **expected}
+    expected = {name: value for name, value in expected.items() if name in entry}
+    assert {name: entry[name] for name in expected} == expected
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}[+-]\d\d:\d\d", entry["time"])
+    assert isinstance(entry["ms"], (int, float)) and 0 <= entry["ms"] < 60_000
+    assert type(entry["bytes_in"]) is int and entry["bytes_in"] > 0
+    assert type(entry.get("bytes_out", 0)) is int
+    if "session" in fields:
+        assert re.fullmatch("[0-9a-z]{8}", entry["session"])
+    return True
+
+
+def cancel_at_once(client):
+    call = client.start("wait", text="Zw5-argument")
+    until(lambda: metrics_of(client.proxy, AUDIT_KEY).total("mcpproxy_calls_in_flight") == 1, "the call")
+    client.cancel(call)
+    return call
+
+
+def call_for(name, **arguments):
+    def act(client):
+        call = client.start(name, text="Zw5-argument", **arguments)
+        call.answer()
+        return call
+    return act
+
+
+def begun(method, **params):
+    def act(client):
+        call = client.begin(method, params)
+        call.answer()
+        return call
+    return act
+
+
+@EACH_CLIENT
+@pytest.mark.parametrize("act, expected", [
+    case("good", call_for("good"), {"tool": "good", "outcome": "answered"}),
+    case("tool error", call_for("bad"), {"tool": "bad", "outcome": "answered", "error_type": "tool_error"}),
+    case("RPC error", call_for("error", code=77), {"tool": "error", "outcome": ..., "error_type": "77"}),
+    case("unknown tool", call_for("none"), {"tool": "none", "outcome": ..., "error_type": "-32602"}),
+    case("unknown method", begun("made/up", x="Zw5-argument"), {
+        "method": "made/up", "outcome": ..., "error_type": "-32601"}),
+    case("cancelled", cancel_at_once, {"tool": "wait", "outcome": "cancelled", "error_type": "cancelled"}),
+    case("server died", call_for("die"), {"tool": "die", "outcome": "failed", "error_type": "-32000"}),
+    case("prompt", begun("prompts/get", name="greet", arguments={"text": "Zw5-prompt"}), {
+        "method": "prompts/get", "prompt": "greet", "outcome": "answered"}),
+    case("resource", begun("resources/read", uri="test://Zw5-uri"), {
+        "method": "resources/read", "outcome": "answered"}),
+    case("list", begun("tools/list"), {"method": "tools/list", "outcome": "answered"}),
+])
+def test_audit_of_each_call(recorded, kind, act, expected):
+    with CLIENTS[kind](recorded, headers=AUDIT_KEY) as client, audited(recorded) as lines:
+        call = act(client)
+    (line,) = lines
+    expected = {"method": "tools/call", "id": call.id, **expected}
+    if expected["outcome"] is ...:
+        assert line["outcome"] in ("answered", "failed", "refused")
+        expected["outcome"] = line["outcome"]
+    (name,) = readiness(recorded)[1]["servers"]
+    if line["outcome"] == "refused" or "server" not in line:
+        expected = {**expected, "server": line.get("server", name)}
+        line["server"] = name
+    assert as_expected(line, client, kind, **expected)
+
+
+@EACH_CLIENT
+def test_audit_of_a_call_that_asks(recorded, kind):
+    """Parked and resumed it is two requests, and otherwise one."""
+    count = 2 if kind == "modern" else 1
+    with CLIENTS[kind](recorded, headers=AUDIT_KEY) as client, audited(recorded, count) as lines:
+        call = client.start("ask", text="Zw5-argument")
+        first = call.answer() if kind == "modern" else None
+        assert "result" in client.finish(call)
+    assert [line["outcome"] for line in lines] == ["waits for input", "answered"][-count:]
+    for line in lines:
+        assert as_expected(line, client, kind, tool="ask", method="tools/call")
+    assert lines[0]["id"] == call.id and (kind != "modern" or lines[1]["id"] != call.id)
+    assert not first or first["result"]["requestState"] not in recorded.log()
+
+
+def test_audit_of_a_call_that_a_modern_server_asks_in():
+    with (running_proxy(counted_server("modern"), LOG_FORMAT="json") as proxy, ModernClient(proxy) as client,
+          StreamableClient(proxy) as legacy):
+        with audited(proxy, 2) as lines:
+            assert "result" in client.finish(client.start("ask"))
+        assert lines[0]["outcome"] in ("answered", "waits for input") and lines[1]["outcome"] == "answered"
+        assert not any("error_type" in line for line in lines)
+        with audited(proxy) as lines:
+            assert "result" in legacy.finish(legacy.start("ask"))
+        assert lines[0]["outcome"] == "answered" and "state-Xy7" not in proxy.log()
+
+
+def test_audit_leaves_out_the_time_of_people():
+    with running_proxy(FAKE, LOG_FORMAT="json") as proxy, ModernClient(proxy) as client:
+        message, state, (key,) = park(client)
+        client.tool("sleep", seconds=0.6)
+        with audited(proxy) as lines:
+            client.finish(client.retry(message, state, {key: ACCEPTED}))
+    assert lines[0]["outcome"] == "answered" and lines[0]["ms"] < 500
+
+
+@pytest.mark.parametrize("path, body, expected", [
+    case("good", "/tools/good", {"text": "Zw5-argument"}, {"tool": "good", "outcome": "answered"}),
+    case("bad", "/tools/bad", {}, {"tool": "bad", "outcome": "answered", "error_type": "tool_error"}),
+    case("error", "/tools/error", {}, {"tool": "error", "outcome": ..., "error_type": "7"}),
+    case("die", "/tools/die", {}, {"tool": "die", "outcome": "failed", "error_type": "-32000"})])
+def test_audit_of_a_call_without_mcp(recorded, path, body, expected):
+    with audited(recorded) as lines:
+        recorded.request("POST", f"{path}?auth_key=Kq7-first", body)
+    (line,) = lines
+    if expected["outcome"] is ...:
+        expected = {**expected, "outcome": line["outcome"]}
+    assert as_expected(line, None, "tools", method="tools/call", server=next(iter(readiness(recorded)[1]["servers"])),
+                       **expected)
+
+
+def mismatched(**headers):
+    message, usual = modern_request(1, "tools/call", {"name": "good", "arguments": {"text": "Zw5-argument"}})
+    return message, {**usual, **headers}
+
+
+OLD = {"MCP-Protocol-Version": "2025-03-26"}
+
+
+@pytest.mark.parametrize("path, body, headers, expected", [
+    case("no JSON", "/mcp", b'{"Zw5-argument"', {}, {"transport": "streamable-http"}),
+    case("no UTF-8", "/mcp", b"\xffZw5-argument", {}, {}),
+    case("a number", "/mcp", b"5", {}, {}), case("no JSON-RPC", "/mcp", {"x": "Zw5-argument"}, {}, {}),
+    case("the wrong version", "/mcp", {"jsonrpc": "1.0", "id": 1, "method": "ping"}, {}, {}),
+    case("empty batch", "/mcp", [], OLD, {}), case("batch of junk", "/mcp", [5], OLD, {}),
+    case("batch in no time of batches", "/mcp", [tool_call(1, "good", {"x": "Zw5-argument"})],
+         {"MCP-Protocol-Version": "2025-06-18"}, {}),
+    case("batch with initialize", "/mcp", [initialize()], OLD, {}),
+    case("initialize without parameters", "/mcp", request(1, "initialize"), {}, {"method": "initialize"}),
+    case("tool without a name", "/mcp", request(1, "tools/call", {"arguments": {"x": "Zw5-argument"}}), {},
+         {"method": "tools/call"}),
+    case("another tool in the header", "/mcp", *mismatched(**{"Mcp-Name": "other"}),
+         {"method": "tools/call", "tool": "good", "era": "modern"}),
+    case("another method in the header", "/mcp", *mismatched(**{"Mcp-Method": "other"}),
+         {"method": "tools/call", "tool": "good", "era": "modern"}),
+    case("no headers", "/mcp", mismatched()[0], {"MCP-Protocol-Version": "2026-07-28"},
+         {"method": "tools/call", "tool": "good", "era": "modern"}),
+    case("no such revision", "/mcp", request(1, "tools/call", {"name": "good", "_meta": {
+        VERSION: "2030-01-01", CAPABILITIES: {}}}), {"MCP-Protocol-Version": "2030-01-01", "Mcp-Method": "tools/call",
+                                                     "Mcp-Name": "good"}, {"method": "tools/call", "tool": "good"}),
+    case("no capabilities", "/mcp", request(1, "ping", {"_meta": {VERSION: "2026-07-28"}}), {
+        "MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "ping"}, {"method": "ping"}),
+    case("arguments that are none", "/tools/good", [1], {}, {"transport": "tools"}),
+    case("arguments that are no JSON", "/tools/good", b"{Zw5-argument", {}, {"transport": "tools"}),
+    case("more than arguments", "/tools/good", b'{}, "x": {"y": "Zw5-argument"}', {}, {"transport": "tools"}),
+    case("a state that is forged", "/mcp", *modern_request(1, "tools/call", {
+        "name": "good", "requestState": "Zw5-argument", "inputResponses": {}}), {"tool": "good", "era": "modern"}),
+])
+def test_audit_of_what_is_refused_by_its_body(recorded, path, body, headers, expected):
+    with audited(recorded) as lines:
+        answer = recorded.request("POST", path, body, {**ACCEPT, **AUDIT_KEY, **headers})
+    (line,) = lines
+    assert answer.status >= 400 and line["error_type"] == str(answer.json()["error"]["code"])
+    assert line["outcome"] in (("refused", "failed") if line.get("method") else ("refused",))
+    assert line["key"] == "key1" and {name: line.get(name) for name in expected} == expected
+    assert line.keys() <= AUDIT_FIELDS | {"tool", "prompt", "error_type"} | {
+        "status", "reason", "http_method", "path", "address"}, line.keys()
+
+
+def test_audit_of_what_is_refused_by_its_body_in_a_session(recorded):
+    with SSEClient(recorded, headers=AUDIT_KEY) as client, audited(recorded) as lines:
+        assert client.post(b'{"Zw5-argument"', expect=400)
+    assert (lines[0]["outcome"], lines[0]["error_type"], lines[0]["transport"]) == ("refused", "-32700", "sse")
+    with StreamableClient(recorded, headers=AUDIT_KEY) as client, audited(recorded, 2) as lines:
+        first = client.start("ask")
+        first.stream.wait_for("elicitation/create")
+        client.post(tool_call(first.id, "good"), expect=400)
+        client.finish(first)
+    assert [line["tool"] for line in lines] == ["good", "ask"] and lines[0]["error_type"] == "-32600"
+
+
+def test_audit_of_a_batch_is_a_line_for_each(recorded):
+    batch = [tool_call(1, "good"), tool_call(2, "bad"), request(3, "made/up"), notification("x")]
+    with audited(recorded, 3) as lines:
+        recorded.request("POST", "/mcp", batch, {**ACCEPT, **AUDIT_KEY, **OLD})
+    assert sorted((line["id"], line.get("error_type")) for line in lines) == [
+        (1, None), (2, "tool_error"), (3, "-32601")]
+
+
+def test_audit_has_no_line_of_what_is_no_request(recorded):
+    with StreamableClient(recorded, headers=AUDIT_KEY) as client, audited(recorded, 0):
+        client.post(notification("notifications/x"), 202)
+        client.post({"jsonrpc": "2.0", "id": 5, "result": {}}, 202)
+        recorded.request("GET", "/healthz")
+        recorded.request("GET", "/metrics", None, AUDIT_KEY)
+        recorded.request("GET", "/readyz")
+        recorded.request("GET", "/nothing")
+        recorded.request("POST", "/mcp", tool_call(1, "good"), ACCEPT)               # without the key
+        client.listen().close()
+
+
+@EACH_CLIENT
+def test_audit_of_a_call_that_takes_too_long(kind):
+    with running_proxy(counted_server(), LOG_FORMAT="json", REQUEST_TIMEOUT=0.5) as proxy:
+        with CLIENTS[kind](proxy) as client, audited(proxy) as lines:
+            assert client.start("wait").answer()["error"]["code"] == -32000
+    assert (lines[0]["outcome"], lines[0]["error_type"], lines[0]["tool"]) == ("timed out", "-32000", "wait")
+    assert 400 < lines[0]["ms"] < 10_000 and "key" not in lines[0]
+
+
+@pytest.mark.parametrize("leave", ["DELETE", "hang up", "session of its own"])
+def test_audit_of_a_call_whose_client_leaves(leave):
+    with running_proxy(counted_server(), LOG_FORMAT="json", SHARED_SESSION=leave != "session of its own") as proxy:
+        if leave == "hang up":
+            with HTTP(proxy) as http, audited(proxy) as lines:
+                http.send(encode_http("POST", "/tools/wait", {}))
+                until(lambda: metrics_of(proxy).total("mcpproxy_calls_in_flight") == 1, "the call")
+                http.close()
+        else:
+            with StreamableClient(proxy) as client, audited(proxy) as lines:
+                client.start("wait")
+                until(lambda: metrics_of(proxy).total("mcpproxy_calls_in_flight") == 1, "the call")
+                client.delete()
+    assert (lines[0]["outcome"], lines[0]["error_type"], lines[0]["tool"]) == ("cancelled", "cancelled", "wait")
+
+
+def test_audit_of_calls_that_run_when_the_proxy_ends():
+    with running_proxy(counted_server(), LOG_FORMAT="json", SHUTDOWN_GRACE=0) as proxy, SSEClient(proxy) as client:
+        client.start("wait")
+        until(lambda: metrics_of(proxy).total("mcpproxy_calls_in_flight") == 1, "the call")
+        proxy.stop()
+        lines = [entry for entry in map(json.loads, proxy.log().splitlines()) if entry.get("tool") == "wait"]
+    assert len(lines) == 1 and lines[0]["outcome"] in ("cancelled", "failed")
+
+
+def test_audit_names_what_is_in_the_body_and_not_in_headers(recorded):
+    wrong = {"Mcp-Name": "other", "Mcp-Method": "prompts/get", "X-Mcp-Tool": "other"}
+    with StreamableClient(recorded, headers={**AUDIT_KEY, **wrong}) as client, audited(recorded) as lines:
+        assert client.tool("good") == "x"
+    assert (lines[0]["method"], lines[0]["tool"], "other" in str(lines)) == ("tools/call", "good", False)
+    with SSEClient(recorded, headers={**AUDIT_KEY, **wrong}) as client, audited(recorded) as lines:
+        assert client.tool("good") == "x"
+    assert (lines[0]["method"], lines[0]["tool"], "other" in str(lines)) == ("tools/call", "good", False)
+
+
+def test_audit_names_the_key_the_client_and_the_session(recorded):
+    seen = []
+    for secret, name in zip(AUDIT_SECRETS, ("key1", "key2")):
+        with (StreamableClient(recorded, headers={"X-API-Key": secret}) as client,
+              SSEClient(recorded, headers={"X-API-Key": secret}) as other):
+            for one, id_ in (client, client.session), (other, other.endpoint.partition("session_id=")[2][:32]):
+                recorded.secrets.append(id_[:8])
+                with audited(recorded, 3) as lines:
+                    for _ in range(3):
+                        one.tool("good")
+                assert {line["key"] for line in lines} == {name} and len({line["session"] for line in lines}) == 1
+                seen.append(lines[0]["session"])
+                assert recorded.log().count(seen[-1]) > 3             # it is called so elsewhere too
+    assert len({*seen}) == 4
+
+
+def test_audit_names_the_key_of_a_file(keys):
+    with keys({"ann": {"servers": ["a"], "tools": ["look"]}, "bob": {}}, LOG_FORMAT="json") as proxy:
+        with StreamableClient(proxy, headers=brings("ann")) as client:
+            with audited(proxy) as lines:
+                client.tool("a__look")
+            assert (lines[0]["key"], lines[0]["server"], lines[0]["outcome"]) == ("ann", "a", "answered")
+            assert lines[0]["tool"] in ("look", "a__look")
+            with audited(proxy, 2) as lines:
+                assert "error" in client.start("b__look").answer() and "error" in client.start("a__write_a").answer()
+        assert [(line["key"], line["error_type"]) for line in lines] == [("ann", "-32602")] * 2
+        assert "-secret" not in proxy.log()
+
+
+def test_audit_names_the_subject_of_a_token(issues):
+    with resource_server(issues, counted_server(), LOG_FORMAT="json", LOG_LEVEL="INFO") as proxy:
+        token = brings_token(issues.token(sub="alice"))
+        with StreamableClient(proxy, headers=token) as client, audited(proxy) as lines:
+            client.tool("good")
+    assert lines[0]["sub"] == "alice" and "key" not in lines[0]
+
+
+@EACH_CLIENT
+@pytest.mark.parametrize("header, expected", [
+    ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "0af7651916cd43dd8448eb211c80319c"),
+    ("nonsense", None), ("00-short-b7ad6b7169203331-01", None)])
+def test_audit_has_the_trace(recorded, kind, header, expected):
+    with CLIENTS[kind](recorded, headers={**AUDIT_KEY, "traceparent": header}) as client, audited(recorded) as lines:
+        client.tool("good")
+    assert lines[0].get("trace_id") == expected
+
+
+def test_audit_has_the_trace_of_a_modern_message(recorded):
+    """MCP 2026-07-28, Overview, _meta: where there are no headers it stands there."""
+    with ModernClient(recorded, headers=AUDIT_KEY) as client, audited(recorded) as lines:
+        client.call("tools/call", {"name": "good"}, meta={
+            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"})
+    assert lines[0].get("trace_id") == "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.mark.parametrize("info, expected", [
+    ({"name": "a", "version": "2"}, "a/2"), ({"name": "a\nforged\u2028", "version": "2"}, ...),
+    ({"name": "x" * 3_000, "version": "y" * 3_000}, ...), ({"name": 5, "version": []}, ...), ({}, ...), (5, ...),
+    (None, ...), ({"name": "\ud800", "version": '"'}, ...), ({"name": "a"}, ...)])
+def test_audit_takes_any_client(info, expected):
+    with running_proxy(counted_server(), LOG_FORMAT="json") as proxy:
+        first = initialize()
+        first["params"]["clientInfo"] = info
+        opened = post(proxy, first)
+        headers = {"Mcp-Session_Id".replace("_", "-"): opened.headers["mcp-session-id"]}
+        with audited(proxy) as lines:
+            assert post(proxy, tool_call(1, "good"), **headers).status == 200
+        assert expected is ... or lines[0]["client"] == expected
+        assert len(str(lines[0])) < 4000 and lines[0]["tool"] == "good"
+        message, usual = modern_request(1, "tools/call", {"name": "good", "_meta": {INFO: info}})
+        with audited(proxy) as lines:
+            proxy.request("POST", "/mcp", message, usual)
+        assert expected is ... or lines[0]["client"] == expected
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 100_000, "\ud800", '"},{"outcome":"forged'])
+def test_audit_takes_any_name(recorded, name):
+    with StreamableClient(recorded, headers=AUDIT_KEY) as client, audited(recorded, 2) as lines:
+        client.start(name).answer()
+        client.call(name)
+    assert [line["error_type"] for line in lines] == ["-32602", "-32601"]
+
+
+def test_audit_of_several_servers(several):
+    with (several(old=counted_server(), new=counted_server("modern"), bad=BROKEN, LOG_FORMAT="json") as proxy,
+          StreamableClient(proxy) as client):
+        with audited(proxy, 6) as lines:
+            for tool in "old__good", "new__bad", "bad__good", "none__good", "good":
+                client.start(tool).answer()
+            client.call("tools/list")
+        assert [line.get("server") for line in lines] == ["old", "new", "bad", None, None, None]
+        assert [line.get("error_type") for line in lines] == [None, "tool_error", "-32000", "-32602", "-32602", None]
+        with StreamableClient(proxy, path="/servers/old/mcp") as own, audited(proxy) as lines:
+            own.tool("good")
+        assert (lines[0]["server"], lines[0]["tool"]) == ("old", "good")
+
+
+def test_audit_in_words_stays_as_it_was():
+    with running_proxy(counted_server(), AUTH_KEY="secret") as proxy:
+        with StreamableClient(proxy, headers=WITH_KEY) as client:
+            client.tool("good")
+        proxy.request("POST", "/mcp", b"{", {**ACCEPT, **WITH_KEY})
+        log = until(lambda: "refused with 400" in proxy.log() and proxy.log(), "the lines")
+        assert re.search(r" INFO    <> \S{8} tools/call good id=100 answered, \d+ bytes in, \d+ bytes out, [\d.]+ ms\n",
+                         log)
+        assert re.search(r" INFO    ! POST /mcp from 127[\d.:]+ refused with 400: ", log)
+        assert client.session[:8] not in log
+
+
+# A slow start.
+
+class Slow(mcpproxy.Link):
+    """A link to a server that says nothing of the protocol."""
+
+    def __init__(self, words):
+        self.last_words, self.lines = words, []
+
+    def write(self, line, about=None):
+        self.lines.append(json.loads(line))
+
+    def stop(self):
+        self.is_open = False
+        return asyncio.get_running_loop().create_task(asyncio.sleep(0))
+
+
+def slow_start(seconds, words, answers_after=None, **settings):
+    """[(second, line)] of what the log says while a server takes its time."""
+    lines = []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        links = []
+
+        def new_link(*_):
+            links.append(Slow(words))
+            return links[-1]
+        patch.setattr(mcpproxy.log, "_write", lambda block: lines.extend(
+            (round(loop.time()), line) for line in block.decode().splitlines()))
+        mount = new_mount(Settings(server_era="legacy", **settings), new_link, loop.time)
+        mount.start()
+        if settings.get("shared_session") is False:
+            ClientSide(collections.defaultdict(asyncio.Queue)["x"], mount, "legacy").say(initialize())
+        for second in range(1, seconds + 1):
+            await asyncio.sleep(1)
+            mount.tick(mount.now())
+            if second == answers_after:
+                links[-1].on_line(json.dumps({"jsonrpc": "2.0", "id": links[-1].lines[0]["id"], "result": {
+                    "protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {
+                        "name": "x", "version": "1"}}}).encode())
+        await mount.close()
+        await asyncio.sleep(0)
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=instant_loop) as runner:
+        runner.run(run())
+    return [(second, line.partition("= ")[2]) for second, line in lines if "still starting" in line]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared_session": False}], ids=["shared", "own"])
+def test_overview_slow_start_is_told_every_ten_seconds(settings):
+    told = slow_start(35, ["npm warn x", "downloading"], **settings)
+    assert [line for _, line in told] == [f"server x is still starting, {seconds} s: downloading" for seconds in (
+        10, 20, 30)]
+    assert all(0 <= second - seconds <= 1 for (second, _), seconds in zip(told, (10, 20, 30)))
+
+
+def test_overview_slow_start_of_a_server_that_says_nothing_is_told_too():
+    assert [line for _, line in slow_start(15, [])] == ["server x is still starting, 10 s"]
+
+
+@pytest.mark.parametrize("after, count", [(9, 0), (15, 1), (25, 2)])
+def test_overview_slow_start_is_told_no_more_when_it_is_over(after, count):
+    assert len(slow_start(60, ["downloading"], after)) == count
+
+
+def test_overview_slow_start_is_told_of_each_start():
+    told = slow_start(34, ["downloading"], request_timeout=15)
+    assert [line for _, line in told] == ["server x is still starting, 10 s: downloading"] * 2
+
+
+# ============================================================================
+# 38. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -12861,7 +15116,8 @@ def test_endpoint_sends_every_message_as_an_event(fake):
 #   SESSION stands for the endpoint of a client
 REFUSED = [
     ("GET", "/nothing", None, {}, (404, -32601)),
-    ("GET", "/", None, {}, (404, -32601)),
+    ("POST", "/", request(1, "ping"), {}, (404, -32601)),          # it is taken for the URL of MCP
+    ("GET", "/", None, {"Accept": "text/event-stream"}, (404, -32601)),
     ("GET", "/messages", None, {}, (405, -32600)),
     ("PUT", "/sse", b"", {}, (405, -32600)),
     ("POST", "/healthz", b"", {}, (405, -32600)),
@@ -13518,7 +15774,7 @@ def test_oauth_metadata_is_not_there_without_oauth(guarded, fake, path):
 
 
 @pytest.mark.parametrize("path", ["/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
-                                  METADATA + "/x", "/authorize", "/token", "/register", "/servers/c/mcp", "/"])
+                                  METADATA + "/x", "/authorize", "/token", "/register", "/servers/c/mcp"])
 def test_oauth_unknown_path_is_unknown_to_all(served, path):
     for headers in ({}, brings_token("x"), {"Origin": "https://evil.example"}):
         for method in ("GET", "POST"):
@@ -14574,7 +16830,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 37. Standard streams
+# 39. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -14735,8 +16991,25 @@ def test_stdio_finishes_what_was_asked_before_stdin_ended():
     assert found.returncode == 0 and text_of(answers[2]) == "x"
 
 
+@EACH_STDIO
+def test_audit_of_a_client_on_stdin(kind):
+    with kind("--", *counted_server(), LOG_FORMAT="json") as client:
+        client.start("good", text="Zw5-argument").answer()
+        client.start("error", code=5).answer()
+        client.post(b"{Zw5-argument\n")
+        lines = until(lambda: (found := [entry for entry in map(json.loads, client.said().splitlines())
+                                         if "outcome" in entry and entry.get("method") in ("tools/call", None)])
+                      and len(found) == 3 and found, "three lines")
+        assert "Zw5" not in client.said()
+    era = "modern" if kind is ModernStdioClient else "legacy"
+    for line, tool, error in zip(lines, ("good", "error"), (None, "5")):
+        assert (line["transport"], line["era"], line["client"], line["tool"], line.get("error_type")) == (
+            "stdio", era, "test/1", tool, error)
+    assert (lines[2]["outcome"], lines[2]["error_type"], lines[2]["transport"]) == ("refused", "-32700", "stdio")
+
+
 # ============================================================================
-# 38. Demo server
+# 40. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -14838,7 +17111,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 39. The proxy
+# 41. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -14884,7 +17157,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 40. Command line
+# 42. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -15556,6 +17829,58 @@ def test_load_what_does_not_finish_is_ended(number, grace, signals):
         proxy.stop()
 
 
+def test_load_all_goes_on_for_a_while_but_balancers_are_told():
+    """DRAIN_DELAY: then what runs may finish, and what is new is refused."""
+    with running_proxy(FAKE, DRAIN_DELAY=1.5, SESSION_SECRET=SEAL) as proxy:
+        with StreamableClient(proxy) as client, HTTP(proxy) as kept, SSEClient(proxy) as sse:
+            ready = kept.request("GET", "/readyz")
+            assert ready.status == 200 and ready.headers.get("connection") != "close"
+            listener, running = client.listen(), client.start("sleep", seconds=4)
+            see(client, lambda message: called(message) == "sleep", "the call")
+            proxy.process.terminate()
+            until(lambda: "= stopping" in proxy.log(), "the signal")
+            closing = kept.request("POST", "/mcp", request(1, "ping"), {**ACCEPT, "Mcp-Session-Id": client.session})
+            assert closing.status == 200 and closing.headers["connection"] == "close" and kept.is_closed()
+            answers = [proxy.request("GET", "/readyz"), proxy.request("GET", "/healthz"), post(proxy, initialize()),
+                       ping(proxy, client.session), ping(proxy, sealed(time=int(time.time())))]
+            assert [answer.status for answer in answers] == [503, 200, 200, 200, 200]
+            assert {answer.headers["connection"] for answer in answers} == {"close"}
+            with SSEClient(proxy) as late, ModernClient(proxy) as modern:
+                assert late.tool("echo", text="hi") == modern.tool("echo", text="hi") == "hi"
+            client.tool("notify", method=TOOLS_CHANGED)
+            listener.wait_for(TOOLS_CHANGED)
+            refused = until(lambda: (found := post(proxy, initialize())).status == 503 and found, "the delay's end")
+            message, headers = modern_request(1, "tools/list")
+            for answer in (refused, ping(proxy, client.session, 503), proxy.request("POST", "/mcp", message, headers),
+                           ping(proxy, sealed(name="cd" * 16, time=int(time.time())), 503),
+                           post(proxy, request(1, "ping")),
+                           proxy.request("GET", "/sse", None, {"Accept": "text/event-stream"})):
+                assert answer.error() == (503, -32000) and "retry-after" in answer.headers
+            assert not listener.ended.is_set() and not sse.stream.ended.is_set()
+            assert text_of(running.answer()) == "slept" and proxy.process.wait(PATIENCE) == 0
+            listener.wait_end()
+            assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_load_second_signal_ends_the_delay(number):
+    with running_proxy(FAKE, DRAIN_DELAY=60) as proxy, StreamableClient(proxy) as client:
+        client.start("sleep", seconds=60)
+        proxy.process.send_signal(number)
+        until(lambda: "= stopping" in proxy.log(), "the signal")
+        assert "may take 70 s" in proxy.log() and ping(proxy, client.session)
+        began = time.monotonic()
+        proxy.process.send_signal(signal.SIGTERM)
+        assert proxy.process.wait(PATIENCE) == 0 and time.monotonic() - began < 5
+        proxy.stop()
+
+
+def test_load_delay_ends_after_its_time_when_nobody_is_there():
+    with running_proxy(FAKE, DRAIN_DELAY=0.5) as proxy:
+        began = time.monotonic()
+        assert proxy.stop() == 0 and 0.4 < time.monotonic() - began < 5
+
+
 def is_stopped(pid):
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[0] == "T"
@@ -15935,7 +18260,7 @@ FIELD_BUILDS = {
 # negotiated, then what came of each step, as text. `seen` is what the server sent besides answers.
 PYTHON_CLIENT = r'''
 """client.py sse|http|modern URL ROOT STEPS"""
-import asyncio, contextlib, json, sys, warnings
+import asyncio, contextlib, json, os, sys, warnings
 import mcp
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
@@ -16036,6 +18361,12 @@ class Steps:
             await self.client.unsubscribe_resource(uri)
         return uri
 
+    async def wait(self, path):
+        open(path + ".wanted", "w").close()
+        while not os.path.exists(path):
+            await asyncio.sleep(0.02)
+        return path
+
     async def seen(self, what, count=1):
         while len(found := [entry for entry in seen if entry.startswith(what)]) < count:
             await asyncio.sleep(0.01)
@@ -16069,6 +18400,7 @@ asyncio.run(main())
 '''
 TYPESCRIPT_CLIENT = r'''
 // client.mjs 1|2 sse|http|modern URL ROOT STEPS
+import { existsSync, writeFileSync } from 'node:fs';
 const [version, wire, url, root, steps] = process.argv.slice(2);
 const V2 = version === '2', V1 = '@modelcontextprotocol/sdk/';
 const sdk = V2 ? await import('@modelcontextprotocol/client') : {
@@ -16131,6 +18463,10 @@ const doing = {
   async unsubscribe(uri) {
     if (modern()) await listening[uri].close(); else await client.unsubscribeResource({ uri });
     return uri;
+  },
+  async wait(path) {
+    writeFileSync(path + '.wanted', '');
+    return until(() => existsSync(path) && path);
   },
   async seen(what, count = 1) {
     const found = await until(() => {
@@ -16710,6 +19046,26 @@ def test_real_typescript_client_calls_on_after_its_sse_stream_was_cut(workshop, 
     with running_proxy(FAKE, SHARED_SESSION=shared) as proxy:
         url = f"http://127.0.0.1:{proxy.port}/sse"
         assert run("node", workshop / "reconnect.mjs", url).split() == ["before", "cut", "after"]
+
+
+@pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
+def test_real_client_does_not_notice_that_the_proxy_was_started_again(workshop, tmp_path, client):
+    """But for the lists, which it is told to fetch again: its stream comes back by itself."""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    ask = ["call", "inquire", {"rounds": [[["elicitation/create", {"message": "who?", "requestedSchema": schema}]]]}]
+    steps = [["call", "echo", {"text": "before"}], ask, ["wait", str(tmp_path / "restarted")],
+             ["call", "echo", {"text": "after"}], ask, ["seen", "tools/list_changed"]]
+    settings = {"SESSION_SECRET": SEAL, "FAKE_VERSION": "2025-11-25"}
+    with running_proxy(FAKE, **settings) as proxy, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        driven = pool.submit(drive, workshop, proxy, client, "http", steps)
+        until(lambda: (tmp_path / "restarted.wanted").exists() or driven.done(), "the first calls")
+        assert not driven.done() or driven.result()
+        assert proxy.stop() == 0
+        with running_proxy(FAKE, PORT=proxy.port, **settings) as again:
+            (tmp_path / "restarted").touch()
+            before, asked, _, after, asked_again, _ = driven.result(60)
+            assert (before, after) == ("before", "after") and "Ada" in asked and "Ada" in asked_again
+            assert again.log().count(" opened") == 1
 
 
 # Authorization servers.
@@ -17567,7 +19923,7 @@ def balanced(name, proxy, home, is_lax=False):
     if not shutil.which(name, path=path):
         unavailable(f"{name} is not installed")
     with open(os.path.join(HERE, "README.md")) as readme:
-        location, = re.findall("```nginx\n(.*?)```", readme.read(), re.DOTALL)
+        location, = re.findall("```nginx\n(location .*?)```", readme.read(), re.DOTALL)
     backend, = re.findall("http://127.0.0.1:8000;", location)
     location = location.replace(backend, 'http://kept; proxy_set_header Connection "";' if is_lax
                                 else f"http://127.0.0.1:{proxy.port};")
@@ -17717,13 +20073,16 @@ LURES = r"""
 
 @contextlib.contextmanager
 def chromium(home, *arguments):
-    """A browser without a window, for which every name is this machine."""
+    """A browser without a window, for which every name is this machine. With --remote-debugging-pipe it is told what
+    to do on its stdin, and answers on its stdout."""
     if not shutil.which("chromium"):
         unavailable("chromium is not installed")
     command = ["chromium", "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu",
                "--disable-dev-shm-usage", "--disable-background-networking", "--disable-popup-blocking",
                "--host-resolver-rules=MAP * 127.0.0.1", f"--user-data-dir={home}", *arguments]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    if "--remote-debugging-pipe" in arguments:                     # which are its descriptors 3 and 4
+        command = ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 < /dev/null > /dev/null', *command]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           env={**os.environ, "HOME": str(home)}, start_new_session=True) as browser:
         try:
             yield browser
@@ -17966,6 +20325,1025 @@ def test_real_clients_use_a_server_over_stdio(far_workshop, far_everything, tmp_
         _, *found = json.loads(run(*program, wire, json.dumps(command), "file:///nowhere", json.dumps(steps)))
         assert found[0] == "Echo: hi" and "Ada" in found[2] and "completed" in found[4], found
         assert "progress 1/4, progress 2/4" in found[5] and found[6:] == ["Echo: ho"]
+
+
+# Prometheus.
+
+PARSE_METRICS = r"""
+import json, sys
+from prometheus_client.parser import text_string_to_metric_families
+with open(sys.argv[1], encoding="utf-8", newline="") as file:
+    families = list(text_string_to_metric_families(file.read()))
+print(json.dumps([[family.name, family.type, [[sample.name, sorted(sample.labels.items()), sample.value]
+                                              for sample in family.samples]] for family in families]))
+"""
+
+
+@contextlib.contextmanager
+def busy_proxy(tmp_path, **settings):
+    """A proxy with something of everything in its metrics, names that are hostile too; and how many calls it had."""
+    names, calls = HOSTILE_NAMES, collections.Counter()
+    with Remote() as far:
+        path = write_config(tmp_path / "busy.json", {
+            "old": (counted_server(names=names), {}), "new": (counted_server("modern"), {}), "bad": (BROKEN, {}),
+            "far": (far.url, {})})
+        with running_proxy(MCP_CONFIG=path, **settings) as proxy:
+            headers = {"Authorization": f"Bearer {settings.get('AUTH_KEY')}"}
+            for kind, end, more in ((SSEClient, "sse", names), (StreamableClient, "mcp", names),
+                                    (ModernClient, "mcp", ())):              # which would repeat them in a header
+                for path, tools in (f"/servers/old/{end}", ("good", "good", "bad", "error", *more)), (
+                        f"/{end}", ("new__good", "new__bad", "far__echo", "bad__x", "none__x")):
+                    with kind(proxy, headers=headers, path=path) as client:
+                        for tool in tools:
+                            client.start(tool).answer()
+                            calls[tool] += 1
+            for path in "/nothing", "/metrics", "/sse/x":
+                proxy.request("GET", path)
+            proxy.calls = calls
+            yield proxy
+
+
+def text_of_metrics(proxy, headers, path):
+    answer = proxy.request("GET", "/metrics", None, headers)
+    assert answer.status == 200
+    path.write_bytes(answer.body)
+    return Metrics(answer.body.decode())
+
+
+def test_real_prometheus_client_reads_the_metrics(tmp_path):
+    if not shutil.which("uv"):
+        unavailable("uv is not installed")
+    python = ["uv", "run", "-q", "--no-project", "--with", "prometheus_client==0.22.1", "python"]
+    try:
+        run(*python, "-c", "import prometheus_client", timeout=300)
+    except pytest.fail.Exception as error:
+        unavailable(f"a download failed: {error}")
+    with busy_proxy(tmp_path) as proxy:
+        ours = text_of_metrics(proxy, {}, tmp_path / "metrics")
+    families = json.loads(run(*python, "-c", PARSE_METRICS, tmp_path / "metrics"))
+    assert {name + "_total" * (kind == "counter"): kind for name, kind, _ in families} == ours.kinds
+    theirs = {(name, tuple(map(tuple, labels))): value for _, _, samples in families for name, labels, value in samples}
+    assert theirs == {(name, tuple(sorted(labels))): value for (name, labels), value in ours.series.items()}
+
+
+def test_real_promtool_finds_nothing_wrong_with_the_metrics(tmp_path):
+    if not shutil.which("promtool"):
+        unavailable("promtool is not installed")
+    with busy_proxy(tmp_path) as proxy:
+        text_of_metrics(proxy, {}, tmp_path / "metrics")
+    assert run("sh", "-c", f"promtool check metrics < {shlex.quote(str(tmp_path / 'metrics'))} 2>&1").strip() == ""
+
+
+class Prometheus:
+    """A Prometheus that scrapes each second."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def query(self, text):
+        """{labels: value} of an instant query."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/query?{urllib.parse.urlencode({'query': text})}"
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            found = json.load(answer)
+        assert found["status"] == "success", found
+        return {tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in found["data"]["result"]}
+
+    def value(self, text):
+        """The only number of a query; None if there is none yet."""
+        found = list(self.query(text).values())
+        return found[0] if len(found) == 1 else None
+
+    def is_up(self):
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=PATIENCE).status == 200
+
+
+@contextlib.contextmanager
+def prometheus(home, **jobs):
+    """A Prometheus for a while, with jobs as they stand in its file, by name."""
+    if not shutil.which("prometheus"):
+        unavailable("prometheus is not installed")
+    (home / "prometheus.json").write_text(json.dumps({              # JSON is YAML
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
+        "scrape_configs": [{"job_name": name, **job} for name, job in jobs.items()]}))
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        front = Prometheus(unused.getsockname()[1])
+    command = ["prometheus", f"--config.file={home}/prometheus.json", f"--storage.tsdb.path={home}/data",
+               f"--web.listen-address=127.0.0.1:{front.port}"]
+    with open(home / "prometheus.log", "w") as log, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process:
+        try:
+            until(lambda: front.is_up() or process.poll() is not None, "the start of prometheus")
+            assert process.poll() is None, (home / "prometheus.log").read_text()
+            yield front
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def test_real_prometheus_scrapes_the_number_of_calls(tmp_path, beside_port):
+    key = "Kq7-the-key"
+    with busy_proxy(tmp_path, AUTH_KEY=key, METRICS_PORT=beside_port.port) as proxy:
+        def target(port):
+            return {"static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+        with prometheus(tmp_path, main={**target(proxy.port), "authorization": {"credentials": key}},
+                        beside=target(beside_port.port), keyless=target(proxy.port)) as front:
+            number = sum(proxy.calls.values())
+            for job in "main", "beside":
+                count = f'sum({OPERATION}_count{{job="{job}",mcp_method_name="tools/call"}})'
+                until(lambda: front.value(count) == number, f"{number} calls, from {front.query(count)}", 15)
+                assert front.value(f'up{{job="{job}"}}') == 1
+                good = front.value(f'sum({OPERATION}_count{{job="{job}",gen_ai_tool_name="good",server="old"}})')
+                assert good == proxy.calls["good"] == 6
+                for name in HOSTILE_NAMES:
+                    if not name.isprintable() or len(name) > 100 or name == "\ufffd":       # no PromQL may have that
+                        continue
+                    label = json.dumps(name, ensure_ascii=False)             # PromQL's strings are like that
+                    found = front.value(f'sum({OPERATION}_count{{job="{job}",gen_ai_tool_name={label}}})')
+                    assert found == proxy.calls[name] == 2, name
+            until(lambda: front.value('up{job="keyless"}') == 0, "the scrape that is refused", 15)
+            with StreamableClient(proxy, headers={"X-API-Key": key}) as client:
+                for _ in range(7):
+                    client.tool("old__good")
+            count = f'sum({OPERATION}_count{{job="main",mcp_method_name="tools/call"}})'
+            until(lambda: front.value(count) == number + 7, "seven more", 15)
+            assert 0 < front.value(f'histogram_quantile(0.9, sum by (le) ({OPERATION}_bucket{{job="main"}}))') < 300
+            assert front.value('mcpproxy_server_up{job="main",server="bad"}') == 0
+            assert front.value('count(mcpproxy_server_info{job="main"})') == 3
+
+
+# ============================================================================
+# The page in a real browser
+# ============================================================================
+#
+# Headless Chromium, told what to do over the DevTools protocol by a client of forty lines. What is pressed is pressed
+# by mouse and keyboard. Each visit ends with a look at what a page that is well never does: an error or a warning in
+# its console, something that its Content-Security-Policy had to stop, a request to anywhere else.
+
+HINTS = {"GenericIssue", "PerformanceIssue"}
+
+
+class Browser:
+    """A running Chromium. On its pipes each message is JSON with a NUL behind it."""
+
+    def __init__(self, process):
+        self.process, self.events = process, collections.defaultdict(list)         # by session
+        self._rest, self._answers, self._ids = b"", {}, itertools.count(1)
+
+    def call(self, method, session=None, **params):
+        """Has it do something; returns the result."""
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self.process.stdin.write(json.dumps(message).encode() + b"\0")
+        self.process.stdin.flush()
+        while number not in self._answers:
+            assert select.select([self.process.stdout], [], [], PATIENCE)[0], f"no answer to {method}"
+            data = os.read(self.process.stdout.fileno(), 1 << 20)
+            assert data, "the browser is gone"
+            *messages, self._rest = (self._rest + data).split(b"\0")
+            for message in map(json.loads, messages):
+                if "id" in message:
+                    self._answers[message["id"]] = message
+                else:
+                    self.events[message.get("sessionId")].append((message["method"], message["params"]))
+        answer = self._answers.pop(number)
+        assert "result" in answer, (method, answer)
+        return answer["result"]
+
+    @contextlib.contextmanager
+    def visit(self, proxy, path="/", width=1440, scheme="light", expected="(?!)"):
+        """A Page in a profile of its own. Of what should not happen, what matches `expected` may."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        page = Page(self, f"http://127.0.0.1:{proxy.port}", context)
+        try:
+            page.call("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1,
+                      mobile=width < 500)
+            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            page.open(path)
+            yield page
+            assert not [fault for fault in page.faults() if not re.search(expected, fault)]
+        finally:
+            self.call("Target.disposeBrowserContext", browserContextId=context)
+
+
+class Page:
+    """A tab."""
+
+    def __init__(self, browser, origin, context):
+        self.browser, self.origin, self.context = browser, origin, context
+        target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        return self.browser.call(method, self.session, **params)
+
+    def events(self, method):
+        return [params for name, params in self.browser.events[self.session] if name == method]
+
+    def open(self, path):
+        """Goes there, and waits until all of it is loaded."""
+        before = len(self.events("Page.loadEventFired"))
+        self.call("Page.navigate", url=self.origin + path if path.startswith("/") else path)
+        self.until(lambda: len(self.events("Page.loadEventFired")) > before, "the page to be loaded")
+
+    def js(self, expression):
+        """The value of an expression, as JSON can say it."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
+        return answer["result"].get("value")
+
+    def until(self, condition, what=None, patience=PATIENCE):
+        """Waits until an expression, or a function, is true."""
+        def look():
+            self.js("1")                             # so that events come in, too
+            return condition() if callable(condition) else self.js(f"!!({condition})")
+        until(look, what or condition, patience)
+
+    def count(self, selector):
+        return self.js(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+    def text(self, selector="body"):
+        """What can be read there; of several elements, of all."""
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText).join('\\n')")
+
+    def until_text(self, text, selector="body"):
+        """Waits until this can be read there."""
+        until(lambda: text in self.text(selector), f"{text!r} in {selector}")
+
+    def is_visible(self, selector):
+        return self.js(f"document.querySelector({json.dumps(selector)})?.checkVisibility({{visibilityProperty: true}})"
+                       " ?? false")
+
+    def click(self, selector):
+        """A click with the mouse in the middle of an element, which has to be what is to be seen there."""
+        x, y, found = self.js(f"""(async () => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView({{block: "center", behavior: "instant"}});
+            await new Promise(requestAnimationFrame);
+            const {{left, top, width, height}} = element.getBoundingClientRect();
+            const x = left + width / 2, y = top + height / 2, met = document.elementFromPoint(x, y);
+            return [x, y, element.contains(met) || met?.contains(element) && met.tagName == "LABEL"];
+        }})()""")
+        assert found, f"{selector} is covered"
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key, text="", modifiers=0):
+        """A key."""
+        code = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}.get(key, 0)
+        text = {"Enter": "\r", " ": " "}.get(key, text)
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", key=key, text=text,
+                  windowsVirtualKeyCode=code, modifiers=modifiers)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code, modifiers=modifiers)
+
+    def fill(self, selector, value):
+        """Gives a control of a form this value, as a person would."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        kind = self.js(f"{element}.type")
+        if kind == "checkbox":
+            if self.js(f"{element}.checked") != value:
+                self.click(selector)
+        elif kind == "select-one":
+            self.js(f"""(() => {{
+                const select = {element};
+                select.selectedIndex = [...select.options].findIndex(option => option.text == {json.dumps(str(value))});
+                select.dispatchEvent(new Event("input", {{bubbles: true}}));
+                select.dispatchEvent(new Event("change", {{bubbles: true}}));
+            }})()""")
+        else:
+            self.js(f"{element}.focus(), {element}.select()")
+            self.call("Input.insertText", text=str(value))
+
+    def requests(self):
+        """The URLs of all requests."""
+        return [params["request"]["url"] for params in self.events("Network.requestWillBeSent")]
+
+    def faults(self):
+        """What a page that is well never does."""
+        self.js("new Promise(done => setTimeout(done))")
+        for name, params in self.browser.events[self.session]:
+            if (name in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening",
+                         "Page.windowOpen")
+                    or name == "Audits.issueAdded" and params["issue"]["code"] not in HINTS
+                    or name == "Log.entryAdded" and params["entry"]["level"] in ("warning", "error")
+                    or name == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+                        (self.origin + "/", "data:", "blob:"))):
+                yield f"{name} {json.dumps(params)}"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("browser"), "--remote-debugging-pipe") as process:
+        yield Browser(process)
+
+
+# Has the tools, and gives the answers, that it is told. What it is told no answer for, it answers with the arguments.
+PUPPET_SERVER = r"""
+import base64, json, sys, zlib
+told = json.loads(zlib.decompress(base64.b64decode(sys.argv[1])))
+for line in sys.stdin:
+    message = json.loads(line)
+    method, params = message["method"], message.get("params", {})
+    if "id" not in message: continue
+    answer = {"error": {"code": -32601, "message": "no " + method}}
+    if method == "initialize":
+        answer = {"result": {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}},
+                             "serverInfo": told["info"]}}
+    if method == "ping": answer = {"result": {}}
+    if method == "tools/list": answer = {"result": {"tools": told["tools"]}}
+    if method == "tools/call":
+        text = json.dumps(params["arguments"], sort_keys=True, ensure_ascii=False)
+        answer = told["answers"].get(params["name"], {"result": {"content": [{"type": "text", "text": text}]}})
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **answer}), flush=True)
+"""
+
+
+def puppet(tools=(), answers=(), info=("told", "1")):
+    """A server of these tools, and of one for each of these answers, of which a list is a result's content."""
+    answers = {name: {"result": {"content": answer}} if isinstance(answer, list) else answer
+               for name, answer in dict(answers).items()}
+    tools = [*tools]
+    names = {tool["name"] for tool in tools}
+    tools = [*tools, *({"name": name, "inputSchema": {"type": "object"}} for name in answers if name not in names)]
+    told = {"tools": tools, "answers": answers, "info": dict(zip(("name", "version", "title", "websiteUrl"), info))}
+    return [sys.executable, "-c", PUPPET_SERVER,           # compressed, because it may be too long for an argument
+            base64.b64encode(zlib.compress(json.dumps(told).encode())).decode()]
+
+
+def png(side):
+    """A picture."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + bytes(value for x in range(side) for value in (x * 255 // side, y * 255 // side, 128))
+                    for y in range(side))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) +
+                            chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+
+
+def wav(seconds):
+    """Silence."""
+    data = bytes([128]) * int(8000 * seconds)
+    return base64.b64encode(b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack(
+        "<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8) + b"data" + struct.pack("<I", len(data)) + data).decode()
+
+
+def tool_on(page, name):
+    """The selector of a tool, which is opened."""
+    tool = f"#tools .tool[data-name={json.dumps(name)}]"
+    page.until(f"document.querySelector({json.dumps(tool)})", f"the tool {name}")
+    if not page.js(f"document.querySelector({json.dumps(tool)}).open"):
+        page.click(f"{tool} > summary")
+    return tool
+
+
+def call_by_form(page, name, **values):
+    """Calls a tool by its form; returns the selector of what will come of it."""
+    tool = tool_on(page, name)
+    for field, value in values.items():
+        page.fill(f"{tool} [name={json.dumps(field)}]", value)
+    page.click(f"{tool} [type=submit]")
+    return f"{tool} .result"
+
+
+def until_state(page, state, name=None, patience=PATIENCE):
+    """Waits until a server, or the only one, is shown in this state."""
+    server = "#servers .server" + (f"[data-name={json.dumps(name)}]" if name else "")
+    page.until(f"document.querySelector({json.dumps(server)})?.dataset.state == {json.dumps(state)}",
+               f"{name or 'the server'} {state}", patience)
+
+
+def policy_of(proxy, path="/"):
+    """The directives of the page's Content-Security-Policy."""
+    response = proxy.request("GET", path, None, {"Accept": "text/html"})
+    assert response.status == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
+    directives = response.headers["content-security-policy"].split(";")
+    return {name: values for name, *values in map(str.split, directives)}
+
+
+def test_real_page_shows_the_server_and_its_tools_and_asks_for_nothing_elsewhere(browser, demo):
+    with browser.visit(demo) as page:
+        until_state(page, "ready", "demo")
+        page.until_text("mcpproxy-demo", "#servers")
+        page.until("document.querySelectorAll('#tools .tool').length == 4")
+        assert "Returns the text." in page.text(tool_on(page, "echo"))
+        assert f"http://127.0.0.1:{demo.port}/mcp" in page.text("#connect")
+        assert not page.is_visible("#login")
+        assert page.js("document.documentElement.lang && document.title && !!document.querySelector('h1')")
+
+
+def test_real_page_has_a_policy_that_lets_nothing_in(browser, demo):
+    policy = policy_of(demo)
+    assert policy.pop("default-src") == ["'none'"]
+    assert policy.pop("connect-src") == ["'self'"]
+    for directive in ("base-uri", "form-action", "frame-ancestors"):
+        assert policy.pop(directive) == ["'none'"]
+    for directive in ("script-src", "style-src"):
+        assert all(re.fullmatch("'(nonce|sha256|sha384|sha512)-[A-Za-z0-9+/=_-]+'", source)
+                   for source in policy.pop(directive))
+    assert {source for sources in policy.values() for source in sources} <= {"data:", "blob:", "'none'", "'script'"}
+    page = demo.request("GET", "/", None, {"Accept": "text/html"})
+    assert page.headers["x-content-type-options"] == "nosniff"
+    markup = re.sub(rb"(?s)<(script|style)>.*?</\1>", b"", page.body)
+    assert not re.search(rb"\s(on\w+|style|src)\s*=|\shref=(?!.data:)|<(script|base|iframe|object|embed)\b", markup)
+    with browser.visit(demo, expected="violates the following|ContentSecurityPolicyIssue") as page:
+        page.js("""(() => {
+            window.ran = [];
+            const inside = document.createElement("div");
+            document.body.append(inside);
+            inside.innerHTML = '<img src="/x" onerror="ran.push(1)"><a id=lure href="javascript:ran.push(2)">x</a>';
+            const script = document.createElement("script");
+            script.textContent = "ran.push(3)";
+            inside.append(script);
+            lure.click();
+            setTimeout("ran.push(4)");
+        })()""")
+        page.until(lambda: len(page.events("Audits.issueAdded")) >= 5, "all of that to be refused")
+        assert page.js("ran") == []
+
+
+FORM_SCHEMA = {"type": "object", "required": ["text", "count"], "properties": {
+    "text": {"type": "string", "title": "What to say", "description": "any words"},
+    "count": {"type": "integer", "minimum": 1, "maximum": 9}, "ratio": {"type": "number"},
+    "flag": {"type": "boolean"}, "colour": {"type": "string", "enum": ["red", "green", "blue"]},
+    "size": {"enum": [1, 2, 3]}, "where": {"type": "object", "properties": {"x": {"type": "number"}}},
+    "tags": {"type": "array", "items": {"type": "string"}}}}
+
+
+def test_real_page_calls_a_tool_by_its_form(browser):
+    with (running_proxy(puppet([{"name": "paint", "description": "Paints it.", "inputSchema": FORM_SCHEMA}])) as proxy,
+          browser.visit(proxy) as page):
+        tool = tool_on(page, "paint")
+        assert "any words" in page.text(tool)
+        result = call_by_form(page, "paint", text="two\twords", count=3)
+        page.until_text(json.dumps({"count": 3, "text": "two\twords"}), result)        # and nothing that was left empty
+        call_by_form(page, "paint", text='"', count=2, ratio=0.5, flag=True, colour="green", size=2,
+            json='{"where": {"x": 1}, "tags": ["a", "b"]}')
+        page.until_text(json.dumps({
+            "colour": "green", "count": 2, "flag": True, "ratio": 0.5, "size": 2, "tags": ["a", "b"], "text": '"',
+            "where": {"x": 1}}), result)
+
+
+def test_real_page_sends_no_form_that_is_not_filled_in_right(browser):
+    with (running_proxy(puppet([{"name": "paint", "inputSchema": FORM_SCHEMA}])) as proxy,
+          browser.visit(proxy) as page):
+        for values in ({}, {"text": "a"}, {"text": "a", "count": 1.5}):
+            call_by_form(page, "paint", **values)
+            assert page.js("document.querySelector('.tool :invalid') !== null")
+        call_by_form(page, "paint", text="a", count=1, json='{"where": ')
+        result = call_by_form(page, "paint", text="a", count=2, json='{"where": {}}')
+        page.until_text('{"count": 2, "text": "a", "where": {}}', result)
+        page.until("document.querySelector('#calls .call')")
+        assert page.text("#calls .call").count("paint") == 1
+
+
+# Names that a form, or an object, has already.
+TAKEN = ["submit", "elements", "action", "method", "name", "id", "length", "reset", "__proto__", "constructor",
+         "toString", "hasOwnProperty", "children", "dataset", "a b", "a[b]", 'a"b', "ä", "0"]
+
+
+def test_real_page_sends_arguments_of_any_name(browser):
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in TAKEN}}
+    with (running_proxy(puppet([{"name": "take", "inputSchema": schema}])) as proxy, browser.visit(proxy) as page):
+        tool = tool_on(page, "take")
+        for name in TAKEN:
+            field = f'{tool} [name="{name}"]'.replace('a"b', r'a\"b')
+            page.fill(field, f"<{name}>")
+        page.press("Enter")
+        page.until_text(json.dumps({name: f"<{name}>" for name in sorted(TAKEN)}, ensure_ascii=False),
+                        f"{tool} .result")
+
+
+SCHEMAS = [
+    case("no schema at all", {}), case("anything", {"type": "object", "additionalProperties": True}),
+    case("no properties", {"type": "object", "properties": {}}),
+    case("either", {"type": "object", "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}),
+    case("a list of types", {"type": "object", "properties": {"a": {"type": ["string", "null"]}}}),
+    case("or null", {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}),
+    case("a reference", {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {}}}),
+    case("true", {"type": "object", "properties": {"a": True}}),
+    case("a constant", {"type": "object", "properties": {"a": {"const": 1}}}),
+    case("what is no schema", {"type": "object", "properties": {"a": {"type": 7, "enum": {}, "default": []}}})]
+many_schemas = shared_proxy(puppet([{"name": row.id, "inputSchema": row.values[0]} for row in SCHEMAS]))
+
+
+@pytest.mark.parametrize("name", [row.id for row in SCHEMAS])
+def test_real_page_has_a_form_for_each_schema(browser, many_schemas, name):
+    with browser.visit(many_schemas) as page:
+        tool = tool_on(page, name)
+        if page.count(f"{tool} textarea"):
+            page.fill(f"{tool} textarea", '{"a": [null, "b"]}')
+            page.click(f"{tool} [type=submit]")
+            page.until_text('{"a": [null, "b"]}', f"{tool} .result")
+        else:
+            page.click(f"{tool} [type=submit]")
+            page.until_text("{}", f"{tool} .result")
+
+
+PICTURE = {"type": "image", "data": png(16), "mimeType": "image/png"}
+DONE = "element.innerText.trim() && !/it runs/.test(element.innerText)"
+# What an answer says, and what has to come true of the element that shows it.
+ANSWERS_SHOWN = [
+    case("text", [{"type": "text", "text": "a <b> & \n c"}], "element.innerText.includes('a <b> & \\n c')"),
+    case("several texts", [{"type": "text", "text": text} for text in ("one", "two")],
+         "/one\\s+two/.test(element.innerText)"),
+    case("image", [PICTURE], "element.querySelector('img')?.naturalWidth == 16"),
+    case("text and image", [{"type": "text", "text": "look"}, PICTURE],
+         "element.innerText.includes('look') && element.querySelector('img')?.naturalWidth == 16"),
+    case("SVG", [{"type": "image", "mimeType": "image/svg+xml", "data": base64.b64encode(
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>top.ran=1</script></svg>').decode()}],
+         "element.querySelector('img')?.naturalWidth == 9"),
+    case("broken image", [{**PICTURE, "data": "eA=="}], "element.querySelector('img')?.complete"),
+    case("image that is none", [{**PICTURE, "mimeType": "text/html"}], "element.childElementCount"),
+    case("audio", [{"type": "audio", "data": wav(0.25), "mimeType": "audio/wav"}],
+         "element.querySelector('audio[controls]')?.duration == 0.25"),
+    case("link", [{"type": "resource_link", "uri": "https://example.com/a?b=c", "name": "the name"}],
+         "element.innerText.includes('https://example.com/a?b=c') && element.innerText.includes('the name')"),
+    case("resource", [{"type": "resource", "resource": {"uri": "file:///a", "text": "content"}}],
+         "element.innerText.includes('content')"),
+    case("binary resource", [{"type": "resource", "resource": {"uri": "file:///b", "blob": png(16),
+                                                               "mimeType": "image/png"}}],
+         "element.innerText.includes('file:///b')"),
+    case("structured content", {"result": {"content": [], "structuredContent": {"deep": [{"value": 1.5}]}}},
+         "/deep[^]*value[^]*1.5/.test(element.innerText)"),
+    case("tool error", {"result": {"content": [{"type": "text", "text": "no such file"}], "isError": True}},
+         "element.innerText.includes('no such file') && /error|failed/i.test(element.innerText)"),
+    case("RPC error", {"error": {"code": -32602, "message": "bad things", "data": {"hint": "none"}}},
+         "element.innerText.includes('bad things')"),
+    case("nothing", [], DONE),
+    case("unknown", [{"type": "hologram", "x": "beam"}], "element.innerText.includes('beam')"),
+    case("null", [None], DONE), case("no list", {"result": {"content": {"a": "beam"}}}, DONE),
+    case("1 MB", [{"type": "text", "text": "word " * 200_000}], "element.innerText.includes('word word')")]
+
+
+many_results = shared_proxy(puppet(answers={row.id: row.values[0] for row in ANSWERS_SHOWN}))
+
+
+@pytest.mark.parametrize("name, condition", [case(row.id, row.id, row.values[1]) for row in ANSWERS_SHOWN])
+def test_real_page_shows_what_a_tool_gives(browser, many_results, name, condition):
+    with browser.visit(many_results, expected="/tools/RPC%20error") as page:
+        result = call_by_form(page, name)
+        page.until(f"(element => {condition})(document.querySelector({json.dumps(result)}))", condition)
+        assert page.js("window.ran") is None
+        assert page.js("[...document.querySelectorAll('.result a')].every(({rel}) => /noreferrer/.test(rel))")
+
+
+def test_real_page_shows_sessions_as_they_come_and_go(browser, kind):
+    with running_proxy(FAKE) as proxy, browser.visit(proxy) as page:
+        until_state(page, "ready")
+        assert page.count("#sessions .session") == 0
+        with kind(proxy) as client:
+            page.until("document.querySelectorAll('#sessions .session').length == 1")
+            page.until_text("test", "#sessions .session")
+            with kind(proxy) as other:
+                page.until("document.querySelectorAll('#sessions .session').length == 2")
+                other.leave()
+            page.until("document.querySelectorAll('#sessions .session').length == 1")
+            client.leave()
+            page.until("document.querySelectorAll('#sessions .session').length == 0")
+        assert getattr(client, "session", "no session") not in page.js("document.documentElement.outerHTML")
+
+
+def test_real_page_lists_calls_and_keeps_the_last_100(browser):
+    with running_proxy(FAKE) as proxy, browser.visit(proxy) as page:
+        until_state(page, "ready")
+        with StreamableClient(proxy) as client:
+            client.tool("echo", text="secret words")
+            page.until_text("echo", "#calls .call")
+            page.until_text("test", "#calls .call")
+            client.start("no-tool").answer()
+            page.until("/no-tool[^]*-32601/.test(document.querySelector('#calls .call').innerText)")     # newest first
+            for _ in range(120):
+                client.tool("pid")
+            page.until("document.querySelectorAll('#calls .call').length == 100")
+            page.until("![...document.querySelectorAll('#calls .call')].some(call => /echo/.test(call.innerText))")
+        call_by_form(page, "echo")
+        page.until("/echo/.test(document.querySelector('#calls .call').innerText)")
+        assert "secret words" not in page.js("document.documentElement.outerHTML")
+
+
+def test_real_page_shows_a_server_that_died_with_its_last_words(browser, tmp_path):
+    full = tmp_path / "full"
+    server = fake_server(f"import os, sys\nif os.path.exists({str(full)!r}): sys.exit('the <b>disk</b> is full')")
+    with running_proxy(server) as proxy, browser.visit(proxy, expected="status of 502") as page:
+        page.fill(f"{tool_on(page, 'echo')} [name=json]", "typed")
+        full.touch()
+        os.kill(servers_of(proxy)[0], signal.SIGKILL)
+        began = time.monotonic()
+        until_state(page, "down")
+        took = time.monotonic() - began
+        page.until_text("the <b>disk</b> is full", "#servers .error")
+        assert took < 4, "2 s where nothing else runs"
+        full.unlink()
+        proxy.request("GET", "/readyz")                # after five deaths it is started when somebody asks
+        until_state(page, "ready", patience=60)
+        assert page.js("document.querySelector('[data-name=echo] [name=json]').value") == "typed"
+
+
+# What somebody may write who wants to be more than text.
+CODE = "top.ran=1"
+HOSTILE = [f"<script>{CODE}</script>", f'<img src=x onerror="{CODE}">', f'"><svg onload={CODE}>',
+           f"' onmouseover='{CODE}' x='", f"`-{CODE}-`", f"javascript:{CODE}",
+           f"data:text/html,<script>{CODE}</script>",
+           f"</textarea></select></pre></details></style></script><script>{CODE}</script>", "${7*7}{{7*7}}",
+           f"<iframe srcdoc='<script>{CODE}</script>'></iframe>", f"<a href='javascript:{CODE}'>x</a>", "&lt;b&gt;",
+           "W" * 400, "\u202eright to left\u2066", "\x1b[31mred\x07\x00\x7f\x85\u2028\u200b\ufeff", "\ud800",
+           "Z\u0351\u0363\u0346" * 60, "__proto__", "constructor",
+           "\U0001f469\u200d\U0001f4bb\u0645\u0631\u062d\u0628\u0627"]
+
+
+def hostile_tool(text):
+    return {"name": text, "title": text, "description": text, "annotations": {"title": text}, "icons": [
+        {"src": text, "mimeType": text}], "inputSchema": {
+            "type": "object", "title": text, "description": text, "required": [], "properties": {
+                "s" + text: {"type": "string", "title": text, "description": text, "default": text, "format": text},
+                "e" + text: {"enum": [text, "other"], "title": text, "description": text, "default": text},
+                "b" + text: {"type": "boolean", "title": text, "description": text, "default": text},
+                "p" + text: {"type": "string", "pattern": text, "maxLength": text},
+                "o" + text: {"type": "object", "title": text, "description": text, "default": {text: text}},
+                "x" + text: {"type": text, "title": {text: text}, "description": [text]}}}}
+
+
+def hostile_answer(text):
+    return {"result": {"content": [
+        {"type": "text", "text": text}, {"type": text, text: text},
+        {"type": "image", "data": text, "mimeType": text}, {"type": "image", "data": png(16), "mimeType": text},
+        {"type": "audio", "data": text, "mimeType": text},
+        {"type": "resource_link", "uri": text, "name": text, "title": text, "description": text, "mimeType": text},
+        {"type": "resource", "resource": {"uri": text, "text": text, "mimeType": text}},
+        {"type": "resource", "resource": {"uri": text, "blob": text, "mimeType": text}}],
+        "structuredContent": {text: text}, "isError": text}}
+
+
+@contextlib.contextmanager
+def hostile_page(browser, **looks):
+    """A page of all of this, with all that can be opened open, and all tools called; only then it comes to rest."""
+    answers = {text: hostile_answer(text) if number % 5 else {
+        "error": {"code": -32000, "message": text, "data": {text: text}}} for number, text in enumerate(HOSTILE)}
+    server = puppet(map(hostile_tool, HOSTILE), answers, (HOSTILE[1], HOSTILE[11], HOSTILE[0], HOSTILE[5]))
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(running_proxy(server))
+        page = stack.enter_context(browser.visit(proxy, expected="net::ERR_INVALID_URL|status of [45]", **looks))
+        until_state(page, "ready")
+        for text in HOSTILE:
+            client = stack.enter_context(Client(proxy))
+            params = {**initialize()["params"], "clientInfo": {"name": text, "version": text}}
+            session = client.post(request(1, "initialize", params)).headers["mcp-session-id"]
+            client.post(request(2, text), 200, {"Mcp-Session-Id": session})
+            client.post(tool_call(3, text), 200, {"Mcp-Session-Id": session})
+        page.until(f"document.querySelectorAll('#tools .tool').length == {len(HOSTILE)}")
+        page.js("for (const details of document.querySelectorAll('details')) details.open = true")
+        page.js("for (const form of document.querySelectorAll('#tools .tool form')) form.requestSubmit()")
+        page.until("[...document.querySelectorAll('#tools .tool .result')].every(result => result.innerText.trim())")
+        page.until(f"document.querySelectorAll('#sessions .session').length == {len(HOSTILE)}")
+        yield page
+
+
+def test_real_page_takes_hostile_words_for_words(browser):
+    with hostile_page(browser) as page:
+        names = page.js("[...document.querySelectorAll('#tools .tool')].map(tool => tool.dataset.name)")
+        assert [name.replace("\ufffd", "\ud800") for name in names] == HOSTILE
+        for place in ("#tools", "#sessions", "#servers", "#calls"):
+            assert f'<img src=x onerror="{CODE}">' in page.text(place)
+        assert page.js("window.ran") is None
+        assert page.js("""[...document.querySelectorAll("*")].flatMap(element => [...element.attributes])
+            .filter(({name, value}) => name.startsWith("on") || name == "srcdoc").map(({name}) => name)""") == []
+        assert page.count("#tools :is(script, iframe, style, base, meta, object, embed)") == 0
+        assert page.js("""[...document.querySelectorAll("a[href], area[href], form[action], [formaction], use, link")]
+            .map(element => element.href?.baseVal ?? element.href ?? element.action)
+            .filter(url => !/^(https?:|data:,$)/.test(url))""") == []
+        assert page.js("location.href") == page.origin + "/"
+        assert page.events("Page.frameAttached") == []
+
+
+WIDE = """
+[...document.body.querySelectorAll("*")].filter(element => {
+    const {right, left, width} = element.getBoundingClientRect();
+    if (!element.checkVisibility() || !width || right <= innerWidth + 1 && left >= -1) return false;
+    for (let up = element.parentElement; up && up != document.body; up = up.parentElement)
+        if (getComputedStyle(up).overflowX != "visible") return false;
+    return true;
+}).map(element => `${element.tagName}.${element.className} ${element.innerText.slice(0, 40)}`)
+"""
+
+
+def check_width(page, width):
+    """Nothing is wider than the window, nor reaches out of it."""
+    assert page.js("innerWidth") == width
+    assert page.js("document.documentElement.scrollWidth") <= width
+    assert page.js(WIDE) == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1440])
+def test_real_page_fits_a_window_whatever_is_in_it(browser, width):
+    with hostile_page(browser, width=width) as page:
+        check_width(page, width)
+
+
+# The text that can be seen, with the contrast (WCAG 2.2, 1.4.3) that it has to what is behind it.
+CONTRASTS = """
+(() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+    const probe = document.createElement("i");
+    document.documentElement.append(probe);
+    probe.style.background = "Canvas";
+    const ground = getComputedStyle(probe).backgroundColor;
+    probe.remove();
+    function paint(layers) {
+        for (const [colour, alpha] of layers) {
+            canvas.globalAlpha = alpha;
+            canvas.fillStyle = colour;
+            canvas.fillRect(0, 0, 1, 1);
+        }
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
+            value => value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    }
+    function contrast(element, colour, pseudo) {
+        const chain = [];
+        for (let up = element; up; up = up.parentElement) chain.unshift(getComputedStyle(up));
+        let alpha = 1;
+        const layers = [[ground, 1]];
+        for (const style of chain) {
+            alpha *= style.opacity;
+            layers.push([style.backgroundColor, alpha]);
+        }
+        const behind = paint(layers), front = paint([...layers, [colour, alpha]]);
+        return (Math.max(behind, front) + 0.05) / (Math.min(behind, front) + 0.05);
+    }
+    const found = [];
+    const add = (element, text, colour) => found.push([
+        text.trim().slice(0, 40), element.tagName + "." + element.className, colour, contrast(element, colour)]);
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement;
+        if (walker.currentNode.data.trim() && element.checkVisibility({visibilityProperty: true})
+                && !element.closest(":disabled, script, style"))
+            add(element, walker.currentNode.data, getComputedStyle(element).color);
+    }
+    for (const element of document.querySelectorAll("input, select, textarea"))
+        if (element.checkVisibility()) {
+            add(element, "value of " + element.name, getComputedStyle(element).color);
+            if (element.placeholder)
+                add(element, "placeholder " + element.placeholder, getComputedStyle(element, "::placeholder").color);
+        }
+    return found;
+})()
+"""
+
+
+def open_all(page):
+    page.js("for (const details of document.querySelectorAll('details')) details.open = true")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_real_page_can_be_read_in_the_light_and_in_the_dark(browser, several, width):
+    looks = {}
+    failing = puppet(answers={"fail": {"result": {"content": [{"type": "text", "text": "no"}], "isError": True}}})
+    with several(good=FAKE, failing=failing, bad=BROKEN) as proxy, StreamableClient(proxy) as client:
+        client.tool("good__echo", text="x")
+        client.start("failing__fail").answer()
+        client.start("nothing").answer()
+        for scheme in ("light", "dark"):
+            with browser.visit(proxy, width=width, scheme=scheme) as page:
+                until_state(page, "ready", "good")
+                until_state(page, "down", "bad")
+                page.until("document.querySelectorAll('#tools .tool').length == 4")
+                page.until("document.querySelectorAll('#calls .call').length >= 3")
+                open_all(page)
+                call_by_form(page, next(name for name in page.js(
+                    "[...document.querySelectorAll('#tools .tool')].map(tool => tool.dataset.name)") if "fail" in name))
+                page.until_text("no", "#tools .result")
+                pale = [row for row in page.js(CONTRASTS) if row[3] < 4.5]
+                assert not pale
+                check_width(page, width)
+                looks[scheme] = page.js("[document.body, document.documentElement].flatMap(element => ["
+                                        "getComputedStyle(element).color, getComputedStyle(element).backgroundColor])")
+    assert looks["light"][0] != looks["dark"][0] and looks["light"][1::2] != looks["dark"][1::2]
+
+
+CONTROLS = """
+[...document.querySelectorAll("a[href], button, input, select, textarea, summary, audio[controls], [tabindex]")].filter(
+    element => element.checkVisibility({visibilityProperty: true}) && !element.disabled && element.tabIndex >= 0)
+"""
+NAMED_ROLES = {"button", "textbox", "searchbox", "checkbox", "combobox", "spinbutton", "link", "switch", "radio", "tab",
+               "listbox", "slider", "menuitem", "DisclosureTriangle", "image"}
+
+
+def test_real_page_is_used_by_keyboard_and_says_what_each_control_is(browser):
+    with (running_proxy(puppet([{"name": "paint", "inputSchema": FORM_SCHEMA}], {"look": [PICTURE]})) as proxy,
+          browser.visit(proxy) as page):
+        page.until("document.querySelectorAll('#tools .tool').length == 2")
+        tool = '#tools .tool[data-name="look"]'
+        page.js(f"document.querySelector('{tool} > summary').focus()")
+        page.press("Enter")
+        page.until(f"document.querySelector('{tool}').open")
+        while not page.js(f"document.activeElement.matches('{tool} [type=submit]')"):
+            page.press("Tab")
+            assert page.js(f"document.activeElement.closest('{tool}') !== null"), "there is no way to the button"
+        page.press(" ")
+        page.until(f"document.querySelector('{tool} .result img')?.naturalWidth == 16")
+        open_all(page)
+        page.js(f"window.left = new Set({CONTROLS}); document.activeElement.blur(); scrollTo(0, 0)")
+        unmarked, reached = [], page.js("left.size")
+        for _ in range(reached + 20):
+            page.press("Tab")
+            unmarked += page.js("""(() => {
+                const element = document.activeElement, style = getComputedStyle(element);
+                left.delete(element);
+                return element == document.body || style.outlineStyle != "none" || style.boxShadow != "none" ? [] :
+                    [element.outerHTML.slice(0, 100)];
+            })()""")
+        assert page.js("[...left].map(element => element.outerHTML.slice(0, 100))") == []
+        assert not unmarked, "has the focus, and looks as if it had not"
+        nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+        assert not [node for node in nodes if not node["ignored"] and node["role"]["value"] in NAMED_ROLES
+                    and not node.get("name", {}).get("value", "").strip()]
+        assert sum(node["role"]["value"] in NAMED_ROLES for node in nodes) > reached / 2
+
+
+def sign_in(page, key):
+    page.fill("#key", key)
+    page.press("Enter")
+
+
+REFUSAL = "status of 401|status of 403"        # which Chromium writes into the console, whatever the page does
+
+
+guarded_page = shared_proxy(FAKE, AUTH_KEY="right-key")
+
+
+def test_real_page_asks_for_the_key_and_keeps_it_to_itself(browser):
+    with (running_proxy(FAKE, AUTH_KEY="right-key/+%3F", LOG_LEVEL="DEBUG") as proxy,
+          browser.visit(proxy, expected=REFUSAL) as page):
+        page.until(lambda: page.is_visible("#login"), "the question for the key")
+        assert page.count("#servers .server, #tools .tool, #sessions .session, #calls .call") == 0
+        assert page.js("(({type, labels}) => type == 'password' && labels.length)(document.querySelector('#key'))")
+        sign_in(page, "wrong")
+        page.until_text("not right", "#login")
+        assert page.count("#servers .server, #tools .tool") == 0 and page.is_visible("#login")
+        sign_in(page, "right-key/+%3F")
+        until_state(page, "ready")
+        page.until("document.querySelectorAll('#tools .tool').length == 3")
+        assert not page.is_visible("#login")
+        page.until_text("hello", call_by_form(page, "echo", json='{"text": "hello"}'))
+        for _ in range(2):
+            html, places = page.js("document.documentElement.outerHTML"), [*page.requests(), page.js("location.href")]
+            assert "right-key" not in html + "".join(places) + page.js("document.cookie + JSON.stringify(localStorage)")
+            page.open("/")                            # again: it either asks, or remembers
+            page.until(lambda: page.is_visible("#login") or page.count("#servers .server"), "the page again")
+        other = Page(browser, page.origin, page.context)
+        other.open("/")
+        other.until(lambda: other.is_visible("#login"), "the question for the key in another tab")
+        other.call("Page.close")
+        assert "right-key" not in proxy.log()
+
+
+@pytest.mark.parametrize("wrong", ["right", "right-key ", "schl\u00fcssel", "\u20ac"])
+def test_real_page_says_of_any_wrong_key_that_it_is_wrong(browser, guarded_page, wrong):
+    with browser.visit(guarded_page, expected=REFUSAL) as page:
+        page.until(lambda: page.is_visible("#login"), "the question for the key")
+        sign_in(page, wrong)
+        if wrong.strip() != "right-key":
+            page.until_text("not right", "#login")
+            page.open("/")
+            page.until(lambda: page.is_visible("#login"), "the question again")
+            sign_in(page, "right-key")
+        until_state(page, "ready")
+
+
+def test_real_page_shows_a_key_what_its_limits_leave_until_it_is_taken_away(browser, keys):
+    with keys({"alice": {"servers": ["a"], "tools": ["read_*"]}, "root": {}}) as proxy:
+        with browser.visit(proxy, expected=REFUSAL) as page, StreamableClient(proxy, headers=brings("root")) as client:
+            client.tool("b__look")
+            page.until(lambda: page.is_visible("#login"), "the question for the key")
+            sign_in(page, "alice-secret")
+            until_state(page, "ready", "a")
+            page.until("document.querySelectorAll('#tools .tool').length == 2")
+            assert page.count("#servers .server") == 1
+            assert page.count("#sessions .session") == 0 and "look" not in page.text("#calls")
+            proxy.change({"root": {}})
+            page.until(lambda: page.is_visible("#login"), "the question for another key")
+            assert page.count("#servers .server, #tools .tool") == 0
+            sign_in(page, "root-secret")
+            page.until("document.querySelectorAll('#servers .server').length == 3")
+            page.until("document.querySelectorAll('#sessions .session').length == 1")
+
+
+def test_real_page_shows_the_next_key_nothing_of_the_last(browser, keys):
+    alice, bob = {"servers": ["a"], "tools": ["read_*"]}, {"servers": ["a"], "tools": ["look"]}
+    with keys({"alice": alice, "bob": bob}) as proxy, browser.visit(proxy, expected=REFUSAL) as page:
+        page.until(lambda: page.is_visible("#login"), "the question for the key")
+        sign_in(page, "alice-secret")
+        page.until("document.querySelectorAll('#tools .tool').length == 2")
+        proxy.change({"bob": bob})
+        page.until(lambda: page.is_visible("#login"), "the question for another key")
+        sign_in(page, "bob-secret")
+        until_state(page, "ready", "a")
+        page.until("[...document.querySelectorAll('#tools .tool')].map(tool => tool.dataset.name) == 'a__look'",
+                   "the other's tools")
+
+
+def recipes_of(page):
+    """What the page says for each client."""
+    names = page.js("[...document.querySelector('#with').options].map(option => option.text)")
+    for name in names:
+        page.fill("#with", name)
+        yield name, page.text("#recipe")
+
+
+def test_real_page_tells_how_to_connect(browser, several):
+    with several(old=FAKE, new=MODERN, AUTH_KEY="it's $HOME") as proxy, browser.visit(proxy, expected=REFUSAL) as page:
+        page.until(lambda: page.is_visible("#login"), "the question for the key")
+        sign_in(page, "it's $HOME")
+        until_state(page, "ready", "new")
+        assert "$HOME" not in "".join(text for _, text in recipes_of(page))
+        page.click("#show-key")
+        for place in ("/mcp", "/servers/new/mcp"):
+            page.fill("#what", place)
+            url, tool = f"http://127.0.0.1:{proxy.port}{place}", "echo" if "new" in place else "new__echo"
+            texts = dict(recipes_of(page))
+            assert len(texts) >= 7
+            assert all(url in text or url.removesuffix("mcp") + "tools" in text for text in texts.values())
+            for name, text in texts.items():
+                if text.startswith("{"):
+                    (server,) = next(iter(json.loads(text).values())).values()
+                    assert url in (server.get("url"), *server.get("args", ()))
+                    assert "Bearer it's $HOME" in json.dumps(server)
+                elif text.startswith("curl "):
+                    assert f'"{tool}"' in run("sh", "-c", text)
+                elif "import " in text and "const " not in text:
+                    compile(text, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        page.browser.call("Browser.grantPermissions", origin=page.origin, browserContextId=page.context,
+                          permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        page.click("#copy")
+        page.until("navigator.clipboard.readText().then(text => text == document.querySelector('#recipe').textContent)")
+
+
+def test_real_page_leaves_alone_what_somebody_selects_or_fills_in_while_it_changes(browser):
+    with running_proxy(FAKE) as proxy, browser.visit(proxy) as page, StreamableClient(proxy) as client:
+        tool = tool_on(page, "echo")
+        page.fill(f"{tool} [name=json]", '{"text": "typed"}')
+        page.js("getSelection().selectAllChildren(document.querySelector('#recipe'))")
+        client.tool("pid")
+        page.until_text("pid", "#calls .call")
+        assert proxy.request("GET", "/").json()["calls"]
+        assert page.js("getSelection().toString()") == page.text("#recipe")
+        assert page.js(f"document.querySelector('{tool} [name=json]').value") == '{"text": "typed"}'
+        assert page.js(f"document.activeElement.matches('{tool} [name=json]')")
+
+
+def test_real_page_shows_several_servers_of_which_one_does_not_start(browser, several):
+    with several(old=FAKE, new=MODERN, bad=BROKEN) as proxy, browser.visit(proxy) as page:
+        until_state(page, "ready", "old")
+        until_state(page, "ready", "new")
+        until_state(page, "down", "bad")
+        page.until_text("no good", '#servers .server[data-name="bad"] .error')
+        page.until("document.querySelectorAll('#tools .tool').length == 6")
+        for name in ("old__echo", "new__echo"):
+            page.until_text(f"hello {name}", call_by_form(page, name, json=json.dumps({"text": f"hello {name}"})))
+            page.until_text("echo", "#calls .call")
+
+
+@pytest.mark.parametrize("path", ["/a/b/", "/a/b"])
+def test_real_page_works_below_a_base_path(browser, path):
+    with (running_proxy(BASE_PATH="/a/b") as proxy, browser.visit(proxy, path) as page):
+        until_state(page, "ready", "demo")
+        page.until_text("5", call_by_form(page, "add", a=2, b=3))
+        assert f"http://127.0.0.1:{proxy.port}/a/b/mcp" in page.text("#connect")
+        assert all(url.startswith((page.origin + "/a/b", "data:")) for url in page.requests())
+
+
+def test_real_page_works_without_a_shared_session(browser):
+    with running_proxy(SHARED_SESSION="false") as proxy, browser.visit(proxy) as page:
+        until_state(page, "on demand")
+        assert page.count("#tools .tool") == 0 and not servers_of(proxy)         # nothing is started by looking
+        page.click("#load")
+        page.until_text("5", call_by_form(page, "add", a=2, b=3))
+        page.until_text("add", "#calls .call")
+        assert page.count("#sessions .session") == 0
+
+
+def test_real_page_says_that_the_proxy_is_gone_and_goes_on_when_it_is_back(browser):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    with running_proxy(PORT=port) as proxy, browser.visit(proxy, expected="net::ERR") as page:
+        until_state(page, "ready")
+        proxy.stop()
+        page.until_text("not connected", "header")
+        page.js("""(header => {
+            window.said = [];
+            new MutationObserver(() => said.push(header.innerText)).observe(header, {childList: true, subtree: true});
+        })(document.querySelector("header"))""")
+        page.until("said.length > 6")                   # it tries each second; so any other timer has rung
+        assert not [text for text in page.js("said") if "not connected" not in text]
+        with running_proxy(PORT=port):
+            until_state(page, "ready", patience=60)
+            page.until_text("5", call_by_form(page, "add", a=2, b=3))
+            page.open("about:blank")
 
 
 # ============================================================================
@@ -18520,3 +21898,189 @@ def test_conformance_suites_pass_through_two_proxies(suites, tmp_path, revision,
                      between=between)
     beyond = BEYOND_A_LEGACY_SERVER if revision == "2026-07-28" and "legacy" in (era, between) else set()
     assert [check for check in checks if check["status"] in ("FAILURE", "WARNING") and check["id"] not in beyond] == []
+
+
+# Several replicas behind a balancer.
+
+REPLICATED = {"nginx": """
+daemon off; worker_processes 1; USER pid HOME/pid; error_log HOME/errors notice; events {}
+http {
+    client_body_temp_path HOME/1; proxy_temp_path HOME/2; fastcgi_temp_path HOME/3; uwsgi_temp_path HOME/4;
+    scgi_temp_path HOME/5; access_log off;
+    BLOCK
+    server { listen 127.0.0.1:FRONT reuseport; LOCATION }
+}
+""", "haproxy": """
+global
+    nbthread 1
+    log stdout format raw local0
+defaults
+    mode http
+    timeout connect 10s
+    timeout client 1h
+    timeout server 1h
+    log global
+frontend front
+    bind 127.0.0.1:FRONT
+    default_backend mcp
+BLOCK
+"""}
+
+
+class Farm(Balancer):
+    """Three replicas behind a balancer, for which clients take them. It is as README.md has it, but for addresses."""
+
+    def __init__(self, name, home, stack, **settings):
+        self.name, self.home, self.settings = name, home, settings
+        path = os.environ["PATH"] + ":/usr/sbin"                   # where Debian has both
+        if not shutil.which(name, path=path):
+            unavailable(f"{name} is not installed")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            self.replicas = [*pool.map(lambda _: Proxy(FAKE, **settings), range(3))]
+        stack.callback(lambda: [self.end(proxy, signal.SIGKILL) for proxy in self.replicas if not proxy._log.closed])
+        with open(os.path.join(HERE, "README.md")) as file:
+            readme = file.read()
+        if name == "haproxy":
+            block, = re.findall("```haproxy\n(.*?)```", readme, re.DOTALL)
+            of_replica = r"\n +server \w+ 10\.0\.0\.\d:8000"
+        else:
+            block, = re.findall("```nginx\n(map .*?)```", readme, re.DOTALL)
+            of_replica = r"\n +server 10\.0\.0\.\d:8000;"
+        examples = re.findall(of_replica, block)
+        servers = [re.sub(r"10\.0\.0\.\d:8000", f"127.0.0.1:{proxy.port}", examples[0].replace(" a ", f" r{number} "))
+                   for number, proxy in enumerate(self.replicas)]
+        block = re.sub(of_replica, "", block.replace(examples[0], "".join(servers), 1))
+        location, = re.findall(r"```nginx\n(location .*?)```", readme, re.DOTALL)
+        with contextlib.ExitStack() as started, socket.socket() as held, open(home / "seen", "w") as seen:
+            # A bound socket that does not listen holds the port, which both share because they set SO_REUSEPORT.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(("127.0.0.1", 0))
+            super().__init__(held.getsockname()[1])
+            text = REPLICATED[name]
+            for word, meaning in (("BLOCK", block), ("LOCATION", location.replace("127.0.0.1:8000", "mcp")),
+                                  ("HOME", str(home)), ("USER", "" if os.getuid() else "user root;"),
+                                  ("FRONT", str(self.port))):
+                text = text.replace(word, meaning)
+            (home / "conf").write_text(text)
+            command = {"nginx": ["nginx", "-e", home / "errors", "-c"], "haproxy": ["haproxy", "-db", "-f"]}[name]
+            self.process = started.enter_context(subprocess.Popen(
+                [*command, home / "conf"], env={**os.environ, "PATH": path}, stdout=seen, stderr=subprocess.STDOUT))
+            started.callback(self.process.terminate)
+            until(lambda: self.is_up() or self.process.poll() is not None, f"the start of {name}")
+            assert self.process.poll() is None, self.told()
+            stack.push(started.pop_all())
+
+    def told(self):
+        """What the balancer said."""
+        return (self.home / "seen").read_text(errors="replace")
+
+    def tell(self, number, state):
+        """Has the balancer see that a replica is UP or DOWN. HAProxy looks by itself; nginx has to be told."""
+        if self.name == "haproxy":
+            return until(lambda: re.findall(rf"Server mcp/r{number} is (UP|DOWN)", self.told())[-1:] == [state],
+                         f"{state} of {number}")
+        conf, errors = self.home / "conf", self.home / "errors"
+        server = f"server 127.0.0.1:{self.replicas[number].port}"
+        conf.write_text(re.sub(rf"{server}( down)?;", f"{server}{' down' * (state == 'DOWN')};", conf.read_text()))
+        before = errors.read_text().count("gracefully shutting down")
+        self.process.send_signal(signal.SIGHUP)
+        until(lambda: errors.read_text().count("gracefully shutting down") > before, "the reload")
+
+    def end(self, proxy, number=signal.SIGTERM):
+        """A replica ends, and has done nothing wrong."""
+        status = proxy.stop(number)
+        log = proxy.log()
+        proxy._log.close()
+        assert status == (0 if number == signal.SIGTERM else -number) and "Traceback" not in log, log
+
+    def start_again(self, number):
+        """A replica that has ended is started again, at its port."""
+        self.replicas[number] = Proxy(FAKE, **{**self.settings, "PORT": self.replicas[number].port})
+
+
+@pytest.fixture(scope="module", params=REPLICATED)
+def farm(request, tmp_path_factory):
+    """A Farm, which tests leave as it was."""
+    with contextlib.ExitStack() as stack:
+        yield Farm(request.param, tmp_path_factory.mktemp("farm"), stack, SESSION_SECRET=SEAL)
+
+
+@pytest.fixture(params=REPLICATED)
+def own_farm(request, tmp_path):
+    """One that a test may change."""
+    with contextlib.ExitStack() as stack:
+        yield Farm(request.param, tmp_path, stack, SESSION_SECRET=SEAL, DRAIN_DELAY=2)
+
+
+def test_real_balancer_keeps_each_session_at_one_replica(farm, kind):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(kind(farm)) for _ in range(12)]
+        places = [{client.tool("pid") for _ in range(4)} for client in clients]
+        assert {len(pids) for pids in places} == {1}
+        if kind is StreamableClient or farm.name == "haproxy":          # nginx goes by the address
+            assert len(set.union(*places)) > 1
+        stream = clients[0].listen()
+        clients[0].tool("notify", method=TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
+
+
+@pytest.mark.parametrize("kind", [Client, ModernClient])
+def test_real_balancer_spreads_what_has_no_session_evenly(farm, kind):
+    with kind(farm) as client:
+        pids = collections.Counter(client.tool("pid") for _ in range(30))
+    assert len(pids) == 3 and min(pids.values()) >= 8, pids
+
+
+def test_real_balancer_of_replicas_passes_on_each_event_at_once(farm, any_kind):
+    with any_kind(farm) as client:
+        call = client.start("sleep", token="t", seconds=1.5, steps=3)
+        call.stream.wait_for("notifications/progress")
+        assert not [message for message in call.stream.messages(call.start) if message.get("id") == call.id]
+        assert text_of(call.answer()) == "slept"
+        if any_kind is not ModernClient:          # whose answer may come to another replica, which does not know
+            assert json.loads(client.tool("inquire", rounds=[[FORM], [FORM]])) == [ACCEPTED] * 2
+
+
+def test_real_balancer_and_a_replica_that_is_killed(own_farm):
+    """Its sessions go on at the others at once, and no call is lost that comes later."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(StreamableClient(own_farm)) for _ in range(9)]
+        before = {client.tool("pid") for client in clients}
+        assert len(before) > 1
+        own_farm.end(own_farm.replicas[0], signal.SIGKILL)
+        after = {client.tool("pid") for client in clients for _ in range(2)}
+        assert len(after) <= 2
+        assert [json.loads(client.tool("inquire", rounds=[[FORM]])) for client in clients] == [[ACCEPTED]] * 9
+        own_farm.tell(0, "DOWN")
+        own_farm.start_again(0)
+        own_farm.tell(0, "UP")
+        with Client(own_farm) as client:
+            until(lambda: client.tool("pid") not in before | after, "a call at the one that is new")
+        assert {client.tool("echo", text="hi") for client in clients} == {"hi"}
+
+
+def test_real_balancer_loses_no_call_while_replicas_are_restarted_in_turn(own_farm):
+    is_over, calls, lost = threading.Event(), collections.Counter(), []
+
+    def work(kind):
+        with kind(own_farm) as client:
+            while not is_over.is_set():
+                text = os.urandom(4).hex()
+                try:
+                    calls[kind] += client.tool("echo", text=text) == text
+                    calls[kind] += client.tool("sleep", seconds=0.1) == "slept"
+                except Exception as error:
+                    lost.append((kind, error))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        try:
+            work = [pool.submit(work, kind) for kind in (StreamableClient, StreamableClient, Client, ModernClient)]
+            for number, proxy in enumerate(own_farm.replicas[:]):
+                if own_farm.name == "nginx":
+                    own_farm.tell(number, "DOWN")
+                own_farm.end(proxy)
+                own_farm.start_again(number)
+                own_farm.tell(number, "UP")
+        finally:
+            is_over.set()
+    assert not [one for one in work if one.exception()] and not lost, lost[:3]
+    assert len(calls) == 3 and min(calls.values()) > 20, calls
