@@ -10391,9 +10391,8 @@ class Overview:
         """What is known of a server; nothing of what is not."""
         facts, identity = {"state": server.state, "restarts": server.restarts}, server.identity
         if identity:
-            facts |= {"era": MODERN if identity.version == MODERN_VERSION else LEGACY,
-                      "revision": str(identity.version)[:MAX_LABEL], "name": identity.name[:MAX_LABEL],
-                      "version": identity.release[:MAX_LABEL]}
+            facts |= {"era": identity.era, "revision": str(identity.version)[:MAX_LABEL],
+                      "name": identity.name[:MAX_LABEL], "version": identity.release[:MAX_LABEL]}
         return facts | ({"error": server.last_error} if server.last_error and with_error else {})
 
     def health(self, with_errors: bool) -> dict:
@@ -10418,7 +10417,7 @@ class Overview:
             "calls": [self._about_call(*call) for call in reversed(mount.recent) if sees_all or call[4] == caller]})
 
     def _about_server(self, name: str, server: Server, with_error: bool) -> dict:
-        facts, usages = self._facts(server, with_error), self._usages(name)
+        facts = self._facts(server, with_error)
         instance, group = server.instances.get(()), server.config.group
         place = name if name in self._mount.catalog.places else group
         if instance and instance.state is InstanceState.READY:
@@ -10430,11 +10429,16 @@ class Overview:
         facts["title"] = facts.pop("name", None)
         return {"name": name, **facts, "group": group, "isRemote": bool(server.config.url),
                 "path": f"/servers/{place}/mcp" if self._mount.catalog.is_file else "/mcp",
-                "processes": sum(usage.processes for usage in usages), "memory": sum(usage.memory for usage in usages),
-                "cpu": round(self._census.spent[name] + sum(usage.seconds for usage in usages), 1)}
+                "processes": self._total("processes", server), "memory": self._total("memory", server),
+                "cpu": round(self._seconds(server), 1)}
 
-    def _usages(self, name: str) -> list[Usage]:
-        return [usage for usage in self._census.servers.values() if usage.server == name]
+    def _total(self, what: str, server: Server) -> float:
+        """What the processes of a server use together, by the name that it has in Usage."""
+        return sum(getattr(usage, what) for usage in self._census.servers.values() if usage.server == server.name)
+
+    def _seconds(self, server: Server) -> float:
+        """Of CPU, with what has ended."""
+        return self._census.spent[server.name] + self._total("seconds", server)
 
     def _about_session(self, session: Session) -> dict:
         return {"session": session.label, "client": session.told, "place": session.view.place or "",
@@ -10504,20 +10508,15 @@ class Overview:
             yield "process_open_fds", "gauge", "Its open files and sockets.", [({}, len(os.listdir("/proc/self/fd")))]
 
     def _families_of_servers(self) -> collections.abc.Iterator[tuple]:
-        servers, spent = self._mount.servers.values(), self._census.spent
-
-        def total(name: str, server: Server) -> float:
-            return sum(getattr(usage, name) for usage in self._usages(server.name))
         for name, kind, about, value_of in (
                 ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
                 ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
                 ("server_start_duration_seconds", "gauge", "How long its last start took.",
                  lambda server: server.start_seconds),
-                ("server_processes", "gauge", "Processes that it is.", lambda server: total("processes", server)),
-                ("server_resident_memory_bytes", "gauge", "Memory of these.", lambda server: total("memory", server)),
-                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.",
-                 lambda server: spent[server.name] + total("seconds", server))):
-            found = [({"server": server.name}, value_of(server)) for server in servers]
+                ("server_processes", "gauge", "Processes that it is.", functools.partial(self._total, "processes")),
+                ("server_resident_memory_bytes", "gauge", "Memory of these.", functools.partial(self._total, "memory")),
+                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.", self._seconds)):
+            found = [({"server": server.name}, value_of(server)) for server in self._mount.servers.values()]
             yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
 
 
@@ -11930,10 +11929,9 @@ async def tell_servers(mount: Mount, base: str) -> None:
     rows = [("server", "state", "era", "revision", "what it is", "at")]
     for name, server in mount.servers.items():
         identity, place = server.identity, f"{base}/servers/{name}/mcp" if mount.catalog.is_file else f"{base}/mcp"
-        era = "" if identity is None else MODERN if identity.version == MODERN_VERSION else LEGACY
-        what = (identity.version, f"{identity.name} {identity.release}"[:80]) if identity else (
-            "", server.last_error[:80])
-        rows.append((name, server.state, era, *what, place))
+        what = (identity.era, identity.version, f"{identity.name} {identity.release}"[:80]) if identity else (
+            "", "", server.last_error[:80])
+        rows.append((name, server.state, *what, place))
     texts = [[text if (text := str(cell)).isprintable() else ascii(text) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
