@@ -23,7 +23,7 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 mcp
 
 COPY --from=node /usr/local/bin/node /usr/local/bin/node
-COPY --from=node /usr/local/lib/node_modules /usr/local/lib/node_modules
+COPY --from=node /usr/local/lib/node_modules/npm /usr/local/lib/node_modules/npm
 RUN ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm \
     && ln -s ../lib/node_modules/npm/bin/npx-cli.js /usr/local/bin/npx
 
@@ -31,12 +31,15 @@ RUN ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm \
 COPY mcpproxy.py /usr/local/bin/mcpproxy.py
 RUN python3 -c "import py_compile; py_compile.compile('/usr/local/bin/mcpproxy.py', '/usr/local/bin/mcpproxy.pyc', doraise=True)"
 
-# npx and uvx keep their packages in the home directory: a volume there makes the next start fast.
-USER mcp
+# npx and uvx keep their packages in the home directory: a volume there makes the next start fast. The user is a number,
+# because Kubernetes has to see that it is not root, and HOME is named for users that /etc/passwd does not know.
+USER 1000:1000
 WORKDIR /home/mcp
 EXPOSE 8000
-ENV HOST=0.0.0.0 PORT=8000
+ENV HOME=/home/mcp HOST=0.0.0.0 PORT=8000
 
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import os, ssl, urllib.request as request; request.urlopen(('https' if os.environ.get('TLS_CERT') else 'http') + '://127.0.0.1:' + os.environ['PORT'] + '/healthz', timeout=4, context=ssl._create_unverified_context())"]
+# With no proxy: what http_proxy names is not for this.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import http.client as http, os, ssl, sys; at = ('127.0.0.1', int(os.environ['PORT'])); link = http.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if os.environ.get('TLS_CERT') else http.HTTPConnection(*at, timeout=4); link.request('GET', '/healthz'); sys.exit(link.getresponse().status != 200)"]
 
-ENTRYPOINT ["tini", "--", "python3", "/usr/local/bin/mcpproxy.pyc"]
+# -s: it reaps, and does not complain, where another init is process 1 already (docker run --init).
+ENTRYPOINT ["tini", "-s", "--", "python3", "/usr/local/bin/mcpproxy.pyc"]

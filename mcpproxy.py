@@ -47,25 +47,28 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     29. Several servers as one              what all are asked, and which of them a request is for
     30. Bridges                what happens to a call between two eras
     31. Dialogues              what a server asks in the course of a call
-    32. Exchanges              one client request and everything sent in answer to it
-    33. Joint exchanges        requests that the proxy answers for its servers
+    32. Records                what stays of a call that is over
+    33. Exchanges              one client request and everything sent in answer to it
+    34. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    34. HTTP connections       one socket each
-    35. HTTP server            the sockets that are listened on, and TLS
-    36. Outlets                a call's messages into an HTTP reply
-    37. Overview               what those who look after the proxy are told of it
-    38. Endpoints              what each method and path means
-    39. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    40. Demo server            a small MCP server to try things with
-    41. The proxy              everything put together
-    42. Command line           arguments and environment into a running proxy
-    43. The page               the overview for people
+    35. HTTP connections       one socket each
+    36. HTTP server            the sockets that are listened on, and TLS
+    37. Outlets                a call's messages into an HTTP reply
+    38. Overview               what those who look after the proxy are told of it
+    39. Admission              what the head of a request says
+    40. OpenAPI                the tools as operations
+    41. Endpoints              what each method and path means
+    42. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    43. Demo server            a small MCP server to try things with
+    44. The proxy              everything put together
+    45. Command line           arguments and environment into a running proxy
+    46. The page               the overview for people
 
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 4, 18, 19
-                and 34 to 38 a request may also be one of HTTP; what answers that is a Reply
+                and 35 to 41 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -265,6 +268,10 @@ class ServerError(ProxyError):
 
 class HandshakeRefused(ServerError):
     """The server answered, but not with what a handshake needs."""
+
+
+class GreetedTwice(ServerError):
+    """A slow server got the words of both eras and took both: which it stays with, nobody knows."""
 
 
 class StartError(Exception):
@@ -3723,7 +3730,7 @@ class Reaper:
     def __init__(self):
         self.nonce = os.urandom(8).hex()
         self.census = Census()
-        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(8).hex()}")     # of sandboxed servers,
+        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")     # of sandboxed servers,
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
         self.uids: set[int] = set()           # and the users that they have for themselves
         self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
@@ -3750,7 +3757,7 @@ class Reaper:
 
     def tick(self) -> None:
         """Called every few seconds: hears of orphans that ended, and of the shell if it did."""
-        for pid in self._orphans():
+        for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
             if process_state(pid)[0] == b"Z":
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
@@ -3760,10 +3767,14 @@ class Reaper:
             self._watcher.stdin.close()
             self._start_watcher()
 
-    def _orphans(self) -> set[int]:
+    def _strangers(self) -> set[int]:
         """Our children that are nothing of ours. While a server is started, it could be one of them."""
         known = {*self.census.servers, *self.census.ours}
-        return {*children_of(os.getpid())} - known if self.census.gets_orphans and not self.census.starting else set()
+        return {*children_of(os.getpid())} - known if not self.census.starting else set()
+
+    def _orphans(self) -> set[int]:
+        """Those of them that servers have left behind; process 1 gets everybody's."""
+        return self._strangers() if self.census.gets_orphans else set()
 
     def ending(self, pid: int) -> None:
         """Says that a server will be stopped: its descendants can still be told."""
@@ -4136,9 +4147,12 @@ class Cell:
         if settings.run_as_user:
             self._take_user(settings.run_as_user)
         if settings.private_home or settings.sandbox != "off":
-            self.directory = f"{reaper.homes}/{self._number}"
+            # Short, because a path of a Unix socket may have 107 characters, and browsers put theirs deep below.
+            self.directory = f"{reaper.homes}/{self._number[:8]}"
             self.home = f"{self.directory}/home"
             os.makedirs(reaper.homes, 0o711, exist_ok=True)
+            if os.lstat(reaper.homes).st_uid != os.geteuid():          # its name can be seen before it is there
+                raise ServerError(f"{reaper.homes} is somebody else's")
             for path in self.directory, self.home, f"{self.directory}/tmp":
                 os.mkdir(path, 0o700)
                 if self.user and os.geteuid() == 0:
@@ -5827,6 +5841,10 @@ class ServerConnection(Holder):
                                                    return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
+                    if greeting:
+                        await asyncio.wait({greeting}, timeout=GREETING_SECONDS)
+                        if greeting.done() and not greeting.exception():
+                            raise GreetedTwice("the MCP server was greeted in both eras")
                     return self._greeted(MODERN, probe.result())
                 if greeting in done:
                     if not greeting.exception():
@@ -6922,6 +6940,9 @@ class Instance:
                 if not isinstance(error, ServerError):
                     raise
                 failure = error
+                if isinstance(error, GreetedTwice):
+                    speaks[MODERN] = True
+                    return await self._connect(initialize)           # a fresh one is spoken to in that alone
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
                 elif era is LEGACY or link.is_remote:
@@ -7024,6 +7045,8 @@ class Instance:
         """Tells those who wait for the server that it can be used, or why it cannot."""
         self._wanted.clear()
         self._ways.clear()
+        if self._link:
+            self._link.way = ""              # what is sent from now on is nobody's who waited
         settled, self._started = self._started, asyncio.get_running_loop().create_future()
         if error:
             settled.set_exception(error)
@@ -7821,6 +7844,7 @@ class Mount:
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see Exchange
         self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
         self.listeners: set = set()                # exchanges that listen to several servers as one
+        self._looked_at = float("-inf")            # when sessions were
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
         self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
@@ -7986,6 +8010,11 @@ class Mount:
             settings = call.instance.server.settings if call.instance else self.settings
             if call.is_overdue(now, settings.request_timeout):
                 call.time_out()
+        if now - self._looked_at >= 1.0:                     # there may be many thousands
+            self._looked_at = now
+            self._end_sessions(now)
+
+    def _end_sessions(self, now: float) -> None:
         idle = self.settings.session_idle
         for session in list(self.sessions.values()):
             if session.is_homeless and not session.calls:
@@ -8741,7 +8770,78 @@ class Dialogue:
 
 
 # ============================================================================
-# 32. Exchanges
+# 32. Records
+# ============================================================================
+#
+# What stays of a call that is over: a line of the log, its place in the counters,
+# and for a while what the overview shows of it. Never an argument of it.
+
+class Outcome(enum.StrEnum):
+    """How an exchange ends, or is interrupted."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    CANCELLED = "cancelled"            # the client said so, or is gone
+    TIMED_OUT = "timed out"
+    PARKED = "waits for input"
+
+
+def audit(caller: Caller | None, told: object, method: str | None, name: str | None, trace: dict[str, str] | None,
+          **fields) -> dict:
+    """What the log has, as JSON, of each request of a client: one line, never with an argument. `told` is who the
+    client says it is. What has no value is left out."""
+    traced = re.fullmatch('"?[0-9a-f]{2}-([0-9a-f]{32})-.*', (trace or {}).get("traceparent", ""))
+    found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
+             "sub": caller and caller.is_token and caller.name.partition(":")[2],
+             "client": told if isinstance(told, str) else client_name(told), "method": method,
+             {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
+    return {field: value for field, value in found.items() if value or value == 0 and value is not False}
+
+
+def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
+    """It counts, can be looked at for a while, and has a line in the log for both messages: at full speed a line
+    for each would be a tenth of all work."""
+    client, method = call.client, call.method
+    mount = client.mount
+    if log.level <= logging.DEBUG:
+        log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
+                  id=call.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
+    now, size = mount.now(), sum(map(len, payload))
+    seconds, server = now - call._started, call.instance and call.instance.server
+    place = server.name if server else ""
+    problem = "cancelled" if outcome is Outcome.CANCELLED else call.problem
+    # The name of a tool or a prompt; a resource's URI may hold a secret.
+    name = own_name = call.name if call.name and NAMED_BY[method] == "name" else "-"
+    if call.target is not None and name != "-":
+        own_name = call.own_name
+    labels = (place, method, own_name if method == "tools/call" else "",
+              MODERN_VERSION if call.envelope else client.version or "", problem)
+    numbers = mount.counters.found.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
+    numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
+    numbers[-1] += seconds
+    fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
+    mount.recent.append((now, labels, own_name, client.told or call.told, client.caller, fields) if (
+        call.size <= SMALL) else _cut(call, now, labels, own_name, fields))
+    about = None
+    if log.as_json:
+        about = audit(client.caller, client.told or call.told, method, own_name if name != "-" else None,
+                      call.trace, transport=call.outlet.transport,
+                      era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
+                      session=client.session_label, server=place, id=call.id, outcome=outcome, error_type=problem,
+                      ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
+    log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
+            "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
+
+
+def _cut(call: "Exchange", now: float, labels: tuple, name: str, fields: tuple) -> tuple:
+    """What is kept of a large request: its names may be what is large."""
+    shorter = [text[:MAX_LABEL_VALUE] for text in labels]
+    return now, shorter, name[:MAX_LABEL_VALUE], call.client.told, call.client.caller, (
+        fields[0], shorter[1], "-", "-", *fields[4:])
+
+
+# ============================================================================
+# 33. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -8768,28 +8868,6 @@ EXCHANGE_STATES = {
     PARKED: {RUNNING, DONE},
     DONE: set(),
 }
-
-
-class Outcome(enum.StrEnum):
-    """How an exchange ends, or is interrupted."""
-
-    ANSWERED = "answered"
-    FAILED = "failed"
-    CANCELLED = "cancelled"            # the client said so, or is gone
-    TIMED_OUT = "timed out"
-    PARKED = "waits for input"
-
-
-def audit(caller: Caller | None, told: object, method: str | None, name: str | None, trace: dict[str, str] | None,
-          **fields) -> dict:
-    """What the log has, as JSON, of each request of a client: one line, never with an argument. `told` is who the
-    client says it is. What has no value is left out."""
-    traced = re.fullmatch('"?[0-9a-f]{2}-([0-9a-f]{32})-.*', (trace or {}).get("traceparent", ""))
-    found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
-             "sub": caller and caller.is_token and caller.name.partition(":")[2],
-             "client": told if isinstance(told, str) else client_name(told), "method": method,
-             {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
-    return {field: value for field, value in found.items() if value or value == 0 and value is not False}
 
 
 class Exchange(PendingRequest, Holder):
@@ -9213,7 +9291,7 @@ class Exchange(PendingRequest, Holder):
             self._take_back(notification, outcome)
         if self.state is DONE and self.dialogue:
             self.dialogue.end(outcome is Outcome.ANSWERED)
-        self._record(outcome, payload)
+        record(self, outcome, payload)
         if self.work and outcome is not Outcome.ANSWERED:
             self.work.cancel()
         if self.state is DONE and self.on_done:
@@ -9257,46 +9335,6 @@ class Exchange(PendingRequest, Holder):
             line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
         self.connection.cancel(self.server_id, reason, line)
 
-    def _record(self, outcome: Outcome, payload: list) -> None:
-        """It counts, can be looked at for a while, and has a line in the log for both messages: at full speed a line
-        for each would be a tenth of all work."""
-        client, method = self.client, self.method
-        mount = client.mount
-        if log.level <= logging.DEBUG:
-            log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
-                      id=self.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
-        now, size = mount.now(), sum(map(len, payload))
-        seconds, server = now - self._started, self.instance and self.instance.server
-        place = server.name if server else ""
-        problem = "cancelled" if outcome is Outcome.CANCELLED else self.problem
-        # The name of a tool or a prompt; a resource's URI may hold a secret.
-        name = own_name = self.name if self.name and NAMED_BY[method] == "name" else "-"
-        if self.target is not None and name != "-":
-            own_name = self.own_name
-        labels = (place, method, own_name if method == "tools/call" else "",
-                  MODERN_VERSION if self.envelope else client.version or "", problem)
-        numbers = mount.counters.found.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
-        numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
-        numbers[-1] += seconds
-        fields = client.label, method, name, self.id, outcome, self.size, size, seconds * 1000
-        mount.recent.append((now, labels, own_name, client.told or self.told, client.caller, fields) if (
-            self.size <= SMALL) else self._cut(now, labels, own_name, fields))
-        about = None
-        if log.as_json:
-            about = audit(client.caller, client.told or self.told, method, own_name if name != "-" else None,
-                          self.trace, transport=self.outlet.transport,
-                          era=(MODERN if self.envelope else LEGACY) if labels[3] else "",
-                          session=client.session_label, server=place, id=self.id, outcome=outcome, error_type=problem,
-                          ms=seconds * 1000, bytes_in=self.size, bytes_out=size)
-        log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
-                "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
-
-    def _cut(self, now: float, labels: tuple, name: str, fields: tuple) -> tuple:
-        """What is kept of a large request: its names may be what is large."""
-        shorter = [text[:MAX_LABEL_VALUE] for text in labels]
-        return now, shorter, name[:MAX_LABEL_VALUE], self.client.told, self.client.caller, (
-            fields[0], shorter[1], "-", "-", *fields[4:])
-
     def is_overdue(self, now: float, patience: float) -> bool:
         return now - self.last_sign >= patience
 
@@ -9332,7 +9370,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 33. Joint exchanges
+# 34. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -9621,7 +9659,7 @@ import threading
 
 
 # ============================================================================
-# 34. HTTP connections
+# 35. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -10018,7 +10056,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 35. HTTP server
+# 36. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -10134,7 +10172,7 @@ class HTTPServer:
         self.is_leaving = False                # is no connection to be kept any more?
         self._servers: list[asyncio.Server] = []
         self._application = application
-        self._heartbeat = heartbeat
+        self._heartbeat, self._looked_at = heartbeat, 0.0
         self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
@@ -10178,9 +10216,11 @@ class HTTPServer:
         writer.transport.set_protocol(transport if tls else connection)
 
     def tick(self, now: float) -> None:
-        """Called now and then."""
-        for connection in list(self.connections):
-            connection.tick(now, self._heartbeat)
+        """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
+        if now - self._looked_at >= min(1.0, self._heartbeat / 2):
+            self._looked_at = now
+            for connection in list(self.connections):
+                connection.tick(now, self._heartbeat)
 
     def leave(self) -> None:
         """From now on, connections are closed behind the next answer."""
@@ -10203,7 +10243,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 36. Outlets
+# 37. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -10364,7 +10404,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 37. Overview
+# 38. Overview
 # ============================================================================
 #
 # What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
@@ -10529,31 +10569,32 @@ def transport_of(session: Session) -> str:
 
 
 # ============================================================================
-# 38. Endpoints
+# 39. Admission
 # ============================================================================
 #
-# What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (admission, body, reply) and add a row to ROUTES; what it
-# raises becomes the reply, in one place.
-#
-# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
-# Streamable HTTP, of the era that the message claims; a GET is the stream of the
-# session that it names, and without a session it is HTTP+SSE.
+# What the head of a request says: who sends it, to which place, and what for. It
+# is found out once for a head that comes again.
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
-CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_WATCHERS = 20                # of the overview
-WATCH_PAUSE = 1.0                # seconds until they are told again
+OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Route:
+    """What can be done with a path."""
+
+    def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
+        self.is_public = is_public             # without a key
+        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
+        self.methods = methods                 # what an application does for each
+        self.allow = ", ".join(methods)
 
 
 class Admission:
     """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
-    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: "dict[str, Route] | None" = None):
+    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: dict[str, Route]):
         self.head, self._settings, self._catalog = head, settings, catalog
-        routes = routes or ROUTES
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
         # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
@@ -10568,10 +10609,11 @@ class Admission:
                 self.place, self.path = name, slash + rest
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: "Route | None" = routes.get(self.path) or routes.get(self.path.rstrip("/")) or (
+        self.route: Route | None = routes.get(self.path) or routes.get(self.path.rstrip("/")) or (
             routes.get("/tools/") if self.path.startswith("/tools/") else None)
-        if routes is ROUTES and settings.oauth_issuer and self.path.startswith(RESOURCE_METADATA) and not self.place:
-            self.route = self._route_of_metadata()
+        if self.path.startswith(RESOURCE_METADATA):
+            is_there = settings.oauth_issuer and not self.place and self._find_resource()
+            self.route = routes.get(RESOURCE_METADATA) if is_there else None
         self.host, self.keys = "", Keys()      # where it came from first, and the keys there were
         self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
@@ -10580,15 +10622,15 @@ class Admission:
         self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-    def _route_of_metadata(self) -> "Route | None":
+    def _find_resource(self) -> bool:
         """RFC 9728 §3.1: the path of a resource stands behind the well-known one."""
         prefix = urlsplit(canonical(self._settings.public_url)).path
         rest = self.path.removeprefix(RESOURCE_METADATA)
         match = re.fullmatch("(?:/servers/([^/]+))?(/mcp|/sse|/tools)?/?", rest.removeprefix(prefix))
         if not match or match[1] and not (self._catalog.is_file and match[1] in self._catalog.places):
-            return None
+            return False
         self.place, self.path = match[1], match[2] or "/mcp"
-        return METADATA_ROUTE
+        return True
 
     @property
     def is_old(self) -> bool:
@@ -10673,6 +10715,102 @@ class Admission:
         if not _TRACEPARENT.fullmatch(headers.get("traceparent", "")):
             return {}
         return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
+
+
+def is_stream_wanted(head: HTTPHead) -> bool:
+    """Is it asked for events, but not for those of the overview?"""
+    return head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE) and head.query_value("watch") is None
+
+
+def check_is_json(admission: Admission) -> None:
+    """Refuses a body that is not said to be JSON."""
+    if admission.media_type != JSON_TYPE:
+        raise HTTPError(f"send JSON, with the header Content-Type: {JSON_TYPE}", status=415)
+
+
+def check_accept(admission: Admission, is_endless: bool = False) -> None:
+    """Refuses a request whose answer its client takes in no form; one that never ends has only one."""
+    if not (admission.takes_stream or admission.takes_json and not is_endless):
+        raise HTTPError(f"the answer would be {EVENT_STREAM_TYPE}{'' if is_endless else ' or ' + JSON_TYPE}, which the "
+                        "Accept header leaves out", status=406)
+
+
+def check_version(admission: Admission) -> None:
+    """Refuses a legacy request whose MCP-Protocol-Version we do not know. A session that was opened at one
+    revision takes every known one, because clients in the field mix them up."""
+    if admission.version is not None and admission.version not in LEGACY_VERSIONS:
+        raise RPCError("unsupported MCP-Protocol-Version")
+
+
+# ============================================================================
+# 40. OpenAPI
+# ============================================================================
+#
+# The tools as operations, for clients that know no MCP.
+
+def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
+    """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
+    paths = {}
+    for name, text in tools.items():
+        try:
+            tool = scan_plain(text, 0)[0]
+            path = "/tools/" + quote(name, safe="")
+            paths[path] = dump({"post": openapi_operation(path, name, tool)})
+        except RecursionError:
+            log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
+    document = {"openapi": '"3.1.0"', "info": dump({"title": title, "version": version}),
+                "servers": dump([{"url": base_path or "/"}]), "paths": as_object(paths)}
+    if needs_key:
+        document["components"] = dump({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}})
+        document["security"] = '[{"key":[]}]'
+    return as_object(document).encode()
+
+
+def openapi_operation(path: str, name: str, tool: dict) -> dict:
+    """How a tool is called at a path."""
+    pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
+    result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
+                                               "isError": {"type": "boolean"}}, "required": ["content"]}
+    if isinstance(tool.get("outputSchema"), dict):
+        place = "/responses/200/content/application~1json/schema/properties/structuredContent"
+        result["properties"]["structuredContent"] = rebase_references(tool["outputSchema"], pointer + place)
+    schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
+                               pointer + "/requestBody/content/application~1json/schema")
+    is_required = isinstance(schema, dict) and bool(schema.get("required"))
+    error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
+    return {
+        "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
+        "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
+        "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
+                      "default": error}}
+
+
+def rebase_references(schema: object, pointer: str) -> object:
+    """A JSON schema whose references to its own parts still hold when it is part of another document."""
+    if isinstance(schema, dict):
+        return {name: pointer + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#")
+                else rebase_references(value, pointer) for name, value in schema.items() if name != "$schema"}
+    if isinstance(schema, list):
+        return [rebase_references(item, pointer) for item in schema]
+    return schema
+
+
+# ============================================================================
+# 41. Endpoints
+# ============================================================================
+#
+# What each method and path means. To add an endpoint, write a method of
+# Endpoints that takes (admission, body, reply) and add a row to ROUTES; what it
+# raises becomes the reply, in one place.
+#
+# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
+# Streamable HTTP, of the era that the message claims; a GET is the stream of the
+# session that it names, and without a session it is HTTP+SSE.
+
+CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_WATCHERS = 20                # of the overview
+WATCH_PAUSE = 1.0                # seconds until they are told again
 
 
 class Endpoints:
@@ -11193,110 +11331,33 @@ class Probes(Endpoints):
         return False                           # who asks here is not known
 
 
-class Route:
-    """What can be done with a path."""
-
-    def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
-        self.is_public = is_public             # without a key
-        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
-        self.methods = {**methods, "OPTIONS": Endpoints.preflight}
-        self.allow = ", ".join(self.methods)
-
-
 # In the order in which they ask; to add a guard, write a method and add it here.
 GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key, Endpoints._check_way)
 
-METADATA_ROUTE = Route(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
-_MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
+def route(is_public: bool = False, is_open: bool = False, **methods) -> Route:
+    """A row of ROUTES. Every path takes OPTIONS."""
+    return Route(is_public, is_open, **methods, OPTIONS=Endpoints.preflight)
+
+
+METADATA_ROUTE = route(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
+_MCP = route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
 ROUTES = {
     "/mcp": _MCP,
     "/sse": _MCP,
-    "/messages": Route(POST=Endpoints.post_message),
-    "/tools": Route(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
-    "/tools/": Route(POST=Endpoints.call_tool),              # and the tool's name
-    "/openapi.json": Route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
-    "/healthz": Route(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
-    "/readyz": Route(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
-    "/metrics": Route(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
+    "/messages": route(POST=Endpoints.post_message),
+    "/tools": route(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
+    "/tools/": route(POST=Endpoints.call_tool),              # and the tool's name
+    "/openapi.json": route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
+    "/healthz": route(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
+    "/readyz": route(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
+    "/metrics": route(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
+    RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place
 }
-OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
-
-
-def is_stream_wanted(head: HTTPHead) -> bool:
-    """Is it asked for events, but not for those of the overview?"""
-    return head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE) and head.query_value("watch") is None
-
-
-def check_is_json(admission: Admission) -> None:
-    """Refuses a body that is not said to be JSON."""
-    if admission.media_type != JSON_TYPE:
-        raise HTTPError(f"send JSON, with the header Content-Type: {JSON_TYPE}", status=415)
-
-
-def check_accept(admission: Admission, is_endless: bool = False) -> None:
-    """Refuses a request whose answer its client takes in no form; one that never ends has only one."""
-    if not (admission.takes_stream or admission.takes_json and not is_endless):
-        raise HTTPError(f"the answer would be {EVENT_STREAM_TYPE}{'' if is_endless else ' or ' + JSON_TYPE}, which the "
-                        "Accept header leaves out", status=406)
-
-
-def check_version(admission: Admission) -> None:
-    """Refuses a legacy request whose MCP-Protocol-Version we do not know. A session that was opened at one
-    revision takes every known one, because clients in the field mix them up."""
-    if admission.version is not None and admission.version not in LEGACY_VERSIONS:
-        raise RPCError("unsupported MCP-Protocol-Version")
-
-
-def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
-    """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
-    paths = {}
-    for name, text in tools.items():
-        try:
-            tool = scan_plain(text, 0)[0]
-            path = "/tools/" + quote(name, safe="")
-            paths[path] = dump({"post": openapi_operation(path, name, tool)})
-        except RecursionError:
-            log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
-    document = {"openapi": '"3.1.0"', "info": dump({"title": title, "version": version}),
-                "servers": dump([{"url": base_path or "/"}]), "paths": as_object(paths)}
-    if needs_key:
-        document["components"] = dump({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}})
-        document["security"] = '[{"key":[]}]'
-    return as_object(document).encode()
-
-
-def openapi_operation(path: str, name: str, tool: dict) -> dict:
-    """How a tool is called at a path."""
-    pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
-    result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
-                                               "isError": {"type": "boolean"}}, "required": ["content"]}
-    if isinstance(tool.get("outputSchema"), dict):
-        place = "/responses/200/content/application~1json/schema/properties/structuredContent"
-        result["properties"]["structuredContent"] = rebase_references(tool["outputSchema"], pointer + place)
-    schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
-                               pointer + "/requestBody/content/application~1json/schema")
-    is_required = isinstance(schema, dict) and bool(schema.get("required"))
-    error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
-    return {
-        "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
-        "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
-        "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
-                      "default": error}}
-
-
-def rebase_references(schema: object, pointer: str) -> object:
-    """A JSON schema whose references to its own parts still hold when it is part of another document."""
-    if isinstance(schema, dict):
-        return {name: pointer + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#")
-                else rebase_references(value, pointer) for name, value in schema.items() if name != "$schema"}
-    if isinstance(schema, list):
-        return [rebase_references(item, pointer) for item in schema]
-    return schema
 
 
 # ============================================================================
-# 39. Standard streams
+# 42. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -11446,7 +11507,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 40. Demo server
+# 43. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -11563,7 +11624,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 41. The proxy
+# 44. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -11575,14 +11636,15 @@ WATCH_SECONDS = 1.0            # and whether the file of servers is another one
 
 
 class Proxy:
-    """One running mcpproxy."""
+    """One running mcpproxy. Several in one process share a `reaper`, because all their servers are children of that
+    process; whoever made it closes it."""
 
-    def __init__(self, settings: Settings, environment: dict[str, str]):
+    def __init__(self, settings: Settings, environment: dict[str, str], reaper: Reaper | None = None):
         self.settings = settings
         self.environment = environment
         self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
         catalog = load_catalog(settings, environment)
-        self.reaper = Reaper()
+        self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
         self.sandboxes: dict[str, Sandbox] = {}          # by server
         budget.limit = settings.max_buffered_mb * 1024 * 1024
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
@@ -11702,7 +11764,8 @@ class Proxy:
         await self.probes.close()
         if self.issuer:
             self.issuer.close()
-        self.reaper.close()
+        if self._is_reaper_own:
+            self.reaper.close()
 
 
 def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
@@ -11791,7 +11854,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 42. Command line
+# 45. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -12090,7 +12153,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 43. The page
+# 46. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows
@@ -12305,7 +12368,7 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
     return endpoints.send_page(reply, PAGE) if is_browser else endpoints.look(admission, body, reply)
 
 
-ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)
+ROUTES["/"] = route(GET=show, HEAD=show, is_open=True)
 
 
 if __name__ == "__main__":

