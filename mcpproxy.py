@@ -7841,7 +7841,7 @@ class Mount:
         self.is_leaving = False                    # will the proxy end? Until it drains, all goes on
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
-        self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see Exchange
+        self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
         self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
         self.listeners: set = set()                # exchanges that listen to several servers as one
         self._looked_at = float("-inf")            # when sessions were
