@@ -7376,7 +7376,8 @@ def test_process_that_was_there_before_the_proxy_is_left_alone(tmp_path):
 def test_process_1_hears_of_all_orphans_that_end(tmp_path):
     """As in a container without an init, where everybody's orphans become its children."""
     program = tmp_path / "first"
-    program.write_text(f"#!/bin/sh\nexec unshare --pid --fork --mount-proc {sys.executable} {REAL_PROXY}\n")
+    own = "unshare --pid --fork --kill-child --mount-proc"
+    program.write_text(f"#!/bin/sh\nexec {own} {sys.executable} {REAL_PROXY}\n")
     program.chmod(0o755)
     proxy = Proxy(["sh", "-c", f"(sleep 2 &); exec {shlex.join(FAKE)}"], program=str(program))
     try:
