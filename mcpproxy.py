@@ -3374,7 +3374,7 @@ class Counters:
 
     def __init__(self):
         self.calls: dict[tuple, list] = {}         # by (server, method, tool, revision, error): see find()
-        self.refused: collections.Counter = collections.Counter()          # HTTP requests, by status
+        self.refused: collections.Counter = collections.Counter({503: 0})          # HTTP requests, by status
         self.connections: set = set()              # of HTTP, and of those that are gone
         self.gone_received = self.gone_sent = 0    # bytes
         self.streams = 0                           # that are open
@@ -3756,7 +3756,7 @@ class Reaper:
         return f"{self.nonce}-{os.urandom(8).hex()}"
 
     def tick(self) -> None:
-        """Called every few seconds: hears of orphans that ended, and of the shell if it did."""
+        """Called every few seconds: hears of orphans that ended, as process 1 of everybody's, and of the shell."""
         for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
             if process_state(pid)[0] == b"Z":
                 with contextlib.suppress(ChildProcessError):
@@ -4148,16 +4148,16 @@ class Cell:
             self._take_user(settings.run_as_user)
         if settings.private_home or settings.sandbox != "off":
             # Short, because a path of a Unix socket may have 107 characters, and browsers put theirs deep below.
-            self.directory = f"{reaper.homes}/{self._number[:8]}"
-            self.home = f"{self.directory}/home"
+            directory = f"{reaper.homes}/{self._number[:8]}"
             os.makedirs(reaper.homes, 0o711, exist_ok=True)
             if os.lstat(reaper.homes).st_uid != os.geteuid():          # its name can be seen before it is there
                 raise ServerError(f"{reaper.homes} is somebody else's")
-            for path in self.directory, self.home, f"{self.directory}/tmp":
+            for path in directory, f"{directory}/home", f"{directory}/tmp":
                 os.mkdir(path, 0o700)
+                self.directory, self.home = directory, f"{directory}/home"          # it is there, and is this one's
                 if self.user and os.geteuid() == 0:
                     os.chown(path, *self.user)
-            self.variables.update(HOME=self.home, TMPDIR=f"{self.directory}/tmp")
+            self.variables.update(HOME=self.home, TMPDIR=f"{directory}/tmp")
         self._make_cgroup()
 
     def _take_user(self, text: str) -> None:
@@ -4320,10 +4320,12 @@ async def try_out(sandbox: Sandbox) -> None:
     """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
     if sandbox.is_on:
         try:
-            cell = Cell(sandbox, sandbox.reaper.new_tag())
+            cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
+            census.starting += 1                 # or another proxy with that reaper would take it for an orphan
             try:
                 await cell.start(asyncio.create_subprocess_exec, [], {}, None)
             finally:
+                census.starting -= 1
                 cell.close()
         except ServerError as error:
             raise StartError(str(error)) from None
@@ -5831,7 +5833,7 @@ class ServerConnection(Holder):
         modern, and none within a reasonable time, mean that the server is legacy.
 
         One that reads and never says a word again is not waited for: a fresh process will have to be asked. One that
-        has read nothing has not started yet; npx may be fetching it."""
+        has read nothing has not started yet; npx may be fetching it. GreetedTwice when it was slow and took both."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
         waiting, greeting, unread, has_begun = {probe}, None, 0, False
         try:
@@ -5842,7 +5844,7 @@ class ServerConnection(Holder):
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
                     if greeting:
-                        await asyncio.wait({greeting}, timeout=GREETING_SECONDS)
+                        await asyncio.wait({greeting}, timeout=PROBE_SECONDS)
                         if greeting.done() and not greeting.exception():
                             raise GreetedTwice("the MCP server was greeted in both eras")
                     return self._greeted(MODERN, probe.result())
@@ -8807,7 +8809,7 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
         log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
                   id=call.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
     now, size = mount.now(), sum(map(len, payload))
-    seconds, server = now - call._started, call.instance and call.instance.server
+    seconds, server = now - call.started, call.instance and call.instance.server
     place = server.name if server else ""
     problem = "cancelled" if outcome is Outcome.CANCELLED else call.problem
     # The name of a tool or a prompt; a resource's URI may hold a secret.
@@ -8874,7 +8876,7 @@ class Exchange(PendingRequest, Holder):
     """One client request on its way; with the `envelope` of a modern one, and `headers` that may repeat arguments."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics early on_done _started last_sign id raw_id name size token told problem
+        names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token told problem
         outlet text held
         digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
@@ -8906,7 +8908,7 @@ class Exchange(PendingRequest, Holder):
         self.early = None                             # what came for it before it was acknowledged
         self.problem = ""                             # what went wrong, see error_type()
         self.on_done = None                           # called when the exchange is over
-        self._started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
+        self.started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
 
     def _serve(self, message: Message, outlet: Outlet) -> None:
@@ -9362,7 +9364,7 @@ class Exchange(PendingRequest, Holder):
         self.leave_books()
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
-        self._started = retry._started                # the time of people is not the server's
+        self.started = retry.started                # the time of people is not the server's
         self._serve(message, retry.outlet)
         self._enter_books()
         self.connection.add_cause(self, self.client.identity)
@@ -11637,7 +11639,7 @@ WATCH_SECONDS = 1.0            # and whether the file of servers is another one
 
 class Proxy:
     """One running mcpproxy. Several in one process share a `reaper`, because all their servers are children of that
-    process; whoever made it closes it."""
+    process; whoever made it closes it. Servers are told apart by name there, so no two may have the same."""
 
     def __init__(self, settings: Settings, environment: dict[str, str], reaper: Reaper | None = None):
         self.settings = settings

@@ -17385,6 +17385,7 @@ def test_proxy_is_used_by_a_router_as_readme_has_it(tmp_path):
             until(lambda: "left behind by its server" in router.log(), "the end of what it left")
             assert shared.tool("pid") == pid
         assert router.request("GET", "/elsewhere/tools").status == 404
+        assert router.request("OPTIONS", "*").status == 404
 
 
 def test_proxy_warns_when_there_is_no_key():
