@@ -10802,7 +10802,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (admission, body, reply) and add a row to ROUTES; what it
+# Endpoints that takes (admission, body, reply) and add a row() to ROUTES; what it
 # raises becomes the reply, in one place.
 #
 # /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
@@ -11336,24 +11336,24 @@ class Probes(Endpoints):
 # In the order in which they ask; to add a guard, write a method and add it here.
 GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key, Endpoints._check_way)
 
-def route(is_public: bool = False, is_open: bool = False, **methods) -> Route:
+def row(is_public: bool = False, is_open: bool = False, **methods) -> Route:
     """A row of ROUTES. Every path takes OPTIONS."""
     return Route(is_public, is_open, **methods, OPTIONS=Endpoints.preflight)
 
 
-METADATA_ROUTE = route(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
-_MCP = route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
+METADATA_ROUTE = row(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
+_MCP = row(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
 ROUTES = {
     "/mcp": _MCP,
     "/sse": _MCP,
-    "/messages": route(POST=Endpoints.post_message),
-    "/tools": route(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
-    "/tools/": route(POST=Endpoints.call_tool),              # and the tool's name
-    "/openapi.json": route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
-    "/healthz": route(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
-    "/readyz": route(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
-    "/metrics": route(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
+    "/messages": row(POST=Endpoints.post_message),
+    "/tools": row(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
+    "/tools/": row(POST=Endpoints.call_tool),              # and the tool's name
+    "/openapi.json": row(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
+    "/healthz": row(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
+    "/readyz": row(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
+    "/metrics": row(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
     RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place
 }
 
@@ -12370,7 +12370,7 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
     return endpoints.send_page(reply, PAGE) if is_browser else endpoints.look(admission, body, reply)
 
 
-ROUTES["/"] = route(GET=show, HEAD=show, is_open=True)
+ROUTES["/"] = row(GET=show, HEAD=show, is_open=True)
 
 
 if __name__ == "__main__":

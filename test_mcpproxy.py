@@ -278,6 +278,24 @@ def readme_block(language, beginning=""):
     return block
 
 
+def readme_section(title):
+    """A section of README.md, without its title."""
+    return pathlib.Path(HERE, "README.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def folders_of(*paths):
+    """What a sandbox has to be told of programs, since where they are is the machine's business."""
+    return sorted({os.path.dirname(os.path.dirname(path)) for path in (*paths, *map(os.path.realpath, paths))})
+
+
+def held_port(stack):
+    """A port that a bound socket holds and does not listen on, for a program that sets SO_REUSEPORT too."""
+    held = stack.enter_context(socket.socket())
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held.getsockname()[1]
+
+
 def is_alive(pid):
     """Is this process running? A zombie is not."""
     try:
@@ -17649,25 +17667,20 @@ def readme_rows():
 
 
 def test_file_readme_lists_the_settings():
-    with open(os.path.join(HERE, "README.md")) as file:
-        section = file.read().partition("\n## Settings\n")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `[A-Z_]+` \|.*\|$", section, re.MULTILINE) == list(readme_rows())
+    assert re.findall(r"^\| `[A-Z_]+` \|.*\|$", readme_section("Settings"), re.MULTILINE) == list(readme_rows())
 
 
 def test_file_readme_names_settings_that_there_are_beside_those_of_other_bridges():
-    with open(os.path.join(HERE, "README.md")) as file:
-        section = file.read().partition("\n## From another bridge\n")[2].partition("\n## ")[0]
-    ours = [row.split("|")[1] for row in re.findall(r"^\| [`H/].*", section, re.MULTILINE)]
+    rows = re.findall(r"^\| [`H/].*", readme_section("From another bridge"), re.MULTILINE)
+    ours = [row.split("|")[1] for row in rows]
     names = {name.lower() for text in ours for name in re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)}
     assert len(names) > 10 and names <= Settings.__dataclass_fields__.keys()
 
 
 def test_file_readme_says_nothing_in_chinese_that_it_does_not_say_in_english():
     """No command, setting, message or link, that is."""
-    with open(os.path.join(HERE, "README.md")) as file:
-        before, title, rest = file.read().partition("\n## 快速开始\n")
-    chinese, mark, after = rest.partition("\n## ")
-    english = before + mark + after
+    chinese = readme_section("快速开始")
+    english = pathlib.Path(HERE, "README.md").read_text().replace(chinese, "")
     blocks = re.findall(r"```sh\n(.*?)```", chinese, re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", chinese, flags=re.DOTALL))
     texts = [text for span in spans if span.isascii() for text in span.split("...") if text.strip()]
@@ -19446,10 +19459,7 @@ def test_real_database_server_comes_back_after_its_database_was_started_again(tr
 
 
 def test_real_servers_in_the_readme_are_those_that_are_tried():
-    with open(os.path.join(HERE, "README.md")) as readme:
-        (table,) = re.findall(r"(?ms)^## Servers that were tried$(.*?)^## ", readme.read())
-    found = dict(re.findall(r"(?m)^\| ([\w ]+) \| `([^`]+)`", table))
-    found = {name: command for name, command in found.items() if name != "browsers"}       # they have their own tests
+    found = dict(re.findall(r"(?m)^\| ([\w ]+) \| `([^`]+)`", readme_section("Servers that were tried")))
     assert found == {**{name: shlex.join(REAL_SERVERS[name] + TRIED[name][0]).replace("'", '"') for name in TRIED},
                      **SDK_SERVERS}
 
@@ -19478,12 +19488,10 @@ def test_real_servers_work_in_a_sandbox(workshop, tmp_path):
                     "Echo: ho"),
             "uvx": (REAL_SERVERS["time"], {"env": {"UV_CACHE_DIR": str(kept / "uv")}, **write},
                     "get_current_time", {"timezone": "UTC"}, "UTC")}
-        # Where a program is is the machine's business.
-        found = [shutil.which(name) for name in ("node", "npx", "uvx")]
-        places = {os.path.dirname(os.path.dirname(path)) for path in (*found, *map(os.path.realpath, found))}
+        places = folders_of(*map(shutil.which, ("node", "npx", "uvx")))
         with running_proxy(MCP_CONFIG=write_config(tmp_path / "mcp.json", {
                 name: (command, keys) for name, (command, keys, *_) in calls.items()}), SANDBOX="on",
-                SANDBOX_READ=":".join([str(workshop), sys.base_prefix, *sorted(places)]), LIMIT_MEMORY_MB=2000,
+                SANDBOX_READ=":".join([str(workshop), sys.base_prefix, *places]), LIMIT_MEMORY_MB=2000,
                 LIMIT_PROCESSES=100) as proxy, StreamableClient(proxy) as client:
             for name, (_, _, tool, arguments, expected) in calls.items():
                 assert expected in client.tool(f"{name}__{tool}", **arguments), (name, proxy.log())
@@ -19498,9 +19506,8 @@ def test_real_sandbox_profiles_let_a_server_do_its_work_and_no_more(workshop, tm
         folder.mkdir()
         (folder / "note").write_text("in a file")
     servers = json.loads(block.replace("/srv/mcp", f"{workshop}/servers").replace("/data", str(data)))["mcpServers"]
-    found = [shutil.which("node"), os.path.realpath(shutil.which("node") or ""), sys.base_prefix + "/bin/python"]
-    for server in servers.values():                                # where a program is is the machine's business
-        server["sandbox_read"] += "".join(f":{os.path.dirname(os.path.dirname(path))}" for path in found if path)
+    for server in servers.values():
+        server["sandbox_read"] = ":".join([server["sandbox_read"], sys.base_prefix, *folders_of(shutil.which("node"))])
     servers["files"]["args"].append(str(other))
     servers["web"]["args"] = ["--allow-private-ips"]
     (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
@@ -20528,11 +20535,8 @@ def balanced(name, proxy, home, is_lax=False):
                                 else f"http://127.0.0.1:{proxy.port};")
     text, *command = {"nginx": (NGINX, "nginx", "-e", home / "errors", "-c"),
                       "haproxy": (HAPROXY, "haproxy", "-db", "-f")}[name]
-    # A bound socket that does not listen holds the port, which both share because they set SO_REUSEPORT.
-    with socket.socket() as held, open(home / "seen", "w") as seen:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("127.0.0.1", 0))
-        front = Balancer(held.getsockname()[1])
+    with contextlib.ExitStack() as stack, open(home / "seen", "w") as seen:
+        front = Balancer(held_port(stack))
         for word, meaning in (("LOCATION", location), ("LAX", "" if is_lax else "#"), ("HOME", str(home)),
                               ("BACK", str(proxy.port)), ("FRONT", str(front.port))):
             text = text.replace(word, meaning)
@@ -20665,15 +20669,9 @@ def caddy(tmp_path_factory):
     home = tmp_path_factory.mktemp("caddy")
     block = readme_block("caddy")
     oauth = {"PUBLIC_URL": "https://mcp.example.com/files", "OAUTH_ISSUER": "https://login.example.com"}
-    with (running_proxy(FAKE, ALLOWED_HOSTS="mcp.example.com") as proxy, contextlib.ExitStack() as held,
+    with (running_proxy(FAKE, ALLOWED_HOSTS="mcp.example.com") as proxy, contextlib.ExitStack() as stack,
           running_proxy(FAKE, BASE_PATH="/files", AUTH_KEY="secret", **oauth) as below, open(home / "log", "w") as log):
-        fronts = []
-        for _ in range(2):                    # a bound socket that does not listen holds the port for both
-            unused = held.enter_context(socket.socket())
-            unused.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            unused.bind(("127.0.0.1", 0))
-            fronts.append(Balancer(unused.getsockname()[1]))
-        plain, secure = fronts
+        plain, secure = Balancer(held_port(stack)), Balancer(held_port(stack))
         words = {"mcp.example.com {": f"http://127.0.0.1:{plain.port}, http://mcp.example.com:{plain.port}, "
                  f"https://127.0.0.1:{secure.port} {{\n    bind 127.0.0.1\n    tls internal",
                  "127.0.0.1:8000": f"127.0.0.1:{proxy.port}", "127.0.0.1:8001": f"127.0.0.1:{below.port}"}
@@ -20918,9 +20916,7 @@ def browser_servers(tmp_path_factory):
     install, export, *lines = block.replace("\\\n", "").replace("/srv/mcp", str(home)).splitlines()
     download(f"{install} --silent --no-audit")
     settings = dict(word.split("=", 1) for word in export.split()[1:])
-    node = shutil.which("node")                          # where that is is the machine's business
-    places = {os.path.dirname(os.path.dirname(path)) for path in (node, os.path.realpath(node))}
-    settings["SANDBOX_READ"] = ":".join([settings["SANDBOX_READ"], *sorted(places)])
+    settings["SANDBOX_READ"] = ":".join([settings["SANDBOX_READ"], *folders_of(shutil.which("node"))])
     commands = [shlex.split(line.removeprefix("python3 mcpproxy.py -- ")) for line in lines]
     return settings, {os.path.basename(word): command for command in commands
                       for word in command if word.startswith(str(home))}
@@ -22885,11 +22881,9 @@ class Farm(Balancer):
                    for number, proxy in enumerate(self.replicas)]
         block = re.sub(of_replica, "", block.replace(examples[0], "".join(servers), 1))
         location = readme_block("nginx", "location ")
-        with contextlib.ExitStack() as started, socket.socket() as held, open(home / "seen", "w") as seen:
-            # A bound socket that does not listen holds the port, which both share because they set SO_REUSEPORT.
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            held.bind(("127.0.0.1", 0))
-            super().__init__(held.getsockname()[1])
+        with (contextlib.ExitStack() as started, contextlib.ExitStack() as ports,
+              open(home / "seen", "w") as seen):
+            super().__init__(held_port(ports))
             text = REPLICATED[name]
             for word, meaning in (("BLOCK", block), ("LOCATION", location.replace("127.0.0.1:8000", "mcp")),
                                   ("HOME", str(home)), ("USER", "" if os.getuid() else "user root;"),
