@@ -1120,17 +1120,24 @@ def memory(proxy):
         return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) / 1024
 
 
+def has_closed_connection(proxy):
+    """Whether a client hung up on the proxy, which has not closed its own end yet (CLOSE_WAIT, 08 in proc(5))."""
+    with open("/proc/net/tcp") as table:
+        rows = [line.split() for line in table][1:]
+    return any(local.endswith(f":{proxy.port:04X}") and state == "08" for _, local, _, state, *_ in rows)
+
+
 def rest_state(proxy):
     """What has to be as it was once all clients are gone: descriptors and processes."""
     return descriptors(proxy), sorted(proxy.children())
 
 
 def settled(proxy):
-    """The same, once the proxy is up and its server runs."""
+    """The same, once the proxy is up, its server runs, and it has seen that whoever asked before has hung up."""
     def is_settled():
         state = rest_state(proxy)
         time.sleep(0.1)
-        return state == rest_state(proxy) and state
+        return state == rest_state(proxy) and not has_closed_connection(proxy) and state
     assert proxy.request("GET", "/tools").status == 200
     return until(is_settled, "rest")
 
