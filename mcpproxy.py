@@ -123,6 +123,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import marshal
 import re
 import typing
 from json.decoder import scanstring
@@ -3150,8 +3151,26 @@ def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict =
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
 #
-# asyncio imports ssl where it can, an eighth of all memory. A program that
-# serves no HTTPS, and will not speak it with a remote server, keeps it away.
+# CPython keeps the syntax tree of a file for as long as it runs it, which is more
+# than all the rest of the memory; but not of one that was compiled before. So the
+# program starts once more, as what it was compiled to. And asyncio imports ssl
+# where it can, an eighth of what remains. A program that serves no HTTPS, and will
+# not speak it with a remote server, keeps it away.
+
+def start_compiled() -> None:
+    """Puts the same program in the place of this one, with its code in a file in memory. execve(2), memfd_create(2)."""
+    code = os.memfd_create("mcpproxy", 0)              # without MFD_CLOEXEC
+    with open(code, "wb", closefd=False) as file:
+        marshal.dump(sys._getframe(1).f_code, file)
+    os.lseek(code, 0, os.SEEK_SET)
+    run = (f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; "
+           f"file = open({code}, 'rb'); main = marshal.load(file); file.close(); exec(main)")
+    os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-P", "-c", run, *sys.argv])
+
+
+if __name__ == "__main__" and not __spec__ and "SourceFileLoader" in str(globals().get("__loader__")):
+    with contextlib.suppress(OSError, AttributeError):     # without it the program only takes more memory
+        start_compiled()
 
 _given = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in (
     "TLS_CERT", "MCP_CONFIG", "MCP_SERVER_CONFIG", "OAUTH_ISSUER")])

@@ -17543,6 +17543,26 @@ def test_command_line_program_runs_compiled(tmp_path):
         assert answer.json() == {"content": [{"type": "text", "text": "hello"}]}
 
 
+def test_command_line_program_from_source_takes_no_more_memory_than_compiled():
+    with running_proxy(program=compiled()) as one, running_proxy(program=PROXY) as other:
+        sizes = [until(lambda: is_healthy(proxy) and memory(proxy)) for proxy in (one, other)]
+        assert max(sizes) < min(sizes) * 1.1 and max(sizes) < 32
+
+
+@pytest.mark.parametrize("start", [
+    ["mcpproxy.py"], ["-X", "dev", "-W", "error", "./mcpproxy.py"], ["-m", "mcpproxy"],
+    ["-I", "-c", "import runpy; runpy.run_path('mcpproxy.py', run_name='__main__')"]], ids=" ".join)
+def test_command_line_program_keeps_how_it_was_started(start):
+    command = [sys.executable, *start, "--host=127.0.0.1", "--port", "0", "--base-path", "/a"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, text=True) as program:
+        try:
+            assert "/a/mcp" in "".join(itertools.islice(program.stdout, 3))
+            assert pathlib.Path(f"/proc/{program.pid}/cmdline").read_text().count("dev") == start.count("dev")
+        finally:
+            program.terminate()
+        assert program.wait(PATIENCE) == 0 and "Error" not in program.stderr.read()
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
 def test_command_line_program_without_tls_does_without_ssl():
     with running_proxy(program=compiled()) as proxy:
