@@ -4873,16 +4873,35 @@ def port_of(url: SplitResult) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
 
 
+def target_of(url: SplitResult) -> str:
+    """What is asked for of a URL's host."""
+    return (url.path or "/") + (f"?{url.query}" if url.query else "")
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
 class HTTPClient:
     """The connections to one server."""
 
-    def __init__(self, host: str, port: int, tls: object):
-        self._host, self._port, self._tls = host, port, tls
+    def __init__(self, url: str):
+        self._url = urlsplit(url)
+        self.target = target_of(self._url)                 # what is asked for
+        self._tls = client_tls() if self._url.scheme == "https" else None
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
         self._waiting: collections.deque[Fetch] = collections.deque()
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
+
+    def head(self, method: str, headers: collections.abc.Iterable[tuple[str, str]], size: int | None = None) -> bytes:
+        """The head of a request with these headers, and with a body of this size."""
+        lines = [f"{method} {self.target} HTTP/1.1", f"Host: {self._url.netloc}", f"User-Agent: mcpproxy/{__version__}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        if size is not None:
+            lines.append(f"Content-Length: {size}")
+        # A line end in a value would begin another header, or another request: none may come from anywhere.
+        return "\r\n".join([*(_CONTROL.sub("?", line) for line in lines), "\r\n"]).encode("utf-8", "replace")
 
     def send(self, fetch: Fetch) -> None:
         """Sends it, as soon as there is a connection."""
@@ -4913,7 +4932,7 @@ class HTTPClient:
         reason = None
         try:
             _, connection = await asyncio.wait_for(asyncio.get_running_loop().create_connection(
-                lambda: ClientConnection(self), self._host, self._port, ssl=self._tls), CONNECT_SECONDS)
+                lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls), CONNECT_SECONDS)
         except asyncio.TimeoutError:
             reason = "it takes too long"
         except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError
@@ -5019,14 +5038,11 @@ class Ask(Fetch):
             self.answer.set_exception(OSError(reason))
 
 
-async def ask(url: str, body: bytes = b"", headers: tuple[str, ...] = ()) -> dict:
+async def ask(url: str, body: bytes = b"", headers: tuple[tuple[str, str], ...] = ()) -> dict:
     """The JSON object that a URL answers with; OSError when it does not. Redirects are not followed."""
-    parts = urlsplit(url)
-    lines = [f"{'POST' if body else 'GET'} {parts.path or '/'}{'?' * bool(parts.query)}{parts.query} HTTP/1.1",
-             f"Host: {parts.netloc}", f"Accept: {JSON_TYPE}", f"User-Agent: mcpproxy/{__version__}", *headers]
-    lines += [f"Content-Length: {len(body)}"] if body else []
-    client = HTTPClient(parts.hostname, port_of(parts), client_tls() if parts.scheme == "https" else None)
-    fetch = Ask("\r\n".join([*lines, "\r\n"]).encode(), body)
+    client = HTTPClient(url)
+    method, size = ("POST", len(body)) if body else ("GET", None)
+    fetch = Ask(client.head(method, (("Accept", JSON_TYPE), *headers), size), body)
     client.send(fetch)
     try:
         head, answer = await asyncio.wait_for(fetch.answer, ANSWER_SECONDS)
@@ -5170,12 +5186,12 @@ class Issuer:
         settings = self._settings
         # RFC 6749 §2.3.1: both are form-encoded first.
         who = f"{quote(settings.oauth_client_id, safe='')}:{quote(settings.oauth_client_secret, safe='')}".encode()
-        headers = (f"Authorization: Basic {base64.b64encode(who).decode()}",) if settings.oauth_client_id else ()
+        known = (("Authorization", f"Basic {base64.b64encode(who).decode()}"),) if settings.oauth_client_id else ()
         try:
             async with self._questions:
                 said = await ask(settings.oauth_introspection_url,
                                  f"token={quote(text, safe='')}&token_type_hint=access_token".encode(),
-                                 ("Content-Type: application/x-www-form-urlencoded", *headers))
+                                 (("Content-Type", "application/x-www-form-urlencoded"), *known))
                 if said.get("active") is not True:
                     await asyncio.sleep(QUESTION_PAUSE)
         except OSError as error:
@@ -5313,9 +5329,6 @@ class WayProbe(Post):
         pass
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
 def media_type(head: ResponseHead) -> str:
     """The media type of a response, without its parameters."""
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -5349,10 +5362,8 @@ class RemoteLink(Link):
         self.fields = {"url": f"{parts.scheme}://{parts.netloc}{parts.path}"}          # a query may hold a key
         self.limit = limit                     # of an answer or an event, in bytes
         self._server, self._url, self._is_sse = server, url, is_sse
-        self._headers = [*headers.items(), ("User-Agent", f"mcpproxy/{__version__}")]
-        self._host, self._target = parts.netloc, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._own_way = way
-        self._client = HTTPClient(parts.hostname, port_of(parts), client_tls() if parts.scheme == "https" else None)
+        self._headers, self._own_way = headers.items(), way
+        self._client = HTTPClient(url)
         self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
         self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of messages without
                                                # an answer, which are sent one after the other
@@ -5446,12 +5457,7 @@ class RemoteLink(Link):
     def _request_head(self, method: str, headers: list[tuple[str, str]], size: int | None = None,
                       way: str = "") -> bytes:
         way = ", ".join(filter(None, (way or self.way, self._own_way)))
-        lines = [f"{method} {self._target} HTTP/1.1", f"Host: {self._host}"]
-        lines += [f"{name}: {value}" for name, value in (*self._headers, (WAY_HEADER, way), *headers)]
-        if size is not None:
-            lines.append(f"Content-Length: {size}")
-        # A line end in a value would begin another header, or another request: none may come from anywhere.
-        return "\r\n".join([*(_CONTROL.sub("?", line) for line in lines), "\r\n"]).encode("utf-8", "replace")
+        return self._client.head(method, (*self._headers, (WAY_HEADER, way), *headers), size)
 
     def _session_headers(self) -> list[tuple[str, str]]:
         return [*([(SESSION_ID_HEADER, self.session)] if self.session else []),
@@ -5722,7 +5728,7 @@ class RemoteLink(Link):
             self._stream.abort()
             self._endpoint = None
             raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
-        self._is_sse, self._target = True, where.path + (f"?{where.query}" if where.query else "")
+        self._is_sse, self._client.target = True, target_of(where)
 
 
 # ============================================================================
