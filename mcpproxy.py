@@ -4414,6 +4414,7 @@ class Link:
     is_clogged = False      # does what is written wait here for the server to read?
     backlog = 0             # bytes that wait then
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
+    _stopping: asyncio.Task | None = None
 
     async def start(self) -> None:
         """Brings the server up; ServerError when that is not possible."""
@@ -4435,7 +4436,22 @@ class Link:
 
     def stop(self) -> asyncio.Future:
         """Begins the end, unless it has begun; the future is done when nothing of the server is left."""
+        if self._stopping is None:
+            self.is_open = False
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        return self._stopping
+
+    async def _stop(self) -> None:
+        """Ends the server, whatever it does, and calls end()."""
         raise NotImplementedError
+
+    def end(self) -> None:
+        """No more lines will come."""
+        if self.on_end:
+            on_end, self.on_end = self.on_end, None
+            self.was_stopped = self._stopping is not None
+            self.stop()
+            on_end()
 
 
 _SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.*)?", re.DOTALL)
@@ -4485,16 +4501,14 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._exited = asyncio.Event()
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
-        self._stopping: asyncio.Task | None = None
         self._soon: list[bytes] = []           # what is written at the end of this turn
-        self._loop = asyncio.get_running_loop()
         self._pid: int | None = None
 
     async def start(self) -> None:
         """Starts the server in a process group of its own; ServerError when it cannot be executed."""
         self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
         self._reaper.census.starting += 1
-        spawn = functools.partial(self._loop.subprocess_exec, lambda: self)
+        spawn = functools.partial(asyncio.get_running_loop().subprocess_exec, lambda: self)
         environment = {**self._environment, "MCPPROXY_TAG": self._tag}
         try:
             if self._cell:
@@ -4629,31 +4643,17 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def backlog(self) -> int:
         return self._stdin.get_write_buffer_size() if self.is_clogged else 0
 
-    def stop(self) -> asyncio.Task:
-        """Begins the end: steps that become less polite."""
-        if self._stopping is None:
-            self.is_open = False
-            self._stopping = self._loop.create_task(self._stop())
-        return self._stopping
-
     # The end.
 
     def _end_soon(self) -> None:
         # The exit and the end of stdout belong together: one brings the exit code, the other the last lines.
         # But a child may hold the pipe open, and a server may close it and go on: neither is waited for long.
         both = 1 not in self._open_outputs and self._exited.is_set()
-        self._loop.call_later(0 if both else LAST_WORDS_SECONDS, self._end)
-
-    def _end(self) -> None:
-        if self.on_end:
-            on_end, self.on_end = self.on_end, None
-            self.was_stopped = self._stopping is not None
-            self.stop()
-            on_end()
+        asyncio.get_running_loop().call_later(0 if both else LAST_WORDS_SECONDS, self.end)
 
     async def _stop(self) -> None:
         if self._pid is None:                  # it could not be started
-            return self._end()
+            return self.end()
         self._reaper.ending(self._pid)
         for step, patience in SHUTDOWN_STEPS:
             step(self)
@@ -4664,7 +4664,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._transport.close()
         self.usage.excess = self._excess[0] if self._excess else ""
         self._reaper.ended(self._tag, self._pid, self._cell)
-        self._end()
+        self.end()
 
     def close_stdin(self) -> None:
         self._flush()
@@ -5375,7 +5375,6 @@ class RemoteLink(Link):
         self.session: str | None = None
         self._stream: Listen | None = None     # the session's, or the one of HTTP+SSE
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
-        self._stopping: asyncio.Task | None = None
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -5421,12 +5420,6 @@ class RemoteLink(Link):
         about = 0, "server/discover", None, (), ""
         self._client.send(WayProbe(self, encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), about))
 
-    def stop(self) -> asyncio.Task:
-        if self._stopping is None:
-            self.is_open = False
-            self._stopping = asyncio.get_running_loop().create_task(self._stop())
-        return self._stopping
-
     async def _stop(self) -> None:
         running, self._running = self._running, {}
         for fetch in [*running.values(), self._stream]:
@@ -5441,16 +5434,13 @@ class RemoteLink(Link):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(done.wait(), DELETE_SECONDS)
         self._client.close()
-        self.end("")
+        self.end()
 
-    def end(self, reason: str) -> None:
-        """No more lines will come."""
+    def end(self, reason: str = "") -> None:
+        """No more lines will come, because it `reason`, a predicate."""
         if self.on_end:
-            on_end, self.on_end = self.on_end, None
-            self.was_stopped = self._stopping is not None
             self.how_it_ended = reason and f": it {reason}"
-            self.stop()
-            on_end()
+        super().end()
 
     # Requests.
 
