@@ -5025,7 +5025,7 @@ class Ask(Fetch):
 
     is_safe = True
 
-    def __init__(self, head: bytes, body: bytes):
+    def __init__(self, head: bytes, body: bytes = b""):
         super().__init__(head, body, ANSWER_BYTES)
         self.answer = asyncio.get_running_loop().create_future()
 
@@ -5315,20 +5315,6 @@ class Listen(RemoteFetch):
             self.link.end(reason)
 
 
-class WayProbe(Post):
-    """Tells a remote server who waits for it; only whether that is refused is of interest."""
-
-    def on_head(self, head: ResponseHead) -> None:
-        self.is_stream = False
-
-    def on_end(self, head: ResponseHead, body: bytes) -> None:
-        if head.status == 508:
-            self.link.end(str(refusal(head, body)))
-
-    def on_failure(self, reason: str, is_connected: bool = True) -> None:
-        pass
-
-
 def media_type(head: ResponseHead) -> str:
     """The media type of a response, without its parameters."""
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -5417,8 +5403,15 @@ class RemoteLink(Link):
         if not (self.on_end and self.is_open):
             return
         self.way = way
-        about = 0, "server/discover", None, (), ""
-        self._client.send(WayProbe(self, encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), about))
+        line = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE})
+        probe = Ask(self.post_head(line, (0, "server/discover", None, (), "")), line)
+        probe.answer.add_done_callback(self._on_way_told)
+        self._client.send(probe)
+
+    def _on_way_told(self, answer: asyncio.Future) -> None:
+        """Only that it is refused is of interest."""
+        if answer.exception() is None and answer.result()[0].status == 508:
+            self.end(str(refusal(*answer.result())))
 
     async def _stop(self) -> None:
         running, self._running = self._running, {}
@@ -5426,13 +5419,11 @@ class RemoteLink(Link):
             if fetch:
                 fetch.abort()
         if self.session:
-            done = asyncio.Event()
-            delete = Fetch(self._request_head("DELETE", self._session_headers()))
+            delete = Ask(self._request_head("DELETE", self._session_headers()))
             delete.is_extra = True
-            delete.on_end = delete.on_failure = lambda *_, **__: done.set()
             self._client.send(delete)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(done.wait(), DELETE_SECONDS)
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(delete.answer, DELETE_SECONDS)
         self._client.close()
         self.end()
 
