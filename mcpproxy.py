@@ -5277,12 +5277,30 @@ class Post(RemoteFetch):
         self.is_extra = about is None or about[1] in ("initialize", "ping")
 
     def on_head(self, head: ResponseHead) -> None:
+        session = head.headers.get(SESSION_ID_HEADER.lower(), "")
         if self.about:
             super().on_head(head)
+            if self.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
+                self.link.session = session
         elif head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:       # it was taken; nothing is to come
             self.abort()
-            return self.link.on_aside(self, "")
-        self.link.on_head(self, head)
+            self.link.on_aside(self, "")
+
+    def is_answer(self, head: ResponseHead, body: bytes) -> bool:
+        """Is the response what the server says to the request, be it an error?"""
+        if self.is_stream or head.status == 200 and media_type(head) == JSON_TYPE:
+            return True
+        if head.status < 400 or head.status in (401, 403):
+            return False
+        try:
+            return as_own_id(parse_message(decode_json(body), is_servers=True).id) == self.number
+        except RPCError:
+            return False
+
+    def has_lost_session(self, head: ResponseHead, body: bytes) -> bool:
+        """Has the server forgotten the session? In the field that is also said by 400, with words about it."""
+        return self.session is not None and (head.status == 404 and b"-32601" not in body or
+                                             head.status == 400 and b"session" in body.lower())
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.link.on_end_of_post(self, head, body)
@@ -5508,46 +5526,21 @@ class RemoteLink(Link):
         elif self.on_end:
             self.on_line(data, number)
 
-    def on_head(self, post: Post, head: ResponseHead) -> None:
-        """A response begins: it may open a session."""
-        session = head.headers.get(SESSION_ID_HEADER.lower(), "")
-        if post.about and post.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
-            self.session = session
-
     def on_end_of_post(self, post: Post, head: ResponseHead, body: bytes) -> None:
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
-        is_lost = self._is_session_lost(post, head, body)
-        is_answer = not is_lost and self._is_answer(post, head, body)
         if self._running.get(post.number) is post:
             del self._running[post.number]
-        if is_lost:
+        if post.has_lost_session(head, body):
             self._renew(post, refusal(head, body))
         elif post.about is None:
             self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
-        elif is_answer:
+        elif post.is_answer(head, body):
             if not post.is_stream:
                 self._receive(body, post.number)
             if self.is_awaited(post.number):
                 self._resume(post)
         elif self._endpoint is None or not 200 <= head.status < 300:
             self._refuse(post, refusal(head, body))
-
-    @staticmethod
-    def _is_answer(post: Post, head: ResponseHead, body: bytes) -> bool:
-        if post.is_stream or head.status == 200 and media_type(head) == JSON_TYPE:
-            return True
-        if head.status < 400 or head.status in (401, 403):
-            return False
-        try:
-            return as_own_id(parse_message(decode_json(body), is_servers=True).id) == post.number
-        except RPCError:
-            return False
-
-    @staticmethod
-    def _is_session_lost(post: Post, head: ResponseHead, body: bytes) -> bool:
-        # In the field 400 too, with words about the session.
-        return post.session is not None and (head.status == 404 and b"-32601" not in body or
-                                             head.status == 400 and b"session" in body.lower())
 
     def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:
         """A POST has not been answered."""
