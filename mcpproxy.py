@@ -4732,7 +4732,7 @@ class Fetch:
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
     is_extra = False                 # is it not one of the many that MAX_FETCHES is for?
-    waits_in: collections.deque | None = None      # for a connection
+    waits_in: collections.deque | tuple = ()         # for a connection
 
     def __init__(self, head: bytes, body: bytes = b"", limit: int = LARGE):
         self.head, self.body = head, body
@@ -4756,7 +4756,7 @@ class Fetch:
             self.is_over = True
             if self.connection:
                 self.connection.close()
-            elif self.waits_in is not None:
+            elif self in self.waits_in:
                 self.waits_in.remove(self)
 
 
@@ -4809,7 +4809,7 @@ class ClientConnection(asyncio.Protocol):
         if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
             self._read_body(fetch)
         elif fetch and not head and fetch.is_safe and self._uses > 1 and not parser.rest:
-            self._fetch = None
+            self._fetch = fetch.connection = None
             self._client.send(fetch)           # it was closed while nothing was sent, as we began to
         elif fetch:
             self._fail("cut its answer off" if head else "closed the connection without an answer")
@@ -4942,19 +4942,14 @@ class HTTPClient:
             return self.release(connection)
         while self._waiting:                               # the others would meet the same
             fetch = self._waiting.popleft()
-            fetch.waits_in = None
-            if not fetch.is_over:
-                fetch.is_over = True
-                fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
+            fetch.is_over = True
+            fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
 
     def release(self, connection: ClientConnection) -> None:
         """A connection is free."""
         connection.used_at = time.monotonic()
-        while self._waiting:
-            fetch = self._waiting.popleft()
-            fetch.waits_in = None
-            if not fetch.is_over:
-                return connection.send(fetch)
+        if self._waiting:
+            return connection.send(self._waiting.popleft())
         self._idle.append(connection)
         if len(self._idle) > KEPT_CONNECTIONS:
             self._idle[0].close()
@@ -4969,8 +4964,6 @@ class HTTPClient:
     def close(self) -> None:
         """Ends all connections."""
         self.is_closed = True
-        for fetch in self._waiting:
-            fetch.waits_in = None
         self._waiting.clear()
         for task in self._opening:
             task.cancel()
