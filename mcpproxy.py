@@ -3633,7 +3633,7 @@ class Census:
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
         pids = {*list_processes()}
         self._others &= pids
-        found = {pid: stat for pid in pids - self._others if len(stat := process_stat(pid)) > PAGES}
+        found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
         before, self._whose = self._whose, {}
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
             server = self._server_of(pid, stat, before)
@@ -3710,7 +3710,7 @@ class Census:
             if known == (known := self.of(server)):
                 break
             stats = [(process_stat(pid), start) for pid, start in known]
-            for group in {int(stat[GROUP]) for stat, start in stats if stat[START:START + 1] == [start]}:
+            for group in {int(stat[GROUP]) for stat, start in stats if stat[START] == start}:
                 kill(-group, signal.SIGKILL)
 
 
@@ -3777,7 +3777,7 @@ class Reaper:
     def tick(self) -> None:
         """Called every few seconds: hears of orphans that ended, as process 1 of everybody's, and of the shell."""
         for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
-            if process_state(pid)[0] == b"Z":
+            if process_stat(pid)[STATE] == b"Z":
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
                     self.census.skip()
@@ -3787,21 +3787,18 @@ class Reaper:
             self._start_watcher()
 
     def _strangers(self) -> set[int]:
-        """Our children that are nothing of ours. While a server is started, it could be one of them."""
+        """Our children that are nothing of ours: servers have left them behind, and process 1 gets everybody's. While
+        a server is started, it could be one of them."""
         known = {*self.census.servers, *self.census.ours}
         return {*children_of(os.getpid())} - known if not self.census.starting else set()
-
-    def _orphans(self) -> set[int]:
-        """Those of them that servers have left behind; process 1 gets everybody's."""
-        return self._strangers() if self.census.gets_orphans else set()
 
     def ending(self, pid: int) -> None:
         """Says that a server will be stopped: its descendants can still be told."""
         seen, parents = self._ending.setdefault(pid, set()), [pid]
         while parents:
             for child in children_of(parents.pop()):
-                if (child, start := process_state(child)[1]) not in seen:
-                    seen.add((child, start))
+                if (one := (child, process_stat(child)[START])) not in seen:
+                    seen.add(one)
                     parents.append(child)
 
     def ended(self, tag: str, pid: int | None = None, lease=None) -> None:
@@ -3822,15 +3819,15 @@ class Reaper:
             self._sweep.cancel()
             self._sweep = None
         marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag in ended]
-        found = [pid for pid, start in left if process_state(pid)[1] == start]
-        if ended and not self.census.servers:
-            found += self._orphans()
+        found = [pid for pid, start in left if process_stat(pid)[START] == start]
+        if ended and not self.census.servers and self.census.gets_orphans:
+            found += self._strangers()
         for pid in list_processes() if marks else ():
             environment = read_file(f"/proc/{pid}/environ")
             if any(mark in environment for mark in marks):
                 found.append(pid)
         for pid in {*found} - self.census.servers.keys():
-            if process_state(pid)[0] not in (b"Z", b""):
+            if process_stat(pid)[STATE] not in (b"Z", b""):
                 log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
         while self._leases:
@@ -3871,14 +3868,8 @@ def children_of(pid: int) -> list[int]:
 
 
 def process_stat(pid: int) -> list[bytes]:
-    """What the system says of a process: see STATE and the others; nothing of one that is gone."""
-    return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-
-
-def process_state(pid: int) -> tuple[bytes, bytes]:
-    """(the state, the time of the start) of a process; nothing of one that is gone."""
-    fields = process_stat(pid)
-    return (fields[STATE], fields[START]) if len(fields) > START else (b"", b"")
+    """What the system says of a process: see STATE and the others; each is empty of one that is gone."""
+    return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split() or [b""] * (PAGES + 1)
 
 
 def cgroups_around() -> list[str]:
@@ -4293,7 +4284,7 @@ def processes_of(uid: int) -> list[int]:
     found = []
     for pid in list_processes():
         with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid == uid and process_state(pid)[0] != b"Z":
+            if os.stat(f"/proc/{pid}").st_uid == uid and process_stat(pid)[STATE] != b"Z":
                 found.append(pid)
     return found
 
@@ -10533,9 +10524,9 @@ class Overview:
                 ("build_info", "gauge", "What runs here.", [
                     ({"version": __version__, "python": platform.python_version()}, 1)])):
             yield f"mcpproxy_{name}", kind, about, samples
-        pages = process_stat(os.getpid())[PAGES:PAGES + 1]
+        pages = process_stat(os.getpid())[PAGES]
         yield ("process_resident_memory_bytes", "gauge", "Memory of the proxy itself.",
-               [({}, int(number) * os.sysconf("SC_PAGE_SIZE")) for number in pages])
+               [({}, int(pages) * os.sysconf("SC_PAGE_SIZE"))] if pages else [])
         yield "process_cpu_seconds_total", "counter", "CPU time of the proxy itself.", [({}, time.process_time())]
         yield "process_start_time_seconds", "gauge", "When it was started.", [({}, self._started_at)]
         with contextlib.suppress(OSError):

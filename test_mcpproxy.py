@@ -7382,7 +7382,8 @@ def test_process_that_hides_ends_with_its_server_and_not_before(shared, hider):
 
 def zombies_of(proxy):
     """Its children that have ended, and of whom it has not heard yet."""
-    return [pid for pid in mcpproxy.children_of(proxy.process.pid) if mcpproxy.process_state(pid)[0] == b"Z"]
+    return [pid for pid in mcpproxy.children_of(proxy.process.pid)
+            if mcpproxy.process_stat(pid)[mcpproxy.STATE] == b"Z"]
 
 
 def test_process_that_was_there_before_the_proxy_is_left_alone(tmp_path):
@@ -7409,8 +7410,8 @@ def test_process_1_hears_of_all_orphans_that_end(tmp_path):
         (first,) = mcpproxy.children_of(proxy.process.pid)
         orphan = until(lambda: next((pid for pid in mcpproxy.children_of(first) if mcpproxy.read_file(
             f"/proc/{pid}/cmdline").startswith(b"sleep")), None), "the orphan")
-        until(lambda: mcpproxy.process_state(orphan)[0] != b"S", "its end")
-        until(lambda: mcpproxy.process_state(orphan)[0] == b"", "that it is heard of")
+        until(lambda: mcpproxy.process_stat(orphan)[mcpproxy.STATE] != b"S", "its end")
+        until(lambda: mcpproxy.process_stat(orphan)[mcpproxy.STATE] == b"", "that it is heard of")
         os.kill(first, signal.SIGTERM)
         assert proxy.process.wait(PATIENCE) == 0, proxy.log()
     finally:
@@ -20920,11 +20921,12 @@ def family(pid):
     """(process id, time of its start) of all that descends from a process; the proxy also gets what lost its parents.
     What Chromium starts has no environment to be found by."""
     children = mcpproxy.children_of(pid)
-    return {(child, mcpproxy.process_state(child)[1]) for child in children}.union(*map(family, children))
+    return {(child, mcpproxy.process_stat(child)[mcpproxy.START]) for child in children}.union(*map(family, children))
 
 
 def living(processes):
-    return {(pid, start) for pid, start in processes if is_alive(pid) and mcpproxy.process_state(pid)[1] == start}
+    return {(pid, start) for pid, start in processes
+            if is_alive(pid) and mcpproxy.process_stat(pid)[mcpproxy.START] == start}
 
 
 def browsers_in(processes):
