@@ -4328,17 +4328,17 @@ def remove_tree(base: str, name: str) -> None:
 
 async def try_out(sandbox: Sandbox) -> None:
     """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
-    if sandbox.is_on:
-        try:
-            cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
-            census.starting += 1                 # or another proxy with that reaper would take it for an orphan
-            try:
-                await cell.start(asyncio.create_subprocess_exec, [], {}, None)
-            finally:
-                census.starting -= 1
-                cell.close()
-        except ServerError as error:
-            raise StartError(str(error)) from None
+    if not sandbox.is_on:
+        return
+    cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
+    census.starting += 1                         # or another proxy with that reaper would take it for an orphan
+    try:
+        await cell.start(asyncio.create_subprocess_exec, [], {}, None)
+    except ServerError as error:
+        raise StartError(str(error)) from None
+    finally:
+        census.starting -= 1
+        cell.close()
 
 
 def abilities() -> str:
@@ -5104,8 +5104,7 @@ class Issuer:
         if not self._keys:
             await self._renew_keys()
         if not self._keys:
-            raise ServerError("the keys of the tokens' issuer are not known: it cannot be reached", status=503,
-                              headers=(("Retry-After", "5"),))
+            raise try_later("the keys of the tokens' issuer are not known: it cannot be reached")
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._verifier, verify_with_care, token, self._keys)
@@ -5180,8 +5179,7 @@ class Issuer:
                     await asyncio.sleep(QUESTION_PAUSE)
         except OSError as error:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
-            raise ServerError("whoever knows the tokens cannot be reached", status=503,
-                              headers=(("Retry-After", "5"),)) from None
+            raise try_later("whoever knows the tokens cannot be reached") from None
         if said.get("active") is not True:
             raise TokenError("it is not active")
         # What need not be said there is what it is here.
