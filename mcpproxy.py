@@ -3594,7 +3594,7 @@ class Usage:
         self.processes = self.most_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
-        self.excess = ""                             # the limit for which it was ended
+        self.excess: tuple | None = None             # the limit for which it is ended, and what was measured
         self.seen_at = 0.0                           # when it was looked at
 
     @property
@@ -3696,7 +3696,7 @@ class Census:
         if usage:
             self.spent[usage.server] += usage.seconds
             if usage.excess:
-                self.killed[usage.server, usage.excess] += 1
+                self.killed[usage.server, usage.excess[0]] += 1
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -4483,7 +4483,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._tag = sandbox.reaper.new_tag()
         self._cell = Cell(sandbox, self._tag) if sandbox.is_on else None
         self.usage = Usage(self._server, self._tag, self._check_limits)
-        self._excess: tuple | None = None      # the limit that it went over, and what was measured
         self._redact = redact                  # takes the values of its client's variables out of a text of its own
         self.last_words = collections.deque(maxlen=STDERR_LINES)
         self._limit = limit                    # of a line from stdout, in bytes
@@ -4558,7 +4557,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
         self._reaper.census.reaped(self.usage)
-        self._excess = self._excess or self._blamed_limit()
+        self.usage.excess = self.usage.excess or self._blamed_limit()
         self._exited.set()
         self._end_soon()
 
@@ -4577,8 +4576,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def how_it_ended(self) -> str:
-        if self._excess:
-            limit, measured = self._excess
+        if self.usage.excess:
+            limit, measured = self.usage.excess
             return f": {measured:g} {LIMITS[limit][1]} are more than {LIMITS[limit][0].upper()} allows"
         if self.exit_code is None or self.exit_code >= 0:
             return "" if self.exit_code is None else f" with exit code {self.exit_code}"
@@ -4586,9 +4585,9 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def excess(self) -> dict[str, object]:
-        if not self._excess:
+        if not self.usage.excess:
             return {}
-        limit, measured = self._excess
+        limit, measured = self.usage.excess
         return {"limit": limit, "allowed": getattr(self._sandbox.settings, LIMITS[limit][0]), "measured": measured}
 
     def _check_limits(self) -> None:
@@ -4596,8 +4595,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         settings, usage = self._sandbox.settings, self.usage
         for limit, measured in (("memory", usage.megabytes), ("processes", usage.processes),
                                 ("cpu", round(usage.most_seconds, 1))):
-            if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not self._excess:
-                self._excess = limit, measured
+            if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not usage.excess:
+                usage.excess = limit, measured
                 self._reaper.census.kill(self._pid)
 
     def _blamed_limit(self) -> tuple | None:
@@ -4653,7 +4652,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
-        self.usage.excess = self._excess[0] if self._excess else ""
         self._reaper.ended(self._tag, self._pid, self._cell)
         self.end()
 
