@@ -5943,10 +5943,6 @@ class ServerConnection(Holder):
                 self.cancel(server_id, "timed out")
                 request.on_failure(ServerError("the MCP server took too long", status=504))
 
-    def notify(self, method: str, params: dict | None = None) -> None:
-        """A notification of our own; lost when there is nobody to read it."""
-        self.send_if_possible(encode_request(None, method, params))
-
     def send_if_possible(self, line: bytes, principal: object = None) -> None:
         """Writes a message to which nobody awaits a response."""
         with contextlib.suppress(ServerError):
@@ -7416,7 +7412,7 @@ class Session(Client):
             if message.method == "notifications/initialized":
                 # We told the server when it was ready. A spare one had no client then that it could ask for roots.
                 if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
-                    connection.notify("notifications/roots/list_changed")
+                    connection.send_if_possible(encode_request(None, "notifications/roots/list_changed"))
             elif message.method != "notifications/roots/list_changed" or instance.is_private:
                 connection.send_if_possible(message.payload[0], self.principal)      # one for many knows of no roots
 
