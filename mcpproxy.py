@@ -5776,7 +5776,7 @@ class ServerConnection(Holder):
         self.has_served = False                           # did it get a client's call?
         self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
-        link.on_refused, link.awaits = self._on_refused, lambda number: number in self.pending
+        link.on_refused, link.awaits = self._fail, lambda number: number in self.pending
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
@@ -6029,9 +6029,8 @@ class ServerConnection(Holder):
             return
         if "method" in junk:
             self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
-        elif as_own_id(request_id) in self.pending:
-            self.pending.pop(as_own_id(request_id)).on_failure(
-                ServerError(f"the MCP server's answer is not valid: {error}"))
+        else:
+            self._fail(as_own_id(request_id), ServerError(f"the MCP server's answer is not valid: {error}"))
 
     def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
@@ -6047,17 +6046,15 @@ class ServerConnection(Holder):
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
                      id=self._redact(repr(server_id)))
 
-    def _on_refused(self, server_id: int, error: ServerError) -> None:
+    def _fail(self, server_id: int | None, error: ServerError) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
             pending.on_failure(error)
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
         """A line over the limit: if it is a response, one call fails; nothing else does."""
-        pending = self.pending.pop(find_response_id(head, tail), None)
         log.warning("! server %(server)s wrote a message over the limit", server=self.name)
-        if pending:
-            pending.on_failure(ServerError("the answer is larger than MAX_MESSAGE_MB"))
+        self._fail(find_response_id(head, tail), ServerError("the answer is larger than MAX_MESSAGE_MB"))
 
     def _on_end(self) -> None:
         error = self.failure()
