@@ -3595,7 +3595,7 @@ class Usage:
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
         self.excess: tuple | None = None             # the limit for which it is ended, and what was measured
-        self.seen_at = 0.0                           # when it was looked at
+        self.seen_at = time.monotonic()              # when it was looked at, or else began
 
     @property
     def seconds(self) -> float:
@@ -4618,7 +4618,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def told_usage(self) -> str:
         usage = self.usage
         return (f"; it took up to {usage.most_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
-                f"processes: {usage.most_processes}") if usage.seen_at else ""
+                f"processes: {usage.most_processes}") if usage.most_processes else ""
 
     @property
     def unread(self) -> int:

@@ -6551,6 +6551,13 @@ def test_sandbox_limit_that_is_not_reached_disturbs_nobody(place):
         assert about(proxy)["pid"] == pid
 
 
+def test_sandbox_limit_is_not_blamed_for_the_death_of_a_server_that_nobody_has_looked_at_yet():
+    dies = "input(); import os; os.kill(os.getpid(), 9)"
+    with running_proxy([sys.executable, "-c", dies], LIMIT_CPU_SECONDS=300) as proxy:
+        assert "by signal 9" in proxy.request("POST", "/tools/x", {}).json()["error"]["message"]
+        assert "of CPU" not in proxy.log()
+
+
 def test_sandbox_limit_of_a_server_of_a_file_counts_more_than_the_environment(place):
     write_config(place / "mcp.json", {"a": (hostile(), {"limit_open_files": 60}), "b": (hostile(), {}),
                                       "c": (hostile(), {"limit_open_files": 0})})
