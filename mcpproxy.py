@@ -3889,6 +3889,16 @@ def list_processes() -> list[int]:
         return []
 
 
+def processes_of(uid: int) -> list[int]:
+    """What runs as a user; a zombie does not."""
+    found = []
+    for pid in list_processes():
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid and process_stat(pid)[STATE] != b"Z":
+                found.append(pid)
+    return found
+
+
 def read_file(path: str) -> bytes:
     """A small file's bytes; none when it cannot be read."""
     try:
@@ -3896,6 +3906,43 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError:
         return b""
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes to a file that is the kernel's; OSError when it takes it not."""
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def remove_tree(base: str, name: str) -> None:
+    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
+    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
+    into, and a link is followed nowhere."""
+    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
+    try:
+        while found:
+            here = found.pop()
+            try:
+                if os.geteuid():                       # root needs no rights, and must not be led to others' files
+                    os.chmod(here, 0o700, dir_fd=at)
+                folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except NotADirectoryError:                 # it was exchanged for another thing as it was moved
+                os.unlink(here, dir_fd=at)
+                continue
+            try:
+                for entry in list(os.scandir(folder)):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=folder)
+                        continue
+                    if os.geteuid():
+                        os.chmod(entry.name, 0o700, dir_fd=folder)
+                    found.append(f"{name}.{next(numbers)}")
+                    os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
+            finally:
+                os.close(folder)
+            os.rmdir(here, dir_fd=at)
+    finally:
+        os.close(at)
 
 
 def kill(pid: int, number: int) -> bool:
@@ -4027,9 +4074,6 @@ def main(report, is_strict, unset, ignored, steps, program):
 """
 
 
-# By limit: the setting, and what is counted.
-LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
-          "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
 REASONS_AGAINST = {              # by step and errno
@@ -4279,53 +4323,6 @@ class Cell:
         self.sandbox.reaper.uids.discard(self._uid)
 
 
-def processes_of(uid: int) -> list[int]:
-    """What runs as a user; a zombie does not."""
-    found = []
-    for pid in list_processes():
-        with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid == uid and process_stat(pid)[STATE] != b"Z":
-                found.append(pid)
-    return found
-
-
-def write_file(path: str, text: str) -> None:
-    """Writes to a file that is the kernel's; OSError when it takes it not."""
-    with open(path, "w") as file:
-        file.write(text)
-
-
-def remove_tree(base: str, name: str) -> None:
-    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
-    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
-    into, and a link is followed nowhere."""
-    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
-    try:
-        while found:
-            here = found.pop()
-            try:
-                if os.geteuid():                       # root needs no rights, and must not be led to others' files
-                    os.chmod(here, 0o700, dir_fd=at)
-                folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
-            except NotADirectoryError:                 # it was exchanged for another thing as it was moved
-                os.unlink(here, dir_fd=at)
-                continue
-            try:
-                for entry in list(os.scandir(folder)):
-                    if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.name, dir_fd=folder)
-                        continue
-                    if os.geteuid():
-                        os.chmod(entry.name, 0o700, dir_fd=folder)
-                    found.append(f"{name}.{next(numbers)}")
-                    os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
-            finally:
-                os.close(folder)
-            os.rmdir(here, dir_fd=at)
-    finally:
-        os.close(at)
-
-
 async def try_out(sandbox: Sandbox) -> None:
     """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
     if not sandbox.is_on:
@@ -4377,6 +4374,9 @@ STDERR_A_SECOND = 500            # lines that are looked at
 MAX_STDERR_LINE = 1_000          # characters that are shown, and
 MAX_REDACTED = 16 * 1024         # bytes in which secrets are looked for before
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
+# By limit: the setting, and what is counted.
+LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
+          "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
 
 
 class Link:
