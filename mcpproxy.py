@@ -599,6 +599,11 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return ResponseHead(status, headers, is_kept_alive(headers, version) and length != UNTIL_CLOSE, length)
 
 
+def media_type(head: HTTPHead | ResponseHead) -> str:
+    """The media type of a body, without its parameters."""
+    return head.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def is_kept_alive(headers: dict[str, str], version: tuple[int, int]) -> bool:
     """May another message come on the same connection? RFC 9112 §9.3."""
     options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
@@ -5311,11 +5316,6 @@ class Listen(RemoteFetch):
         self.link.on_end_of_stream(self, reason)
         if not is_connected and self.tries >= RESUMES:
             self.link.end(reason)
-
-
-def media_type(head: ResponseHead) -> str:
-    """The media type of a response, without its parameters."""
-    return head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def refusal(head: ResponseHead, body: bytes) -> ServerError:
@@ -10594,7 +10594,7 @@ class Admission:
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
         self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
-        self.media_type = head.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.media_type = media_type(head)
 
     def _find_resource(self) -> bool:
         """RFC 9728 §3.1: the path of a resource stands behind the well-known one."""
