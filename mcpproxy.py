@@ -5353,7 +5353,7 @@ class RemoteLink(Link):
                                                # an answer, which are sent one after the other
         self._is_aside_running = False
         self._aside_timer: asyncio.TimerHandle | None = None
-        self._held: list[tuple] | None = None  # what waits for a session, as _post() takes it
+        self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self._greeting: asyncio.Future | None = None         # of a handshake that is made again
         self.session: str | None = None
@@ -5369,18 +5369,18 @@ class RemoteLink(Link):
 
     # What the connection calls.
 
-    def write(self, line: bytes, about: tuple | None = None) -> None:
+    def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
         if self._held is not None:
-            self._held.append((line, about))
-        elif about:
-            self._post(line, about)
-        else:
-            self._asides.append((line, False))
+            self._held.append((line, about, is_repeated))
+        elif about is None:
+            self._asides.append((line, is_repeated))
             if line == INITIALIZED:
                 self._held = []                # a server may refuse what comes before this
             self._next_aside()
+        elif not is_repeated or self.awaits(about[0]):
+            self._post(line, about, is_repeated)
 
     @property
     def is_clogged(self) -> bool:
@@ -5580,13 +5580,7 @@ class RemoteLink(Link):
             return self._refuse(post, error) if post.about else self.on_aside(post, "has forgotten its session")
         if self._held is None and post.session == self.session:
             self._begin_session()
-        if self._held is not None:
-            self._held.append((post.body, post.about, True))
-        elif post.about:                       # there is another one already
-            self.awaits(post.number) and self._post(post.body, post.about, True)
-        else:
-            self._asides.append((post.body, True))
-            self._next_aside()
+        self.write(post.body, post.about, True)            # at once, if there is another one already
 
     def _begin_session(self) -> None:
         self._held = []
@@ -5616,11 +5610,9 @@ class RemoteLink(Link):
 
     def _go_on(self) -> None:
         held, self._held = self._held or [], None
-        for line, about, *is_repeated in held:
-            if about is None:
-                self._asides.append((line, bool(is_repeated)))
-            elif self.awaits(about[0]):
-                self._post(line, about, bool(is_repeated))
+        for line, about, is_repeated in held:
+            if about is None or self.awaits(about[0]):
+                self.write(line, about, is_repeated)
 
     # Streams.
 
