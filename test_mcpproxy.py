@@ -8068,7 +8068,7 @@ FAULTS = {
     "HTML": (http_response(200, b"<h1>hi</h1>", "text/html"), 502, 200, "text/html"),
     "no body": (http_response(200), 502, ..., ""),
     "202 for a request": (http_response(202), 502, 202, "202"),
-    "204": (b"HTTP/1.1 204 X\r\n\r\n", 502, 204, "204"),
+    "204": (b"HTTP/1.1 204 X\r\nConnection: close\r\n\r\n", 502, 204, "204"),
     "no JSON": (http_response(200, b"{nope"), 502, ..., ""),
     "no JSON-RPC": (http_response(200, {"hello": 1}), 502, ..., ""),
     "a list": (http_response(200, []), 502, ..., ""),
