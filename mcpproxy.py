@@ -3564,7 +3564,8 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """Of which one has to go for one more of a principal's: those of whoever has most, if that principal has less."""
+    """Those of whoever has most: one of them has to go for one more of a principal's. None if that would then have as
+    many."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -3714,8 +3715,7 @@ class Census:
             self.look()
             if known == (known := self.of(server)):
                 break
-            stats = [(process_stat(pid), start) for pid, start in known]
-            for group in {int(stat[GROUP]) for stat, start in stats if stat[START] == start}:
+            for group in {int(stat[GROUP]) for pid, start in known if (stat := process_stat(pid))[START] == start}:
                 kill(-group, signal.SIGKILL)
 
 
@@ -3806,10 +3806,10 @@ class Reaper:
                     seen.add(one)
                     parents.append(child)
 
-    def ended(self, tag: str, pid: int | None = None, lease=None) -> None:
+    def ended(self, tag: str, pid: int | None, lease) -> None:
         """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease` is
         closed."""
-        self._left |= self._ending.pop(pid, set()) | (self.census.of(pid) if pid else set())
+        self._left |= self._ending.pop(pid, set()) | self.census.of(pid)
         self.census.forget(pid)
         self._ended.add(tag)
         self._leases += [lease] if lease else []
@@ -3914,7 +3914,7 @@ def read_file(path: str) -> bytes:
 
 
 def write_file(path: str, text: str) -> None:
-    """Writes to a file that is the kernel's; OSError when it takes it not."""
+    """Writes to a file of the kernel's; OSError when that refuses it."""
     with open(path, "w") as file:
         file.write(text)
 
@@ -4728,7 +4728,7 @@ class Fetch:
     is_extra = False                 # is it not one of the many that MAX_FETCHES is for?
     waits_in: collections.deque | tuple = ()         # for a connection
 
-    def __init__(self, head: bytes, body: bytes = b"", limit: int = LARGE):
+    def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
         self.limit = limit                     # bytes of the response, or of an event
 
@@ -4804,7 +4804,7 @@ class ClientConnection(asyncio.Protocol):
             self._read_body(fetch)
         elif fetch and not head and fetch.is_safe and self._uses > 1 and not parser.rest:
             self._fetch = fetch.connection = None
-            self._client.send(fetch)           # it was closed while nothing was sent, as we began to
+            self._client.send(fetch)           # it was idle, and was closed just as we used it again
         elif fetch:
             self._fail("cut its answer off" if head else "closed the connection without an answer")
 
