@@ -35,40 +35,41 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     17. Links                  what a server is spoken to through: a process, and its end
     18. HTTP client            requests of ours, and the connections for them
     19. Issuer of tokens       who is asked what a token is worth
-    20. Remote servers         the other kind of link: a URL
-    21. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    22. Streams, questions and outlets      what goes to a client
-    23. What servers send      questions and notifications, and whom they concern
-    24. Subscriptions and lists             what a server is asked once for all who want it
-    25. Instances              links that are kept running
-    26. Clients                who sends requests: sessions and visitors
-    27. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    28. Mounts                 what clients meet, at all URLs, and what limits them
-    29. Several servers as one              what all are asked, and which of them a request is for
-    30. Bridges                what happens to a call between two eras
-    31. Dialogues              what a server asks in the course of a call
-    32. Records                what stays of a call that is over
-    33. Exchanges              one client request and everything sent in answer to it
-    34. Joint exchanges        requests that the proxy answers for its servers
+    20. Requests to remote servers          a message to a URL, and what answers it
+    21. Remote servers         the other kind of link: a URL
+    22. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    23. Streams, questions and outlets      what goes to a client
+    24. What servers send      questions and notifications, and whom they concern
+    25. Subscriptions and lists             what a server is asked once for all who want it
+    26. Instances              links that are kept running
+    27. Clients                who sends requests: sessions and visitors
+    28. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    29. Mounts                 what clients meet, at all URLs, and what limits them
+    30. Several servers as one              what all are asked, and which of them a request is for
+    31. Bridges                what happens to a call between two eras
+    32. Dialogues              what a server asks in the course of a call
+    33. Records                what stays of a call that is over
+    34. Exchanges              one client request and everything sent in answer to it
+    35. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    35. HTTP connections       one socket each
-    36. HTTP server            the sockets that are listened on, and TLS
-    37. Outlets                a call's messages into an HTTP reply
-    38. Overview               what those who look after the proxy are told of it
-    39. Admission              what the head of a request says
-    40. OpenAPI                the tools as operations
-    41. Endpoints              what each method and path means
-    42. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    43. Demo server            a small MCP server to try things with
-    44. The proxy              everything put together
-    45. Command line           arguments and environment into a running proxy
-    46. The page               the overview for people
+    36. HTTP connections       one socket each
+    37. HTTP server            the sockets that are listened on, and TLS
+    38. Outlets                a call's messages into an HTTP reply
+    39. Overview               what those who look after the proxy are told of it
+    40. Admission              what the head of a request says
+    41. OpenAPI                the tools as operations
+    42. Endpoints              what each method and path means
+    43. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    44. Demo server            a small MCP server to try things with
+    45. The proxy              everything put together
+    46. Command line           arguments and environment into a running proxy
+    47. The page               the overview for people
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 18, 19
-                and 35 to 41 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 18 to
+                20 and 36 to 42 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -5208,30 +5209,16 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
 
 
 # ============================================================================
-# 20. Remote servers
+# 20. Requests to remote servers
 # ============================================================================
 #
-# The other kind of link: a server that is spoken to over HTTP, as MCP clients do. Each message is a POST of its own.
-# What answers it is JSON, or a stream with the answer and whatever belongs to it, so that it is known here whose a
-# question is. A modern server has nothing else. A legacy one may open a session, and a stream for what belongs to no
-# request; streams that are cut are asked for again where they were; and a session that it has forgotten is opened again
-# in place, so that nobody notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
-#
-# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
-# header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
-# waits for a server that is starting has its way told to that server, too.
+# Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
+# belongs to it, so that it is known here whose a question is. Other streams are asked for with a GET. What becomes of
+# the answers is the business of the RemoteLink that sends these requests.
 
-WAY_HEADER = "X-Mcpproxy-Via"    # ids of the proxies on the way, with commas between
-PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
-MAX_WAY = 32                     # that are passed on
 SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
-ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
-RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
-RESUME_LEAST = 0.1               # whatever it says
-RESUME_LIMIT = 30.0              # to this
-RESUMES = 5                      # in vain
-DELETE_SECONDS = 2.0             # for the end of a session
+RESUMES = 5                      # of a stream, in vain
 
 
 class RemoteFetch(Fetch):
@@ -5333,6 +5320,29 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
     kind = HandshakeRefused if status in (400, 404, 405, 406, 415, 422) else ServerError
     return kind(f"the MCP server answered {text}", status=503 if status in (429, 503) else 502, data={"status": status},
                 headers=(("Retry-After", retry),) if retry else ())
+
+
+# ============================================================================
+# 21. Remote servers
+# ============================================================================
+#
+# The other kind of link: a server that is spoken to over HTTP, as MCP clients do. A modern server answers messages, and
+# has nothing else. A legacy one may open a session, and a stream for what belongs to no request; streams that are cut
+# are asked for again where they were; and a session that it has forgotten is opened again in place, so that nobody
+# notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
+#
+# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
+# header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
+# waits for a server that is starting has its way told to that server, too.
+
+WAY_HEADER = "X-Mcpproxy-Via"    # ids of the proxies on the way, with commas between
+PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
+MAX_WAY = 32                     # that are passed on
+ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
+RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
+RESUME_LEAST = 0.1               # whatever it says
+RESUME_LIMIT = 30.0              # to this
+DELETE_SECONDS = 2.0             # for the end of a session
 
 
 class RemoteLink(Link):
@@ -5678,7 +5688,7 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 21. Server connection
+# 22. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -6065,7 +6075,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 22. Streams, questions and outlets
+# 23. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -6204,7 +6214,7 @@ class Outlet:
 
 
 # ============================================================================
-# 23. What servers send
+# 24. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -6398,7 +6408,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 24. Subscriptions and lists
+# 25. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -6685,7 +6695,7 @@ class KeptList:
 
 
 # ============================================================================
-# 25. Instances
+# 26. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -7150,7 +7160,7 @@ class Instance:
 
 
 # ============================================================================
-# 26. Clients
+# 27. Clients
 # ============================================================================
 #
 # Who sends requests. A client is attached to the instance of a server that it uses
@@ -7447,7 +7457,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 27. Servers and groups
+# 28. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -7781,7 +7791,7 @@ class Group:
 
 
 # ============================================================================
-# 28. Mounts
+# 29. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -8015,7 +8025,7 @@ class Mount:
 
 
 # ============================================================================
-# 29. Several servers as one
+# 30. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -8248,7 +8258,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 
 
 # ============================================================================
-# 30. Bridges
+# 31. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -8638,7 +8648,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 31. Dialogues
+# 32. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -8736,7 +8746,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 32. Records
+# 33. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters,
@@ -8807,7 +8817,7 @@ def _cut(call: "Exchange", now: float, labels: tuple, name: str, fields: tuple) 
 
 
 # ============================================================================
-# 33. Exchanges
+# 34. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -9336,7 +9346,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 34. Joint exchanges
+# 35. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -9625,7 +9635,7 @@ import threading
 
 
 # ============================================================================
-# 35. HTTP connections
+# 36. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -10022,7 +10032,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 36. HTTP server
+# 37. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -10209,7 +10219,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 37. Outlets
+# 38. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -10370,7 +10380,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 38. Overview
+# 39. Overview
 # ============================================================================
 #
 # What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
@@ -10535,7 +10545,7 @@ def transport_of(session: Session) -> str:
 
 
 # ============================================================================
-# 39. Admission
+# 40. Admission
 # ============================================================================
 #
 # What the head of a request says: who sends it, to which place, and what for. It
@@ -10709,7 +10719,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 40. OpenAPI
+# 41. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -10762,7 +10772,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 41. Endpoints
+# 42. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -11323,7 +11333,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 42. Standard streams
+# 43. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -11473,7 +11483,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 43. Demo server
+# 44. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -11590,7 +11600,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 44. The proxy
+# 45. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -11820,7 +11830,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 45. Command line
+# 46. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -12119,7 +12129,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 46. The page
+# 47. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

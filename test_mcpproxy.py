@@ -7500,7 +7500,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 20. Remote servers
+# 21. Remote servers
 # ============================================================================
 
 #
@@ -8581,7 +8581,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 
 
 # ============================================================================
-# 21. Server connection
+# 22. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -8872,7 +8872,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 27. Servers and groups
+# 28. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -9100,7 +9100,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 28. Mounts
+# 29. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -10264,7 +10264,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 29. Several servers as one
+# 30. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -10736,7 +10736,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 33. Exchanges
+# 34. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -13129,7 +13129,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 35. HTTP connections
+# 36. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -13372,7 +13372,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 38. Overview
+# 39. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -15265,7 +15265,7 @@ def test_overview_slow_start_is_told_of_each_start():
 
 
 # ============================================================================
-# 41. Endpoints
+# 42. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -17076,7 +17076,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 42. Standard streams
+# 43. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -17256,7 +17256,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 43. Demo server
+# 44. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -17358,7 +17358,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 44. The proxy
+# 45. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -17429,7 +17429,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 45. Command line
+# 46. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
