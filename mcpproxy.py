@@ -4512,7 +4512,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             else:
                 await spawn(*self._command, start_new_session=True, cwd=self._directory, env=environment)
         except BaseException as error:
-            self._reaper.ended(self._tag, self._pid, self._cell)          # cancelled, it may have children already
+            # Cancelled, it may have children already. Where there is a process, what it has is given back by stop().
+            self._reaper.ended(self._tag, self._pid, None if self._pid else self._cell)
             if not isinstance(error, (OSError, ValueError)):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "bad command"

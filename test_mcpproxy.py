@@ -6877,6 +6877,36 @@ def test_sandbox_users_of_a_range_are_given_to_one_at_a_time(place):
             assert json.loads(second.tool("about"))["uids"][0] == users[1]
 
 
+# Starts what cannot be executed, stops it, and says how often its user, home and group were given back.
+CELL_OF_WHAT_CANNOT_START = """
+import asyncio, mcpproxy, os, sys
+
+async def run():
+    closed, close = [], mcpproxy.Cell.close
+    mcpproxy.Cell.close = lambda cell: (close(cell), closed.append(cell))
+    reaper = mcpproxy.Reaper()
+    sandbox = mcpproxy.Sandbox("x", mcpproxy.Settings(private_home=True), reaper)
+    server = mcpproxy.ServerProcess(sys.argv[1:], dict(os.environ), sandbox, str, 1000)
+    try:
+        await server.start()
+    except mcpproxy.ServerError as error:
+        print(error)
+    await server.stop()
+    reaper.close()
+    print(len(closed))
+asyncio.run(run())
+"""
+
+
+def test_sandbox_what_a_server_has_is_given_back_once_when_it_cannot_start(tmp_path):
+    program = tmp_path / "program"
+    program.write_bytes(b"\0")
+    program.chmod(0o755)
+    found = subprocess.run([sys.executable, "-c", CELL_OF_WHAT_CANNOT_START, program], cwd=HERE, capture_output=True,
+                           text=True, timeout=PATIENCE)
+    assert re.fullmatch("the MCP server could not be started: .*\n1\n", found.stdout), found
+
+
 def test_sandbox_user_is_not_given_again_while_a_process_is_left(place, any_groups):
     """Its next server would have the other one's process for a neighbour of the same user."""
     needs_nobody()
