@@ -6859,6 +6859,15 @@ def test_sandbox_user_is_another_one_in_all_respects(place, kind, user, uid, gid
         assert kind == "command" or neighbours == os.getuid()
 
 
+def test_sandbox_user_gets_into_its_home_whatever_the_umask_of_the_proxy_is(place):
+    needs_nobody()
+    program = program_of(place, "os.umask(0o077)")
+    with sandboxed(place, program=program, RUN_AS_USER="60001", PRIVATE_HOME="true") as proxy:
+        for name in "HOME", "TMPDIR":
+            path = f"{about(proxy)['environ'][name]}/file"
+            assert use(proxy, "write_file", path=path, megabytes=1) == "ok after 1 MB"
+
+
 def test_sandbox_users_of_a_range_are_given_to_one_at_a_time(place):
     needs_nobody()
     with sandboxed(place, SHARED_SESSION="false", RUN_AS_USER="60001-60002") as proxy:
