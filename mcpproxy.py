@@ -1415,20 +1415,17 @@ class ResponseLine:
         """The whole answer as a Message; RPCError when it is not valid."""
         return parse_message(decode_json(self.line), is_servers=True)
 
-    def with_id(self, raw_id: bytes, at: int | None = None, insertion: bytes = b"", then_at: int = 0,
-                then: bytes = b"") -> list:
-        """The payload with another id, and with `insertion` put in at `at`, and `then` behind it. A large one is not
-        copied."""
+    def with_id(self, raw_id: bytes, at: int | None = None, to: int = 0, *parts: bytes | memoryview) -> list:
+        """The payload with another id, and with `parts` in place of what stands from `at` to `to` in the result. A
+        large one is not copied."""
         line, start, end = self.line, self.start, self.end
         if len(line) >= LARGE:
             line = memoryview(line)
         if at is None:
             return [line[:start], raw_id, line[end:]]
-        inserted = [insertion, line[at:then_at], then] if then else [insertion]
-        at_end = then_at if then else at
         if at < start:
-            return [line[:at], *inserted, line[at_end:start], raw_id, line[end:]]
-        return [line[:start], raw_id, line[end:at], *inserted, line[at_end:]]
+            return [line[:at], *parts, line[to:start], raw_id, line[end:]]
+        return [line[:start], raw_id, line[end:at], *parts, line[to:]]
 
 
 def error_type(response: "ResponseLine | Message") -> str:
@@ -1446,16 +1443,6 @@ def error_type(response: "ResponseLine | Message") -> str:
             return str(message.error_code)
         return "tool_error" if members_of(message.members["result"]).get("isError") is True else ""
     return ""
-
-
-def without(response: ResponseLine, raw_id: bytes, at: int, to: int) -> list:
-    """A response's payload with another id, and without what stands from `at` to `to`."""
-    line, start, end = response.line, response.start, response.end
-    if len(line) >= LARGE:
-        line = memoryview(line)
-    if at < start:
-        return [line[:at], line[to:start], raw_id, line[end:]]
-    return [line[:start], raw_id, line[end:at], line[to:]]
 
 
 def find_response(line: bytes) -> ResponseLine | None:
@@ -1802,11 +1789,12 @@ def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions)
         # None of these names anywhere in the line: they can be put in without a look at the rest.
         found = new.find_in(line)
         if not found:
-            return response.with_id(raw_id, at, new.text if _OBJECT_END.match(line, at) else new.text + b",")
+            return response.with_id(raw_id, at, at, new.text if _OBJECT_END.match(line, at) else new.text + b",")
         at_meta = find_meta(line, at)
         if at_meta and found[0] == b'"_meta"' and not new.find_in(line, at_meta) and _SERVER_INFO not in line:
             meta = new.meta_text if _OBJECT_END.match(line, at_meta) else new.meta_text + b","
-            return response.with_id(raw_id, at, new.text_beside_meta + b",", at_meta, meta)
+            between = memoryview(line)[at:at_meta]           # nearly all of a large one, if its _meta stands last
+            return response.with_id(raw_id, at, at_meta, new.text_beside_meta + b",", between, meta)
         response = response.parsed()
     if not isinstance(response.members.get("result"), tuple):
         return response.with_id(raw_id)
@@ -1836,7 +1824,7 @@ def result_without(response: ResponseLine | Message, raw_id: bytes) -> list:
         match = at is not None and _COMPLETE_FIRST.match(line, at)
         # None of the other names behind it, in whatever object: it can be taken out without a look at the rest.
         if match and all(line.find(name, match.end()) < 0 for name in (b'"resultType"', b'"ttlMs"', b'"cacheScope"')):
-            return without(response, raw_id, match.start(), match.end())
+            return response.with_id(raw_id, match.start(), match.end())
         response = response.parsed()
     changes = [response.new_id(raw_id)]
     if isinstance(response.members.get("result"), tuple):
