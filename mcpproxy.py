@@ -2862,7 +2862,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
             check_single(members_of(whole)[lists[0]], name)
             if isinstance(given, dict) and given.get("disabled") is True:
                 continue
-            for server in replicated(parse_server(name, given, settings, environment), given):
+            for server in parse_server(name, given, settings, environment):
                 if server.name in servers or server.name != name and server.name in names:
                     raise SettingsError(f"its replica {server.name} has another server's name")
                 servers[server.name] = server
@@ -2893,12 +2893,10 @@ def check_name(name: str) -> None:
         raise SettingsError(f"a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; {good} would do")
 
 
-def replicated(server: ServerConfig, given: dict) -> list[ServerConfig]:
-    """The servers that one of the file stands for: of several replicas or URLs, a group of equal ones."""
-    urls = given["url"] if isinstance(given.get("url"), list) else [server.url]
-    number = given.get("replicas", 1)
+def replicated(server: ServerConfig, urls: list[str | None], number: int) -> list[ServerConfig]:
+    """So many of a server at each URL: if these are several, a group of equal ones."""
     if len(urls) == number == 1:
-        return [dataclasses.replace(server, url=urls[0])]
+        return [server]
     if server.group:
         raise SettingsError("group: goes with neither replicas nor several URLs, which are a group by themselves")
     names = [f"{server.name}-{count}" for count in range(1, len(urls) * number + 1)]
@@ -2922,8 +2920,8 @@ def check_groups(servers: dict[str, ServerConfig], refuse) -> None:
                 refuse(f"server {name}", f"{key}: is another than that of {other.name}, which is of the same group")
 
 
-def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> ServerConfig:
-    """One server of the file; SettingsError names the key that cannot be used."""
+def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
+    """The servers that one of the file stands for; SettingsError names the key that cannot be used."""
     if isinstance(given, dict):
         given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()}
     if isinstance(given, dict) and "envFile" in given:
@@ -2935,8 +2933,9 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     given = {key: expanded(value, key, environment, key == "headers" and is_later)
              for key, value in given.items() if key not in _OTHERS_KEYS}
     headers = headers if is_later else given.get("headers", {})
+    urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
-        for url in [given["url"]] if isinstance(given["url"], str) else given["url"]:
+        for url in urls:
             check_url(url)
         if "command" in given:
             raise SettingsError("url: is beside a command; a server has one of them")
@@ -2975,11 +2974,12 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         overrides[tool] = Override(**changes)
     tools = tuple(given["tools"]) if "tools" in given else None
     command = (given["command"], *given.get("args", ())) if "command" in given else ()
-    url = given.get("url") if isinstance(given.get("url"), str) else None          # several: see replicated()
-    return ServerConfig(name, own_settings, command, url, headers, given.get("type") == "sse", given.get("env", {}),
-                        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb),
-                        group, parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
-                        given.get("backup", False))
+    server = ServerConfig(
+        name, own_settings, command, urls[0], headers, given.get("type") == "sse", given.get("env", {}),
+        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb), group,
+        parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
+        given.get("backup", False))
+    return replicated(server, urls, given.get("replicas", 1))
 
 
 def parse_when(given: dict) -> When:

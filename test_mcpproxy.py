@@ -5304,6 +5304,11 @@ def test_configuration_has_groups():
     assert (servers["y"].weight, servers["y"].is_backup) == (2.0, True)
 
 
+def test_configuration_reads_several_urls_as_it_reads_one():
+    servers = parse_file({"mcpServers": {"far": {"serverUrl": ["http://${H}/", "http://b/"]}}}, {"H": "a"})
+    assert {name: server.url for name, server in servers.items()} == {"far-1": "http://a/", "far-2": "http://b/"}
+
+
 def test_configuration_names_variables():
     given = {"command": "${env:BIN}", "args": ["${A}${B:-b}", "${B:-}", "${userHome}/x", "$A ${ A", "$${A}"],
              "cwd": "${A:-z}"}
