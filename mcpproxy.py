@@ -2839,51 +2839,57 @@ _COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _COMMAS = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
 
 
+@contextlib.contextmanager
+def within(where: str, *others: type[Exception]):
+    """Makes of a SettingsError, and of such others, one that says where in a file it is."""
+    try:
+        yield
+    except (SettingsError, *others) as error:
+        raise SettingsError(f"{where}: {error}") from None
+
+
 def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
     """The servers of a file, by name, in its order; SettingsError says which file, server and key cannot be used."""
-    def refuse(*where: str):
-        raise SettingsError(": ".join([settings.mcp_config, *where]))
+    servers: dict[str, ServerConfig] = {}
+    with within(settings.mcp_config):
+        plain, scanned = read_config(text)
+        for name, members in scanned:
+            with within(f"server {name[:80] if name.isprintable() else repr(name)[:80]}",
+                        ValueError, OverflowError, RecursionError):
+                check_name(name)
+                if [other for other, _ in scanned].count(name) > 1:
+                    raise SettingsError("is there twice")
+                without_repeats(members if isinstance(members, tuple) else ())
+                given = plain[name]
+                if isinstance(given, dict) and given.get("disabled") is True:
+                    continue
+                for server in parse_server(name, given, settings, environment):
+                    if server.name in servers or server.name != name and server.name in plain:
+                        raise SettingsError(f"its replica {server.name} has another server's name")
+                    servers[server.name] = server
+        if not servers:
+            raise SettingsError("has no server that is not disabled")
+        check_groups(servers)
+        check_names(servers)
+    return servers
+
+
+def read_config(text: str) -> tuple[dict, tuple]:
+    """The servers of a file by name, and as they were scanned, where is seen what is there twice."""
     try:
         for superfluous in _COMMENTS, _COMMAS:
             text = superfluous.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
         plain = json.loads(text)
         whole = scan_value(text, _WHITESPACE.match(text).end())[0]
     except RecursionError:
-        refuse("is nested too deeply")
+        raise SettingsError("is nested too deeply") from None
     except (ValueError, StopIteration) as error:
-        refuse(f"is not JSON: {error}" if text.strip() else "is empty")
+        raise SettingsError(f"is not JSON: {error}" if text.strip() else "is empty") from None
     lists = [name for name in ("mcpServers", "servers") if isinstance(members_of(whole).get(name), tuple)]
     if len(lists) != 1:
-        refuse("needs an object mcpServers, or servers, of servers by name" + (", and not both" if lists else ""))
-    servers, names = {}, plain[lists[0]].keys()
-    for name, given in plain[lists[0]].items():
-        try:
-            check_name(name)
-            check_single(members_of(whole)[lists[0]], name)
-            if isinstance(given, dict) and given.get("disabled") is True:
-                continue
-            for server in parse_server(name, given, settings, environment):
-                if server.name in servers or server.name != name and server.name in names:
-                    raise SettingsError(f"its replica {server.name} has another server's name")
-                servers[server.name] = server
-        except (SettingsError, OverflowError, RecursionError) as error:
-            refuse(f"server {name[:80] if name.isprintable() else repr(name)[:80]}", str(error))
-    if not servers:
-        refuse("has no server that is not disabled")
-    check_groups(servers, refuse)
-    check_names(servers, refuse)
-    return servers
-
-
-def check_single(scanned: tuple, name: str) -> None:
-    """Refuses a server that is there twice, or has a key twice: others take the first of them, we the last."""
-    values = [value for other, value in scanned if other == name]
-    if len(values) > 1:
-        raise SettingsError("is there twice")
-    keys = [key for key, _ in values[0]] if isinstance(values[0], tuple) else []
-    for key in keys:
-        if keys.count(key) > 1:
-            raise SettingsError(f"{key[:80]}: is there twice")
+        raise SettingsError("needs an object mcpServers, or servers, of servers by name" + (
+            ", and not both" if lists else ""))
+    return plain[lists[0]], members_of(whole)[lists[0]]
 
 
 def check_name(name: str) -> None:
@@ -2906,18 +2912,19 @@ def replicated(server: ServerConfig, urls: list[str | None], number: int) -> lis
             for name, url in zip(names, urls * number)]
 
 
-def check_groups(servers: dict[str, ServerConfig], refuse) -> None:
+def check_groups(servers: dict[str, ServerConfig]) -> None:
     """Refuses groups that cannot be offered as one."""
     first: dict[str, ServerConfig] = {}
     for name, server in servers.items():
         if server.group in servers:
-            refuse(f"server {name}", f"group: {server.group} is a server's name")
+            raise SettingsError(f"server {name}: group: {server.group} is a server's name")
         other = first.setdefault(server.group, server) if server.group else server
         for key, mine, others in (("prefix", server.prefix, other.prefix),
                                   ("tools, overrides or max_result_kb", server.rules, other.rules),
                                   ("shared_session", server.settings.shared_session, other.settings.shared_session)):
             if mine != others:
-                refuse(f"server {name}", f"{key}: is another than that of {other.name}, which is of the same group")
+                raise SettingsError(
+                    f"server {name}: {key}: is another than that of {other.name}, which is of the same group")
 
 
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
@@ -2963,14 +2970,12 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         raise SettingsError(f"{key.lower()}: {rule}") from None
     overrides = {}
     for tool, changes in given.get("overrides", {}).items():
-        try:
+        with within(f"overrides: {tool}"):
             check_keys(changes, _OVERRIDE_KEYS)
             if not _NAME.fullmatch(changes.get("name", "x")):
                 raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
             if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
                 raise SettingsError("an argument is in defaults or in fixed, not in both")
-        except SettingsError as error:
-            raise SettingsError(f"overrides: {tool}: {error}") from None
         overrides[tool] = Override(**changes)
     tools = tuple(given["tools"]) if "tools" in given else None
     command = (given["command"], *given.get("args", ())) if "command" in given else ()
@@ -2984,12 +2989,10 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
 
 def parse_when(given: dict) -> When:
     """Which calls a server of a group claims."""
-    try:
+    with within("when"):
         check_keys(given, _WHEN_KEYS)
         if not any(given.values()):
             raise SettingsError("names neither an argument nor a header or a key")
-    except SettingsError as error:
-        raise SettingsError(f"when: {error}") from None
     headers = {name.lower(): glob for name, glob in given.get("header", {}).items()}
     return When(given.get("argument", {}), headers, given.get("key"))
 
@@ -3054,14 +3057,14 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
     return value
 
 
-def check_names(servers: dict[str, ServerConfig], refuse) -> None:
+def check_names(servers: dict[str, ServerConfig]) -> None:
     """Refuses names that two tools would have."""
     owners = {}
     for name, server in servers.items():
         for tool, override in server.rules.overrides.items():
             shown, owner = server.shown_as(tool, "tools/list", is_joint=True), f"{tool} of {server.group or name}"
             if shown is not None and override.name and owners.setdefault(shown, owner) != owner:
-                refuse(f"server {name}", f"overrides: {tool}: the name {shown} is {owners[shown]}'s already")
+                raise SettingsError(f"server {name}: overrides: {tool}: the name {shown} is {owners[shown]}'s already")
 
 
 # The file of keys.
@@ -3084,11 +3087,10 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
     scopes = None
     if not settings.auth_keys_file:
         return Keys(tuple(callers))
-    try:
+    with within(settings.auth_keys_file, ValueError, RecursionError):
         given = json.loads(text, object_pairs_hook=without_repeats)
         check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
         if "scopes" in given:
-            given = dict(given)
             check_keys(given["scopes"], dict.fromkeys(given["scopes"], _OBJECT))
             scopes = {name: parse_grant(f"scopes: {name}", entry, servers)
                       for name, entry in given.pop("scopes").items()}
@@ -3103,8 +3105,6 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
                 other = first.setdefault(value, caller)
                 if other is not caller:
                     raise SettingsError(f"{caller.name}: has the same {what} as {other.name}")
-    except (SettingsError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{settings.auth_keys_file}: {error}") from None
     return Keys(tuple(callers), scopes)
 
 
@@ -3128,15 +3128,13 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
 def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict = {}) -> Grant:
     """What a key or a scope opens; `others` are members that are looked at elsewhere."""
     known = {**others, **_GRANT_KEYS}
-    try:
+    with within(name):
         if not entry.keys() <= known.keys():
             raise SettingsError(f"has something that is not known; what is: {', '.join(known)}")
         check_keys(entry, known)
         unknown = [server for server in entry.get("servers", ()) if server not in servers]
         if unknown:
             raise SettingsError(f"servers: there is no server {unknown[0][:80]}, but {', '.join(servers)}")
-    except SettingsError as error:
-        raise SettingsError(f"{name}: {error}") from None
     return Grant(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
                     if key in _GRANT_KEYS})
 
