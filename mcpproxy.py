@@ -2930,16 +2930,16 @@ def check_groups(servers: dict[str, ServerConfig]) -> None:
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
     """The servers that one of the file stands for; SettingsError names the key that cannot be used."""
     if isinstance(given, dict):
-        given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()}
-    if isinstance(given, dict) and "envFile" in given:
-        raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
-    check_keys(given, _SERVER_KEYS, _OTHERS_KEYS)
+        given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()
+                 if key not in _OTHERS_KEYS}
+        if "envFile" in given:
+            raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
+    check_keys(given, _SERVER_KEYS)
     # Headers of one's own server may hold variables of its client's, and are expanded for each.
-    headers = given.get("headers", {})
     is_later = given.get("shared_session", settings.shared_session) is False
-    given = {key: expanded(value, key, environment, key == "headers" and is_later)
-             for key, value in given.items() if key not in _OTHERS_KEYS}
-    headers = headers if is_later else given.get("headers", {})
+    written, given = given, {key: expanded(value, key, environment, key == "headers" and is_later)
+                             for key, value in given.items()}
+    headers = (written if is_later else given).get("headers", {})
     urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
         for url in urls:
@@ -3010,13 +3010,11 @@ def check_url(url: str) -> None:
         raise SettingsError("url: must hold no user or password; write an Authorization header in headers")
 
 
-def check_keys(given: object, keys: dict, others: frozenset = frozenset()) -> None:
+def check_keys(given: object, keys: dict) -> None:
     """Refuses an object with a key that is not known, or a value of the wrong type."""
     if not isinstance(given, dict):
         raise SettingsError("must be an object")
     for key, value in given.items():
-        if key in others:
-            continue
         if key not in keys:
             import difflib
             near = difflib.get_close_matches(key.lower(), keys, 1, 0)
