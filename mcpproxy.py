@@ -1662,16 +1662,16 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
     return found
 
 
-def argument_at(arguments: object, path: tuple[str, ...]) -> object:
-    """The value of an argument; None where there is none."""
+def member_at(value: object, path: tuple[str, ...]) -> object:
+    """The value of the member to which these names lead; None where there is none."""
     for name in path:
-        arguments = arguments.get(name) if isinstance(arguments, dict) else None
-    return arguments
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def mirror(parameters: dict[str, tuple[str, ...]], arguments: object) -> tuple[tuple[str, str], ...]:
     """The headers that repeat arguments, as (name, value) pairs."""
-    values = ((header, argument_at(arguments, path)) for header, path in parameters.items())
+    values = ((header, member_at(arguments, path)) for header, path in parameters.items())
     return tuple((header, encode_header(value)) for header, value in values if isinstance(value, (str, int)))
 
 
@@ -1680,7 +1680,7 @@ def check_mirrored(parameters: dict[str, tuple[str, ...]], arguments: object, he
 
     MCP 2026-07-28, Streamable HTTP, Server Behavior for Custom Headers."""
     for header, path in parameters.items():
-        value, given = argument_at(arguments, path), headers.get(header)
+        value, given = member_at(arguments, path), headers.get(header)
         if value is None:
             if given is not None:
                 raise RPCError(f"the header {header} repeats an argument that is not there", code=HEADER_MISMATCH)
@@ -1864,9 +1864,7 @@ class Identity:
         # The revision that the server answered with; of a legacy one it may be anything.
         self.version: object = MODERN_VERSION if era is MODERN else self._result.get("protocolVersion")
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
-        info = self._result
-        for name in path:
-            info = info.get(name) if isinstance(info, dict) else None
+        info = member_at(self._result, path)
         self.info = response.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
         info = info if isinstance(info, dict) else {}
         self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
@@ -1903,13 +1901,10 @@ class Identity:
 
     def supported(self, wanted: dict) -> dict:
         """The part of a subscription filter that a server of these capabilities can serve."""
-        def can(kind: str, what: str) -> bool:
-            capability = self.capabilities.get(kind)
-            return isinstance(capability, dict) and bool(capability.get(what))
         honoured: dict = {name: True for name, (kind, _) in LIST_CHANGES.items()
-                          if wanted.get(name) is True and can(kind, "listChanged")}
+                          if wanted.get(name) is True and member_at(self.capabilities, (kind, "listChanged"))}
         uris = wanted.get("resourceSubscriptions")
-        if isinstance(uris, list) and can("resources", "subscribe"):
+        if isinstance(uris, list) and member_at(self.capabilities, ("resources", "subscribe")):
             honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
         return honoured
 
