@@ -1235,7 +1235,7 @@ class Message(JSONObject):
         return self.text[start:end].encode()
 
     def parsed(self) -> "Message":
-        """Itself; an Answer has to be parsed for this."""
+        """Itself; a ResponseLine has to be parsed for this."""
         return self
 
     @property
@@ -1412,7 +1412,7 @@ class ResponseLine:
         return at + 1 if self.is_result and self.line[at:at + 1] == b"{" else None
 
     def parsed(self) -> "Message":
-        """The whole answer as a Message; RPCError when it is not valid."""
+        """The whole response as a Message; RPCError when it is not valid."""
         return parse_message(decode_json(self.line), is_servers=True)
 
     def with_id(self, raw_id: bytes, at: int | None = None, to: int = 0, *parts: bytes | memoryview) -> list:
@@ -1446,7 +1446,7 @@ def error_type(response: "ResponseLine | Message") -> str:
 
 
 def find_response(line: bytes) -> ResponseLine | None:
-    """The line as an Answer if it plainly is one. None: it has to be parsed, to find out or to take something out."""
+    """A line that plainly is a response. None: it has to be parsed, to find out or to take something out."""
     if b"\r" in line or line[-1:] != b"}":
         return None
     searched = line if len(line) < 512 else line[-_TAIL_LENGTH:]
@@ -1469,7 +1469,7 @@ def escape_separators(line: bytes) -> bytes:
 
 
 def find_response_id(head: bytes, tail: bytes) -> int | None:
-    """The id of an answer of which only the first and last bytes are known."""
+    """The id of a response of which only the first and last bytes are known."""
     match = _RESPONSE_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _RESPONSE_TAIL.search(tail[-_TAIL_LENGTH:])
     return int(match[1]) if match else None
 
