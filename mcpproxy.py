@@ -991,7 +991,6 @@ class EventParser:
 # tried: 2 to 5 µs for a small message, twice the time for a large one.)
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
-_OBJECT_START = re.compile(r"[ \t\n\r]*\{")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _FIRST_MEMBER = re.compile(r'\{[ \t\n\r]*"([A-Za-z]+)"[ \t\n\r]*:[ \t\n\r]*')
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
@@ -1145,7 +1144,7 @@ class JSONObject:
         if self._walked is None:
             self._walked = {}
         if path not in self._walked:
-            self._walked[path] = walk_members(self.text, self.span(*path)[0] if path else self._start)
+            self._walked[path] = walk_members(self.text, self.span(*path)[0] if path else self.text.index("{"))
         return self._walked[path]
 
     def raw(self, *path: str) -> str:
@@ -1157,17 +1156,13 @@ class JSONObject:
         """The same for all members of the object at `path`, by name."""
         return {name: one_line(self.text[start:end]) for name, (start, end) in self._places(path).items()}
 
-    @property
-    def _start(self) -> int:
-        return _OBJECT_START.match(self.text).end() - 1
-
     # Changes to the text are (start, end, replacement).
 
     def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
         """The change that puts members (name -> JSON) into the object at `path`; if need be, params are made for it."""
         inside = as_object(new)[1:-1]
         if path == ("params",) and "params" not in self.members:
-            start = self._start + 1
+            start = self.text.index("{") + 1
             return start, start, f'"params":{{{inside}}},'
         start = self.span(*path)[0] + 1
         is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
