@@ -2766,24 +2766,18 @@ def cut_result(response: Message, limit: int) -> Message:
 
 # Task ids of several servers as one.
 
-def task_places(message: Message) -> list[tuple[str, ...]]:
-    """Where a message names a task. MCP 2025-11-25, Tasks; SEP-2663."""
-    params, result = message.params, members_of(message.members.get("result"))
-    places = [("params", "taskId")] if isinstance(params.get("taskId"), str) else []
-    for top, inside in (("params", params), ("result", result)):
+def with_tasks(message: Message, rename) -> Message:
+    """The message with other task ids; `rename` makes one of another, as strings. MCP 2025-11-25, Tasks; SEP-2663."""
+    result, places = members_of(message.members.get("result")), []
+    for top, inside in ("params", message.params), ("result", result):
+        if isinstance(inside.get("taskId"), str):
+            places.append((top, "taskId"))
         related = members_of(members_of(inside.get("_meta")).get(RELATED_TASK_KEY))
         if isinstance(related.get("taskId"), str):
             places.append((top, "_meta", RELATED_TASK_KEY, "taskId"))
     if isinstance(members_of(result.get("task")).get("taskId"), str):
         places.append(("result", "task", "taskId"))
-    if isinstance(result.get("taskId"), str):
-        places.append(("result", "taskId"))
-    return places
-
-
-def with_tasks(message: Message, rename) -> Message:
-    """The message with other task ids; `rename` makes one of another, as strings."""
-    changes = [(*message.span(*place), dump(rename(message.value(*place)))) for place in task_places(message)]
+    changes = [(*message.span(*place), dump(rename(message.value(*place)))) for place in places]
     return parse_message(message.changed(changes).decode(), is_servers=True) if changes else message
 
 
