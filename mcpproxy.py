@@ -19,57 +19,59 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     3.  Settings               every knob, with its default and its reason
     4.  HTTP/1.1               bytes into requests, responses into bytes
     5.  Server-sent events     messages into events
-    6.  JSON-RPC               text into one valid message, changed without being rewritten
-    7.  Protocol eras          what a message of the one era is in the other
-    8.  Access                 who may come in, and what a client may set
-    9.  Tokens                 what an OAuth token says, and who has signed it
-    10. Views                  which servers and tools a URL shows, and under which names
-    11. Configuration file     several servers, as desktop clients write them; and of keys
+    6.  JSON                   values found and changed in a text, without writing the rest anew
+    7.  JSON-RPC               text into one valid message
+    8.  Protocol eras          what a message of the one era is in the other
+    9.  Results                the same of results; and what a server said of itself
+    10. Access                 who may come in, and what a client may set
+    11. Tokens                 what an OAuth token says, and who has signed it
+    12. Views                  which servers and tools a URL shows, and under which names
+    13. Configuration file     several servers, as desktop clients write them; and of keys
 
     The moving parts: what is alive while the proxy runs.
-    12. Logs                   what happened, a line each
-    13. Counters               how often it happened, and how long it took
-    14. Shares                 who gives when there is no more room
-    15. Processes              whose each is, what it uses, and what would outlive its server
-    16. Sandbox                what a server is kept from
-    17. Links                  what a server is spoken to through: a process, and its end
-    18. HTTP client            requests of ours, and the connections for them
-    19. Issuer of tokens       who is asked what a token is worth
-    20. Requests to remote servers          a message to a URL, and what answers it
-    21. Remote servers         the other kind of link: a URL
-    22. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    23. Streams, questions and outlets      what goes to a client
-    24. What servers send      questions and notifications, and whom they concern
-    25. Subscriptions and lists             what a server is asked once for all who want it
-    26. Instances              links that are kept running
-    27. Clients                who sends requests: sessions and visitors
-    28. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    29. Mounts                 what clients meet, at all URLs, and what limits them
-    30. Several servers as one              what all are asked, and which of them a request is for
-    31. Bridges                what happens to a call between two eras
-    32. Dialogues              what a server asks in the course of a call
-    33. Records                what stays of a call that is over
-    34. Exchanges              one client request and everything sent in answer to it
-    35. Joint exchanges        requests that the proxy answers for its servers
+    14. Logs                   what happened, a line each
+    15. Counters               how often it happened, and how long it took
+    16. Shares                 who gives when there is no more room
+    17. Processes              whose each is, what it uses, and what would outlive its server
+    18. Sandbox                what a server is kept from
+    19. Links                  what a server is spoken to through: a process, and its end
+    20. HTTP client            requests of ours, and the connections for them
+    21. Issuer of tokens       who is asked what a token is worth
+    22. Requests to remote servers          a message to a URL, and what answers it
+    23. Remote servers         the other kind of link: a URL
+    24. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    25. Streams, questions and outlets      what goes to a client
+    26. What servers send      questions and notifications, and whom they concern
+    27. Subscriptions and lists             what a server is asked once for all who want it
+    28. Instances              links that are kept running
+    29. Clients                who sends requests: sessions and visitors
+    30. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    31. Mounts                 what clients meet, at all URLs, and what limits them
+    32. Several servers as one              what all are asked, and which of them a request is for
+    33. Bridges                what happens to a call between two eras
+    34. Dialogues              what a server asks in the course of a call
+    35. Records                what stays of a call that is over
+    36. Exchanges              one client request and everything sent in answer to it
+    37. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    36. HTTP connections       one socket each
-    37. HTTP server            the sockets that are listened on, and TLS
-    38. Outlets                a call's messages into an HTTP reply
-    39. Overview               what those who look after the proxy are told of it
-    40. Admission              what the head of a request says
-    41. OpenAPI                the tools as operations
-    42. Endpoints              what each method and path means
-    43. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    44. Demo server            a small MCP server to try things with
-    45. The proxy              everything put together
-    46. Command line           arguments and environment into a running proxy
-    47. The page               the overview for people
+    38. HTTP connections       one socket each
+    39. HTTP server            the sockets that are listened on, and TLS
+    40. Outlets                a call's messages into an HTTP reply
+    41. Overview               what those who look after the proxy are told of it
+    42. Admission              what the head of a request says
+    43. OpenAPI                the tools as operations
+    44. Endpoints              what each method and path means
+    45. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    46. Demo server            a small MCP server to try things with
+    47. The proxy              everything put together
+    48. Command line           arguments and environment into a running proxy
+    49. The page               the overview for people
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 18 to
-                20 and 36 to 42 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 20 to
+                22 and 38 to 44 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -873,7 +875,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 #
 # HTML Living Standard, Server-sent events. An event is lines, and an empty line
 # ends it. A line may end with CR, LF or both, so neither may be in the data;
-# JSON has them only between tokens, and *JSON-RPC* takes them out.
+# JSON has them only between tokens, and *JSON* takes them out.
 
 EVENT_LINE = 64                  # bytes that each line of an event takes beside its own
 KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
@@ -965,15 +967,13 @@ class EventParser:
 
 
 # ============================================================================
-# 6. JSON-RPC
+# 6. JSON
 # ============================================================================
 #
-# Text into exactly one valid request, notification or response, or an error
-# that says why not. The hard part: a proxy must pass on what it does not know,
-# with numbers as they were written (1.0, 1e400, 12345678901234567890), so a
-# message is never parsed and written anew. It is parsed once, to be understood;
-# to change a member, the place where it stands in the text is looked for, and
-# another text put there.
+# A proxy must pass on what it does not know, with numbers as they were written
+# (1.0, 1e400, 12345678901234567890), so a message is never parsed and written
+# anew. It is parsed once, to be understood; to change a member, the place where
+# it stands in the text is looked for, and another text put there.
 #
 # Where a member stands is found in one of four ways, the cheapest first. All but
 # the last give up where a look is not proof, and the next is tried:
@@ -995,8 +995,6 @@ _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _FIRST_MEMBER = re.compile(r'\{[ \t\n\r]*"([A-Za-z]+)"[ \t\n\r]*:[ \t\n\r]*')
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
-_AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
 
 def dump(value: object) -> str:
@@ -1107,16 +1105,6 @@ def find_only_member(text: str, name: str) -> int:
     return colon.end() if colon else 0
 
 
-# An id at the head of a message is plainly its own; one at the tail is, because the last brace closes the message.
-_ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
-_ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
-_TAIL_LENGTH = 64
-
-
-# What a message is: JSON-RPC 2.0, sections 4 and 5. By names of the module, because to look into an Enum is slow.
-REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
-
-
 class JSONObject:
     """An object as text, whose members are found and changed without writing the rest anew."""
 
@@ -1156,25 +1144,46 @@ class JSONObject:
         """The same for all members of the object at `path`, by name."""
         return {name: one_line(self.text[start:end]) for name, (start, end) in self._places(path).items()}
 
-    # Changes to the text are (start, end, replacement).
-
-    def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
-        """The change that puts members (name -> JSON) into the object at `path`; if need be, params are made for it."""
-        inside = as_object(new)[1:-1]
-        if path == ("params",) and "params" not in self.members:
-            start = self.text.index("{") + 1
-            return start, start, f'"params":{{{inside}}},'
-        start = self.span(*path)[0] + 1
-        is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
-        return start, start, inside if is_empty else inside + ","
-
     def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
-        """The object as one line, with these changes."""
+        """The object as one line, with these changes, which are (start, end, replacement)."""
         text, line, at = self.text, "", 0
         for start, end, replacement in sorted(changes) if len(changes) > 1 else changes:
             line += text[at:start] + replacement
             at = end
         return one_line(line + text[at:]).encode()
+
+
+def one_line(text: str) -> str:
+    """JSON without line ends; they are only between tokens, because a string cannot hold them."""
+    return text.replace("\n", " ").replace("\r", " ")
+
+
+def decode_json(body: bytes) -> str:
+    """The text of a body; -32700 when it is not UTF-8."""
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise RPCError("not UTF-8", code=PARSE_ERROR) from None
+
+
+# ============================================================================
+# 7. JSON-RPC
+# ============================================================================
+#
+# Text into exactly one valid request, notification or response, or an error
+# that says why not.
+
+_BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
+_AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
+
+# An id at the head of a message is plainly its own; one at the tail is, because the last brace closes the message.
+_ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
+_ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
+_TAIL_LENGTH = 64
+
+
+# What a message is: JSON-RPC 2.0, sections 4 and 5. By names of the module, because to look into an Enum is slow.
+REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
 
 
 class Message(JSONObject):
@@ -1238,6 +1247,16 @@ class Message(JSONObject):
         """The message as it is."""
         return [self.changed([])]
 
+    def new_members(self, new: dict[str, str], *path: str) -> tuple[int, int, str]:
+        """The change that puts members (name -> JSON) into the object at `path`; if need be, params are made for it."""
+        inside = as_object(new)[1:-1]
+        if path == ("params",) and "params" not in self.members:
+            start = self.text.index("{") + 1
+            return start, start, f'"params":{{{inside}}},'
+        start = self.span(*path)[0] + 1
+        is_empty = self.text[_WHITESPACE.match(self.text, start).end()] == "}"
+        return start, start, inside if is_empty else inside + ","
+
     def with_id(self, raw_id: bytes) -> list[bytes]:
         """The payload with another id."""
         return [self.changed([self.new_id(raw_id)])]
@@ -1245,19 +1264,6 @@ class Message(JSONObject):
     def new_id(self, raw_id: bytes) -> tuple[int, int, str]:
         """The change that gives it another id."""
         return (*self.id_span, raw_id.decode())
-
-
-def one_line(text: str) -> str:
-    """JSON without line ends; they are only between tokens, because a string cannot hold them."""
-    return text.replace("\n", " ").replace("\r", " ")
-
-
-def decode_json(body: bytes) -> str:
-    """The text of a body; -32700 when it is not UTF-8."""
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        raise RPCError("not UTF-8", code=PARSE_ERROR) from None
 
 
 def parse_message(text: str, is_servers: bool = False) -> Message:
@@ -1470,7 +1476,7 @@ def find_response_id(head: bytes, tail: bytes) -> int | None:
 
 
 # ============================================================================
-# 7. Protocol eras
+# 8. Protocol eras
 # ============================================================================
 #
 # MCP changed in 2026. Legacy: a client and a server shake hands once
@@ -1733,7 +1739,12 @@ def input_required(requests: dict[str, Message], state: str, server_info: str | 
                       **meta}).encode()
 
 
-# Results.
+# ============================================================================
+# 9. Results
+# ============================================================================
+#
+# What a result of the one era is in the other; what a server said of itself in
+# its handshake, which is a result too; and results that are too large.
 
 class Additions:
     """What every result of a method has for a modern client; the server's info (JSON) too, in its _meta."""
@@ -1904,8 +1915,46 @@ class Identity:
         return honoured
 
 
+# Results that are too large.
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most about `limit` bytes: its head and tail, 3 to 1, around a word on what was left out."""
+    data = text.encode("utf-8", "surrogatepass")
+    head, tail = data[:limit * 3 // 4], data[len(data) - limit // 4:]
+    marker = f"\n[... {left_out(len(data) - limit)} of {left_out(len(data))} left out by mcpproxy ...]\n"
+    return head.decode("utf-8", "ignore") + marker + tail.decode("utf-8", "ignore")
+
+
+def left_out(size: int) -> str:
+    return f"{max(1, round(size / 1024))} kB"
+
+
+def cut_result(response: Message, limit: int) -> Message:
+    """The response to a tool call without what is larger than `limit` bytes."""
+    result, is_cut = members_of(response.members.get("result")), False
+    content = result["content"] if isinstance(result.get("content"), list) else []
+    blocks = split_batch(response.raw("result", "content"), len(content)) if content else []
+    for number, block in enumerate(map(members_of, content)):
+        text = block.get("text")
+        if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
+            old = JSONObject(blocks[number]).raw_members()
+            blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
+            is_cut = True
+    members = response.raw_members("result") if result else {}
+    structured = len(members.get("structuredContent", "").encode())
+    if structured > limit:
+        del members["structuredContent"]
+        blocks.append(dump({"type": "text", "text": f"[... structuredContent, {left_out(structured)}, left out by "
+                                                    "mcpproxy ...]"}))
+        is_cut = True
+    if not is_cut:
+        return response
+    members["content"] = f"[{','.join(blocks)}]"
+    return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
+
+
 # ============================================================================
-# 8. Access
+# 10. Access
 # ============================================================================
 #
 # Who may come in, to what, and what a client may set in the environment of its server.
@@ -2165,7 +2214,7 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 
 
 # ============================================================================
-# 9. Tokens
+# 11. Tokens
 # ============================================================================
 #
 # Access tokens as a resource server meets them (RFC 6749 §1.1, RFC 9068): what a JWT says (RFC 7519), and whether its
@@ -2355,7 +2404,7 @@ def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, 
 
 
 # ============================================================================
-# 10. Views
+# 12. Views
 # ============================================================================
 #
 # What one URL shows of the servers: which of them, and under which names. A server by itself is shown with its names
@@ -2726,44 +2775,6 @@ def fits_template(uri: str, template: str) -> bool:
     return len(uri) in ends
 
 
-# Results that are too large.
-
-def shortened(text: str, limit: int) -> str:
-    """A text of at most about `limit` bytes: its head and tail, 3 to 1, around a word on what was left out."""
-    data = text.encode("utf-8", "surrogatepass")
-    head, tail = data[:limit * 3 // 4], data[len(data) - limit // 4:]
-    marker = f"\n[... {left_out(len(data) - limit)} of {left_out(len(data))} left out by mcpproxy ...]\n"
-    return head.decode("utf-8", "ignore") + marker + tail.decode("utf-8", "ignore")
-
-
-def left_out(size: int) -> str:
-    return f"{max(1, round(size / 1024))} kB"
-
-
-def cut_result(response: Message, limit: int) -> Message:
-    """The response to a tool call without what is larger than `limit` bytes."""
-    result, is_cut = members_of(response.members.get("result")), False
-    content = result["content"] if isinstance(result.get("content"), list) else []
-    blocks = split_batch(response.raw("result", "content"), len(content)) if content else []
-    for number, block in enumerate(map(members_of, content)):
-        text = block.get("text")
-        if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
-            old = JSONObject(blocks[number]).raw_members()
-            blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
-            is_cut = True
-    members = response.raw_members("result") if result else {}
-    structured = len(members.get("structuredContent", "").encode())
-    if structured > limit:
-        del members["structuredContent"]
-        blocks.append(dump({"type": "text", "text": f"[... structuredContent, {left_out(structured)}, left out by "
-                                                    "mcpproxy ...]"}))
-        is_cut = True
-    if not is_cut:
-        return response
-    members["content"] = f"[{','.join(blocks)}]"
-    return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
-
-
 # Task ids of several servers as one.
 
 def with_tasks(message: Message, rename) -> Message:
@@ -2782,7 +2793,7 @@ def with_tasks(message: Message, rename) -> Message:
 
 
 # ============================================================================
-# 11. Configuration file
+# 13. Configuration file
 # ============================================================================
 #
 # Several servers in a file, as desktop clients write it. What others' programs read of it is known and does no harm;
@@ -3167,7 +3178,7 @@ import traceback
 
 
 # ============================================================================
-# 12. Logs
+# 14. Logs
 # ============================================================================
 #
 # What happened, a line each, on stderr. Two rules: a log that nobody reads, or a
@@ -3341,7 +3352,7 @@ def start_logging(level: str, as_json: bool) -> None:
 
 
 # ============================================================================
-# 13. Counters
+# 15. Counters
 # ============================================================================
 #
 # How often things happened, for Prometheus. The names and buckets of requests are OpenTelemetry's (Semantic conventions
@@ -3452,7 +3463,7 @@ def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
 
 
 # ============================================================================
-# 14. Shares
+# 16. Shares
 # ============================================================================
 #
 # What many share is never enough for one who takes without end, and a limit for each connection, session and stream
@@ -3544,7 +3555,7 @@ def try_later(why: str) -> ServerError:
 
 
 # ============================================================================
-# 15. Processes
+# 17. Processes
 # ============================================================================
 #
 # Whose each process is, what it uses, and what could outlive a server: a child that left its process group, all
@@ -3925,7 +3936,7 @@ def kill(pid: int, number: int) -> bool:
 
 
 # ============================================================================
-# 16. Sandbox
+# 18. Sandbox
 # ============================================================================
 #
 # What a server is kept from, with no privilege, engine or namespace: by what Linux lets a process forbid itself. It is
@@ -4325,7 +4336,7 @@ def abilities() -> str:
 
 
 # ============================================================================
-# 17. Links
+# 19. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -4670,7 +4681,7 @@ SHUTDOWN_STEPS = (
 
 
 # ============================================================================
-# 18. HTTP client
+# 20. HTTP client
 # ============================================================================
 #
 # Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
@@ -4933,7 +4944,7 @@ class HTTPClient:
 
 
 # ============================================================================
-# 19. Issuer of tokens
+# 21. Issuer of tokens
 # ============================================================================
 #
 # Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
@@ -5175,7 +5186,7 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
 
 
 # ============================================================================
-# 20. Requests to remote servers
+# 22. Requests to remote servers
 # ============================================================================
 #
 # Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
@@ -5289,7 +5300,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 
 
 # ============================================================================
-# 21. Remote servers
+# 23. Remote servers
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. A modern server answers messages, and
@@ -5654,7 +5665,7 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 22. Server connection
+# 24. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id
@@ -6041,7 +6052,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 23. Streams, questions and outlets
+# 25. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, requests of a server's that the client
@@ -6180,7 +6191,7 @@ class Outlet:
 
 
 # ============================================================================
-# 24. What servers send
+# 26. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -6374,7 +6385,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 25. Subscriptions and lists
+# 27. Subscriptions and lists
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who
@@ -6661,7 +6672,7 @@ class KeptList:
 
 
 # ============================================================================
-# 26. Instances
+# 28. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each
@@ -7126,7 +7137,7 @@ class Instance:
 
 
 # ============================================================================
-# 27. Clients
+# 29. Clients
 # ============================================================================
 #
 # Who sends requests. A client is attached to the instance of a server that it uses
@@ -7423,7 +7434,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 28. Servers and groups
+# 30. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -7757,7 +7768,7 @@ class Group:
 
 
 # ============================================================================
-# 29. Mounts
+# 31. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -7991,7 +8002,7 @@ class Mount:
 
 
 # ============================================================================
-# 30. Several servers as one
+# 32. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -8224,7 +8235,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 
 
 # ============================================================================
-# 31. Bridges
+# 33. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two
@@ -8614,7 +8625,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 32. Dialogues
+# 34. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -8712,7 +8723,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 33. Records
+# 35. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters,
@@ -8783,7 +8794,7 @@ def _cut(call: "Exchange", now: float, labels: tuple, name: str, fields: tuple) 
 
 
 # ============================================================================
-# 34. Exchanges
+# 36. Exchanges
 # ============================================================================
 #
 # One client request and everything that is sent in answer to it. The exchange
@@ -9312,7 +9323,7 @@ class Exchange(PendingRequest, Holder):
 
 
 # ============================================================================
-# 35. Joint exchanges
+# 37. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -9601,7 +9612,7 @@ import threading
 
 
 # ============================================================================
-# 36. HTTP connections
+# 38. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -9998,7 +10009,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 37. HTTP server
+# 39. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -10185,7 +10196,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 38. Outlets
+# 40. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -10346,7 +10357,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 39. Overview
+# 41. Overview
 # ============================================================================
 #
 # What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
@@ -10511,7 +10522,7 @@ def transport_of(session: Session) -> str:
 
 
 # ============================================================================
-# 40. Admission
+# 42. Admission
 # ============================================================================
 #
 # What the head of a request says: who sends it, to which place, and what for. It
@@ -10685,7 +10696,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 41. OpenAPI
+# 43. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -10738,7 +10749,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 42. Endpoints
+# 44. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -11299,7 +11310,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 43. Standard streams
+# 45. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -11449,7 +11460,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 44. Demo server
+# 46. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -11566,7 +11577,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 45. The proxy
+# 47. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -11796,7 +11807,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 46. Command line
+# 48. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -12095,7 +12106,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 47. The page
+# 49. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

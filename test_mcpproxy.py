@@ -2251,7 +2251,7 @@ def test_sse_heartbeat_is_a_comment():
 
 
 # ============================================================================
-# 6. JSON-RPC
+# 7. JSON-RPC
 # ============================================================================
 
 def verdict(body):
@@ -2640,7 +2640,7 @@ def test_json_any_bytes_are_a_message_or_refused():
 
 
 # ============================================================================
-# 7. Protocol eras
+# 8. Protocol eras
 # ============================================================================
 
 @pytest.mark.parametrize("requested, expected", [
@@ -3172,7 +3172,7 @@ def test_protocol_modern_members_are_taken_out_of_results(form, result, expected
 
 
 # ============================================================================
-# 8. Access
+# 10. Access
 # ============================================================================
 
 def head(target="/sse", *lines):
@@ -4288,7 +4288,7 @@ def test_access_no_error_names_a_server_that_a_key_may_not_see(keys):
 
 
 # ============================================================================
-# 9. Tokens
+# 11. Tokens
 # ============================================================================
 
 # How the proxy is asked, in one place.
@@ -5013,7 +5013,7 @@ def test_real_wycheproof_vectors_are_judged_as_they_say(workshop, name, algorith
 
 
 # ============================================================================
-# 10. Views
+# 12. Views
 # ============================================================================
 
 @pytest.mark.parametrize("globs, chosen, left", [
@@ -5261,7 +5261,7 @@ def test_views_read_only_asks_the_server_for_its_hints_before_the_first_call(key
 
 
 # ============================================================================
-# 11. Configuration file
+# 13. Configuration file
 # ============================================================================
 
 def parse_file(text, environment=None, **settings):
@@ -5488,7 +5488,7 @@ def test_configuration_of_no_keys_lets_nobody_in(keys):
 
 
 # ============================================================================
-# 12. Logs
+# 14. Logs
 # ============================================================================
 
 @contextlib.contextmanager
@@ -5673,7 +5673,7 @@ def test_log_names_the_key_and_never_its_value(keys):
 
 
 # ============================================================================
-# 14. Shares
+# 16. Shares
 # ============================================================================
 
 class Holder(mcpproxy.Holder):
@@ -5863,7 +5863,7 @@ def test_shares_of_processes():
 
 
 # ============================================================================
-# 16. Sandbox
+# 18. Sandbox
 # ============================================================================
 #
 # A hostile server, and what becomes of it. Each attack is made with the setting that is meant for it and without, where
@@ -7245,7 +7245,7 @@ def test_sandbox_nothing_of_it_is_there_by_default(free):
 
 
 # ============================================================================
-# 17. Links
+# 19. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -7544,7 +7544,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 21. Remote servers
+# 23. Remote servers
 # ============================================================================
 
 #
@@ -8625,7 +8625,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 
 
 # ============================================================================
-# 22. Server connection
+# 24. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -8916,7 +8916,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 28. Servers and groups
+# 30. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -9144,7 +9144,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 29. Mounts
+# 31. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -10308,7 +10308,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 30. Several servers as one
+# 32. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -10780,7 +10780,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 34. Exchanges
+# 36. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -13173,7 +13173,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 36. HTTP connections
+# 38. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -13416,7 +13416,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 39. Overview
+# 41. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -15309,7 +15309,7 @@ def test_overview_slow_start_is_told_of_each_start():
 
 
 # ============================================================================
-# 42. Endpoints
+# 44. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -17120,7 +17120,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 43. Standard streams
+# 45. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -17300,7 +17300,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 44. Demo server
+# 46. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -17402,7 +17402,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 45. The proxy
+# 47. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -17473,7 +17473,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 46. Command line
+# 48. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
