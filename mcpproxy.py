@@ -2876,11 +2876,13 @@ def read_config(text: str) -> tuple[dict, tuple]:
         raise SettingsError("is nested too deeply") from None
     except (ValueError, StopIteration) as error:
         raise SettingsError(f"is not JSON: {error}" if text.strip() else "is empty") from None
-    lists = [name for name in ("mcpServers", "servers") if isinstance(members_of(whole).get(name), tuple)]
+    lists = [(name, members) for name, members in (whole if isinstance(whole, tuple) else ())
+             if name in ("mcpServers", "servers") and isinstance(members, tuple) and isinstance(plain[name], dict)]
     if len(lists) != 1:
         raise SettingsError("needs an object mcpServers, or servers, of servers by name" + (
-            ", and not both" if lists else ""))
-    return plain[lists[0]], members_of(whole)[lists[0]]
+            ", and not both or two" if lists else ""))
+    (name, members), = lists
+    return plain[name], members
 
 
 def check_name(name: str) -> None:

@@ -5333,6 +5333,8 @@ A_SERVER = {"command": "x"}
     ('{"mcpServers": {"a": {"command": "x"}', "is not JSON"), ({"mcpServers": []}, "needs an object"),
     ({"mcpServers": {}}, "no server"), ({"mcpServers": {"a": {"command": "x", "disabled": True}}}, "no server"),
     ({"mcpServers": {"a": A_SERVER}, "servers": {}}, "and not both"),
+    ('{"mcpServers": {"a": {"command": "x"}}, "mcpServers": {"b": {"command": "y"}}}', "and not both or two"),
+    ('{"mcpServers": {"a": {"command": "x"}}, "mcpServers": 5}', "needs an object mcpServers"),
     ('{"mcpServers": {"a": {"command": "x", "command": "y"}}}', "server a: command: is there twice"),
     ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "server a: is there twice"),
     *(({"mcpServers": {name: A_SERVER}}, f"{good} would do") for name, good in {
