@@ -6431,6 +6431,77 @@ class Topic:
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
 
+class Topics(dict[str, Topic]):
+    """The resources that clients of an instance are told of, by URI."""
+
+    def __init__(self, instance):
+        super().__init__()
+        self.instance = instance
+
+    def subscribe(self, subscriber, uri: str) -> Topic:
+        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked."""
+        if len(uri) > MAX_URI:
+            raise RPCError("the URI is too long", code=INVALID_PARAMS)
+        topic = self.get(uri)
+        if topic is None:
+            topic = self[uri] = Topic(self.instance, uri)
+            if self.instance.listening:
+                self.instance.listening.renew()
+            elif self.instance.connection:
+                self.ask(topic)
+        if subscriber not in topic.subscribers:
+            topic.subscribers.add(subscriber)
+            subscriber.topics.add(topic)
+            budget.set(subscriber, subscriber.held + len(uri))
+        return topic
+
+    def ask(self, topic: Topic) -> None:
+        """Asks a legacy server for a resource."""
+        def on_response(response: asyncio.Future) -> None:
+            error = response.exception()
+            if not error and not response.result().is_result:
+                said = response.result().value("error")
+                error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
+            self.settle(topic, error)
+        self.instance.connection.has_served = True
+        self.instance.connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
+
+    def settle(self, topic: Topic, error: ProxyError | None) -> None:
+        """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
+        restart; one that a server did not live to answer is asked for again."""
+        is_new = not topic.verdict.done()
+        if is_new:
+            topic.verdict.set_result(error)
+        if (isinstance(error, RPCError) or error and is_new) and self.get(topic.uri) is topic:
+            del self[topic.uri]
+            for subscriber in topic.subscribers:
+                self._leave_topic(subscriber, topic)
+
+    def unsubscribe(self, subscriber, topic: Topic) -> None:
+        """Takes a subscriber out; after the last one the server is told."""
+        topic.subscribers.discard(subscriber)
+        topic.told.discard(subscriber)
+        self._leave_topic(subscriber, topic)
+        if not topic.subscribers and self.get(topic.uri) is topic:
+            del self[topic.uri]
+            self.settle(topic, None)           # for who still waits: what is asked next may not have it any more
+            if self.instance.listening:
+                self.instance.listening.renew()
+            elif self.instance.connection:
+                self.instance.connection.request("resources/unsubscribe", {"uri": topic.uri})
+
+    def leave(self, subscriber) -> None:
+        """Takes a subscriber out of all of them."""
+        for topic in [topic for topic in subscriber.topics if topic.instance is self.instance]:
+            self.unsubscribe(subscriber, topic)
+
+    @staticmethod
+    def _leave_topic(subscriber, topic: Topic) -> None:
+        if topic in subscriber.topics:
+            subscriber.topics.discard(topic)
+            budget.set(subscriber, max(0, subscriber.held - len(topic.uri)))
+
+
 class ListenRequest(PendingRequest):
     """One `subscriptions/listen` at a modern server."""
 
@@ -6480,7 +6551,8 @@ class Listening:
         supported = instance.identity.supported(wanted)
         if "resourceSubscriptions" not in supported:
             for topic in topics:
-                instance.settle(topic, RPCError("the server has no subscriptions", status=200, code=METHOD_NOT_FOUND))
+                instance.topics.settle(topic, RPCError("the server has no subscriptions", status=200,
+                                                       code=METHOD_NOT_FOUND))
         if any(supported.values()):
             self._next = request = ListenRequest(self, topics)
             request.server_id = instance.connection.send_request(
@@ -6498,7 +6570,7 @@ class Listening:
             self.instance.connection.cancel(before.server_id, "replaced")
         uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
-            self.instance.settle(topic, REFUSED if isinstance(uris, list) and topic.uri not in uris else None)
+            self.instance.topics.settle(topic, REFUSED if isinstance(uris, list) and topic.uri not in uris else None)
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
@@ -6515,7 +6587,7 @@ class Listening:
                 return
             for topic in request.topics:
                 if not topic.verdict.done():
-                    self.instance.settle(topic, error)
+                    self.instance.topics.settle(topic, error)
             self._go_on()
 
 
@@ -6725,7 +6797,7 @@ class Instance:
         self.state, self.since = InstanceState.NEW, server.now()          # and since when
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
-        self.topics: dict[str, Topic] = {}          # by URI
+        self.topics = Topics(self)
         self.owners: dict[tuple[str, str], object] = {}       # identities of clients, by the tasks and elicitations
                                                     # that are theirs
         self.identity: Identity | None = None
@@ -6946,7 +7018,7 @@ class Instance:
             return
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
-                self._subscribe(topic)
+                self.topics.ask(topic)
             before = self.log_level
             self.adjust_log_level()                        # somebody may have asked for one meanwhile
             if before and before == self.log_level:
@@ -7034,68 +7106,10 @@ class Instance:
     def leave(self, session) -> None:
         """Takes back what the server does for this client alone."""
         self.sessions.pop(session.id, None)
-        for topic in [topic for topic in session.topics if topic.instance is self]:
-            self.unsubscribe(session, topic)
+        self.topics.leave(session)
         self.adjust_log_level()
         if self.is_private:
             self.server.end(self)
-
-    def subscribe(self, subscriber, uri: str) -> Topic:
-        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked."""
-        if len(uri) > MAX_URI:
-            raise RPCError("the URI is too long", code=INVALID_PARAMS)
-        topic = self.topics.get(uri)
-        if topic is None:
-            topic = self.topics[uri] = Topic(self, uri)
-            if self.listening:
-                self.listening.renew()
-            elif self.connection:
-                self._subscribe(topic)
-        if subscriber not in topic.subscribers:
-            topic.subscribers.add(subscriber)
-            subscriber.topics.add(topic)
-            budget.set(subscriber, subscriber.held + len(uri))
-        return topic
-
-    def _subscribe(self, topic: Topic) -> None:
-        def on_response(response: asyncio.Future) -> None:
-            error = response.exception()
-            if not error and not response.result().is_result:
-                said = response.result().value("error")
-                error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
-            self.settle(topic, error)
-        self.connection.has_served = True
-        self.connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
-
-    def settle(self, topic: Topic, error: ProxyError | None) -> None:
-        """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
-        restart; one that a server did not live to answer is asked for again."""
-        is_new = not topic.verdict.done()
-        if is_new:
-            topic.verdict.set_result(error)
-        if (isinstance(error, RPCError) or error and is_new) and self.topics.get(topic.uri) is topic:
-            del self.topics[topic.uri]
-            for subscriber in topic.subscribers:
-                self._leave_topic(subscriber, topic)
-
-    def unsubscribe(self, subscriber, topic: Topic) -> None:
-        """Takes a subscriber out; after the last one the server is told."""
-        topic.subscribers.discard(subscriber)
-        topic.told.discard(subscriber)
-        self._leave_topic(subscriber, topic)
-        if not topic.subscribers and self.topics.get(topic.uri) is topic:
-            del self.topics[topic.uri]
-            self.settle(topic, None)           # for who still waits: what is asked next may not have it any more
-            if self.listening:
-                self.listening.renew()
-            elif self.connection:
-                self.connection.request("resources/unsubscribe", {"uri": topic.uri})
-
-    @staticmethod
-    def _leave_topic(subscriber, topic: Topic) -> None:
-        if topic in subscriber.topics:
-            subscriber.topics.discard(topic)
-            budget.set(subscriber, max(0, subscriber.held - len(topic.uri)))
 
     def adjust_log_level(self, asked: str | None = None) -> None:
         """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one, as a modern
@@ -7331,10 +7345,10 @@ class Session(Client):
     def _move_topics(self, before: Instance, server: "Server | None") -> None:
         """Subscribes at the server in the place of another instance, if it can be used."""
         for topic in [topic for topic in self.topics if topic.instance is before]:
-            before.unsubscribe(self, topic)
+            before.topics.unsubscribe(self, topic)
             if server:
                 with contextlib.suppress(ProxyError):
-                    self.at(server).subscribe(self, topic.uri).told.add(self)
+                    self.at(server).topics.subscribe(self, topic.uri).told.add(self)
 
     def speak_through(self, stream: Stream) -> None:
         """Uses this one in place of its own, before anything was sent."""
@@ -8325,7 +8339,7 @@ class LegacyClientBridge(Bridge):
         if len(client.topics) >= SUBSCRIPTIONS:
             raise try_later("too many subscriptions")
 
-        topic = instance.subscribe(client, uri)
+        topic = instance.topics.subscribe(client, uri)
         topic.asking.append(exchange)
 
         def settle(verdict: asyncio.Future) -> None:
@@ -8337,7 +8351,7 @@ class LegacyClientBridge(Bridge):
                 exchange.finish(encode_result(exchange.raw_id))
             elif client not in topic.told and not any(
                     other.client is client and not other.is_done for other in topic.asking):
-                instance.unsubscribe(client, topic)            # it was cancelled meanwhile, and nothing asked again
+                instance.topics.unsubscribe(client, topic)     # it was cancelled meanwhile, and nothing asked again
         topic.verdict.add_done_callback(settle)
         return True
 
@@ -8346,7 +8360,7 @@ class LegacyClientBridge(Bridge):
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         topic = instance.topics.get(uri)
         if topic and client in topic.subscribers:
-            instance.unsubscribe(client, topic)
+            instance.topics.unsubscribe(client, topic)
         elif topic is None and exchange.connection.era is LEGACY:
             return False                    # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
@@ -8472,11 +8486,10 @@ class ModernClientLegacyServer(Bridge):
 
         def end() -> None:
             instance.listeners.discard(exchange)
-            for topic in list(exchange.topics):
-                instance.unsubscribe(exchange, topic)
+            instance.topics.leave(exchange)
         exchange.on_done = end
         instance.listeners.add(exchange)
-        topics = [instance.subscribe(exchange, uri) for uri in uris]
+        topics = [instance.topics.subscribe(exchange, uri) for uri in uris]
         if topics:
             asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
         else:
@@ -9436,7 +9449,7 @@ class JointExchange(Exchange):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
-                topic = instance.subscribe(self, uri)
+                topic = instance.topics.subscribe(self, uri)
                 await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
                 if not (topic.verdict.done() and topic.verdict.result()):
                     return uri
@@ -9485,8 +9498,7 @@ class JointExchange(Exchange):
     def _leave_one(self, instance: Instance) -> None:
         self._joined.discard(instance)
         instance.listeners.discard(self)
-        for topic in [topic for topic in self.topics if topic.instance is instance]:
-            instance.unsubscribe(self, topic)
+        instance.topics.leave(self)
 
     def _leave(self) -> None:
         self.client.mount.listeners.discard(self)
