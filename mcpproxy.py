@@ -8464,13 +8464,7 @@ class ModernClientLegacyServer(Bridge):
         exchange.begin_dialogue().ask_by_parking(question, missing)
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
-        """The server told all its clients something: is this one listening for it?"""
-        wanted = exchange.wanted
-        if exchange.early is not None:
-            return exchange.early.append(message)
-        if message.method == RESOURCE_UPDATED or any(
-                wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
-            exchange.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: exchange.raw_id.decode()}))])
+        exchange.tell_listener(message)
 
     def discover(self, exchange: "Exchange", message: Message) -> bool:
         """Answers from the server's handshake."""
@@ -8493,7 +8487,7 @@ class ModernClientLegacyServer(Bridge):
         if topics:
             asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
         else:
-            self._acknowledge(exchange)
+            exchange.acknowledge()
         return True
 
     async def _acknowledge_settled(self, exchange: "Exchange", topics: list[Topic]) -> None:
@@ -8501,15 +8495,7 @@ class ModernClientLegacyServer(Bridge):
         exchange.wanted["resourceSubscriptions"] = [topic.uri for topic in topics if not (
             topic.verdict.done() and topic.verdict.result())]
         if not exchange.is_done:
-            self._acknowledge(exchange)
-
-    def _acknowledge(self, exchange: "Exchange") -> None:
-        """Says what is listened for, and then what has come meanwhile."""
-        early, exchange.early = exchange.early, None
-        exchange.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: exchange.id}, "notifications": exchange.wanted})])
-        for message in early:
-            self.notify(exchange, message)
+            exchange.acknowledge()
 
     def retry(self, exchange: "Exchange", message: Message) -> bool:
         """A request that comes again with answers goes on where its call was parked."""
@@ -9212,6 +9198,22 @@ class Exchange(PendingRequest, Holder):
             self.has_begun = True
             self.outlet.send(payload)
 
+    def acknowledge(self) -> None:
+        """Says what is listened for, and then what has come meanwhile."""
+        early, self.early = self.early, None
+        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
+        for message in early:
+            self.tell_listener(message)
+
+    def tell_listener(self, message: Message) -> None:
+        """Something that a server told all: does the client listen for it?"""
+        if self.early is not None:
+            self.early.append(message)
+        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
+                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
+            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
+
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
         self.touch()
@@ -9429,11 +9431,8 @@ class JointExchange(Exchange):
         if self.is_done:
             return self._leave()
         self._become(RUNNING)
-        self.wanted, early, self.early = honoured, self.early, None
-        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": honoured})])
-        for message in early:
-            self.on_event(message)
+        self.wanted = honoured
+        self.acknowledge()
 
     def _join(self) -> None:
         for member in self.client.view.members:
@@ -9474,11 +9473,7 @@ class JointExchange(Exchange):
                 for name in listener.taken.result()]
 
     def on_event(self, message: Message) -> None:
-        if self.early is not None:
-            self.early.append(message)
-        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
-                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
-            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
+        self.tell_listener(message)
 
     def adopt(self, catalog: Catalog) -> None:
         """The configuration is another one: listens to those servers that there are now."""
