@@ -6207,6 +6207,8 @@ class Outlet:
 #     a changed list      to all
 #     progress            names its call; what names none is dropped
 
+KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance
+
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
 
@@ -6214,6 +6216,19 @@ NO_TASKS = RPCError("the client does not declare the tasks extension", code=MISS
     "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
 UNKNOWN_TASK = RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
+
+
+class Owners(dict[tuple[str, str], object]):
+    """Identities of clients, by the tasks and elicitations that are theirs."""
+
+    def remember(self, name: tuple[str, str] | None, client) -> None:
+        """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
+        one can show. When too many are known, the oldest of whoever has most is forgotten."""
+        if name and client and client.identity is not client and (name[0] != "task" or name not in self):
+            if len(self) >= KNOWN_OWNERS:
+                (most, _), = collections.Counter(self.values()).most_common(1)
+                del self[next(one for one, identity in self.items() if identity == most)]
+            self[name] = client.identity
 
 
 def owner_named(message: Message) -> tuple[str, str] | None:
@@ -6278,7 +6293,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
              method=message.method, id=question.id)
     if client and not missing(call or client):
-        instance.remember_owner(owner_named(message), client)
+        instance.owners.remember(owner_named(message), client)
     if call and call.can_be_asked:
         call.ask(question, missing(call))
     elif session and not missing(session) and not (instance.server.is_for_all and message.method == "roots/list"):
@@ -6292,12 +6307,12 @@ def claim(instance, client, response: Message) -> None:
     result = members_of(response.members.get("result"))
     for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
         if isinstance(task.get("taskId"), str):
-            instance.remember_owner(("task", task["taskId"]), client)
+            instance.owners.remember(("task", task["taskId"]), client)
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
         named = members_of(members_of(response.members["error"]).get("data")).get("elicitations")
         for elicitation in map(members_of, named if isinstance(named, list) else ()):
             if isinstance(elicitation.get("elicitationId"), str):
-                instance.remember_owner(("elicitation", elicitation["elicitationId"]), client)
+                instance.owners.remember(("elicitation", elicitation["elicitationId"]), client)
 
 
 def own_tasks(instance, client, response: Message) -> Message:
@@ -6769,7 +6784,6 @@ SILENCES = 3                     # time-outs in a row without a line from a serv
 PING_SECONDS = 5.0               # for the answer
 UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-KNOWN_OWNERS = 10_000            # of tasks and elicitations
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
 SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
@@ -6798,8 +6812,7 @@ class Instance:
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics = Topics(self)
-        self.owners: dict[tuple[str, str], object] = {}       # identities of clients, by the tasks and elicitations
-                                                    # that are theirs
+        self.owners = Owners()
         self.identity: Identity | None = None
         self.has_failed = False                     # did it die when it was last asked in legacy?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
@@ -7141,15 +7154,6 @@ class Instance:
         """May a client know of this task? Of one that is nobody's, who may be anybody may."""
         nobody = client if client.identity is client else None
         return self.is_ones_own or self.owners.get(name, nobody) == client.identity
-
-    def remember_owner(self, name: tuple[str, str] | None, client: "Client | None") -> None:
-        """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
-        one can show. When too many are known, the oldest of whoever has most is forgotten."""
-        if name and client and client.identity is not client and (name[0] != "task" or name not in self.owners):
-            if len(self.owners) >= KNOWN_OWNERS:
-                (most, _), = collections.Counter(self.owners.values()).most_common(1)
-                del self.owners[next(one for one, identity in self.owners.items() if identity == most)]
-            self.owners[name] = client.identity
 
 
 # ============================================================================
