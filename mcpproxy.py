@@ -9366,7 +9366,8 @@ class TaskListener(PendingRequest):
         if message.method == TASK_CHANGED:
             self._exchange.on_event(outward(self._exchange.client, self._instance, message))
         elif not self.taken.done():
-            taken = message.plain_params.get("notifications", {}).get("taskIds")
+            honoured = message.plain_params.get("notifications")
+            taken = honoured.get("taskIds") if isinstance(honoured, dict) else None
             self.taken.set_result(taken if isinstance(taken, list) else [])
 
     def on_response(self, response: ResponseLine | Message) -> None:
