@@ -51,22 +51,23 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     33. Bridges                what happens to a call between two eras
     34. Dialogues              what a server asks in the course of a call
     35. Records                what stays of a call that is over
-    36. Exchanges              one client request and everything sent in answer to it
-    37. Joint exchanges        requests that the proxy answers for its servers
+    36. Client requests        one client request from its coming to its end
+    37. Exchanges              how it gets to a server, and what that sends in answer
+    38. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    38. HTTP connections       one socket each
-    39. HTTP server            the sockets that are listened on, and TLS
-    40. Outlets                a call's messages into an HTTP reply
-    41. Overview               what those who look after the proxy are told of it
-    42. Admission              what the head of a request says
-    43. OpenAPI                the tools as operations
-    44. Endpoints              what each method and path means
-    45. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    46. Demo server            a small MCP server to try things with
-    47. The proxy              everything put together
-    48. Command line           arguments and environment into a running proxy
-    49. The page               the overview for people
+    39. HTTP connections       one socket each
+    40. HTTP server            the sockets that are listened on, and TLS
+    41. Outlets                a call's messages into an HTTP reply
+    42. Overview               what those who look after the proxy are told of it
+    43. Admission              what the head of a request says
+    44. OpenAPI                the tools as operations
+    45. Endpoints              what each method and path means
+    46. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    47. Demo server            a small MCP server to try things with
+    48. The proxy              everything put together
+    49. Command line           arguments and environment into a running proxy
+    50. The page               the overview for people
 
 Words
 
@@ -8799,15 +8800,14 @@ def _cut(call: "Exchange", now: float, labels: tuple, name: str, fields: tuple) 
 
 
 # ============================================================================
-# 36. Exchanges
+# 36. Client requests
 # ============================================================================
 #
-# One client request and everything that is sent in answer to it. The exchange
-# puts a server id in the place of the client's and takes it out of the response
-# again; where its messages go is up to its outlet, and what they become is up to
-# the bridge. It begins when its instance is ready, and it has one way out, end(),
-# whatever ends it: so nothing is forgotten at the server, at the client or in the
-# books (the calls of its client and of its mount), and the log has a line of each.
+# One client request from its coming to its end, and the answer to it; where that
+# goes is up to its outlet. It begins when its instance is ready, and it has one way
+# out, end(), whatever ends it: so nothing is forgotten at the server, at the client
+# or in the books (the calls of its client and of its mount), and the log has a line
+# of each.
 #
 #     WAITING <--> RUNNING <--> PARKED        (any of them --> DONE)
 #     for the      at the       for the
@@ -8828,8 +8828,8 @@ EXCHANGE_STATES = {
 }
 
 
-class Exchange(PendingRequest, Holder):
-    """One client request on its way; with the `envelope` of a modern one, and `headers` that may repeat arguments."""
+class ClientRequest(PendingRequest, Holder):
+    """What is known of a client's request: `envelope` is a modern one's, and `headers` may repeat its arguments."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
         names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token told problem
@@ -8925,6 +8925,163 @@ class Exchange(PendingRequest, Holder):
     def _become(self, state: ExchangeState) -> None:
         assert state in EXCHANGE_STATES[self.state], (self.state, state)
         self.state = state
+
+    # To the client.
+
+    def tell(self, payload: list) -> None:
+        """A message to the client before the answer; while the call is parked there is no way."""
+        if self.state is RUNNING:
+            self.has_begun = True
+            self.outlet.send(payload)
+
+    def acknowledge(self) -> None:
+        """Says what is listened for, and then what has come meanwhile."""
+        early, self.early = self.early, None
+        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
+        for message in early:
+            self.tell_listener(message)
+
+    def tell_listener(self, message: Message) -> None:
+        """Something that a server told all: does the client listen for it?"""
+        if self.early is not None:
+            self.early.append(message)
+        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
+                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
+            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
+
+    # The end.
+
+    def finish(self, payload: list, status: int = 200) -> None:
+        """The answer is there."""
+        self.end(Outcome.ANSWERED, payload, status)
+
+    def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
+        """There is an error in place of it."""
+        # To a legacy client, 404 would mean that its session is lost.
+        status = 200 if self.envelope is None and error.code == METHOD_NOT_FOUND else error.http_status
+        self.problem = str(error.code)
+        self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
+
+    def time_out(self) -> None:
+        """It shows no sign of life, or its client does not come back."""
+        was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
+        self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
+        if was_at_server:
+            self.instance.server.failures += bool(self.group)
+            self.instance.on_time_out()
+
+    def end_subscription(self) -> None:
+        """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        self._take_back(None, "the server ends")
+        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
+                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
+
+    def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
+            notification: Message | None = None) -> None:
+        """The one way out: for good, or, parked, until the client comes back. Without a payload there is no answer."""
+        before = self.state
+        if before is DONE:
+            return
+        self._become(PARKED if outcome is Outcome.PARKED else DONE)
+        self.leave_books()
+        if before is RUNNING and self.method in MAY_CAUSE:
+            self.connection.drop_cause(self)
+        if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
+            self._take_back(notification, outcome)
+        if self.state is DONE and self.dialogue:
+            self.dialogue.end(outcome is Outcome.ANSWERED)
+        record(self, outcome, payload)
+        if self.work and outcome is not Outcome.ANSWERED:
+            self.work.cancel()
+        if self.state is DONE and self.on_done:
+            on_done, self.on_done = self.on_done, None
+            on_done()
+        if before is PARKED:
+            return                                # its client was told, and is not there
+        if payload:
+            self.outlet.finish(payload, status, headers)
+        else:
+            self.outlet.close()
+        self.outlet.exchange = None               # a cycle less: what a call took is free at once
+
+    def _enter_books(self) -> None:
+        self.client.calls[self.id] = self
+        if not self.is_endless:
+            self.client.mount.calls.add(self)
+        if self.size > SMALL:
+            budget.set(self, sys.getsizeof(self.text))
+
+    def give(self) -> None:
+        """If what it holds has to go, so has the call."""
+        self.fail(try_later("too much is held for this client"))
+
+    def leave_books(self) -> None:
+        calls, mount = self.client.calls, self.client.mount
+        if calls.get(self.id) is self:            # one that was refused has another's id, maybe
+            del calls[self.id]
+        mount.calls.discard(self)
+        if self.held:
+            budget.set(self, 0)
+        if self.dialogue:
+            mount.parked.pop(self.dialogue.request_state, None)
+
+    def _take_back(self, notification: Message | None, reason: str) -> None:
+        """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
+        if self.server_id is None:
+            return
+        line = None
+        if notification and len(notification.text) <= SMALL:
+            line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
+        self.connection.cancel(self.server_id, reason, line)
+
+    def is_overdue(self, now: float, patience: float) -> bool:
+        return now - self.last_sign >= patience
+
+    # What the server asks.
+
+    def begin_dialogue(self) -> Dialogue:
+        """The dialogue that this exchange has from its first question on."""
+        self.touch()
+        self.dialogue = self.dialogue or Dialogue(self)
+        return self.dialogue
+
+    def park(self, payload: list, state: str) -> None:
+        """Ends the client's request with the questions. The call goes on when the client comes back with this state."""
+        message = parse_message(self.text)
+        self.text, self.digest = None, digest_of(message)
+        self.end(Outcome.PARKED, payload)
+        self.client.mount.parked[state] = self
+        if self.size > SMALL:
+            budget.set(self, self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
+
+    def take_place_of(self, retry: "ClientRequest", message: Message) -> None:
+        """The client is back, with another request: this call goes on for that one."""
+        retry.leave_books()
+        retry.state = DONE
+        self.leave_books()
+        self._become(RUNNING)
+        self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
+        self.started = retry.started                # the time of people is not the server's
+        self._serve(message, retry.outlet)
+        self._enter_books()
+        self.connection.add_cause(self, self.client.identity)
+        self.touch()
+
+
+# ============================================================================
+# 37. Exchanges
+# ============================================================================
+#
+# How a client's request gets to a server, and what becomes of what that sends. The
+# exchange puts a server id in the place of the client's and takes it out of the
+# response again; what its messages become is up to the bridge.
+
+
+class Exchange(ClientRequest):
+    """One client request on its way to a server, or from one to another, and back."""
+
+    __slots__ = ()
 
     # From the client.
 
@@ -9196,155 +9353,15 @@ class Exchange(PendingRequest, Holder):
     def on_event(self, message: Message) -> None:
         self._bridge.notify(self, message)
 
-    def tell(self, payload: list) -> None:
-        """A message to the client before the answer; while the call is parked there is no way."""
-        if self.state is RUNNING:
-            self.has_begun = True
-            self.outlet.send(payload)
-
-    def acknowledge(self) -> None:
-        """Says what is listened for, and then what has come meanwhile."""
-        early, self.early = self.early, None
-        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
-        for message in early:
-            self.tell_listener(message)
-
-    def tell_listener(self, message: Message) -> None:
-        """Something that a server told all: does the client listen for it?"""
-        if self.early is not None:
-            self.early.append(message)
-        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
-                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
-            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
-
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
         self.touch()
         self.has_begun = True
         self._bridge.ask(self, question, missing)
 
-    # The end.
-
-    def finish(self, payload: list, status: int = 200) -> None:
-        """The answer is there."""
-        self.end(Outcome.ANSWERED, payload, status)
-
-    def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
-        """There is an error in place of it."""
-        # To a legacy client, 404 would mean that its session is lost.
-        status = 200 if self.envelope is None and error.code == METHOD_NOT_FOUND else error.http_status
-        self.problem = str(error.code)
-        self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
-
-    def time_out(self) -> None:
-        """It shows no sign of life, or its client does not come back."""
-        was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
-        self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
-        if was_at_server:
-            self.instance.server.failures += bool(self.group)
-            self.instance.on_time_out()
-
-    def end_subscription(self) -> None:
-        """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
-        self._take_back(None, "the server ends")
-        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
-                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
-
-    def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
-            notification: Message | None = None) -> None:
-        """The one way out: for good, or, parked, until the client comes back. Without a payload there is no answer."""
-        before = self.state
-        if before is DONE:
-            return
-        self._become(PARKED if outcome is Outcome.PARKED else DONE)
-        self.leave_books()
-        if before is RUNNING and self.method in MAY_CAUSE:
-            self.connection.drop_cause(self)
-        if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
-            self._take_back(notification, outcome)
-        if self.state is DONE and self.dialogue:
-            self.dialogue.end(outcome is Outcome.ANSWERED)
-        record(self, outcome, payload)
-        if self.work and outcome is not Outcome.ANSWERED:
-            self.work.cancel()
-        if self.state is DONE and self.on_done:
-            on_done, self.on_done = self.on_done, None
-            on_done()
-        if before is PARKED:
-            return                                # its client was told, and is not there
-        if payload:
-            self.outlet.finish(payload, status, headers)
-        else:
-            self.outlet.close()
-        self.outlet.exchange = None               # a cycle less: what a call took is free at once
-
-    def _enter_books(self) -> None:
-        self.client.calls[self.id] = self
-        if not self.is_endless:
-            self.client.mount.calls.add(self)
-        if self.size > SMALL:
-            budget.set(self, sys.getsizeof(self.text))
-
-    def give(self) -> None:
-        """If what it holds has to go, so has the call."""
-        self.fail(try_later("too much is held for this client"))
-
-    def leave_books(self) -> None:
-        calls, mount = self.client.calls, self.client.mount
-        if calls.get(self.id) is self:            # one that was refused has another's id, maybe
-            del calls[self.id]
-        mount.calls.discard(self)
-        if self.held:
-            budget.set(self, 0)
-        if self.dialogue:
-            mount.parked.pop(self.dialogue.request_state, None)
-
-    def _take_back(self, notification: Message | None, reason: str) -> None:
-        """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
-        if self.server_id is None:
-            return
-        line = None
-        if notification and len(notification.text) <= SMALL:
-            line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
-        self.connection.cancel(self.server_id, reason, line)
-
-    def is_overdue(self, now: float, patience: float) -> bool:
-        return now - self.last_sign >= patience
-
-    # What the server asks.
-
-    def begin_dialogue(self) -> Dialogue:
-        """The dialogue that this exchange has from its first question on."""
-        self.touch()
-        self.dialogue = self.dialogue or Dialogue(self)
-        return self.dialogue
-
-    def park(self, payload: list, state: str) -> None:
-        """Ends the client's request with the questions. The call goes on when the client comes back with this state."""
-        message = parse_message(self.text)
-        self.text, self.digest = None, digest_of(message)
-        self.end(Outcome.PARKED, payload)
-        self.client.mount.parked[state] = self
-        if self.size > SMALL:
-            budget.set(self, self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
-
-    def take_place_of(self, retry: "Exchange", message: Message) -> None:
-        """The client is back, with another request: this call goes on for that one."""
-        retry.leave_books()
-        retry.state = DONE
-        self.leave_books()
-        self._become(RUNNING)
-        self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
-        self.started = retry.started                # the time of people is not the server's
-        self._serve(message, retry.outlet)
-        self._enter_books()
-        self.connection.add_cause(self, self.client.identity)
-        self.touch()
-
 
 # ============================================================================
-# 37. Joint exchanges
+# 38. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
@@ -9626,7 +9643,7 @@ import threading
 
 
 # ============================================================================
-# 38. HTTP connections
+# 39. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -10023,7 +10040,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 39. HTTP server
+# 40. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -10210,7 +10227,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 40. Outlets
+# 41. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -10371,7 +10388,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 41. Overview
+# 42. Overview
 # ============================================================================
 #
 # What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
@@ -10536,7 +10553,7 @@ def transport_of(session: Session) -> str:
 
 
 # ============================================================================
-# 42. Admission
+# 43. Admission
 # ============================================================================
 #
 # What the head of a request says: who sends it, to which place, and what for. It
@@ -10710,7 +10727,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 43. OpenAPI
+# 44. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -10763,7 +10780,7 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 44. Endpoints
+# 45. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -11324,7 +11341,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 45. Standard streams
+# 46. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -11474,7 +11491,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 46. Demo server
+# 47. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -11591,7 +11608,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 47. The proxy
+# 48. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -11821,7 +11838,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 48. Command line
+# 49. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -12120,7 +12137,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 49. The page
+# 50. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

@@ -10782,7 +10782,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 36. Exchanges
+# 37. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -13175,7 +13175,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 38. HTTP connections
+# 39. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -13418,7 +13418,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 
 
 # ============================================================================
-# 41. Overview
+# 42. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -15311,7 +15311,7 @@ def test_overview_slow_start_is_told_of_each_start():
 
 
 # ============================================================================
-# 44. Endpoints
+# 45. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -17122,7 +17122,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 45. Standard streams
+# 46. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -17302,7 +17302,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 46. Demo server
+# 47. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -17404,7 +17404,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 47. The proxy
+# 48. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -17475,7 +17475,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 48. Command line
+# 49. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
