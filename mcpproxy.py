@@ -9383,8 +9383,7 @@ class TaskListener(PendingRequest):
         if message.method == TASK_CHANGED:
             self._exchange.on_event(outward(self._exchange.client, self._instance, message))
         elif not self.taken.done():
-            honoured = message.plain_params.get("notifications")
-            taken = honoured.get("taskIds") if isinstance(honoured, dict) else None
+            taken = member_at(message.plain_params, ("notifications", "taskIds"))
             self.taken.set_result(taken if isinstance(taken, list) else [])
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -9479,7 +9478,7 @@ class JointExchange(Exchange):
     async def _listen_to_tasks(self, names: list) -> list[str]:
         """Listens for the client's tasks at their servers; returns those that they take. SEP-2663, Task Status
         Notifications."""
-        if TASKS_EXTENSION not in (self.capabilities.get("extensions") or ()):
+        if member_at(self.capabilities, ("extensions", TASKS_EXTENSION)) is None:
             raise NO_TASKS
         listeners = {}
         for member in [one for member in self.client.view.members for one in member.members or (member,)]:

@@ -10617,6 +10617,26 @@ def test_several_servers_have_tasks_of_one_id(several):
             assert client.call("tasks/get", {"taskId": unknown})["error"]["code"] == -32602
 
 
+def test_several_servers_do_not_tell_of_tasks_who_does_not_know_them(several):
+    with several(a=FAKE, b=FAKE) as proxy:
+        for extensions in ({}, 5, None, {"io.modelcontextprotocol/tasks": None}):
+            with ModernClient(proxy, capabilities={"extensions": extensions}) as client:
+                message = client.message(1, "subscriptions/listen", {"notifications": {"taskIds": ["a__1"]}})
+                assert client.deliver(message).answer()["error"]["code"] == mcpproxy.MISSING_CAPABILITY
+
+
+@pytest.mark.parametrize("notifications", [{"taskIds": ["x"]}, {"taskIds": "x"}, {}, [], 5, None])
+def test_several_servers_that_acknowledge_tasks_in_whatever_form_are_understood(notifications):
+    async def listen():
+        connection = types.SimpleNamespace(send_request=lambda *_: 1)
+        listener = mcpproxy.TaskListener(None, types.SimpleNamespace(connection=connection), ["x"])
+        listener.on_event(mcpproxy.parse_message(json.dumps({
+            "jsonrpc": "2.0", "method": "notifications/subscriptions/acknowledged",
+            "params": {"notifications": notifications}})))
+        return listener.taken.result()
+    assert asyncio.run(listen()) == (["x"] if notifications == {"taskIds": ["x"]} else [])
+
+
 def test_several_servers_one_that_is_taken_out_finishes_its_calls(several):
     with several(a=FAKE, b=FAKE) as proxy, SSEClient(proxy, path="/servers/b/sse") as client:
         call = client.start("sleep", seconds=1.5)
