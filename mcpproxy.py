@@ -9651,10 +9651,11 @@ import threading
 #
 #     max_body                           bytes
 #     counters                           where bytes and streams are counted
-#     admit(head)                        raises ProxyError when a request with this head may not pass; its body was not
-#                                        read yet. What it returns is kept for when the head comes again, and has
-#                                        `headers`, (name, value) pairs for every reply, and `principal`, who is
-#                                        answerable for it; None: whoever has the address
+#     admit(head, host)                  raises ProxyError when a request with this head may not pass; its body was not
+#                                        read yet. NotYet when that has to be found out first. What it returns is
+#                                        kept for when the head comes again, until it `is_old`; it has `headers`,
+#                                        (name, value) pairs for every reply, and `caller`, who is answerable for it;
+#                                        None: whoever has the address
 #     handle(admission, body, reply)     sees to it that the reply is sent, now or later
 #     refuse(error, reply)               sends the reply that an error stands for
 #
