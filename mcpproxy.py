@@ -12104,12 +12104,11 @@ def main() -> None:
         return DemoServer().run()
     open_standard_streams()
     signal.signal(signal.SIGHUP, lambda *_: None)          # one that comes before the file was read changes nothing
+    flags, _, _ = split_arguments(sys.argv[1:])
     # Also what is wrong with the settings is said in the form that they ask for.
-    formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(
-        split_arguments(sys.argv[1:])[0]))]
+    formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(flags))]
     start_logging("INFO", formats[-1].strip() == "json")
     try:
-        flags = split_arguments(sys.argv[1:])[0]
         name = argument_parser().parse_args(flags).new_key
         if name is not None:
             return print_new_key(name)
