@@ -10994,7 +10994,7 @@ class Endpoints:
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
-    def _open_sse(self, admission: Admission, body: bytes, reply: Reply) -> None:
+    def _open_sse(self, admission: Admission, reply: Reply) -> None:
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.caller, admission.variables,
@@ -11134,7 +11134,7 @@ class Endpoints:
             raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
         check_version(admission)
         if admission.session_id is None:
-            return self._open_sse(admission, body, reply)
+            return self._open_sse(admission, reply)
         session = self._session(admission)
         stream, after = session.stream, None
         last_event_id = admission.head.headers.get("last-event-id")
