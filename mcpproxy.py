@@ -9113,6 +9113,13 @@ class Exchange(ClientRequest):
         self.message = None
         self._begin_soon()
 
+    def start_or_fail(self) -> None:
+        """The same; what is wrong with the request is its answer."""
+        try:
+            self.start()
+        except ProxyError as error:
+            self.fail(error)
+
     def _begin_soon(self) -> None:
         self.work = asyncio.get_running_loop().create_task(self._begin_when_ready())
 
@@ -11081,7 +11088,7 @@ class Endpoints:
                     raise
             # Without a handshake there is no session after all; its end waits until the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
-        self._start(exchange)
+        exchange.start_or_fail()
 
     def _post_batch(self, admission: Admission, texts: list[str], reply: Reply) -> None:
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
@@ -11099,7 +11106,7 @@ class Endpoints:
         outlet = PostOutlet(self.undecided, admission, reply, client, batch=len(requests)) if requests else None
         for message in messages:
             if message.kind is REQUEST:
-                self._start(new_exchange(client, message, outlet, None, admission.trace))
+                new_exchange(client, message, outlet, None, admission.trace).start_or_fail()
             elif client.is_session:
                 client.receive(message)
         if not requests:
@@ -11114,15 +11121,8 @@ class Endpoints:
         envelope = check_modern(message, headers)
         client = self._visit(admission, reply)
         outlet = PostOutlet(self.undecided, admission, reply, client, MODERN)
-        self._start(new_exchange(client, message, outlet, envelope, admission.trace,
-                                 headers if message.method == "tools/call" else None))
-
-    @staticmethod
-    def _start(exchange: Exchange) -> None:
-        try:
-            exchange.start()
-        except ProxyError as error:
-            exchange.fail(error)
+        new_exchange(client, message, outlet, envelope, admission.trace,
+                     headers if message.method == "tools/call" else None).start_or_fail()
 
     def get(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
@@ -11217,7 +11217,7 @@ class Endpoints:
             closed = client.view.closed("tools", name, 403) if whole and name in await tools_at(whole, name) else None
             raise closed or RPCError(f"there is no tool {name}", status=404, code=INVALID_PARAMS)
         if not reply.is_done:                 # its client may be gone meanwhile
-            self._start(new_exchange(client, message, ToolOutlet(reply), None, admission.trace))
+            new_exchange(client, message, ToolOutlet(reply), None, admission.trace).start_or_fail()
 
     async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
@@ -11477,10 +11477,7 @@ class StandardStreams:
         exchange = new_exchange(client, message, outlet, envelope)
         if client.is_session and message.method == "initialize":
             exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
-        try:
-            exchange.start()
-        except ProxyError as error:
-            exchange.fail(error)
+        exchange.start_or_fail()
 
     def _refuse(self, error: ProxyError, message: Message | None = None) -> None:
         is_request = message is not None and message.kind is REQUEST
