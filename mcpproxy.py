@@ -62,17 +62,18 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     42. Overview               what those who look after the proxy are told of it
     43. Admission              what the head of a request says
     44. OpenAPI                the tools as operations
-    45. Endpoints              what each method and path means
-    46. Standard streams       the other way to be reached: by one client, on stdin and stdout
-    47. Demo server            a small MCP server to try things with
-    48. The proxy              everything put together
-    49. Command line           arguments and environment into a running proxy
-    50. The page               the overview for people
+    45. The application        what every request passes, and what anybody may ask
+    46. Endpoints              what each method and path means
+    47. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    48. Demo server            a small MCP server to try things with
+    49. The proxy              everything put together
+    50. Command line           arguments and environment into a running proxy
+    51. The page               the overview for people
 
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 4, 20 to
-                22 and 38 to 44 a request may also be one of HTTP; what answers that is a Reply
+                22 and 39 to 46 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -10787,46 +10788,30 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 
 # ============================================================================
-# 45. Endpoints
+# 45. The application
 # ============================================================================
 #
-# What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (admission, body, reply) and add a row() to ROUTES; what it
-# raises becomes the reply, in one place.
-#
-# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
-# Streamable HTTP, of the era that the message claims; a GET is the stream of the
-# session that it names, and without a session it is HTTP+SSE.
+# What an HTTPConnection calls: whoever comes has to pass guards, the method and the path choose what is done, and what
+# that raises becomes the reply, in one place. What anybody who looks after the proxy may ask of it is here too.
 
 CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_WATCHERS = 20                # of the overview
-WATCH_PAUSE = 1.0                # seconds until they are told again
 
 
-class Endpoints:
-    """The application behind HTTP connections."""
+class Application:
+    """What all that is offered over HTTP has in common; `routes` are by path, see Admission."""
 
-    nothing_here = ("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
-                    "{0}/openapi.json")
+    nothing_here = ""                          # what is said of other paths; {0} is BASE_PATH
 
-    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None,
-                 overview: Overview | None = None):
-        self.settings = settings
-        self.mount = mount
+    def __init__(self, routes: dict[str, Route], settings: Settings, mount: Mount, overview: Overview,
+                 keys: Keys = Keys(), issuer: Issuer | None = None):
+        self.routes, self.guards = routes, GUARDS
+        self.settings, self.mount, self.overview = settings, mount, overview
         self.counters = mount.counters
-        self.routes, self.guards = ROUTES, GUARDS
-        self.overview = overview or Overview(mount)
-        self.keys = keys
-        self.issuer = issuer
+        self.keys, self.issuer = keys, issuer
         self.id = os.urandom(8).hex()          # by which other proxies know this one
         self.max_body = settings.max_request_bytes
-        self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
-        self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
-        self._told_at = 0.0
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
-
-    # What an HTTPConnection calls.
 
     def admit(self, head: HTTPHead, host: str) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
@@ -10988,6 +10973,108 @@ class Endpoints:
         reply.send(200, [page.encode()], (
             ("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy),
             ("Cache-Control", "no-cache"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")))
+
+    # What is asked without MCP.
+
+    def preflight(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
+        route, headers = admission.route, ()
+        if "origin" in admission.head.headers:
+            wanted = admission.head.headers.get("access-control-request-headers", "*")
+            headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
+                       ("Access-Control-Max-Age", "3600"))
+        reply.send(204, [], (("Allow", route.allow), *headers))
+
+    def describe_resource(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /.well-known/oauth-protected-resource: who gives tokens for this place. RFC 9728 §3.2."""
+        scopes = [*self.settings.oauth_scopes.split(), *(self.keys.scopes or ())]
+        self.send_json(reply, dump({
+            "resource": admission.resources[0], "authorization_servers": [self.settings.oauth_issuer],
+            "bearer_methods_supported": ["header"],
+            **({"scopes_supported": [*dict.fromkeys(scopes)]} if scopes else {})}).encode())
+
+    def health(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /healthz: this process is alive, whatever its servers are."""
+        reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
+
+    def _sees_all(self, admission: Admission) -> bool:
+        """May it know what a server said last? It can be another client's business."""
+        caller = admission.caller
+        return admission.objection is None and (caller.sees_all if caller else not self.settings.is_guarded)
+
+    def ready(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /readyz: can a server be used?"""
+        self.mount.asked_at = self.mount.now()
+        document = dump(self.overview.health(self._sees_all(admission))).encode()
+        status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
+        reply.send(status, [document], (*JSON_HEADERS, ("Cache-Control", "no-store"), *more))
+
+    async def metrics(self, admission: Admission, body: bytes, reply: Reply) -> None:
+        """GET /metrics: what was counted and measured, for Prometheus."""
+        if admission.caller and not admission.caller.sees_all:
+            raise HTTPError("a token, or a key with limits, may not see what all do", status=403)
+        reply.send(200, [await self.overview.metrics()], (("Content-Type", METRICS_TYPE),))
+
+
+# In the order in which they ask; to add a guard, write a method and add it here.
+GUARDS = (Application._check_origin, Application._check_host, Application._check_key, Application._check_way)
+
+
+def row(is_public: bool = False, is_open: bool = False, **methods) -> Route:
+    """A row of a table of routes. Every path takes OPTIONS."""
+    return Route(is_public, is_open, **methods, OPTIONS=Application.preflight)
+
+
+METADATA_ROUTE = row(GET=Application.describe_resource, HEAD=Application.describe_resource, is_public=True)
+PROBES = {
+    "/healthz": row(GET=Application.health, HEAD=Application.health, is_public=True),
+    "/readyz": row(GET=Application.ready, HEAD=Application.ready, is_open=True),
+    "/metrics": row(GET=Application.metrics, HEAD=Application.metrics),
+}
+
+
+class Probes(Application):
+    """The application at METRICS_PORT: what those who look after the proxy ask for. That port is for a network of their
+    own, and takes no key."""
+
+    nothing_here = "here are only /metrics, /healthz and /readyz"
+
+    def __init__(self, settings: Settings, mount: Mount, overview: Overview):
+        super().__init__(PROBES, settings, mount, overview)
+        self.counters = Counters()             # its own requests are not counted
+        self.guards = GUARDS[:1]
+
+    def _sees_all(self, admission: Admission) -> bool:
+        return False                           # who asks here is not known
+
+
+# ============================================================================
+# 46. Endpoints
+# ============================================================================
+#
+# What each method and path means. To add an endpoint, write a method of
+# Endpoints that takes (admission, body, reply) and add a row() to ROUTES.
+#
+# /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
+# Streamable HTTP, of the era that the message claims; a GET is the stream of the
+# session that it names, and without a session it is HTTP+SSE.
+
+MAX_WATCHERS = 20                # of the overview
+WATCH_PAUSE = 1.0                # seconds until they are told again
+
+
+class Endpoints(Application):
+    """The application at PORT."""
+
+    nothing_here = ("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
+                    "{0}/openapi.json")
+
+    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None,
+                 overview: Overview | None = None):
+        super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
+        self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
+        self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
+        self._told_at = 0.0
 
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON, and tells those who watch."""
@@ -11232,46 +11319,7 @@ class Endpoints:
             kept.document = document
         self.send_json(reply, document)
 
-    # For browsers, and for those who look after the proxy.
-
-    def preflight(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """OPTIONS: what a web page may send here. Fetch Standard, CORS protocol."""
-        route, headers = admission.route, ()
-        if "origin" in admission.head.headers:
-            wanted = admission.head.headers.get("access-control-request-headers", "*")
-            headers = (("Access-Control-Allow-Methods", route.allow), ("Access-Control-Allow-Headers", wanted),
-                       ("Access-Control-Max-Age", "3600"))
-        reply.send(204, [], (("Allow", route.allow), *headers))
-
-    def describe_resource(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /.well-known/oauth-protected-resource: who gives tokens for this place. RFC 9728 §3.2."""
-        scopes = [*self.settings.oauth_scopes.split(), *(self.keys.scopes or ())]
-        self.send_json(reply, dump({
-            "resource": admission.resources[0], "authorization_servers": [self.settings.oauth_issuer],
-            "bearer_methods_supported": ["header"],
-            **({"scopes_supported": [*dict.fromkeys(scopes)]} if scopes else {})}).encode())
-
-    def health(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /healthz: this process is alive, whatever its servers are."""
-        reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
-
-    def _sees_all(self, admission: Admission) -> bool:
-        """May it know what a server said last? It can be another client's business."""
-        caller = admission.caller
-        return admission.objection is None and (caller.sees_all if caller else not self.settings.is_guarded)
-
-    def ready(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /readyz: can a server be used?"""
-        self.mount.asked_at = self.mount.now()
-        document = dump(self.overview.health(self._sees_all(admission))).encode()
-        status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
-        reply.send(status, [document], (*JSON_HEADERS, ("Cache-Control", "no-store"), *more))
-
-    async def metrics(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /metrics: what was counted and measured, for Prometheus."""
-        if admission.caller and not admission.caller.sees_all:
-            raise HTTPError("a token, or a key with limits, may not see what all do", status=403)
-        reply.send(200, [await self.overview.metrics()], (("Content-Type", METRICS_TYPE),))
+    # For those who look at the overview.
 
     def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /: all that can be seen of the proxy, as JSON. GET /?watch=1: the same whenever it has changed."""
@@ -11300,30 +11348,6 @@ class Endpoints:
             watcher.write(encode_event([text.encode()]))
 
 
-class Probes(Endpoints):
-    """The application at METRICS_PORT: what those who look after the proxy ask for. That port is for a network of their
-    own, and takes no key."""
-
-    nothing_here = "here are only /metrics, /healthz and /readyz"
-
-    def __init__(self, settings: Settings, mount: Mount, overview: Overview):
-        super().__init__(settings, mount, overview=overview)
-        self.counters = Counters()             # its own requests are not counted
-        self.routes, self.guards = {path: ROUTES[path] for path in ("/metrics", "/healthz", "/readyz")}, GUARDS[:1]
-
-    def _sees_all(self, admission: Admission) -> bool:
-        return False                           # who asks here is not known
-
-
-# In the order in which they ask; to add a guard, write a method and add it here.
-GUARDS = (Endpoints._check_origin, Endpoints._check_host, Endpoints._check_key, Endpoints._check_way)
-
-def row(is_public: bool = False, is_open: bool = False, **methods) -> Route:
-    """A row of ROUTES. Every path takes OPTIONS."""
-    return Route(is_public, is_open, **methods, OPTIONS=Endpoints.preflight)
-
-
-METADATA_ROUTE = row(GET=Endpoints.describe_resource, HEAD=Endpoints.describe_resource, is_public=True)
 _MCP = row(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
 ROUTES = {
@@ -11333,15 +11357,13 @@ ROUTES = {
     "/tools": row(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
     "/tools/": row(POST=Endpoints.call_tool),              # and the tool's name
     "/openapi.json": row(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
-    "/healthz": row(GET=Endpoints.health, HEAD=Endpoints.health, is_public=True),
-    "/readyz": row(GET=Endpoints.ready, HEAD=Endpoints.ready, is_open=True),
-    "/metrics": row(GET=Endpoints.metrics, HEAD=Endpoints.metrics),
+    **PROBES,
     RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place
 }
 
 
 # ============================================================================
-# 46. Standard streams
+# 47. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -11488,7 +11510,7 @@ class StandardStreams:
 
 
 # ============================================================================
-# 47. Demo server
+# 48. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -11605,7 +11627,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 48. The proxy
+# 49. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -11835,7 +11857,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 49. Command line
+# 50. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -12133,7 +12155,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 50. The page
+# 51. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

@@ -15331,7 +15331,7 @@ def test_overview_slow_start_is_told_of_each_start():
 
 
 # ============================================================================
-# 45. Endpoints
+# 46. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -17142,7 +17142,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 46. Standard streams
+# 47. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -17322,7 +17322,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 47. Demo server
+# 48. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -17424,7 +17424,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 48. The proxy
+# 49. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -17495,7 +17495,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 49. Command line
+# 50. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
@@ -17698,6 +17698,16 @@ def section_of(line):
 
 def test_file_sections_are_numbered_without_gaps():
     assert [int(number) for number, _ in BANNERS] == list(range(1, len(BANNERS) + 1))
+
+
+def test_file_contents_name_the_sections():
+    contents = mcpproxy.__doc__.partition("\nWords\n")[0]
+    assert re.findall(r"^    (\d+)\. +(\S.*?)  ", contents, re.MULTILINE) == BANNERS
+
+
+def test_file_sections_are_at_most_400_lines_long():
+    ends = [*STARTS[1:], len(SOURCE.splitlines())]
+    assert not [banner for banner, start, end in zip(BANNERS, STARTS, ends) if end - start > 400]
 
 
 def test_file_tests_have_the_banners_of_the_file():
