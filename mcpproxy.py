@@ -8173,17 +8173,19 @@ def pick(client: Client, message: Message) -> Target | None:
 async def find_targets(client: Client, message: Message) -> tuple[list[Target], dict[str, str]]:
     """(Where a request may go that does not say so by a name alone: one after the other until it is not refused; what
     may be missing there, {name of a server: why})."""
-    view, params = client.view, message.params
-    named = members_of(params.get("ref")) or params
-    name, uri, method = named.get("name"), named.get("uri"), message.method
-    if isinstance(uri, str):
+    view, params, method = client.view, message.params, message.method
+    # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
+    is_call = method in ("tools/call", "prompts/get")
+    named = params if is_call else members_of(params.get("ref")) or params
+    name, uri = named.get("name"), named.get("uri")
+    if isinstance(uri, str) and not is_call:
         return await find_by_uri(client, uri)
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
         raise UNKNOWN_TASK
     if not isinstance(name, str):
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
-    if method not in ("tools/call", "prompts/get", "completion/complete"):         # of an extension
+    if not is_call and method != "completion/complete":                            # of an extension
         candidates = view.candidates(name)
         if len(candidates) != 1:
             raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)

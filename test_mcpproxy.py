@@ -10727,6 +10727,15 @@ def test_several_servers_a_new_name_wins_over_an_old_one_in_lists_and_calls(seve
         assert text_of(ask_joint(proxy, "tools/call", {"name": "a__B", "arguments": {}})) == "A"
 
 
+@pytest.mark.parametrize("more, name, beside", [
+    ({}, "a__x_abcdef", {"ref": {"name": "a__write_a"}}),             # the name is one that only lists can tell
+    ({"prefix": ""}, "write_a", {"ref": {"uri": "a://1"}}), ({"prefix": ""}, "write_a", {"uri": "a://1"})])
+def test_several_servers_are_called_by_a_name_alone_whatever_is_beside_it(keys, more, name, beside):
+    servers = {server: kept(server, **more) for server in "ab"}
+    with keys({"ann": {"servers": ["a", "b"], "tools": ["look"]}}, servers) as proxy:
+        assert limit_of(ask_joint(proxy, "tools/call", {"name": name, **beside}, **brings("ann")))[0] == -32602
+
+
 def test_several_servers_leave_out_names_that_are_cut_also_uncut(several):
     with several(a=listing(["read.file", "t"])) as proxy:
         cut = next(name for name in names_of(ask_joint(proxy, "tools/list")) if name != "a__t")
