@@ -5316,7 +5316,8 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
 # waits for a server that is starting has its way told to that server, too.
 
-WAY_HEADER = "X-Mcpproxy-Via"    # ids of the proxies on the way, with commas between
+WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
+WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an array
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # that are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
@@ -5875,23 +5876,23 @@ class ServerConnection(Holder):
         """Its client fills it, and it does not read."""
         self.link.stop()
 
-    def send_request(self, pending: PendingRequest, method: str, params: dict) -> int:
-        """Sends a request of the proxy's own, for which `pending` waits; returns its id."""
+    def send_request(self, pending: PendingRequest, method: str, params: dict, way: str = "") -> int:
+        """Sends a request of the proxy's own, for which `pending` waits; returns its id. `way`: whom it is for."""
         server_id = self.next_id()
         self.pending[server_id] = pending
         if self.era is MODERN:
             params = {"_meta": OUR_ENVELOPE, **params}
         try:
-            self.send(encode_request(server_id, method, params), (server_id, method, None, (), ""))
+            self.send(encode_request(server_id, method, params), (server_id, method, None, (), way))
         except ServerError as error:
             del self.pending[server_id]
             pending.on_failure(error)
         return server_id
 
-    def request(self, method: str, params: dict | None, then=None) -> OwnRequest:
+    def request(self, method: str, params: dict | None, then=None, way: str = "") -> OwnRequest:
         """A request of the proxy's own whose response is wanted; `then` is called with the future when it is done."""
         request = OwnRequest(self._now(), then)
-        self.send_request(request, method, params or {})
+        self.send_request(request, method, params or {}, way)
         return request
 
     def cancel(self, server_id: int, reason: str, line: bytes | None = None) -> None:
@@ -6343,14 +6344,25 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 
 
 def tell_all(instance, message: Message) -> None:
-    """Tells all clients that a list changed."""
-    payload = message.payload
-    if not instance.is_news(payload[0]):
+    """Tells all clients that a list changed. Other proxies are told through which it came, as a request says it in its
+    head: it would go round in a circle of them for ever."""
+    if not instance.is_news(message.payload[0]):
         return
+    way = message.meta.get(WAY_KEY)
+    way = [one for one in way if PROXY_ID.fullmatch(str(one))][:MAX_WAY] if isinstance(way, list) else []
+    plain = parse_message(encode_request(None, message.method).decode()) if way else message
+
+    def told(client) -> Message:
+        if not client.way:
+            return plain
+        meta = {"_meta": {WAY_KEY: [*way, client.mount.id]}}
+        return parse_message(encode_request(None, message.method, meta).decode())
     for session in list(instance.sessions.values()):
-        session.stream.send(payload)
+        if session.mount.id not in way:
+            session.stream.send(told(session).payload)
     for listener in list(instance.listeners):
-        listener.on_event(message)
+        if listener.client.mount.id not in way:
+            listener.on_event(told(listener.client))
 
 
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -6724,9 +6736,7 @@ class KeptList:
     async def _list(self) -> None:
         self.is_old = False
         try:
-            connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
-            if self.method == "tools/list" or self.instance.identity.has(LISTS[self.method][2]):
-                await self._read(connection, items)
+            items = await self.read()
             self._items, self._is_doubtful = items, False
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
@@ -6742,24 +6752,28 @@ class KeptList:
         finally:
             self._listing = None
 
-    async def _read(self, connection: ServerConnection, items: Items) -> None:
-        """Reads all pages."""
+    async def read(self, way: str = "") -> Items:
+        """Reads all pages; what was read for another proxy, which `way` names, is not kept."""
+        connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
         cursor, kind = None, LISTS[self.method][0]
+        if self.method != "tools/list" and not self.instance.identity.has(LISTS[self.method][2]):
+            return items
         for _ in range(MAX_PAGES):
-            page = await connection.request(self.method, {"cursor": cursor} if cursor else None).response
+            page = await connection.request(self.method, {"cursor": cursor} if cursor else None, way=way).response
             if not isinstance(page.members.get("result"), tuple):
                 if not page.is_result and page.error_code == METHOD_NOT_FOUND:
-                    return                      # it has none
+                    return items                # it has none
                 words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
                 raise ServerError(f"the MCP server does not list its {kind}{words}")
             items.add(page)
             cursor = members_of(page.members["result"]).get("nextCursor")
             if not isinstance(cursor, str):
-                return
+                return items
             if items.size > MAX_QUEUED_BYTES:
                 break
         log.warning("! server %(server)s lists %(kind)s without end; the first %(number)d are used",
                     server=self.instance.server.name, kind=kind, number=len(items))
+        return items
 
 
 # ============================================================================
@@ -7808,6 +7822,7 @@ class Mount:
 
     def __init__(self, catalog: Catalog, settings: Settings, new_server, now):
         self.settings = settings
+        self.id = os.urandom(8).hex()              # by which other proxies know this one
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
@@ -8090,11 +8105,16 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
     return found, missing
 
 
-async def gather_lists(client: Client, method: str,
-                       members=None) -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
-    """What the servers list by a method; those that are missing tell the client when they are back."""
-    found, missing = await gather(client, lambda instance: instance.list_of(method).fresh,
-                                  lambda instance: instance.list_of(method).get(), members)
+async def gather_lists(client: Client, method: str, members=None,
+                       way: str = "") -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
+    """What the servers list by a method; those that are missing tell the client when they are back. With a `way`,
+    remote servers are told who asks: what is kept of one may have been listed by that proxy itself."""
+    def is_asked(instance: Instance) -> bool:
+        return bool(way and instance.connection and instance.connection.link.is_remote)
+    found, missing = await gather(
+        client, lambda instance: None if is_asked(instance) else instance.list_of(method).fresh,
+        lambda instance: instance.list_of(method).read(way) if is_asked(instance) else instance.list_of(method).get(),
+        members)
     miss(client, missing, method)
     return found, missing
 
@@ -9539,7 +9559,7 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     if message.params.get("cursor") is not None:
         raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
     client, view = exchange.client, exchange.client.view
-    found, missing = await gather_lists(client, exchange.method)
+    found, missing = await gather_lists(client, exchange.method, way=client.way)
     now, shown = client.mount.now(), shown_of(view, found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
     # A cache goes by the URL, and knows nothing of a header or a key.
@@ -10811,7 +10831,6 @@ class Application:
         self.settings, self.mount, self.overview = settings, mount, overview
         self.counters = mount.counters
         self.keys, self.issuer = keys, issuer
-        self.id = os.urandom(8).hex()          # by which other proxies know this one
         self.max_body = settings.max_request_bytes
         self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
 
@@ -10907,7 +10926,7 @@ class Application:
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _check_way(self, admission: Admission) -> None:
-        if self.id in admission.way.split(", "):
+        if self.mount.id in admission.way.split(", "):
             raise HTTPError("requests go round in a circle: this one came through this proxy before", status=508)
 
     # Requests.
@@ -11674,7 +11693,7 @@ class Proxy:
                     headers = expanded(config.headers, "headers", {**self.environment, **variables})
                 except SettingsError as error:
                     raise ServerError(str(error).removeprefix("headers: ")) from None
-                return RemoteLink(config.name, config.url, headers, self.endpoints.id, self.settings.max_message_bytes,
+                return RemoteLink(config.name, config.url, headers, self.mount.id, self.settings.max_message_bytes,
                                   config.is_sse)
             # Which variables its client set, only the demo server asks.
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}

@@ -8626,6 +8626,36 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
             assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(configured, count):
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(configured(good=command_of(FAKE))) for _ in range(count)]
+        for place, proxy in enumerate(proxies):
+            url = f"http://127.0.0.1:{proxies[(place + 1) % count].port}/mcp"
+            proxy.path.write_text(json.dumps({"mcpServers": {"good": command_of(FAKE), "next": {"url": url}}}))
+            proxy.process.send_signal(signal.SIGHUP)
+            until(lambda: "configuration read again" in proxy.log(), "the configuration")
+        for proxy in proxies:
+            until(lambda: "server next is ready" in proxy.log(), "the next one")
+
+        def has_each_once(proxy):
+            began = time.monotonic()
+            names = names_of(ask_joint(proxy, "tools/list"))
+            assert time.monotonic() - began < 1.5
+            echoes = {name.removesuffix("good__echo") for name in names if name.endswith("good__echo")}
+            assert len(echoes) <= count
+            return echoes == {"next__" * depth for depth in range(count)}
+        for proxy in proxies * 3:
+            until(lambda: has_each_once(proxy), "all tools")
+        client = stack.enter_context(StreamableClient(proxies[0]))
+        stream = client.listen()
+        for number in range(3):
+            client.tool("good__notify", method=TOOLS_CHANGED)
+            until(lambda: len(stream.messages()) > number, "the change")
+            time.sleep(0.3)
+        assert len(stream.messages()) == 3
+
+
 # ============================================================================
 # 24. Server connection
 # ============================================================================
