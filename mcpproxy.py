@@ -7849,8 +7849,12 @@ class Mount:
     def start(self) -> None:
         """Starts what is there before any client is."""
         for server in self.servers.values():
-            if server.is_for_all and () not in server.instances:
-                server.make_instance().start()
+            try:
+                if server.is_for_all and () not in server.instances:
+                    server.make_instance().start()
+            except ServerError as error:
+                log.warning("! server %(server)s is started when it is needed: %(reason)s", server=server.name,
+                            reason=str(error))
             server.keep_spares()
 
     def reload(self, catalog: Catalog, callers: tuple[Caller, ...] = ()) -> None:

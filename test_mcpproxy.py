@@ -10328,6 +10328,20 @@ def test_mount_keys_of_one_person_are_two_owners(keys, shared):
             assert one.retry(message, state, {key: ACCEPTED}).stream.status == 200
 
 
+def test_mount_reload_is_done_where_there_is_no_room_for_what_it_would_start(keys):
+    servers = {"own": kept("own", shared_session=False)}
+    with keys({"ann": {}, "bob": {}}, servers, MAX_PROCESSES=2) as proxy, \
+            client_of("http", proxy, "ann") as ann, client_of("http", proxy, "bob") as bob:
+        assert ann.tool("own__look") == bob.tool("own__look") == "own look"
+        write_config(proxy.path, {**servers, "new": kept("new")})
+        proxy.change({"ann": {"tools": []}, "bob": {}})
+        assert "server new is started when it is needed: too many processes" in proxy.log()
+        assert limit_of(ann.start("own__look").answer()) == (-32602, "tools", "ann")
+        assert proxy.request("DELETE", "/mcp", None, ann.headers).status == 204
+        until(lambda: len(servers_of(proxy)) == 1, "room")
+        assert bob.tool("new__look") == "new look"
+
+
 def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
     servers = {"a": (FAKE, {"shared_session": False, "prewarm": 1}), "b": (FAKE, {"shared_session": False})}
     given = {"ann": {"servers": ["a"], "tools": ["pid"]}, "bob": {"servers": ["b"], "tools": ["pid"]}}
