@@ -11757,7 +11757,7 @@ class Proxy:
             if self.settings.watch and now - watched > WATCH_SECONDS:
                 watched, seen = now, self._stat_config()
                 if seen and seen != self._config_seen:
-                    self.reload()
+                    asyncio.get_running_loop().call_soon(self.reload)          # a fault in it must not end this loop
             for part in self.http, self.probes, self.endpoints, self.mount:
                 try:
                     part.tick(now)
