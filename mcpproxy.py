@@ -6975,7 +6975,6 @@ class Instance:
                                           on_request=functools.partial(ask_client, self),
                                           on_notification=functools.partial(pass_on, self),
                                           is_ones_own=self.is_ones_own)
-            connection.principal = self.principal
             link.way = ", ".join(self._ways)
             link.on_renewed = functools.partial(self._put_back, connection)
             self._link = link
@@ -7027,6 +7026,7 @@ class Instance:
                  "revision %(revision)s", server=self.server.name, name=self.identity.name, session=whose,
                  version=self.identity.release, revision=str(self.identity.version), **connection.link.fields)
         self.connection, self.failure, self.last_used = connection, None, self.server.now()
+        connection.principal = self.principal
         self.server.start_seconds, self.server.start_failed = self.last_used - self.since, False
         self.server.identity = self.identity
         self.server.takes_variables = self.server.takes_variables or bool(self.variables)
@@ -7686,6 +7686,8 @@ class Server:
         if spare:
             del self.instances[spare]
             spare.owner, spare.principal = session, session.principal
+            if spare.connection:
+                spare.connection.principal = session.principal
             self.instances[session] = spare
             asyncio.get_running_loop().call_soon(self.keep_spares)
         return spare

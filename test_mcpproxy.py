@@ -5759,6 +5759,28 @@ def test_shares_event_logs_of_sessions_give_first(monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_shares_of_a_spare_process_are_those_of_whoever_gets_it(is_ready):
+    async def run():
+        mount = new_mount(Settings(shared_session=False), None, time.monotonic)
+        spare = mount.servers["x"]._new_spare()
+        spare._runner = asyncio.current_task()
+        link = types.SimpleNamespace(is_remote=False, label="x", fields={})
+        connection = mcpproxy.ServerConnection("x", link, now=None, redact=None, on_request=None, on_notification=None,
+                                               is_ones_own=True)
+        spare.identity = mcpproxy.Identity(mcpproxy.LEGACY, mcpproxy.parse_message(
+            '{"jsonrpc":"2.0","id":1,"result":{"capabilities":{}}}'))
+        spare._become(mcpproxy.InstanceState.STARTING)
+        if is_ready:
+            spare._make_ready(connection, False)
+        session = mount.open_session(mount.catalog.view(), None, {}, "ann")
+        assert mount.pick(session) is spare
+        if not is_ready:
+            spare._make_ready(connection, False)
+        assert connection.principal == "ann"
+    asyncio.run(run())
+
+
 def test_shares_of_listeners():
     text = """
         %s > {"id":%d,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}"""
