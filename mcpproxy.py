@@ -2613,6 +2613,7 @@ class View:
         self.whole = whole                     # and what makes the view that somebody without has
         self.place = place                     # the name of a server that is met by itself
         self.members = members
+        self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
         self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
         self.is_joint = is_joint               # several as one, with prefixes
         self.wanted = wanted                   # how its client narrowed it down
@@ -8190,8 +8191,7 @@ def pick(client: Client, message: Message) -> Target | None:
     if not view.is_joint:
         return Target(view.members[0].name)
     if isinstance(params.get("taskId"), str):
-        names = [one.name for member in view.members for one in member.members or (member,)
-                 if params["taskId"].startswith(f"{one.name}__")]
+        names = [one.name for one in view.servers if params["taskId"].startswith(f"{one.name}__")]
         return Target(max(names, key=len)) if names else None          # a___1 is of a_, and not of a
     return None
 
@@ -9405,11 +9405,11 @@ class Exchange(ClientRequest):
 class TaskListener(PendingRequest):
     """A joint subscription to tasks at one modern server."""
 
-    __slots__ = ("_exchange", "_instance", "_connection", "_server_id", "taken")
+    __slots__ = ("_exchange", "instance", "_connection", "_server_id", "taken")
     is_endless = True
 
     def __init__(self, exchange: "JointExchange", instance: Instance, names: list[str]):
-        self._exchange, self._instance, self._connection = exchange, instance, instance.connection
+        self._exchange, self.instance, self._connection = exchange, instance, instance.connection
         self.taken: asyncio.Future[list] = asyncio.get_running_loop().create_future()         # what it listens for
         meta = {**OUR_ENVELOPE, CAPABILITIES_KEY: {"extensions": {TASKS_EXTENSION: {}}}}
         self._server_id = self._connection.send_request(
@@ -9417,7 +9417,7 @@ class TaskListener(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == TASK_CHANGED:
-            self._exchange.on_event(outward(self._exchange.client, self._instance, message))
+            self._exchange.on_event(outward(self._exchange.client, self.instance, message))
         elif not self.taken.done():
             taken = member_at(message.plain_params, ("notifications", "taskIds"))
             self.taken.set_result(taken if isinstance(taken, list) else [])
@@ -9516,17 +9516,16 @@ class JointExchange(Exchange):
         Notifications."""
         if member_at(self.capabilities, ("extensions", TASKS_EXTENSION)) is None:
             raise NO_TASKS
-        listeners = {}
-        for member in [one for member in self.client.view.members for one in member.members or (member,)]:
+        listeners = self._task_listeners
+        for member in self.client.view.servers:
             prefix, instance = f"{member.name}__", self.client.at(self.client.mount.server(member.name))
             own = [name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)]
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
             if own and instance.connection and instance.connection.era is MODERN:
-                listeners[prefix] = TaskListener(self, instance, own)
-        self._task_listeners += listeners.values()
+                listeners.append(TaskListener(self, instance, own))
         if listeners:
-            await asyncio.wait([listener.taken for listener in listeners.values()], timeout=ACKNOWLEDGE_SECONDS)
-        return [f"{prefix}{name}" for prefix, listener in listeners.items() if listener.taken.done()
+            await asyncio.wait([listener.taken for listener in listeners], timeout=ACKNOWLEDGE_SECONDS)
+        return [f"{listener.instance.server.name}__{name}" for listener in listeners if listener.taken.done()
                 for name in listener.taken.result()]
 
     def on_event(self, message: Message) -> None:
