@@ -7226,6 +7226,15 @@ class Client(Holder):
             instance.tell_way(self.way)
         return instance
 
+    def by_name(self, name: str) -> Instance:
+        """Its instance of the server with this name; RPCError when that was taken out of the configuration."""
+        return self.at(self.mount.server(name))
+
+    @property
+    def only_instance(self) -> Instance:
+        """The one that its requests go to if it is shown one server."""
+        return self.at(self.mount.server(self.view.members[0].name))
+
     def take_back(self, notification: Message) -> None:
         """Its notification that it cancels a request."""
         request_id = notification.params.get("requestId")
@@ -7333,7 +7342,7 @@ class Session(Client):
         self.told = client_name(tuple(facts["info"].items()) if isinstance(facts["info"], dict) else ())
         for member in self.view.members:
             with contextlib.suppress(ProxyError):
-                self.at(self.mount.server(member.name))
+                self.by_name(member.name)
         for kind, _ in LIST_CHANGES.values():
             self.stream.send(list_changed(kind).payload)
 
@@ -7907,10 +7916,6 @@ class Mount:
         """Is there a server that can be used?"""
         return not self.is_leaving and any(server.can_be_used for server in self.servers.values())
 
-    def pick(self, client: Client) -> Instance:
-        """The instance to which the requests of a client go that is shown one server."""
-        return client.at(self.server(client.view.members[0].name))
-
     def server(self, name: str) -> Server | Group:
         """RPCError when it was taken out of the configuration."""
         server = self.servers.get(name) or self.groups.get(name)
@@ -7934,7 +7939,7 @@ class Mount:
                 raise try_later("too many sessions")
         session = Session(self, view, caller, variables, principal, is_streamable, name)
         session.way = way
-        connection = self.pick(session).connection if not view.is_joint else None
+        connection = session.only_instance.connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
         self.sessions[session.id] = session
@@ -8130,7 +8135,7 @@ def miss(client: Client, missing: dict[str, str], method: str | None = None) -> 
     """Remembers that a client was given an answer without these servers."""
     for name in missing:
         with contextlib.suppress(ProxyError):
-            instance = client.at(client.mount.server(name))
+            instance = client.by_name(name)
             if instance.connection is None:
                 instance.is_missed = True
             elif method:
@@ -8151,7 +8156,7 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
     """The texts of the tools that a client is shown, by name; with a name, of those servers that may have it."""
     view = client.view
     if view.is_plain:
-        return (await client.mount.pick(client).tools.get(refresh)).texts
+        return (await client.only_instance.tools.get(refresh)).texts
     found, _ = await gather(client, lambda instance: None if refresh else instance.tools.fresh,
                             lambda instance: instance.tools.get(refresh),
                             None if name is None else view.candidates(name))
@@ -8259,7 +8264,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
     for method in lists:                           # where a list that is known has it, nobody is waited for
         for member in client.view.members:
             with contextlib.suppress(ProxyError):
-                items = client.at(client.mount.server(member.name)).list_of(method).known
+                items = client.by_name(member.name).list_of(method).known
                 if items is not None and uri in items:
                     return [Target(member.name)], {}
 
@@ -9494,14 +9499,14 @@ class JointExchange(Exchange):
     def _join(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
-                instance = self.client.at(self.client.mount.server(member.name))
+                instance = self.client.by_name(member.name)
                 instance.listeners.add(self)
                 self._joined.add(instance)
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
             for target in (await find_by_uri(self.client, uri))[0]:
-                instance = self.client.at(self.client.mount.server(target.server))
+                instance = self.client.by_name(target.server)
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
@@ -9518,7 +9523,7 @@ class JointExchange(Exchange):
             raise NO_TASKS
         listeners = self._task_listeners
         for member in self.client.view.servers:
-            prefix, instance = f"{member.name}__", self.client.at(self.client.mount.server(member.name))
+            prefix, instance = f"{member.name}__", self.client.by_name(member.name)
             own = [name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)]
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
             if own and instance.connection and instance.connection.era is MODERN:
@@ -9569,7 +9574,7 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
     # A cache goes by the URL, and knows nothing of a header or a key.
     is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not view.limits
-    info = None if view.is_joint else client.mount.pick(client).identity.info
+    info = None if view.is_joint else client.only_instance.identity.info
     exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
                     is_public, info)
 
@@ -9614,7 +9619,7 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
             INVALID_PARAMS if level not in LOG_LEVELS else METHOD_NOT_FOUND))
     client.log_level = level
     for member, _ in found:
-        client.at(client.mount.server(member.name)).adjust_log_level()
+        client.by_name(member.name).adjust_log_level()
     exchange.answer({})
 
 
@@ -9661,7 +9666,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
     if view.is_plain:
-        return Exchange(client, client.mount.pick(client), message, outlet, envelope, trace, headers)
+        return Exchange(client, client.only_instance, message, outlet, envelope, trace, headers)
     if view.is_joint and method in JOINT or method in LISTS and (view.is_joint or method == "tools/list"):
         return JointExchange(client, None, message, outlet, envelope, trace)
     return Exchange(client, None, message, outlet, envelope, trace, headers)
@@ -11336,9 +11341,9 @@ class Endpoints(Application):
         """GET /openapi.json: the tools as operations."""
         client = self._visit(admission, reply)
         tools = await tools_at(client)
-        identity = None if client.view.is_joint else self.mount.pick(client).identity
+        identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
-        kept = self.mount.pick(client).tools.known if client.view.is_plain else None
+        kept = client.only_instance.tools.known if client.view.is_plain else None
         document = kept and kept.document or openapi_document(
             tools, name, version, admission.base, self.settings.is_guarded)
         if kept:

@@ -5774,7 +5774,7 @@ def test_shares_of_a_spare_process_are_those_of_whoever_gets_it(is_ready):
         if is_ready:
             spare._make_ready(connection, False)
         session = mount.open_session(mount.catalog.view(), None, {}, "ann")
-        assert mount.pick(session) is spare
+        assert session.only_instance is spare
         if not is_ready:
             spare._make_ready(connection, False)
         assert connection.principal == "ann"
