@@ -1588,8 +1588,14 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses what a client says of itself, and what is kept of it, if that is too large."""
-    if len(message.text) > MAX_SELF and any(len(message.raw(*path)) > MAX_SELF for path in paths):
-        raise RPCError(f"{paths[0][-1]} is too large", code=INVALID_PARAMS)
+    for path in paths if len(message.text) > MAX_SELF else ():
+        if len(message.raw(*path)) > MAX_SELF:
+            raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
+
+
+def check_introduction(message: Message) -> None:
+    """The same for what a handshake has."""
+    check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
 
 
 def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
@@ -7307,7 +7313,7 @@ class Session(Client):
 
     def announce(self, message: Message) -> None:
         """Its id may be told before a server that starts slowly has answered the handshake, and says all the same."""
-        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
+        check_introduction(message)
         self.introduce(message, None)
         self.offered = negotiate(message.params.get("protocolVersion"))
 
@@ -8344,12 +8350,12 @@ class LegacyClientBridge(Bridge):
 
     def initialize(self, exchange: "Exchange", message: Message) -> bool:
         """Shakes hands for the server."""
-        client, params, identity = exchange.client, message.params, exchange.instance.identity
-        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in params))
+        client, identity = exchange.client, exchange.instance.identity
+        check_introduction(message)
         # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
         # also where the answer is a revision that nobody knows.
         is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
-        version = identity.version if is_answered else negotiate(params.get("protocolVersion"))
+        version = identity.version if is_answered else negotiate(message.params.get("protocolVersion"))
         if client.is_session:
             client.introduce(message, version)
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
@@ -9583,7 +9589,7 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
     """`initialize` and `server/discover`: what the servers can do, together."""
     client, is_initialize = exchange.client, exchange.method == "initialize"
     if is_initialize:
-        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
+        check_introduction(message)
         client.hello = message.plain_params
     found, missing = await gather_identities(client)
     capabilities: dict = {name: {} for name in ("tools", "prompts", "resources") if missing}

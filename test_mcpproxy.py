@@ -2651,6 +2651,16 @@ def test_protocol_version_is_negotiated(requested, expected):
     assert mcpproxy.negotiate(requested) == expected
 
 
+@pytest.mark.parametrize("large", ["capabilities", "clientInfo"])
+def test_protocol_handshake_that_says_too_much_is_refused_and_told_what_is_too_large(large):
+    params = {"capabilities": {}, "clientInfo": {}, large: {"name": "x" * 70_000}}
+    for names, refused in [([*params], True), ([name for name in params if name != large], False), ([], False)]:
+        message = mcpproxy.parse_message(json.dumps(request(1, "initialize", {
+            "protocolVersion": "2025-06-18", "x": "x" * 70_000, **{name: params[name] for name in names}})))
+        with pytest.raises(RPCError, match=f"^{large} is too large") if refused else contextlib.nullcontext():
+            mcpproxy.check_introduction(message)
+
+
 @pytest.mark.parametrize("capabilities, method, params, missing", [
     ({}, "sampling/createMessage", {}, {"sampling": {}}),
     ({"sampling": {}}, "sampling/createMessage", {}, None),
