@@ -9453,8 +9453,7 @@ class JointExchange(Exchange):
 
     async def _begin_when_ready(self) -> None:
         try:
-            self.message = self.message or parse_message(self.text)
-            answer = JOINT.get(self.method, answer_list)(self, self.message)
+            answer = JOINT.get(self.method, answer_list)(self, parse_message(self.text))
             if answer is not None:
                 await answer
         except Exception as error:
