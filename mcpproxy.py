@@ -7546,12 +7546,12 @@ class Server:
 
     is_group = False
 
-    def __init__(self, config: ServerConfig, new_link, now, pool: "Pool | None" = None):
+    def __init__(self, config: ServerConfig, new_link, now, pool: Pool):
         self.name, self.settings = config.name, config.settings
         self.config = config
         self.max_result = config.settings.max_result_kb * 1024        # bytes; 0: any
-        self.pool = pool or Pool(config.settings.max_processes)
-        self.pool.servers.add(self)
+        self.pool = pool
+        pool.servers.add(self)
         self.is_retired = False                    # out of the configuration: ends when its calls are done
         self.new_link = new_link                   # takes (variables, redact), returns a Link that is not started yet
         self.now = now                             # the clock: returns seconds
@@ -7875,7 +7875,7 @@ class Mount:
                             reason=str(error))
             server.keep_spares()
 
-    def reload(self, catalog: Catalog, callers: tuple[Caller, ...] = ()) -> None:
+    def reload(self, catalog: Catalog, callers: tuple[Caller, ...]) -> None:
         """Takes another configuration: what did not change goes on, what did ends when its calls are done; what came by
         a key that is gone ends at once."""
         self._adopt_callers({caller: caller for caller in callers})
