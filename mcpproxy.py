@@ -3486,6 +3486,15 @@ def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
 SMALL = 4 * 1024                 # bytes; what is smaller comes with what is counted anyway, and is not counted
 
 
+def principal_of(host: str) -> str:
+    """Who is answerable for what comes from an address. Who has one has others: a /64 of IPv6, all of the loopback."""
+    host = host.removeprefix("::ffff:")              # IPv4 at a socket for both
+    if host == "::1" or host.startswith("127."):
+        return "127.0.0.1"
+    # As text, an address leaves out zeros: its first four words need not be the first 64 bits.
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex(":", 2) if ":" in host else host
+
+
 class Holder:
     """What holds bytes for a principal, and can give them back."""
 
@@ -9822,8 +9831,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._reply: Reply | None = None    # to the request whose head was read
         self._checked: tuple | None = None  # (head, error or None) of one that had to wait
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
-        # Who has an address has others too: a /64 of IPv6, all of the loopback.
-        self.principal = self._host = "127.0.0.1" if host.startswith("127.") else ":".join(host.split(":")[:4])
+        self.principal = self._host = principal_of(host)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn

@@ -5708,6 +5708,18 @@ def taken():
     return Holder.taken
 
 
+@pytest.mark.parametrize("hosts", [
+    case("loopback", ["127.0.0.1", "127.8.0.9", "::1", "::ffff:127.0.0.1"]),
+    case("IPv4", ["192.0.2.1", "::ffff:192.0.2.1"]), case("other IPv4", ["192.0.2.2"]), case("no address", ["-"]),
+    case("IPv6", ["2001:db8:1:2::1", "2001:db8:1:2:a::1", "2001:db8:1:2:a:b:c:d"]),
+    case("another /64", ["2001:db8:1:3::1"]), case("a zone", ["fe80::1%eth0", "fe80::a:1:1:1%eth0"]),
+    case("zeros", ["2001:db8::1", "2001:db8::a:0:0:1", "2001:db8::b:1:1:1", "2001:db8:0:0:c::"])])
+def test_shares_addresses_of_one_network_are_one_principal(hosts):
+    assert len({mcpproxy.principal_of(host) for host in hosts}) == 1
+    others = {"127.0.0.1", "192.0.2.1", "192.0.2.2", "-", "2001:db8:1:2::", "2001:db8:1:3::", "2001:db8::", "fe80::"}
+    assert sum(mcpproxy.principal_of(host) == mcpproxy.principal_of(hosts[0]) for host in others) == 1
+
+
 @pytest.mark.parametrize("principal, size, has_room, gave", [
     ("c", 10, True, []),                         # there is room
     ("c", 30, True, ["a10", "a40"]),             # of whoever holds most, what can be spared goes first
