@@ -10644,10 +10644,11 @@ class Admission:
             if (name in catalog.places or name in catalog.leaving) and (
                     not slash or "/" + rest.rstrip("/") not in OF_ALL):
                 self.place, self.path = name, slash + rest
+        if self.path not in routes and self.path.rstrip("/") in routes:
+            self.path = self.path.rstrip("/")
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: Route | None = routes.get(self.path) or routes.get(self.path.rstrip("/")) or (
-            routes.get("/tools/") if self.path.startswith("/tools/") else None)
+        self.route: Route | None = routes.get("/tools/" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
             is_there = settings.oauth_issuer and not self.place and self._find_resource()
             self.route = routes.get(RESOURCE_METADATA) if is_there else None

@@ -15136,6 +15136,7 @@ OLD = {"MCP-Protocol-Version": "2025-03-26"}
 @pytest.mark.parametrize("path, body, headers, expected", [
     case("no JSON", "/mcp", b'{"Zw5-argument"', {}, {"transport": "streamable-http"}),
     case("no UTF-8", "/mcp", b"\xffZw5-argument", {}, {}),
+    case("a slash at its end", "/mcp/", b"5", {}, {"transport": "streamable-http"}),
     case("a number", "/mcp", b"5", {}, {}), case("no JSON-RPC", "/mcp", {"x": "Zw5-argument"}, {}, {}),
     case("the wrong version", "/mcp", {"jsonrpc": "1.0", "id": 1, "method": "ping"}, {}, {}),
     case("empty batch", "/mcp", [], OLD, {}), case("batch of junk", "/mcp", [5], OLD, {}),
@@ -16125,6 +16126,15 @@ def test_oauth_metadata_of_each_resource_is_where_its_url_says(public, base):
         catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=True)
         challenge = mcpproxy.Admission(head(at), settings, catalog, mcpproxy.ROUTES).challenge
         assert challenge == f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"'
+
+
+@pytest.mark.parametrize("path, resource", [
+    ("/mcp", "/mcp"), ("/messages", "/sse"), ("/openapi.json", "/tools"), ("/tools/echo", "/tools")])
+def test_oauth_resource_of_a_path_with_a_slash_at_its_end_is_the_same(path, resource):
+    settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=PUBLIC)
+    for at in path, path + "/":
+        admission = mcpproxy.Admission(head(at), settings, mcpproxy.Catalog({}), mcpproxy.ROUTES)
+        assert admission.resources[0] == PUBLIC + resource and admission.route
 
 
 @pytest.mark.parametrize("path, resource", [
