@@ -10963,6 +10963,8 @@ class Application:
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 asyncio.get_running_loop().create_task(self._finish(work, reply))
+        except NotYet:                    # is a token what was a key until now?
+            self.refuse(try_later("the keys have changed"), reply)
         except Exception as error:
             self.refuse(as_told(error), reply)
 

@@ -16102,6 +16102,22 @@ def challenge_of(response):
     return dict(parameters)
 
 
+def test_oauth_key_that_is_gone_before_its_body_came_has_to_come_again(tmp_path):
+    with ScriptedIssuer() as issuer:
+        file = tmp_path / "keys.json"
+        file.write_text(json.dumps({"alice": {"key": "Wonderland"}, "bob": {"key": "Builder"}}))
+        with introspecting(issuer, AUTH_KEYS_FILE=str(file)) as proxy, HTTP(proxy) as http:
+            raw = encode_http("POST", "/tools/good", {}, {"Authorization": "Bearer Wonderland"})
+            http.send(raw[:-1])
+            time.sleep(0.3)                              # for the head to be read
+            file.write_text(json.dumps({"bob": {"key": "Builder"}}))
+            proxy.process.send_signal(signal.SIGHUP)
+            until(lambda: "read again" in proxy.log(), "the file read again")
+            http.send(raw[-1:])
+            answer = http.response()
+            assert answer.status == 503 and answer.headers["retry-after"]
+
+
 # Metadata.
 
 def described(path, public=PUBLIC, base="", is_file=True):
