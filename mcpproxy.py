@@ -11426,7 +11426,7 @@ class LineStream(Stream):
         self._reader.write([*payload, b"\n"])
 
 
-class StandardStreams:
+class StandardStreams(asyncio.BaseProtocol):
     """The client on stdin and stdout. MCP 2025-11-25, Transports, stdio, and 2026-07-28, stdio."""
 
     def __init__(self, mount: Mount, settings: Settings):
@@ -11469,19 +11469,9 @@ class StandardStreams:
             await asyncio.sleep(0.02)                                          # and read
         self.is_over.set()
 
-    # What asyncio calls: it notices when nobody reads any more.
-
-    def connection_made(self, transport: asyncio.WriteTransport) -> None:
-        pass
-
     def connection_lost(self, error: Exception | None) -> None:
+        # asyncio calls it when nobody reads any more.
         self.is_over.set()
-
-    def pause_writing(self) -> None:
-        pass
-
-    def resume_writing(self) -> None:
-        pass
 
     # What the streams call.
 
