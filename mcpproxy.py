@@ -11495,13 +11495,16 @@ class StandardStreams(asyncio.BaseProtocol):
     def _on_line(self, line: bytes) -> None:
         try:
             text = decode_json(line)
-            for one in split_batch(text) if is_batch(text) else [text] if text.strip() else ():
-                self._receive(parse_message(one))
+            texts = split_batch(text) if is_batch(text) else [text] if text.strip() else ()
         except ProxyError as error:
-            self._refuse(error)
+            return self._refuse(error)
+        for text in texts:
+            self._receive(text)
 
-    def _receive(self, message: Message) -> None:
+    def _receive(self, text: str) -> None:
+        message = None
         try:
+            message = parse_message(text)
             envelope = check_modern(message, None) if message.kind is REQUEST and is_modern(message, None) else None
             if message.kind is REQUEST and message.method == "initialize":
                 self._open_session(message)

@@ -17372,6 +17372,13 @@ def test_stdio_answers_what_is_no_request_and_goes_on():
         assert client.tool("echo", text="x") == "x"
 
 
+def test_stdio_answers_what_is_good_in_a_batch():
+    with StdioClient("--", *FAKE) as client:
+        client.post([5, request(7, "ping"), {"jsonrpc": "2.0", "id": 8, "method": 5}, request(9, "ping")])
+        for number in 7, 9:
+            client.stream.wait(lambda message: message.get("id") == number and "result" in message, str(number))
+
+
 def test_stdio_opens_no_port_and_logs_to_stderr_alone():
     noisy = fake_server("import sys; print('a word of the server', file=sys.stderr, flush=True)")
     with StdioClient("--", *noisy, LOG_LEVEL="DEBUG", PORT="1") as client:
