@@ -9816,17 +9816,15 @@ class Reply:
 class HTTPConnection(asyncio.Protocol, Holder):
     """One client's socket."""
 
-    is_leaving = False                      # is it to be closed behind the next answer?
-
     def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
-                 application, connections: set, heads: dict[bytes, HTTPHead]):
+                 server: "HTTPServer"):
         self._writer = writer               # kept, because newer Pythons close the socket with it
         self._transport = transport
         self.abort = transport.abort        # ends the connection at once
-        self._application = application
-        self.counters = application.counters
-        self._connections = connections
-        self._parser = RequestParser(heads)
+        self._server = server
+        self._application = server.application
+        self.counters = server.application.counters
+        self._parser = RequestParser(server.heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         self._checked: tuple | None = None  # (head, error or None) of one that had to wait
@@ -9843,7 +9841,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self.since = time.monotonic()      # the beginning of what is waited for
         self.received = self._received_before = 0              # bytes, and what they were then
         self.keeps_alive = True
-        connections.add(self)
+        server.connections.add(self)
 
     # What asyncio calls.
 
@@ -9866,7 +9864,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         return waits and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._connections.discard(self)
+        self._server.connections.discard(self)
         self.counters.gone_received += self.received
         self.counters.gone_sent += self.sent
         self._parser.clear()                # a connection is a cycle, and may be collected much later
@@ -9929,7 +9927,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     return False
                 self._phase, self._reply = BODY, Reply(self, head)
                 self._continues = head.expects_continue
-                self.keeps_alive = head.keep_alive and not self.is_leaving
+                self.keeps_alive = head.keep_alive and not self._server.is_leaving
                 try:
                     if refusal:
                         raise refusal
@@ -10206,9 +10204,9 @@ class HTTPServer:
     def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
         application.counters.connections = self.connections
-        self.is_leaving = False                # is no connection to be kept any more?
+        self.is_leaving = False                # are connections to be closed behind the next answer?
         self._servers: list[asyncio.Server] = []
-        self._application = application
+        self.application = application
         self._heartbeat, self._looked_at = heartbeat, 0.0
         self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
@@ -10246,8 +10244,7 @@ class HTTPServer:
         if len(self.connections) >= MAX_CONNECTIONS:
             return writer.transport.abort()
         transport = TLSTransport(writer.transport, tls) if tls else writer.transport
-        connection = HTTPConnection(writer, transport, self._application, self.connections, self.heads)
-        connection.is_leaving = self.is_leaving
+        connection = HTTPConnection(writer, transport, self)
         if tls:
             transport.carry(connection)
         writer.transport.set_protocol(transport if tls else connection)
@@ -10258,12 +10255,6 @@ class HTTPServer:
             self._looked_at = now
             for connection in list(self.connections):
                 connection.tick(now, self._heartbeat)
-
-    def leave(self) -> None:
-        """From now on, connections are closed behind the next answer."""
-        self.is_leaving = True
-        for connection in self.connections:
-            connection.is_leaving = True
 
     async def close(self) -> None:
         """Stops listening and ends all connections."""
@@ -12075,7 +12066,7 @@ async def run(settings: Settings) -> None:
         await signals.acquire()
         log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
                  seconds=settings.drain_delay + settings.shutdown_grace)
-        proxy.http.leave()
+        proxy.http.is_leaving = True
         draining, impatience = (asyncio.ensure_future(work) for work in (
             proxy.mount.drain(settings.shutdown_grace, settings.drain_delay), signals.acquire()))
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
