@@ -11960,6 +11960,7 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("SESSION_SECRET", settings.session_secret and not settings.shared_session, "SHARED_SESSION=false"),
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"),
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_keys_file, "AUTH_KEYS_FILE"),
+        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.oauth_issuer, "OAUTH_ISSUER"),
         ("SANDBOX_READ", settings.sandbox_read and settings.sandbox == "off", "SANDBOX=off"),
         ("SANDBOX_WRITE", settings.sandbox_write and settings.sandbox == "off", "SANDBOX=off"))
     return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]

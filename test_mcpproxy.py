@@ -1732,6 +1732,8 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("spares for all", {"PREWARM": "1"}, "SHARED_SESSION"),
     case("names that a key makes needless", {"AUTH_KEY": "x", "ALLOWED_HOSTS": "y"}, "ALLOWED_HOSTS"),
     case("names that keys make needless", {"AUTH_KEYS_FILE": "x", "ALLOWED_HOSTS": "y"}, "AUTH_KEYS_FILE"),
+    case("names that tokens make needless", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example",
+                                             "ALLOWED_HOSTS": "y"}, "OAUTH_ISSUER"),
     case("sessions where there are none", {"REQUIRE_SESSION": "true", "STATELESS": "true"}, "STATELESS"),
     case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "word 2"),
     case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "word 2"),
