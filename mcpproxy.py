@@ -2457,6 +2457,12 @@ class Override:
     fixed: dict = dataclasses.field(default_factory=dict)            # arguments of all calls, which clients do not see
 
 
+def hints_of(tool: dict, override: Override | None) -> dict:
+    """The annotations of a tool that a server listed so, and that the operator knows better."""
+    hints = tool.get("annotations")
+    return {**(hints if isinstance(hints, dict) else {}), **(override.annotations if override else {})}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What the operator chose and changed of a server's tools."""
@@ -2477,9 +2483,8 @@ class Rules:
 
     def opens(self, name: str, tool: dict) -> bool:
         """May the caller use a tool, as it is listed? MCP 2025-11-25, Schema, ToolAnnotations."""
-        hints = tool.get("annotations")
-        hints = {**(hints if isinstance(hints, dict) else {}), **self.overrides.get(name, Override()).annotations}
-        return self.grants is None or any(grant.takes(name, hints.get("readOnlyHint") is True) for grant in self.grants)
+        is_harmless = hints_of(tool, self.overrides.get(name)).get("readOnlyHint") is True
+        return self.grants is None or any(grant.takes(name, is_harmless) for grant in self.grants)
 
     def shown(self, name: str) -> str | None:
         """A tool's name as it is shown; None if it is not."""
@@ -5417,7 +5422,7 @@ class RemoteLink(Link):
     def _on_way_told(self, answer: asyncio.Future) -> None:
         """Only that it is refused is of interest."""
         if answer.exception() is None and answer.result()[0].status == 508:
-            self.end(str(refusal(*answer.result())))
+            self.end("answered HTTP 508: requests would go round in a circle")
 
     async def _stop(self) -> None:
         running, self._running = self._running, {}
@@ -6712,33 +6717,33 @@ class KeptList:
         self.method = method
         self.is_old = False                        # did it change since?
         self.is_missed = False                     # was somebody given an answer without it?
-        self._items: Items | None = None
+        self.last: Items | None = None             # what it listed last, though it may have changed since
         self._is_doubtful = False                  # did the server not list it when it was asked last?
         self._listing: asyncio.Task | None = None
 
     async def get(self, refresh: bool = False) -> Items:
         """The items; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
         known are used when others are not to be had soon."""
-        items, now = self._items, self.instance.server.now()
+        items, now = self.last, self.instance.server.now()
         if self.fresh is None or refresh and now - items.asked_at >= KEPT_SECONDS:
             if self._listing is None:
                 self._listing = asyncio.get_running_loop().create_task(self._list())
                 self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
             listing = self._listing
             await asyncio.wait([listing], timeout=None if items is None else RELIST_SECONDS)
-            if self._items is None:
+            if self.last is None:
                 listing.result()                   # which raises what went wrong
-        return self._items
+        return self.last
 
     @property
     def known(self) -> Items | None:
         """The items, also while they are asked for again; None when they would have to be asked for first."""
-        return None if self.is_old and not self._listing else self._items
+        return None if self.is_old and not self._listing else self.last
 
     @property
     def fresh(self) -> Items | None:
         """The items if they are what the server would say now."""
-        items = None if self.is_old else self._items
+        items = None if self.is_old else self.last
         if items is not None and (self._is_doubtful or not self._is_told_of_changes):
             age = self.instance.server.now() - items.asked_at
             return items if age < max(KEPT_SECONDS, items.ttl_ms / 1000) else None
@@ -6753,18 +6758,18 @@ class KeptList:
         self.is_old = False
         try:
             items = await self.read()
-            self._items, self._is_doubtful = items, False
+            self.last, self._is_doubtful = items, False
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
             if self.is_missed:
                 self.is_missed = False
                 tell_all(self.instance, list_changed(LISTS[self.method][2]))
         except ServerError as error:
-            if self._items is None:
+            if self.last is None:
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self._items.asked_at, self._is_doubtful = self.instance.server.now(), True
+            self.last.asked_at, self._is_doubtful = self.instance.server.now(), True
         finally:
             self._listing = None
 
@@ -7210,6 +7215,9 @@ class Client(Holder):
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
+        if variables and view.is_for_all:
+            raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
+                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
         self.mount = mount
         self.view = view                            # what it is shown
         self.principal = principal
@@ -7379,7 +7387,8 @@ class Session(Client):
         shown = {one.name for member in self.view.members for one in (member, *member.members)}
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
-            self._move_topics(instance, self.mount.servers.get(old.name) if old.name in shown else None)
+            place = next((name for name in (old.name, old.config.group) if name in shown), None)
+            self._move_topics(instance, place and self.mount.server(place))
             if old.is_retired:                             # it ends when its calls are done
                 instance.sessions.pop(self.id, None)
             else:
@@ -7387,7 +7396,7 @@ class Session(Client):
         for kind, _ in LIST_CHANGES.values() if self.version and self.view.members != before else ():
             self.stream.send(list_changed(kind).payload)
 
-    def _move_topics(self, before: Instance, server: "Server | None") -> None:
+    def _move_topics(self, before: Instance, server: "Server | Group | None") -> None:
         """Subscribes at the server in the place of another instance, if it can be used."""
         for topic in [topic for topic in self.topics if topic.instance is before]:
             before.topics.unsubscribe(self, topic)
@@ -7677,14 +7686,16 @@ class Server:
         self.instances[spare] = spare
         return spare
 
+    def _owner_for(self, client: Client) -> object:
+        return () if self.is_for_all else client if client.is_session else client.user
+
+    def is_used_by(self, client: Client) -> bool:
+        """Is there an instance for the client already?"""
+        return self._owner_for(client) in self.instances
+
     def instance_for(self, client: Client) -> Instance:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
-        variables, owner = client.variables, ()
-        if not self.is_for_all:
-            owner = client if client.is_session else client.user
-        elif variables and client.view.is_for_all:
-            raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
-                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
+        variables, owner = client.variables, self._owner_for(client)
         instance = self.instances.get(owner)
         if instance and instance.state is InstanceState.CLOSED:
             instance = None
@@ -8243,6 +8254,10 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     kind = "tools" if method == "tools/call" else "prompts"
     found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
+    for other in itertools.takewhile(lambda other: other is not member, view.members) if member else ():
+        if other.name in missing and name in (client.by_name(other.name).list_of(f"{kind}/list").last or Items("", 0)
+                                              ).shown(other, view.is_joint):
+            raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
     if member is None and missing:
         raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
     if member is None:
@@ -9396,10 +9411,10 @@ class Exchange(ClientRequest):
         """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
         if self.method != "tools/call":
             return self.method in SAFE_METHODS
-        known = (instance.tools.known for member in self.group.members for instance in member.instances.values())
-        tool = next((tools[self.own_name] for tools in known if tools and self.own_name in tools), {})
-        hints = tool.get("annotations")
-        return isinstance(hints, dict) and True in (hints.get("readOnlyHint"), hints.get("idempotentHint"))
+        listed = (instance.tools.last for member in self.group.members for instance in member.instances.values())
+        tool = next((tools[self.own_name] for tools in listed if tools and self.own_name in tools), {})
+        hints = hints_of(tool, self.target and self.target.override)
+        return True in (hints.get("readOnlyHint"), hints.get("idempotentHint"))
 
     def on_progress(self, message: Message) -> None:
         self.touch()
@@ -9654,7 +9669,9 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
             if not isinstance(cursor, str):
                 break
         return has_tasks, texts
-    found, missing = await gather(client, lambda instance: None, ask)
+    asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
+        one.name).is_used_by(client)]
+    found, missing = await gather(client, lambda instance: None, ask, asked)
     if not any(has_tasks for _, (has_tasks, _) in found):
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
     for member, (_, texts) in found:
@@ -11487,6 +11504,8 @@ class StandardStreams(asyncio.BaseProtocol):
         try:
             text = decode_json(line)
             texts = split_batch(text) if is_batch(text) else [text] if text.strip() else ()
+            if not texts and text.strip():
+                raise RPCError("an empty batch")
         except ProxyError as error:
             return self._refuse(error)
         for text in texts:
@@ -12234,7 +12253,7 @@ tabindex="0" role="region" aria-label="configuration"></pre><p><button id="copy"
 aria-label="calls"></div></section></div></main>
 <script>
 const $ = id => document.getElementById(id), base = location.pathname.replace(/\/?$/, "/")
-let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null
+let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null, watcher = null
 // What comes from elsewhere is text here, and never markup.
 function el(tag, { dataset, ...properties } = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties)
@@ -12336,7 +12355,7 @@ function showTool(tool) {
   const more = el("textarea", { name: "json", rows: rest.length + 2, placeholder: example })
   const form = el("form", {}, ...fields.map(one => one.made), (rest.length > 0 || !properties) && el("label", {},
     `as JSON: ${rest.join(", ") || "arguments"} `, more), el("p", {}, el("button", { type: "submit" }, "Call")))
-  form.onsubmit = async event => {
+  form.addEventListener("submit", async event => {           // form.onsubmit may be a field
     event.preventDefault(), result.replaceChildren(soft("it runs"))
     try {
       const simple = Object.fromEntries(fields.map(one => [one.name, one.read()]))           // undefined is left out
@@ -12347,7 +12366,7 @@ function showTool(tool) {
         bad("the tool failed"), ...(said.content || []).map(showContent), structured].filter(Boolean)
       result.replaceChildren(...parts.length ? parts : [soft("it is done, and gave nothing")])
     } catch (error) { result.replaceChildren(bad(error.message)) }
-  }
+  })
   return el("details", { className: "tool item", dataset: { name: tool.name } },
     el("summary", {}, el("b", {}, tool.name), " ", soft(tool.description)), form, result)
 }
@@ -12366,8 +12385,11 @@ function forget() {
 }
 // One stream brings all that changes.
 async function watch() {
+  watcher?.abort()
+  const { signal } = watcher = new AbortController()
   try {
-    const answer = /[^ -~\xa0-\xff]/.test(key) ? { status: 401 } : await ask("?watch=1")       // no header can hold it
+    const canBeSent = /^[ -~\xa0-\xff]*$/.test(key)
+    const answer = canBeSent ? await ask("?watch=1", { signal }) : { status: 401 }
     $("closed").hidden = !($("all").hidden = answer.status === 401)
     if (answer.status === 401) return forget()
     if (!answer.ok) throw new Error((await answer.json()).error.message)
@@ -12383,6 +12405,7 @@ async function watch() {
     }
     throw new Error("the stream has ended")
   } catch (error) {
+    if (signal !== watcher.signal) return
     $("all").className = "old", $("status").textContent = `not connected: ${error.message}`, setTimeout(watch, 1000)
   }
 }
