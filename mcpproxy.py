@@ -8086,19 +8086,26 @@ class Mount:
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 
 
+def another(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
+    """In place of one that failed, the instance of another server of a group; the error if there is none."""
+    if server.is_group:
+        with contextlib.suppress(RPCError):
+            return client.at(server, None, failed.server)
+    raise error
+
+
 async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
     """([(server, value)] of those of a client's servers that have one, {name: why not} of the others); `members` are
     those that are asked, if not all. One alone is waited for.
 
     known(instance) is what is known, or None; ask(instance), a coroutine, finds it out. ServerError if none has one."""
     members = client.view.members if members is None else members
+
     async def ask_one(server: Server | Group, instance: Instance) -> object:
         try:
             return await ask(instance)
-        except ServerError:
-            if not server.is_group:
-                raise
-            return await ask(client.at(server, None, instance.server))
+        except ServerError as error:
+            return await ask(another(client, server, instance, error))
 
     values, missing, waiting = {}, {}, {}
     for member in members:
@@ -8107,10 +8114,8 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
             instance = client.at(server)
             try:
                 instance.check_up()
-            except ServerError:
-                if not server.is_group:
-                    raise
-                instance = client.at(server, None, instance.server)
+            except ServerError as error:
+                instance = another(client, server, instance, error)
                 instance.check_up()
             values[member.name] = known(instance)
             if values[member.name] is None:

@@ -9052,6 +9052,14 @@ def test_group_is_one_server_to_clients(group):
             "g__do", "g__look", "g__set"}
 
 
+def test_group_of_one_server_that_is_down_says_why(several):
+    with several(a=([sys.executable, "-c", "import sys; sys.exit('no good')"], {"group": "g"})) as proxy:
+        for path in "/mcp", "/servers/g/mcp":
+            assert "no good" in ask_joint(proxy, "tools/list", path=path)["error"]["message"]
+        until(lambda: "died 5 times" in proxy.log(), "the last start")
+        assert "no good" in ask_joint(proxy, "tools/list")["error"]["message"]
+
+
 def test_group_shares_calls_by_weight(group):
     with group(a={}, b={"weight": 2}) as proxy:
         assert collections.Counter(call_group(proxy, "do") for _ in range(30)) == {"a": 10, "b": 20}
