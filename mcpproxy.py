@@ -3157,12 +3157,15 @@ def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict =
 def start_compiled() -> None:
     """Puts the same program in the place of this one, with its code in a file in memory. execve(2), memfd_create(2)."""
     code = os.memfd_create("mcpproxy", 0)              # without MFD_CLOEXEC
-    with open(code, "wb", closefd=False) as file:
-        marshal.dump(sys._getframe(1).f_code, file)
-    os.lseek(code, 0, os.SEEK_SET)
-    run = (f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; "
-           f"file = open({code}, 'rb'); main = marshal.load(file); file.close(); exec(main)")
-    os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-P", "-c", run, *sys.argv])
+    try:
+        with open(code, "wb", closefd=False) as file:
+            marshal.dump(sys._getframe(1).f_code, file)
+        os.lseek(code, 0, os.SEEK_SET)
+        run = (f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; "
+               f"file = open({code}, 'rb'); main = marshal.load(file); file.close(); exec(main)")
+        os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-P", "-c", run, *sys.argv])
+    finally:
+        os.close(code)
 
 
 if __name__ == "__main__" and not __spec__ and "SourceFileLoader" in str(globals().get("__loader__")):

@@ -9101,6 +9101,25 @@ def test_group_repeats_only_what_can_be_done_twice(group, tool, is_repeated):
         assert [name for _, name in proxy.executed() if name == "a"] == ["a"]
 
 
+@pytest.mark.parametrize("tool, hints, is_repeated", [
+    ("do", {"readOnlyHint": True}, True), ("look", {"readOnlyHint": False}, False), ("set", {"destructiveHint": 1}, True)])
+def test_group_goes_by_the_hints_that_clients_are_shown(group, tool, hints, is_repeated):
+    overrides = {"overrides": {tool: {"annotations": hints}}}
+    with group(a=overrides, b=overrides) as proxy:
+        assert names_of(ask_joint(proxy, "tools/list"))
+        answer = call_group(proxy, tool, dies="a")
+        answer = call_group(proxy, tool, dies="a") if answer == "b" else answer
+        assert answer == "b" if is_repeated else "exit code 3" in answer["message"]
+
+
+def test_group_remembers_hints_of_members_that_were_started_again(group):
+    with group(a={}, b={}) as proxy:
+        assert names_of(ask_joint(proxy, "tools/list"))
+        for number in 3, 4:
+            assert call_group(proxy, "look", dies="a") == call_group(proxy, "look", dies="a") == "b"
+            until(lambda: proxy.log().count("server a is ready") + proxy.log().count("server b is ready") == number, "a")
+
+
 def test_group_repeats_a_call_once(group):
     with group(a={}, b={}, c={}) as proxy:
         assert names_of(ask_joint(proxy, "tools/list"))
@@ -9161,6 +9180,33 @@ def test_group_of_members_of_one_session_each_is_used_without_one(several):
         for _ in range(3):
             assert "echo" in names_of(client.call("tools/list"))
         assert client.tool("echo", text="x") == "x"
+
+
+def test_group_lists_each_task_by_the_name_that_it_was_made_with(several):
+    def member(name, **keys):
+        return [sys.executable, "-c", TASK_SERVER, name], {"group": "g", **keys}
+    with (several(a=member("a"), b=member("b", when={"argument": {"to": "b"}})) as proxy,
+          StreamableClient(proxy, version="2025-11-25") as client):
+        made = [client.call("tools/call", {"name": "g__work", "arguments": arguments, "task": {}})[
+            "result"]["task"]["taskId"] for arguments in ({}, {"to": "b"})]
+        assert made == ["a__7", "b__7"]
+        assert [task["taskId"] for task in client.call("tasks/list")["result"]["tasks"]] == made
+        assert [client.call("tasks/get", {"taskId": name})["result"]["whose"] for name in made] == ["a", "b"]
+
+
+def test_group_keeps_the_subscriptions_of_a_member_that_is_taken_out(several):
+    with (several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy,
+          StreamableClient(proxy, path="/servers/g/mcp") as client):
+        stream = client.watch("test://r")
+        config = json.loads(proxy.path.read_text())["mcpServers"]
+        pids = {name: text_of(ask_joint(proxy, "tools/call", {"name": "pid", "arguments": {}}, f"/servers/{name}/mcp"))
+                for name in config}
+        gone = next(name for name in config if pids[name] == client.tool("pid"))
+        proxy.path.write_text(json.dumps({"mcpServers": {name: config[name] for name in config if name != gone}}))
+        proxy.process.send_signal(signal.SIGHUP)
+        stream.wait_for(TOOLS_CHANGED)
+        assert client.tool("pid") not in (pids[gone], "")
+        until(lambda: "resources/subscribe" in client.tool("seen"), "the subscription")
 
 
 def test_group_is_listened_to_by_modern_clients(several):
@@ -10823,6 +10869,30 @@ def test_several_servers_a_new_name_wins_over_an_old_one_in_lists_and_calls(seve
         listed = ask_joint(proxy, "tools/list")["result"]["tools"]
         assert [(tool["name"], tool.get("description")) for tool in listed] == [("a__B", "was A"), ("a__C", None)]
         assert text_of(ask_joint(proxy, "tools/call", {"name": "a__B", "arguments": {}})) == "A"
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/mcp?server=a", "/servers/a/mcp", "/sse"])
+def test_several_servers_that_are_all_shared_refuse_a_variable(several, path):
+    with several(a=FAKE, b=FAKE, AUTH_KEY="k") as proxy:
+        query = f"{path}{'&' if '?' in path else '?'}B_TOKEN=t"
+        method, body = ("GET", None) if path == "/sse" else ("POST", tool_call(1, "echo"))
+        headers = {"Accept": "text/event-stream"} if path == "/sse" else ACCEPT
+        assert proxy.request(method, query, body, {**headers, "X-API-Key": "k"}).error() == (400, -32602)
+
+
+def test_several_servers_a_name_is_its_owners_also_while_that_is_down(several, tmp_path):
+    flag = tmp_path / "down"
+    start = f"import os, sys; os.path.exists({str(flag)!r}) and sys.exit('no good'); os.execv(sys.argv[1], sys.argv[1:])"
+    owner = [sys.executable, "-c", start, *FAKE]
+    with several(a=(owner, {"prefix": ""}), b=(FAKE, {"prefix": ""})) as proxy:
+        assert "echo" in names_of(ask_joint(proxy, "tools/list"))
+        flag.touch()
+        ask_joint(proxy, "tools/call", {"name": "die", "arguments": {}}, "/servers/a/mcp")
+        until(lambda: "server a did not start" in proxy.log(), "the end of a")
+        error = ask_joint(proxy, "tools/call", {"name": "echo", "arguments": {"text": "x"}})["error"]
+        assert error["code"] == -32000 and "server a: " in error["message"]
+        flag.unlink()
+        until(lambda: "result" in ask_joint(proxy, "tools/call", {"name": "echo", "arguments": {"text": "x"}}), "a")
 
 
 @pytest.mark.parametrize("more, name, beside", [
