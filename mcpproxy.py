@@ -7020,6 +7020,8 @@ class Instance:
                     raise
                 failure = error
                 if isinstance(error, GreetedTwice):
+                    log.info("= server %(server)s was slow and got the greetings of both eras: it is started again",
+                             server=self.server.name)
                     speaks[MODERN] = True
                     return await self._connect(initialize)           # a fresh one is spoken to in that alone
                 if isinstance(error, HandshakeRefused):
@@ -8146,8 +8148,9 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
             missing[name] = "it has not answered yet" if instance.connection else "it is starting"
     found = [(member, values[member.name]) for member in members if values.get(member.name) is not None]
     if not found:
-        raise ServerError("none of the servers can be used: " + "; ".join(
-            f"{name}: {why}" for name, why in missing.items()), data={UNAVAILABLE_KEY: missing})
+        what = "server " if len(members) == 1 else "none of the servers can be used: "
+        raise ServerError(what + "; ".join(f"{name}: {why}" for name, why in missing.items()),
+                          data={UNAVAILABLE_KEY: missing})
     return found, missing
 
 
@@ -11990,6 +11993,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("ALLOWED_HOSTS", settings.allowed_hosts and settings.oauth_issuer, "OAUTH_ISSUER"),
         ("SANDBOX_READ", settings.sandbox_read and settings.sandbox == "off", "SANDBOX=off"),
         ("SANDBOX_WRITE", settings.sandbox_write and settings.sandbox == "off", "SANDBOX=off"))
+    if 0 < len(settings.session_secret) < 32:
+        lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
     return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
 
 

@@ -316,6 +316,7 @@ def processes_with(tag):
     return found
 
 
+SEAL = "0123456789abcdef" * 2                                  # a SESSION_SECRET
 ALLOWED_ENV = "A, N, X, NAME, OTHER, COLOUR, SIZE, TOKEN"       # what tests set; few are about what may be set
 
 
@@ -1738,6 +1739,8 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "word 2"),
     case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "word 2"),
     case("two letters exchanged", {"AUTH_KYE": "x"}, "AUTH_KEY"),
+    case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
+    case("one that cannot", {"SESSION_SECRET": SEAL}, None),
     case("nothing", {"PREWARM": "1", "SHARED_SESSION": "false", "HOSTS": "x", "PATH": "/bin"}, None),
     case("a shell", {"MCP_SERVER_CONFIG": "env A=1 bash -lc 'cat | tee $HOME'"}, None),
 ])
@@ -3222,7 +3225,6 @@ def test_access_key_is_known(key, expected):
 
 # Ids of sessions that outlive a process.
 
-SEAL = "0123456789abcdef" * 2
 FACTS = {"version": "2025-06-18", "capabilities": {"elicitation": {"form": {}}, "sampling": {}},
          "info": {"name": "a client", "version": "1"}, "whose": "", "place": None, "time": 1_800_000_000}
 WORDY = "x" * 2_000
@@ -9102,7 +9104,8 @@ def test_group_repeats_only_what_can_be_done_twice(group, tool, is_repeated):
 
 
 @pytest.mark.parametrize("tool, hints, is_repeated", [
-    ("do", {"readOnlyHint": True}, True), ("look", {"readOnlyHint": False}, False), ("set", {"destructiveHint": 1}, True)])
+    ("do", {"readOnlyHint": True}, True), ("look", {"readOnlyHint": False}, False),
+    ("set", {"destructiveHint": 1}, True)])
 def test_group_goes_by_the_hints_that_clients_are_shown(group, tool, hints, is_repeated):
     overrides = {"overrides": {tool: {"annotations": hints}}}
     with group(a=overrides, b=overrides) as proxy:
@@ -9117,7 +9120,7 @@ def test_group_remembers_hints_of_members_that_were_started_again(group):
         assert names_of(ask_joint(proxy, "tools/list"))
         for number in 3, 4:
             assert call_group(proxy, "look", dies="a") == call_group(proxy, "look", dies="a") == "b"
-            until(lambda: proxy.log().count("server a is ready") + proxy.log().count("server b is ready") == number, "a")
+            until(lambda: proxy.log().count(" is ready for all") == number, "a new process")
 
 
 def test_group_repeats_a_call_once(group):
@@ -10882,7 +10885,8 @@ def test_several_servers_that_are_all_shared_refuse_a_variable(several, path):
 
 def test_several_servers_a_name_is_its_owners_also_while_that_is_down(several, tmp_path):
     flag = tmp_path / "down"
-    start = f"import os, sys; os.path.exists({str(flag)!r}) and sys.exit('no good'); os.execv(sys.argv[1], sys.argv[1:])"
+    start = (f"import os, sys; os.path.exists({str(flag)!r}) and sys.exit('no good')\n"
+             "os.execv(sys.argv[1], sys.argv[1:])")
     owner = [sys.executable, "-c", start, *FAKE]
     with several(a=(owner, {"prefix": ""}), b=(FAKE, {"prefix": ""})) as proxy:
         assert "echo" in names_of(ask_joint(proxy, "tools/list"))
