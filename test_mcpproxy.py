@@ -3973,6 +3973,33 @@ def client_of(kind, proxy, key, place=""):
     return CLIENTS[kind](proxy, headers=brings(key), path=place + ("/sse" if kind == "sse" else "/mcp"))
 
 
+def test_access_a_key_starts_nothing_of_a_server_that_it_does_not_open(keys):
+    servers = {name: kept(name, shared_session=False, **more) for name, more in (
+        ("a", {"allowed_env": "X"}), ("b", {}))}
+    with keys({"ann": {"servers": ["a"]}, "bob": {}}, servers) as proxy:
+        for path, status in ("/tools/b__look", 403), ("/tools/b__nothing", 403), ("/tools/c__look", 404):
+            answer = proxy.request("POST", path + "?X=1", {}, brings("ann"))
+            assert answer.error() == (status, -32602)
+        assert "server b" not in proxy.log() and not servers_of(proxy)
+        assert proxy.request("POST", "/tools/b__look", {}, brings("bob")).status == 200
+
+
+@pytest.mark.parametrize("now, limit", [
+    ({"read_only": True}, "read_only"), ({"tools": ["read_*"]}, "tools"), ({"servers": ["b"]}, "servers"), ({}, None)])
+@pytest.mark.parametrize("prefix", [{}, {"prefix": ""}])
+def test_access_a_call_that_waits_for_its_client_goes_on_only_if_its_key_still_opens_it(keys, now, limit, prefix):
+    servers = {name: (FAKE, prefix) for name in "ab"}
+    name = "inquire" if prefix else "a__inquire"
+    with keys({"ann": {}}, servers) as proxy, ModernClient(proxy, headers=brings("ann")) as client:
+        parked = park_at(client, name)
+        proxy.change({"ann": now})
+        answer = client.finish(parked)
+        if limit is None:
+            assert "action" in text_of(answer)
+        else:
+            assert answer["error"]["code"] == -32602 and limit_of(answer)[1] == limit
+
+
 @EACH_CLIENT_AND_KEY
 def test_access_a_key_lists_and_calls_what_its_limits_leave_of_all_servers(matrix, kind, key):
     with client_of(kind, matrix, key) as client:
