@@ -3633,6 +3633,7 @@ class Census:
         self.killed: collections.Counter = collections.Counter()          # processes, by (server, limit)
         self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
         self._others: set[int] = set()                          # that are no server's
+        self._strays: set[int] = set()                          # our orphans that could have been of several
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
@@ -3643,6 +3644,7 @@ class Census:
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
         pids = {*list_processes()}
         self._others &= pids
+        self._strays &= pids
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
         before, self._whose = self._whose, {}
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
@@ -3688,8 +3690,11 @@ class Census:
             for server, usage in self.servers.items():
                 if mark % usage.tag.encode() in text:
                     return server
-        is_only = self.gets_orphans and len(self.servers) == 1 and not self.starting and parent == os.getpid()
-        return next(iter(self.servers)) if is_only and pid not in self.ours else None
+        if parent != os.getpid() or not self.gets_orphans or self.starting or pid in self.ours:
+            return None
+        if len(self.servers) > 1:
+            self._strays.add(pid)              # nor will it be of the one that is left
+        return next(iter(self.servers)) if pid not in self._strays else None
 
     def reaped(self, usage: Usage) -> None:
         """Its process has ended, maybe between two looks. The system adds up what children that ended have taken."""
@@ -3760,7 +3765,8 @@ class Reaper:
         self.census = Census()
         self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")     # of sandboxed servers,
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
-        self.uids: set[int] = set()           # and the users that they have for themselves
+        # And the users that they have for themselves; root, and whom we run as: what is left of one is killed.
+        self.uids = {0, os.getuid()}
         self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
         self._left: set[tuple] = set()        # (process id, time of its start) of descendants that they had
         self._ending: dict[int, set[tuple]] = {}          # the same of servers that are being stopped, by process id
@@ -3967,8 +3973,7 @@ def kill(pid: int, number: int) -> bool:
 # 18. Sandbox
 # ============================================================================
 #
-# What a server is kept from, with no privilege, engine or namespace: by what Linux lets a process forbid itself. It is
-# for good, and for all that it starts.
+# What a server is kept from, with no privilege or namespace: by what Linux lets a process forbid itself, for good.
 #
 #     landlock(7)     files. A ruleset names what is forbidden wherever no rule allows it, each rule allows some of that
 #                     beneath a path, and a process restricts itself to it. It is asked when a file is opened.
@@ -4225,12 +4230,13 @@ class Cell:
         self._make_cgroup()
 
     def _take_user(self, text: str) -> None:
-        """A user by name or number, or one of a range that no other process here has."""
+        """A user by name or number, or one of a range that nothing else runs as."""
         import pwd
         first, dash, last = text.partition("-") if text[0].isdigit() else (None, "", "")
         if dash:
             taken = self.sandbox.reaper.uids
-            uid = next((uid for uid in range(int(first), int(last) + 1) if uid not in taken), None)
+            free = (uid for uid in range(int(first), int(last) + 1) if uid not in taken and not processes_of(uid))
+            uid = next(free, None)
             if uid is None:
                 raise try_later("all users of RUN_AS_USER are taken")
             taken.add(uid)
@@ -10735,8 +10741,8 @@ class Admission:
     def variables(self) -> dict[str, str]:
         """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
         head = self.head
-        settings = [member.settings for member in self.view.members if not member.settings.shared_session]
-        if not settings:
+        members = [member for member in self.view.members if not member.settings.shared_session]
+        if not members:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
@@ -10747,10 +10753,11 @@ class Admission:
             # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
             raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
                             status=403)
-        variables = [client_variables(head, allowed) for allowed in {one.allowed_env for one in settings}][0]
+        variables = [client_variables(head, allowed) for allowed in {
+            member.settings.allowed_env for member in members}][0]
         limits = self.caller and self.caller.limits
-        for name in variables if limits else ():
-            if not any(grant.env is None or is_named(name, ",".join(grant.env)) for grant in limits.grants):
+        for name, member in itertools.product(variables, members) if limits else ():
+            if not any(grant.env is None or is_named(name, ",".join(grant.env)) for grant in limits.of(member.names)):
                 raise limits.refusal("env", f"the variable {name}", 403)
         return variables
 
@@ -11403,7 +11410,12 @@ class Endpoints(Application):
         if admission.head.method == "HEAD" or admission.head.query_value("watch") is None:
             return self.send_json(reply, self.overview.summary(admission.caller).encode())
         if len(self._watchers) >= MAX_WATCHERS:
-            raise try_later("too many watch already")
+            watchers = {watcher.connection: watcher for watcher in self._watchers}
+            others = who_gives(watchers, reply.connection.principal)
+            if not others:
+                raise try_later("too many watch already")
+            del self._watchers[watchers[others[0]]]
+            watchers[others[0]].close()
         self._watchers[reply] = ""
         reply.on_gone = lambda: self._watchers.pop(reply)
         reply.start_stream(STREAM_HEADERS)

@@ -6835,6 +6835,18 @@ def test_sandbox_process_that_passes_for_the_neighbours_is_not_held_against_it(p
     until(lambda: not any(is_alive(int(pid)) for pid in left if pid.isdigit()), "their end", 5)
 
 
+def test_sandbox_process_that_hid_among_several_is_not_held_against_the_one_that_is_left(place, any_groups):
+    with sandboxed(place, program=any_groups, SHARED_SESSION="false", LIMIT_MEMORY_MB=150) as proxy:
+        with StreamableClient(proxy) as neighbour:
+            pid = json.loads(neighbour.tool("about"))["pid"]
+            with StreamableClient(proxy) as client:
+                left = int(client.tool("leave", megabytes=200, clear=True, session=True, orphan=True))
+                neighbour.tool("allocate", megabytes=1, seconds=1.5)
+            neighbour.tool("allocate", megabytes=1, seconds=2.5)
+            assert json.loads(neighbour.tool("about"))["pid"] == pid
+        until(lambda: not is_alive(left), "its end")
+
+
 def test_sandbox_takes_no_descriptor_of_another_process(place):
     for settings in {"SANDBOX_NET": "false"}, {}:
         with sandboxed(place, **settings) as proxy:
@@ -6996,6 +7008,14 @@ def test_sandbox_what_a_server_has_is_given_back_once_when_it_cannot_start(tmp_p
     found = subprocess.run([sys.executable, "-c", CELL_OF_WHAT_CANNOT_START, program], cwd=HERE, capture_output=True,
                            text=True, timeout=PATIENCE)
     assert re.fullmatch("the MCP server could not be started: .*\n1\n", found.stdout), found
+
+
+@pytest.mark.parametrize("uid", [0, os.getuid()])
+def test_sandbox_range_of_users_gives_neither_root_nor_who_runs_the_proxy(uid):
+    """What is left of a user is killed when it is free again."""
+    found = subprocess.run([sys.executable, program_now()], capture_output=True, text=True, timeout=PATIENCE, env={
+        **os.environ, "RUN_AS_USER": f"{uid}-{uid}", "PORT": "0", "HOST": "127.0.0.1"})
+    assert found.returncode and "all users of RUN_AS_USER are taken" in found.stderr
 
 
 def test_sandbox_user_is_not_given_again_while_a_process_is_left(place, any_groups):
@@ -15538,6 +15558,17 @@ def test_overview_slow_start_is_told_of_each_start():
     assert [line for _, line in told] == ["server x is still starting, 10 s: downloading"] * 2
 
 
+def test_overview_is_watched_by_others_too_however_often_one_does(altered, keys):
+    altered(MAX_WATCHERS=3)
+    with keys({"ann": {}, "bob": {}}) as proxy, contextlib.ExitStack() as stack:
+        def watch(name):
+            http = stack.enter_context(HTTP(proxy))
+            http.send(encode_http("GET", "/?watch=1", None, brings(name)))
+            return http.head().status
+        assert [watch(name) for name in ("ann", "ann", "ann", "ann", "bob", "bob", "ann")] == [
+            200, 200, 200, 503, 200, 503, 503]
+
+
 # ============================================================================
 # 46. Endpoints
 # ============================================================================
@@ -16252,6 +16283,22 @@ def test_oauth_metadata_of_each_resource_is_where_its_url_says(public, base):
         catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=True)
         challenge = mcpproxy.Admission(head(at), settings, catalog, mcpproxy.ROUTES).challenge
         assert challenge == f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"'
+
+
+@pytest.mark.parametrize("place, name, is_open", [
+    ("/servers/a/mcp", "A_TOKEN", True), ("/servers/a/mcp", "C_TOKEN", False), ("/servers/b/mcp", "C_TOKEN", True),
+    ("/mcp", "A_TOKEN", True), ("/mcp", "C_TOKEN", False)])
+def test_oauth_scope_for_one_server_opens_no_variable_at_another(place, name, is_open):
+    limits = mcpproxy.Limits("x", (mcpproxy.Grant(("a",), env=("A_TOKEN",)), mcpproxy.Grant(("b",))))
+    settings = load("", AUTH_KEY="k", SHARED_SESSION="false")
+    catalog = mcpproxy.Catalog({one: mcpproxy.ServerConfig(one, settings) for one in "ab"}, is_file=True)
+    admission = mcpproxy.Admission(head(f"{place}?{name}=t"), settings, catalog, mcpproxy.ROUTES)
+    admission.caller = mcpproxy.Caller("x", b"", limits)
+    if is_open:
+        assert admission.variables == {name: "t"}
+    else:
+        with pytest.raises(RPCError, match=name):
+            admission.variables
 
 
 @pytest.mark.parametrize("path, resource", [
