@@ -1367,9 +1367,9 @@ def encode_request(request_id: int | None, method: str, params: dict | None = No
 INITIALIZED = encode_request(None, "notifications/initialized")
 
 
-def list_changed(kind: str) -> Message:
+def list_changed(kind: str, params: dict | None = None) -> Message:
     """A notification of our own that the tools, prompts or resources changed."""
-    return parse_message(encode_request(None, f"notifications/{kind}/list_changed").decode())
+    return parse_message(encode_request(None, f"notifications/{kind}/list_changed", params).decode())
 
 
 def encode_result(raw_id: bytes, result: bytes = b"{}") -> list[bytes]:
@@ -3771,7 +3771,7 @@ class Reaper:
         self.census = Census()
         self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")     # of sandboxed servers,
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
-        # And the users that they have for themselves; root, and whom we run as: what is left of one is killed.
+        # And the users that they have for themselves. What is left of one is killed, so none gets root, or whom we are.
         self.uids = {0, os.getuid()}
         self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
         self._left: set[tuple] = set()        # (process id, time of its start) of descendants that they had
@@ -6386,13 +6386,11 @@ def tell_all(instance, message: Message) -> None:
         return
     way = message.meta.get(WAY_KEY)
     way = [one for one in way if PROXY_ID.fullmatch(str(one))][:MAX_WAY] if isinstance(way, list) else []
-    plain = parse_message(encode_request(None, message.method).decode()) if way else message
+    kind = message.method.split("/")[1]
+    plain = list_changed(kind) if way else message
 
     def told(client) -> Message:
-        if not client.way:
-            return plain
-        meta = {"_meta": {WAY_KEY: [*way, client.mount.id]}}
-        return parse_message(encode_request(None, message.method, meta).decode())
+        return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}}) if client.way else plain
     for session in list(instance.sessions.values()):
         if session.mount.id not in way:
             session.stream.send(told(session).payload)
