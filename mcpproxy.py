@@ -8276,14 +8276,20 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
     for other in itertools.takewhile(lambda other: other is not member, view.members) if member else ():
-        if other.name in missing and name in (client.by_name(other.name).list_of(f"{kind}/list").last or Items("", 0)
-                                              ).shown(other, view.is_joint):
+        last = other.name in missing and last_listed(client, other, f"{kind}/list")
+        if last and name in last.shown(other, view.is_joint):
             raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
     if member is None and missing:
         raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
     if member is None:
         raise why_closed(view, kind, name, found) or view.unknown(kind, name)
     return [member_target(member, kind, own, name)], {}
+
+
+def last_listed(client: Client, member: ServerConfig, method: str) -> Items | None:
+    """What a server that cannot be used now listed before; None if nobody knows."""
+    with contextlib.suppress(ProxyError):                  # there may be no room for an instance of it
+        return client.by_name(member.name).list_of(method).last
 
 
 def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig, Items]]) -> RPCError | None:

@@ -8702,17 +8702,23 @@ def test_remote_server_is_told_which_proxies_were_on_the_way(far_kind):
                                      {**ACCEPT, "X-Mcpproxy-Via": "another"}).json()) == "x"
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
+@contextlib.contextmanager
+def cycle_of(configured, count, path):
+    """So many proxies, each with a good server, and with the next proxy at a path of it."""
     with contextlib.ExitStack() as stack:
-        proxies = [stack.enter_context(configured(next=command_of(FAKE))) for _ in range(count)]
+        proxies = [stack.enter_context(configured(good=command_of(FAKE))) for _ in range(count)]
         for place, proxy in enumerate(proxies):
-            after = proxies[(place + 1) % count]
-            proxy.path.write_text(json.dumps({"mcpServers": {"next": {
-                "url": f"http://127.0.0.1:{after.port}/servers/next/mcp"}, "good": command_of(FAKE)}}))
+            url = f"http://127.0.0.1:{proxies[(place + 1) % count].port}{path}"
+            proxy.path.write_text(json.dumps({"mcpServers": {"next": {"url": url}, "good": command_of(FAKE)}}))
             proxy.process.send_signal(signal.SIGHUP)
         for proxy in proxies:
             until(lambda: "configuration read again" in proxy.log(), "the configuration")
+        yield proxies
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
+    with cycle_of(configured, count, "/servers/next/mcp") as proxies:
         for proxy in proxies:
             began = time.monotonic()
             error = ask_joint(proxy, "tools/call", {"name": "next__echo", "arguments": {}})["error"]
@@ -8723,13 +8729,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(configured, count):
-    with contextlib.ExitStack() as stack:
-        proxies = [stack.enter_context(configured(good=command_of(FAKE))) for _ in range(count)]
-        for place, proxy in enumerate(proxies):
-            url = f"http://127.0.0.1:{proxies[(place + 1) % count].port}/mcp"
-            proxy.path.write_text(json.dumps({"mcpServers": {"good": command_of(FAKE), "next": {"url": url}}}))
-            proxy.process.send_signal(signal.SIGHUP)
-            until(lambda: "configuration read again" in proxy.log(), "the configuration")
+    with cycle_of(configured, count, "/mcp") as proxies, contextlib.ExitStack() as stack:
         for proxy in proxies:
             until(lambda: "server next is ready" in proxy.log(), "the next one")
 
@@ -10943,6 +10943,14 @@ def test_several_servers_a_name_is_its_owners_also_while_that_is_down(several, t
         assert error["code"] == -32000 and "server a: " in error["message"]
         flag.unlink()
         until(lambda: "result" in ask_joint(proxy, "tools/call", {"name": "echo", "arguments": {"text": "x"}}), "a")
+
+
+def test_several_servers_a_name_is_not_lost_where_there_is_no_room_for_another_that_may_have_it(several):
+    own = FAKE, {"prefix": "", "shared_session": False}
+    with several(a=own, b=(FAKE, {"prefix": ""}), MAX_PROCESSES=2) as proxy, StreamableClient(proxy) as one:
+        assert one.tool("echo", text="a") == "a"
+        with StreamableClient(proxy) as other:
+            assert other.tool("echo", text="b") == "b"
 
 
 @pytest.mark.parametrize("more, name, beside", [
