@@ -8711,7 +8711,6 @@ def cycle_of(configured, count, path):
             url = f"http://127.0.0.1:{proxies[(place + 1) % count].port}{path}"
             proxy.path.write_text(json.dumps({"mcpServers": {"next": {"url": url}, "good": command_of(FAKE)}}))
             proxy.process.send_signal(signal.SIGHUP)
-        for proxy in proxies:
             until(lambda: "configuration read again" in proxy.log(), "the configuration")
         yield proxies
 
@@ -8731,7 +8730,8 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
 def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(configured, count):
     with cycle_of(configured, count, "/mcp") as proxies, contextlib.ExitStack() as stack:
         for proxy in proxies:
-            until(lambda: "server next is ready" in proxy.log(), "the next one")
+            # Those that start at once wait for each other, are told so, and try again, at most 30 s later.
+            until(lambda: "server next is ready" in proxy.log(), "the next one", 90)
 
         def has_each_once(proxy):
             began = time.monotonic()
@@ -8741,7 +8741,7 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
             assert len(echoes) <= count
             return echoes == {"next__" * depth for depth in range(count)}
         for proxy in proxies * 3:
-            until(lambda: has_each_once(proxy), "all tools")
+            until(lambda: has_each_once(proxy), "all tools", 90)
         client = stack.enter_context(StreamableClient(proxies[0]))
         stream = client.listen()
         for number in range(3):
