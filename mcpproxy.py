@@ -7481,17 +7481,20 @@ class Session(Client):
         """Holds subscriptions."""
         self.end()
 
+    def leave(self) -> None:
+        """The client is gone, or says that it goes: it waits for nothing."""
+        for call in list(self.calls.values()):
+            call.cancel()
+        self.end()
+
     def end(self, error: ServerError | None = None) -> None:
-        """The client is gone, or with an error its server is: takes everything with it that was its own."""
+        """It ends, with an error because its server is gone: takes everything with it that was its own."""
         if self.is_ended:
             return
         self.is_ended = True
         self.mount.sessions.pop(self.id, None)
         for call in list(self.calls.values()):
-            if error:
-                call.on_failure(error)
-            else:
-                call.cancel()
+            call.fail(error or ServerError("the session has ended", status=404))
         for question in list(self.questions.values()):
             question.refuse(ServerError("the client is gone"))
         for instance in self._instances.values():
@@ -8006,7 +8009,7 @@ class Mount:
 
     def delete_session(self, session: Session) -> None:
         """Its client needs it no more: it is not opened again here."""
-        session.end()
+        session.leave()
         if self.settings.session_secret:
             self.deleted[session.id] = None
             if len(self.deleted) > MAX_DELETED:
@@ -10459,7 +10462,7 @@ class PostOutlet(Outlet, Holder):
             for call in list(self._client.calls.values()):
                 call.cancel()
         elif self.exchange and self.exchange.method == "initialize":
-            self._session.end()               # nobody knows its id
+            self._session.leave()             # nobody knows its id
         elif self._stream:
             self._stream.detach(self.reply)
 
@@ -11191,7 +11194,7 @@ class Endpoints(Application):
         if given:
             endpoint += f"&auth_key={quote(given, safe='')}"
         reply.start_stream((*STREAM_HEADERS, (SESSION_ID_HEADER, session.id)))
-        reply.on_gone = session.end
+        reply.on_gone = session.leave
         reply.write(encode_event([endpoint.encode()], b"endpoint"))
         session.stream.attach(reply)
 
