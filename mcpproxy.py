@@ -459,7 +459,7 @@ def check_settings(settings: Settings) -> Settings:
             ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port metrics_port"),
             ("be a number above 0", lambda value: 0 < value < float("inf"),
              "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
-            ("be 0 or more", lambda value: 0 <= value < float("inf"), "drain_delay shutdown_grace prewarm "
+            ("be 0 or more, up to 10**12", lambda value: 0 <= value <= 10**12, "drain_delay shutdown_grace prewarm "
              "max_result_kb limit_memory_mb limit_processes limit_cpu_seconds limit_open_files limit_file_mb"),
             ("be 1 or more", lambda value: value >= 1, "max_sessions max_processes"),
             ("be DEBUG, INFO, WARNING or ERROR", re.compile("(?i)debug|info|warn(ing)?|error").fullmatch, "log_level"),

@@ -1688,6 +1688,7 @@ BAD_SETTINGS = pytest.mark.parametrize("arguments, environment, word", [
     case("endless time", "--request-timeout inf", {}, "REQUEST_TIMEOUT"),
     case("time is no number", "--request-timeout nan", {}, "REQUEST_TIMEOUT"),
     case("negative grace", "--shutdown-grace -1", {}, "SHUTDOWN_GRACE"),
+    case("a limit that no number of the system's holds", "", {"LIMIT_FILE_MB": "9000000000000000"}, "LIMIT_FILE_MB"),
     case("no sessions", "--max-sessions 0", {}, "MAX_SESSIONS"),
     case("no processes", "--max-processes 0", {}, "MAX_PROCESSES"),
     case("no messages", "--max-message-mb 0", {}, "MAX_MESSAGE_MB"),
