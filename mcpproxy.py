@@ -6969,6 +6969,8 @@ class Instance:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
                 if self.state is InstanceState.CLOSED:
                     raise asyncio.CancelledError       # wait_for() swallows one that comes together with the result
+                if connection.closed.done():
+                    raise connection.closed.result()       # it ended before anybody was told that it is ready
                 self._make_ready(connection, has_run)
                 has_run = is_ready = True
                 await asyncio.wait([connection.closed])

@@ -11742,6 +11742,25 @@ def test_conversation_server_that_answers_only_in_the_old_way_is_asked_so_after_
     ''', server="new")
 
 
+def test_conversation_server_that_ends_with_its_answer_to_the_handshake_is_started_again_when_it_is_needed():
+    run = '''
+                server starts
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server dies with exit code 3'''
+    conversation(run * 5 + '''
+        60 s pass
+        client > {"id":1,"method":"ping"}
+                server starts
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+                server > {"id":$CALL,"method":"ping"}
+                server < {"id":$CALL,"result":{}}
+        client < {"id":1,"result":{}}
+    ''', server="new", settings={"server_era": "legacy"}, client="legacy")
+
+
 def test_conversation_late_answer_to_the_new_question_counts_when_the_old_one_was_asked_too():
     conversation('''
                 server starts
