@@ -9552,7 +9552,7 @@ class JointExchange(Exchange):
         mount.listeners.add(self)
         self.on_done = self._leave
         found, missing = await gather_identities(self.client)
-        self._join()
+        self._join_all()
         uris, honoured = wanted.get("resourceSubscriptions"), {}
         for name, (kind, _) in LIST_CHANGES.items():
             if wanted.get(name) is True and (missing or any(identity.has(kind) for _, identity in found)):
@@ -9568,12 +9568,14 @@ class JointExchange(Exchange):
         self.wanted = honoured
         self.acknowledge()
 
-    def _join(self) -> None:
+    def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
-                instance = self.client.by_name(member.name)
-                instance.listeners.add(self)
-                self._joined.add(instance)
+                self._join(self.client.by_name(member.name))
+
+    def _join(self, instance: Instance) -> None:
+        instance.listeners.add(self)
+        self._joined.add(instance)
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
@@ -9582,6 +9584,7 @@ class JointExchange(Exchange):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
+                self._join(instance)                   # of a group, it may be another member by now
                 topic = instance.topics.subscribe(self, uri)
                 await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
                 if not (topic.verdict.done() and topic.verdict.result()):
@@ -9617,7 +9620,7 @@ class JointExchange(Exchange):
             uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
             for instance in [one for one in self._joined if one.server.is_retired]:
                 self._leave_one(instance)
-            self._join()
+            self._join_all()
             for uri in uris:
                 asyncio.get_running_loop().create_task(self._subscribe(uri))
         for kind, _ in LIST_CHANGES.values() if self.early is None and self.client.view.members != before else ():
