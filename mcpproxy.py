@@ -7770,12 +7770,13 @@ class Server:
             task = self.ending[instance] = asyncio.get_running_loop().create_task(instance.close())
             task.add_done_callback(lambda _: self.ending.pop(instance))
 
-    def tick(self, now: float) -> None:
-        """Called now and then: gives up on what takes too long, and ends what nobody uses."""
+    def tick(self, now: float, busy: collections.abc.Container[Instance]) -> None:
+        """Called now and then: gives up on what takes too long, and ends what nobody uses; `busy` have calls. Of a
+        call that asks its client something, or waits for a list, the instance itself may not know."""
         self.keep_spares()
         for instance in list(self.instances.values()):
             instance.tick(now)
-            if self.is_retired and not instance.is_used or not (
+            if self.is_retired and not instance.is_used and instance not in busy or not (
                     instance.owner == () or instance.is_private or instance.is_used) and (
                     now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
@@ -8045,8 +8046,9 @@ class Mount:
 
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
+        calls = [*self.calls, *self.parked.values()]
         for server in list(self._pool.servers):
-            server.tick(now)
+            server.tick(now, {call.instance for call in calls} if server.is_retired else ())
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
         for group in self.groups.values():
@@ -8054,7 +8056,7 @@ class Mount:
         if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
             for server in self.servers.values():
                 server.probe()
-        for call in [*self.calls, *self.parked.values()]:
+        for call in calls:
             settings = call.instance.server.settings if call.instance else self.settings
             if call.is_overdue(now, settings.request_timeout):
                 call.time_out()
