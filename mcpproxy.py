@@ -7554,6 +7554,8 @@ class Pool:
         if other:
             for session in list(other.sessions.values()):
                 session.on_closed(other, try_later("others need the room"))
+            for listener in list(other.listeners):         # they wait at no request of the server's that would fail
+                listener.end_subscription()
             other.server.end(other)
 
     @property
