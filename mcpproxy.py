@@ -7805,8 +7805,8 @@ class Group:
 
     def __init__(self, config: ServerConfig, members: list[Server], before: "Group | None" = None):
         self.name, self.config, self.members = config.name, config, members
-        # requestState -> the member that gave it
-        self.states = {state: member for state, member in before.states.items() if member in members} if before else {}
+        # requestState -> the member that gave it. Calls that began before the configuration was read again add to it.
+        self.states: dict[str, Server] = before.states if before else {}
         for member in members:                     # a new one is not to make up for what it missed
             member.chosen = 0
 
@@ -7846,7 +7846,8 @@ class Group:
         """The member that has the task, or the call that waits for input, which a request names."""
         state, named = message.params.get("requestState"), owner_named(message)
         if isinstance(state, str):
-            return self.states.get(state)
+            member = self.states.get(state)
+            return member if member in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
                      if named in instance.owners), None) if named else None
 
