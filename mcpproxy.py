@@ -8095,7 +8095,7 @@ class Mount:
         for server in self._pool.servers:
             server.end_subscriptions()
         for call in list(self.calls):
-            call.on_failure(try_later("the proxy was stopped"))
+            call.fail(try_later("the proxy was stopped"))          # no other of a group is to be asked
         for session in list(self.sessions.values()):
             session.end()
         await asyncio.gather(*(server.close() for server in list(self._pool.servers)))
