@@ -7086,10 +7086,8 @@ class Instance:
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self.topics.ask(topic)
-            before = self.log_level
-            self.adjust_log_level()                        # somebody may have asked for one meanwhile
-            if before and before == self.log_level:
-                connection.request("logging/setLevel", {"level": self.log_level})
+            self.log_level = None                          # it was told none yet
+            self.adjust_log_level()
         if is_another:
             self.is_missed = False
             for kind, _ in LIST_CHANGES.values():
