@@ -6633,7 +6633,7 @@ class Listening:
             self.instance.connection.cancel(before.server_id, "replaced")
         uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
-            self.instance.topics.settle(topic, REFUSED if isinstance(uris, list) and topic.uri not in uris else None)
+            self.instance.topics.settle(topic, None if isinstance(uris, list) and topic.uri in uris else REFUSED)
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
