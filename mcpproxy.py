@@ -7397,8 +7397,7 @@ class Session(Client):
         except RPCError as error:
             self.is_homeless = True
             return self.end() if error.data else None      # its key opens the place no more
-        if self.variables and self.view.is_for_all:        # nobody takes them any more
-            self.is_homeless = True
+        self.is_homeless = bool(self.variables) and self.view.is_for_all      # nobody takes them any more
         shown = {one.name for member in self.view.members for one in (member, *member.members)}
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
