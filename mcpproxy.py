@@ -6599,6 +6599,7 @@ class Listening:
         self._current: ListenRequest | None = None
         self._next: ListenRequest | None = None
         self._is_outdated = False              # did what is wanted change after the next one was sent?
+        self._was_deaf = False                 # did a request end before another one took its place?
 
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
@@ -6631,6 +6632,9 @@ class Listening:
         before, self._current, self._next = self._current, request, None
         if before:
             self.instance.connection.cancel(before.server_id, "replaced")
+        if self._was_deaf:                     # a remote server may even be another one now
+            self._was_deaf = False
+            self.instance.tell_of_lists()
         uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
             self.instance.topics.settle(topic, None if isinstance(uris, list) and topic.uri in uris else REFUSED)
@@ -6639,7 +6643,7 @@ class Listening:
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
         if request is self._current:
-            self._current, self._is_outdated = None, True
+            self._current, self._is_outdated, self._was_deaf = None, True, True
             if not self._next:
                 asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
         elif request is self._next:
@@ -7090,9 +7094,13 @@ class Instance:
             self.adjust_log_level()
         if is_another:
             self.is_missed = False
-            for kind, _ in LIST_CHANGES.values():
-                if kind in self.identity.capabilities:
-                    pass_on(self, list_changed(kind))
+            self.tell_of_lists()
+
+    def tell_of_lists(self) -> None:
+        """What the server lists may have changed, and nobody was told."""
+        for kind, _ in LIST_CHANGES.values():
+            if kind in self.identity.capabilities:
+                pass_on(self, list_changed(kind))
 
     def on_time_out(self) -> None:
         """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
