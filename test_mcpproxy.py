@@ -13206,6 +13206,258 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
     ''', server="modern", ann="modern", bob="modern")
 
 
+# Several servers in memory, whose configuration changes while they are at work.
+
+class Town:
+    """Servers of one era, by name, and their clients. Servers answer what asks for `answers`; the rest is `heard`."""
+
+    def __init__(self, era, names, **settings):
+        self.settings, self.links, self.heard = Settings(server_era=era, **settings), collections.defaultdict(list), []
+        self.answers = {"tools/list": {"tools": [{"name": "t", "inputSchema": {}}]}, "prompts/list": {"prompts": []},
+                        "resources/list": {"resources": [{"uri": "a:b", "name": "r"}]}, "logging/setLevel": {},
+                        "resources/templates/list": {"resourceTemplates": []}, "resources/subscribe": {}}
+        self.can, self.acknowledges, self.broken = json.loads(ServerSide.CAN), True, None
+        self.now = asyncio.get_running_loop().time
+        self.mount = mcpproxy.Mount(self.catalog(names), self.settings, self.server, self.now)
+        self.mount.start()
+
+    def catalog(self, names):
+        """`names` are those of servers; "g.a" is a, of the group g, and "a=x" is a with the command x."""
+        servers = {}
+        for group, name, command in (re.fullmatch(r"(?:(\w+)\.)?(\w+)(?:=(\w+))?", one).groups() for one in names):
+            servers[name] = mcpproxy.ServerConfig(name, self.settings, command=(command or "",), group=group)
+        return mcpproxy.Catalog(servers, is_file=True)
+
+    def server(self, config, pool):
+        return mcpproxy.Server(config, lambda *_: self.link(config.name), self.now, pool)
+
+    def link(self, name):
+        link, loop = Wire(), asyncio.get_running_loop()
+
+        def write(line, about=None):
+            message, can = json.loads(line), self.can
+            method, params = message.get("method"), message.get("params", {})
+            answers = {"initialize": {"protocolVersion": "2025-06-18", "capabilities": can}, **self.answers,
+                       "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": can}}
+            link.lines.append(message)
+            if method in answers and (name, method) not in self.answers:
+                loop.call_soon(self.say, link, {"id": message["id"], "result": answers[method]})
+            elif method == "subscriptions/listen" and self.acknowledges:
+                loop.call_soon(self.say, link, notification("notifications/subscriptions/acknowledged", {
+                    "_meta": {SUBSCRIPTION: message["id"]}, "notifications": params["notifications"]}))
+            elif method in ("tools/call", "prompts/get"):
+                self.heard.append((name, message))
+
+        async def start():
+            if name == self.broken:
+                raise mcpproxy.ServerError("it is broken")
+
+        async def stop():
+            link.end()
+        link.write, link.start, link._stop = write, start, stop
+        self.links[name].append(link)
+        return link
+
+    def say(self, link, message):
+        link.on_line(json.dumps({"jsonrpc": "2.0", **message}).encode())
+
+    def heard_by(self, name):
+        return [line["method"] for line in self.links[name][-1].lines if "method" in line]
+
+    async def die(self, name):
+        self.links[name][-1].is_open = False
+        self.links[name][-1].end()
+        await asyncio.sleep(1)
+
+    async def reload(self, names):
+        self.mount.reload(self.catalog(names), ())
+        await self.pass_time()
+
+    async def pass_time(self):
+        await asyncio.sleep(1)
+        self.mount.tick(self.now())
+        await asyncio.sleep(0.1)
+
+    async def client(self, kind, place=None, *who):
+        """A client of this kind that has shaken hands; what it says next is said at this place."""
+        side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
+            catalog=types.SimpleNamespace(view=lambda: self.mount.catalog.view(place)),
+            visit=lambda view, caller, *rest: self.mount.visit(view, *(who or (None, {}))),
+            open_session=self.mount.open_session), kind)
+        if side.client.is_session:
+            await self.say_to(side, 0, "initialize", initialize(capabilities=ALL_CAPABILITIES)["params"])
+        return side
+
+    async def say_to(self, side, number, method, params=None):
+        side.say(request(number, method, params))
+        await asyncio.sleep(0.1)
+        return self.told(side)
+
+    def told(self, side):
+        """What came to a client since."""
+        return [side.heard.get_nowait()[1] for _ in range(side.heard.qsize())]
+
+
+def in_town(test):
+    """A test in memory, where no time is waited for."""
+    @functools.wraps(test)
+    def run(**arguments):
+        faults = []
+        with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=instant_loop) as runner:
+            patch.setattr(mcpproxy.log, "fault", faults.append)
+            runner.run(test(**arguments))
+        assert not faults
+    return run
+
+
+QUESTION = {"method": "elicitation/create", "params": {"message": "?", "requestedSchema": {"type": "object"}}}
+
+
+@in_town
+async def test_conversation_call_ends_at_a_server_that_was_taken_out_while_its_client_is_asked():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    (_, call), (link,) = town.heard[-1], town.links["a"]
+    town.say(link, {"id": call["id"], "result": {"resultType": "input_required", "inputRequests": {"q": QUESTION}}})
+    question, = town.told(client)
+    await town.reload(["c"])
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "decline"}})
+    (_, again), _ = town.heard[-1], town.told(client)
+    town.say(link, {"id": again["id"], "result": {"resultType": "complete", "content": []}})
+    assert town.told(client)[-1]["result"] == {"content": []} and link.is_open
+    await town.pass_time()
+    assert not link.is_open
+
+
+@in_town
+async def test_conversation_call_of_a_group_that_asks_is_known_when_the_configuration_was_read_again():
+    town = Town("modern", ["g.a", "g.b", "c"])
+    await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "g__t"})
+    (name, call), = town.heard
+    await town.reload(["g.a", "g.b", "c"])
+    town.say(town.links[name][0], {"id": call["id"], "result": {
+        "resultType": "input_required", "requestState": "s", "inputRequests": {"q": QUESTION}}})
+    for _ in range(4):
+        await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "g__t", "requestState": "s"})
+    assert [one for one, _ in town.heard] == [name] * 5
+    await town.reload(["c", "g.d", "g." + {"a": "b", "b": "a"}[name]])
+    await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "g__t", "requestState": "s"})
+    assert len(town.heard) == 6 and town.heard[-1][0] != name
+
+
+@in_town
+async def test_conversation_call_of_a_group_is_not_sent_to_another_member_when_the_proxy_ends():
+    town = Town("legacy", ["g.a", "g.b"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "prompts/get", {"name": "g__p"})
+    await town.mount.close()
+    assert len(town.heard) == 1 and town.told(client)[0]["error"]["message"] == "the proxy was stopped"
+
+
+@in_town
+async def test_conversation_parked_call_goes_on_at_the_place_of_a_server_that_was_changed_meanwhile():
+    town = Town("legacy", ["a=x", "c"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    (_, call), link = town.heard[0], town.links["a"][0]
+    town.say(link, {"id": "q", **QUESTION})
+    await asyncio.sleep(1)
+    parked, = town.told(client)
+    await town.reload(["a=y", "c"])
+    client, (key,) = await town.client("modern", "a"), parked["result"]["inputRequests"]
+    await town.say_to(client, 2, "tools/call", {"name": "t", "inputResponses": {key: {"action": "decline"}},
+                                                "requestState": parked["result"]["requestState"]})
+    assert link.lines[-1] == {"jsonrpc": "2.0", "id": "q", "result": {"action": "decline"}}
+    town.say(link, {"id": call["id"], "result": {"content": []}})
+    assert town.told(client)[0]["result"]["content"] == [] and len(town.heard) == 1
+
+
+@in_town
+async def test_conversation_session_stays_when_its_server_is_back_before_its_last_call_is_over():
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    await town.reload(["c"])
+    await town.reload(["a", "c"])
+    town.say(town.links["a"][0], {"id": town.heard[0][1]["id"], "result": {"content": []}})
+    await town.pass_time()
+    assert not client.client.is_ended
+    await town.say_to(client, 2, "tools/call", {"name": "t"})
+    assert town.heard[1][1] in town.links["a"][1].lines
+
+
+@in_town
+async def test_conversation_joint_subscription_hears_of_the_member_of_a_group_that_it_came_to():
+    town = Town("legacy", ["g.a", "g.b", "c"])
+    town.answers["c", "resources/list"] = None
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    town.broken = client.client.members["g"].name            # while it waits for c
+    await town.die(town.broken)
+    await asyncio.sleep(5)
+    link, = [link for links in town.links.values() for link in links if "resources/subscribe" in (
+        line["method"] for line in link.lines)]
+    assert town.told(client)[-1]["params"]["notifications"] == {"resourceSubscriptions": ["a:b"]}
+    town.say(link, notification("notifications/resources/updated", {"uri": "a:b"}))
+    assert town.told(client)[0]["params"]["uri"] == "a:b"
+    client.leave()
+    assert link.lines[-1]["method"] == "resources/unsubscribe"
+
+
+@in_town
+async def test_conversation_subscription_ends_with_an_instance_that_has_to_go_for_others():
+    town = Town("legacy", ["a"], shared_session=False, max_processes=3)
+    ann, bob = (mcpproxy.Caller(name, mcpproxy.digest_of_key(name)) for name in ("ann", "bob"))
+    clients = [await town.client("modern", "a", ann, {}, "ann", name) for name in "xyz"]
+    for client in clients:
+        await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    other = await town.client("modern", "a", bob, {}, "bob")
+    assert (await town.say_to(other, 1, "tools/list"))[0]["result"]["tools"]
+    assert [["result" in message for message in town.told(client)] for client in clients] == [[True], [], []]
+
+
+@in_town
+async def test_conversation_log_level_is_told_to_no_server_that_has_no_logs_since_it_was_started_again():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "logging/setLevel", {"level": "debug"})
+    await town.die("a")
+    assert "logging/setLevel" in town.heard_by("a")
+    del town.can["logging"]
+    await town.die("a")
+    assert "logging/setLevel" not in town.heard_by("a") and len(town.links["a"]) == 3
+
+
+@in_town
+async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobody_listened_for_a_while():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("legacy")
+    assert "a__t" in str(await town.say_to(client, 1, "tools/list"))
+    link, = town.links["a"]
+    listen = next(line for line in link.lines if line["method"] == "subscriptions/listen")
+    town.answers["tools/list"] = {"tools": [{"name": "new", "inputSchema": {}}]}
+    town.say(link, {"id": listen["id"], "result": {"resultType": "complete"}})
+    await asyncio.sleep(5)
+    assert TOOLS_CHANGED in [message["method"] for message in town.told(client)]
+    assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
+
+
+@pytest.mark.parametrize("honoured, is_taken", [({"resourceSubscriptions": ["a:b"]}, True), ({}, False), (
+    {"toolsListChanged": True}, False), ({"resourceSubscriptions": []}, False)])
+@in_town
+async def test_conversation_subscription_that_a_modern_server_does_not_acknowledge_is_refused(honoured, is_taken):
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    town.acknowledges = False
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    link, = town.links["a"]
+    town.say(link, notification("notifications/subscriptions/acknowledged", {
+        "_meta": {SUBSCRIPTION: link.lines[-1]["id"]}, "notifications": honoured}))
+    await asyncio.sleep(0.1)
+    assert ("result" in town.told(client)[0]) is is_taken
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
