@@ -5009,6 +5009,8 @@ CHECKS, CHECKS_OF_ONE = 256, 128 # that may run, in all and for one address, whi
 class NotYet(Exception):
     """Something has to be found out first; when `task` is done, ask again."""
 
+    headers: tuple = ()                # of the reply, if it fails
+
     def __init__(self, task: asyncio.Task):
         super().__init__()
         self.task = task
@@ -9822,11 +9824,13 @@ HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY 
 class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
-    __slots__ = ("connection", "head", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof", "last_write")
+    __slots__ = ("connection", "head", "admission", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof",
+                 "last_write")
 
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
+        self.admission = None              # once it may pass; the head's own is found out anew for others who have it
         self.headers: tuple = ()           # that every answer gets, an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
         self.leaves_on_eof = False         # is a client that closes its sending half gone?
@@ -9902,7 +9906,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._parser = RequestParser(server.heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
-        self._checked: tuple | None = None  # (head, error or None) of one that had to wait
+        self._checked: tuple | None = None  # (head, error or None, headers for that) of one that had to wait
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.principal = self._host = principal_of(host)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -9995,7 +9999,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         try:
             if self._phase is HEAD:
                 if self._checked:
-                    (head, refusal), self._checked = self._checked, None
+                    (head, refusal, headers), self._checked = self._checked, None
                 else:
                     head = self._parser.next_head()
                 if head is None:
@@ -10005,12 +10009,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 self.keeps_alive = head.keep_alive and not self._server.is_leaving
                 try:
                     if refusal:
+                        self._reply.headers = headers
                         raise refusal
                     if head.admission is None or head.admission.is_old:
                         head.admission = None              # also if it may not pass any more
                         head.admission = self._application.admit(head, self._host)
                         self._parser.keep(head)
-                    self._reply.headers = head.admission.headers
+                    self._reply.admission, self._reply.headers = head.admission, head.admission.headers
                     self.principal = head.admission.caller or self._host
                     size = head.content_length
                     if size and size > SMALL and not budget.has_room(self.principal, size):
@@ -10019,7 +10024,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     refusal = error
                 except NotYet as reason:
                     self._phase = CHECK
-                    reason.task.add_done_callback(functools.partial(self._on_checked, head))
+                    reason.task.add_done_callback(functools.partial(self._on_checked, head, reason.headers))
                     return False
             body = self._parser.next_body(self._application.max_body)
         except ProxyError as error:
@@ -10031,7 +10036,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             if refusal:
                 self._application.refuse(refusal, reply)
             else:
-                self._application.handle(reply.head.admission, body, reply)
+                self._application.handle(reply.admission, body, reply)
             return True
         if refusal:
             self._refuse(refusal)
@@ -10042,11 +10047,11 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._continues = False
         return False
 
-    def _on_checked(self, head: HTTPHead, task: asyncio.Task) -> None:
+    def _on_checked(self, head: HTTPHead, headers: tuple, task: asyncio.Task) -> None:
         """What had to be found out of a request is known."""
         if self._phase is CHECK and not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
-            self._phase, self._checked = HEAD, (head, error and as_told(error))
+            self._phase, self._checked = HEAD, (head, error and as_told(error), headers)
             if not self._is_clogged:
                 self._transport.resume_reading()           # also of one that is refused, so that it hears of that
             self._advance()
@@ -10950,7 +10955,7 @@ class Application:
             if head.headers.get("content-encoding", "identity").lower() != "identity":        # RFC 9110 §15.5.16
                 raise HTTPError("a body must come as it is, without Content-Encoding", status=415,
                                 headers=(("Accept-Encoding", "identity"),))
-        except HTTPError as error:
+        except (ProxyError, NotYet) as error:
             error.headers += admission.headers
             raise
         return admission
@@ -11026,11 +11031,14 @@ class Application:
         """Runs the endpoint that the request is for; one that has to wait for something is a coroutine."""
         try:
             if admission.keys is not self.keys and not (admission.caller and admission.caller.is_token):
-                admission = self.admit(admission.head, admission.host)          # while its body came, keys have changed
+                reply.headers = ()                     # an error brings its own
+                admission = reply.admission = self.admit(admission.head, admission.host)    # keys changed meanwhile
+                reply.headers = admission.headers
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 asyncio.get_running_loop().create_task(self._finish(work, reply))
-        except NotYet:                    # is a token what was a key until now?
+        except NotYet as reason:          # is a token what was a key until now?
+            reply.headers = reason.headers
             self.refuse(try_later("the keys have changed"), reply)
         except Exception as error:
             self.refuse(as_told(error), reply)
@@ -11046,7 +11054,7 @@ class Application:
         its way goes through its outlet instead."""
         self.counters.refused[error.http_status] += 1
         payload = encode_error(message.raw_id if message and message.kind is REQUEST else None, error)
-        about, admission = reply.about, reply.head and reply.head.admission
+        about, admission = reply.about, reply.admission
         if log.as_json and admission and reply.head.method == "POST":
             about |= self._audited(admission, message, error)
             about |= {"ms": reply.seconds * 1000, "bytes_out": sum(map(len, payload)),
@@ -11452,7 +11460,7 @@ class Endpoints(Application):
         self._tell(reply)
 
     def _tell(self, watcher: Reply) -> None:
-        admission = watcher.head.admission
+        admission = watcher.admission
         try:
             text = self.overview.summary(admission.caller)
         except RPCError:                       # its key opens nothing that is configured now

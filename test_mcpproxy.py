@@ -3597,6 +3597,22 @@ def test_access_with_a_key_any_host_will_do(guarded):
     assert guarded.request("GET", "/tools", headers={**WITH_KEY, "Host": "mcp.company.example"}).status == 200
 
 
+def test_access_a_page_whose_key_is_gone_before_its_body_came_is_told_so_once(tmp_path):
+    """Browsers take two headers of one origin for none."""
+    file = tmp_path / "keys.json"
+    file.write_text('{"alice":{"key":"Wonderland"}}')
+    with running_proxy(AUTH_KEYS_FILE=str(file)) as proxy, HTTP(proxy) as http:
+        raw = encode_http("POST", "/tools/echo", {}, {"Authorization": "Bearer Wonderland", "Origin": "http://[::1]"})
+        http.send(raw[:-1])
+        time.sleep(0.3)                              # for the head to be read
+        file.write_text('{"bob":{"key":"Builder"}}')
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "read again" in proxy.log(), "the file read again")
+        http.send(raw[-1:])
+        head = b"".join(iter(http.file.readline, b"\r\n"))
+        assert head.startswith(b"HTTP/1.1 401 ") and head.count(b"Access-Control-Allow-Origin: http://[::1]") == 1
+
+
 CORS = [
     # status  method  path      body                  headers
     (200, "GET", "/tools", None, WITH_KEY),
@@ -17551,6 +17567,32 @@ def test_oauth_question_of_many_with_one_token_is_asked_once(slow):
         let_go(slow)
         assert {http.response().status for http in connections} == {200}
     assert len(slow.asked) == 1
+
+
+def test_oauth_body_that_comes_while_another_with_the_same_head_waits_for_the_issuer_is_served(issues):
+    said, go = {"exp": time.time() + 1}, threading.Event()
+    issues.knows(**{"opaque-1": said})
+    introspect = issues.answers["/tenant/introspect"]
+    with introspecting(issues) as proxy, HTTP(proxy) as one, HTTP(proxy) as other:
+        raw = echo_request("hi", "opaque-1")
+        one.send(raw[:-1])
+        until(lambda: issues.asked and get_tools(proxy, "opaque-1").status == 200, "a token that is known")
+        time.sleep(1.1)
+        issues.answers["/tenant/introspect"] = lambda visit: go.wait(PATIENCE) and introspect(visit)
+        before = len(issues.asked)
+        other.send(raw)
+        until(lambda: len(issues.asked) > before, "a question to the issuer")
+        one.send(raw[-1:])
+        assert one.response().status == 200
+        go.set()
+        assert other.response().status == 200
+
+
+def test_oauth_issuer_that_cannot_be_asked_is_told_to_pages_too(issues):
+    issues.answers["/tenant/introspect"] = 500
+    with introspecting(issues, ALLOWED_ORIGINS="https://page.example") as proxy:
+        answer = get_tools(proxy, "opaque-1", Origin="https://page.example")
+        assert answer.status == 503 and answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def test_oauth_proxy_ends_while_a_token_is_looked_at(issues):
