@@ -9663,9 +9663,10 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
     # A cache goes by the URL, and knows nothing of a header or a key.
     is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not view.limits
-    info = None if view.is_joint else client.only_instance.identity.info
+    # Of a group, another member may have answered than is asked next.
+    identity = None if view.is_joint else client.only_instance.identity
     exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
-                    is_public, info)
+                    is_public, identity and identity.info)
 
 
 async def answer_handshake(exchange: JointExchange, message: Message) -> None:

@@ -9211,6 +9211,14 @@ def test_group_uses_a_backup_only_while_no_other_is_up(group):
         until(lambda: call_group(proxy, "do") == "a", "the other one again")
 
 
+def test_group_is_listed_by_its_backup_where_the_others_do_not_start(several):
+    own = {"group": "g", "shared_session": False}
+    with several(a=(["false"], own), b=(FAKE, {**own, "backup": True})) as proxy, ModernClient(
+            proxy, path="/servers/g/mcp") as client:
+        for _ in range(3):
+            assert "echo" in names_of(client.call("tools/list"))
+
+
 def test_group_session_stays_with_its_member_while_that_is_up(group):
     with group(a={}, b={}) as proxy, StreamableClient(proxy) as client:
         mine = client.tool("g__do")
