@@ -10720,7 +10720,7 @@ class Admission:
             self.path = self.path.rstrip("/")
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: Route | None = routes.get("/tools/" if self.path.startswith("/tools/") else self.path)
+        self.route: Route | None = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
             is_there = settings.oauth_issuer and not self.place and self._find_resource()
             self.route = routes.get(RESOURCE_METADATA) if is_there else None
@@ -11481,7 +11481,7 @@ ROUTES = {
     "/sse": _MCP,
     "/messages": row(POST=Endpoints.post_message),
     "/tools": row(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
-    "/tools/": row(POST=Endpoints.call_tool),              # and the tool's name
+    "/tools/<name>": row(POST=Endpoints.call_tool),
     "/openapi.json": row(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
     **PROBES,
     RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place

@@ -16316,6 +16316,7 @@ def test_endpoint_without_sessions_has_a_process_for_each_set_of_variables():
 
 def test_endpoint_tools_are_listed(fake):
     response = fake.request("GET", "/tools")
+    assert fake.request("GET", "/tools/").body == response.body
     assert (response.status, response.headers["content-type"]) == (200, "application/json")
     assert [tool["name"] for tool in response.json()["tools"]] == ["echo", "inquire", "mirror"]
 
