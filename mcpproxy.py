@@ -9239,7 +9239,7 @@ class Exchange(ClientRequest):
         parked = self.client.mount.parked.get(state) if isinstance(state, str) and self.envelope else None
         if parked and (parked.client.caller, parked.method, parked.name) == (
                 self.client.caller, self.method, self.name):
-            self.target = parked.target and self._renewed(parked.target)
+            self.target = self._target_again(parked)
             # Whatever was taken out of the configuration since.
             self.instance, self.group = parked.instance, parked.group
             return
@@ -9250,11 +9250,13 @@ class Exchange(ClientRequest):
                 self.message = with_tasks(self.message, lambda task: task.removeprefix(f"{target.server}__"))
                 self.text = self.message.text
 
-    def _renewed(self, target: Target) -> Target:
+    def _target_again(self, parked: "Exchange") -> Target | None:
         """That of a call that was parked, for a caller whose limits may be others now; RPCError if it is closed."""
-        view, kind, own = self.client.view, self.method.partition("/")[0], target.name or self.name
+        view, kind, target = self.client.view, self.method.partition("/")[0], parked.target
         if not view.limits:
             return target
+        target = target or Target(parked.instance.server.name)               # all was open to it
+        own = target.name or self.name
         member = next((one for one in view.members if one.name == target.server), None)
         if member is None:
             raise view.limits.refusal("servers", str(self.name)[:200], 200, (target.server,), own)

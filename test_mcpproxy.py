@@ -4003,11 +4003,12 @@ def test_access_a_key_starts_nothing_of_a_server_that_it_does_not_open(keys):
 
 @pytest.mark.parametrize("now, limit", [
     ({"read_only": True}, "read_only"), ({"tools": ["read_*"]}, "tools"), ({"servers": ["b"]}, "servers"), ({}, None)])
-@pytest.mark.parametrize("prefix", [{}, {"prefix": ""}])
-def test_access_a_call_that_waits_for_its_client_goes_on_only_if_its_key_still_opens_it(keys, now, limit, prefix):
-    servers = {name: (FAKE, prefix) for name in "ab"}
-    name = "inquire" if prefix else "a__inquire"
-    with keys({"ann": {}}, servers) as proxy, ModernClient(proxy, headers=brings("ann")) as client:
+@pytest.mark.parametrize("path, name, prefix", [
+    ("/mcp", "a__inquire", {}), ("/mcp", "inquire", {"prefix": ""}), ("/servers/a/mcp", "inquire", {})])
+def test_access_a_call_that_waits_for_its_client_goes_on_only_if_its_key_still_opens_it(keys, now, limit, path, name,
+                                                                                        prefix):
+    servers = {server: (FAKE, prefix) for server in "ab"}
+    with keys({"ann": {}}, servers) as proxy, ModernClient(proxy, headers=brings("ann"), path=path) as client:
         parked = park_at(client, name)
         proxy.change({"ann": now})
         answer = client.finish(parked)
