@@ -2042,6 +2042,10 @@ class Grant:
         """May this tool be used?"""
         return (self.tools is None or is_chosen(tool, self.tools)) and (is_read_only or not self.read_only)
 
+    def sets(self, variable: str) -> bool:
+        """May this variable be set?"""
+        return self.env is None or is_named(variable, ",".join(self.env))
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -2059,11 +2063,14 @@ class Limits:
         return tuple(grant for grant in self.grants if grant.is_for(servers))
 
     def refusal(self, limit: str, text: str, status: int = 200, servers: tuple[str, ...] = (),
-                tool: str | None = None) -> RPCError:
+                tool: str | None = None, variable: str | None = None) -> RPCError:
         """What somebody is told who is over one of them; and by which scope a token would not be. MCP 2025-11-25,
         Scope Challenge Handling: with those that it has, which would be lost otherwise."""
-        scope = next((name for name, grant in self.scopes if name not in self.has and grant.is_for(servers)
-                      and (tool is None or grant.takes(tool, limit != "read_only"))), None)
+        # Whether a tool only reads is not known here; so one for all tools helps more surely.
+        scopes = sorted(self.scopes, key=lambda one: one[1].read_only) if tool is not None else self.scopes
+        scope = next((name for name, grant in scopes if name not in self.has and grant.is_for(servers)
+                      and (tool is None or grant.takes(tool, limit != "read_only"))
+                      and (variable is None or grant.sets(variable))), None)
         challenge = f'{self.challenge}, error="insufficient_scope", scope="{" ".join([*self.has, scope or ""])}"'
         headers = ((CHALLENGE_HEADER, challenge),) if scope else ()
         return RPCError(f"{text} is not open to {self.key}", status=403 if headers else status, code=INVALID_PARAMS,
@@ -2674,7 +2681,8 @@ class View:
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
             own, member = target.name or name, mine.get(target.server)
             if member is None and target.server:
-                return self.limits.refusal("servers", name[:200], status, (target.server,), own)
+                tool = own if kind == "tools" else None
+                return self.limits.refusal("servers", name[:200], status, (target.server,), tool)
             if member and (member.rules.shown(own) is None or member.rules.are_of_hints):
                 return self.refusal(member, own, name, status)
         return None
@@ -9259,7 +9267,8 @@ class Exchange(ClientRequest):
         own = target.name or self.name
         member = next((one for one in view.members if one.name == target.server), None)
         if member is None:
-            raise view.limits.refusal("servers", str(self.name)[:200], 200, (target.server,), own)
+            raise view.limits.refusal("servers", str(self.name)[:200], 200, (target.server,),
+                                      own if kind == "tools" else None)
         if kind == "tools" and member.rules.shown(own) is None:
             raise view.refusal(member, own, self.name)
         return member_target(member, kind, own, self.name)
@@ -10795,8 +10804,8 @@ class Admission:
             member.settings.allowed_env for member in members}][0]
         limits = self.caller and self.caller.limits
         for name, member in itertools.product(variables, members) if limits else ():
-            if not any(grant.env is None or is_named(name, ",".join(grant.env)) for grant in limits.of(member.names)):
-                raise limits.refusal("env", f"the variable {name}", 403)
+            if not any(grant.sets(name) for grant in limits.of(member.names)):
+                raise limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
         return variables
 
     @functools.cached_property

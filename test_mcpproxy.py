@@ -16609,6 +16609,27 @@ def test_oauth_scope_for_one_server_opens_no_variable_at_another(place, name, is
             admission.variables
 
 
+@pytest.mark.parametrize("kind, name, scopes, scope", [
+    ("prompts", "b__x", {"b": {"servers": ("b",), "tools": ("read_*",)}}, "b"),
+    ("tools", "b__x", {"b": {"servers": ("b",), "tools": ("read_*",)}}, None),
+    ("tools", "b__x", {"safe": {"servers": ("b",), "read_only": True}, "b": {"servers": ("b",)}}, "b"),
+    ("tools", "b__x", {"safe": {"servers": ("b",), "read_only": True}}, "safe"),
+    ("variable", "A_TOKEN", {"none": {"env": ()}, "c": {"servers": ("c",)}, "a": {"servers": ("a",), "env": ("A_*",)}},
+     "a"),
+    ("variable", "A_TOKEN", {"none": {"env": ()}}, None)])
+def test_oauth_challenge_names_a_scope_that_helps(kind, name, scopes, scope):
+    limits = mcpproxy.Limits("x", (mcpproxy.Grant(("a",), env=()),), challenge="Bearer", scopes=tuple(
+        (one, mcpproxy.Grant(**given)) for one, given in scopes.items()))
+    settings = load("", AUTH_KEY="k", SHARED_SESSION="false")
+    catalog = mcpproxy.Catalog({one: mcpproxy.ServerConfig(one, settings) for one in "ab"}, is_file=True)
+    admission = mcpproxy.Admission(head("/mcp?A_TOKEN=t"), settings, catalog, mcpproxy.ROUTES)
+    admission.caller = mcpproxy.Caller("x", b"", limits)
+    with pytest.raises(RPCError) as refused:
+        admission.variables if kind == "variable" else admission.view.direct(f"{kind}/", name)
+    said = dict(refused.value.headers).get("WWW-Authenticate", "")
+    assert (f'scope="{scope}"' in said) if scope else not said
+
+
 @pytest.mark.parametrize("path, resource", [
     ("/mcp", "/mcp"), ("/messages", "/sse"), ("/openapi.json", "/tools"), ("/tools/echo", "/tools")])
 def test_oauth_resource_of_a_path_with_a_slash_at_its_end_is_the_same(path, resource):
