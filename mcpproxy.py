@@ -2887,11 +2887,17 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
     return servers
 
 
+def as_json(text: str) -> str:
+    """A file as editors and people write it, without what JSON has not: a byte order mark, comments, commas at the end."""
+    for superfluous in _COMMENTS, _COMMAS:
+        text = superfluous.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
+    return text
+
+
 def read_config(text: str) -> tuple[dict, tuple]:
     """The servers of a file by name, and as they were scanned, where is seen what is there twice."""
     try:
-        for superfluous in _COMMENTS, _COMMAS:
-            text = superfluous.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
+        text = as_json(text)
         plain = json.loads(text)
         whole = scan_value(text, _WHITESPACE.match(text).end())[0]
     except RecursionError:
@@ -3101,7 +3107,7 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
     if not settings.auth_keys_file:
         return Keys(tuple(callers))
     with within(settings.auth_keys_file, ValueError, RecursionError):
-        given = json.loads(text, object_pairs_hook=without_repeats)
+        given = json.loads(as_json(text), object_pairs_hook=without_repeats)
         check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
         if "scopes" in given:
             check_keys(given["scopes"], dict.fromkeys(given["scopes"], _OBJECT))
@@ -3123,9 +3129,9 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
 
 def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
     """One key of the file."""
-    if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name):
+    if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
         # What is meant as a key may stand there, and is not said.
-        raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -")
+        raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ - that is not scopes")
     grant = parse_grant(name, entry, servers, {"key": _TEXT, "sha256": _TEXT})
     if ("key" in entry) == ("sha256" in entry):
         raise SettingsError(f"{name}: needs either key or sha256")
@@ -9285,7 +9291,8 @@ class Exchange(ClientRequest):
         remote server? Only the server's list of tools tells."""
         if not self._takes_list(connection):
             return True
-        tools, name = self.instance.tools.known, self.own_name
+        tools, name = self.instance.tools, self.own_name
+        tools = tools.fresh if self.target and self.target.rules else tools.known      # what was allowed may be no more
         if tools is None or name not in tools:
             return False
         self._check_by(tools)
@@ -12066,7 +12073,9 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("SANDBOX_WRITE", settings.sandbox_write and settings.sandbox == "off", "SANDBOX=off"))
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
-    return lines + [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
+    lines += [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
+    return lines + [f"{name.upper()} has no effect without OAUTH_ISSUER" for name in Settings.__dataclass_fields__
+                    if name.startswith("oauth_") and getattr(settings, name) and not settings.oauth_issuer]
 
 
 def argument_parser():

@@ -1742,6 +1742,7 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("two letters exchanged", {"AUTH_KYE": "x"}, "AUTH_KEY"),
     case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
     case("one that cannot", {"SESSION_SECRET": SEAL}, None),
+    case("scopes of nobody's tokens", {"OAUTH_SCOPES": "mcp"}, "OAUTH_SCOPES has no effect without OAUTH_ISSUER"),
     case("nothing", {"PREWARM": "1", "SHARED_SESSION": "false", "HOSTS": "x", "PATH": "/bin"}, None),
     case("a shell", {"MCP_SERVER_CONFIG": "env A=1 bash -lc 'cat | tee $HOME'"}, None),
 ])
@@ -5309,6 +5310,20 @@ def test_views_of_limited_callers_are_for_no_public_cache(keys):
                 assert client.call("tools/list")["result"]["cacheScope"] == "private"
 
 
+def test_views_read_only_goes_by_no_old_hint_where_changes_are_not_told(keys, altered):
+    """The server takes the hint back after the first list."""
+    tools = {"tools": [{"name": "t", "inputSchema": {}, "annotations": {"readOnlyHint": True}}]}
+    fickle = (LISTING_SERVER % ({"tools/list": tools}, "")).replace("    answer =", """\
+    if 'first' in globals() and method == 'tools/list': LISTS['tools/list']['tools'][0]['annotations'] = {}
+    if method == 'tools/list': first = True
+    answer =""", 1)
+    altered(KEPT_SECONDS=0.5)
+    with keys({"ann": {"read_only": True}}, {"a": ([sys.executable, "-c", fickle], {})}) as proxy:
+        called = lambda: ask_joint(proxy, "tools/call", {"name": "a__t"}, **brings("ann"))
+        assert text_of(called()) == "t"
+        assert until(lambda: limit_of(answer)[1] if "error" in (answer := called()) else "", "a refusal") == "read_only"
+
+
 def test_views_read_only_asks_the_server_for_its_hints_before_the_first_call(keys, any_kind):
     """No list was asked for yet."""
     with keys({"ann": {"read_only": True}}, {"a": kept("a", shared_session=False)}) as proxy:
@@ -5467,6 +5482,14 @@ def test_configuration_that_cannot_be_used_is_refused_with_file_server_and_key(g
 
 
 A_KEY = {"key": "one"}
+
+
+def test_configuration_of_keys_may_have_what_that_of_servers_may(tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text('\ufeff{"ann": {"key": "a//b", /* hers */ "tools": ["x"],},   // and no more\n}')
+    settings = load("", AUTH_KEYS_FILE=str(path))
+    (caller,) = mcpproxy.load_keys(settings, mcpproxy.Catalog({})).callers
+    assert caller == mcpproxy.Caller("ann", mcpproxy.digest_of_key("a//b"))
 
 
 @pytest.mark.parametrize("given, words", [
@@ -18313,7 +18336,7 @@ def test_command_line_prints_a_new_key_and_the_line_for_it(keys):
 
 
 @pytest.mark.parametrize("arguments", [["--new-key"], ["--new-key", ""], ["--new-key", "a b"], ["--new-key", "x" * 65],
-                                       ["--new-key=\u00e4"], ["--new-key", "a\nb"]])
+                                       ["--new-key=\u00e4"], ["--new-key", "a\nb"], ["--new-key", "scopes"]])
 def test_command_line_new_key_needs_a_name(arguments):
     assert_one_line(run_program(*arguments), 2)
 
