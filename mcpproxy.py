@@ -2888,7 +2888,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
 
 
 def as_json(text: str) -> str:
-    """A file as editors and people write it, without what JSON has not: a byte order mark, comments, commas at the end."""
+    """A file as people write it, without what JSON has not: a byte order mark, comments, commas at the end."""
     for superfluous in _COMMENTS, _COMMAS:
         text = superfluous.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
     return text
