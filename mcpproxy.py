@@ -10707,20 +10707,10 @@ OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single s
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Route:
-    """What can be done with a path."""
-
-    def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
-        self.is_public = is_public             # without a key
-        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
-        self.methods = methods                 # what an application does for each
-        self.allow = ", ".join(methods)
-
-
 class Admission:
     """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
-    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: dict[str, Route]):
+    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: "dict[str, Route]"):
         self.head, self._settings, self._catalog = head, settings, catalog
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
@@ -10738,7 +10728,7 @@ class Admission:
             self.path = self.path.rstrip("/")
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: Route | None = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
+        self.route: "Route | None" = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
             is_there = settings.oauth_issuer and not self.place and self._find_resource()
             self.route = routes.get(RESOURCE_METADATA) if is_there else None
@@ -10940,7 +10930,7 @@ class Application:
 
     nothing_here = ""                          # what is said of other paths; {0} is BASE_PATH
 
-    def __init__(self, routes: dict[str, Route], settings: Settings, mount: Mount, overview: Overview,
+    def __init__(self, routes: "dict[str, Route]", settings: Settings, mount: Mount, overview: Overview,
                  keys: Keys = Keys(), issuer: Issuer | None = None):
         self.routes, self.guards = routes, GUARDS
         self.settings, self.mount, self.overview = settings, mount, overview
@@ -11161,16 +11151,21 @@ class Application:
 GUARDS = (Application._check_origin, Application._check_host, Application._check_key, Application._check_way)
 
 
-def row(is_public: bool = False, is_open: bool = False, **methods) -> Route:
-    """A row of a table of routes. Every path takes OPTIONS."""
-    return Route(is_public, is_open, **methods, OPTIONS=Application.preflight)
+class Route:
+    """What can be done with a path; every one takes OPTIONS."""
+
+    def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
+        self.is_public = is_public             # without a key
+        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
+        self.methods = {**methods, "OPTIONS": Application.preflight}          # what an application does for each
+        self.allow = ", ".join(self.methods)
 
 
-METADATA_ROUTE = row(GET=Application.describe_resource, HEAD=Application.describe_resource, is_public=True)
+METADATA_ROUTE = Route(GET=Application.describe_resource, HEAD=Application.describe_resource, is_public=True)
 PROBES = {
-    "/healthz": row(GET=Application.health, HEAD=Application.health, is_public=True),
-    "/readyz": row(GET=Application.ready, HEAD=Application.ready, is_open=True),
-    "/metrics": row(GET=Application.metrics, HEAD=Application.metrics),
+    "/healthz": Route(GET=Application.health, HEAD=Application.health, is_public=True),
+    "/readyz": Route(GET=Application.ready, HEAD=Application.ready, is_open=True),
+    "/metrics": Route(GET=Application.metrics, HEAD=Application.metrics),
 }
 
 
@@ -11194,7 +11189,7 @@ class Probes(Application):
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (admission, body, reply) and add a row() to ROUTES.
+# Endpoints that takes (admission, body, reply) and add a Route to ROUTES.
 #
 # /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
 # Streamable HTTP, of the era that the message claims; a GET is the stream of the
@@ -11492,15 +11487,15 @@ class Endpoints(Application):
             watcher.write(encode_event([text.encode()]))
 
 
-_MCP = row(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
+_MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
 
 ROUTES = {
     "/mcp": _MCP,
     "/sse": _MCP,
-    "/messages": row(POST=Endpoints.post_message),
-    "/tools": row(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
-    "/tools/<name>": row(POST=Endpoints.call_tool),
-    "/openapi.json": row(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
+    "/messages": Route(POST=Endpoints.post_message),
+    "/tools": Route(GET=Endpoints.list_tools, HEAD=Endpoints.list_tools),
+    "/tools/<name>": Route(POST=Endpoints.call_tool),
+    "/openapi.json": Route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
     **PROBES,
     RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place
 }
@@ -12518,7 +12513,7 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
     return endpoints.send_page(reply, PAGE) if is_browser else endpoints.look(admission, body, reply)
 
 
-ROUTES["/"] = row(GET=show, HEAD=show, is_open=True)
+ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)
 
 
 if __name__ == "__main__":
