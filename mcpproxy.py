@@ -9289,7 +9289,7 @@ class Exchange(ClientRequest):
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
-        if not self._takes_list(connection):
+        if self.headers is None and not (self.target and self.target.rules) and not self._is_repeated_at(connection):
             return True
         tools, name = self.instance.tools, self.own_name
         tools = tools.fresh if self.target and self.target.rules else tools.known      # what was allowed may be no more
@@ -9297,10 +9297,6 @@ class Exchange(ClientRequest):
             return False
         self._check_by(tools)
         return True
-
-    def _takes_list(self, connection: ServerConnection) -> bool:
-        """Does it take the list of tools to know whether it may be sent, and how?"""
-        return self.headers is not None or bool(self.target and self.target.rules) or self._is_repeated_at(connection)
 
     def _check_by(self, tools: Items) -> None:
         rules, name = self.target and self.target.rules, self.own_name
