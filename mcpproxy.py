@@ -8903,8 +8903,6 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
-    mount.recent.append((now, labels, own_name, client.told or call.told, client.caller, fields) if (
-        call.size <= SMALL) else _cut(call, now, labels, own_name, fields))
     about = None
     if log.as_json:
         about = audit(client.caller, client.told or call.told, method, own_name if name != "-" else None,
@@ -8914,13 +8912,10 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
                       ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
             "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
-
-
-def _cut(call: "Exchange", now: float, labels: tuple, name: str, fields: tuple) -> tuple:
-    """What is kept of a large request: its names may be what is large."""
-    shorter = [text[:MAX_LABEL_VALUE] for text in labels]
-    return now, shorter, name[:MAX_LABEL_VALUE], call.client.told, call.client.caller, (
-        fields[0], shorter[1], "-", "-", *fields[4:])
+    if call.size > SMALL:                  # its names may be what is large
+        labels, own_name = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE]
+        fields = client.label, labels[1], "-", "-", *fields[4:]
+    mount.recent.append((now, labels, own_name, client.told or call.told, client.caller, fields))
 
 
 # ============================================================================
