@@ -7348,7 +7348,8 @@ class Session(Client):
         super().__init__(mount, view, caller, variables, principal)
         self.id = self.identity = name or os.urandom(16).hex()
         self.label = self.session_label = label_of(self.id)
-        self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE
+        self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
+        self.transport = "streamable-http" if is_streamable else "sse"
         self.is_followed = False                    # did its client come again?
         self.is_ended = False
         self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
@@ -10600,7 +10601,7 @@ class Overview:
 
     def _about_session(self, session: Session) -> dict:
         return {"session": session.label, "client": session.told, "place": session.view.place or "",
-                "revision": session.version or "", "transport": transport_of(session),
+                "revision": session.version or "", "transport": session.transport,
                 "key": session.caller.name if session.caller else "", "since": int(self._wall(session.opened_at)),
                 "calls": len(session.calls)}
 
@@ -10633,7 +10634,7 @@ class Overview:
         import platform
         mount, counters, census = self._mount, self._mount.counters, self._census
         running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
-        transports = collections.Counter(map(transport_of, mount.sessions.values()))
+        transports = collections.Counter(session.transport for session in mount.sessions.values())
         yield ("mcp_server_operation_duration_seconds", "histogram", "How long requests of clients took.",
                [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()])
         yield from self._families_of_servers()
@@ -10647,7 +10648,7 @@ class Overview:
                 ("calls_in_flight", "gauge", "Calls that clients wait for.", [
                     ({"server": name}, running[name]) for name in dict.fromkeys(("", *mount.servers, *running))]),
                 ("sessions", "gauge", "Sessions of clients.", [
-                    ({"transport": transport}, transports[transport]) for transport in TRANSPORTS]),
+                    ({"transport": transport}, transports[transport]) for transport in ("streamable-http", "sse")]),
                 ("refused_total", "counter", "Requests that were refused, by HTTP status.", [
                     ({"reason": re.sub("[ -]", "_", REASONS[status].lower())}, number)
                     for status, number in counters.refused.items()]),
@@ -10676,14 +10677,6 @@ class Overview:
                 ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.", self._seconds)):
             found = [({"server": server.name}, value_of(server)) for server in self._mount.servers.values()]
             yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
-
-
-TRANSPORTS = ("streamable-http", "sse")
-
-
-def transport_of(session: Session) -> str:
-    """How its client reaches it, as the names in clients' configuration go."""
-    return TRANSPORTS[0 if session.is_streamable else 1]
 
 
 # ============================================================================
