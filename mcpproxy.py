@@ -11843,25 +11843,25 @@ class Proxy:
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
-        looked = watched = measured = 0.0
+        looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
+        looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick())]
+        looks += [(WATCH_SECONDS, self._look_at_config)] if self.settings.watch else []
+        last = dict.fromkeys(looks, 0.0)
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
             now = time.monotonic()
-            if self.settings.watch and now - watched > WATCH_SECONDS:
-                watched, seen = now, self._stat_config()
-                if seen and seen != self._config_seen:
-                    asyncio.get_running_loop().call_soon(self.reload)          # a fault in it must not end this loop
-            for part in self.http, self.probes, self.endpoints, self.mount:
-                try:
-                    part.tick(now)
-                except Exception as error:
-                    log.fault(error)                       # what is looked at next time still is
-            if now - measured > MEASURE:
-                measured = now
-                self.reaper.census.measure()
-            if now - looked > LOOK:
-                looked = now
-                self.reaper.tick()
+            for look in looks:
+                if now - last[look] > look[0]:
+                    last[look] = now
+                    try:
+                        look[1](now)
+                    except Exception as error:
+                        log.fault(error)                   # what is looked at next time still is
+
+    def _look_at_config(self, now: float) -> None:
+        seen = self._stat_config()
+        if seen and seen != self._config_seen:
+            self.reload()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
         """What asyncio has to say. It pauses accepting when descriptors run out, and says so a thousand times."""
