@@ -9398,8 +9398,13 @@ class Exchange(ClientRequest):
             if self.group:
                 self.instance.server.failures = 0
                 self.group.remember(response, self.instance.server)
-            if not response.is_result and (self._ask_next() or self._is_unknown_without(response)):
-                return None
+            if not response.is_result:
+                if self._ask_next():
+                    return None
+                # A resource that nobody knows may be that of a server which cannot be asked.
+                if self.missing and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
+                    why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
+                    raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
                 claim(self.instance, self.client, response)
@@ -9426,14 +9431,6 @@ class Exchange(ClientRequest):
         """The server does not do it."""
         if not self._ask_next():
             self.fail(error)
-
-    def _is_unknown_without(self, response: ResponseLine | Message) -> bool:
-        """A resource that nobody knows may be that of a server which cannot be asked."""
-        is_so = bool(self.missing) and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS)
-        if is_so:
-            self.fail(ServerError("no server that can be used has it; " + "; ".join(
-                f"server {name}: {why}" for name, why in self.missing.items()), data={UNAVAILABLE_KEY: self.missing}))
-        return is_so
 
     def _ask_next(self) -> bool:
         """Asks the next of those that may have the resource; is there one?"""
