@@ -9861,11 +9861,6 @@ class Reply:
         connection.finished()
 
     @property
-    def seconds(self) -> float:
-        """Since its request began."""
-        return time.monotonic() - self.connection.since
-
-    @property
     def about(self) -> dict[str, str]:
         """What the log says of the request; not its query, which may hold a key."""
         return {"http_method": self.head.method if self.head else "-", "path": self.head.path if self.head else "-",
@@ -11047,7 +11042,7 @@ class Application:
         about, admission = reply.about, reply.admission
         if log.as_json and admission and reply.head.method == "POST":
             about |= self._audited(admission, message, error)
-            about |= {"ms": reply.seconds * 1000, "bytes_out": sum(map(len, payload)),
+            about |= {"ms": (time.monotonic() - reply.connection.since) * 1000, "bytes_out": sum(map(len, payload)),
                       "bytes_in": len(message.text) if message else 0}
         log.info("! %(http_method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **about,
                  status=error.http_status, reason=str(error))
