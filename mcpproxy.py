@@ -11215,8 +11215,7 @@ class Endpoints(Application):
 
     def post_message(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """POST /messages: one message of a session's client; what is answered goes to its stream."""
-        session_id = admission.head.query_value("session_id")
-        session = self._find_session(session_id, admission, is_streamable=False)
+        session = self._session(admission, is_streamable=False)
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         message = parse_message(decode_json(body))
@@ -11353,11 +11352,10 @@ class Endpoints(Application):
         self.mount.delete_session(self._session(admission))
         reply.send(204, [])
 
-    def _session(self, admission: Admission) -> Session:
-        return self._find_session(admission.session_id, admission, is_streamable=True)
-
-    def _find_session(self, session_id: str | None, admission: Admission, is_streamable: bool) -> Session:
+    def _session(self, admission: Admission, is_streamable: bool = True) -> Session:
+        """The session that a request names; what it does is done as its caller may do it now."""
         caller = admission.caller
+        session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
             session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
                                                    admission.way)
