@@ -271,6 +271,10 @@ class ServerError(ProxyError):
     code = SERVER_FAILED
     is_unsent = False                    # is it sure that nothing of the request reached the server?
 
+    def reworded(self, message: str) -> "ServerError":
+        """The same error in other words."""
+        return ServerError(message, status=self.http_status, data=self.data, headers=self.headers)
+
 
 class HandshakeRefused(ServerError):
     """The server answered, but not with what a handshake needs."""
@@ -6950,7 +6954,7 @@ class Instance:
         if self.failure and self.state is not InstanceState.STARTING and self.connection is None:
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
-            raise ServerError(str(self.failure), data=self.failure.data)
+            raise self.failure.reworded(str(self.failure))
 
     def tell_way(self, way: str) -> None:
         """Somebody waits for it through other proxies: it must not wait for one of those itself."""
@@ -8154,7 +8158,7 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
         except ServerError as error:
             return await ask(another(client, server, instance, error))
 
-    values, missing, waiting = {}, {}, {}
+    values, errors, waiting = {}, {}, {}
     for member in members:
         try:
             server = client.mount.server(member.name)
@@ -8168,7 +8172,7 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
             if values[member.name] is None:
                 waiting[asyncio.ensure_future(ask_one(server, instance))] = member.name, instance
         except ProxyError as error:
-            missing[member.name] = str(error)
+            errors[member.name] = error
     left, timeout = set(waiting), JOINT_SECONDS if len(members) > 1 else None
     try:
         while left:
@@ -8177,7 +8181,7 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
             for task in done:
                 error = task.exception()
                 if error:
-                    missing[waiting[task][0]] = str(as_told(error))
+                    errors[waiting[task][0]] = as_told(error)
                 else:
                     values[waiting[task][0]] = task.result()
             if any(value is not None for value in values.values()):
@@ -8187,12 +8191,16 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
         for task in left:
             task.cancel()
             name, instance = waiting[task]
-            missing[name] = "it has not answered yet" if instance.connection else "it is starting"
+            errors[name] = ServerError("it has not answered yet" if instance.connection else "it is starting")
+    missing = {name: str(error) for name, error in errors.items()}
     found = [(member, values[member.name]) for member in members if values.get(member.name) is not None]
     if not found:
         what = "server " if len(members) == 1 else "none of the servers can be used: "
-        raise ServerError(what + "; ".join(f"{name}: {why}" for name, why in missing.items()),
-                          data={UNAVAILABLE_KEY: missing})
+        what += "; ".join(f"{name}: {why}" for name, why in missing.items())
+        all_are_busy = all(error.http_status == 503 for error in errors.values())
+        error = try_later(what) if all_are_busy else ServerError(what)
+        error.data = {UNAVAILABLE_KEY: missing}
+        raise error
     return found, missing
 
 
@@ -9330,7 +9338,7 @@ class Exchange(ClientRequest):
             self.instance.check_up()
             return await self.instance.ready()
         except ServerError as error:
-            raise ServerError(f"server {self.instance.server.name}: {error}", data=error.data) from None
+            raise error.reworded(f"server {self.instance.server.name}: {error}") from None
 
     def begin(self, connection: ServerConnection) -> None:
         """Sends the request, or does what is done in its place."""

@@ -10927,6 +10927,8 @@ def test_several_servers_of_a_session_are_no_more_than_may_be(several):
         with StreamableClient(proxy) as client:
             missing = client.call("tools/list")["result"]["_meta"]["mcpproxy/unavailable"]
             assert sorted(missing.values()) == ["too many processes"] * 2 and len(servers_of(proxy)) == 2
+            for answer in (proxy.request("POST", "/mcp", initialize(), ACCEPT), proxy.request("GET", "/tools")):
+                assert answer.status == 503 and answer.headers["retry-after"]
 
 
 @pytest.mark.parametrize("odd", [
