@@ -11441,8 +11441,9 @@ class Endpoints(Application):
         """GET /: all that can be seen of the proxy, as JSON. GET /?watch=1: the same whenever it has changed."""
         if admission.objection:
             raise admission.objection
+        text = self.overview.summary(admission.caller)           # RPCError for a key that opens nothing
         if admission.head.method == "HEAD" or admission.head.query_value("watch") is None:
-            return self.send_json(reply, self.overview.summary(admission.caller).encode())
+            return self.send_json(reply, text.encode())
         if len(self._watchers) >= MAX_WATCHERS:
             watchers = {watcher.connection: watcher for watcher in self._watchers}
             others = who_gives(watchers, reply.connection.principal)

@@ -4060,6 +4060,11 @@ def test_access_a_place_that_a_key_does_not_open_is_forbidden_whatever_is_asked_
             assert method == "HEAD" or limit_of(response.json()) == (-32602, "servers", key)
 
 
+@pytest.mark.parametrize("path", ["/", "/?watch=1"])
+def test_access_to_the_overview_is_for_keys_that_open_something(matrix, path):
+    assert limit_of(matrix.request("GET", path, None, brings("none")).json()) == (-32602, "servers", "none")
+
+
 @EACH_PLACE_AND_KEY
 def test_access_limits_hold_for_tools_without_mcp(matrix, place, key):
     servers = [place.rpartition("/")[2]] if place else [*SHOWN]
