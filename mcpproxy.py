@@ -8944,8 +8944,6 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
 # It goes back to WAITING where several servers may have a resource, and one refused it.
 
 RUNNING_CALLS = 1_000            # of one client at a time
-NOWHERE: list[Target] = []       # is never changed: most calls have one target
-
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
 EXCHANGE_STATES = {
@@ -8969,7 +8967,7 @@ class ClientRequest(PendingRequest, Holder):
                  headers: dict[str, str] | None = None):
         self.client, self.instance = client, instance
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
-        self.others: list[Target] = NOWHERE           # where it goes next if it is refused
+        self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
         self.group: Group | None = None               # whose members stand in for each other, once for a call:
         self.work: asyncio.Task | None = None         # that waits for what it needs
