@@ -12107,6 +12107,11 @@ def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]
             + ("/echo -H 'Content-Type: application/json' -d '{\"text\":\"hello\"}'\n" if name == "demo" else "\n"))
 
 
+def printable(text: object) -> str:
+    """What somebody else said, on one line and without what a terminal would obey."""
+    return text if (text := str(text)).isprintable() else repr(text)[1:-1]
+
+
 async def tell_servers(mount: Mount, base: str) -> None:
     """For a terminal: the servers, once it is known what they are, or some of them take long."""
     late = mount.now() + SLOW_START
@@ -12118,11 +12123,11 @@ async def tell_servers(mount: Mount, base: str) -> None:
         what = (identity.era, identity.version, f"{identity.name} {identity.release}"[:80]) if identity else (
             "", "", server.last_error[:80])
         rows.append((name, server.state, *what, place))
-    texts = [[text if (text := str(cell)).isprintable() else ascii(text) for cell in row] for row in rows]
+    texts = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
     with contextlib.suppress(OSError):
-        os.write(1, "".join(f"  {line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        os.write(1, "".join(f"  {line}\n" for line in lines).encode())
 
 
 async def run(settings: Settings) -> None:
@@ -12206,7 +12211,7 @@ async def check(settings: Settings) -> bool:
                 is_late = isinstance(outcome, asyncio.TimeoutError)
                 why = "it has not answered in time" if is_late else str(as_told(outcome))
                 outcome = [f"{member.name}: does not work: {why}"]
-            print("\n".join(outcome).encode("utf-8", "backslashreplace").decode())
+            print(*map(printable, outcome), sep="\n")
     finally:
         await proxy.stop()
     return all_work

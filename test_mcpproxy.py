@@ -11088,6 +11088,12 @@ def test_several_servers_are_checked(tmp_path, broken):
     assert ("b: does not work: the MCP server ended with exit code 1: no good" in found.stdout) == broken
 
 
+def test_several_servers_that_are_checked_can_say_nothing_to_the_terminal_or_for_each_other():
+    program = LISTING_SERVER % ({"tools/list": {"tools": [{"name": "t\x1b]0;x\x07\nb: fine", "inputSchema": {}}]}}, "")
+    found = run_program("--check", "--", sys.executable, "-c", program)
+    assert found.returncode == 0 and r"tools (1): t\x1b]0;x\x07\nb: fine" in found.stdout
+
+
 def test_several_servers_and_a_command_are_refused(tmp_path):
     path = write_config(tmp_path / "mcp.json", {"a": (FAKE, {})})
     found = run_program("--config", path, "--", "x")
