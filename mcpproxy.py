@@ -10692,7 +10692,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class Admission:
     """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
 
-    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: "dict[str, Route]"):
+    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: dict):
         self.head, self._settings, self._catalog = head, settings, catalog
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
@@ -10710,7 +10710,7 @@ class Admission:
             self.path = self.path.rstrip("/")
         # What an endpoint says of its own place.
         self.base = base + (f"/servers/{self.place}" if self.place else "")
-        self.route: "Route | None" = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
+        self.route = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
             is_there = settings.oauth_issuer and not self.place and self._find_resource()
             self.route = routes.get(RESOURCE_METADATA) if is_there else None
@@ -12037,21 +12037,20 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         near = difflib.get_close_matches(given, names - {"HOST", "PORT"}, 1, 0.87)
         lines += [f"{given} is no setting; was {near[0]} meant?"] if near else []
     without_effect = (
-        ("PREWARM", settings.prewarm and settings.shared_session, "SHARED_SESSION=true"),
-        ("REQUIRE_SESSION", settings.require_session and not settings.shared_session, "SHARED_SESSION=false"),
-        ("REQUIRE_SESSION", settings.require_session and settings.stateless, "STATELESS=true"),
-        ("SESSION_SECRET", settings.session_secret and settings.stateless, "STATELESS=true"),
-        ("SESSION_SECRET", settings.session_secret and not settings.shared_session, "SHARED_SESSION=false"),
-        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_key, "AUTH_KEY"),
-        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.auth_keys_file, "AUTH_KEYS_FILE"),
-        ("ALLOWED_HOSTS", settings.allowed_hosts and settings.oauth_issuer, "OAUTH_ISSUER"),
-        ("SANDBOX_READ", settings.sandbox_read and settings.sandbox == "off", "SANDBOX=off"),
-        ("SANDBOX_WRITE", settings.sandbox_write and settings.sandbox == "off", "SANDBOX=off"))
+        ("with SHARED_SESSION=true", settings.shared_session, "PREWARM"),
+        ("with SHARED_SESSION=false", not settings.shared_session, "REQUIRE_SESSION SESSION_SECRET"),
+        ("with STATELESS=true", settings.stateless, "REQUIRE_SESSION SESSION_SECRET"),
+        ("with AUTH_KEY", settings.auth_key, "ALLOWED_HOSTS"),
+        ("with AUTH_KEYS_FILE", settings.auth_keys_file, "ALLOWED_HOSTS"),
+        ("with OAUTH_ISSUER", settings.oauth_issuer, "ALLOWED_HOSTS"),
+        ("without OAUTH_ISSUER", not settings.oauth_issuer, "OAUTH_AUDIENCE OAUTH_SCOPES OAUTH_JWKS_URL "
+                                                            "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
+        ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
+        ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"))
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
-    lines += [f"{name} has no effect with {other}" for name, is_so, other in without_effect if is_so]
-    return lines + [f"{name.upper()} has no effect without OAUTH_ISSUER" for name in Settings.__dataclass_fields__
-                    if name.startswith("oauth_") and getattr(settings, name) and not settings.oauth_issuer]
+    return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so
+                    for name in names.split() if getattr(settings, name.lower())]
 
 
 def argument_parser():
