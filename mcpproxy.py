@@ -8912,19 +8912,19 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
-    about = None
+    about, told = None, client.told or call.told
     if log.as_json:
-        about = audit(client.caller, client.told or call.told, method, own_name if name != "-" else None,
+        about = audit(client.caller, told, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
                       era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
                       session=client.session_label, server=place, id=call.id, outcome=outcome, error_type=problem,
                       ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
             "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
-    if call.size > SMALL:                  # its names may be what is large
-        labels, own_name = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE]
+    if call.size > SMALL:                  # what it says may be what is large
+        labels, own_name, told = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE], client.told
         fields = client.label, labels[1], "-", "-", *fields[4:]
-    mount.recent.append((now, labels, own_name, client.told or call.told, client.caller, fields))
+    mount.recent.append((now, labels, own_name, told, client.caller, fields))
 
 
 # ============================================================================
