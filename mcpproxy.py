@@ -6282,11 +6282,13 @@ class Owners(dict[tuple[str, str], object]):
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
         """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
-        one can show. When too many are known, the oldest of whoever has most is forgotten."""
+        one can show. When too many are known, the oldest of whoever has most are forgotten."""
         if name and client and client.identity is not client and (name[0] != "task" or name not in self):
             if len(self) >= KNOWN_OWNERS:
-                (most, _), = collections.Counter(self.values()).most_common(1)
-                del self[next(one for one, identity in self.items() if identity == most)]
+                (most, number), = collections.Counter(self.values()).most_common(1)
+                mine = (one for one, identity in self.items() if identity == most)
+                for one in list(itertools.islice(mine, 1 + number // 10)):           # to count is dear
+                    del self[one]
             self[name] = client.identity
 
 
@@ -8785,6 +8787,7 @@ class Dialogue:
         self.late = None                              # what the server said last while the call was parked
         self.rounds = 0                               # how often a modern server asked for input
         self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
+        self._parking: asyncio.TimerHandle | None = None
 
     def ask_session(self, question: Question) -> None:
         """Asks a legacy client."""
@@ -8794,12 +8797,17 @@ class Dialogue:
 
     def ask_by_parking(self, question: Question, missing: dict | None) -> None:
         """Asks a modern client, unless it lacks something for that."""
+        if len(self.questions) >= OPEN_QUESTIONS:
+            next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
         self.questions[str(question.id)] = question
         question.call, question.missing = self.exchange, missing
-        asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
+        self._park_soon()
+
+    def _park_soon(self) -> None:
+        self._parking = self._parking or asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)
 
     def _park(self) -> None:
-        exchange, missing = self.exchange, {}
+        exchange, missing, self._parking = self.exchange, {}, None
         for question in [question for question in self.questions.values() if question.missing]:
             question.refuse(NO_CLIENT_CAN)
             for name, value in question.missing.items():
@@ -8844,7 +8852,7 @@ class Dialogue:
         elif late:
             exchange.on_response(late)
         elif self.questions:
-            asyncio.get_running_loop().call_later(PARK_SECONDS, self._park)          # what is missing is asked again
+            self._park_soon()                     # what is missing is asked again
 
     def end(self, is_answered: bool) -> None:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
@@ -10027,7 +10035,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     self._reply.admission, self._reply.headers = head.admission, head.admission.headers
                     self.principal = head.admission.caller or self._host
                     size = head.content_length
-                    if size and size > SMALL and not budget.has_room(self.principal, size):
+                    is_large = size and SMALL < size <= self._application.max_body        # over that, it is refused
+                    if is_large and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
                     refusal = error
@@ -10855,7 +10864,7 @@ def openapi_document(tools: dict[str, str], title: str, version: str, base_path:
     for name, text in tools.items():
         try:
             tool = scan_plain(text, 0)[0]
-            path = "/tools/" + quote(name, safe="")
+            path = "/tools/" + quote(name, safe="", errors="surrogatepass")
             paths[path] = dump({"post": openapi_operation(path, name, tool)})
         except RecursionError:
             log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
