@@ -6421,6 +6421,13 @@ def tell_all(instance, message: Message) -> None:
             listener.on_event(told(listener.client))
 
 
+def tell_of_lists(instance) -> None:
+    """What its server lists may have changed, and nobody was told of it."""
+    for kind, _ in LIST_CHANGES.values():
+        if kind in instance.identity.capabilities:
+            _to_all(instance, list_changed(kind), None)
+
+
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     subscribers = set(instance.sessions.values()) if instance.is_private else set()
     for uri in wholes_of(message.params.get("uri")):
@@ -6656,7 +6663,7 @@ class Listening:
             self.instance.connection.cancel(before.server_id, "replaced")
         if self._was_deaf:                     # a remote server may even be another one now
             self._was_deaf = False
-            self.instance.tell_of_lists()
+            tell_of_lists(self.instance)
         uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
             self.instance.topics.settle(topic, None if isinstance(uris, list) and topic.uri in uris else REFUSED)
@@ -7116,13 +7123,7 @@ class Instance:
             self.adjust_log_level()
         if is_another:
             self.is_missed = False
-            self.tell_of_lists()
-
-    def tell_of_lists(self) -> None:
-        """What the server lists may have changed, and nobody was told."""
-        for kind, _ in LIST_CHANGES.values():
-            if kind in self.identity.capabilities:
-                pass_on(self, list_changed(kind))
+            tell_of_lists(self)
 
     def on_time_out(self) -> None:
         """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
