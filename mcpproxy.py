@@ -5753,6 +5753,7 @@ class PendingRequest:
     is_endless = False         # a subscription: no time is too long
     is_running = False         # is the server at work on it, and its client there? What is
     is_parked = False          # waits for its client
+    last_sign = float("inf")   # when it last showed that it is alive; what has none waits for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
         """The server responded."""
@@ -5766,10 +5767,6 @@ class PendingRequest:
     def on_event(self, message: Message) -> None:
         """It sent a notification for the subscription that this request is."""
 
-    def is_overdue(self, now: float, patience: float) -> bool:
-        """Has it waited for more than `patience` seconds without a sign of life?"""
-        return False
-
 
 class OwnRequest(PendingRequest):
     """A request that the proxy itself makes."""
@@ -5777,7 +5774,7 @@ class OwnRequest(PendingRequest):
     def __init__(self, now: float, then=None):
         self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._then = then            # called with it in the turn in which it is done; its own callbacks are a turn late
-        self._started = now
+        self.last_sign = now
 
     def on_response(self, response: ResponseLine | Message) -> None:
         try:
@@ -5795,9 +5792,6 @@ class OwnRequest(PendingRequest):
             self.response.exception()        # nobody has to ask for it
             if self._then:
                 self._then(self.response)
-
-    def is_overdue(self, now: float, patience: float) -> bool:
-        return now - self._started >= patience
 
     async def result(self) -> Message:
         """The response, which has a result; HandshakeRefused when it is an error."""
@@ -5979,7 +5973,7 @@ class ServerConnection(Holder):
         if self.held:
             budget.set(self, self.link.backlog)
         for server_id, request in list(self.pending.items()):
-            if request.client is None and request.is_overdue(now, patience):
+            if request.client is None and now - request.last_sign >= patience:
                 self.cancel(server_id, "timed out")
                 request.on_failure(ServerError("the MCP server took too long", status=504))
 
@@ -8090,7 +8084,7 @@ class Mount:
                 server.probe()
         for call in calls:
             settings = call.instance.server.settings if call.instance else self.settings
-            if call.is_overdue(now, settings.request_timeout):
+            if now - call.last_sign >= settings.request_timeout:
                 call.time_out()
         if now - self._looked_at >= 1.0:                     # there may be many thousands
             self._looked_at = now
@@ -9169,9 +9163,6 @@ class ClientRequest(PendingRequest, Holder):
         if notification and len(notification.text) <= SMALL:
             line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
         self.connection.cancel(self.server_id, reason, line)
-
-    def is_overdue(self, now: float, patience: float) -> bool:
-        return now - self.last_sign >= patience
 
     # What the server asks.
 
