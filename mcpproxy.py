@@ -6600,8 +6600,8 @@ class ListenRequest(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
-            honoured = message.value("params").get("notifications") if message.params else None
-            return self.listening.on_acknowledged(self, honoured if isinstance(honoured, dict) else {})
+            taken = member_at(message.plain_params, ("notifications", "resourceSubscriptions"))
+            return self.listening.on_acknowledged(self, taken if isinstance(taken, list) else [])
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         pass_on(self.listening.instance, parse_message(line.decode()))
@@ -6648,8 +6648,8 @@ class Listening:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
 
-    def on_acknowledged(self, request: ListenRequest, honoured: dict) -> None:
-        """The server listens; what it leaves out it has refused."""
+    def on_acknowledged(self, request: ListenRequest, uris: list) -> None:
+        """The server takes these subscriptions; the others it has refused."""
         if request is not self._next:
             return
         before, self._current, self._next = self._current, request, None
@@ -6658,9 +6658,8 @@ class Listening:
         if self._was_deaf:                     # a remote server may even be another one now
             self._was_deaf = False
             tell_of_lists(self.instance)
-        uris = honoured.get("resourceSubscriptions")
         for topic in request.topics:
-            self.instance.topics.settle(topic, None if isinstance(uris, list) and topic.uri in uris else REFUSED)
+            self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
         self._go_on()
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
