@@ -6665,19 +6665,16 @@ class Listening:
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
         if request is self._current:
-            self._current, self._is_outdated, self._was_deaf = None, True, True
-            if not self._next:
-                asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
-        elif request is self._next:
+            self._current, self._was_deaf = None, True
+        else:
             self._next = None
-            if isinstance(error, ServerError) and self.instance.connection and self.instance.listening is self:
-                self._is_outdated = True               # a remote server did not take this one request
-                asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
-                return
-            for topic in request.topics:
-                if not topic.verdict.done():
-                    self.instance.topics.settle(topic, error)
-            self._go_on()
+            if not isinstance(error, ServerError) or self.instance.listening is not self:
+                for topic in request.topics:
+                    if not topic.verdict.done():
+                        self.instance.topics.settle(topic, error)
+                return self._go_on()
+        self._is_outdated = True               # also where a remote server did not take one request
+        asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
 
 
 class Items(dict):
