@@ -8400,7 +8400,7 @@ class Bridge:
     """What happens between a client and a server: here, what is the same in every pair of eras.
 
     What is done before, or in place of, sending a request is a method that takes (exchange, message), has a row in
-    `intercepted`, and returns whether the request is dealt with."""
+    `intercepted`, and returns True where the request still has to be sent."""
 
     keeps_requests = False             # may a request be needed after it was sent?
 
@@ -8408,7 +8408,7 @@ class Bridge:
         """Knows nothing of another client's task."""
         if not exchange.instance.is_owner(exchange.client, owner_named(message)):
             raise UNKNOWN_TASK
-        return False
+        return True
 
     # MCP method -> method of the bridge
     intercepted = dict.fromkeys(("tasks/get", "tasks/result", "tasks/cancel", "tasks/update"), check_task)
@@ -8432,7 +8432,7 @@ class Bridge:
 class LegacyClientBridge(Bridge):
     """Requests of a legacy client that would change the server for its other clients too."""
 
-    def initialize(self, exchange: "Exchange", message: Message) -> bool:
+    def initialize(self, exchange: "Exchange", message: Message) -> None:
         """Shakes hands for the server."""
         client, identity = exchange.client, exchange.instance.identity
         check_introduction(message)
@@ -8443,24 +8443,22 @@ class LegacyClientBridge(Bridge):
         if client.is_session:
             client.introduce(message, version)
         exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
-        return True
 
-    def set_level(self, exchange: "Exchange", message: Message) -> bool:
+    def set_level(self, exchange: "Exchange", message: Message) -> bool | None:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
         level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
         if not exchange.client.is_session:
             raise RPCError("a log level needs a session")
         if level not in LOG_LEVELS or not has_logs:
             if exchange.connection.era is LEGACY:
-                return False                # the server knows what to say to that; a modern one has no such method
+                return True                 # the server knows what to say to that; a modern one has no such method
             raise RPCError("the server sends no log messages of this level", status=200,
                            code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
         exchange.client.log_level = level
         exchange.instance.adjust_log_level()
         exchange.finish(encode_result(exchange.raw_id))
-        return True
 
-    def subscribe(self, exchange: "Exchange", message: Message) -> bool:
+    def subscribe(self, exchange: "Exchange", message: Message) -> None:
         """Joins those who subscribed to a resource, and tells the client what the server says to that."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         if not client.is_session:
@@ -8482,18 +8480,16 @@ class LegacyClientBridge(Bridge):
                     other.client is client and not other.is_done for other in topic.asking):
                 instance.topics.unsubscribe(client, topic)     # it was cancelled meanwhile, and nothing asked again
         topic.verdict.add_done_callback(settle)
-        return True
 
-    def unsubscribe(self, exchange: "Exchange", message: Message) -> bool:
+    def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
         """Leaves them; the server is told by the last."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         topic = instance.topics.get(uri)
         if topic and client in topic.subscribers:
             instance.topics.unsubscribe(client, topic)
         elif topic is None and exchange.connection.era is LEGACY:
-            return False                    # nobody's: the server knows what to say to that
+            return True                     # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
-        return True
 
     intercepted = {**Bridge.intercepted, "initialize": initialize, "logging/setLevel": set_level,
                    "resources/subscribe": subscribe, "resources/unsubscribe": unsubscribe}
@@ -8539,7 +8535,7 @@ class ModernClientModernServer(Bridge):
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         exchange.client.mount.make_room_among(listening, exchange.principal)
-        return False
+        return True
 
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
@@ -8595,12 +8591,11 @@ class ModernClientLegacyServer(Bridge):
     def notify(self, exchange: "Exchange", message: Message) -> None:
         exchange.tell_listener(message)
 
-    def discover(self, exchange: "Exchange", message: Message) -> bool:
+    def discover(self, exchange: "Exchange", message: Message) -> None:
         """Answers from the server's handshake."""
         exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.discover_result()))
-        return True
 
-    def listen(self, exchange: "Exchange", message: Message) -> bool:
+    def listen(self, exchange: "Exchange", message: Message) -> None:
         """A subscription, made of list changes and legacy ones; acknowledged when the server has settled the latter."""
         instance, wanted = exchange.instance, listened_for(message)
         exchange.client.mount.make_room_among(instance.listeners, exchange.principal)
@@ -8617,7 +8612,6 @@ class ModernClientLegacyServer(Bridge):
             asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
         else:
             exchange.acknowledge()
-        return True
 
     async def _acknowledge_settled(self, exchange: "Exchange", topics: list[Topic]) -> None:
         await asyncio.wait([topic.verdict for topic in topics], timeout=ACKNOWLEDGE_SECONDS)
@@ -8626,10 +8620,10 @@ class ModernClientLegacyServer(Bridge):
         if not exchange.is_done:
             exchange.acknowledge()
 
-    def retry(self, exchange: "Exchange", message: Message) -> bool:
+    def retry(self, exchange: "Exchange", message: Message) -> bool | None:
         """A request that comes again with answers goes on where its call was parked."""
         if "requestState" not in message.params:
-            return False
+            return True
         state = message.params.get("requestState")
         parked = exchange.client.mount.parked.get(state) if isinstance(state, str) else None
         # A call at what was taken out of the configuration goes on there.
@@ -8638,7 +8632,6 @@ class ModernClientLegacyServer(Bridge):
                 or parked.method != exchange.method or parked.digest != digest_of(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
         parked.dialogue.resume(exchange, message)
-        return True
 
     intercepted = {**Bridge.intercepted, "server/discover": discover, "subscriptions/listen": listen,
                    **dict.fromkeys(MAY_NEED_INPUT, retry)}
@@ -8739,10 +8732,9 @@ class LegacyClientModernServer(LegacyClientBridge):
         except ServerError as error:
             exchange.fail(error)
 
-    def ping(self, exchange: "Exchange", message: Message) -> bool:
+    def ping(self, exchange: "Exchange", message: Message) -> None:
         """Modern servers have no such method."""
         exchange.finish(encode_result(exchange.raw_id))
-        return True
 
     intercepted = {**LegacyClientBridge.intercepted, "ping": ping}
 
@@ -9342,7 +9334,7 @@ class Exchange(ClientRequest):
         self._bridge = BRIDGES[MODERN if self.envelope else LEGACY, connection.era]
         try:
             intercept = self._bridge.intercepted.get(self.method)
-            if not (intercept and intercept(self._bridge, self, self.message)):
+            if intercept is None or intercept(self._bridge, self, self.message):
                 self.transmit()
         except Exception as error:
             self.on_failure(as_told(error))
