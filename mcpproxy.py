@@ -6779,16 +6779,13 @@ class KeptList:
     @property
     def fresh(self) -> Items | None:
         """The items if they are what the server would say now."""
-        items = None if self.is_old else self.last
-        if items is not None and (self._is_doubtful or not self._is_told_of_changes):
-            age = self.instance.server.now() - items.asked_at
-            return items if age < max(KEPT_SECONDS, items.ttl_ms / 1000) else None
-        return items
-
-    @property
-    def _is_told_of_changes(self) -> bool:
-        capability = self.instance.identity.capabilities.get(LISTS[self.method][2]) if self.instance.identity else None
-        return isinstance(capability, dict) and capability.get("listChanged") is True
+        if self.is_old or self.last is None:
+            return None
+        capability = LISTS[self.method][2], "listChanged"
+        if member_at(self.instance.identity.capabilities, capability) is True and not self._is_doubtful:
+            return self.last
+        age = self.instance.server.now() - self.last.asked_at
+        return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
 
     async def _list(self) -> None:
         self.is_old = False
