@@ -7799,14 +7799,6 @@ class Server:
                     now - instance.last_used > self.settings.session_idle):
                 self.end(instance)
 
-    def end_subscriptions(self, whose=lambda client: True) -> None:
-        """Ends what modern clients listen to here, of those for whom whose(client) is true."""
-        for instance in self.instances.values():
-            pending = list(instance.connection.pending.values()) if instance.connection else []
-            for call in [*instance.listeners, *pending]:
-                if call.client and call.is_endless and whose(call.client):
-                    call.end_subscription()
-
     async def close(self) -> None:
         """Ends all instances; returns when no process is left."""
         for instance in list(self.instances.values()):
@@ -7904,7 +7896,8 @@ class Mount:
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
-        self.calls: set[PendingRequest] = set()    # that clients wait for
+        self.calls: set[PendingRequest] = set()    # that clients wait for, and
+        self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
         self.is_leaving = False                    # will the proxy end? Until it drains, all goes on
         self.is_draining = False                   # no new calls: the proxy is about to end
@@ -7957,8 +7950,9 @@ class Mount:
             session.adopt(catalog)
         for listener in list(self.listeners):
             listener.adopt(catalog)
-        for server in before.values():
-            server.end_subscriptions()
+        for call in list(self.subscriptions):
+            if call.instance and call.instance.server.is_retired:
+                call.end_subscription()
 
     def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
         """Takes other keys. What tokens may use is seen when they come again."""
@@ -7968,14 +7962,10 @@ class Mount:
             if session.caller and not now(session):
                 session.end()
             session.caller = now(session)
-
-        def is_another(client: Client) -> bool:
-            return not client.is_session and client.caller is not None and (
-                not now(client) or now(client).limits != client.caller.limits)
-        for listener in [listener for listener in self.listeners if is_another(listener.client)]:
-            listener.end_subscription()
-        for server in self.servers.values():
-            server.end_subscriptions(is_another)
+        for call in list(self.subscriptions):
+            before, caller = call.client.caller, now(call.client)
+            if not call.client.is_session and before and (not caller or caller.limits != before.limits):
+                call.end_subscription()
 
     @property
     def is_ready(self) -> bool:
@@ -8106,10 +8096,8 @@ class Mount:
 
     async def close(self) -> None:
         """Ends everything; returns when no process is left."""
-        for listener in list(self.listeners):
-            listener.end_subscription()
-        for server in self._pool.servers:
-            server.end_subscriptions()
+        for call in list(self.subscriptions):
+            call.end_subscription()
         for call in list(self.calls):
             call.fail(try_later("the proxy was stopped"))          # no other of a group is to be asked
         for session in list(self.sessions.values()):
@@ -9121,8 +9109,8 @@ class ClientRequest(PendingRequest, Holder):
 
     def _enter_books(self) -> None:
         self.client.calls[self.id] = self
-        if not self.is_endless:
-            self.client.mount.calls.add(self)
+        mount = self.client.mount
+        (mount.subscriptions if self.is_endless else mount.calls).add(self)
         if self.size > SMALL:
             budget.set(self, sys.getsizeof(self.text))
 
@@ -9134,7 +9122,7 @@ class ClientRequest(PendingRequest, Holder):
         calls, mount = self.client.calls, self.client.mount
         if calls.get(self.id) is self:            # one that was refused has another's id, maybe
             del calls[self.id]
-        mount.calls.discard(self)
+        (mount.subscriptions if self.is_endless else mount.calls).discard(self)
         if self.held:
             budget.set(self, 0)
         if self.dialogue:
@@ -9625,17 +9613,18 @@ class JointExchange(Exchange):
 
     def adopt(self, catalog: Catalog) -> None:
         """The configuration is another one: listens to those servers that there are now."""
-        before = self.client.view.members
-        with contextlib.suppress(ProxyError):
-            view, caller = self.client.view, self.client.caller
+        view, caller = self.client.view, self.client.caller
+        try:
             self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
-            uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
-            for instance in [one for one in self._joined if one.server.is_retired]:
-                self._leave_one(instance)
-            self._join_all()
-            for uri in uris:
-                asyncio.get_running_loop().create_task(self._subscribe(uri))
-        for kind, _ in LIST_CHANGES.values() if self.early is None and self.client.view.members != before else ():
+        except RPCError:
+            return self.end_subscription()
+        uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
+        for instance in [one for one in self._joined if one.server.is_retired]:
+            self._leave_one(instance)
+        self._join_all()
+        for uri in uris:
+            asyncio.get_running_loop().create_task(self._subscribe(uri))
+        for kind, _ in LIST_CHANGES.values() if self.early is None and self.client.view.members != view.members else ():
             self.on_event(list_changed(kind))
 
     def _leave_one(self, instance: Instance) -> None:

@@ -13479,6 +13479,16 @@ async def test_conversation_subscription_ends_with_an_instance_that_has_to_go_fo
 
 
 @in_town
+async def test_conversation_subscription_ends_with_its_key_also_while_it_waits_for_its_server():
+    town = Town("legacy", ["a"])
+    town.answers["a", "initialize"] = None
+    client = await town.client("modern", "a", mcpproxy.Caller("ann", mcpproxy.digest_of_key("ann")), {})
+    assert await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}) == []
+    await town.reload(["a"])                 # without keys
+    assert [message["result"]["resultType"] for message in town.told(client)] == ["complete"]
+
+
+@in_town
 async def test_conversation_log_level_is_told_to_no_server_that_has_no_logs_since_it_was_started_again():
     town = Town("legacy", ["a"])
     client = await town.client("legacy", "a")
