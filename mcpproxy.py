@@ -5729,9 +5729,8 @@ class RemoteLink(Link):
 # 24. Server connection
 # ============================================================================
 #
-# JSON-RPC with one server over the link that is handed in: a request gets an id
-# of ours, and what comes back is given to whoever waits for it. Knows messages;
-# nothing of sessions or HTTP. `now` is the clock: a function that returns seconds.
+# JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
+# to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
 JUNK_A_SECOND = 5_000      # lines that are no messages; a server that writes more is ended, so that others have a turn
 LOGGED_JUNK = 10           # lines a second
@@ -6110,8 +6109,7 @@ class ServerConnection(Holder):
 # 25. Streams, questions and outlets
 # ============================================================================
 #
-# What goes to a client: messages in order, requests of a server's that the client
-# answers, and the ways that the messages of a call take.
+# What goes to a client: messages in order, a server's questions, and the ways that the messages of a call take.
 
 KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
 KEPT_BYTES = 8 * 1024 * 1024
@@ -6476,12 +6474,10 @@ NOTIFICATION_ROUTES = {
 # 27. Subscriptions and lists
 # ============================================================================
 #
-# Many clients of one instance look like one to its server. So the first who
-# subscribes to a resource makes the proxy ask the server, under a request of its
-# own that no client can cancel, and what the server says to that is said to all
-# who wait; the last who leaves makes it take the subscription back. A legacy
-# server is asked for each resource; a modern one is listened to, once for all
-# resources and lists, anew when what is wanted changes.
+# Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
+# ask the server, under a request of its own that no client can cancel, and all who wait are told what the server says
+# to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource; a modern
+# one is listened to, once for all resources and lists, anew when what is wanted changes.
 
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
@@ -6834,14 +6830,10 @@ class KeptList:
 # 28. Instances
 # ============================================================================
 #
-# An instance keeps a server running through one link after another, and sets each
-# new one up as its clients need it. In shared mode there is one for all of them;
-# in independent mode one for each session, and one for all callers without a
-# session that are the same user: same key, name and variables. All run the same
-# code; one that belongs to a session ends with its link, the others start a new one.
-#
-# The hard part is that many clients look like one to the server, and that none
-# of them may notice the others.
+# An instance keeps a server running through one link after another, and sets each new one up as its clients need it. In
+# shared mode there is one for all; in independent mode one for all visitors that are the same user (same key, name and
+# variables), and one for each session, which ends with its link. The hard part is that many clients look like one to
+# the server, and that none of them may notice the others.
 #
 #     NEW --> STARTING --> READY
 #                ^  |        |
@@ -7230,8 +7222,7 @@ class Instance:
 # 29. Clients
 # ============================================================================
 #
-# Who sends requests. A client is attached to the instance of a server that it uses
-# when it uses it for the first time, and each request picks one of those in its view.
+# Who sends requests. A client stays with the instance of a server that it met when it used the server first.
 
 OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
 KEPT_STREAMS = 16                # of each session, after they ended
@@ -8368,14 +8359,11 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 # 33. Bridges
 # ============================================================================
 #
-# What happens to the messages of an exchange depends on the eras of its two
-# sides, so there are four bridges. Between sides of one era a message only gets
-# another id. Between eras the hard part is a server's question. The legacy way is
-# a request in the middle of a running call; the modern way is to end the call
-# with `input_required` and to be called again. So where a legacy server asks a
-# modern client, the running call is parked until the client comes back with the
-# answers, and where a modern server asks a legacy client, the client's answers
-# are gathered and the call is made again.
+# What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
+# sides of one era a message only gets another id. Between eras the hard part is a server's question. The legacy way is
+# a request in the middle of a running call; the modern way is to end the call with `input_required` and to be called
+# again. So where a legacy server asks a modern client, the running call is parked until the client comes back with the
+# answers, and where a modern server asks a legacy client, the client's answers are gathered and the call is made again.
 
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
