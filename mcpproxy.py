@@ -6272,16 +6272,20 @@ NOBODYS = RPCError("nothing says whose this is: calls of several clients are run
 class Owners(dict[tuple[str, str], object]):
     """Identities of clients, by the tasks and elicitations that are theirs."""
 
+    old: set[tuple[str, str]] = set()       # from before the server was started again: it may count from 1 again
+
     def remember(self, name: tuple[str, str] | None, client) -> None:
         """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
         one can show. When too many are known, the oldest of whoever has most are forgotten."""
-        if name and client and client.identity is not client and (name[0] != "task" or name not in self):
+        if name and client and client.identity is not client and (
+                name[0] != "task" or name not in self or name in self.old):
             if len(self) >= KNOWN_OWNERS:
                 (most, number), = collections.Counter(self.values()).most_common(1)
                 mine = (one for one, identity in self.items() if identity == most)
                 for one in list(itertools.islice(mine, 1 + number // 10)):           # to count is dear
                     del self[one]
             self[name] = client.identity
+            self.old.discard(name)
 
 
 def owner_named(message: Message) -> tuple[str, str] | None:
@@ -7082,8 +7086,10 @@ class Instance:
         self.server.takes_variables = self.server.takes_variables or bool(self.variables)
         self._become(InstanceState.READY)
         connection.on_closed = lambda: self._forget(connection)
-        for kept in self.lists.values() if is_restart else ():
-            kept.is_old = True
+        if is_restart:
+            self.owners.old = set(self.owners)
+            for kept in self.lists.values():
+                kept.is_old = True
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()

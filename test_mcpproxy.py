@@ -13489,6 +13489,22 @@ async def test_conversation_subscription_ends_with_its_key_also_while_it_waits_f
 
 
 @in_town
+async def test_conversation_task_of_a_server_that_counts_from_1_again_is_its_newest_owner_s():
+    town = Town("legacy", ["a"])
+    ann, bob = await town.client("legacy", "a"), await town.client("legacy", "a")
+    for client in ann, bob:
+        await town.say_to(client, 1, "tools/call", {"name": "t", "task": {}})
+        link, (_, call) = town.links["a"][-1], town.heard[-1]
+        town.say(link, {"id": call["id"], "result": {"task": {"taskId": "1"}}})
+        if client is ann:
+            await town.die("a")
+    await town.say_to(bob, 2, "tasks/result", {"taskId": "1"})
+    assert link.lines[-1]["method"] == "tasks/result"
+    told = await town.say_to(ann, 2, "tasks/result", {"taskId": "1"})
+    assert told[-1]["error"]["message"] == "the task is unknown"
+
+
+@in_town
 async def test_conversation_log_level_is_told_to_no_server_that_has_no_logs_since_it_was_started_again():
     town = Town("legacy", ["a"])
     client = await town.client("legacy", "a")
