@@ -4961,9 +4961,11 @@ class HTTPClient:
     async def _open(self) -> None:
         reason = None
         try:
-            _, connection = await asyncio.wait_for(asyncio.get_running_loop().create_connection(
-                lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls), CONNECT_SECONDS)
-        except asyncio.TimeoutError:
+            # Not wait_for(), which before Python 3.12 takes turns of its own, in which the connection may end unheard.
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls)
+        except TimeoutError:
             reason = "it takes too long"
         except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError
             reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error)

@@ -8445,6 +8445,25 @@ def test_remote_server_that_cannot_be_reached_says_so(configured):
         assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
 
 
+def test_remote_server_that_hangs_up_on_whoever_connects_is_heard_of_at_once():
+    """As what stands before a server that is not there does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def hang_up():
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+        threading.Thread(target=hang_up, daemon=True).start()
+
+        async def ask_often():
+            for _ in range(20):
+                with pytest.raises(OSError, match="without an answer"):
+                    await mcpproxy.ask(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        began = time.monotonic()
+        asyncio.run(ask_often())
+        assert time.monotonic() - began < mcpproxy.ANSWER_SECONDS
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_remote_server_that_refuses_everything_is_named_in_lists(configured):
     with Remote() as far, configured(far={"url": far.url}, good=command_of(FAKE)) as proxy:
         for step in "server/discover", "initialize", "GET":
