@@ -5550,10 +5550,13 @@ class RemoteLink(Link):
     def _receive(self, data: bytes, number: int | None) -> None:
         if b"\n" in data or b"\r" in data:
             data = data.replace(b"\n", b" ").replace(b"\r", b" ")            # they are only between tokens
-        if self._greeting and self._initialize[1][0] == number and find_response(data):
-            self._greeting.done() or self._greeting.set_result(data)
-            self.on_answered(number)
-        elif self.on_end:
+        if self._greeting and not self._greeting.done() and self._initialize[1][0] == number:
+            with contextlib.suppress(RPCError):
+                message = parse_message(decode_json(data), is_servers=True)
+                if message.kind is RESPONSE:
+                    self._greeting.set_result(message)
+                    return self.on_answered(number)
+        if self.on_end:
             self.on_line(data, number)
 
     def on_end_of_post(self, post: Post, head: ResponseHead, body: bytes) -> None:
@@ -5644,7 +5647,7 @@ class RemoteLink(Link):
         self._greeting = asyncio.get_running_loop().create_future()
         try:
             self._post(line, about)
-            response = parse_message(decode_json(await asyncio.wait_for(self._greeting, ASIDE_SECONDS)), True)
+            response = await asyncio.wait_for(self._greeting, ASIDE_SECONDS)
             if response.result is None:
                 raise ServerError("it refused the handshake")
         except (ProxyError, asyncio.TimeoutError) as error:

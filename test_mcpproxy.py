@@ -8507,6 +8507,20 @@ def test_remote_session_is_made_again_whatever_id_the_refusal_has():
         assert len(far.got("initialize")) == 2
 
 
+def test_remote_session_is_made_again_in_whatever_way_its_server_writes():
+    def answer(visit):
+        far.sessions.append("other")
+        text = json.dumps({"error": None, **json.loads(far.initialized(visit))}, indent=2)
+        visit.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nMcp-Session-Id: other\r\n"
+                    b"Content-Length: %d\r\n\r\n%b" % (len(text), text.encode()))
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        client.tool("echo")
+        far.sessions.clear()
+        far.script["initialize"].append(answer)
+        assert client.tool("echo", text="x") == "x"
+        assert len(far.got("initialize")) == 2 and far.got("tools/call")[-1].headers["mcp-session-id"] == "other"
+
+
 def test_remote_session_that_was_forgotten_is_no_matter_when_each_call_hears_of_it():
     with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         client.tool("echo")
