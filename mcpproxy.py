@@ -5567,12 +5567,14 @@ class RemoteLink(Link):
             self._renew(post, refusal(head, body))
         elif post.about is None:
             self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
+        elif self._endpoint and 200 <= head.status < 300:
+            pass                               # whatever it says here, HTTP+SSE has the answer on the one stream
         elif post.is_answer(head, body):
             if not post.is_stream:
                 self._receive(body, post.number)
             if self.is_awaited(post.number):
                 self._resume(post)
-        elif self._endpoint is None or not 200 <= head.status < 300:
+        else:
             self._refuse(post, refusal(head, body))
 
     def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:

@@ -8152,6 +8152,18 @@ def test_remote_http_sse_server_may_not_send_the_client_elsewhere(configured, en
         assert "elsewhere" in errors[1]["message"]
 
 
+@pytest.mark.parametrize("body, kind", [(b'{"status":"ok"}', "application/json"), (b"Accepted", "text/plain"),
+                                        (b"", "text/event-stream")])
+def test_remote_http_sse_server_may_say_what_it_likes_where_it_takes_messages(body, kind):
+    def take(visit):
+        visit.out = far.streams[-1]
+        visit.write(http_response(200, body, kind))
+        far.take(visit, lambda: None)
+    with Remote("sse") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(take)
+        assert client.tool("echo", text="x") == "x"
+
+
 def test_remote_http_sse_server_is_connected_to_again_when_its_stream_ends():
     with Remote("sse") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         stream = client.listen()
