@@ -1352,7 +1352,7 @@ def check_message(members: dict) -> None:
 
 
 def is_id(value: object) -> bool:
-    """May this be the id of a request, or a progress token? 1.0 is an integer in JSON."""
+    """Is it a string or an integer, as the id of a request or a progress token? 1.0 is an integer in JSON."""
     return isinstance(value, (str, int)) and not isinstance(value, bool) or (
         isinstance(value, float) and value.is_integer())
 
@@ -1639,9 +1639,9 @@ def check_headers(message: Message, headers: dict[str, str], version: str) -> No
             raise RPCError(f"the header {name} does not match the body", code=HEADER_MISMATCH)
 
 
-def encode_header(value: str | int) -> str:
+def encode_header(value: str | int | float) -> str:
     """A string, an integer or a boolean as a header's value. Streamable HTTP, Value Encoding."""
-    text = value if isinstance(value, str) else dump(value)
+    text = value if isinstance(value, str) else dump(int(value) if isinstance(value, float) else value)
     if _PLAIN_VALUE.fullmatch(text) and not (text.startswith("=?base64?") and text.endswith("?=")):
         return text
     return f"=?base64?{base64.b64encode(text.encode('utf-8', 'surrogatepass')).decode()}?="
@@ -1659,6 +1659,7 @@ def decode_header(value: str) -> str | None:
 
 _HEADER_NAME = re.compile(_TOKEN.decode())
 _PLAIN_VALUE = re.compile(r"(?:[!-~](?:[\t -~]*[!-~])?)?")
+_DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")             # float() takes 4_2 and infinity, too
 
 
 def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str, ...]]:
@@ -1685,7 +1686,7 @@ def member_at(value: object, path: tuple[str, ...]) -> object:
 def mirror(parameters: dict[str, tuple[str, ...]], arguments: object) -> tuple[tuple[str, str], ...]:
     """The headers that repeat arguments, as (name, value) pairs."""
     values = ((header, member_at(arguments, path)) for header, path in parameters.items())
-    return tuple((header, encode_header(value)) for header, value in values if isinstance(value, (str, int)))
+    return tuple((header, encode_header(value)) for header, value in values if is_id(value) or isinstance(value, bool))
 
 
 def check_mirrored(parameters: dict[str, tuple[str, ...]], arguments: object, headers: dict[str, str]) -> None:
@@ -1708,10 +1709,7 @@ def says_the_same(text: str | None, value: object) -> bool:
     if isinstance(value, bool):
         return text == ("true" if value else "false")
     if isinstance(value, (int, float)):
-        try:
-            return text is not None and (text == str(value) or float(text) == value)
-        except ValueError:
-            return False
+        return text == str(value) or bool(_DECIMAL.fullmatch(text or "")) and float(text) == value
     return text == value
 
 

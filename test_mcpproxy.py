@@ -2865,6 +2865,7 @@ MIRRORED = [
     case("other text", {"region": "eu"}, {"Region": "us"}, False),
     case("other number", {"number": 42}, {"Number": "43"}, False),
     case("no number", {"number": 42}, {"Number": "x"}, False),
+    case("number in Python", {"number": 42}, {"Number": "4_2"}, False),
     case("truth in Python", {"deep": {"flag": True}}, {"Flag": "True"}, False),
     case("without argument", {}, {"Region": "eu"}, False),
     case("bad base64", {"region": "eu"}, {"Region": "=?base64?!?="}, False),
@@ -7928,7 +7929,8 @@ class Remote:
         if visit.method in ("tools/call", "prompts/get", "resources/read"):
             wanted["mcp-name"] = visit.params.get("uri" if visit.method == "resources/read" else "name")
         if visit.params.get("name") == "mirror":
-            found = arguments.get("region"), arguments.get("number"), arguments.get("deep", {}).get("flag")
+            number = arguments.get("number")
+            found = arguments.get("region"), number and int(number), arguments.get("deep", {}).get("flag")
             wanted.update(zip(("mcp-param-region", "mcp-param-number", "mcp-param-flag"),
                               (value if isinstance(value, str | None) else json.dumps(value) for value in found)))
         given = {name: visit.headers.get(name) for name in wanted}
@@ -8099,6 +8101,7 @@ def test_remote_legacy_server_gets_the_headers_of_its_era():
 @pytest.mark.parametrize("arguments, expected", [
     case("plain", {"region": "us west-1", "number": -7, "deep": {"flag": False}}, ("us west-1", "-7", "false")),
     case("none", {"region": None, "number": None}, (None, None, None)),
+    case("number as float", {"number": 42.0}, (None, "42", None)),
     case("not ASCII", {"region": "Hello, \u4e16\u754c"}, ("=?base64?SGVsbG8sIOS4lueVjA==?=", None, None)),
     case("padded", {"region": " padded "}, ("=?base64?IHBhZGRlZCA=?=", None, None)),
     case("line end", {"region": "line1\nline2"}, ("=?base64?bGluZTEKbGluZTI=?=", None, None)),
