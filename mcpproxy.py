@@ -4948,13 +4948,7 @@ class HTTPClient:
         most = MAX_FETCHES + (EXTRA_FETCHES if is_extra else 0)
         if not self.is_closed and len(self._waiting) > len(self._opening) and len(
                 self.connections) + len(self._opening) < most:
-            task = asyncio.get_running_loop().create_task(self._open())
-            self._opening.add(task)
-            task.add_done_callback(self._on_opened)
-
-    def _on_opened(self, task: asyncio.Task) -> None:
-        self._opening.discard(task)
-        self._open_more()                      # for what was sent while this one was counted as on its way
+            self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
     async def _open(self) -> None:
         reason = None
@@ -4966,14 +4960,17 @@ class HTTPClient:
         except TimeoutError:
             reason = "it takes too long"
         except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError
-            reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error)
-        self._opening.discard(asyncio.current_task())      # at once: what comes in this turn must not wait for it
+            words = getattr(error, "verify_message", None), getattr(error, "strerror", None), str(error), "it hangs up"
+            reason = next(filter(None, words))
+        finally:
+            self._opening.discard(asyncio.current_task())
         if reason is None:
-            return self.release(connection)
-        while self._waiting:                               # the others would meet the same
+            self.release(connection)
+        while reason and self._waiting:                    # the others would meet the same
             fetch = self._waiting.popleft()
             fetch.is_over = True
             fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
+        self._open_more()                                  # for what was sent while this one was on its way
 
     def release(self, connection: ClientConnection) -> None:
         """A connection is free."""
