@@ -4688,7 +4688,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             step(self)
             if await self._is_gone_within(patience):
                 break
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
         self._reaper.ended(self._tag, self._pid, self._cell)
@@ -4707,7 +4707,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         deadline = time.monotonic() + seconds
         try:
             await asyncio.wait_for(self._exited.wait(), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return False
         # Children that lost their parent get a moment to notice, and are then treated as it was.
         deadline = min(deadline, time.monotonic() + 0.5)
@@ -5068,7 +5068,7 @@ async def ask(url: str, body: bytes = b"", headers: tuple[tuple[str, str], ...] 
     client.send(fetch)
     try:
         head, answer = await asyncio.wait_for(fetch.answer, ANSWER_SECONDS)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise OSError("does not answer") from None
     finally:
         client.close()
@@ -5167,7 +5167,8 @@ class Issuer:
     async def _read(self) -> None:
         """Reads its keys; those that are known stay while it is down."""
         try:
-            keys = await asyncio.wait_for(self._fetch(), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                keys = parse_jwks(await ask(self._settings.oauth_jwks_url or await self._discover()))
             if not keys:
                 raise ValueError("no key that is of use")
             is_other, self._keys, self._read_at = keys != self._keys, keys, self._now()
@@ -5175,14 +5176,11 @@ class Issuer:
                 self._verdicts = {digest: verdict for digest, verdict in self._verdicts.items()
                                   if verdict.error is None and (verdict.key is None or verdict.key in keys)}
                 self._on_other_keys()
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
+        except (OSError, ValueError) as error:             # TimeoutError is an OSError
             log.error("! the keys of %(issuer)s cannot be read: %(reason)s", issuer=self._settings.oauth_issuer,
                       reason=str(error)[:200] or "it takes too long")
         finally:
             self._reading = None
-
-    async def _fetch(self) -> list[PublicKey]:
-        return parse_jwks(await ask(self._settings.oauth_jwks_url or await self._discover()))
 
     async def _discover(self) -> str:
         """Where its keys are. MCP 2025-11-25, Authorization Server Discovery: RFC 8414 first, then OpenID Connect."""
@@ -5235,10 +5233,9 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
     """verify(), at a pace that wrong signatures cannot make dear."""
     try:
         return verify(token, keys)
-    except UnknownKey:
-        raise
-    except TokenError:
-        time.sleep(BAD_PAUSE)
+    except TokenError as error:
+        if not isinstance(error, UnknownKey):
+            time.sleep(BAD_PAUSE)
         raise
 
 
@@ -5465,7 +5462,7 @@ class RemoteLink(Link):
             delete = Ask(self._request_head("DELETE", self._session_headers()))
             delete.is_extra = True
             self._client.send(delete)
-            with contextlib.suppress(OSError, asyncio.TimeoutError):
+            with contextlib.suppress(OSError):             # TimeoutError is one
                 await asyncio.wait_for(delete.answer, DELETE_SECONDS)
         self._client.close()
         self.end()
@@ -5647,7 +5644,7 @@ class RemoteLink(Link):
             response = await asyncio.wait_for(self._greeting, ASIDE_SECONDS)
             if response.result is None:
                 raise ServerError("it refused the handshake")
-        except (ProxyError, asyncio.TimeoutError) as error:
+        except (ProxyError, TimeoutError) as error:
             return self.end(f"has forgotten its session, and opens no other: {str(error) or 'it takes too long'}")
         finally:
             self._greeting = None
@@ -5720,7 +5717,7 @@ class RemoteLink(Link):
             where, here = urlsplit(urljoin(self._url, where)), urlsplit(self._url)
             if (where.scheme, where.hostname, port_of(where)) != (here.scheme, here.hostname, port_of(here)):
                 raise HandshakeRefused("the MCP server wants its messages sent elsewhere")
-        except (ServerError, asyncio.TimeoutError, ValueError) as error:
+        except (ServerError, TimeoutError, ValueError) as error:
             self._stream.abort()
             self._endpoint = None
             raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
