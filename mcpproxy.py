@@ -1053,24 +1053,20 @@ def members_of(scanned: object) -> dict:
 
 def unique_members_of(scanned: object) -> dict:
     """The same; ValueError when a name is there twice."""
-    members = members_of(scanned)
-    if members and len(members) != len(scanned):
-        # The server's parser may take the first of two and ours the last: two views of one message.
-        raise ValueError("a name is there twice")
+    return without_repeats(scanned) if isinstance(scanned, tuple) else {}
+
+
+def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
+    """An object of JSON; ValueError when a name is there twice: another parser may take the first of two, where ours
+    takes the last, and what one has checked the other would not do."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]}: is there twice")
     return members
 
 
 _known_name = functools.lru_cache(maxsize=256)(dump)      # the few that come again and again
-
-
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """An object of JSON; ValueError if a member is there twice, because others might take the other one."""
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name[:80]}: is there twice")
-        found[name] = value
-    return found
 
 
 def quoted(name: str) -> str:
@@ -2874,7 +2870,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
                 check_name(name)
                 if [other for other, _ in scanned].count(name) > 1:
                     raise SettingsError("is there twice")
-                without_repeats(members if isinstance(members, tuple) else ())
+                unique_members_of(members)
                 given = plain[name]
                 if isinstance(given, dict) and given.get("disabled") is True:
                     continue
