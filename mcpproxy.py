@@ -3219,8 +3219,6 @@ import traceback
 #     <  came from a client    >  goes to a client    <> came and is over    =  changed state    !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
-LEVEL_NAMES = collections.defaultdict(lambda: "ERROR  ", {
-    logging.DEBUG: "DEBUG  ", logging.INFO: "INFO   ", logging.WARNING: "WARNING", logging.ERROR: "ERROR  "})
 
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
@@ -3322,10 +3320,10 @@ class Log(logging.Handler):
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
-        clock, name = self._clock, LEVEL_NAMES[level]
+        clock, name = self._clock, logging.getLevelName(level)
         if not self.as_json:
-            return f"{clock} {name} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name.strip(), "message": text, **fields}
+            return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
+        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
                          str(value)[:limit] for field, value in entry.items() if value != "-"})
@@ -3473,12 +3471,11 @@ class Counters:
 def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
     """The text that Prometheus reads, of (name, type, help, samples); these are (labels as a dict, value), and of a
     histogram the value is as in Counters. Prometheus, Exposition formats, Text-based format, 0.0.4."""
-    def sample(name: str, labels: dict, value: float) -> str:
-        pairs = [f'{label}="{escape(str(text)[:MAX_LABEL_VALUE])}"' for label, text in labels.items()]
-        return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
+    escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
-    def escape(text: str) -> str:
-        return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    def sample(name: str, labels: dict, value: float) -> str:
+        pairs = [f'{label}="{str(text)[:MAX_LABEL_VALUE].translate(escapes)}"' for label, text in labels.items()]
+        return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
     lines = []
     for name, kind, about, samples in families:
         lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
