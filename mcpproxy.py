@@ -5386,8 +5386,7 @@ class RemoteLink(Link):
         self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
         self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of messages without
                                                # an answer, which are sent one after the other
-        self._is_aside_running = False
-        self._aside_timer: asyncio.TimerHandle | None = None
+        self._aside_timer: asyncio.TimerHandle | None = None           # while one of them is on its way
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self._greeting: asyncio.Future | None = None         # of a handshake that is made again
@@ -5499,14 +5498,13 @@ class RemoteLink(Link):
         self._client.send(post)
 
     def _next_aside(self) -> None:
-        if self._asides and not self._is_aside_running and self.on_end and (
+        if self._asides and not self._aside_timer and self.on_end and (
                 self._held is None or self._asides[0][0] == INITIALIZED):
-            self._is_aside_running = True
             line, is_repeated = self._asides.popleft()
             post = Post(self, line, None, is_repeated)
-            self._client.send(post)
             self._aside_timer = asyncio.get_running_loop().call_later(
                 ASIDE_SECONDS, lambda: post.is_over or (post.abort(), self.on_aside(post, "takes too long")))
+            self._client.send(post)
 
     # Responses.
 
@@ -5597,9 +5595,7 @@ class RemoteLink(Link):
 
     def on_aside(self, post: Post, problem: str) -> None:
         """A message without an answer was taken, or not."""
-        if self._aside_timer:
-            self._aside_timer.cancel()         # it holds the message
-        self._is_aside_running = False
+        self._end_aside()
         if problem and self.on_end:
             log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
         if post.body == INITIALIZED:
@@ -5609,15 +5605,19 @@ class RemoteLink(Link):
                 self._client.send(self._stream)
         self._next_aside()
 
+    def _end_aside(self) -> None:
+        self._aside_timer.cancel()             # it holds the message
+        self._aside_timer = None
+
     # Sessions.
 
     def _renew(self, post: Post, error: ServerError) -> None:
         """The server has forgotten the session: it is opened again, and what it did not know is sent again. MCP
         2025-11-25, Transports, Session Management, 4."""
-        if post.about is None:
-            self._is_aside_running = False
         if post.is_repeated or not self._initialize or post.body == INITIALIZED:
             return self._refuse(post, error) if post.about else self.on_aside(post, "has forgotten its session")
+        if post.about is None:
+            self._end_aside()
         if self._held is None and post.session == self.session:
             self._begin_session()
         self.write(post.body, post.about, True)            # at once, if there is another one already
