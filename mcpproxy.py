@@ -1884,9 +1884,7 @@ class Identity:
     def initialize_result(self, version: str) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
         if "protocolVersion" in self._result and self.era is LEGACY:
-            text, (start, end) = self._response.text, self._response.span("result")
-            at, to = self._response.span("result", "protocolVersion")
-            return one_line(f'{text[start:at]}"{version}"{text[to:end]}').encode()
+            return as_object(self._response.raw_members("result") | {"protocolVersion": f'"{version}"'}).encode()
         return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
                             serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
 
