@@ -715,7 +715,6 @@ class RequestParser:
         self._reader = None               # what puts it together, if it does not come all at once
 
     def feed(self, data: bytes) -> None:
-        """Takes the next bytes."""
         self.rest = self.rest + data if self.rest else data
 
     @property
@@ -898,7 +897,6 @@ class LineSplitter:
         self._size = 0
 
     def feed(self, data: bytes) -> None:
-        """Takes the next bytes."""
         *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
         for line in lines:                                                  # screenshot has no line end in it
             size = self._size + len(line)
@@ -938,7 +936,6 @@ class EventParser:
         self._size, self._limit, self._on_too_long = 0, limit, on_too_long     # _size: of the event, in bytes
 
     def feed(self, data: bytes) -> None:
-        """Takes the next bytes."""
         if b"\r" in data or self._ended_in_cr:
             data, self._ended_in_cr = data.removeprefix(b"\n") if self._ended_in_cr else data, data[-1:] == b"\r"
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -3269,7 +3266,6 @@ class Log(logging.Handler):
         self.add(logging.ERROR, "! a fault of the proxy's own", {}, error)
 
     def say(self, level: int, template: str, **fields) -> None:
-        """A line for the log."""
         self.add(level, template, fields)
 
     def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None,
@@ -3538,7 +3534,7 @@ class Budget:
         if not before or not size:
             (self._holders.add if size else self._holders.discard)(holder)
         if self.held > self.limit and not was_over:
-            at_end_of_turn(self._make_room)
+            at_end_of_turn(lambda: self._free(0, list(self._holders), self._totals()))
 
     def has_room(self, principal: object, size: int) -> bool:
         """May so much more be held for a principal? Others, who hold more, give for it."""
@@ -3548,9 +3544,6 @@ class Budget:
         mine = totals[principal] + size
         return self._free(size, [holder for holder in self._holders if totals[holder.principal] > mine or (
             holder.is_spare and holder.principal == principal)], totals)
-
-    def _make_room(self) -> None:
-        self._free(0, list(self._holders), self._totals())
 
     def _totals(self) -> collections.Counter:
         totals = collections.Counter()
@@ -4804,7 +4797,6 @@ class ClientConnection(asyncio.Protocol):
         return time.monotonic() - self.used_at < REUSE_SECONDS and not self._poll.poll(0)
 
     def send(self, fetch: Fetch) -> None:
-        """Begins with a fetch."""
         self._fetch, self._head, fetch.connection, self._interim = fetch, None, self, 0
         self._uses += 1
         self._transport.writelines([fetch.head, fetch.body])
@@ -4888,7 +4880,6 @@ def client_tls():
 
 
 def port_of(url: SplitResult) -> int:
-    """The port of a split URL."""
     return url.port or (443 if url.scheme == "https" else 80)
 
 
@@ -4964,7 +4955,6 @@ class HTTPClient:
         self._open_more()                                  # for what was sent while this one was on its way
 
     def release(self, connection: ClientConnection) -> None:
-        """A connection is free."""
         connection.used_at = time.monotonic()
         if self._waiting:
             return connection.send(self._waiting.popleft())
@@ -4973,14 +4963,12 @@ class HTTPClient:
             self._idle[0].close()
 
     def forget(self, connection: ClientConnection) -> None:
-        """A connection is gone."""
         self.connections.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         self._open_more()
 
     def close(self) -> None:
-        """Ends all connections."""
         self.is_closed = True
         self._waiting.clear()
         for task in self._opening:
