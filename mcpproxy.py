@@ -2601,13 +2601,13 @@ class Target(typing.NamedTuple):
 
     def changes(self, message: Message) -> list[tuple[int, int, str]]:
         """The changes to the text of a request."""
-        changes, override = [], self.override
+        changes, override, arguments = [], self.override, message.params.get("arguments")
         if self.name is not None:
             path = ("params", "name") if "name" in message.params else ("params", "ref", "name")
             changes.append((*message.span(*path), quoted(self.name)))
-        is_object = isinstance(message.params.get("arguments") or (), tuple)          # or the server's to refuse
+        is_object = isinstance(arguments, tuple | None)          # anything else is the server's to refuse
         if override and (override.defaults or override.fixed) and is_object:
-            given = message.raw_members("params", "arguments") if message.params.get("arguments") else {}
+            given = message.raw_members("params", "arguments") if arguments else {}
             new = {name: dump(value) for name, value in override.defaults.items()} | given | {
                 name: dump(value) for name, value in override.fixed.items()}
             changes.append((*message.span("params", "arguments"), as_object(new)) if "arguments" in message.params else

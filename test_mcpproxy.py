@@ -5155,6 +5155,7 @@ CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"a__x"%s}
 
 @pytest.mark.parametrize("arguments, expected", [
     ("", {"n": 1, "raw": False}), (',"arguments":{}', {"n": 1, "raw": False}),
+    (',"arguments":null', {"n": 1, "raw": False}), (',"arguments":[]', []), (',"arguments":""', ""),
     (',"arguments":{"n":1e400,"raw":true,"name":"y"}', {"n": "1e400", "raw": False, "name": "y"})])
 def test_views_put_defaults_and_fixed_arguments_into_calls(arguments, expected):
     override = mcpproxy.Override(defaults={"n": 1}, fixed={"raw": False})
