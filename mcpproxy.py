@@ -3596,7 +3596,7 @@ STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, START, PAGES = 0, 1, 2,
 class Usage:
     """What a server uses, with all that descends from it."""
 
-    def __init__(self, server: str, tag: str, on_looked_at=None):
+    def __init__(self, server: str, tag: str, on_looked_at):
         self.server = server
         self.tag = tag
         self.on_looked_at = on_looked_at             # called when the rest is new
@@ -4283,8 +4283,8 @@ class Cell:
     @property
     def is_out_of_memory(self) -> bool:
         """Did the kernel end something of it, because it was over memory.max?"""
-        events = dict(line.split() for line in read_file(f"{self.cgroup}/memory.events").splitlines())
-        return int(events.get(b"oom_kill", 0)) > 0
+        events = read_file(f"{self.cgroup}/memory.events") if self.cgroup else b""
+        return re.search(rb"^oom_kill [1-9]", events, re.MULTILINE) is not None
 
     async def start(self, spawn, command: list[str], environment: dict[str, str], directory: str | None) -> None:
         """Starts CONFINE by spawn(), as asyncio's subprocess_exec; returns when it has become the server, or, without a
