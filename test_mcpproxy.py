@@ -8817,7 +8817,7 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
             began = time.monotonic()
             error = ask_joint(proxy, "tools/call", {"name": "next__echo", "arguments": {}})["error"]
             assert error["code"] == -32000 and time.monotonic() - began < 8
-            assert re.search("cycle|loop|508", error["message"], re.I), error
+            assert re.search("cycle|loop|508", str(error), re.I), error
             assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
 
 
@@ -8839,11 +8839,12 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
             until(lambda: has_each_once(proxy), "all tools", 90)
         client = stack.enter_context(StreamableClient(proxies[0]))
         stream = client.listen()
+        changes = lambda: [one for one in stream.messages() if "params" in one]        # not: a missing server is back
         for number in range(3):
             client.tool("good__notify", method=TOOLS_CHANGED)
-            until(lambda: len(stream.messages()) > number, "the change")
+            until(lambda: len(changes()) > number, "the change")
             time.sleep(0.3)
-        assert len(stream.messages()) == 3
+        assert len(changes()) == 3
 
 
 # ============================================================================
