@@ -8800,10 +8800,15 @@ class Dialogue:
         causes = self.exchange.connection.causes
         heirs = [call for call, identity in causes.items() if identity == self.exchange.client.identity]
         for question in list(self.questions.values()):
-            if is_answered and heirs and question.client and question.message:
-                heir = question.call = heirs[-1]
+            message = question.message
+            may_ask = [call for call in heirs if question.client or call.can_be_asked and not missing_capabilities(
+                call.capabilities, message.method, message.plain_params)] if is_answered and message else []
+            if may_ask and question.client:            # a session's, which has been asked
+                heir = question.call = may_ask[-1]
                 question.send = heir.outlet.send
                 heir.begin_dialogue().questions[str(question.id)] = question
+            elif may_ask:
+                may_ask[-1].ask(question, None)
             else:
                 question.take_back()
                 question.refuse(ServerError("the client did not answer"))

@@ -12826,6 +12826,37 @@ def test_conversation_state_of_a_parked_call_is_good_for_the_same_request_alone(
     ''', server="legacy", client="modern")
 
 
+def test_conversation_question_to_a_modern_client_outlives_a_call_that_was_answered_before_it_could_be_asked():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ASKS,"method":"tools/call","params":{"name":"x","_meta":{}}}
+        client > {"id":2,"method":"tools/call","params":{"name":"y"}}
+                server > {"id":$QUICK,"method":"tools/call","params":{"name":"y","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+                server < {"id":$QUICK,"result":{"content":[]}}
+        client < {"id":2,"result":{"resultType":"complete","content":[]}}
+        client < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        client > {"id":3,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                         "inputResponses":{"$Q":{"action":"decline"}}}}
+                server > {"id":"q","result":{"action":"decline"}}
+                server < {"id":$ASKS,"result":{"content":[]}}
+        client < {"id":3,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_questions_of_a_modern_call_are_bounded():
+    asked = "".join(f'''
+                server < {{"id":{number},"method":"roots/list"}}''' for number in range(101))
+    shown = ",".join(f'"$Q{number}":{{"method":"roots/list","params":{{}}}}' for number in range(1, 101))
+    conversation(f'''
+        client > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":$CALL,"method":"tools/call","params":{{"name":"x","_meta":{{}}}}}}{asked}
+                server > {{"id":0,"error":{{"code":-32601,"message":"no client can answer this"}}}}
+        client < {{"id":1,"result":{{"resultType":"input_required","requestState":$STATE,"inputRequests":{{{shown}}}}}}}
+    ''', server="legacy", client="modern")
+
+
 def test_conversation_questions_that_a_modern_client_left_open_are_asked_again():
     conversation('''
         client > {"id":1,"method":"tools/call","params":{"name":"x"}}
