@@ -3388,6 +3388,7 @@ DURATIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)    
 OTHER = "_OTHER"
 MAX_TOOLS = 500                  # that have numbers of their own
 MAX_CODES = 50                   # of errors, those that servers made up with them
+MAX_CALL_SERIES = 4_000          # of calls; past that neither tools nor errors are told apart: each is 3 KB of text
 MAX_UNSETTLED = 1_000            # sets of labels with a tool that is not known (yet)
 MAX_LABEL_VALUE = 100            # characters
 
@@ -3427,6 +3428,8 @@ class Counters:
         tool = self._bounded("tool", tool, MAX_TOOLS) if is_name else tool and OTHER
         revision = revision if revision in ("", MODERN_VERSION, *LEGACY_VERSIONS) else OTHER
         labels = server, method, tool, revision, self._bounded("error", error, MAX_CODES)
+        if labels not in self.calls and len(self.calls) >= MAX_CALL_SERIES:
+            labels = server, method, tool and OTHER, revision, error and OTHER
         return self.calls.setdefault(labels, [0] * (len(DURATIONS) + 2))
 
     def _bounded(self, kind: str, value: str, limit: int) -> str:
@@ -5372,6 +5375,7 @@ class RemoteLink(Link):
         self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
         self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of messages without
                                                # an answer, which are sent one after the other
+        self.backlog = 0                       # how many bytes they have
         self._aside_timer: asyncio.TimerHandle | None = None           # while one of them is on its way
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
@@ -5396,6 +5400,7 @@ class RemoteLink(Link):
             self._held.append((line, about, is_repeated))
         elif about is None:
             self._asides.append((line, is_repeated))
+            self.backlog += len(line)
             if line == INITIALIZED:
                 self._held = []                # a server may refuse what comes before this
             self._next_aside()
@@ -5405,10 +5410,6 @@ class RemoteLink(Link):
     @property
     def is_clogged(self) -> bool:
         return bool(self._asides)
-
-    @property
-    def backlog(self) -> int:
-        return sum(len(line) for line, _ in self._asides)
 
     def cancel(self, number: int, line: bytes) -> None:
         fetch = self._running.pop(number, None)
@@ -5487,6 +5488,7 @@ class RemoteLink(Link):
         if self._asides and not self._aside_timer and self.on_end and (
                 self._held is None or self._asides[0][0] == INITIALIZED):
             line, is_repeated = self._asides.popleft()
+            self.backlog -= len(line)
             post = Post(self, line, None, is_repeated)
             self._aside_timer = asyncio.get_running_loop().call_later(
                 ASIDE_SECONDS, lambda: post.is_over or (post.abort(), self.on_aside(post, "takes too long")))
@@ -5631,6 +5633,7 @@ class RemoteLink(Link):
         version = response.result.get("protocolVersion")
         self.revision = version if version in LEGACY_VERSIONS else None
         self._asides.appendleft((INITIALIZED, True))
+        self.backlog += len(INITIALIZED)
         self._next_aside()
         self.on_renewed()
 
@@ -5891,8 +5894,11 @@ class ServerConnection(Holder):
             shares[whose] -= read
             if shares[whose] <= 0:
                 del shares[whose]
-        if principal is not None and backlog + size > MAX_QUEUED_BYTES and (
-                shares[principal] + size > MAX_QUEUED_BYTES / len({principal, *shares})):
+        of_one = MAX_QUEUED_BYTES / (len({principal, *shares}) if principal is not None else 1)
+        if backlog + size > MAX_QUEUED_BYTES and shares[principal] + size > of_one:
+            if principal is None:                  # what the proxy itself has to say can be left out for nobody
+                log.error("! server %(server)s is ended: it does not read its input", server=self.name)
+                self.link.stop()
             raise ServerError("the MCP server does not read its input", status=503)
         waiting.append((principal, size))
         shares[principal] += size
@@ -5924,10 +5930,11 @@ class ServerConnection(Holder):
 
     def cancel(self, server_id: int, reason: str, line: bytes | None = None) -> None:
         """Tells the server to stop work on a request, if it is at work on it; in the words of `line`, if given."""
-        if self.pending.pop(server_id, None):
+        request = self.pending.pop(server_id, None)
+        if request:
             line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
             with contextlib.suppress(ServerError):
-                self.send(line, cancelled=server_id)
+                self.send(line, None, request.client and request.client.principal, server_id)
 
     def add_cause(self, call: PendingRequest, identity: object) -> None:
         """A client's call runs, that may cause something."""
@@ -6378,10 +6385,10 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 def tell_all(instance, message: Message) -> None:
     """Tells all clients that a list changed. Other proxies are told through which it came, as a request says it in its
     head: it would go round in a circle of them for ever."""
-    if not instance.is_news(message.payload[0]):
-        return
     way = message.meta.get(WAY_KEY)
     way = [one for one in way if PROXY_ID.fullmatch(str(one))][:MAX_WAY] if isinstance(way, list) else []
+    if not instance.is_news((message.method, *way)):
+        return
     kind = message.method.split("/")[1]
     plain = list_changed(kind) if way else message
 
@@ -6468,6 +6475,7 @@ MAX_PAGES = 100                  # of a list; a server that always has one more 
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
 KNOWN_CONFIGS = 64               # for which it is known how a list is shown
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
+TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
@@ -6516,7 +6524,7 @@ class Topics(dict[str, Topic]):
         if subscriber not in topic.subscribers:
             topic.subscribers.add(subscriber)
             subscriber.topics.add(topic)
-            budget.set(subscriber, subscriber.held + len(uri))
+            budget.set(subscriber, subscriber.held + TOPIC_BYTES + len(uri))
         return topic
 
     def ask(self, topic: Topic) -> None:
@@ -6563,7 +6571,7 @@ class Topics(dict[str, Topic]):
     def _leave_topic(subscriber, topic: Topic) -> None:
         if topic in subscriber.topics:
             subscriber.topics.discard(topic)
-            budget.set(subscriber, max(0, subscriber.held - len(topic.uri)))
+            budget.set(subscriber, max(0, subscriber.held - TOPIC_BYTES - len(topic.uri)))
 
 
 class ListenRequest(PendingRequest):
@@ -6869,7 +6877,7 @@ class Instance:
         self.is_missed = False                      # was somebody given an answer without this server?
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self.failed_at = 0.0
-        self._said: set[bytes] = set()              # to all clients, in this turn
+        self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
@@ -7187,13 +7195,13 @@ class Instance:
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
 
-    def is_news(self, line: bytes) -> bool:
+    def is_news(self, what: collections.abc.Hashable) -> bool:
         """Was this not said in this turn yet? That a list changed says no more a thousand times in a row than once, but
         to tell a thousand clients each time, nobody else would have a turn for long."""
         if not self._said:
             at_end_of_turn(self._said.clear)
-        is_news = line not in self._said
-        self._said.add(line)
+        is_news = what not in self._said
+        self._said.add(what)
         return is_news
 
     def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
@@ -11463,7 +11471,7 @@ class StandardStreams(asyncio.BaseProtocol):
         self._stream = LineStream()
         self._stream.attach(self)
         self._session: Session | None = None
-        self._visitor = mount.visit(mount.catalog.view(), None, {})
+        self._visitor = mount.visit(mount.catalog.view(), None, {}, "stdin")
         self._output: asyncio.WriteTransport | None = None             # None: a file
 
     async def start(self) -> None:
@@ -11550,7 +11558,7 @@ class StandardStreams(asyncio.BaseProtocol):
         check_parameters(message)
         if self._session:
             raise RPCError("this client has shaken hands already")
-        self._session = self._mount.open_session(self._mount.catalog.view(), None, {}, is_streamable=False)
+        self._session = self._mount.open_session(self._mount.catalog.view(), None, {}, "stdin", is_streamable=False)
         self._session.speak_through(self._stream)
 
     def _drop_session(self) -> None:
