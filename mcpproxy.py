@@ -7256,6 +7256,7 @@ class Client(Holder):
                 not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
+            instance.is_missed = instance.is_missed or before is not None and before.is_missed
             if instance.is_private and self.hello is not None:
                 instance.start(self.hello)
             if before and self.is_session:
@@ -7411,6 +7412,11 @@ class Session(Client):
                 instance.leave(self)
         for kind, _ in LIST_CHANGES.values() if self.version and self.view.members != before else ():
             self.stream.send(list_changed(kind).payload)
+
+    def move(self, before: "Server", after: "Server") -> None:
+        """It goes on at another member of a group, and does not come back."""
+        if before in self._instances:
+            self._move_topics(self._instances[before], after)
 
     def _move_topics(self, before: Instance, server: "Server | Group | None") -> None:
         """Subscribes at the server in the place of another instance, if it can be used."""
@@ -7656,13 +7662,10 @@ class Server:
                 self.learn_tools(tool["name"] for tool in (tools if isinstance(tools, list) else ())
                                  if isinstance(tool, dict) and isinstance(tool.get("name"), str))
 
-    def load(self) -> tuple:
+    def load(self, calls: int) -> tuple:
         """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
-        instance = self.instances.get(())
-        running = sum(not call.is_endless for one in self.instances.values() if one.connection
-                      for call in one.connection.pending.values())
-        weight = self.config.weight
-        return bool(instance and instance.connection is None), running / weight, self.chosen / weight
+        instance, weight = self.instances.get(()), self.config.weight
+        return bool(instance and instance.connection is None), calls / weight, self.chosen / weight
 
     def probe(self, others: "collections.abc.Iterable[Server]" = ()) -> None:
         """Finds out now and then whether a server that cannot be used is back; one that its group leaves out, say."""
@@ -7820,9 +7823,12 @@ class Group:
         first = [member for member in up if not member.config.is_backup] or up or members
         own = client.members.get(self.config.name)
         if own not in first:
-            own = min(first, key=Server.load)
+            calls = collections.Counter(call.instance.server for call in client.mount.calls if call.instance)
+            own = min(first, key=lambda member: member.load(calls[member]))          # also with those that wait for it
             own.chosen += client.is_session        # a call of others counts when it is sent
-            client.members[self.config.name] = own
+            before, client.members[self.config.name] = client.members.get(self.config.name), own
+            if before and client.is_session:
+                client.move(before, own)
         return own
 
     def _claims(self, member: Server, client: Client, message: Message) -> bool:

@@ -9350,6 +9350,20 @@ def test_group_lists_each_task_by_the_name_that_it_was_made_with(several):
         assert [client.call("tasks/get", {"taskId": name})["result"]["whose"] for name in made] == ["a", "b"]
 
 
+def test_group_takes_the_subscriptions_of_a_session_along_to_another_member(several):
+    members = {name: (kept(name)[0], {"group": "g"}) for name in ("a", "ab")}
+    with several(**members, SERVER_ERA="legacy") as proxy, StreamableClient(proxy, path="/servers/g/mcp") as client:
+        stream, first = client.listen(), client.tool("look").split()[0]
+        assert "result" in client.call("resources/subscribe", {"uri": "ab://1"})
+        (other,) = {"a", "ab"} - {first}
+        os.kill(int(re.search(rf"server {first} is ready for all: process (\d+)", proxy.log())[1]), signal.SIGKILL)
+        until(lambda: client.call("tools/call", {"name": "look"}).get("result", {}).get("content", [{}])[0].get(
+            "text") == f"{other} look", "a call at the other")
+        update = {"method": UPDATED, "params": {"uri": "ab://1", "from": other}}
+        assert proxy.request("POST", f"/servers/{other}/tools/write_a", {"notify": update}).status == 200
+        assert stream.wait_for(UPDATED)["params"]["from"] == other
+
+
 def test_group_keeps_the_subscriptions_of_a_member_that_is_taken_out(several):
     with (several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy,
           StreamableClient(proxy, path="/servers/g/mcp") as client):
