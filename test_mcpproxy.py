@@ -8963,6 +8963,26 @@ def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it
     asyncio.run(run())
 
 
+def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_has_to_say():
+    class Deaf(Wire):
+        is_clogged, was_ended = True, False
+        backlog = property(lambda self: sum(map(len, self.lines)))
+
+        def stop(self):
+            self.was_ended = True
+
+    async def run():
+        link = Deaf()
+        connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
+                                               on_notification=None, is_ones_own=False)
+        for _ in range(67):
+            connection.send_if_possible(b"x" * 1_000_000)
+        assert not link.was_ended
+        connection.send_if_possible(b"x" * 1_000_000)
+        assert link.was_ended and len(link.lines) == 67
+    asyncio.run(run())
+
+
 def answered(line):
     """Code for the tool `run`: a line with the id, as it is and as a string."""
     return f"write({line!r} % {{'id': id, 'token': meta.get('progressToken')}})"
@@ -10989,6 +11009,18 @@ def test_several_servers_lists_are_asked_for_again_where_changes_are_not_told(se
     altered(KEPT_SECONDS=0.1)
     with several(a=[sys.executable, "-c", growing]) as proxy:
         until(lambda: names_of(ask_joint(proxy, "tools/list")) >= ["a__t3"], "a newer list")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_servers_tell_that_one_is_back_which_had_failed(several, staged, altered, shared):
+    altered(KEPT_SECONDS=0.1)
+    broken = staged("fails")
+    with several(a=FAKE, b=broken.command, SHARED_SESSION=shared) as proxy, StreamableClient(proxy) as client:
+        stream = client.listen()
+        assert "b" in client.call("tools/list")["result"]["_meta"]["mcpproxy/unavailable"]
+        broken.be("works")
+        until(lambda: "_meta" not in client.call("tools/list")["result"], "the whole list")
+        stream.wait_for(TOOLS_CHANGED)
 
 
 def test_several_servers_of_a_session_are_no_more_than_may_be(several):
@@ -15117,6 +15149,17 @@ def test_metrics_stay_few_whatever_a_server_lists():
         post(proxy, tool_call(1, "tool-0"))
         again = calls_in(metrics_of(proxy), "gen_ai_tool_name")
         assert again.total() == 701 and len(again) == len(found)
+
+
+def test_metrics_stay_few_whatever_tools_and_codes_a_server_has_together(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "MAX_CALL_SERIES", 100)
+    counters, tools = mcpproxy.Counters(), [f"t{number}" for number in range(30)]
+    for _ in range(2):
+        for tool, code in itertools.product(tools, range(1, 30)):
+            counters.find(("s", "tools/call", tool, "2025-11-25", str(code)), tools)[0] += 1
+    assert len(counters.calls) == 101 and len(counters.found) <= 101
+    assert sum(numbers[0] for numbers in counters.calls.values()) == 2 * 30 * 29
+    assert counters.calls["s", "tools/call", "_OTHER", "2025-11-25", "_OTHER"][0] == 2 * (30 * 29 - 100)
 
 
 def test_metrics_stay_few_whatever_codes_a_server_has_for_errors():
