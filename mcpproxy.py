@@ -2815,8 +2815,8 @@ def with_tasks(message: Message, rename) -> Message:
 # what nobody reads is a mistake, and is refused.
 
 # What some desktop client reads in a server, and this program does not.
-_OTHERS_KEYS = frozenset("""alwaysAllow autoApprove description dev disabledTools gallery timeout transportType trust
-    version""".split())
+_OTHERS_KEYS = frozenset("""alwaysAllow auth autoApprove description dev disabledTools gallery headersHelper oauth
+    sandboxEnabled timeout transportType trust version""".split())
 # One server's own, by the names of settings.
 SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb",
                    *SANDBOX_SETTINGS)
@@ -2964,7 +2964,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         raise SettingsError("command: is missing, and so is url")
     group = given.get("group")
     if group is not None:
-        check_name(group)
+        with within("group"):
+            check_name(group)
     elif {"when", "weight", "backup"} & given.keys():
         raise SettingsError(f"{next(key for key in given if key in ('when', 'weight', 'backup'))}: is for servers of a "
                             "group")
@@ -2974,6 +2975,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     for header in headers:
         if not _HEADER_NAME.fullmatch(header) or _OUR_HEADERS.fullmatch(header):
             raise SettingsError(f"headers: {header[:80]} cannot be set")
+        if not (is_later or _FIELD_LINE.fullmatch(f"{header}: {headers[header]}".encode("utf-8", "replace"))):
+            raise SettingsError(f"headers: {header[:80]}: its value has a line end, or another sign that none may have")
     if not re.fullmatch("[A-Za-z0-9_-]{0,32}", given.get("prefix", "")) or "__" in given.get("prefix", ""):
         raise SettingsError("prefix: is up to 32 of A-Z a-z 0-9 _ -, without two _ in a row")
     own = {key: type(getattr(Settings, key))(given[key]) for key in SERVER_SETTINGS if key in given}
@@ -9638,7 +9641,9 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     client, view = exchange.client, exchange.client.view
     found, missing = await gather_lists(client, exchange.method, way=client.way)
     now, shown = client.mount.now(), shown_of(view, found)
-    ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found)
+    # What no server has so far may be there with the next configuration.
+    has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
+    ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
     # A cache goes by the URL, and knows nothing of a header or a key.
     is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not view.limits
     # Of a group, another member may have answered than is asked next.

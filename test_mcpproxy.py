@@ -5356,7 +5356,7 @@ def test_configuration_files_of_desktop_clients_are_read_as_they_are():
       "inputs": [], /* and keys of its own */
       "servers": {"a": {"type": "stdio", "command": "npx", "args": ["-y", "x//y", ], "env": {"A": "1"},
                         "alwaysAllow": [], "autoApprove": ["*"], "timeout": 60, "disabledTools": []},
-                  "far": {"type": "http", "url": "http://x/mcp", "headers": {"A": "b"}},
+                  "far": {"type": "http", "url": "http://x/mcp", "headers": {"A": "b"}, "auth": {"CLIENT_ID": "x"}},
                   "off": {"disabled": true, "url": "http://x", "what": 1}},
     }"""
     servers = parse_file(text)
@@ -5457,13 +5457,16 @@ A_SERVER = {"command": "x"}
         ({"url": []}, "url: must be"), ({"url": ["x"]}, "url: must be"),
         ({"url": "http://u:p@x"}, "no user or password"),
         ({"url": "http://x", "headers": {"Host": "x"}}, "Host cannot"),
-        ({"url": "http://x", "headers": {"a b": "x"}}, "headers: a b cannot"), ({"url": "${X}"}, "the variable X"),
+        ({"url": "http://x", "headers": {"a b": "x"}}, "headers: a b cannot"),
+        ({"url": "http://x", "headers": {"A": "x\n"}}, "headers: A: its value has a line end"),
+        ({"url": "${X}"}, "the variable X"),
         ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
         ({"headers": []}, "headers: must be"),
         ({"url": "http://x", "headers": {"A": "${input:x}"}, "shared_session": False}, "is an editor's")]),
     *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER}}, words) for keys, words in [
         ({"group": "b"}, "group: b is a server's name"),
-        ({"group": "x__y"}, "x_y would do"), ({"group": 1}, "group: must"),
+        ({"group": "x__y"}, "group: a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; x_y would do"),
+        ({"group": 1}, "group: must"),
         ({"replicas": 0}, "replicas: must be a whole number from 1"),
         ({"replicas": 2, "group": "g"}, "goes with neither"),
         ({"weight": 2}, "weight: is for servers of a group"), ({"backup": True}, "backup: is for"),
@@ -10748,6 +10751,12 @@ def test_several_servers_narrowed_down_by_a_header_are_for_no_public_cache(sever
             with ModernClient(proxy, headers=headers, path="/mcp" + query) as client:
                 return client.call("tools/list")["result"]["cacheScope"]
         assert (scope(), scope("?tools=*"), scope(**{"X-MCP-Tools": "*"})) == ("public", "public", "private")
+
+
+def test_several_servers_that_have_no_such_things_say_nothing_of_tomorrow(several):
+    with several(a=listing(["t"])) as proxy, ModernClient(proxy) as client:
+        result = client.call("prompts/list")["result"]
+        assert (result["prompts"], result["ttlMs"]) == ([], 0)
 
 
 def test_several_servers_all_down_are_an_error_and_no_empty_list(several):
