@@ -2972,11 +2972,10 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     for variable, value in given.get("env", {}).items():
         if not re.fullmatch("[^=\0]+", variable) or "\0" in value:
             raise SettingsError(f"env: {variable[:80]!r} cannot be set")
-    for header in headers:
-        if not _HEADER_NAME.fullmatch(header) or _OUR_HEADERS.fullmatch(header):
-            raise SettingsError(f"headers: {header[:80]} cannot be set")
-        if not (is_later or _FIELD_LINE.fullmatch(f"{header}: {headers[header]}".encode("utf-8", "replace"))):
-            raise SettingsError(f"headers: {header[:80]}: its value has a line end, or another sign that none may have")
+    for header, value in headers.items():
+        if not _HEADER_NAME.fullmatch(header) or _OUR_HEADERS.fullmatch(header) or not (
+                is_later or _FIELD_LINE.fullmatch(f"{header}: {value}".encode("utf-8", "replace"))):
+            raise SettingsError(f"headers: {header[:80]} cannot be set, at least not to this value")
     if not re.fullmatch("[A-Za-z0-9_-]{0,32}", given.get("prefix", "")) or "__" in given.get("prefix", ""):
         raise SettingsError("prefix: is up to 32 of A-Z a-z 0-9 _ -, without two _ in a row")
     own = {key: type(getattr(Settings, key))(given[key]) for key in SERVER_SETTINGS if key in given}
@@ -7228,7 +7227,7 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
-    told = ""                                       # what it said of itself when its session opened
+    software = ""                                   # what it is, by its own word, when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
@@ -7336,7 +7335,7 @@ class Session(Client):
         self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
         self.capabilities: dict = {}
         self.info: str | None = None                # clientInfo, as JSON, and
-        self.told = ""                              # the same as name/version
+        self.software = ""                          # the same as name/version
         self.version: str | None = None             # the revision that was negotiated
         self.offered: str | None = None             # that will be, at a shared server
         self.log_level: str | None = None           # that it asked for
@@ -7361,7 +7360,7 @@ class Session(Client):
         self.capabilities = message.value("params", "capabilities") if isinstance(
             message.params.get("capabilities"), tuple) else {}
         self.info = message.raw("params", "clientInfo") if "clientInfo" in message.params else None
-        self.told = client_name(message.params.get("clientInfo"))
+        self.software = client_name(message.params.get("clientInfo"))
 
     @functools.cached_property
     def sealed_id(self) -> str:
@@ -7383,7 +7382,7 @@ class Session(Client):
         self.sealed_id, self.is_followed = sealed_id, True
         self.version, self.capabilities = facts["version"], facts["capabilities"]
         self.info = facts["info"] and dump(facts["info"])
-        self.told = client_name(tuple(facts["info"].items()) if isinstance(facts["info"], dict) else ())
+        self.software = client_name(tuple(facts["info"].items()) if isinstance(facts["info"], dict) else ())
         for member in self.view.members:
             with contextlib.suppress(ProxyError):
                 self.by_name(member.name)
@@ -8848,14 +8847,14 @@ class Outcome(enum.StrEnum):
     PARKED = "waits for input"
 
 
-def audit(caller: Caller | None, told: object, method: str | None, name: str | None, trace: dict[str, str] | None,
+def audit(caller: Caller | None, software: object, method: str | None, name: str | None, trace: dict[str, str] | None,
           **fields) -> dict:
-    """What the log has, as JSON, of each request of a client: one line, never with an argument. `told` is who the
-    client says it is. What has no value is left out."""
+    """What the log has, as JSON, of each request of a client: one line, never with an argument. `software` is
+    what the client says it is. What has no value is left out."""
     traced = re.fullmatch('"?[0-9a-f]{2}-([0-9a-f]{32})-.*', (trace or {}).get("traceparent", ""))
     found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
              "sub": caller and caller.is_token and caller.name.partition(":")[2],
-             "client": told if isinstance(told, str) else client_name(told), "method": method,
+             "client": software if isinstance(software, str) else client_name(software), "method": method,
              {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
     return {field: value for field, value in found.items() if value or value == 0 and value is not False}
 
@@ -8882,9 +8881,9 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
-    about, told = None, client.told or call.told
+    about, software = None, client.software or call.software
     if log.as_json:
-        about = audit(client.caller, told, method, own_name if name != "-" else None,
+        about = audit(client.caller, software, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
                       era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
                       session=client.session_label, server=place, id=call.id, outcome=outcome, error_type=problem,
@@ -8892,9 +8891,10 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
             "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
     if call.size > SMALL:                  # what it says may be what is large
-        labels, own_name, told = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE], client.told
+        labels, own_name = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE]
+        software = client.software
         fields = client.label, labels[1], "-", "-", *fields[4:]
-    mount.recent.append((now, labels, own_name, told, client.caller, fields))
+    mount.recent.append((now, labels, own_name, software, client.caller, fields))
 
 
 # ============================================================================
@@ -8928,7 +8928,7 @@ class ClientRequest(PendingRequest, Holder):
     """What is known of a client's request: `envelope` is a modern one's, and `headers` may repeat its arguments."""
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token told problem
+        names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token software problem
         outlet text held
         digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
@@ -8969,13 +8969,13 @@ class ClientRequest(PendingRequest, Holder):
         name = message.params.get(NAMED_BY.get(self.method))
         self.name = name if isinstance(name, str) else None
         self.size, self.principal = len(message.text), self.client.principal
-        self.token = self.told = None
+        self.token = self.software = None
         meta = message.meta
         if meta:
             if is_id(meta.get("progressToken")):
                 self.token = message.raw("params", "_meta", "progressToken")
             if self.size <= SMALL:                    # what the client says of itself, as it was scanned
-                self.told = meta.get(CLIENT_INFO_KEY)
+                self.software = meta.get(CLIENT_INFO_KEY)
             if isinstance(meta.get("traceparent"), str):             # it is what the server gets
                 self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
@@ -10569,16 +10569,16 @@ class Overview:
         return self._census.spent[server.name] + self._total("seconds", server)
 
     def _about_session(self, session: Session) -> dict:
-        return {"session": session.label, "client": session.told, "place": session.view.place or "",
+        return {"session": session.label, "client": session.software, "place": session.view.place or "",
                 "revision": session.version or "", "transport": session.transport,
                 "key": session.caller.name if session.caller else "", "since": int(self._wall(session.opened_at)),
                 "calls": len(session.calls)}
 
-    def _about_call(self, at: float, labels: tuple, name: str, told: object, caller: Caller | None,
+    def _about_call(self, at: float, labels: tuple, name: str, software: object, caller: Caller | None,
                     fields: tuple) -> dict:
         label, method, _, _, outcome, size_in, size_out, ms = fields
         return {"at": round(self._wall(at), 3), "server": labels[0], "session": "" if label == "-" else label,
-                "client": told if isinstance(told, str) else client_name(told), "method": method,
+                "client": software if isinstance(software, str) else client_name(software), "method": method,
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 

@@ -5458,7 +5458,7 @@ A_SERVER = {"command": "x"}
         ({"url": "http://u:p@x"}, "no user or password"),
         ({"url": "http://x", "headers": {"Host": "x"}}, "Host cannot"),
         ({"url": "http://x", "headers": {"a b": "x"}}, "headers: a b cannot"),
-        ({"url": "http://x", "headers": {"A": "x\n"}}, "headers: A: its value has a line end"),
+        ({"url": "http://x", "headers": {"A": "x\n"}}, "headers: A cannot be set, at least not to this"),
         ({"url": "${X}"}, "the variable X"),
         ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
         ({"headers": []}, "headers: must be"),
