@@ -4168,8 +4168,8 @@ class Sandbox:
                                        ("limit_cpu_seconds", resource.RLIMIT_CPU, 1, 1)):
             allowed = getattr(settings, name) * unit
             steps += [(name, "limit", kind, allowed, allowed + more)] if allowed else []
-        if cell.cgroup:
-            steps.append(("limit_memory_mb", "enter", cell.cgroup))
+        # Its control group tells what is a server's, or it is the server that gets its orphans: PR_SET_CHILD_SUBREAPER.
+        steps.append(("limit_memory_mb", "enter", cell.cgroup) if cell.cgroup else ("sandbox", "prctl", 36, 1))
         if settings.sandbox != "off":
             steps += self._landlock(cell)
         if cell.user:

@@ -6886,6 +6886,13 @@ def test_sandbox_process_that_passes_for_the_neighbours_is_not_held_against_it(p
     until(lambda: not any(is_alive(int(pid)) for pid in left if pid.isdigit()), "their end", 5)
 
 
+def test_sandbox_process_that_hides_among_several_counts_for_its_server(place, any_groups):
+    with beside("command", place, program=any_groups, LIMIT_MEMORY_MB=150) as (_, attack, neighbour):
+        orphan = int(attack("leave", megabytes=300))
+        assert neighbour("allocate", megabytes=1, seconds=2.5) == "ok"
+        until(lambda: not is_alive(orphan), "its end", 5)
+
+
 def test_sandbox_process_that_hid_among_several_is_not_held_against_the_one_that_is_left(place, any_groups):
     with sandboxed(place, program=any_groups, SHARED_SESSION="false", LIMIT_MEMORY_MB=150) as proxy:
         with StreamableClient(proxy) as neighbour:
