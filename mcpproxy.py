@@ -1058,8 +1058,9 @@ def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
     takes the last, and what one has checked the other would not do."""
     members = dict(pairs)
     if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]}: is there twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice[:80]}: is there twice")
     return members
 
 
@@ -5541,7 +5542,9 @@ class RemoteLink(Link):
         elif post.about is None:
             self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
         elif self._endpoint and 200 <= head.status < 300:
-            pass                               # whatever it says here, HTTP+SSE has the answer on the one stream
+            answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
+            if answer and answer.id == post.number:
+                self._receive(body, post.number)
         elif post.is_answer(head, body):
             if not post.is_stream:
                 self._receive(body, post.number)
@@ -5881,7 +5884,7 @@ class ServerConnection(Holder):
         if not link.is_open:
             raise self.failure()
         if link.is_clogged or self._waiting:
-            self._queue(len(line), principal, link.backlog)
+            self._queue(len(line), principal, link.backlog, cancelled is not None)
         if principal is not None:
             self.has_served = True
         if cancelled is None:
@@ -5889,7 +5892,7 @@ class ServerConnection(Holder):
         else:
             link.cancel(cancelled, line)
 
-    def _queue(self, size: int, principal: object, backlog: int) -> None:
+    def _queue(self, size: int, principal: object, backlog: int, has_to_go: bool) -> None:
         waiting, shares = self._waiting, self._shares
         while waiting and shares.total() - waiting[0][1] >= backlog:         # this one was read
             whose, read = waiting.popleft()
@@ -5897,7 +5900,7 @@ class ServerConnection(Holder):
             if shares[whose] <= 0:
                 del shares[whose]
         of_one = MAX_QUEUED_BYTES / (len({principal, *shares}) if principal is not None else 1)
-        if backlog + size > MAX_QUEUED_BYTES and shares[principal] + size > of_one:
+        if backlog + size > MAX_QUEUED_BYTES and shares[principal] + size > of_one and not has_to_go:
             if principal is None:                  # what the proxy itself has to say can be left out for nobody
                 log.error("! server %(server)s is ended: it does not read its input", server=self.name)
                 self.link.stop()
@@ -6387,10 +6390,10 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 def tell_all(instance, message: Message) -> None:
     """Tells all clients that a list changed. Other proxies are told through which it came, as a request says it in its
     head: it would go round in a circle of them for ever."""
+    if not instance.is_news(message.payload[0], message.method):
+        return
     way = message.meta.get(WAY_KEY)
     way = [one for one in way if PROXY_ID.fullmatch(str(one))][:MAX_WAY] if isinstance(way, list) else []
-    if not instance.is_news((message.method, *way)):
-        return
     kind = message.method.split("/")[1]
     plain = list_changed(kind) if way else message
 
@@ -6417,7 +6420,7 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
         if uri in instance.topics:
             subscribers |= instance.topics[uri].subscribers
     payload = message.payload
-    for subscriber in subscribers if instance.is_news(payload[0]) else ():
+    for subscriber in subscribers if instance.is_news(payload[0], payload[0]) else ():
         if subscriber in instance.listeners:
             subscriber.on_event(message)
         else:
@@ -6472,6 +6475,7 @@ NOTIFICATION_ROUTES = {
 
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
@@ -6589,7 +6593,8 @@ class ListenRequest(PendingRequest):
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
             taken = member_at(message.plain_params, ("notifications", "resourceSubscriptions"))
-            return self.listening.on_acknowledged(self, taken if isinstance(taken, list) else [])
+            taken = taken if isinstance(taken, list) else []
+            return self.listening.on_acknowledged(self, {uri for uri in taken if isinstance(uri, str)})
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         pass_on(self.listening.instance, parse_message(line.decode()))
@@ -6611,6 +6616,8 @@ class Listening:
         self._next: ListenRequest | None = None
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
+        self._caught_up_at = -CATCH_UP_SECONDS
+        self._catching_up: asyncio.TimerHandle | None = None
 
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
@@ -6636,24 +6643,31 @@ class Listening:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
 
-    def on_acknowledged(self, request: ListenRequest, uris: list) -> None:
+    def on_acknowledged(self, request: ListenRequest, uris: set[str]) -> None:
         """The server takes these subscriptions; the others it has refused."""
         if request is not self._next:
             return
         before, self._current, self._next = self._current, request, None
         if before:
             self.instance.connection.cancel(before.server_id, "replaced")
-        if self._was_deaf:                     # a remote server may even be another one now
-            self._was_deaf = False
-            tell_of_lists(self.instance)
+        if self._was_deaf and not self._catching_up:
+            self._catching_up = asyncio.get_running_loop().call_later(
+                max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
+        self._was_deaf = False
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
         self._go_on()
 
+    def _catch_up(self) -> None:
+        """Nobody has heard what changed while nobody listened, and a remote server may even be another one now."""
+        self._catching_up, self._caught_up_at = None, self.instance.server.now()
+        if self.instance.listening is self:
+            tell_of_lists(self.instance)
+
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
         if request is self._current:
-            self._current, self._was_deaf = None, True
+            self._current = None
         else:
             self._next = None
             if not isinstance(error, ServerError) or self.instance.listening is not self:
@@ -6661,7 +6675,7 @@ class Listening:
                     if not topic.verdict.done():
                         self.instance.topics.settle(topic, error)
                 return self._go_on()
-        self._is_outdated = True               # also where a remote server did not take one request
+        self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
         asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
 
 
@@ -6840,6 +6854,7 @@ UNASKED_LEVEL = "info"           # that a client gets log messages of when it as
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
+TOLD_A_TURN = 100_000            # messages to all clients together, that are told apart
 SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
 
 
@@ -7197,13 +7212,15 @@ class Instance:
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
 
-    def is_news(self, what: collections.abc.Hashable) -> bool:
+    def is_news(self, line: bytes, kind: str | bytes) -> bool:
         """Was this not said in this turn yet? That a list changed says no more a thousand times in a row than once, but
-        to tell a thousand clients each time, nobody else would have a turn for long."""
+        to tell a thousand clients each time, nobody else would have a turn for long; so past a number, what is of one
+        kind is the same."""
         if not self._said:
             at_end_of_turn(self._said.clear)
-        is_news = what not in self._said
-        self._said.add(what)
+        said = line if len(self._said) * (len(self.sessions) + len(self.listeners)) < TOLD_A_TURN else kind
+        is_news = said not in self._said
+        self._said.add(said)
         return is_news
 
     def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
@@ -7418,11 +7435,13 @@ class Session(Client):
     def move(self, before: "Server", after: "Server") -> None:
         """It goes on at another member of a group, and does not come back."""
         if before in self._instances:
-            self._move_topics(self._instances[before], after)
+            self._move_topics(self._instances[before], after, with_unsettled=False)
 
-    def _move_topics(self, before: Instance, server: "Server | Group | None") -> None:
+    def _move_topics(self, before: Instance, server: "Server | Group | None", with_unsettled: bool = True) -> None:
         """Subscribes at the server in the place of another instance, if it can be used."""
         for topic in [topic for topic in self.topics if topic.instance is before]:
+            if not (with_unsettled or self in topic.told):
+                continue                               # what it is still to be told would be wrong
             before.topics.unsubscribe(self, topic)
             if server:
                 with contextlib.suppress(ProxyError):
@@ -7503,7 +7522,7 @@ class Session(Client):
         self.is_ended = True
         self.mount.sessions.pop(self.id, None)
         for call in list(self.calls.values()):
-            call.fail(error or ServerError("the session has ended", status=404))
+            call.fail(error or RPCError("session unknown or ended", status=404))
         for question in list(self.questions.values()):
             question.refuse(ServerError("the client is gone"))
         for instance in self._instances.values():
@@ -7616,7 +7635,8 @@ class Server:
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
-        self.chosen = 0                            # how often it was, of its group
+        self.chosen = 0                            # how often it was, of its group; and what will be sent to it then
+        self.waiting: set[asyncio.Task] = set()
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
         self._probing: asyncio.Task | None = None
@@ -7664,9 +7684,11 @@ class Server:
                 self.learn_tools(tool["name"] for tool in (tools if isinstance(tools, list) else ())
                                  if isinstance(tool, dict) and isinstance(tool.get("name"), str))
 
-    def load(self, calls: int) -> tuple:
+    def load(self) -> tuple:
         """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
         instance, weight = self.instances.get(()), self.config.weight
+        calls = len(self.waiting) + sum(not call.is_endless for one in self.instances.values() if one.connection
+                                        for call in one.connection.pending.values())
         return bool(instance and instance.connection is None), calls / weight, self.chosen / weight
 
     def probe(self, others: "collections.abc.Iterable[Server]" = ()) -> None:
@@ -7823,12 +7845,13 @@ class Group:
             raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
         up = [member for member in members if member.is_up]
         first = [member for member in up if not member.config.is_backup] or up or members
-        own = client.members.get(self.config.name)
-        if own not in first:
-            calls = collections.Counter(call.instance.server for call in client.mount.calls if call.instance)
-            own = min(first, key=lambda member: member.load(calls[member]))          # also with those that wait for it
+        before = client.members.get(self.config.name)
+        if before in first:
+            return before
+        own = min(first, key=Server.load)
+        if before is None or before is not left_out or not before.is_up:           # or it is for this request alone
             own.chosen += client.is_session        # a call of others counts when it is sent
-            before, client.members[self.config.name] = client.members.get(self.config.name), own
+            client.members[self.config.name] = own
             if before and client.is_session:
                 client.move(before, own)
         return own
@@ -9215,6 +9238,10 @@ class Exchange(ClientRequest):
 
     def _begin_soon(self) -> None:
         self.work = asyncio.get_running_loop().create_task(self._begin_when_ready())
+        if self.group:
+            waiting = self.instance.server.waiting
+            waiting.add(self.work)
+            self.work.add_done_callback(waiting.discard)
 
     def _pick(self) -> None:
         """Chooses a server by the request alone, if that is enough."""
@@ -9311,10 +9338,14 @@ class Exchange(ClientRequest):
             return                          # cancelled in the meantime
         self.state, self.connection = RUNNING, connection
         self._bridge = BRIDGES[MODERN if self.envelope else LEGACY, connection.era]
+        intercept = self._bridge.intercepted.get(self.method)
         try:
-            intercept = self._bridge.intercepted.get(self.method)
-            if intercept is None or intercept(self._bridge, self, self.message):
-                self.transmit()
+            if intercept and not intercept(self._bridge, self, self.message):
+                return
+        except Exception as error:
+            return self.fail(as_told(error))          # that is ours: no other server is to be asked
+        try:
+            self.transmit()
         except Exception as error:
             self.on_failure(as_told(error))
 
@@ -9740,7 +9771,8 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
                  trace: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Exchange:
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
-    if view.is_plain:
+    # Where a call is that comes with a state, only that tells: what had it may be configured no more.
+    if view.is_plain and not (envelope and "requestState" in message.params):
         return Exchange(client, client.only_instance, message, outlet, envelope, trace, headers)
     if view.is_joint and method in JOINT or method in LISTS and (view.is_joint or method == "tools/list"):
         return JointExchange(client, None, message, outlet, envelope, trace)
@@ -11948,6 +11980,9 @@ def _package_name(word: str) -> str | None:
 #
 # Arguments and environment into settings, settings into a running proxy.
 
+ENDINGS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP         # what ends a program that says nothing of them
+
+
 def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings:
     """The settings of a run: a flag wins over the environment, which wins over the default."""
     own, separator, command = split_arguments(arguments)
@@ -12140,6 +12175,8 @@ async def run(settings: Settings) -> None:
         if telling:
             telling.cancel()
         await proxy.stop()
+        # All is done: one more, while Python ends, is not to make another end of a good one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 
 async def serve_stdio(settings: Settings) -> None:
@@ -12155,6 +12192,7 @@ async def serve_stdio(settings: Settings) -> None:
         await client.is_over.wait()
     finally:
         await proxy.stop()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 
 async def check(settings: Settings) -> bool:

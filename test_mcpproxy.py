@@ -2568,6 +2568,16 @@ def test_json_own_id_may_come_back_as_a_string(value, expected):
     assert mcpproxy.as_own_id(value) == expected
 
 
+def test_json_name_that_is_there_twice_is_found_among_many():
+    """One after the other: to count each in all of them would take minutes."""
+    names = ",".join(f'"n{number}":1' for number in range(200_000))
+    text = '{"jsonrpc":"2.0","method":"a","params":{%s,"n7":1}}' % names
+    with pytest.raises(RPCError):
+        mcpproxy.parse_message(text)
+    with pytest.raises(ValueError, match="^n7: is there twice"):
+        mcpproxy.without_repeats([(f"n{number}", 1) for number in range(200_000)] + [("n7", 1)])
+
+
 def test_json_separators_of_lines_are_escaped():
     line = '{"a":"\u2028\u2029\x85\xe9\u2030"}'
     assert mcpproxy.escape_separators(line.encode()) == '{"a":"\\u2028\\u2029\\u0085\xe9\u2030"}'.encode()
@@ -10487,7 +10497,7 @@ def test_mount_session_of_a_key_that_is_gone_or_another_ends_at_once(keys, kind,
         stream, call = client.listen(), client.start("a__look", wait=1)
         assert client.tool("b__look") == "b look"
         proxy.change(after)
-        assert stream.ended.wait(PATIENCE) and failure_of(call.answer()) == (-32000, None)
+        assert stream.ended.wait(PATIENCE) and failure_of(call.answer()) == (-32600, None)
         status = 404 if "anna" in after else 401
         assert proxy.request("POST", client.endpoint, tool_call(1, "a__look"), client.headers).status == status
 
@@ -13671,6 +13681,19 @@ async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobo
     await asyncio.sleep(5)
     assert TOOLS_CHANGED in [message["method"] for message in town.told(client)]
     assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
+
+
+@in_town
+async def test_conversation_listens_that_a_modern_server_ends_all_the_time_are_made_up_for_now_and_then():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    (link,), told = town.links["a"], []
+    for _ in range(60):
+        listen = [line for line in link.lines if line["method"] == "subscriptions/listen"][-1]
+        town.say(link, {"id": listen["id"], "result": {"resultType": "complete"}})
+        await asyncio.sleep(mcpproxy.LISTEN_PAUSE + 0.1)
+        told += [message["method"] for message in town.told(client)]
+    assert link.lines.count(listen) == 1 and 2 <= told.count(TOOLS_CHANGED) <= 4, told
 
 
 @pytest.mark.parametrize("honoured, is_taken", [({"resourceSubscriptions": ["a:b"]}, True), ({}, False), (
@@ -18319,6 +18342,17 @@ def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
         see(client, lambda message: called(message) == "sleep", "the call")
         proxy.process.send_signal(signal.SIGTERM)
         assert call.stream.status == 503 and "the proxy" in call.answer()["error"]["message"]
+
+
+def test_proxy_that_is_told_to_stop_again_and_again_ends_well():
+    with running_proxy(FAKE, SHUTDOWN_GRACE=0) as proxy:
+        deadline = time.monotonic() + PATIENCE
+        while proxy.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    proxy.process.send_signal(number)
+            time.sleep(0.0002)
+        assert proxy.process.poll() == 0
 
 
 def test_proxy_is_used_by_a_router_as_readme_has_it(tmp_path):
