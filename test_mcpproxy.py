@@ -13588,6 +13588,65 @@ async def test_conversation_parked_call_goes_on_at_the_place_of_a_server_that_wa
 
 
 @in_town
+async def test_conversation_answers_go_to_the_server_that_asked_and_not_to_the_one_in_its_place():
+    town = Town("legacy", ["a=x", "c"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    (_, call), link = town.heard[0], town.links["a"][0]
+    town.say(link, {"id": "q", **QUESTION})
+    await asyncio.sleep(1)
+    parked, = town.told(client)
+    town.settings = Settings(server_era="modern")
+    await town.reload(["a=y", "c"])
+    client, (key,) = await town.client("modern", "a"), parked["result"]["inputRequests"]
+    await town.say_to(client, 2, "tools/call", {"name": "t", "requestState": parked["result"]["requestState"],
+                                                "inputResponses": {key: {"action": "accept", "content": {}}}})
+    assert link.lines[-1]["result"] == {"action": "accept", "content": {}} and len(town.heard) == 1
+
+
+@in_town
+async def test_conversation_calls_go_to_no_member_that_waits_for_a_person_while_another_is_idle():
+    town = Town("legacy", ["g.a", "g.b"])
+    await town.say_to(await town.client("modern", "g"), 1, "tools/call", {"name": "t"})
+    (asks, _), = town.heard
+    town.say(town.links[asks][0], {"id": "q", **QUESTION})
+    await asyncio.sleep(1)
+    for _ in range(6):
+        await town.say_to(await town.client("modern", "g"), 1, "tools/call", {"name": "t"})
+        name, call = town.heard[-1]
+        town.say(town.links[name][0], {"id": call["id"], "result": {"content": []}})
+        assert name != asks
+
+
+@in_town
+async def test_conversation_session_stays_with_its_member_after_one_call_that_went_wrong():
+    town = Town("legacy", ["g.a", "g.b"])
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    own = client.client.members["g"].name
+    await town.say_to(client, 2, "prompts/get", {"name": "p"})
+    _, call = town.heard[-1]
+    town.links[own][0].on_too_long(b'{"jsonrpc":"2.0","id":%d,"result":{' % call["id"], b"}}")
+    await asyncio.sleep(0.1)
+    assert town.heard[-1][0] != own                        # this one is repeated elsewhere,
+    await town.say_to(client, 3, "prompts/get", {"name": "p"})
+    assert town.heard[-1][0] == own and "resources/unsubscribe" not in town.heard_by(own)
+
+
+@in_town
+async def test_conversation_what_the_proxy_refuses_is_no_failure_of_a_member():
+    town = Town("legacy", ["g.a", "g.b"])
+    client = await town.client("legacy", "g")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy, "SUBSCRIPTIONS", 2)
+        for number in range(4):
+            answer, = await town.say_to(client, number + 1, "resources/subscribe", {"uri": f"a:{number}"})
+            assert ("error" in answer) == (number >= 2)
+    assert [server.failures for server in town.mount.servers.values()] == [0, 0]
+    assert sorted(len(links[-1].lines) for links in town.links.values()) == [2, 4]
+
+
+@in_town
 async def test_conversation_session_stays_when_its_server_is_back_before_its_last_call_is_over():
     town = Town("legacy", ["a", "c"])
     client = await town.client("legacy", "a")
