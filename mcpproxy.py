@@ -7635,8 +7635,8 @@ class Server:
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
-        self.chosen = 0                            # how often it was, of its group; and what will be sent to it then
-        self.waiting: set[asyncio.Task] = set()
+        self.chosen = 0                            # how often it was, of its group
+        self.waiting: set[asyncio.Task] = set()    # the work of calls of its group that were not sent yet
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
         self._probing: asyncio.Task | None = None
