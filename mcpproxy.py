@@ -9247,8 +9247,8 @@ class Exchange(ClientRequest):
         """Chooses a server by the request alone, if that is enough."""
         state = self.message.params.get("requestState")
         parked = self.client.mount.parked.get(state) if isinstance(state, str) and self.envelope else None
-        if parked and (parked.client.caller, parked.method, parked.name) == (
-                self.client.caller, self.method, self.name):
+        if parked and not self.client.is_session and parked.instance.owner in ((), self.client.user) and (
+                parked.client.caller, parked.method, parked.name) == (self.client.caller, self.method, self.name):
             self.target = self._target_again(parked)
             # Whatever was taken out of the configuration since.
             self.instance, self.group = parked.instance, parked.group
