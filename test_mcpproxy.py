@@ -7900,7 +7900,7 @@ class Remote:
         if callable(step):
             return step(visit)
         visit.write(step)
-        if b"Content-Length" not in step:
+        if b"Content-Length" not in step and not step.endswith(b"\r\n0\r\n\r\n"):         # it has no other end
             visit.hang_up()
 
     def legacy(self, visit):
