@@ -8622,9 +8622,7 @@ class ModernClientLegacyServer(Bridge):
             return True
         state = message.params.get("requestState")
         parked = exchange.client.mount.parked.get(state) if isinstance(state, str) else None
-        # A call at what was taken out of the configuration goes on there.
-        if (parked is None or parked.client.caller != exchange.client.caller
-                or parked.instance is not exchange.instance and not parked.instance.server.is_retired
+        if (parked is None or parked.client.caller != exchange.client.caller or parked.instance is not exchange.instance
                 or parked.method != exchange.method or parked.digest != digest_of(message)):
             raise RPCError("requestState is unknown, was used, or belongs to another request", code=INVALID_PARAMS)
         parked.dialogue.resume(exchange, message)

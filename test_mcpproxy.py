@@ -13605,6 +13605,25 @@ async def test_conversation_answers_go_to_the_server_that_asked_and_not_to_the_o
 
 
 @in_town
+async def test_conversation_call_at_a_server_that_was_taken_out_goes_on_for_its_own_user_alone():
+    town = Town("legacy", ["a=x"], shared_session=False)
+    one, other = {"A": "1"}, {"A": "2"}
+    client = await town.client("modern", "a", None, one)
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    link, = town.links["a"]
+    town.say(link, {"id": "q", **QUESTION})
+    await asyncio.sleep(1)
+    parked, = town.told(client)
+    await town.reload(["a=y"])
+    (key,), state = parked["result"]["inputRequests"], parked["result"]["requestState"]
+    retry = {"name": "t", "requestState": state, "inputResponses": {key: {"action": "accept", "content": {}}}}
+    refused, = await town.say_to(await town.client("modern", "a", None, other), 2, "tools/call", retry)
+    assert refused["error"]["code"] == -32602 and not [line for line in link.lines if line.get("id") == "q"]
+    await town.say_to(await town.client("modern", "a", None, one), 3, "tools/call", retry)
+    assert link.lines[-1]["result"] == {"action": "accept", "content": {}}
+
+
+@in_town
 async def test_conversation_calls_go_to_no_member_that_waits_for_a_person_while_another_is_idle():
     town = Town("legacy", ["g.a", "g.b"])
     await town.say_to(await town.client("modern", "g"), 1, "tools/call", {"name": "t"})
