@@ -2675,8 +2675,7 @@ class View:
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
             own, member = target.name or name, mine.get(target.server)
             if member is None and target.server:
-                tool = own if kind == "tools" else None
-                return self.limits.refusal("servers", name[:200], status, (target.server,), tool)
+                return self.refusal_of_server(target.server, kind, own, name, status)
             if member and (member.rules.shown(own) is None or member.rules.are_of_hints):
                 return self.refusal(member, own, name, status)
         return None
@@ -2685,6 +2684,10 @@ class View:
         """The answer to who asks for a tool of a member's that is not open to them; the server calls it `own`."""
         limit = "tools" if member.rules.shown(own) is None else "read_only"
         return self.limits.refusal(limit, name[:200], status, member.names, own)
+
+    def refusal_of_server(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
+        """The same where all of a server is not open to them; scopes have globs for its tools alone."""
+        return self.limits.refusal("servers", name[:200], status, (server,), own if kind == "tools" else None)
 
     def unknown(self, kind: str, name: str) -> RPCError:
         """The answer to who asks for a tool or a prompt that is not here."""
@@ -5899,8 +5902,8 @@ class ServerConnection(Holder):
             shares[whose] -= read
             if shares[whose] <= 0:
                 del shares[whose]
-        of_one = MAX_QUEUED_BYTES / (len({principal, *shares}) if principal is not None else 1)
-        if backlog + size > MAX_QUEUED_BYTES and shares[principal] + size > of_one and not has_to_go:
+        if backlog + size > MAX_QUEUED_BYTES and not has_to_go and shares[principal] + size > MAX_QUEUED_BYTES / (
+                len({principal, *shares}) if principal is not None else 1):
             if principal is None:                  # what the proxy itself has to say can be left out for nobody
                 log.error("! server %(server)s is ended: it does not read its input", server=self.name)
                 self.link.stop()
@@ -8838,14 +8841,14 @@ class Dialogue:
         heirs = [call for call, identity in causes.items() if identity == self.exchange.client.identity]
         for question in list(self.questions.values()):
             message = question.message
-            may_ask = [call for call in heirs if question.client or call.can_be_asked and not missing_capabilities(
-                call.capabilities, message.method, message.plain_params)] if is_answered and message else []
-            if may_ask and question.client:            # a session's, which has been asked
-                heir = question.call = may_ask[-1]
-                question.send = heir.outlet.send
+            heir = next((call for call in reversed(heirs) if question.client or call.can_be_asked and not (
+                missing_capabilities(call.capabilities, message.method, message.plain_params))),
+                None) if is_answered and message else None
+            if heir and question.client:               # a session's, which has been asked
+                question.call, question.send = heir, heir.outlet.send
                 heir.begin_dialogue().questions[str(question.id)] = question
-            elif may_ask:
-                may_ask[-1].ask(question, None)
+            elif heir:
+                heir.ask(question, None)
             else:
                 question.take_back()
                 question.refuse(ServerError("the client did not answer"))
@@ -9267,8 +9270,7 @@ class Exchange(ClientRequest):
         own = target.name or self.name
         member = next((one for one in view.members if one.name == target.server), None)
         if member is None:
-            raise view.limits.refusal("servers", str(self.name)[:200], 200, (target.server,),
-                                      own if kind == "tools" else None)
+            raise view.refusal_of_server(target.server, kind, own, str(self.name))
         if kind == "tools" and member.rules.shown(own) is None:
             raise view.refusal(member, own, self.name)
         return member_target(member, kind, own, self.name)
@@ -9283,10 +9285,11 @@ class Exchange(ClientRequest):
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
-        if self.headers is None and not (self.target and self.target.rules) and not self._is_repeated_at(connection):
+        rules = self.target and self.target.rules
+        if self.headers is None and not rules and not self._is_repeated_at(connection):
             return True
         tools, name = self.instance.tools, self.own_name
-        tools = tools.fresh if self.target and self.target.rules else tools.known      # what was allowed may be no more
+        tools = tools.fresh if rules else tools.known          # what was allowed may be no more
         if tools is None or name not in tools:
             return False
         self._check_by(tools)
