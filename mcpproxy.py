@@ -10989,7 +10989,7 @@ class Application:
         elif admission.caller is None:
             how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"
             raise HTTPError(f"missing key: {how}" if admission.key is None else "wrong key", status=401,
-                            headers=((CHALLENGE_HEADER, "Bearer"),))
+                            headers=((CHALLENGE_HEADER, 'Bearer realm="mcpproxy"'),))            # RFC 6750 §3
 
     def _check_token(self, admission: Admission, text: str | None) -> None:
         """RFC 6750 §3; MCP 2025-11-25, Authorization, Access Token Usage."""

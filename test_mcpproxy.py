@@ -3439,7 +3439,7 @@ def unguarded():
 def test_access_no_endpoint_opens_without_the_key(guarded, method, path):
     response = guarded.request(method, path, b"{}", ACCEPT)
     assert response.error() == (401, -32600)
-    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["www-authenticate"] == 'Bearer realm="mcpproxy"'
 
 
 @pytest.mark.parametrize("path", [
