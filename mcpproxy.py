@@ -6768,10 +6768,10 @@ class KeptList:
         items, now = self.last, self.instance.server.now()
         if self.fresh is None or refresh and now - items.asked_at >= KEPT_SECONDS:
             if self._listing is None:
-                self._listing = asyncio.get_running_loop().create_task(self._list())
+                self._listing, self._since = asyncio.get_running_loop().create_task(self._list()), now
                 self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
             listing = self._listing
-            await asyncio.wait([listing], timeout=None if items is None else RELIST_SECONDS)
+            await asyncio.wait([listing], timeout=None if items is None else max(0, self._since + RELIST_SECONDS - now))
             if self.last is None:
                 listing.result()                   # which raises what went wrong
         return self.last

@@ -13762,6 +13762,21 @@ async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobo
 
 
 @in_town
+async def test_conversation_list_that_a_server_does_not_give_again_is_waited_for_once():
+    town = Town("legacy", ["a", "c"])
+    town.can["tools"] = {}
+    client = await town.client("legacy")
+    assert "a__t" in str(await town.say_to(client, 1, "tools/list"))
+    await asyncio.sleep(mcpproxy.KEPT_SECONDS)
+    del town.answers["tools/list"]
+    assert not await town.say_to(client, 2, "tools/list")
+    await asyncio.sleep(mcpproxy.RELIST_SECONDS)
+    assert "a__t" in str(town.told(client))
+    assert "a__t" in str(await town.say_to(client, 3, "tools/list"))
+    assert [town.heard_by(name).count("tools/list") for name in ("a", "c")] == [2, 2]
+
+
+@in_town
 async def test_conversation_listens_that_a_modern_server_ends_all_the_time_are_made_up_for_now_and_then():
     town = Town("modern", ["a"])
     client = await town.client("legacy", "a")
