@@ -4494,9 +4494,13 @@ def why_not_found(program: str, path: str | None) -> str | None:
         hint = "no shell reads the command; where one is needed, write sh -c '...'"
     elif program.endswith(".json") and os.path.isfile(program):
         hint = f"a file of several servers is given as --config {program}"
+    elif program.startswith(("http://", "https://")):
+        hint = "the URL of a remote server is a whole command, without arguments"
+    elif os.path.isdir(program):
+        hint = "it is a directory"
     elif os.path.exists(program):
-        hint = (f"but is there: make it executable and write ./{program}" if os.path.isfile(program) else
-                "but is there: it is a directory") + f", or name its interpreter before it: python3 {program}"
+        hint = (f"but is there: make it executable{'' if '/' in program else f' and write ./{program}'}, or name its "
+                f"interpreter before it: python3 {program}")
     else:
         hint = "is it installed and in PATH?"
     return f"the command {program!r} was not found; {hint}"
@@ -12053,7 +12057,13 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("without OAUTH_ISSUER", not settings.oauth_issuer, "OAUTH_AUDIENCE OAUTH_SCOPES OAUTH_JWKS_URL "
                                                             "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
         ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
-        ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"))
+        ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"),
+        ("without MCP_CONFIG", not settings.mcp_config, "WATCH"))
+    for name, shape, meant in (
+            ("ALLOWED_ORIGINS", r"\*|[a-z][a-z0-9+.-]*://[^/*A-Z]+", "an origin as browsers send it: https://a.b"),
+            ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
+        lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
+                  if not re.fullmatch(shape, given)]
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
     return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so
@@ -12251,6 +12261,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def watch_children_without_threads() -> None:
+    """Python 3.11 starts a thread for each child, to hear of its end, and waits until that runs: on a busy machine
+    half a second. Later ones do what this does, where the kernel can."""
+    if sys.version_info < (3, 12):
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(os.pidfd_open(os.getpid()))
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
 def main() -> None:
     """The program."""
     if sys.argv[1:] == ["--demo-server"]:
@@ -12267,6 +12286,7 @@ def main() -> None:
             return print_new_key(name)
         settings = load_settings(sys.argv[1:], dict(os.environ))
         raise_descriptor_limit()
+        watch_children_without_threads()
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
         # time. To have freed one of 16 MB, which is never touched, raises the limit for good.
         bytes(16 * 1024 * 1024)

@@ -1717,7 +1717,8 @@ COMMANDS = {           # what people write, and a word of what they are told to 
     '["npx", "-y", "x"]': "not as JSON", "'[1]'": "not as JSON", '{"command": "npx"}': "not as JSON",
     "'cat -u'": "leave them out",
     "X=1 cat": "env X=", "cd / && cat": "sh -c", "cd /": "sh -c", "~/no-such-server": "sh -c",
-    "$HOME/no-such-server": "sh -c", f"{os.path.join(HERE, 'README.md')} -x": "python3 /", "no-such-server": "PATH"}
+    "$HOME/no-such-server": "sh -c", f"{HERE} -x": "it is a directory", "https://a.example/mcp -x": "without arguments",
+    f"{os.path.join(HERE, 'README.md')} -x": "python3 /", "no-such-server": "PATH"}
 
 
 @pytest.mark.parametrize("config, hint", COMMANDS.items())
@@ -1743,6 +1744,13 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
     case("one that cannot", {"SESSION_SECRET": SEAL}, None),
     case("scopes of nobody's tokens", {"OAUTH_SCOPES": "mcp"}, "OAUTH_SCOPES has no effect without OAUTH_ISSUER"),
+    case("no file to watch", {"WATCH": "true"}, "WATCH has no effect without MCP_CONFIG"),
+    *(case(f"origin {origin}", {"ALLOWED_ORIGINS": f"https://a.example:8,{origin}"}, f"{origin} is not an origin")
+      for origin in ("a.example", "https://a.example/", "HTTPS://A.example", "https://*.example")),
+    *(case(f"host {host}", {"ALLOWED_HOSTS": f"a.example,{host}"}, f"{host} is not a host")
+      for host in ("https://a.example", "a.example:80", "*.example")),
+    case("origins and hosts", {"ALLOWED_ORIGINS": "*,https://a.example,chrome-extension://abc,http://[::1]:80",
+                               "ALLOWED_HOSTS": "*,a.example,[::1],1.2.3.4"}, None),
     case("nothing", {"PREWARM": "1", "SHARED_SESSION": "false", "HOSTS": "x", "PATH": "/bin"}, None),
     case("a shell", {"MCP_SERVER_CONFIG": "env A=1 bash -lc 'cat | tee $HOME'"}, None),
 ])
