@@ -9428,7 +9428,9 @@ class Exchange(ClientRequest):
                     len(response.line) <= MAX_LISTING):
                 self.instance.server.listings.append(response)
             limit = self.instance.server.max_result
-            if limit and response.is_result and self.method in ("tools/call", "tasks/result"):
+            # In a line no text is shorter than it is.
+            if limit and response.is_result and self.method in ("tools/call", "tasks/result") and (
+                    type(response) is not ResponseLine or len(response.line) > limit):
                 response = cut_result(response.parsed(), limit)
             self._bridge.respond(self, response)
         except RPCError:
