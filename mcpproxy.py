@@ -1000,9 +1000,8 @@ _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 
 
-def dump(value: object) -> str:
-    """JSON text without superfluous spaces."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+# A value as JSON text without superfluous spaces; json.dumps() would make an encoder for each call.
+dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _no_such_constant(name: str):
