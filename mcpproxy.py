@@ -8909,7 +8909,7 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
     about, software = None, client.software or call.software
-    if log.as_json:
+    if log.as_json and log.level <= logging.INFO:
         about = audit(client.caller, software, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
                       era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
