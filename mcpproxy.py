@@ -12289,8 +12289,8 @@ def main() -> None:
         raise_descriptor_limit()
         watch_children_without_threads()
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
-        # time. To have freed one of 16 MB, which is never touched, raises the limit for good.
-        bytes(16 * 1024 * 1024)
+        # time. To have freed one of 31 MB, which is never touched, raises the limit for good (one of 32 would not).
+        bytes(31 * 1024 * 1024)
         # A large message is millions of objects for a moment. The collector would look through them again and again,
         # for two thirds of the time, and find nothing.
         gc.set_threshold(100_000, 10, 10)
