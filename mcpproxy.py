@@ -507,6 +507,7 @@ _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKE
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")      # RFC 9112 §4
 _FIELD_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)           # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,15})(?=\r|\Z)", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(r"https?://([^/?#]+)([^#]*)", re.IGNORECASE)                    # RFC 3986 §3
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -541,7 +542,6 @@ class HTTPHead:
     keep_alive: bool
     content_length: int | None               # None: the body is chunked
     expects_continue: bool
-    raw: bytes                               # as it came
     admission: object = None                 # what the application made of it, for when it comes again
 
     def query_value(self, name: str) -> str | None:
@@ -576,7 +576,7 @@ def parse_head(raw: bytes) -> HTTPHead:
         raise HTTPError("unknown expectation", status=417)   # RFC 9110 §10.1.1
     return HTTPHead(
         method=method, path=path, query=query, headers=headers, fields=fields, version=version,
-        keep_alive=is_kept_alive(headers, version), content_length=body_length(headers, version), raw=raw,
+        keep_alive=is_kept_alive(headers, version), content_length=body_length(headers, version),
         expects_continue="expect" in headers and version >= (1, 1))
 
 
@@ -709,8 +709,9 @@ class RequestParser:
         self.rest = b""                   # bytes that were not looked at yet
         self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
-        self._known = {} if known is None else known      # heads that were parsed, of all connections
-        self._length: int | None = 0      # of the body; None: it is chunked
+        self._known = {} if known is None else known      # heads that were parsed, of all connections, by their shape
+        self._shape: tuple[bytes, ...] = ()               # that of the last head: all of it but the body's length
+        self.length: int | None = 0       # of the body; None: it is chunked
         self._body = bytearray()          # so far
         self._reader = None               # what puts it together, if it does not come all at once
 
@@ -728,11 +729,16 @@ class RequestParser:
         if end < 0 or end > MAX_HEAD_BYTES:
             self._check_unfinished_head()
             return None
-        raw = self.rest[:end]
-        head = self._known.get(raw) or self._parse(raw)
-        self.rest = self.rest[end + 4:]
+        rest, match = self.rest, _LENGTH.search(self.rest, 0, end)
+        self._shape = (rest[:match.start(1)], rest[match.end(1):end]) if match else (rest[:end],)
+        head = self._known.get(self._shape)
+        if head and match:
+            self.length = int(match[1])
+        else:
+            head = head or self._parse(rest[:end])
+            self.length = head.content_length
+        self.rest = rest[end + 4:]
         self._searched = 0
-        self._length = head.content_length
         return head
 
     @property
@@ -745,11 +751,11 @@ class RequestParser:
         self.rest, self._body, self._reader = b"", bytearray(), None
 
     def keep(self, head: HTTPHead) -> None:
-        """Remembers a head that was admitted, if it is small, in place of the oldest."""
-        if len(head.raw) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
+        """Remembers the last head, which was admitted, if it is small, in place of the oldest."""
+        if sum(map(len, self._shape)) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
-            self._known[head.raw] = head
+            self._known[self._shape] = head
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
@@ -764,7 +770,7 @@ class RequestParser:
 
     def next_body(self, limit: int) -> bytes | None:
         """The body that belongs to the last head, or None when bytes are missing; 413 when it is over `limit`."""
-        length = self._length
+        length = self.length
         if self._reader is None and length is not None and len(self.rest) >= length <= limit:
             body, self.rest = self.rest[:length], self.rest[length:]          # all of it is there: no copy
             return body
@@ -780,13 +786,13 @@ class RequestParser:
     # What follows are generators. They yield when more bytes are needed (False) or it is the others' turn (True).
 
     def _read_body(self, limit: int):
-        while self._length == UNTIL_CLOSE and not self.is_ended:
+        while self.length == UNTIL_CLOSE and not self.is_ended:
             yield from self._read_data(len(self.rest), limit)
             yield False
-        if self._length == UNTIL_CLOSE:
+        if self.length == UNTIL_CLOSE:
             return
-        if self._length is not None:
-            yield from self._read_data(self._length, limit)
+        if self.length is not None:
+            yield from self._read_data(self.length, limit)
             return
         while True:
             match = _CHUNK_LINE.fullmatch((yield from self._read_line()))
@@ -10034,7 +10040,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                         self._parser.keep(head)
                     self._reply.admission, self._reply.headers = head.admission, head.admission.headers
                     self.principal = head.admission.caller or self._host
-                    size = head.content_length
+                    size = self._parser.length
                     is_large = size and SMALL < size <= self._application.max_body        # over that, it is refused
                     if is_large and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")

@@ -2097,6 +2097,23 @@ def test_http_large_heads_are_not_kept(monkeypatch):
     assert 0 < len(parser._known) <= 4 and all(len(head.fields) < 10 for head in parser._known.values())
 
 
+def test_http_heads_that_differ_in_the_length_of_the_body_alone_are_parsed_once():
+    known = {}
+    for name in (b"Content-Length: ", b"content-length:"):
+        for length in (0, 1, 12, 7):
+            parser = mcpproxy.RequestParser(known)
+            parser.feed(POST + name + b"%d\r\nX-Length: 3\r\n\r\n" % length + b"x" * length + NEXT)
+            parser.keep(parser.next_head())
+            assert parser.next_body(100) == b"x" * length and parser.next_head().path == "/next"
+    assert len(known) == 2
+    for line in (b"Content-Length: ", b"Content-Length: +1", b"Content-Length: 1,2", b"Content-Length: 1\rx",
+                 b"Content-Length: 1\r\nContent-Length: 2", b"Content-Length: 1\r\nTransfer-Encoding: chunked"):
+        parser = mcpproxy.RequestParser(known)
+        parser.feed(POST + line + b"\r\nX-Length: 3\r\n\r\n")
+        with pytest.raises(HTTPError):
+            parser.next_head()
+
+
 def test_http_body_of_exactly_the_limit_is_read():
     parser = mcpproxy.RequestParser()
     parser.feed(CHUNKED + b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n")
