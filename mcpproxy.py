@@ -10811,15 +10811,8 @@ class Admission:
         return name
 
     def accepts(self, wanted: str) -> bool:
-        """Does it take this media type? RFC 9110 §12.5.1: no Accept means anything, and the closest range counts."""
-        ranges = ["*/*", wanted.partition("/")[0] + "/*", wanted]
-        closest, is_taken = -1, False
-        for part in (self.head.headers.get("accept", "").strip() or "*/*").lower().split(",", MAX_PARTS)[:MAX_PARTS]:
-            media_range, *parameters = [piece.strip() for piece in part.split(";")]
-            if media_range in ranges and ranges.index(media_range) > closest:
-                closest = ranges.index(media_range)
-                is_taken = not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
-        return is_taken
+        """Does it take this media type?"""
+        return is_accepted(self.head.headers.get("accept", ""), wanted)
 
     takes_json = functools.cached_property(lambda self: self.accepts(JSON_TYPE))
     takes_stream = functools.cached_property(lambda self: self.accepts(EVENT_STREAM_TYPE))
@@ -10831,6 +10824,19 @@ class Admission:
         if not _TRACEPARENT.fullmatch(headers.get("traceparent", "")):
             return {}
         return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
+
+
+@functools.lru_cache(maxsize=32)          # clients differ little in this
+def is_accepted(accept: str, wanted: str) -> bool:
+    """Does an Accept header take this media type? RFC 9110 §12.5.1: none takes any, and the closest range counts."""
+    ranges = ["*/*", wanted.partition("/")[0] + "/*", wanted]
+    closest, is_taken = -1, False
+    for part in (accept.strip() or "*/*").lower().split(",", MAX_PARTS)[:MAX_PARTS]:
+        media_range, *parameters = [piece.strip() for piece in part.split(";")]
+        if media_range in ranges and ranges.index(media_range) > closest:
+            closest = ranges.index(media_range)
+            is_taken = not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return is_taken
 
 
 def is_stream_wanted(head: HTTPHead) -> bool:
