@@ -709,8 +709,9 @@ class RequestParser:
         self.rest = b""                   # bytes that were not looked at yet
         self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
-        self._known = {} if known is None else known      # heads that were parsed, of all connections, by their shape
-        self._shape: tuple[bytes, ...] = ()               # that of the last head: all of it but the body's length
+        self._known = {} if known is None else known      # heads that were parsed, of all connections, by their shape:
+        self._shape = b"", b""            # what is before the body's length and behind it; here, in the last head
+        self._last: HTTPHead | None = None                # that one, if it is known
         self.length: int | None = 0       # of the body; None: it is chunked
         self._body = bytearray()          # so far
         self._reader = None               # what puts it together, if it does not come all at once
@@ -729,16 +730,21 @@ class RequestParser:
         if end < 0 or end > MAX_HEAD_BYTES:
             self._check_unfinished_head()
             return None
-        rest, match = self.rest, _LENGTH.search(self.rest, 0, end)
-        self._shape = (rest[:match.start(1)], rest[match.end(1):end]) if match else (rest[:end],)
-        head = self._known.get(self._shape)
-        if head and match:
-            self.length = int(match[1])
-        else:
-            head = head or self._parse(rest[:end])
-            self.length = head.content_length
-        self.rest = rest[end + 4:]
-        self._searched = 0
+        raw, head, (before, behind) = self.rest[:end], self._last, self._shape
+        self.rest, self._searched = self.rest[end + 4:], 0
+        if head and raw.startswith(before) and raw.endswith(behind):           # a client mostly says the same again
+            length = raw[len(before):len(raw) - len(behind)]
+            if length.isdigit() and len(length) < 16:
+                self.length = int(length)
+                return head
+        return self._look_up(raw)
+
+    def _look_up(self, raw: bytes) -> HTTPHead:
+        match = _LENGTH.search(raw)
+        self._shape = (raw[:match.start(1)], raw[match.end(1):]) if match else (raw, None)
+        known = self._known.get(self._shape)
+        self._last, head = known if match else None, known or self._parse(raw)
+        self.length = int(match[1]) if known and match else head.content_length
         return head
 
     @property
@@ -752,10 +758,12 @@ class RequestParser:
 
     def keep(self, head: HTTPHead) -> None:
         """Remembers the last head, which was admitted, if it is small, in place of the oldest."""
-        if sum(map(len, self._shape)) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
+        before, behind = self._shape
+        if len(before) + len(behind or b"") <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
-            self._known[self._shape] = head
+            self._known[before, behind] = head
+            self._last = head if behind is not None else None
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
