@@ -1736,6 +1736,16 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
     return [*changes, message.new_members(beside, "params")] if beside else changes
 
 
+def without_answers(text: str) -> str:
+    """A request as it came first: what one server has asked, and got, is no other's business."""
+    message = parse_message(text)
+    if not {"inputResponses", "requestState"} & message.params.keys():
+        return text
+    params = {name: value for name, value in message.raw_members("params").items()
+              if name not in ("inputResponses", "requestState")}
+    return message.changed([(*message.span("params"), as_object(params))]).decode()
+
+
 def digest_of(message: Message) -> int:
     """A digest of what makes a request the same request when it comes again."""
     salient = {name: value for name, value in message.plain_params.items()
@@ -6216,6 +6226,8 @@ class Question:
     def respond(self, response: Message) -> None:
         """Takes the client's response, whatever its id."""
         self.leave_books()
+        if self.call:
+            self.call.touch()                          # its client shows that it is there
         self._on_response(self, response)
 
     def refuse(self, error: ProxyError) -> None:
@@ -6279,6 +6291,15 @@ UNKNOWN_TASK = RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
 
 
+def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
+    """If a book is full, the oldest entries of whoever has most are forgotten."""
+    if len(book) >= limit:
+        (most, number), = collections.Counter(map(whose, book.values())).most_common(1)
+        mine = (name for name, value in book.items() if whose(value) == most)
+        for name in list(itertools.islice(mine, 1 + number // 10)):              # to count is dear
+            del book[name]
+
+
 class Owners(dict[tuple[str, str], object]):
     """Identities of clients, by the tasks and elicitations that are theirs."""
 
@@ -6286,14 +6307,10 @@ class Owners(dict[tuple[str, str], object]):
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
         """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
-        one can show. When too many are known, the oldest of whoever has most are forgotten."""
+        one can show."""
         if name and client and client.identity is not client and (
                 name[0] != "task" or name not in self or name in self.old):
-            if len(self) >= KNOWN_OWNERS:
-                (most, number), = collections.Counter(self.values()).most_common(1)
-                mine = (one for one, identity in self.items() if identity == most)
-                for one in list(itertools.islice(mine, 1 + number // 10)):           # to count is dear
-                    del self[one]
+            make_room_in(self, KNOWN_OWNERS)
             self[name] = client.identity
             self.old.discard(name)
 
@@ -7283,12 +7300,11 @@ class Client(Holder):
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
 
-    def at(self, server: "Server | Group", message: Message | None = None,
-           left_out: "Server | None" = None) -> Instance:
-        """The instance of a server that it uses, the same from the first use on; of a group, that of the server which
-        is for the message, and is not left out."""
+    def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
+        """The instance of a server that it uses, the same from the first use on; of a group, one that is not left out
+        and may be asked anything."""
         if server.is_group:
-            server = server.choose(self, message, left_out)
+            server = server.choose(self, left_out)
         instance = self._instances.get(server)
         if instance is None or instance.state is InstanceState.CLOSED and (
                 self.view.has_choice or not self.is_session) and (
@@ -7502,6 +7518,8 @@ class Session(Client):
         """Passes a request of the server's on to the client; `send` is the way that it takes."""
         if len(self.questions) >= OPEN_QUESTIONS:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
+            if question.call and question.call.is_done:
+                return                             # that was one of its own, and ended it
         self.questions[question.id] = question
         question.client, question.send = self, send
         send(question.payload)
@@ -7541,7 +7559,7 @@ class Session(Client):
             return
         self.is_ended = True
         self.mount.sessions.pop(self.id, None)
-        for call in list(self.calls.values()):
+        for call in [*self.calls.values(), *(call for call in self.mount.parked.values() if call.client is self)]:
             call.fail(error or RPCError("session unknown or ended", status=404))
         for question in list(self.questions.values()):
             question.refuse(ServerError("the client is gone"))
@@ -7582,7 +7600,6 @@ SPARES_PAUSE = 5.0               # seconds without new spare processes after one
 FAILURES = 3                     # in a row, after which a member of a group is left out
 PROBE_PAUSE = 1.0                # seconds until one that is left out is asked whether it is back, doubling
 LONGEST_PROBE_PAUSE = 30.0       # to this
-KNOWN_STATES = 1_000             # of calls that wait for input, of one group
 MAX_LISTINGS = 8                 # pages of tools that clients were given and nobody has read yet,
 MAX_LISTING = 256 * 1024         # of so many bytes each
 
@@ -7841,21 +7858,21 @@ class Group:
 
     is_group = True
 
-    def __init__(self, config: ServerConfig, members: list[Server], before: "Group | None" = None):
+    def __init__(self, config: ServerConfig, members: list[Server]):
         self.name, self.config, self.members = config.name, config, members
-        # requestState -> the member that gave it. Calls that began before the configuration was read again add to it.
-        self.states: dict[str, Server] = before.states if before else {}
         for member in members:                     # a new one is not to make up for what it missed
             member.chosen = 0
 
-    def choose(self, client: Client, message: Message | None, left_out: Server | None) -> Server:
-        """The member for a request, or for what is no single request; `left_out` has failed with it. RPCError when each
-        has calls of its own, and this is none of them."""
+    def choose(self, client: Client, left_out: Server | None, message: Message | None = None,
+               headers: dict[str, str] | None = None) -> Server:
+        """The member for a request that came with these HTTP headers, or for what is no single request; `left_out` has
+        failed with it. RPCError when each has calls of its own, and this is none of them."""
         owner = self._owner(client, message) if message else None
         if owner:
             return owner
         members = [member for member in self.members if member is not left_out]
-        claiming = [member for member in self.members if self._claims(member, client, message)] if message else []
+        claiming = [member for member in self.members if self._claims(member, client, message, headers)] if (
+            message) else []
         if claiming and claiming != [left_out]:            # what is claimed goes to nobody else, also when that is down
             claiming = [member for member in claiming if member is not left_out]
             return next((member for member in claiming if member.is_up), claiming[0])
@@ -7876,20 +7893,20 @@ class Group:
                 client.move(before, own)
         return own
 
-    def _claims(self, member: Server, client: Client, message: Message) -> bool:
+    def _claims(self, member: Server, client: Client, message: Message, headers: dict[str, str]) -> bool:
         when = member.config.when
         if when is None:
             return False
         arguments = message.plain_params.get("arguments") if when.argument and message.params.get("arguments") else {}
-        return when.claims(arguments if isinstance(arguments, dict) else {}, client.headers,
+        return when.claims(arguments if isinstance(arguments, dict) else {}, headers,
                            client.caller and client.caller.name)
 
     def _owner(self, client: Client, message: Message) -> Server | None:
         """The member that has the task, or the call that waits for input, which a request names."""
         state, named = message.params.get("requestState"), owner_named(message)
         if isinstance(state, str):
-            member = self.states.get(state)
-            return member if member in self.members else None
+            given = client.mount.states.get(state)
+            return given.server if given and given.server in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
                      if named in instance.owners), None) if named else None
 
@@ -7897,14 +7914,6 @@ class Group:
         """Called now and then."""
         for member in self.members:
             member.probe(self.members)
-
-    def remember(self, response: ResponseLine | Message, member: Server) -> None:
-        """A response may ask for input: the request that comes with it is for the same member."""
-        state = response.parsed().result.get("requestState") if is_input_required(response) else None
-        if isinstance(state, str):
-            if len(self.states) >= KNOWN_STATES:
-                del self.states[next(iter(self.states))]
-            self.states[state] = member
 
 
 # ============================================================================
@@ -7918,7 +7927,16 @@ MAX_DELETED = 10_000             # sessions that are known as ended by their cli
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 RECENT_CALLS = 100               # that can be looked at
+KNOWN_STATES = 1_000             # of calls that wait for input
 ASKED_SECONDS = 60.0             # after somebody asked whether there is a server to be used, in which starts are tried
+
+
+class GivenState(typing.NamedTuple):
+    """Who gave a requestState, and to whom."""
+
+    principal: object
+    place: str                       # the server or group, as the client is shown it
+    server: Server
 
 
 class Mount:
@@ -7933,6 +7951,7 @@ class Mount:
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
+        self.states: dict[str, GivenState] = {}              # who gave others
         self.is_leaving = False                    # will the proxy end? Until it drains, all goes on
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
@@ -7943,13 +7962,12 @@ class Mount:
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
         self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
-        self.groups: dict[str, Group] = {}
         self._adopt(catalog)
 
     def _adopt(self, catalog: Catalog) -> None:
         self.catalog = catalog
-        self.groups = {name: Group(config, [self.servers[member.name] for member in config.members],
-                                   self.groups.get(name)) for name, config in catalog.groups.items()}
+        self.groups = {name: Group(config, [self.servers[member.name] for member in config.members])
+                       for name, config in catalog.groups.items()}
 
     def start(self) -> None:
         """Starts what is there before any client is."""
@@ -8153,7 +8171,7 @@ def another(client: Client, server: Server | Group, failed: Instance, error: Ser
     """In place of one that failed, the instance of another server of a group; the error if there is none."""
     if server.is_group:
         with contextlib.suppress(RPCError):
-            return client.at(server, None, failed.server)
+            return client.at(server, failed.server)
     raise error
 
 
@@ -8711,6 +8729,8 @@ class LegacyClientModernServer(LegacyClientBridge):
             if len(answers) == len(wanted):
                 self._repeat(exchange, answers, state)
         for key, request in wanted.items():
+            if exchange.is_done:                              # a question could not be asked
+                return
             self._ask_client(exchange, key, request, gathered)
         if not wanted:
             self._repeat(exchange, answers, state)
@@ -8970,7 +8990,7 @@ class ClientRequest(PendingRequest, Holder):
 
     __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
         names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token software problem
-        outlet text held
+        outlet text held http_headers
         digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
@@ -8993,6 +9013,7 @@ class ClientRequest(PendingRequest, Holder):
         self.is_endless = envelope is not None and self.method == "subscriptions/listen"
         self.trace = trace                            # members for _meta, as JSON
         self.headers = headers
+        self.http_headers = client.headers            # all that it came with, by which a member may be chosen
         self.state = WAITING
         self.connection: ServerConnection | None = None
         self.server_id: int | None = None
@@ -9272,6 +9293,9 @@ class Exchange(ClientRequest):
             self.instance, self.group = parked.instance, parked.group
             return
         target = pick(self.client, self.message)
+        given = self.client.mount.states.get(state) if target is None and isinstance(state, str) else None
+        if given and any(member.name == given.place for member in self.client.view.members):
+            target = Target(given.place)
         if target:
             self.aim(target)
             if self.client.view.is_joint and self.method.startswith("tasks/"):
@@ -9294,10 +9318,11 @@ class Exchange(ClientRequest):
 
     def aim(self, target: Target, left_out: Server | None = None) -> None:
         """Sends it to a server, or to one of a group."""
-        server, message = self.client.mount.server(target.server), None
-        if server.is_group:
-            self.group, message = server, self.message or parse_message(self.text)
-        self.instance, self.target = self.client.at(server, message, left_out), target
+        server = self.client.mount.server(target.server)
+        self.group = server if server.is_group else None
+        if self.group:
+            server = server.choose(self.client, left_out, self.message or parse_message(self.text), self.http_headers)
+        self.instance, self.target = self.client.at(server), target
 
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
@@ -9419,7 +9444,8 @@ class Exchange(ClientRequest):
         try:
             if self.group:
                 self.instance.server.failures = 0
-                self.group.remember(response, self.instance.server)
+            if self.group or self.method == "resources/read":
+                self._remember_state(response)
             if not response.is_result:
                 if self._ask_next():
                     return None
@@ -9451,6 +9477,15 @@ class Exchange(ClientRequest):
         except ServerError as error:
             self.fail(error)
 
+    def _remember_state(self, response: ResponseLine | Message) -> None:
+        """A response may ask for input: the request that comes with it is for the same server."""
+        state = response.parsed().result.get("requestState") if self.target and self.envelope and (
+            is_input_required(response)) else None
+        if isinstance(state, str):
+            states = self.client.mount.states
+            make_room_in(states, KNOWN_STATES, lambda given: given.principal)
+            states[state] = GivenState(self.principal, self.target.server, self.instance.server)
+
     def refuse(self, error: ProxyError) -> None:
         """The server does not do it."""
         if not self._ask_next():
@@ -9471,7 +9506,9 @@ class Exchange(ClientRequest):
             if self.method in MAY_CAUSE:
                 self.connection.drop_cause(self)
             self._become(WAITING)
-        self.server_id, self.message = None, None
+        self.server_id, self.message, self.text = None, None, without_answers(self.text)
+        if self.dialogue:
+            self.dialogue.gathered = {}
         self._begin_soon()
 
     def on_failure(self, error: ProxyError) -> None:
@@ -11050,7 +11087,7 @@ class Application:
     def handle(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """Runs the endpoint that the request is for; one that has to wait for something is a coroutine."""
         try:
-            if admission.keys is not self.keys and not (admission.caller and admission.caller.is_token):
+            if admission.keys is not self.keys:
                 reply.headers = ()                     # an error brings its own
                 admission = reply.admission = self.admit(admission.head, admission.host)    # keys changed meanwhile
                 reply.headers = admission.headers

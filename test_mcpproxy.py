@@ -13585,6 +13585,162 @@ async def test_conversation_call_of_a_group_that_asks_is_known_when_the_configur
     assert len(town.heard) == 6 and town.heard[-1][0] != name
 
 
+ASKED = {"inputRequests": {"q": QUESTION}}
+
+
+def asks_for_input(call, **more):
+    """What a modern server says to this call."""
+    return {"id": call["id"], "result": {"resultType": "input_required", **more}}
+
+
+def reads_at(town, name):
+    return [line for line in town.links[name][-1].lines if line.get("method") == "resources/read"]
+
+
+@in_town
+async def test_conversation_answers_that_one_server_asked_for_are_not_told_to_the_next():
+    town = Town("modern", ["a", "b"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    town.say(town.links["a"][0], asks_for_input(reads_at(town, "a")[0], requestState="s", **ASKED))
+    question, = town.told(client)
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "accept", "content": {"for": "a"}}})
+    town.say(town.links["a"][0], {"id": reads_at(town, "a")[1]["id"], "error": {"code": -32602, "message": "no"}})
+    await asyncio.sleep(0.1)
+    assert reads_at(town, "b")[0]["params"].keys() == {"uri", "_meta"}
+
+
+@in_town
+async def test_conversation_state_of_a_member_that_died_is_not_told_to_another():
+    town = Town("modern", ["g.a", "g.b"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
+    first, other = "ab" if reads_at(town, "a") else "ba"
+    town.say(town.links[first][0], asks_for_input(reads_at(town, first)[0], requestState="s"))
+    await asyncio.sleep(0.1)
+    assert reads_at(town, first)[1]["params"]["requestState"] == "s"
+    await town.die(first)
+    assert reads_at(town, other)[0]["params"].keys() == {"uri", "_meta"}
+
+
+@in_town
+async def test_conversation_server_to_which_a_group_leaves_a_read_is_no_member_of_it():
+    town = Town("legacy", ["g.a", "s"])
+    client = await town.client("legacy")
+    for number in range(3):
+        await town.say_to(client, number + 1, "resources/read", {"uri": "x:y"})
+        town.say(town.links["a"][0], {"id": reads_at(town, "a")[-1]["id"], "error": {"code": -32002, "message": "no"}})
+        await asyncio.sleep(0.1)
+        assert len(reads_at(town, "s")) == number + 1
+        call, = client.client.calls.values()
+        call.time_out()
+    assert town.mount.servers["s"].failures == 0
+
+
+@in_town
+async def test_conversation_answer_of_a_client_is_a_sign_of_life_of_its_call():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    town.say(town.links["a"][0], {"id": 5, **QUESTION})
+    question, = town.told(client)
+    await asyncio.sleep(town.settings.request_timeout - 1)
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "decline"}})
+    await asyncio.sleep(2)
+    town.mount.tick(town.now())
+    assert town.told(client) == []
+
+
+@in_town
+async def test_conversation_read_that_asked_its_client_is_left_to_the_next_server_as_it_came_first():
+    town = Town("legacy", ["a", "b"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    town.say(town.links["a"][0], {"id": 5, **QUESTION})
+    await asyncio.sleep(0.1)
+    asked = town.told(client)[0]["result"]
+    answers = {key: {"action": "accept", "content": {}} for key in asked["inputRequests"]}
+    await town.say_to(client, 2, "resources/read", {
+        "uri": "x:y", "requestState": asked["requestState"], "inputResponses": answers})
+    town.say(town.links["a"][0], {"id": reads_at(town, "a")[-1]["id"], "error": {"code": -32002, "message": "no"}})
+    await asyncio.sleep(0.1)
+    assert reads_at(town, "b")[0]["params"].keys() <= {"uri", "_meta"}
+
+
+@in_town
+async def test_conversation_read_comes_again_to_the_server_that_asked_and_to_no_other():
+    town = Town("modern", ["a", "b"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    town.say(town.links["a"][0], {"id": reads_at(town, "a")[0]["id"], "error": {"code": -32602, "message": "no"}})
+    await asyncio.sleep(0.1)
+    town.say(town.links["b"][0], asks_for_input(reads_at(town, "b")[0], requestState="s", **ASKED))
+    await town.say_to(await town.client("modern"), 2, "resources/read", {
+        "uri": "x:y", "requestState": "s", "inputResponses": {"q": {"action": "accept", "content": {"for": "b"}}}})
+    assert [len(reads_at(town, name)) for name in ("a", "b")] == [1, 2]
+
+
+@in_town
+async def test_conversation_states_of_one_caller_do_not_push_out_those_of_another():
+    town = Town("modern", ["g.a", "g.b"])
+    ann, bob = [(mcpproxy.Caller(name, name.encode()), {}, name) for name in ("ann", "bob")]
+    await town.say_to(await town.client("modern", None, *ann), 1, "tools/call", {"name": "g__t"})
+    (name, call), client = town.heard[0], await town.client("modern", None, *bob)
+    town.say(town.links[name][0], asks_for_input(call, requestState="ann's"))
+    for number in range(mcpproxy.KNOWN_STATES + 100):
+        client.say(request(number, "tools/call", {"name": "g__t"}))
+        who, call = town.heard[-1]
+        town.say(town.links[who][0], asks_for_input(call, requestState=str(number)))
+    for number in range(6):
+        await town.say_to(await town.client("modern", None, *ann), number, "tools/call", {
+            "name": "g__t", "requestState": "ann's"})
+        assert town.heard[-1][0] == name
+
+
+@in_town
+async def test_conversation_call_goes_by_the_headers_of_its_own_request():
+    town = Town("legacy", ["g.a", "g.b", "c"])
+    plain = town.catalog
+    whens = {"a": mcpproxy.When(header={"x-region": "eu"}), "b": mcpproxy.When(header={"x-region": "us"}), "c": None}
+    town.catalog = lambda names: mcpproxy.Catalog({name: dataclasses.replace(config, when=whens[name])
+                                                   for name, config in plain(names).servers.items()}, is_file=True)
+    await town.reload(["g.a", "g.b", "c"])
+    client = await town.client("legacy")
+    client.client.headers = {"x-region": "eu"}
+    client.say(request(1, "resources/read", {"uri": "x:y"}))
+    client.client.headers = {"x-region": "us"}
+    await asyncio.sleep(0.1)
+    assert [len(reads_at(town, name)) for name in ("a", "b")] == [1, 0]
+
+
+@in_town
+async def test_conversation_parked_call_ends_with_its_session():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy")
+    client.kind = "modern"                     # as HTTP+SSE allows
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    town.say(town.links["a"][0], {"id": 5, **QUESTION})
+    await asyncio.sleep(0.1)
+    assert len(town.mount.parked) == 1
+    client.client.leave()
+    assert not town.mount.parked and "notifications/cancelled" in town.heard_by("a")
+    assert 5 in [line.get("id") for line in town.links["a"][0].lines]
+
+
+@in_town
+async def test_conversation_questions_past_the_limit_are_not_asked_when_the_call_is_over():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    question = {"method": "sampling/createMessage", "params": {"messages": [], "maxTokens": 1}}
+    town.say(town.links["a"][0], asks_for_input(town.heard[0][1], inputRequests={
+        str(number): question for number in range(mcpproxy.OPEN_QUESTIONS + 3)}))
+    told = town.told(client)
+    asked = [message["method"] for message in told[:mcpproxy.OPEN_QUESTIONS]]
+    assert set(asked) == {"sampling/createMessage"} and "sampling/createMessage" not in str(told[len(asked):])
+    assert [message["id"] for message in told if "error" in message] == [1] and not client.client.questions
+
+
 @in_town
 async def test_conversation_call_of_a_group_is_not_sent_to_another_member_when_the_proxy_ends():
     town = Town("legacy", ["g.a", "g.b"])
@@ -16231,6 +16387,22 @@ def test_overview_is_watched_by_others_too_however_often_one_does(altered, keys)
             return http.head().status
         assert [watch(name) for name in ("ann", "ann", "ann", "ann", "bob", "bob", "ann")] == [
             200, 200, 200, 503, 200, 503, 503]
+
+
+@in_town
+async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_read_before_the_body_came():
+    settings = Settings(oauth_issuer="https://i.example", public_url="http://127.0.0.1")
+    town, place = Town("legacy", ["a=x", "c"]), "http://127.0.0.1/servers/a/mcp"
+    verdict = types.SimpleNamespace(error=None, audience={place}, scopes=frozenset(), subject="s", good_until=1e12)
+    issuer, sent = types.SimpleNamespace(check=lambda text, host: verdict), []
+    endpoints = mcpproxy.Endpoints(settings, town.mount, issuer=issuer)
+    head = mcpproxy.parse_head(b"POST /servers/a/mcp HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a.b.c")
+    admission = endpoints.admit(head, "b")
+    endpoints.keys = mcpproxy.Keys()
+    await town.reload(["a=y", "c"])
+    reply = types.SimpleNamespace(admission=admission, head=head, about={}, send=lambda *what: sent.append(what))
+    endpoints.handle(admission, b"{}", reply)
+    assert admission.view.members[0].command == ("x",) and reply.admission.view.members[0].command == ("y",) and sent
 
 
 # ============================================================================
