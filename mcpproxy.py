@@ -821,7 +821,7 @@ class RequestParser:
 
     def _read_data(self, missing: int, limit: int):
         if len(self._body) + missing > limit:
-            raise HTTPError("message too large", status=413)
+            raise HTTPError("message too large; MAX_REQUEST_MB is the limit", status=413)
         while True:
             part = self.rest[self._at:self._at + missing]
             self._at += len(part)
@@ -1486,6 +1486,20 @@ def find_response_id(head: bytes, tail: bytes) -> int | None:
     """The id of a response of which only the first and last bytes are known."""
     match = _RESPONSE_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _RESPONSE_TAIL.search(tail[-_TAIL_LENGTH:])
     return int(match[1]) if match else None
+
+
+_REQUEST_ID = re.compile(rb'"id": ?([0-9]{1,18}|"[^"\\\x00-\x1f]{1,100}")')
+_REQUEST_HEAD = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"method": ?"[^"\\]{1,100}", ?)*%b' % _REQUEST_ID.pattern)
+_RESPONSE_START = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"id": ?[^,]*, ?)*"(?:result|error)"')
+_REQUEST_TAIL = re.compile(rb'%b(?:, ?"jsonrpc": ?"2\.0")?\}\s*\Z' % _REQUEST_ID.pattern)
+
+
+def find_request_id(head: bytes, tail: bytes) -> bytes | None:
+    """The id, as JSON, of a request of which only the first and last bytes are known; None where it is not plain."""
+    if b'"method"' not in head + tail or _RESPONSE_START.match(head):
+        return None
+    match = _REQUEST_HEAD.match(head) or _REQUEST_TAIL.search(tail[-_TAIL_LENGTH:])
+    return match[1] if match else None
 
 
 # ============================================================================
@@ -3365,6 +3379,18 @@ class Log(logging.Handler):
         self.dropped += block.count(b"\n")
 
 
+class Rate:
+    """How often something has happened in the second that it happens in."""
+
+    def __init__(self):
+        self.count, self._since = 0, 0.0
+
+    def add(self, now: float) -> int:
+        """Once more."""
+        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
+        return self.count
+
+
 @functools.lru_cache(maxsize=64)
 def positional(template: str) -> tuple[str, list[str]]:
     """A template without the names of its fields, and these in order."""
@@ -4545,7 +4571,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self.last_words = collections.deque(maxlen=STDERR_LINES)
         self._limit = limit                    # of a line from stdout, in bytes
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
-        self._said, self._said_since = 0, 0.0  # lines of stderr, and since when they are counted
+        self._said = Rate()                    # lines of stderr
         self._exited = asyncio.Event()
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
@@ -4739,8 +4765,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     def _log_stderr(self, line: bytes) -> None:
         now = time.monotonic()
-        self._said, self._said_since = (self._said + 1, self._said_since) if now - self._said_since < 1 else (1, now)
-        if self._said > STDERR_A_SECOND:
+        if self._said.add(now) > STDERR_A_SECOND:
             return
         text = self._redact(line[:MAX_REDACTED].decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
@@ -5748,8 +5773,9 @@ class RemoteLink(Link):
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
-JUNK_A_SECOND = 5_000      # lines that are no messages; a server that writes more is ended, so that others have a turn
-LOGGED_JUNK = 10           # lines a second
+FLOOD = 5_000              # lines a second that are no messages, requests, or answers that nobody waits for; a server
+LOGGED_JUNK = 10           # that writes more is ended, so that others have a turn. How many of these are logged,
+LOGGED_QUESTIONS = 100     # and of requests
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
@@ -5833,7 +5859,7 @@ class ServerConnection(Holder):
         self.causes: dict[PendingRequest, object] = {}
         self._is_ones = None                               # are they all of one client? None: that is not known
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
-        self._junk, self._junk_since = 0, 0.0             # lines that were no messages, and since when they are counted
+        self.flood = Rate()                               # of lines that no server has reason to write many of
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
@@ -6013,7 +6039,7 @@ class ServerConnection(Holder):
     # From the server.
 
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
-        if self._junk > JUNK_A_SECOND:
+        if self.flood.count > FLOOD:
             return
         line, self.silences = line.rstrip(b"\r"), 0
         try:
@@ -6040,6 +6066,7 @@ class ServerConnection(Holder):
         if message.kind is RESPONSE:
             self._resolve(as_own_id(message.id), message)
         elif message.kind is REQUEST:
+            self._count_flood()
             self._on_request(self, message, self.pending.get(cause))
         else:
             self._deliver(message, cause)
@@ -6065,14 +6092,10 @@ class ServerConnection(Holder):
 
     def _on_junk(self, line: bytes, error: RPCError) -> None:
         """Whoever waits for this response is told that it is not valid; a server that meant a request gets an error."""
-        text, now = line.decode("utf-8", "replace"), self._now()
-        self._junk, self._junk_since = (self._junk + 1, self._junk_since) if now - self._junk_since < 1 else (1, now)
-        if self._junk <= LOGGED_JUNK:
+        text = line.decode("utf-8", "replace")
+        if self._count_flood() <= LOGGED_JUNK:
             log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
                         reason=str(error), text=self._redact(text)[:200])
-        elif self._junk > JUNK_A_SECOND:
-            log.error("! server %(server)s is ended: it floods stdout with what is no MCP", server=self.name)
-            self.link.stop()
         try:
             junk = json.loads(text)
             request_id = junk["id"]
@@ -6085,6 +6108,13 @@ class ServerConnection(Holder):
         else:
             self._fail(as_own_id(request_id), ServerError(f"the MCP server's answer is not valid: {error}"))
 
+    def _count_flood(self) -> int:
+        count = self.flood.add(self._now())
+        if count == FLOOD + 1:
+            log.error("! server %(server)s is ended: it floods stdout", server=self.name)
+            self.link.stop()
+        return count
+
     def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
@@ -6094,7 +6124,7 @@ class ServerConnection(Holder):
             except Exception:
                 pending.on_failure(ServerError("the MCP server's answer cannot be understood"))
                 raise
-        else:
+        elif self._count_flood() <= LOGGED_JUNK:
             # It was cancelled in the meantime, or the server answered twice.
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
                      id=self._redact(repr(server_id)))
@@ -6374,8 +6404,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     told = outward(client, instance, message) if client else message
     if told is not message:
         question.message, question.payload = told, told.with_id(b"%d" % question.id)
-    log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
-             method=message.method, id=question.id)
+    if connection.flood.count <= LOGGED_QUESTIONS:
+        log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
+                 method=message.method, id=question.id)
     if client and not missing(call or client):
         instance.owners.remember(owner_named(message), client)
     if call and call.can_be_asked:
@@ -11572,8 +11603,7 @@ class StandardStreams(asyncio.BaseProtocol):
         self.is_over = asyncio.Event()         # is the client gone, or its session?
         self._mount = mount
         self._loop = asyncio.get_running_loop()
-        self._lines = LineSplitter(settings.max_request_bytes, self._on_line, lambda head, tail: self._refuse(
-            RPCError("message too large")))
+        self._lines = LineSplitter(settings.max_request_bytes, self._on_line, self._on_too_long)
         self._stream = LineStream()
         self._stream.attach(self)
         self._session: Session | None = None
@@ -11642,6 +11672,9 @@ class StandardStreams(asyncio.BaseProtocol):
         for text in texts:
             self._receive(text)
 
+    def _on_too_long(self, head: bytes, tail: bytes) -> None:
+        self._refuse(RPCError("message too large; MAX_REQUEST_MB is the limit"), find_request_id(head, tail))
+
     def _receive(self, text: str) -> None:
         message = None
         try:
@@ -11658,7 +11691,7 @@ class StandardStreams(asyncio.BaseProtocol):
             elif self._session:
                 self._session.receive(message)
         except ProxyError as error:
-            self._refuse(error, message)
+            self._refuse(error, message.raw_id if message and message.kind is REQUEST else None, message)
 
     def _open_session(self, message: Message) -> None:
         check_parameters(message)
@@ -11682,12 +11715,11 @@ class StandardStreams(asyncio.BaseProtocol):
             exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
         exchange.start_or_fail()
 
-    def _refuse(self, error: ProxyError, message: Message | None = None) -> None:
-        is_request = message is not None and message.kind is REQUEST
+    def _refuse(self, error: ProxyError, raw_id: bytes | None = None, message: Message | None = None) -> None:
         log.info("! refused: %(reason)s", reason=str(error), **audit(
-            None, None, message and message.method, None, None, transport="stdio", id=is_request and message.id,
+            None, None, message and message.method, None, None, transport="stdio", id=message and raw_id and message.id,
             outcome="refused", error_type=str(error.code)))
-        self.write([*encode_error(message.raw_id if is_request else None, error), b"\n"])
+        self.write([*encode_error(raw_id, error), b"\n"])
 
 
 # ============================================================================
