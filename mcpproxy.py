@@ -2856,8 +2856,9 @@ def with_tasks(message: Message, rename) -> Message:
 # what nobody reads is a mistake, and is refused.
 
 # What some desktop client reads in a server, and this program does not.
-_OTHERS_KEYS = frozenset("""alwaysAllow auth autoApprove description dev disabledTools gallery headersHelper oauth
-    sandboxEnabled timeout transportType trust version""".split())
+_OTHERS_KEYS = frozenset("""alwaysAllow alwaysLoad auth autoApprove chatMenu description dev disabledTools gallery
+    headersHelper iconPath name oauth oauthScopes sandboxEnabled start_on_launch timeout transportType trust version
+    watchPaths""".split())
 # One server's own, by the names of settings.
 SERVER_SETTINGS = ("shared_session", "server_era", "prewarm", "request_timeout", "allowed_env", "max_result_kb",
                    *SANDBOX_SETTINGS)
@@ -2870,8 +2871,9 @@ _WHOLE = "a whole number", lambda value: isinstance(value, int) and not isinstan
 _BY_TYPE = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}
 _MAP = "an object of strings", lambda value: isinstance(value, dict) and all(
     isinstance(one, str) for one in value.values())
-_SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "tools": _TEXTS, "prefix": _TEXT,
-                "overrides": _OBJECT, "env": _MAP, "headers": _MAP, "type": _TEXT, "group": _TEXT, "when": _OBJECT,
+_SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "enabled": _BOOL, "tools": _TEXTS,
+                "prefix": _TEXT, "overrides": _OBJECT, "env": _MAP, "headers": _MAP, "type": _TEXT, "group": _TEXT,
+                "when": _OBJECT,
                 "url": ("a string or a list of strings", lambda value: _TEXT[1](value) or _TEXTS[1](value) and value),
                 "replicas": ("a whole number from 1 to 100", lambda value: _WHOLE[1](value) and 1 <= value <= 100),
                 "weight": ("a number above 0", lambda value: _NUMBER[1](value) and 0 < value < 1e9), "backup": _BOOL,
@@ -2908,7 +2910,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
                     raise SettingsError("is there twice")
                 unique_members_of(members)
                 given = plain[name]
-                if isinstance(given, dict) and given.get("disabled") is True:
+                if isinstance(given, dict) and (given.get("disabled") is True or given.get("enabled") is False):
                     continue
                 for server in parse_server(name, given, settings, environment):
                     if server.name in servers or server.name != name and server.name in plain:
@@ -2992,8 +2994,9 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     check_keys(given, _SERVER_KEYS)
     # Headers of one's own server may hold variables of its client's, and are expanded for each.
     is_later = given.get("shared_session", settings.shared_session) is False
-    written, given = given, {key: expanded(value, key, environment, key == "headers" and is_later)
-                             for key, value in given.items()}
+    known = {**environment, **expanded(given.get("env", {}), "env", environment)}
+    written, given = given, {key: expanded(value, key, environment if key == "env" else known, is_later and (
+        key == "headers")) for key, value in given.items()}
     headers = (written if is_later else given).get("headers", {})
     urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
@@ -3034,13 +3037,12 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
             if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
                 raise SettingsError("an argument is in defaults or in fixed, not in both")
         overrides[tool] = Override(**changes)
-    tools = tuple(given["tools"]) if "tools" in given else None
     command = (given["command"], *given.get("args", ())) if "command" in given else ()
+    rules = Rules(tuple(given["tools"]) if "tools" in given else None, overrides, own_settings.max_result_kb)
     server = ServerConfig(
         name, own_settings, command, urls[0], headers, given.get("type") == "sse", given.get("env", {}),
-        given.get("cwd"), given.get("prefix"), Rules(tools, overrides, own_settings.max_result_kb), group,
-        parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
-        given.get("backup", False))
+        given.get("cwd"), given.get("prefix"), rules, group, parse_when(given["when"]) if "when" in given else None,
+        float(given.get("weight", 1)), given.get("backup", False))
     return replicated(server, urls, given.get("replicas", 1))
 
 
@@ -10388,9 +10390,10 @@ class HTTPServer:
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat, self._looked_at = heartbeat, 0.0
+        self.tls = None                        # an ssl.SSLContext, for connections to come
         self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
-    async def start(self, host: str, port: int, tls: object) -> list[tuple[str, int]]:
+    async def start(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listens at all addresses of a host (:: is both families); returns them. StartError when one is taken."""
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
@@ -10408,8 +10411,7 @@ class HTTPServer:
                 port = port or listener.getsockname()[1]          # the same for all
                 # All that is accepted gets this too. An event behind another would wait 40 ms for the client's receipt.
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._servers.append(await asyncio.start_server(
-                    functools.partial(self._connected, tls), sock=listener, backlog=1024))
+                self._servers.append(await asyncio.start_server(self._connected, sock=listener, backlog=1024))
             if not self._servers:
                 raise problem
         except (OSError, UnicodeError) as error:
@@ -10418,16 +10420,16 @@ class HTTPServer:
             raise StartError(f"cannot listen on {host} port {port}: {reason}") from None
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
-    def _connected(self, tls: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
         # start_server made hands its socket over before a byte was read.
         if len(self.connections) >= MAX_CONNECTIONS:
             return writer.transport.abort()
-        transport = TLSTransport(writer.transport, tls) if tls else writer.transport
+        transport = TLSTransport(writer.transport, self.tls) if self.tls else writer.transport
         connection = HTTPConnection(writer, transport, self)
-        if tls:
+        if self.tls:
             transport.carry(connection)
-        writer.transport.set_protocol(transport if tls else connection)
+        writer.transport.set_protocol(transport if self.tls else connection)
 
     def tick(self, now: float) -> None:
         """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
@@ -11498,7 +11500,7 @@ class Endpoints(Application):
         """POST /tools/<name>: calls a tool with the JSON object that is the body."""
         if body:
             check_is_json(admission)
-        name = admission.path.removeprefix("/tools/")
+        name, since = admission.path.removeprefix("/tools/"), self.mount.now()
         arguments = decode_json(body).strip() or "{}"
         try:
             message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
@@ -11515,7 +11517,9 @@ class Endpoints(Application):
             raise client.view.closed("tools", name, 403) or RPCError(f"there is no tool {name}", status=404,
                                                                      code=INVALID_PARAMS)
         if not reply.is_done:                 # its client may be gone meanwhile
-            new_exchange(client, message, ToolOutlet(reply), None, admission.trace).start_or_fail()
+            exchange = new_exchange(client, message, ToolOutlet(reply), None, admission.trace)
+            exchange.started = since
+            exchange.start_or_fail()
 
     async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
@@ -11902,18 +11906,19 @@ class Proxy:
             return ()
 
     def reload(self) -> None:
-        """Reads the file of servers again; one that cannot be used changes nothing."""
-        if not (self.settings.mcp_config or self.settings.auth_keys_file):
+        """Reads the files again: of servers, of keys, and the certificate. One that cannot be used changes nothing."""
+        if not (self.settings.mcp_config or self.settings.auth_keys_file or self.http.tls):
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
             catalog = load_catalog(self.settings, self.environment)
             keys = load_keys(self.settings, catalog)
+            tls = self.http.tls and tls_context(self.settings)
         except SettingsError as error:
             return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
-        self.endpoints.keys = keys
+        self.endpoints.keys, self.http.tls = keys, tls
         self.mount.reload(catalog, keys.callers)
         self.http.heads.clear()              # what they were taken for may be wrong now
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
@@ -11927,10 +11932,10 @@ class Proxy:
             if sandbox.settings.sandbox != "off" and os.geteuid() == 0 and not sandbox.settings.run_as_user:
                 log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
                             server=name)
-        addresses = await self.http.start(
-            self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
+        self.http.tls = tls_context(self.settings) if listens else None
+        addresses = await self.http.start(self.settings.host, self.settings.port) if listens else []
         if listens and self.settings.metrics_port:
-            await self.probes.start(self.settings.host, self.settings.metrics_port, None)
+            await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self.mount.start()
@@ -12023,7 +12028,8 @@ def tls_context(settings: Settings):
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, lambda: "")
     except (OSError, ValueError) as error:
-        raise SettingsError(f"TLS_CERT and TLS_KEY cannot be used: {error.strerror or error}") from None
+        hint = "" if settings.tls_key else "; TLS_KEY is the file of its key, if that is another"
+        raise SettingsError(f"TLS_CERT and TLS_KEY cannot be used: {error.strerror or error}{hint}") from None
     return context
 
 
@@ -12307,7 +12313,13 @@ async def check(settings: Settings) -> bool:
             await instance.ready()
             identity, lines = instance.identity, []
             for method, (kind, _, _) in LISTS.items():
-                names = (await instance.list_of(method).get()).shown(member, view.is_joint)
+                try:
+                    names = (await instance.list_of(method).get()).shown(member, view.is_joint)
+                except ServerError as error:
+                    if method == "tools/list":
+                        raise
+                    lines.append(f"  {kind}: {error}")             # the rest can be used
+                    continue
                 lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
             return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
         print("sandbox:", abilities())

@@ -3853,6 +3853,27 @@ def tls_client(proxy, certificate, **versions):
     return http
 
 
+def test_access_tls_certificate_is_read_again(certificate, tmp_path):
+    def put(name):
+        for own in ("cert", "key"):
+            shutil.copy(certificate / (name if own == "key" else f"{name}.crt"), tmp_path / own)
+
+    def served():
+        return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", proxy.port)))
+    put("other")
+    with running_proxy(FAKE, TLS_CERT=tmp_path / "cert", TLS_KEY=tmp_path / "key") as proxy:
+        before = served()
+        (tmp_path / "key").write_text("nothing")
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "stays as it was" in proxy.log(), "the refusal")
+        assert served() == before
+        put("key")
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: served() != before, "the new certificate")
+        with tls_client(proxy, certificate) as http:
+            assert http.request("GET", "/healthz").status == 200
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_access_tls_serves_everything(tls_proxy, certificate, version):
     with tls_client(tls_proxy, certificate, maximum_version=version, minimum_version=version) as http:
@@ -5404,12 +5425,19 @@ def test_configuration_files_of_desktop_clients_are_read_as_they_are():
       "servers": {"a": {"type": "stdio", "command": "npx", "args": ["-y", "x//y", ], "env": {"A": "1"},
                         "alwaysAllow": [], "autoApprove": ["*"], "timeout": 60, "disabledTools": []},
                   "far": {"type": "http", "url": "http://x/mcp", "headers": {"A": "b"}, "auth": {"CLIENT_ID": "x"}},
-                  "off": {"disabled": true, "url": "http://x", "what": 1}},
+                  "off": {"disabled": true, "url": "http://x", "what": 1},
+                  "too": {"enabled": false, "command": "x"}},
     }"""
     servers = parse_file(text)
     assert list(servers) == ["a", "far"] and servers["a"].command == ("npx", "-y", "x//y")
     assert servers["a"].env == {"A": "1"}
     assert (servers["far"].url, servers["far"].headers) == ("http://x/mcp", {"A": "b"})
+
+
+def test_configuration_variables_that_a_server_is_given_can_be_used_beside_them():
+    one = {"command": "x", "args": ["--header", "A:${A}", "${B}"], "env": {"A": "Bearer ${B}", "B": "own${B}"}}
+    server, = parse_file({"mcpServers": {"a": one}}, {"B": "b"}).values()
+    assert server.command == ("x", "--header", "A:Bearer b", "ownb") and server.env == {"A": "Bearer b", "B": "ownb"}
 
 
 def test_configuration_has_remote_servers():
@@ -11254,6 +11282,16 @@ def test_several_servers_that_are_checked_can_say_nothing_to_the_terminal_or_for
     program = LISTING_SERVER % ({"tools/list": {"tools": [{"name": "t\x1b]0;x\x07\nb: fine", "inputSchema": {}}]}}, "")
     found = run_program("--check", "--", sys.executable, "-c", program)
     assert found.returncode == 0 and r"tools (1): t\x1b]0;x\x07\nb: fine" in found.stdout
+
+
+def test_several_servers_one_of_which_does_not_list_its_templates_is_checked_as_one_that_works():
+    lists = {"tools/list": {"tools": [{"name": "t", "inputSchema": {}}]}, "resources/templates/list": 5}
+    program = LISTING_SERVER % (lists, "")
+    program = program.replace('answer = {"result": LISTS.get(method, {})}', """
+    answer = {"result": LISTS.get(method, {})}
+    if method in LISTS and LISTS[method] == 5: answer = {"error": {"code": -32603, "message": "too busy"}}""".strip())
+    found = run_program("--check", "--", sys.executable, "-c", program)
+    assert found.returncode == 0 and "tools (1): t" in found.stdout and "too busy" in found.stdout
 
 
 def test_several_servers_and_a_command_are_refused(tmp_path):
