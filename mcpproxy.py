@@ -170,6 +170,12 @@ SUBSCRIPTION_KEY = RESERVED_PREFIX + "subscriptionId"
 TASKS_EXTENSION = RESERVED_PREFIX + "tasks"          # its results have another shape than the tasks of 2025-11-25
 RELATED_TASK_KEY = RESERVED_PREFIX + "related-task"
 
+# What the proxy looks at in a message, its params and their _meta.
+MEMBERS = frozenset("jsonrpc id method params result error".split())
+PARAMETERS = frozenset("""_meta argument arguments capabilities clientInfo context cursor inputResponses level name
+    notifications protocolVersion ref requestId requestState task taskId uri""".split())
+META = frozenset(("progressToken", VERSION_KEY, CLIENT_INFO_KEY, CAPABILITIES_KEY, LOG_LEVEL_KEY, RELATED_TASK_KEY))
+
 # The methods of requests that clients send, of all revisions and of the extensions Tasks and Skills.
 METHODS = frozenset("""initialize server/discover ping tools/list tools/call prompts/list prompts/get resources/list
     resources/templates/list resources/read resources/subscribe resources/unsubscribe completion/complete
@@ -1337,8 +1343,19 @@ def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
     return texts
 
 
+def check_lookalikes(members: dict, known: frozenset[str], code: int = INVALID_PARAMS) -> None:
+    """Refuses a name that differs from a known one in case alone: Go's encoding/json, for one, takes it for that, and
+    what was checked here would be another thing there."""
+    if not members.keys() <= known:
+        folded = set(map(str.casefold, known))
+        for name in members:
+            if name not in known and name.casefold() in folded:
+                raise RPCError(f"{name[:80]!r} may be taken for another name", code=code)
+
+
 def check_message(members: dict) -> None:
     """Refuses what is JSON but no JSON-RPC 2.0 message as MCP uses them."""
+    check_lookalikes(members, MEMBERS, INVALID_REQUEST)
     if members.get("jsonrpc") != "2.0":
         raise RPCError('jsonrpc must be "2.0"')
     if "id" in members and not is_id(members["id"]):
@@ -1440,6 +1457,12 @@ class ResponseLine:
         if at < start:
             return [line[:at], *parts, line[to:start], raw_id, line[end:]]
         return [line[:start], raw_id, line[end:at], *parts, line[to:]]
+
+
+def has_one_id(line: bytes) -> bool:
+    """Is it plain that a server's line has nothing that a client could take for another id? Of several servers as one,
+    each could answer for the others by it."""
+    return line.count(b'"id"') == 1 and not any(other in line for other in (b"\\u00", b'"ID"', b'"Id"', b'"iD"'))
 
 
 def error_type(response: "ResponseLine | Message") -> str:
@@ -1554,9 +1577,13 @@ def our_initialize(is_for_all: bool) -> dict:
 
 
 def check_parameters(message: Message) -> None:
-    """Refuses a request without the parameter that names what it is about, and a _meta that is none."""
+    """Refuses a request without the parameter that names what it is about, a _meta that is none, and lookalikes."""
     if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
+    check_lookalikes(message.params, PARAMETERS)
+    check_lookalikes(message.meta, META)
+    if "ref" in message.params:
+        check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
@@ -1898,6 +1925,16 @@ def error_status(response: ResponseLine | Message) -> int:
     return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
 
 
+def merged(one: dict, other: dict) -> dict:
+    """Capabilities together: what either has."""
+    result = dict(one)
+    for name, value in other.items():
+        mine = result.get(name)
+        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else (
+            mine if isinstance(mine, dict) else value if isinstance(value, dict) else mine or value)
+    return result
+
+
 class Identity:
     """What a server said of itself in its handshake, of either era, kept to tell every client."""
 
@@ -2047,11 +2084,18 @@ def given_key(head: HTTPHead) -> str | None:
         in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key"))
 
 
+@functools.lru_cache(maxsize=1_024)
+def fits_glob(glob: str):
+    """A function that takes a name, and finds whether it fits. (fnmatch() would keep 32,768, of clients too.)"""
+    return re.compile(fnmatch.translate(glob)).match
+
+
 def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
-    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything."""
+    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything.
+    What is too long for a name is in none."""
     is_in = bool(globs) and globs[0].startswith("!")
     for glob in globs:
-        if fnmatch.fnmatchcase(name, glob.removeprefix("!")):
+        if fits_glob(glob.removeprefix("!"))(name):
             is_in = not glob.startswith("!")
     return is_in
 
@@ -2462,8 +2506,9 @@ _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
 KNOWN_NAMES = 4_096              # that a view remembers,
 KNOWN_NAME = 128                 # of at most so many characters
 KNOWN_CHOICE = 1_024             # of a client among servers and tools that is remembered, in characters
-MAX_GLOBS = 100                  # in one
-MAX_TEMPLATE_PARTS = 50          # of a resource template
+MAX_GLOBS = 100                  # in one, and
+MAX_GLOB = 256                   # characters of each: some take time by the square of that
+MAX_TEMPLATE_PARTS = 24          # of a resource template
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
 TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
@@ -2646,8 +2691,10 @@ class Target(typing.NamedTuple):
         is_object = isinstance(arguments, tuple | None)          # anything else is the server's to refuse
         if override and (override.defaults or override.fixed) and is_object:
             given = message.raw_members("params", "arguments") if arguments else {}
-            new = {name: dump(value) for name, value in override.defaults.items()} | given | {
-                name: dump(value) for name, value in override.fixed.items()}
+            fixed = {name: dump(value) for name, value in override.fixed.items()}
+            taken = set(map(str.casefold, fixed))          # for some readers, Raw is raw; see check_lookalikes()
+            new = {name: dump(value) for name, value in override.defaults.items()} | {
+                name: value for name, value in given.items() if name.casefold() not in taken} | fixed
             changes.append((*message.span("params", "arguments"), as_object(new)) if "arguments" in message.params else
                            message.new_members({"arguments": as_object(new)}, "params"))
         return changes
@@ -2772,8 +2819,8 @@ class Catalog:
                 raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
             parts = listed(text)
-            if not 1 <= len(parts) <= MAX_GLOBS:
-                raise RPCError(f"{kind} is empty, or names more than {MAX_GLOBS}", code=INVALID_PARAMS)
+            if not 1 <= len(parts) <= MAX_GLOBS or max(map(len, parts)) > MAX_GLOB or len(text) > 16 * MAX_GLOB:
+                raise RPCError(f"{kind} is empty or too long", code=INVALID_PARAMS)
             if kind != "server":
                 globs.append(parts)
             elif self.is_file:
@@ -2793,16 +2840,6 @@ def limited(member: ServerConfig, limits: Limits) -> ServerConfig:
     """A server with the rules of a caller."""
     rules = dataclasses.replace(member.rules, grants=limits.of(member.names))
     return dataclasses.replace(member, rules=rules, whole=member)
-
-
-def merged(one: dict, other: dict) -> dict:
-    """Capabilities together: what either has."""
-    result = dict(one)
-    for name, value in other.items():
-        mine = result.get(name)
-        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else (
-            mine if isinstance(mine, dict) else value if isinstance(value, dict) else mine or value)
-    return result
 
 
 @functools.lru_cache(maxsize=1_024)
@@ -8197,6 +8234,7 @@ class Mount:
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
 # costs only what it has itself.
 
+MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 
 
@@ -8441,7 +8479,7 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
             if uri in has[number]:
                 return [Target(member.name)], missing
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
-        if any(fits_template(uri, template) for template in templates):
+        if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
@@ -9492,6 +9530,8 @@ class Exchange(ClientRequest):
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
                 response = outward(self.client, self.instance, response)
+            if self.client.view.is_joint and type(response) is ResponseLine and not has_one_id(response.line):
+                response = response.parsed()
             # For most that would be told in one look, a call of a function is too much.
             if not response.is_result or self.method == "tools/call" and (
                     type(response) is not ResponseLine or len(response.line) > LARGE or b'"isError"' in response.line):
@@ -10023,6 +10063,10 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self.keeps_alive = True
         server.connections.add(self)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._phase is HEAD and not self._is_clogged
+
     # What asyncio calls.
 
     def data_received(self, data: bytes) -> None:
@@ -10390,11 +10434,12 @@ class HTTPServer:
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat, self._looked_at = heartbeat, 0.0
-        self.tls = None                        # an ssl.SSLContext, for connections to come
+        self.tls: object = None                # an ssl.SSLContext, for connections to come
         self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
-    async def start(self, host: str, port: int) -> list[tuple[str, int]]:
+    async def start(self, host: str, port: int, tls: object = None) -> list[tuple[str, int]]:
         """Listens at all addresses of a host (:: is both families); returns them. StartError when one is taken."""
+        self.tls = tls
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
             found = await asyncio.get_running_loop().getaddrinfo(name or None, port, type=socket.SOCK_STREAM,
@@ -10423,13 +10468,21 @@ class HTTPServer:
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
         # start_server made hands its socket over before a byte was read.
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room(writer):
             return writer.transport.abort()
         transport = TLSTransport(writer.transport, self.tls) if self.tls else writer.transport
         connection = HTTPConnection(writer, transport, self)
         if self.tls:
             transport.carry(connection)
         writer.transport.set_protocol(transport if self.tls else connection)
+
+    def _make_room(self, writer: asyncio.StreamWriter) -> bool:
+        """For one more connection, one of those goes that do nothing, of the address that has most of them."""
+        host, *_ = writer.get_extra_info("peername") or ("-",)
+        others = who_gives([one for one in self.connections if one.is_idle], principal_of(host))
+        if others:
+            others[0].abort()
+        return bool(others)
 
     def tick(self, now: float) -> None:
         """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
@@ -11010,6 +11063,7 @@ class Application:
     """What all that is offered over HTTP has in common; `routes` are by path, see Admission."""
 
     nothing_here = ""                          # what is said of other paths; {0} is BASE_PATH
+    takes_keys = True
 
     def __init__(self, routes: "dict[str, Route]", settings: Settings, mount: Mount, overview: Overview,
                  keys: Keys = Keys(), issuer: Issuer | None = None):
@@ -11072,7 +11126,8 @@ class Application:
             raise HTTPError("pages of other sites may not call like this", status=403)
 
     def _check_host(self, admission: Admission) -> None:
-        if not self.settings.is_guarded and not is_allowed_host(admission.head.headers.get("host", ""), self._hosts):
+        if not (self.settings.is_guarded and self.takes_keys) and not is_allowed_host(
+                admission.head.headers.get("host", ""), self._hosts):
             raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
 
     def _check_key(self, admission: Admission) -> None:
@@ -11255,11 +11310,12 @@ class Probes(Application):
     own, and takes no key."""
 
     nothing_here = "here are only /metrics, /healthz and /readyz"
+    takes_keys = False
 
     def __init__(self, settings: Settings, mount: Mount, overview: Overview):
         super().__init__(PROBES, settings, mount, overview)
         self.counters = Counters()             # its own requests are not counted
-        self.guards = GUARDS[:1]
+        self.guards = GUARDS[:2]
 
     def _sees_all(self, admission: Admission) -> bool:
         return False                           # who asks here is not known
@@ -11932,8 +11988,8 @@ class Proxy:
             if sandbox.settings.sandbox != "off" and os.geteuid() == 0 and not sandbox.settings.run_as_user:
                 log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
                             server=name)
-        self.http.tls = tls_context(self.settings) if listens else None
-        addresses = await self.http.start(self.settings.host, self.settings.port) if listens else []
+        addresses = await self.http.start(
+            self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:
             await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)

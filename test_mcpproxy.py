@@ -2681,6 +2681,16 @@ def test_json_any_bytes_are_a_message_or_refused():
             mcpproxy.split_batch(mcpproxy.decode_json(data))
 
 
+@pytest.mark.parametrize("params, word", [
+    ({"name": "a", "Name": "b"}, "Name"), ({"name": "a", "Arguments": {}}, "Arguments"),
+    ({"name": "a", "argument\u017f": {}}, "argument"), ({"name": "a", "taskid": "b"}, "taskid"),
+    ({"name": "a", "_meta": {"ProgressToken": 1}}, "ProgressToken"), ({"ref": {"type": "x", "URI": "b"}}, "URI")])
+def test_rpc_names_that_some_readers_take_for_others_are_refused(params, word):
+    method = "tools/call" if "name" in params else "completion/complete"
+    with pytest.raises(RPCError, match=word):
+        mcpproxy.check_parameters(mcpproxy.parse_message(json.dumps(request(1, method, params))))
+
+
 @pytest.mark.parametrize("head, tail, raw_id", [
     ('{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{', '"}}', b"5"),
     ('{"jsonrpc": "2.0", "id": "a", "method": "tools/call", "params": {', '"}}', b'"a"'),
@@ -5163,6 +5173,18 @@ def test_views_an_empty_list_of_tools_chooses_none():
     assert not mcpproxy.is_chosen("x", ())
 
 
+@pytest.mark.parametrize("text", ["[" * 300, "a*" * 3_000, ",".join(["a" * 200] * 30), ",".join("a" * 101), ","])
+def test_views_choices_of_a_client_that_would_take_long_are_refused(text):
+    with pytest.raises(RPCError, match="tools is empty or too long"):
+        mcpproxy.Catalog(config_of(a={}), is_file=True).view(None, (("tools", text),))
+
+
+def test_views_keep_few_globs():
+    for number in range(2_000):
+        mcpproxy.is_chosen("x", (f"a{number}*",))
+    assert mcpproxy.fits_glob.cache_info().currsize <= 1_024
+
+
 def test_views_names_that_do_not_fit_are_cut_and_end_in_a_hash():
     assert mcpproxy.fitting("a__b") == "a__b" and mcpproxy.fitting("x" * 64) == "x" * 64
     long, other, odd = (mcpproxy.fitting(name) for name in ("x" * 200, "x" * 201, "a__b.c/d"))
@@ -5223,7 +5245,8 @@ CALL = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"a__x"%s}
 
 @pytest.mark.parametrize("arguments, expected", [
     ("", {"n": 1, "raw": False}), (',"arguments":{}', {"n": 1, "raw": False}),
-    (',"arguments":null', {"n": 1, "raw": False}), (',"arguments":[]', []), (',"arguments":""', ""),
+    (',"arguments":null', {"n": 1, "raw": False}), (',"arguments":{"Raw":true}', {"n": 1, "raw": False}),
+    (',"arguments":[]', []), (',"arguments":""', ""),
     (',"arguments":{"n":1e400,"raw":true,"name":"y"}', {"n": "1e400", "raw": False, "name": "y"})])
 def test_views_put_defaults_and_fixed_arguments_into_calls(arguments, expected):
     override = mcpproxy.Override(defaults={"n": 1}, fixed={"raw": False})
@@ -13794,6 +13817,30 @@ async def test_conversation_questions_past_the_limit_are_not_asked_when_the_call
     assert [message["id"] for message in told if "error" in message] == [1] and not client.client.questions
 
 
+@pytest.mark.parametrize("more", ['"id":2', '"ID":2', '"i\\u0064":2', '"Id":2,"x":{}'])
+@in_town
+async def test_conversation_server_of_several_cannot_answer_for_another(more):
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    await town.say_to(client, 2, "tools/call", {"name": "c__t"})
+    call = town.heard[0][1]
+    town.links["a"][0].on_line(f'{{"jsonrpc":"2.0","id":{call["id"]},"result":{{"content":[]}},{more}}}'.encode())
+    assert [(message["id"], "error" in message) for message in town.told(client)] == [(1, True)]
+
+
+@in_town
+async def test_conversation_read_is_compared_to_few_templates_of_each_server():
+    town, compared = Town("legacy", ["a", "c"]), []
+    town.answers["resources/templates/list"] = {"resourceTemplates": [
+        {"uriTemplate": f"x{number}:{{a}}", "name": "x"} for number in range(500)]}
+    client = await town.client("legacy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy, "fits_template", lambda *what: compared.append(what))
+        await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    assert len(compared) == 2 * mcpproxy.MAX_TEMPLATES
+
+
 @in_town
 async def test_conversation_call_of_a_group_is_not_sent_to_another_member_when_the_proxy_ends():
     town = Town("legacy", ["g.a", "g.b"])
@@ -14524,6 +14571,21 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
             killed.kill()
         path = "/messages?session_id=" + session
         until(lambda: proxy.request("POST", path, notification("notifications/x")).status == 404, "the session's end")
+
+
+def test_connection_that_is_one_too_many_takes_the_place_of_an_idle_one_of_whoever_has_most():
+    class Connection:
+        def __init__(self, address, is_idle=True):
+            self.principal, self.is_idle = mcpproxy.principal_of(address), is_idle
+            self.abort = lambda: ended.append(address)
+    ended, server = [], mcpproxy.HTTPServer(types.SimpleNamespace(counters=mcpproxy.Counters()), 15)
+    server.connections.update(map(Connection, ("10.0.0.1", "10.0.0.1", "10.0.0.2")),
+                              [Connection("10.0.0.3", False) for _ in range(9)])
+
+    def finds_room(address):
+        return server._make_room(types.SimpleNamespace(get_extra_info=lambda _: (address, 1)))
+    assert not finds_room("10.0.0.1") and not ended
+    assert finds_room("10.0.0.4") and ended == ["10.0.0.1"]
 
 
 # ============================================================================
@@ -15728,6 +15790,13 @@ def test_metrics_of_the_proxy_itself():
         assert 0 < metrics.one("process_cpu_seconds_total") < PATIENCE
         assert metrics.rows("mcpproxy_build_info") == [({
             "version": mcpproxy.__version__, "python": platform.python_version()}, 1)]
+
+
+def test_metrics_at_their_own_port_are_for_no_page_that_makes_its_name_point_here(beside_port):
+    with running_proxy(FAKE, METRICS_PORT=beside_port.port, AUTH_KEY="x"):
+        until(lambda: beside_port.request("GET", "/healthz").status == 200, "the other port")
+        assert beside_port.request("GET", "/metrics", None, {"Host": "evil.example"}).error()[0] == 403
+        assert beside_port.request("GET", "/metrics", None, {"Host": "10.0.0.1:9090"}).status == 200
 
 
 @pytest.mark.parametrize("mode", ["shared", "own"])
