@@ -5708,6 +5708,7 @@ class RemoteLink(Link):
         if self._held is None and post.session == self.session:
             self._begin_session()
         self.write(post.body, post.about, True)            # at once, if there is another one already
+        self._next_aside()                     # what opens a session may have waited for this one
 
     def _begin_session(self) -> None:
         self._held = []

@@ -8727,6 +8727,102 @@ def test_remote_sessions_are_one_for_each_client_where_nothing_is_shared(configu
         until(lambda: far.sessions == [], "the other")
 
 
+# A link in memory: what it sends is answered by the test, and no time is waited for.
+
+class FarLink(mcpproxy.RemoteLink):
+    """A link to a remote server, and the connection over it. What it sent is in `sent`, until it is taken."""
+
+    def __init__(self):
+        super().__init__("far", "http://far.example/mcp", {}, "0123456789abcdef", 1_000_000)
+        self.sent, self.asked, self.heard = [], [], []
+        self._client.send, self.on_renewed = self.sent.append, lambda: None
+        self.connection = mcpproxy.ServerConnection(
+            "far", self, now=asyncio.get_running_loop().time, redact=str, is_ones_own=False,
+            on_request=lambda connection, message, cause: connection.send_if_possible(
+                mcpproxy.encode_result(message.raw_id)[0]),
+            on_notification=lambda message, cause: self.heard.append((message, cause)))
+
+    async def taken(self, what):
+        """What was sent for this method, or with this verb, and was not taken yet."""
+        for _ in range(100):
+            await asyncio.sleep(1)
+            for fetch in self.sent:
+                verb, method = fetch.head.split()[0].decode(), json.loads(fetch.body or "{}").get("method")
+                if what == (method or fetch.body and "answer" or verb):
+                    self.sent.remove(fetch)
+                    return fetch
+        raise AssertionError(f"no {what} in {self.sent}")
+
+    async def greet(self, session="one"):
+        """Shakes hands with a legacy server, which opens this session."""
+        greeting = asyncio.ensure_future(self.connection.initialize(mcpproxy.our_initialize(True)))
+        greet(await self.taken("initialize"), session)
+        await greeting
+        respond(await self.taken("notifications/initialized"), 202)
+
+
+def respond(fetch, status=200, body=b"", kind="application/json", is_whole=True, **headers):
+    """Answers what a FarLink sent; a stream may go on."""
+    head, _, body = http_response(status, body, kind, **headers).partition(b"\r\n\r\n")
+    head = mcpproxy.parse_response_head(head)
+    fetch.on_head(head)
+    if fetch.is_stream:
+        fetch.on_part(body)
+        body = b""
+    if is_whole and not fetch.is_over:
+        fetch.is_over = True
+        fetch.on_end(head, body)
+
+
+def result_for(fetch, result):
+    return {"jsonrpc": "2.0", "id": json.loads(fetch.body)["id"], "result": result}
+
+
+def greet(fetch, session, *before):
+    """Answers an initialize; on a stream, where there is something to say before."""
+    headers = {"Mcp_Session_Id": session} if session else {}
+    answer = result_for(fetch, {"protocolVersion": "2025-06-18", "capabilities": {},
+                                "serverInfo": {"name": "far", "version": "1"}})
+    if before:
+        respond(fetch, 200, events(*before, answer), "text/event-stream", **headers)
+    else:
+        respond(fetch, 200, answer, **headers)
+
+
+def events(*messages):
+    return "".join(f"data: {json.dumps(message)}\n\n" for message in messages).encode()
+
+
+def over_a_link(test):
+    @functools.wraps(test)
+    def run(**arguments):
+        faults = []
+        with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=instant_loop) as runner:
+            patch.setattr(mcpproxy.log, "fault", faults.append)
+            patch.setattr(mcpproxy.log, "level", logging.CRITICAL)
+            runner.run(test(**arguments))
+        assert not faults
+    return run
+
+
+@over_a_link
+async def test_remote_session_that_was_lost_is_used_when_a_message_before_it_is_refused_last():
+    far = FarLink()
+    await far.greet()
+    far.connection.send(b'{"jsonrpc":"2.0","method":"notifications/x"}')
+    call = far.connection.request("tools/call", {"name": "x"})
+    aside = await far.taken("notifications/x")
+    respond(await far.taken("tools/call"), 404)
+    greet(await far.taken("initialize"), "two")
+    await asyncio.sleep(1)
+    respond(aside, 404)
+    respond(await far.taken("notifications/initialized"), 202)
+    again = await far.taken("tools/call")
+    respond(again, 200, result_for(again, {}))
+    assert (await call.result()).result == {} and b"Mcp-Session-Id: two" in again.head
+    assert (await far.taken("notifications/x")).head.count(b"two") == 1
+
+
 # Calls: cancelled, asking, cut.
 
 @EACH_CLIENT
