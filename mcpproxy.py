@@ -5496,7 +5496,7 @@ class RemoteLink(Link):
         if self._held is not None:
             self._held.append((line, about, is_repeated))
         elif about is None:
-            self._asides.append((line, is_repeated))
+            (self._asides.appendleft if line == INITIALIZED else self._asides.append)((line, is_repeated))
             self.backlog += len(line)
             if line == INITIALIZED:
                 self._held = []                # a server may refuse what comes before this

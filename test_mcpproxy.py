@@ -8823,6 +8823,23 @@ async def test_remote_session_that_was_lost_is_used_when_a_message_before_it_is_
     assert (await far.taken("notifications/x")).head.count(b"two") == 1
 
 
+@over_a_link
+async def test_remote_server_may_ask_for_signs_of_life_before_it_answers_the_handshake():
+    """MCP 2025-11-25, Lifecycle, Initialization, lets it ping."""
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one", *(request(f"p{number}", "ping") for number in range(3)))
+    await greeting
+    call = far.connection.request("tools/list", {})
+    respond(await far.taken("answer"), 202)
+    respond(await far.taken("notifications/initialized"), 202)
+    listing = await far.taken("tools/list")
+    respond(listing, 200, result_for(listing, {}))
+    assert (await call.result()).result == {}
+    for _ in range(2):
+        respond(await far.taken("answer"), 202)
+
+
 # Calls: cancelled, asking, cut.
 
 @EACH_CLIENT
