@@ -5849,6 +5849,9 @@ class PendingRequest:
         """It sent a notification for the subscription that this request is."""
 
 
+OVER = PendingRequest()          # stands for one that is over, and on whose stream something came nonetheless
+
+
 class OwnRequest(PendingRequest):
     """A request that the proxy itself makes."""
 
@@ -6107,7 +6110,7 @@ class ServerConnection(Holder):
             self._resolve(as_own_id(message.id), message)
         elif message.kind is REQUEST:
             self._count_flood()
-            self._on_request(self, message, self.pending.get(cause))
+            self._on_request(self, message, self._cause(cause))
         else:
             self._deliver(message, cause)
 
@@ -6121,7 +6124,11 @@ class ServerConnection(Holder):
         elif pending:
             pending.on_event(message)
         elif not (token or subscription):
-            self._on_notification(message, self.pending.get(cause))
+            self._on_notification(message, self._cause(cause))
+
+    def _cause(self, number: int | None) -> PendingRequest | None:
+        """The request on whose stream a message came, if the link knows that."""
+        return None if number is None else self.pending.get(number, OVER)
 
     def _on_batch(self, line: bytes, cause: int | None) -> None:
         """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
@@ -6341,7 +6348,8 @@ class Outlet:
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
 # it is about. Most do not, and stdio does not say to which call they belong; so they are a client's only while every
-# running call that can have caused them is that client's. (Several calls of one client are not told apart.)
+# running call that can have caused them is that client's. (Several calls of one client are not told apart.) Over HTTP,
+# what comes on the stream of a call is that one's, and nobody's when it is over.
 #
 #     a question          to the newest of these calls that can be asked; without a call to the one session there
 #                         is; otherwise it is refused. No call fails for it but one that alone can be the cause
@@ -6405,6 +6413,10 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if named and (message.kind is NOTIFICATION or named[0] == "task" and named in instance.owners):
         session = instance.sessions.get(instance.owners.get(named))
         return [call for call in session.calls.values() if call.is_running] if session else [], session
+    # MCP 2025-11-25, Transports, Sending Messages: what is on the stream of a request relates to that; and this one is
+    # the proxy's own, or over.
+    if cause and not instance.is_ones_own:
+        return [], None
     if connection and connection.causes:
         return connection.causes_of_one(), None
     if len(instance.sessions) > 1:

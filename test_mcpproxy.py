@@ -12726,6 +12726,33 @@ def test_conversation_log_message_goes_to_the_call_that_it_came_with_if_its_clie
     ''', server="legacy", ann="legacy", bob="modern")
 
 
+def test_conversation_what_comes_with_a_call_that_is_over_goes_to_no_other_client():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":$ANN,"result":{}}
+        ann < {"id":1,"result":{}}
+                server < ($ANN) {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+                server < ($ANN) {"id":"q","method":"elicitation/create","params":{"message":"ann?"}}
+                server > {"id":"q","error":{"code":-32600,"message":$NOBODYS}}
+                server < {"id":$BOB,"result":{}}
+        bob < {"id":1,"result":{}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_what_comes_with_a_call_that_is_over_goes_to_the_one_client_of_a_server_of_its_own():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":$ANN,"result":{}}
+        ann < {"id":1,"result":{}}
+                server < ($ANN) {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+        ann < {"method":"notifications/message","params":{"level":"error","data":"of ann's"}}
+    ''', server="legacy", ann="legacy", settings={"shared_session": False})
+
+
 def test_conversation_log_message_of_no_call_goes_to_a_session_that_is_alone():
     text = '''
                 server < {"method":"notifications/message","params":{"level":"info","data":"of no call"}}
