@@ -6198,7 +6198,10 @@ class ServerConnection(Holder):
                     reason=reason, usage=self.link.told_usage, **self.link.fields)
         pending, self.pending = self.pending, {}
         for request in pending.values():
-            request.on_failure(error)
+            try:
+                request.on_failure(error)
+            except Exception as fault:
+                log.fault(fault)                # the others are to be told, too, and the server to be started again
         self.closed.set_result(error)
 
 

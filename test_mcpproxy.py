@@ -9204,6 +9204,26 @@ def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_
     asyncio.run(run())
 
 
+def test_connection_that_ends_fails_all_its_calls_though_one_cannot_take_it(monkeypatch):
+    class Bad(mcpproxy.PendingRequest):
+        def on_failure(self, error):
+            raise RuntimeError("a fault of ours")
+
+    async def run():
+        link = Wire()
+        link._stop = lambda: asyncio.sleep(0)
+        connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
+                                               on_notification=None, is_ones_own=False)
+        connection.send_request(Bad(), "x", {})
+        other = connection.request("ping", {})
+        link.end()
+        assert other.response.exception() and connection.closed.done()
+    faults = []
+    monkeypatch.setattr(mcpproxy.log, "fault", faults.append)
+    asyncio.run(run())
+    assert [str(fault) for fault in faults] == ["a fault of ours"]
+
+
 def answered(line):
     """Code for the tool `run`: a line with the id, as it is and as a string."""
     return f"write({line!r} % {{'id': id, 'token': meta.get('progressToken')}})"
