@@ -5380,9 +5380,11 @@ class Post(RemoteFetch):
             return False
 
     def has_lost_session(self, head: ResponseHead, body: bytes) -> bool:
-        """Has the server forgotten the session? In the field that is also said by 400, with words about it."""
-        return self.session is not None and (head.status == 404 and b"-32601" not in body or
-                                             head.status == 400 and b"session" in body.lower())
+        """Has the server forgotten the session? In the field that is also said by 400, with words about it; but where
+        it answers that a parameter is wrong, that may have such a name."""
+        return self.session is not None and (
+            head.status == 404 and b"-32601" not in body or head.status == 400 and b"session" in body.lower() and not (
+                b"-32602" in body and self.is_answer(head, body)))
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.link.on_end_of_post(self, head, body)

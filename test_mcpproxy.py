@@ -8656,6 +8656,16 @@ def test_remote_session_that_was_forgotten_is_no_matter_when_each_call_hears_of_
         assert len(far.got("initialize")) == 2
 
 
+def test_remote_session_is_not_lost_when_an_argument_of_that_name_is_refused():
+    def refuse(visit):
+        visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {"code": -32602,
+                                                                        "message": "unknown argument session_name"}})
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(refuse)
+        assert client.start("echo").answer()["error"]["code"] == -32602
+        assert (len(far.got("initialize")), len(far.got("tools/call"))) == (1, 1)
+
+
 def test_remote_server_gets_no_line_of_a_client_s_as_a_header():
     evil = "x\r\nContent-Length: 0\r\n\r\nDELETE /admin HTTP/1.1\r\nHost: h\r\nX: y"
     with Remote("modern") as far, running_proxy(far.url) as proxy:
