@@ -5328,7 +5328,10 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
 
 SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
+GREETINGS = "initialize", "server/discover"
 RESUMES = 5                      # of a stream, in vain
+# What a server says to messages of another era than its own, or of a revision that it does not know.
+_NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
 
 
 class RemoteFetch(Fetch):
@@ -5354,7 +5357,7 @@ class Post(RemoteFetch):
     def __init__(self, link: "RemoteLink", line: bytes, about: tuple | None, is_repeated: bool = False):
         super().__init__(link, about and about[0], link.post_head(line, about), line)
         self.about, self.is_repeated = about, is_repeated
-        self.session = None if about and about[1] in ("initialize", "server/discover") else link.session
+        self.session = None if about and about[1] in GREETINGS else link.session
         self.is_safe = about is None or about[1] in SAFE_METHODS
         self.is_extra = about is None or about[1] in ("initialize", "ping")
 
@@ -5383,8 +5386,15 @@ class Post(RemoteFetch):
         """Has the server forgotten the session? In the field that is also said by 400, with words about it; but where
         it answers that a parameter is wrong, that may have such a name."""
         return self.session is not None and (
-            head.status == 404 and b"-32601" not in body or head.status == 400 and b"session" in body.lower() and not (
-                b"-32602" in body and self.is_answer(head, body)))
+            head.status == 404 and b"-32601" not in body or head.status == 400 and (
+                b"session" in body.lower() and not (b"-32602" in body and self.is_answer(head, body))
+                or _NOT_MINE.search(body) is not None))
+
+    def is_misunderstood(self, head: ResponseHead, body: bytes) -> bool:
+        """Does the server refuse it as one of another era would? MCP 2026-07-28, Streamable HTTP, Backward
+        Compatibility."""
+        return head.status in (400, 404, 405) and self.about is not None and self.about[1] not in GREETINGS and (
+            self.session is None and (_NOT_MINE.search(body) is not None or not self.is_answer(head, body)))
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.link.on_end_of_post(self, head, body)
@@ -5456,6 +5466,8 @@ RESUME_SECONDS = 1.0             # before a stream that was cut is asked for aga
 RESUME_LEAST = 0.1               # whatever it says
 RESUME_LIMIT = 30.0              # to this
 DELETE_SECONDS = 2.0             # for the end of a session
+DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
+DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
 
 
 class RemoteLink(Link):
@@ -5482,6 +5494,7 @@ class RemoteLink(Link):
         self.session: str | None = None
         self._stream: Listen | None = None     # the session's, or the one of HTTP+SSE
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
+        self._certain_until = 0.0              # does the server speak as it did, and nobody asks again?
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -5518,18 +5531,37 @@ class RemoteLink(Link):
             fetch.abort()
 
     def tell_way(self, way: str) -> None:
-        if not (self.on_end and self.is_open):
-            return
-        self.way = way
-        line = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE})
-        probe = Ask(self.post_head(line, (0, "server/discover", None, (), "")), line)
-        probe.answer.add_done_callback(self._on_way_told)
-        self._client.send(probe)
+        if self.on_end and self.is_open:
+            self.way = way
+            self._ask(*DISCOVER, self._on_way_told)
 
     def _on_way_told(self, answer: asyncio.Future) -> None:
         """Only that it is refused is of interest."""
         if answer.exception() is None and answer.result()[0].status == 508:
             self.end("answered HTTP 508: requests would go round in a circle")
+
+    def _ask(self, line: bytes, about: tuple, then) -> None:
+        """Asks something of the link's own."""
+        fetch = Ask(self.post_head(line, about), line)
+        fetch.is_extra = True
+        fetch.answer.add_done_callback(then)
+        self._client.send(fetch)
+        asyncio.get_running_loop().call_later(ASIDE_SECONDS, fetch.abort)
+
+    def _doubt(self) -> None:
+        """The server does not understand what it did before. It may have been replaced by one of the other era, or that
+        wants a session: so it is greeted as it was then, and the link ends if that is not understood either."""
+        now = asyncio.get_running_loop().time()
+        if self.revision and not self._endpoint and now >= self._certain_until:
+            self._certain_until = now + DOUBT_SECONDS
+            self._ask(*(DISCOVER if self.revision == MODERN_VERSION else self._initialize), self._on_greeted)
+
+    def _on_greeted(self, answer: asyncio.Future) -> None:
+        head, body = answer.result() if answer.exception() is None else (None, b"")
+        member = b"supportedVersions" if self.revision == MODERN_VERSION else b"protocolVersion"
+        if head and head.status in (200, 400, 404, 405) and (
+                head.status != 200 or member not in body or SESSION_ID_HEADER.lower() in head.headers):
+            self.end("does not speak as it did before")
 
     async def _stop(self) -> None:
         running, self._running = self._running, {}
@@ -5633,6 +5665,8 @@ class RemoteLink(Link):
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
         if self._running.get(post.number) is post:
             del self._running[post.number]
+        if post.is_misunderstood(head, body):
+            self._doubt()
         if post.has_lost_session(head, body):
             self._renew(post, refusal(head, body))
         elif post.about is None:

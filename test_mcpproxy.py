@@ -8666,6 +8666,34 @@ def test_remote_session_is_not_lost_when_an_argument_of_that_name_is_refused():
         assert (len(far.got("initialize")), len(far.got("tools/call"))) == (1, 1)
 
 
+def without_sessions(far):
+    """Makes a legacy Remote one that opens none."""
+    def legacy(visit):
+        if visit.verb != "POST":
+            return visit.respond(405)
+        if visit.headers.get("mcp-protocol-version", "") > "2026":
+            return visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {
+                "code": -32000, "message": "Bad Request: Unsupported protocol version"}})
+        if visit.method == "initialize":
+            return visit.respond(200, json.loads(far.initialized(visit)))
+        far.take(visit, lambda: visit.respond(202))
+    far.legacy = legacy
+
+
+@pytest.mark.parametrize("has_sessions", [True, False])
+@pytest.mark.parametrize("before, after", [("legacy", "modern"), ("modern", "legacy")])
+def test_remote_server_that_is_replaced_by_one_of_the_other_era_is_used_as_that(before, after, has_sessions):
+    with Remote(before) as far:
+        if not has_sessions:
+            without_sessions(far)
+        with running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+            assert client.tool("echo", text="x") == "x"
+            far.kind = after
+            for visit in far.streams + far.listening:
+                visit.hang_up()
+            until(lambda: "result" in client.start("echo", text="x").answer(), "the other era", 30)
+
+
 def test_remote_server_gets_no_line_of_a_client_s_as_a_header():
     evil = "x\r\nContent-Length: 0\r\n\r\nDELETE /admin HTTP/1.1\r\nHost: h\r\nX: y"
     with Remote("modern") as far, running_proxy(far.url) as proxy:
@@ -8848,6 +8876,19 @@ async def test_remote_server_may_ask_for_signs_of_life_before_it_answers_the_han
     assert (await call.result()).result == {}
     for _ in range(2):
         respond(await far.taken("answer"), 202)
+
+
+@over_a_link
+async def test_remote_server_that_refuses_one_request_and_speaks_as_before_is_not_ended():
+    far = FarLink()
+    await far.greet(None)
+    for status, body in (404, b"nothing here"), (400, b"no"):
+        call = far.connection.request("custom/x", {})
+        respond(await far.taken("custom/x"), status, body, "text/plain")
+        assert (await asyncio.wait({call.response}))[0].pop().exception()
+        greet(await far.taken("initialize"), None)
+        await asyncio.sleep(mcpproxy.DOUBT_SECONDS)
+    assert not far.connection.closed.done()
 
 
 # Calls: cancelled, asking, cut.
