@@ -5966,14 +5966,15 @@ class ServerConnection(Holder):
         modern, and none within a reasonable time, mean that the server is legacy.
 
         One that reads and never says a word again is not waited for: a fresh process will have to be asked. One that
-        has read nothing has not started yet; npx may be fetching it. GreetedTwice when it was slow and took both."""
+        has read nothing has not started yet; npx may be fetching it. A remote one is at work while its POST runs, and
+        may start a session's own process. GreetedTwice when it was slow and took both."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
         waiting, greeting, unread, has_begun = {probe}, None, 0, False
         try:
             while waiting:
                 is_greeting = greeting in waiting
-                done, waiting = await asyncio.wait(waiting, timeout=GREETING_SECONDS if is_greeting else PROBE_SECONDS,
-                                                   return_when=asyncio.FIRST_COMPLETED)
+                patience = PROBE_SECONDS if not is_greeting else None if self.link.is_remote else GREETING_SECONDS
+                done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
                     if greeting:

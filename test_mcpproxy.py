@@ -8879,6 +8879,17 @@ async def test_remote_server_may_ask_for_signs_of_life_before_it_answers_the_han
 
 
 @over_a_link
+async def test_remote_server_may_take_long_to_open_a_session():
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.probe(mcpproxy.our_initialize(True)))
+    respond(await far.taken("server/discover"), 400)
+    opening = await far.taken("initialize")
+    await asyncio.sleep(3 * mcpproxy.GREETING_SECONDS)
+    greet(opening, "one")
+    assert (await greeting).version == "2025-06-18"
+
+
+@over_a_link
 async def test_remote_server_that_refuses_one_request_and_speaks_as_before_is_not_ended():
     far = FarLink()
     await far.greet(None)
