@@ -5330,6 +5330,9 @@ SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/l
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
 RESUMES = 5                      # of a stream, in vain
+RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
+RESUME_LIMIT = 30.0              # to this
+RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # whatever it says
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
 
@@ -5408,10 +5411,25 @@ class Listen(RemoteFetch):
 
     is_safe = is_extra = True
 
-    def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", tries: int = 0):
+    def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", tries: int = 0,
+                 retry: float | None = None):
         super().__init__(link, number, link.get_head(last_id))
         self.last_id, self.tries = last_id, tries
+        self.retry = retry                     # after how many seconds the server wants it, if it said so
         self.status = 0                        # of the response, if it was no stream
+
+    def again(self) -> "Listen":
+        """The next one, which goes on where this one ended."""
+        last_id, retry = (self.events.last_id, self.events.retry) if self.events else ("", None)
+        return Listen(self.link, self.number, last_id or self.last_id, self.tries + 1,
+                      self.retry if retry is None else retry)
+
+    @property
+    def pause(self) -> float:
+        """For how long to wait before it. MCP 2025-11-25, Transports, Listening for Messages: what the server says MUST
+        be respected; so only what is added to that has a limit."""
+        first = RESUME_SECONDS if self.retry is None else min(RESUME_MOST, max(RESUME_LEAST, self.retry))
+        return max(first, min(RESUME_LIMIT, first * 2 ** min(10, max(0, self.tries - 1))))
 
     def on_part(self, data: bytes) -> None:
         self.tries = 0
@@ -5462,9 +5480,6 @@ WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an ar
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # that are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
-RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
-RESUME_LEAST = 0.1               # whatever it says
-RESUME_LIMIT = 30.0              # to this
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
@@ -5701,7 +5716,7 @@ class RemoteLink(Link):
     def _resume(self, post: Post) -> None:
         """The stream ended before the answer: asks for the rest, if it can be asked for."""
         if post.is_stream and post.events.last_id and self.revision != MODERN_VERSION:
-            self._listen_later(Listen(self, post.number, post.events.last_id), post.events.retry)
+            self._listen_later(Listen(self, post.number, post.events.last_id, retry=post.events.retry))
         else:
             self._refuse(post, ServerError("the MCP server cut its answer off" if post.is_stream else
                                            "the MCP server answered something else"))
@@ -5781,20 +5796,16 @@ class RemoteLink(Link):
 
     # Streams.
 
-    def _listen_later(self, listen: Listen, seconds: float | None) -> None:
+    def _listen_later(self, listen: Listen) -> None:
         if listen.number is None:
             self._stream = listen
         else:
             self._running[listen.number] = listen
-        seconds = max(RESUME_LEAST, RESUME_SECONDS if seconds is None else seconds)
-        seconds = min(RESUME_LIMIT, seconds * 2 ** min(10, max(0, listen.tries - 1)))
         asyncio.get_running_loop().call_later(
-            seconds, lambda: self.on_end and not listen.is_over and self._client.send(listen))
+            listen.pause, lambda: self.on_end and not listen.is_over and self._client.send(listen))
 
     def on_end_of_stream(self, listen: Listen, reason: str) -> None:
         """A stream ended, or there is none."""
-        last_id = listen.events and listen.events.last_id or listen.last_id
-        retry = listen.events and listen.events.retry
         if not self.on_end or listen.number is not None and self._running.get(listen.number) is not listen:
             return
         if self._endpoint:
@@ -5806,13 +5817,13 @@ class RemoteLink(Link):
             if listen.status == 404 and self.session and listen.tries:         # it had a stream before
                 self._held is None and self._begin_session()
             elif not 400 <= listen.status < 500 or listen.status == 429:       # MCP 2025-11-25: 405, if it has none
-                self._listen_later(Listen(self, None, last_id, listen.tries + 1), retry)
+                self._listen_later(listen.again())
         elif listen.number is not None:
             del self._running[listen.number]
             if self.awaits(listen.number) and (listen.status or listen.tries >= RESUMES):
                 self._refuse(listen, ServerError(f"the MCP server cut its answer off, and then {reason}"))
             elif self.awaits(listen.number):
-                self._listen_later(Listen(self, listen.number, last_id, listen.tries + 1), retry)
+                self._listen_later(listen.again())
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE; 2025-11-25, Transports, Backwards Compatibility.
 

@@ -8890,6 +8890,18 @@ async def test_remote_server_may_take_long_to_open_a_session():
 
 
 @over_a_link
+async def test_remote_stream_is_opened_again_when_its_server_wants_that():
+    """Not before, and though it cannot be opened once; see Transports, Listening for Messages."""
+    far, now = FarLink(), asyncio.get_running_loop().time
+    await far.greet()
+    respond(await far.taken("GET"), 200, b"retry: 50000\nid: 1\ndata:\n\n", "text/event-stream")
+    for status in 502, 200:
+        ended = now()
+        respond(await far.taken("GET"), status)
+        assert 50 <= now() - ended <= 52
+
+
+@over_a_link
 async def test_remote_server_that_refuses_one_request_and_speaks_as_before_is_not_ended():
     far = FarLink()
     await far.greet(None)
