@@ -5333,6 +5333,7 @@ RESUMES = 5                      # of a stream, in vain
 RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
 RESUME_LIMIT = 30.0              # to this
 RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # whatever it says
+LASTING_SECONDS = 10.0           # for which a stream is open that is none in vain, though nothing came
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
 
@@ -5417,6 +5418,7 @@ class Listen(RemoteFetch):
         self.last_id, self.tries = last_id, tries
         self.retry = retry                     # after how many seconds the server wants it, if it said so
         self.status = 0                        # of the response, if it was no stream
+        self._opened_at = 0.0
 
     def again(self) -> "Listen":
         """The next one, which goes on where this one ended."""
@@ -5431,15 +5433,26 @@ class Listen(RemoteFetch):
         first = RESUME_SECONDS if self.retry is None else min(RESUME_MOST, max(RESUME_LEAST, self.retry))
         return max(first, min(RESUME_LIMIT, first * 2 ** min(10, max(0, self.tries - 1))))
 
+    def on_head(self, head: ResponseHead) -> None:
+        super().on_head(head)
+        self._opened_at = asyncio.get_running_loop().time()
+
     def on_part(self, data: bytes) -> None:
         self.tries = 0
         super().on_part(data)
 
+    def _look_back(self) -> None:
+        # What stands between may cut each stream that is silent for a minute, and most are.
+        if self.is_stream and asyncio.get_running_loop().time() - self._opened_at >= LASTING_SECONDS:
+            self.tries = 0
+
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.status = 0 if self.is_stream else head.status
+        self._look_back()
         self.link.on_end_of_stream(self, f"answered HTTP {head.status}")
 
     def on_failure(self, reason: str, is_connected: bool = True) -> None:
+        self._look_back()
         self.link.on_end_of_stream(self, reason)
         if not is_connected and self.tries >= RESUMES:
             self.link.end(reason)

@@ -8804,7 +8804,7 @@ def respond(fetch, status=200, body=b"", kind="application/json", is_whole=True,
     head, _, body = http_response(status, body, kind, **headers).partition(b"\r\n\r\n")
     head = mcpproxy.parse_response_head(head)
     fetch.on_head(head)
-    if fetch.is_stream:
+    if fetch.is_stream and body:
         fetch.on_part(body)
         body = b""
     if is_whole and not fetch.is_over:
@@ -8899,6 +8899,20 @@ async def test_remote_stream_is_opened_again_when_its_server_wants_that():
         ended = now()
         respond(await far.taken("GET"), status)
         assert 50 <= now() - ended <= 52
+
+
+@over_a_link
+async def test_remote_stream_that_is_cut_each_time_it_was_silent_for_a_minute_is_opened_again_at_once():
+    far, now, pauses = FarLink(), asyncio.get_running_loop().time, []
+    await far.greet()
+    stream = await far.taken("GET")
+    for lasts in [60] * 8 + [1] * 8:
+        respond(stream, 200, b"", "text/event-stream", is_whole=False)
+        await asyncio.sleep(lasts)
+        stream.on_failure("cut it off")
+        ended, stream = now(), await far.taken("GET")
+        pauses.append(now() - ended)
+    assert max(pauses[:8]) <= 2 and pauses[8:] == sorted(pauses[8:]) and pauses[-1] >= 30
 
 
 @over_a_link
