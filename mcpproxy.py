@@ -5737,7 +5737,7 @@ class RemoteLink(Link):
     def _refuse(self, post: Post | Listen, error: ServerError) -> None:
         """There is no answer."""
         is_initialize = isinstance(post, Post) and post.about[1] == "initialize"
-        if self._greeting and is_initialize:
+        if self._greeting and post.number == self._initialize[1][0]:
             self._greeting.done() or self._greeting.set_exception(error)
         elif is_initialize and error.data and error.data["status"] in (400, 404, 405) and not self._endpoint:
             asyncio.get_running_loop().create_task(self._fall_back(post, error))
@@ -5833,9 +5833,9 @@ class RemoteLink(Link):
                 self._listen_later(listen.again())
         elif listen.number is not None:
             del self._running[listen.number]
-            if self.awaits(listen.number) and (listen.status or listen.tries >= RESUMES):
+            if self.is_awaited(listen.number) and (listen.status or listen.tries >= RESUMES):
                 self._refuse(listen, ServerError(f"the MCP server cut its answer off, and then {reason}"))
-            elif self.awaits(listen.number):
+            elif self.is_awaited(listen.number):
                 self._listen_later(listen.again())
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE; 2025-11-25, Transports, Backwards Compatibility.

@@ -8928,6 +8928,30 @@ async def test_remote_server_that_refuses_one_request_and_speaks_as_before_is_no
     assert not far.connection.closed.done()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+@over_a_link
+async def test_remote_session_is_made_again_on_a_stream_that_is_cut_twice(is_there):
+    far = FarLink()
+    await far.greet()
+    call = far.connection.request("tools/call", {"name": "x"})
+    respond(await far.taken("tools/call"), 404)
+    opening = await far.taken("initialize")
+    respond(opening, 200, b"id: 1\ndata:\n\n", "text/event-stream", Mcp_Session_Id="two")
+    rest = [await far.taken("GET") for _ in range(2)][-1]
+    respond(rest, 200, b"", "text/event-stream")
+    rest = await far.taken("GET")
+    assert b"Last-Event-ID: 1" in rest.head
+    if not is_there:
+        respond(rest, 404)
+        assert "cut its answer off" in str(await far.connection.closed)
+        return
+    respond(rest, 200, events(result_for(opening, {"protocolVersion": "2025-06-18"})), "text/event-stream")
+    respond(await far.taken("notifications/initialized"), 202)
+    again = await far.taken("tools/call")
+    respond(again, 200, result_for(again, {}))
+    assert (await call.result()).result == {}
+
+
 # Calls: cancelled, asking, cut.
 
 @EACH_CLIENT
