@@ -6659,6 +6659,7 @@ NOTIFICATION_ROUTES = {
 
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
+MAX_LISTEN_PAUSE = 3600          # where it says how many itself
 CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
@@ -6860,7 +6861,9 @@ class Listening:
                         self.instance.topics.settle(topic, error)
                 return self._go_on()
         self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
-        asyncio.get_running_loop().call_later(LISTEN_PAUSE, self._go_on)
+        wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
+        pause = min(MAX_LISTEN_PAUSE, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
+        asyncio.get_running_loop().call_later(max(LISTEN_PAUSE, pause), self._go_on)
 
 
 class Items(dict):

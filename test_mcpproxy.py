@@ -14301,6 +14301,20 @@ async def test_conversation_log_level_is_told_to_no_server_that_has_no_logs_sinc
 
 
 @in_town
+async def test_conversation_modern_server_that_says_when_is_not_asked_before_to_be_listened_to():
+    town = Town("modern", ["a"])
+    await asyncio.sleep(1)
+    link, = town.links["a"]
+    town.acknowledges = False
+    asked = [line["id"] for line in link.lines if line["method"] == "subscriptions/listen"]
+    link.on_refused(asked[-1], mcpproxy.ServerError("it is busy", status=503, headers=(("Retry-After", "30"),)))
+    await asyncio.sleep(29)
+    assert town.heard_by("a").count("subscriptions/listen") == len(asked)
+    await asyncio.sleep(2)
+    assert town.heard_by("a").count("subscriptions/listen") == len(asked) + 1
+
+
+@in_town
 async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobody_listened_for_a_while():
     town = Town("modern", ["a", "c"])
     client = await town.client("legacy")
