@@ -5222,15 +5222,22 @@ class Issuer:
             await self._renew_keys()
         if not self._keys:
             raise try_later("the keys of the tokens' issuer are not known: it cannot be reached")
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._verifier, verify_with_care, token, self._keys)
+            return await self._signer(token)
         except UnknownKey:
             if self._now() - self._retried_at < RETRY_SECONDS and not self._reading:
                 raise
             self._retried_at, self._tried_at = self._now(), -float("inf")
             await self._renew_keys()
-            return await loop.run_in_executor(self._verifier, verify_with_care, token, self._keys)
+            return await self._signer(token)
+
+    async def _signer(self, token: Token) -> PublicKey:
+        """The key that has signed it, and that its issuer has not withdrawn while it was looked for."""
+        keys = key = None
+        while keys is not self._keys and key not in self._keys:
+            keys = self._keys
+            key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify_with_care, token, keys)
+        return key
 
     def _read_soon(self) -> asyncio.Task | None:
         """Begins to read its keys, once for all who want them; but not at once again."""

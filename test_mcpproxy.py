@@ -18155,6 +18155,25 @@ async def test_oauth_removed_key_ends_what_it_has_signed(issues, one):
 
 
 @asked
+async def test_oauth_key_that_is_removed_while_a_token_is_verified_is_good_for_it_no_more(issues, one, monkeypatch):
+    assert await one.is_good(issues.token(base=ES256))
+    verify, has_begun, may_end = mcpproxy.verify_with_care, threading.Event(), threading.Event()
+
+    def verify_slowly(*given):
+        found = verify(*given)
+        has_begun.set()
+        may_end.wait(30)
+        return found
+    monkeypatch.setattr(mcpproxy, "verify_with_care", verify_slowly)
+    is_good = asyncio.ensure_future(one.is_good(issues.token()))
+    assert await asyncio.to_thread(has_begun.wait, 30)
+    issues.keys = [EC_KEY]
+    await one.issuer._read()
+    may_end.set()
+    assert not await is_good
+
+
+@asked
 async def test_oauth_other_key_of_the_same_name_ends_what_the_first_has_signed(issues, one):
     old = issues.token()
     assert await one.is_good(old)
