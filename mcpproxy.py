@@ -4828,6 +4828,7 @@ SHUTDOWN_STEPS = (
 # and nothing of MCP; what a response means is the business of the Fetch.
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
+ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
 EXTRA_FETCHES = 4                # beside them: what has no answer, the end of a session, its stream
 MAX_FETCHES = 256                # of one client at a time; further ones wait
 MAX_INTERIM = 100                # 1xx before one response
@@ -5038,7 +5039,8 @@ class HTTPClient:
             # Not wait_for(), which before Python 3.12 takes turns of its own, in which the connection may end unheard.
             async with asyncio.timeout(CONNECT_SECONDS):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls)
+                    lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls,
+                    happy_eyeballs_delay=ADDRESS_SECONDS)
         except TimeoutError:
             reason = "it takes too long"
         except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError

@@ -8588,6 +8588,24 @@ def test_remote_server_that_hangs_up_on_whoever_connects_is_heard_of_at_once():
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def test_remote_server_is_reached_at_its_second_address_when_the_first_swallows_everything():
+    async def reach():
+        loop = asyncio.get_running_loop()
+        sock_connect = loop.sock_connect
+
+        async def connect(sock, address):
+            await (sock_connect(sock, address) if address[0] == "127.0.0.1" else loop.create_future())
+
+        async def resolve(host, port, **_):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in (
+                "192.0.2.1", "127.0.0.1")]
+        loop.sock_connect, loop.getaddrinfo = connect, resolve
+        with pytest.raises(OSError, match="answers HTTP 400"):
+            await mcpproxy.ask(f"http://two.example:{far.port}/mcp")
+    with Remote() as far:
+        asyncio.run(reach())
+
+
 def test_remote_server_that_refuses_everything_is_named_in_lists(configured):
     with Remote() as far, configured(far={"url": far.url}, good=command_of(FAKE)) as proxy:
         for step in "server/discover", "initialize", "GET":
