@@ -8472,6 +8472,10 @@ def pick(client: Client, message: Message) -> Target | None:
         return view.direct(method, params["name"])
     if not view.is_joint:
         return Target(view.members[0].name)
+    if method == "resources/unsubscribe" and client.is_session:        # one that refused it may be the first to have it
+        joined = {name for topic in client.topics if topic.uri == params.get("uri")
+                  for name in (topic.instance.server.name, topic.instance.server.config.group)}
+        return next((Target(one.name) for one in view.members if one.name in joined), None)
     if isinstance(params.get("taskId"), str):
         names = [one.name for one in view.servers if params["taskId"].startswith(f"{one.name}__")]
         return Target(max(names, key=len)) if names else None          # a___1 is of a_, and not of a
@@ -8676,12 +8680,12 @@ class LegacyClientBridge(Bridge):
         topic.verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
-        """Leaves them; the server is told by the last."""
+        """Leaves them, wherever it joined: since then it may have moved to another server. Each is told by the last."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
-        topic = instance.topics.get(uri)
-        if topic and client in topic.subscribers:
-            instance.topics.unsubscribe(client, topic)
-        elif topic is None and exchange.connection.era is LEGACY:
+        joined = [topic for topic in client.topics if topic.uri == uri] if client.is_session else []
+        for topic in joined:
+            topic.instance.topics.unsubscribe(client, topic)
+        if not joined and uri not in instance.topics and exchange.connection.era is LEGACY:
             return True                     # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
 

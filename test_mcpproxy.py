@@ -14389,6 +14389,37 @@ async def test_conversation_subscription_that_a_modern_server_does_not_acknowled
     assert ("result" in town.told(client)[0]) is is_taken
 
 
+@in_town
+async def test_conversation_unsubscribe_goes_to_the_server_that_took_the_subscription():
+    town = Town("legacy", ["a", "b"])
+    town.answers["resources/list"], town.answers["resources/unsubscribe"] = {"resources": []}, {}
+    town.answers["a", "resources/subscribe"] = None
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "x:1"})
+    link, = town.links["a"]
+    town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32002, "message": "not mine"}})
+    await asyncio.sleep(0.1)
+    assert "result" in town.told(client)[0]
+    assert "result" in (await town.say_to(client, 2, "resources/unsubscribe", {"uri": "x:1"}))[0]
+    assert [town.heard_by(name).count("resources/unsubscribe") for name in "ab"] == [0, 1]
+
+
+@in_town
+async def test_conversation_unsubscribe_is_for_the_member_of_a_group_that_the_subscription_is_at():
+    town = Town("legacy", ["g.a=x", "g.b=x"])
+    town.answers["resources/unsubscribe"] = {}
+    clients = [await town.client("legacy", "g") for _ in range(2)]
+    for client in clients:
+        await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    await town.reload(["g.a=y", "g.b=y"])
+    for client in reversed(clients):
+        await town.say_to(client, 2, "resources/unsubscribe", {"uri": "a:b"})
+    for name in "ab":
+        town.say(town.links[name][-1], notification("notifications/resources/updated", {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [town.told(client) for client in clients] == [[], []]
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
