@@ -6740,14 +6740,22 @@ class Topics(dict[str, Topic]):
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
         """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
-        restart; one that a server did not live to answer is asked for again."""
+        restart; one that a server did not live to answer is asked for again, if clients were told that they have it."""
         is_new = not topic.verdict.done()
         if is_new:
             topic.verdict.set_result(error)
-        if (isinstance(error, RPCError) or error and is_new) and self.get(topic.uri) is topic:
+        if not error or self.get(topic.uri) is not topic:
+            return
+        leaving = list(topic.subscribers)
+        if isinstance(error, RPCError) or is_new and not topic.told:
             del self[topic.uri]
-            for subscriber in topic.subscribers:
-                self._leave_topic(subscriber, topic)
+        else:
+            leaving = [one.client for one in topic.asking if is_new and one.client not in topic.told]
+            topic.subscribers.difference_update(leaving)
+            if is_new:                         # the next server has not said it yet, to those who come from now on
+                topic.verdict = asyncio.get_running_loop().create_future()
+        for subscriber in leaving:
+            self._leave_topic(subscriber, topic)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes a subscriber out; after the last one the server is told."""

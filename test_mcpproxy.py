@@ -14420,6 +14420,29 @@ async def test_conversation_unsubscribe_is_for_the_member_of_a_group_that_the_su
     assert [town.told(client) for client in clients] == [[], []]
 
 
+@in_town
+async def test_conversation_subscription_outlives_two_members_of_a_group_of_which_the_second_never_answered():
+    town = Town("legacy", ["g.a", "g.b"])
+    town.answers["ping"] = {}
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    first, second = sorted("ab", key=lambda name: "resources/subscribe" not in town.heard_by(name))
+    del town.answers["resources/subscribe"]
+    town.links[first][0].is_open = False
+    town.links[first][0].end()
+    await town.say_to(client, 2, "ping")
+    assert town.heard_by(second)[-2:] == ["resources/subscribe", "ping"]
+    town.answers["resources/subscribe"] = {}
+    await town.die(second)
+    await town.say_to(client, 3, "ping")
+    asked = [link for name in "ab" for link in town.links[name][1:] for line in link.lines
+             if line["method"] == "resources/subscribe"]
+    assert len(asked) == 1 and [topic.uri for topic in client.client.topics] == ["a:b"]
+    town.told(client)
+    town.say(asked[0], notification("notifications/resources/updated", {"uri": "a:b"}))
+    assert len(town.told(client)) == 1
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
