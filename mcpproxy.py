@@ -6669,6 +6669,7 @@ NOTIFICATION_ROUTES = {
 SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
 MAX_LISTEN_PAUSE = 3600          # where it says how many itself
+ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
 CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
@@ -6735,8 +6736,15 @@ class Topics(dict[str, Topic]):
                 said = response.result().value("error")
                 error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
             self.settle(topic, error)
-        self.instance.connection.has_served = True
-        self.instance.connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
+            if isinstance(error, ServerError):         # it may have been slow, once
+                asyncio.get_running_loop().call_later(ASK_PAUSE, ask_again)
+
+        def ask_again() -> None:
+            if self.get(topic.uri) is topic and self.instance.connection is connection:
+                self.ask(topic)
+        connection = self.instance.connection
+        connection.has_served = True
+        connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
         """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a

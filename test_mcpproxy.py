@@ -14443,6 +14443,23 @@ async def test_conversation_subscription_outlives_two_members_of_a_group_of_whic
     assert len(town.told(client)) == 1
 
 
+@in_town
+async def test_conversation_subscription_that_a_server_does_not_answer_after_a_restart_is_asked_for_again():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    del town.answers["resources/subscribe"]
+    await town.die("a")
+    await asyncio.sleep(town.settings.request_timeout)
+    await town.pass_time()
+    assert town.heard_by("a")[-2:] == ["resources/subscribe", "notifications/cancelled"]
+    town.answers["resources/subscribe"] = {}
+    await asyncio.sleep(mcpproxy.ASK_PAUSE)
+    assert town.heard_by("a")[-1] == "resources/subscribe"
+    await asyncio.sleep(mcpproxy.ASK_PAUSE)
+    assert town.heard_by("a").count("resources/subscribe") == 2
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
