@@ -6711,21 +6711,25 @@ class Topics(dict[str, Topic]):
         super().__init__()
         self.instance = instance
 
-    def subscribe(self, subscriber, uri: str) -> Topic:
-        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked."""
+    def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
+        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked. `is_told`:
+        the session had it at another server."""
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
-        topic = self.get(uri)
-        if topic is None:
+        topic, is_first = self.get(uri), uri not in self
+        if is_first:
             topic = self[uri] = Topic(self.instance, uri)
-            if self.instance.listening:
-                self.instance.listening.renew()
-            elif self.instance.connection:
-                self.ask(topic)
         if subscriber not in topic.subscribers:
             topic.subscribers.add(subscriber)
             subscriber.topics.add(topic)
             budget.set(subscriber, subscriber.held + TOPIC_BYTES + len(uri))
+        if is_told:
+            topic.told.add(subscriber)
+        if is_first and self.get(uri) is topic:          # there may be no room for it
+            if self.instance.listening:
+                self.instance.listening.renew()
+            elif self.instance.connection:
+                self.ask(topic)                # last: if it cannot be sent, all of the above is taken back
         return topic
 
     def ask(self, topic: Topic) -> None:
@@ -7656,7 +7660,7 @@ class Session(Client):
             before.topics.unsubscribe(self, topic)
             if server:
                 with contextlib.suppress(ProxyError):
-                    self.at(server).topics.subscribe(self, topic.uri).told.add(self)
+                    self.at(server).topics.subscribe(self, topic.uri, is_told=True)
 
     def speak_through(self, stream: Stream) -> None:
         """Uses this one in place of its own, before anything was sent."""

@@ -14460,6 +14460,16 @@ async def test_conversation_subscription_that_a_server_does_not_answer_after_a_r
     assert town.heard_by("a").count("resources/subscribe") == 2
 
 
+@in_town
+async def test_conversation_subscription_at_a_server_that_is_being_stopped_leaves_nothing_behind():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    held = client.client.held
+    town.links["a"][0].is_open = False
+    assert "error" in (await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"}))[0]
+    assert not client.client.topics and client.client.held == held
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
