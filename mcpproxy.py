@@ -6667,8 +6667,9 @@ NOTIFICATION_ROUTES = {
 # one is listened to, once for all resources and lists, anew when what is wanted changes.
 
 SUBSCRIPTIONS = 1_000            # of one client
-LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again
-MAX_LISTEN_PAUSE = 3600          # where it says how many itself
+LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again,
+LONGEST_LISTEN_PAUSE = 30.0      # at the most, unless it wants more itself,
+MAX_LISTEN_PAUSE = 3600          # up to this
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
 CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
@@ -6830,6 +6831,7 @@ class Listening:
         self._next: ListenRequest | None = None
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
+        self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
         self._caught_up_at = -CATCH_UP_SECONDS
         self._catching_up: asyncio.TimerHandle | None = None
 
@@ -6867,7 +6869,7 @@ class Listening:
         if self._was_deaf and not self._catching_up:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
-        self._was_deaf = False
+        self._was_deaf, self._pause = False, LISTEN_PAUSE
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
         self._go_on()
@@ -6888,11 +6890,14 @@ class Listening:
                 for topic in request.topics:
                     if not topic.verdict.done():
                         self.instance.topics.settle(topic, error)
-                return self._go_on()
+                if self._current or not self._was_deaf or self.instance.listening is not self:
+                    return self._go_on()
+                # Otherwise nobody listens to what it took before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(MAX_LISTEN_PAUSE, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
-        asyncio.get_running_loop().call_later(max(LISTEN_PAUSE, pause), self._go_on)
+        asyncio.get_running_loop().call_later(max(self._pause, pause), self._go_on)
+        self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
 
 
 class Items(dict):

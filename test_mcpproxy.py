@@ -14470,6 +14470,24 @@ async def test_conversation_subscription_at_a_server_that_is_being_stopped_leave
     assert not client.client.topics and client.client.held == held
 
 
+@in_town
+async def test_conversation_modern_server_that_ended_a_subscription_and_refused_the_next_is_asked_again():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    link, = town.links["a"]
+    listens = lambda: [line for line in link.lines if line["method"] == "subscriptions/listen"]
+    town.acknowledges = False
+    town.say(link, {"id": listens()[-1]["id"], "result": {"resultType": "complete"}})
+    for _ in range(3):
+        await asyncio.sleep(mcpproxy.LONGEST_LISTEN_PAUSE)
+        town.say(link, {"id": listens()[-1]["id"], "error": {"code": -32603, "message": "not yet"}})
+    town.acknowledges = True
+    count = len(listens())
+    await asyncio.sleep(mcpproxy.LONGEST_LISTEN_PAUSE)
+    assert len(listens()) == count + 1 and listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
