@@ -7008,7 +7008,8 @@ class KeptList:
         if member_at(self.instance.identity.capabilities, capability) is True and not self._is_doubtful:
             return self.last
         age = self.instance.server.now() - self.last.asked_at
-        return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
+        good_for = 0 if self._is_doubtful else self.last.ttl_ms / 1000         # it was said of what was before
+        return self.last if age < max(KEPT_SECONDS, good_for) else None
 
     async def _list(self) -> None:
         self.is_old = False

@@ -14488,6 +14488,26 @@ async def test_conversation_modern_server_that_ended_a_subscription_and_refused_
     assert len(listens()) == count + 1 and listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
 
 
+@in_town
+async def test_conversation_list_that_a_server_could_not_give_again_is_asked_for_soon_whatever_its_time_to_live():
+    town = Town("modern", ["a", "c"])
+    town.answers["tools/list"] |= {"ttlMs": 3_600_000}
+    client = await town.client("modern")
+    await town.say_to(client, 1, "tools/list")
+    link, = town.links["a"]
+    listen = next(line for line in link.lines if line["method"] == "subscriptions/listen")
+    good = {"tools": [{"name": "new", "inputSchema": {}}]}
+    town.answers["a", "tools/list"] = None
+    town.say(link, notification(TOOLS_CHANGED, {"_meta": {SUBSCRIPTION: listen["id"]}}))
+    client.say(request(2, "tools/list"))
+    await asyncio.sleep(0.1)
+    town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32603, "message": "busy"}})
+    await asyncio.sleep(mcpproxy.KEPT_SECONDS)
+    assert "a__t" in str(town.told(client))
+    town.answers = {"tools/list": good}
+    assert "a__new" in str(await town.say_to(client, 3, "tools/list"))
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
