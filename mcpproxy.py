@@ -4523,6 +4523,7 @@ class Link:
     is_open = True          # can lines be written?
     is_clogged = False      # does what is written wait here for the server to read?
     backlog = 0             # bytes that wait then
+    hearing: int | None = 0              # what belongs to no request is heard, since so many gaps; None: in a gap
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
 
@@ -5446,6 +5447,11 @@ class Listen(RemoteFetch):
         super().on_head(head)
         self._opened_at = asyncio.get_running_loop().time()
 
+    def on_head(self, head: ResponseHead) -> None:
+        super().on_head(head)
+        if self.is_stream:
+            self.link.on_stream(self)
+
     def on_part(self, data: bytes) -> None:
         self.tries = 0
         super().on_part(data)
@@ -5530,6 +5536,7 @@ class RemoteLink(Link):
         self._greeting: asyncio.Future | None = None         # of a handshake that is made again
         self.session: str | None = None
         self._stream: Listen | None = None     # the session's, or the one of HTTP+SSE
+        self._gaps = 0                         # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
         self._certain_until = 0.0              # does the server speak as it did, and nobody asks again?
 
@@ -5817,6 +5824,15 @@ class RemoteLink(Link):
                 self.write(line, about, is_repeated)
 
     # Streams.
+
+    @property
+    def hearing(self) -> int | None:
+        is_heard = self._endpoint or self._stream and self._stream.is_stream and not self._stream.is_over
+        return self._gaps if is_heard else None
+
+    def on_stream(self, listen: Listen) -> None:
+        """A stream begins. One that goes on where the last one was cut brings what came between."""
+        self._gaps += listen.number is None and not listen.last_id
 
     def _listen_later(self, listen: Listen) -> None:
         if listen.number is None:
@@ -6607,6 +6623,11 @@ def tell_of_lists(instance) -> None:
             _to_all(instance, list_changed(kind), None)
 
 
+def hearing(instance) -> int | None:
+    """None where nobody would hear that a list changed; else a number, and with another nothing was missed between."""
+    return (instance.listening or instance.connection.link).hearing
+
+
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     subscribers = set(instance.sessions.values()) if instance.is_private else set()
     for uri in wholes_of(message.params.get("uri")):
@@ -6666,7 +6687,6 @@ NOTIFICATION_ROUTES = {
 # to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource; a modern
 # one is listened to, once for all resources and lists, anew when what is wanted changes.
 
-SUBSCRIPTIONS = 1_000            # of one client
 LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again,
 LONGEST_LISTEN_PAUSE = 30.0      # at the most, unless it wants more itself,
 MAX_LISTEN_PAUSE = 3600          # up to this
@@ -6680,17 +6700,6 @@ KEPT_SECONDS = 5.0               # before a server is asked for what it did not 
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
-
-
-def listened_for(message: Message) -> dict:
-    """What a subscriptions/listen asks for; RPCError when it asks for nothing or for too much."""
-    wanted = message.plain_params.get("notifications")
-    if not isinstance(wanted, dict):
-        raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
-    uris = wanted.get("resourceSubscriptions")
-    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
-        raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
-    return wanted
 
 
 class Topic:
@@ -6832,8 +6841,14 @@ class Listening:
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
+        self._gaps = 0                         # times when nobody listened
         self._caught_up_at = -CATCH_UP_SECONDS
         self._catching_up: asyncio.TimerHandle | None = None
+
+    @property
+    def hearing(self) -> int | None:
+        """The same as a link's."""
+        return self._gaps if self._current else None
 
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
@@ -6864,6 +6879,7 @@ class Listening:
         if request is not self._next:
             return
         before, self._current, self._next = self._current, request, None
+        self._gaps += not before
         if before:
             self.instance.connection.cancel(before.server_id, "replaced")
         if self._was_deaf and not self._catching_up:
@@ -6907,6 +6923,7 @@ class Items(dict):
         super().__init__()
         self.method = method
         self.asked_at = now
+        self.hearing: int | None = None            # as hearing() was then
         self.size = 0                              # characters
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
@@ -7005,8 +7022,9 @@ class KeptList:
         if self.is_old or self.last is None:
             return None
         capability = LISTS[self.method][2], "listChanged"
-        if member_at(self.instance.identity.capabilities, capability) is True and not self._is_doubtful:
-            return self.last
+        if member_at(self.instance.identity.capabilities, capability) is True and not self._is_doubtful and (
+                self.instance.connection is None or None is not self.last.hearing == hearing(self.instance)):
+            return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
         good_for = 0 if self._is_doubtful else self.last.ttl_ms / 1000         # it was said of what was before
         return self.last if age < max(KEPT_SECONDS, good_for) else None
@@ -7033,6 +7051,7 @@ class KeptList:
     async def read(self, way: str = "") -> Items:
         """Reads all pages; what was read for another proxy, which `way` names, is not kept."""
         connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
+        items.hearing = hearing(self.instance)
         cursor, kind = None, LISTS[self.method][0]
         if self.method != "tools/list" and not self.instance.identity.has(LISTS[self.method][2]):
             return items
@@ -8617,7 +8636,19 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
 # answers, and where a modern server asks a legacy client, the client's answers are gathered and the call is made again.
 
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
+SUBSCRIPTIONS = 1_000            # of one client
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
+
+
+def listened_for(message: Message) -> dict:
+    """What a subscriptions/listen asks for; RPCError when it asks for nothing or for too much."""
+    wanted = message.plain_params.get("notifications")
+    if not isinstance(wanted, dict):
+        raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
+    uris = wanted.get("resourceSubscriptions")
+    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
+        raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
+    return wanted
 
 
 class Bridge:

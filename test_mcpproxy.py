@@ -8298,6 +8298,31 @@ def test_remote_legacy_server_without_a_stream_of_its_own_is_used():
     assert len(far.got("GET")) == 1                  # it has said no
 
 
+def test_remote_stream_of_a_session_that_does_not_go_on_where_it_was_has_a_gap():
+    async def run(far):
+        link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
+        connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
+                                               on_notification=None, is_ones_own=False)
+
+        async def hears(which):
+            while not which(link.hearing):
+                await asyncio.sleep(0.01)
+            return link.hearing
+        assert link.hearing is None
+        await connection.initialize(mcpproxy.our_initialize(True))
+        first = await hears(lambda number: number is not None)
+        far.streams[-1].hang_up()
+        await hears(lambda number: number is None)
+        second = await hears(lambda number: number is not None)
+        far.script["GET"].append(http_response(405))
+        far.streams[-1].hang_up()
+        await hears(lambda number: number is None)
+        await link.stop()
+        return second - first
+    with Remote("legacy") as far:
+        assert asyncio.run(asyncio.wait_for(run(far), 20)) == 1
+
+
 def test_remote_modern_server_without_a_method_is_no_server_without_a_session():
     """It says 404 to that, too."""
     with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
@@ -14506,6 +14531,20 @@ async def test_conversation_list_that_a_server_could_not_give_again_is_asked_for
     assert "a__t" in str(town.told(client))
     town.answers = {"tools/list": good}
     assert "a__new" in str(await town.say_to(client, 3, "tools/list"))
+
+
+@pytest.mark.parametrize("gap", [None, 1])
+@in_town
+async def test_conversation_list_is_not_kept_for_longer_where_nobody_can_have_heard_of_a_change(gap):
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "tools/list")
+    town.answers["tools/list"] = {"tools": [{"name": "new", "inputSchema": {}}]}
+    await asyncio.sleep(600)
+    assert "a__t" in str(await town.say_to(client, 2, "tools/list"))
+    town.links["a"][0].hearing = gap
+    assert "a__new" in str(await town.say_to(client, 3, "tools/list"))
+    assert [town.heard_by(name).count("tools/list") for name in "ac"] == [2, 1]
 
 
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
