@@ -2029,6 +2029,17 @@ def cut_result(response: Message, limit: int) -> Message:
     return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
 
 
+def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
+    """The cursor of the page after this one of a list; None for the last. `seen` are those before: one that comes again
+    would go on for ever. MCP 2026-07-28, Pagination: an empty cursor is one, too. A legacy server means the end by it.
+    """
+    cursor = members_of(page.members.get("result")).get("nextCursor")
+    if not isinstance(cursor, str) or cursor in seen or not cursor and era is LEGACY:
+        return None
+    seen.add(cursor)
+    return cursor
+
+
 # ============================================================================
 # 10. Access
 # ============================================================================
@@ -7052,19 +7063,20 @@ class KeptList:
         """Reads all pages; what was read for another proxy, which `way` names, is not kept."""
         connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
         items.hearing = hearing(self.instance)
-        cursor, kind = None, LISTS[self.method][0]
+        cursor, kind, seen = None, LISTS[self.method][0], set()
         if self.method != "tools/list" and not self.instance.identity.has(LISTS[self.method][2]):
             return items
         for _ in range(MAX_PAGES):
-            page = await connection.request(self.method, {"cursor": cursor} if cursor else None, way=way).response
+            params = None if cursor is None else {"cursor": cursor}
+            page = await connection.request(self.method, params, way=way).response
             if not isinstance(page.members.get("result"), tuple):
                 if not page.is_result and page.error_code == METHOD_NOT_FOUND:
                     return items                # it has none
                 words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
                 raise ServerError(f"the MCP server does not list its {kind}{words}")
             items.add(page)
-            cursor = members_of(page.members["result"]).get("nextCursor")
-            if not isinstance(cursor, str):
+            cursor = next_cursor(page, connection.era, seen)
+            if cursor is None:
                 return items
             if items.size > MAX_QUEUED_BYTES:
                 break
@@ -10009,19 +10021,19 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
 
 async def answer_tasks(exchange: JointExchange, message: Message) -> None:
     """The client's tasks at all servers."""
-    client, tasks = exchange.client, []
+    client, tasks = exchange.client, {}            # name -> text: one that came between two pages moves others on
 
     async def ask(instance: Instance) -> tuple[bool, list[str]]:
-        connection, cursor, texts = await instance.ready(), None, []
+        connection, cursor, seen, texts = await instance.ready(), None, set(), []
         has_tasks = instance.identity.has("tasks")
         for _ in range(MAX_PAGES if has_tasks else 0):
-            page = await connection.request("tasks/list", {"cursor": cursor} if cursor else None).response
+            page = await connection.request("tasks/list", None if cursor is None else {"cursor": cursor}).response
             page = own_tasks(instance, client, page)
             result = page.result or {}
             if isinstance(result.get("tasks"), list):
                 texts += split_batch(page.raw("result", "tasks"), len(result["tasks"]))
-            cursor = result.get("nextCursor")
-            if not isinstance(cursor, str):
+            cursor = next_cursor(page, connection.era, seen)
+            if cursor is None:
                 break
         return has_tasks, texts
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
@@ -10031,9 +10043,9 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
     for member, (_, texts) in found:
         for task in map(JSONObject, texts):
-            name = task.value("taskId")
-            tasks.append(task.changed([(*task.span("taskId"), dump(f"{member.name}__{name}"))]).decode())
-    exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
+            name = f"{member.name}__{task.value('taskId')}"
+            tasks.setdefault(name, task.changed([(*task.span("taskId"), dump(name))]).decode())
+    exchange.answer({"tasks": f"[{','.join(tasks.values())}]"}, missing)
 
 
 # What is answered for several servers as one, beside what they list.

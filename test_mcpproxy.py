@@ -14547,6 +14547,31 @@ async def test_conversation_list_is_not_kept_for_longer_where_nobody_can_have_he
     assert [town.heard_by(name).count("tools/list") for name in "ac"] == [2, 1]
 
 
+@pytest.mark.parametrize("era, cursor, pages", [("legacy", "", 1), ("modern", "", 2), ("legacy", "c", 2)])
+@in_town
+async def test_conversation_list_ends_with_a_cursor_that_comes_again(era, cursor, pages):
+    town = Town(era, ["a", "c"])
+    town.answers["tools/list"]["nextCursor"] = cursor
+    client = await town.client("modern")
+    assert "a__t" in str(await town.say_to(client, 1, "tools/list"))
+    asked = [line["params"].get("cursor") for line in town.links["a"][0].lines if line["method"] == "tools/list"]
+    assert asked == [None, cursor][:pages]
+
+
+@in_town
+async def test_conversation_task_that_two_pages_list_is_listed_once():
+    town = Town("legacy", ["a", "c"])
+    town.can["tasks"], town.answers["tasks/list"] = {"list": {}}, {"tasks": [], "nextCursor": "c"}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t", "task": {}})
+    town.say(town.links["a"][0], {"id": town.heard[-1][1]["id"], "result": {"task": {"taskId": "1"}}})
+    town.answers["tasks/list"]["tasks"] = [{"taskId": "1"}]
+    town.told(client)
+    listed, = await town.say_to(client, 2, "tasks/list")
+    assert listed["result"]["tasks"] == [{"taskId": "a__1"}]
+    assert town.heard_by("a").count("tasks/list") == 2
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
