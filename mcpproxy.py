@@ -9820,6 +9820,8 @@ class TaskListener(PendingRequest):
     def on_response(self, response: ResponseLine | Message) -> None:
         if not self.taken.done():
             self.taken.set_result([])
+        elif self.taken.result():
+            self._exchange.end_subscription()      # or its client would wait in vain; it can listen again
 
     on_failure = on_response
 

@@ -14572,6 +14572,25 @@ async def test_conversation_task_that_two_pages_list_is_listed_once():
     assert town.heard_by("a").count("tasks/list") == 2
 
 
+@pytest.mark.parametrize("end", ["the server dies", "it ends the subscription"])
+@in_town
+async def test_conversation_joint_subscription_to_tasks_ends_when_their_server_says_nothing_of_them_any_more(end):
+    town = Town("modern", ["a", "c"])
+    client, meta = await town.client("modern"), {VERSION: "2026-07-28", CAPABILITIES: {
+        "extensions": {"io.modelcontextprotocol/tasks": {}}}}
+    heard = await town.say_to(client, 1, "subscriptions/listen", {
+        "notifications": {"taskIds": ["a__1"], "toolsListChanged": True}, "_meta": meta})
+    assert heard[-1]["params"]["notifications"]["taskIds"] == ["a__1"]
+    link, = town.links["a"]
+    listen = next(line for line in link.lines if "taskIds" in str(line))
+    if end == "the server dies":
+        await town.die("a")
+    else:
+        town.say(link, {"id": listen["id"], "result": {"resultType": "complete"}})
+    assert town.told(client)[-1]["result"]["resultType"] == "complete"
+    assert not town.mount.listeners and not town.mount.subscriptions
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
