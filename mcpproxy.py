@@ -8219,8 +8219,8 @@ class Mount:
         for listener in list(self.listeners):
             listener.adopt(catalog)
         for call in list(self.subscriptions):
-            if call.instance and call.instance.server.is_retired:
-                call.end_subscription()
+            if call.instance:
+                call.adopt(catalog)
 
     def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
         """Takes other keys. What tokens may use is seen when they come again."""
@@ -8795,13 +8795,16 @@ class ModernClientModernServer(Bridge):
 
     def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
         """Refuses one subscription too many, and one to another client's task."""
-        tasks = listened_for(message).get("taskIds")
+        wanted = listened_for(message)
+        tasks = wanted.get("taskIds")
         for name in tasks if isinstance(tasks, list) else ():
             if isinstance(name, str) and not exchange.instance.is_owner(exchange.client, ("task", name)):
                 raise UNKNOWN_TASK
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         exchange.client.mount.make_room_among(listening, exchange.principal)
+        # For what the proxy itself has to say.
+        exchange.wanted = exchange.instance.identity.supported({name: wanted.get(name) for name in LIST_CHANGES})
         return True
 
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
@@ -9783,6 +9786,22 @@ class Exchange(ClientRequest):
 
     def on_event(self, message: Message) -> None:
         self._bridge.notify(self, message)
+
+    def adopt(self, catalog: Catalog) -> None:
+        """The configuration is another one: a subscription goes on while its server is shown, and is told what may be
+        shown of it otherwise."""
+        view, caller, server = self.client.view, self.client.caller, self.instance.server
+        try:
+            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
+        except RPCError:
+            return self.end_subscription()
+        shown = {one.name for member in self.client.view.members for one in (member, *member.members)}
+        if server.is_retired or server.name not in shown:
+            return self.end_subscription()
+        # What is acknowledged comes first. MCP 2026-07-28, Subscriptions.
+        is_told = (self.has_begun or self.early is not None) and self.client.view.members != view.members
+        for kind, _ in LIST_CHANGES.values() if is_told else ():
+            self.tell_listener(list_changed(kind))
 
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""

@@ -14591,6 +14591,29 @@ async def test_conversation_joint_subscription_to_tasks_ends_when_their_server_s
     assert not town.mount.listeners and not town.mount.subscriptions
 
 
+@pytest.mark.parametrize("place, names", [("a", ["a", "c"]), ("g", ["g.a", "c"])])
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_listener_at_one_server_is_told_that_other_tools_of_it_are_shown(era, place, names):
+    town = Town(era, names)
+    client = await town.client("modern", place)
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await town.reload(names)
+    assert town.told(client) == []
+    plain = town.catalog
+
+    def catalog(names):
+        servers = dict(plain(names).servers)
+        servers["a"] = dataclasses.replace(servers["a"], rules=mcpproxy.Rules(tools=("!t",)))
+        return mcpproxy.Catalog(servers, is_file=True)
+    town.catalog = catalog
+    await town.reload(names)
+    assert town.told(client) == [{"jsonrpc": "2.0", **notification(TOOLS_CHANGED, {"_meta": {SUBSCRIPTION: 1}})}]
+    town.catalog = plain
+    await town.reload(["c"])
+    assert town.told(client)[-1]["result"]["resultType"] == "complete"
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
