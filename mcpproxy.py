@@ -3294,6 +3294,7 @@ import subprocess
 import tempfile
 import time
 import traceback
+import weakref
 
 
 # ============================================================================
@@ -6731,6 +6732,7 @@ class Topics(dict[str, Topic]):
     def __init__(self, instance):
         super().__init__()
         self.instance = instance
+        self._taken_back = weakref.WeakValueDictionary()         # URI -> the request, until it is answered
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
         """Takes in a session, or an exchange that listens; for the first to a resource the server is asked. `is_told`:
@@ -6754,7 +6756,8 @@ class Topics(dict[str, Topic]):
         return topic
 
     def ask(self, topic: Topic) -> None:
-        """Asks a legacy server for a resource."""
+        """Asks a legacy server for a resource. A remote one may take two requests in any order, so it first has to
+        answer that it takes the last subscription back."""
         def on_response(response: asyncio.Future) -> None:
             error = response.exception()
             if not error and not response.result().is_result:
@@ -6767,7 +6770,9 @@ class Topics(dict[str, Topic]):
         def ask_again() -> None:
             if self.get(topic.uri) is topic and self.instance.connection is connection:
                 self.ask(topic)
-        connection = self.instance.connection
+        connection, before = self.instance.connection, self._taken_back.get(topic.uri)
+        if before and not before.response.done() and connection.link.is_remote:
+            return before.response.add_done_callback(lambda _: ask_again())
         connection.has_served = True
         connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
@@ -6801,7 +6806,8 @@ class Topics(dict[str, Topic]):
             if self.instance.listening:
                 self.instance.listening.renew()
             elif self.instance.connection:
-                self.instance.connection.request("resources/unsubscribe", {"uri": topic.uri})
+                self._taken_back[topic.uri] = self.instance.connection.request(
+                    "resources/unsubscribe", {"uri": topic.uri})
 
     def leave(self, subscriber) -> None:
         """Takes a subscriber out of all of them."""

@@ -14614,6 +14614,24 @@ async def test_conversation_listener_at_one_server_is_told_that_other_tools_of_i
     assert town.told(client)[-1]["result"]["resultType"] == "complete"
 
 
+@pytest.mark.parametrize("is_remote", [True, False])
+@in_town
+async def test_conversation_subscription_does_not_overtake_the_one_that_a_remote_server_still_takes_back(is_remote):
+    town, uri = Town("legacy", ["a"]), {"uri": "a:b"}
+    client = await town.client("legacy", "a")
+    link, = town.links["a"]
+    link.is_remote = is_remote
+    await town.say_to(client, 1, "resources/subscribe", uri)
+    assert "result" in (await town.say_to(client, 2, "resources/unsubscribe", uri))[0]
+    assert bool(await town.say_to(client, 3, "resources/subscribe", uri)) is not is_remote
+    assert town.heard_by("a").count("resources/subscribe") == (1 if is_remote else 2)
+    unsubscribe = next(line for line in link.lines if line["method"] == "resources/unsubscribe")
+    town.say(link, {"id": unsubscribe["id"], "result": {}})
+    await asyncio.sleep(0.1)
+    assert town.heard_by("a").count("resources/subscribe") == 2
+    assert is_remote is ([3] == [message["id"] for message in town.told(client)])
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
