@@ -2771,7 +2771,7 @@ class View:
             own, member = target.name or name, mine.get(target.server)
             if member is None and target.server:
                 return self.refusal_of_server(target.server, kind, own, name, status)
-            if member and (member.rules.shown(own) is None or member.rules.are_of_hints):
+            if member and kind == "tools" and (member.rules.shown(own) is None or member.rules.are_of_hints):
                 return self.refusal(member, own, name, status)
         return None
 

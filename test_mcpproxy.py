@@ -5376,6 +5376,14 @@ def test_views_of_a_limited_caller_know_no_name_that_nobody_has(keys):
                 assert proxy.request("POST", place + "/tools/nothing", {}, brings(key)).error() == (404, -32602)
 
 
+@pytest.mark.parametrize("limits", [{"tools": ("get*",)}, {"read_only": True}])
+def test_views_of_a_limited_caller_name_no_limit_of_tools_for_a_prompt(limits):
+    view = limited_view(limits, a={"prefix": ""}, b={})
+    assert view.direct("prompts/get", "b__x") is None          # the servers' lists tell, and none has it
+    assert view.unknown("prompts", "b__x").args == ("unknown prompt: b__x",)
+    assert view.unknown("tools", "b__x").data["key"] == "ann"
+
+
 def test_views_of_limited_callers_show_the_first_of_two_names_that_they_may_use(keys):
     servers = {"a": kept("a", prefix=""), "b": kept("b", prefix="")}
     given = {"ann": {}, "bob": {"servers": ["b"]}, "cyd": {"servers": ["a", "b"], "tools": ["look"]}}
