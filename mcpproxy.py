@@ -2182,7 +2182,7 @@ class Caller:
 
 
 def digest_of_key(key: str) -> bytes:
-    """What is known of a key, so that it need not be known itself."""
+    """What is kept of a key or a token, so that it need not be kept itself."""
     import hashlib
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
@@ -5191,8 +5191,7 @@ class Issuer:
 
     def check(self, text: str, principal: object) -> Verdict:
         """What a token is worth. Raises NotYet when that has to be found out, ServerError when it cannot be."""
-        import hashlib
-        digest, now = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), self._now()
+        digest, now = digest_of_key(text), self._now()
         if self._keys and now - self._read_at > KEYS_SECONDS:
             self._read_soon()
         verdict = self._verdicts.get(digest)
