@@ -7116,13 +7116,13 @@ TOLD_A_TURN = 100_000            # messages to all clients together, that are to
 SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
 
 
-InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
+NEW, STARTING, READY, PAUSED, CLOSED = InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
 INSTANCE_STATES = {
-    InstanceState.NEW: {InstanceState.STARTING, InstanceState.CLOSED},
-    InstanceState.STARTING: {InstanceState.READY, InstanceState.PAUSED, InstanceState.CLOSED},
-    InstanceState.READY: {InstanceState.PAUSED, InstanceState.CLOSED},
-    InstanceState.PAUSED: {InstanceState.STARTING, InstanceState.CLOSED},
-    InstanceState.CLOSED: set(),
+    NEW: {STARTING, CLOSED},
+    STARTING: {READY, PAUSED, CLOSED},
+    READY: {PAUSED, CLOSED},
+    PAUSED: {STARTING, CLOSED},
+    CLOSED: set(),
 }
 
 
@@ -7135,7 +7135,7 @@ class Instance:
         self.principal = principal                  # to whose account it goes
         self.variables = variables
         self.redact = redactor(variables.values())
-        self.state, self.since = InstanceState.NEW, server.now()          # and since when
+        self.state, self.since = NEW, server.now()          # and since when
         self.sessions: dict[str, object] = {}       # that use it, by id
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics = Topics(self)
@@ -7168,7 +7168,7 @@ class Instance:
 
     @property
     def has_process(self) -> bool:
-        return self._runner is not None and self.state is not InstanceState.CLOSED
+        return self._runner is not None and self.state is not CLOSED
 
     @property
     def is_used(self) -> bool:
@@ -7195,7 +7195,7 @@ class Instance:
 
     def start(self, initialize: dict | None = None) -> None:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
-        if self._runner is None and self.state is InstanceState.NEW:
+        if self._runner is None and self.state is NEW:
             if self.owner is not self:                 # a spare one is only started where there is room
                 self.server.pool.make_room(self.principal)
             self.is_told_ours = not initialize
@@ -7204,7 +7204,7 @@ class Instance:
 
     def check_up(self) -> None:
         """For who would not wait: raises what was wrong with the last start; another one follows."""
-        if self.failure and self.state is not InstanceState.STARTING and self.connection is None:
+        if self.failure and self.state is not STARTING and self.connection is None:
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
             raise self.failure.reworded(str(self.failure))
@@ -7218,7 +7218,7 @@ class Instance:
 
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
-        if self.state is InstanceState.CLOSED:
+        if self.state is CLOSED:
             raise self.failure or ServerError("the MCP server was stopped", status=503)
         self.start()
         while self.connection is None:
@@ -7228,7 +7228,7 @@ class Instance:
 
     async def close(self) -> None:
         """Ends the server; returns when nothing of it is left."""
-        self._become(InstanceState.CLOSED)
+        self._become(CLOSED)
         self._settle_start(ServerError("the MCP server was stopped", status=503))
         if self._runner:
             self._runner.cancel()
@@ -7239,12 +7239,12 @@ class Instance:
     async def _run(self, initialize: dict) -> None:
         has_run = False
         for number in itertools.count():
-            self._become(InstanceState.STARTING)
+            self._become(STARTING)
             self.server.restarts += number > 0
             connection, is_ready = None, False
             try:
                 connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
-                if self.state is InstanceState.CLOSED:
+                if self.state is CLOSED:
                     raise asyncio.CancelledError       # wait_for() swallows one that comes together with the result
                 if connection.closed.done():
                     raise connection.closed.result()       # it ended before anybody was told that it is ready
@@ -7271,9 +7271,9 @@ class Instance:
                 self._settle_start(error)
             if self.is_private:
                 break
-            self._become(InstanceState.PAUSED)
+            self._become(PAUSED)
             await self._pause()
-        self._become(InstanceState.CLOSED)
+        self._become(CLOSED)
         self._settle_start(error)
         for session in list(self.sessions.values()):
             session.on_closed(self, error)
@@ -7345,7 +7345,7 @@ class Instance:
         self.server.start_seconds, self.server.start_failed = self.last_used - self.since, False
         self.server.identity = self.identity
         self.server.takes_variables = self.server.takes_variables or bool(self.variables)
-        self._become(InstanceState.READY)
+        self._become(READY)
         connection.on_closed = lambda: self._forget(connection)
         if is_restart:
             self.owners.old = set(self.owners)
@@ -7424,7 +7424,7 @@ class Instance:
             settled.set_result(None)
 
     def _become(self, state: InstanceState) -> None:
-        if self.state is state is InstanceState.CLOSED:
+        if self.state is state is CLOSED:
             return
         assert state in INSTANCE_STATES[self.state], (self.state, state)
         self.state, self.since, self._told_slow = state, self.server.now(), 0
@@ -7433,7 +7433,7 @@ class Instance:
         """Called now and then: gives up on what takes too long, and says so of a start."""
         if self.connection:
             self.connection.give_up(now, self.server.settings.request_timeout)
-        if self.state is InstanceState.STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
+        if self.state is STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
             self._told_slow += 1
             log.info("= server %(server)s is still starting, %(seconds)d s" + (": %(text)s" if self.words else ""),
                      server=self.server.name, seconds=int(now - self.since), text=self.words or "-")
@@ -7527,8 +7527,7 @@ class Client(Holder):
         if server.is_group:
             server = server.choose(self, left_out)
         instance = self._instances.get(server)
-        if instance is None or instance.state is InstanceState.CLOSED and (
-                self.view.has_choice or not self.is_session) and (
+        if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
@@ -7911,10 +7910,10 @@ class Server:
         """For who looks after the proxy: ready, starting, down, or on demand."""
         if not self.is_for_all:
             states = {instance.state for instance in self.instances.values()}
-            return ("down" if self.start_failed else "ready" if InstanceState.READY in states else
-                    "starting" if InstanceState.STARTING in states else "on demand")
+            return ("down" if self.start_failed else "ready" if READY in states else
+                    "starting" if STARTING in states else "on demand")
         instance = self.instances.get(())
-        if instance is None or instance.state in (InstanceState.NEW, InstanceState.STARTING):
+        if instance is None or instance.state in (NEW, STARTING):
             return "starting"
         return "ready" if instance.connection and self.failures < FAILURES else "down"
 
@@ -8003,7 +8002,7 @@ class Server:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
         variables, owner = client.variables, self._owner_for(client)
         instance = self.instances.get(owner)
-        if instance and instance.state is InstanceState.CLOSED:
+        if instance and instance.state is CLOSED:
             instance = None
         if instance is None:
             spare = self._adopt_spare(client) if client.is_session and not variables else None
@@ -8038,7 +8037,7 @@ class Server:
         """Starts spare processes until there are enough; not at once again after one died."""
         spares = [instance for instance in self.instances.values() if instance.owner is instance]
         for spare in spares:
-            if spare.state is InstanceState.CLOSED:
+            if spare.state is CLOSED:
                 del self.instances[spare]
                 self._spares_pause = self.now() + SPARES_PAUSE
         if self.now() < self._spares_pause:
@@ -10911,7 +10910,7 @@ class Overview:
         facts = self._facts(server, with_error)
         instance, group = server.instances.get(()), server.config.group
         place = name if name in self._mount.catalog.places else group
-        if instance and instance.state is InstanceState.READY:
+        if instance and instance.state is READY:
             facts["since"] = int(self._wall(instance.since))
         if instance and with_error and server.state == "starting":
             facts["words"] = instance.words

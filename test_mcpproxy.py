@@ -5980,7 +5980,7 @@ def test_shares_of_a_spare_process_are_those_of_whoever_gets_it(is_ready):
                                                is_ones_own=True)
         spare.identity = mcpproxy.Identity(mcpproxy.LEGACY, mcpproxy.parse_message(
             '{"jsonrpc":"2.0","id":1,"result":{"capabilities":{}}}'))
-        spare._become(mcpproxy.InstanceState.STARTING)
+        spare._become(mcpproxy.STARTING)
         if is_ready:
             spare._make_ready(connection, False)
         session = mount.open_session(mount.catalog.view(), None, {}, "ann")
