@@ -6947,12 +6947,6 @@ class Items(dict):
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
         self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its id, and is it one of several?
 
-    def check(self, call: Message, name: str, headers: dict[str, str]) -> None:
-        """Refuses a modern call of the tool with this name whose headers do not repeat its arguments."""
-        parameters = self.mirrored.get(name)
-        if parameters:
-            check_mirrored(parameters, call.plain_params.get("arguments"), headers)
-
     def add(self, page: Message) -> None:
         """Takes in one page."""
         member, key, _ = LISTS[self.method]
@@ -9581,8 +9575,8 @@ class Exchange(ClientRequest):
         rules, name = self.target and self.target.rules, self.own_name
         if rules and not rules.opens(name, tools.get(name, {})):
             raise self.client.view.limits.refusal("read_only", self.name, 200, (self.target.server,), name)
-        if self.headers is not None:
-            tools.check(self.message, name, self.headers)
+        if self.headers is not None and name in tools.mirrored:
+            check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
 
     def _is_repeated_at(self, connection: ServerConnection) -> bool:
         return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
