@@ -2769,20 +2769,19 @@ class View:
                 shown = name.removeprefix(one.start_of_names)
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
             own, member = target.name or name, mine.get(target.server)
-            if member is None and target.server:
-                return self.refusal_of_server(target.server, kind, own, name, status)
-            if member and kind == "tools" and (member.rules.shown(own) is None or member.rules.are_of_hints):
-                return self.refusal(member, own, name, status)
+            if target.server and (member is None or kind == "tools" and (
+                    member.rules.shown(own) is None or member.rules.are_of_hints)):
+                return self.refusal(target.server, kind, own, name, status)
         return None
 
-    def refusal(self, member: ServerConfig, own: str, name: str, status: int = 200) -> RPCError:
-        """The answer to who asks for a tool of a member's that is not open to them; the server calls it `own`."""
-        limit = "tools" if member.rules.shown(own) is None else "read_only"
-        return self.limits.refusal(limit, name[:200], status, member.names, own)
-
-    def refusal_of_server(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
-        """The same where all of a server is not open to them; scopes have globs for its tools alone."""
-        return self.limits.refusal("servers", name[:200], status, (server,), own if kind == "tools" else None)
+    def refusal(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
+        """The answer to who asks for a tool or a prompt, which the server calls `own`, and to whom it is not open, or
+        nothing of that server is."""
+        member = next((one for one in self.members if one.name == server), None)
+        limit = "servers" if member is None else "tools" if member.rules.shown(own) is None else "read_only"
+        # Scopes have globs for tools alone.
+        return self.limits.refusal(limit, name[:200], status, member.names if member else (server,),
+                                   own if kind == "tools" else None)
 
     def unknown(self, kind: str, name: str) -> RPCError:
         """The answer to who asks for a tool or a prompt that is not here."""
@@ -8586,7 +8585,7 @@ def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig,
     for member, items in found if view.limits else ():
         own, _ = items.shown(member.whole or member, view.is_joint).get(name, (None, None))
         if own is not None:
-            return view.refusal(member, own, name)
+            return view.refusal(member.name, kind, own, name)
     return None
 
 
@@ -9544,10 +9543,8 @@ class Exchange(ClientRequest):
         target = target or Target(parked.instance.server.name)               # all was open to it
         own = target.name or self.name
         member = next((one for one in view.members if one.name == target.server), None)
-        if member is None:
-            raise view.refusal_of_server(target.server, kind, own, str(self.name))
-        if kind == "tools" and member.rules.shown(own) is None:
-            raise view.refusal(member, own, self.name)
+        if member is None or kind == "tools" and member.rules.shown(own) is None:
+            raise view.refusal(target.server, kind, own, str(self.name))
         return member_target(member, kind, own, self.name)
 
     def aim(self, target: Target, left_out: Server | None = None) -> None:
@@ -9574,7 +9571,7 @@ class Exchange(ClientRequest):
     def _check_by(self, tools: Items) -> None:
         rules, name = self.target and self.target.rules, self.own_name
         if rules and not rules.opens(name, tools.get(name, {})):
-            raise self.client.view.limits.refusal("read_only", self.name, 200, (self.target.server,), name)
+            raise self.client.view.refusal(self.target.server, "tools", name, self.name)
         if self.headers is not None and name in tools.mirrored:
             check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
 

@@ -5384,6 +5384,16 @@ def test_views_of_a_limited_caller_name_no_limit_of_tools_for_a_prompt(limits):
     assert view.unknown("tools", "b__x").data["key"] == "ann"
 
 
+@pytest.mark.parametrize("place, server", [(None, "g"), ("g", "g"), ("a", "a")])
+def test_views_refuse_a_tool_of_a_group_with_the_scope_that_would_open_it(place, server):
+    catalog = mcpproxy.Catalog(config_of(a={"group": "g"}, b={"group": "g"}), is_file=True)
+    scopes = ("read", mcpproxy.Grant(("g",), read_only=True)), ("write", mcpproxy.Grant(("g",)))
+    view = catalog.view(place, (), mcpproxy.Limits("oauth:ann", (scopes[0][1],), scopes, ("read",), "Bearer"))
+    refused = view.refusal(server, "tools", "t", "t")
+    assert refused.data == {"limit": "read_only", "key": "oauth:ann"} and refused.http_status == 403
+    assert dict(refused.headers)["WWW-Authenticate"].endswith('scope="read write"')
+
+
 def test_views_of_limited_callers_show_the_first_of_two_names_that_they_may_use(keys):
     servers = {"a": kept("a", prefix=""), "b": kept("b", prefix="")}
     given = {"ann": {}, "bob": {"servers": ["b"]}, "cyd": {"servers": ["a", "b"], "tools": ["look"]}}
