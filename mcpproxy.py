@@ -1072,6 +1072,11 @@ def unique_members_of(scanned: object) -> dict:
     return without_repeats(scanned) if isinstance(scanned, tuple) else {}
 
 
+def strings_of(value: object) -> list[str]:
+    """The strings of an array, in which somebody else may have put anything; none of anything else."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
 def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
     """An object of JSON; ValueError when a name is there twice: another parser may take the first of two, where ours
     takes the last, and what one has checked the other would not do."""
@@ -1987,7 +1992,7 @@ class Identity:
                           if wanted.get(name) is True and member_at(self.capabilities, (kind, "listChanged"))}
         uris = wanted.get("resourceSubscriptions")
         if isinstance(uris, list) and member_at(self.capabilities, ("resources", "subscribe")):
-            honoured["resourceSubscriptions"] = list(dict.fromkeys(uri for uri in uris if isinstance(uri, str)))
+            honoured["resourceSubscriptions"] = [*dict.fromkeys(strings_of(uris))]
         return honoured
 
 
@@ -5215,12 +5220,10 @@ class Issuer:
     async def _find_out(self, digest: bytes, text: str, token: Token | None) -> None:
         try:
             claims, key = (token.claims, await self._verify(token)) if token else (await self._introspect(text), None)
-            scopes = claims.get("scope", claims.get("scp", ""))
-            scopes = scopes.split() if isinstance(scopes, str) else scopes if isinstance(scopes, list) else []
-            audience = claims.get("aud")
-            audience = [audience] if isinstance(audience, str) else audience if isinstance(audience, list) else []
+            scopes, audience = claims.get("scope", claims.get("scp", "")), claims.get("aud")
+            scopes = frozenset(scopes.split() if isinstance(scopes, str) else strings_of(scopes))
+            audience = frozenset([audience] if isinstance(audience, str) else strings_of(audience))
             left = min(max(claims["exp"] - time.time(), 1), INTROSPECTED_SECONDS if token is None else KNOWN_SECONDS)
-            audience, scopes = (frozenset(one for one in some if isinstance(one, str)) for some in (audience, scopes))
             verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key)
         except TokenError as error:
             verdict = Verdict(self._now() + BAD_SECONDS, str(error))
@@ -6611,8 +6614,7 @@ def tell_all(instance, message: Message) -> None:
     head: it would go round in a circle of them for ever."""
     if not instance.is_news(message.payload[0], message.method):
         return
-    way = message.meta.get(WAY_KEY)
-    way = [one for one in way if PROXY_ID.fullmatch(str(one))][:MAX_WAY] if isinstance(way, list) else []
+    way = [one for one in strings_of(message.meta.get(WAY_KEY)) if PROXY_ID.fullmatch(one)][:MAX_WAY]
     kind = message.method.split("/")[1]
     plain = list_changed(kind) if way else message
 
@@ -6831,9 +6833,8 @@ class ListenRequest(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
-            taken = member_at(message.plain_params, ("notifications", "resourceSubscriptions"))
-            taken = taken if isinstance(taken, list) else []
-            return self.listening.on_acknowledged(self, {uri for uri in taken if isinstance(uri, str)})
+            taken = strings_of(member_at(message.plain_params, ("notifications", "resourceSubscriptions")))
+            return self.listening.on_acknowledged(self, set(taken))
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         pass_on(self.listening.instance, parse_message(line.decode()))
@@ -8793,9 +8794,8 @@ class ModernClientModernServer(Bridge):
     def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
         """Refuses one subscription too many, and one to another client's task."""
         wanted = listened_for(message)
-        tasks = wanted.get("taskIds")
-        for name in tasks if isinstance(tasks, list) else ():
-            if isinstance(name, str) and not exchange.instance.is_owner(exchange.client, ("task", name)):
+        for name in strings_of(wanted.get("taskIds")):
+            if not exchange.instance.is_owner(exchange.client, ("task", name)):
                 raise UNKNOWN_TASK
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
@@ -9819,7 +9819,7 @@ class TaskListener(PendingRequest):
 
     def __init__(self, exchange: "JointExchange", instance: Instance, names: list[str]):
         self._exchange, self.instance, self._connection = exchange, instance, instance.connection
-        self.taken: asyncio.Future[list] = asyncio.get_running_loop().create_future()         # what it listens for
+        self.taken: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()    # what it listens for
         meta = {**OUR_ENVELOPE, CAPABILITIES_KEY: {"extensions": {TASKS_EXTENSION: {}}}}
         self._server_id = self._connection.send_request(
             self, "subscriptions/listen", {"notifications": {"taskIds": names}, "_meta": meta})
@@ -9828,8 +9828,7 @@ class TaskListener(PendingRequest):
         if message.method == TASK_CHANGED:
             self._exchange.on_event(outward(self._exchange.client, self.instance, message))
         elif not self.taken.done():
-            taken = member_at(message.plain_params, ("notifications", "taskIds"))
-            self.taken.set_result(taken if isinstance(taken, list) else [])
+            self.taken.set_result(strings_of(member_at(message.plain_params, ("notifications", "taskIds"))))
 
     def on_response(self, response: ResponseLine | Message) -> None:
         if not self.taken.done():
@@ -9891,10 +9890,10 @@ class JointExchange(Exchange):
             if wanted.get(name) is True and (missing or any(identity.has(kind) for _, identity in found)):
                 honoured[name] = True
         if isinstance(uris, list):
-            taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(uris) if isinstance(uri, str)))
+            taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(strings_of(uris))))
             honoured["resourceSubscriptions"] = [uri for uri in taken if uri]
         if isinstance(wanted.get("taskIds"), list):
-            honoured["taskIds"] = await self._listen_to_tasks(wanted["taskIds"])
+            honoured["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
         if self.is_done:
             return self._leave()
         self._become(RUNNING)
@@ -9924,7 +9923,7 @@ class JointExchange(Exchange):
                     return uri
         return None
 
-    async def _listen_to_tasks(self, names: list) -> list[str]:
+    async def _listen_to_tasks(self, names: list[str]) -> list[str]:
         """Listens for the client's tasks at their servers; returns those that they take. SEP-2663, Task Status
         Notifications."""
         if member_at(self.capabilities, ("extensions", TASKS_EXTENSION)) is None:
@@ -9932,7 +9931,7 @@ class JointExchange(Exchange):
         listeners = self._task_listeners
         for member in self.client.view.servers:
             prefix, instance = f"{member.name}__", self.client.by_name(member.name)
-            own = [name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)]
+            own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
             if own and instance.connection and instance.connection.era is MODERN:
                 listeners.append(TaskListener(self, instance, own))

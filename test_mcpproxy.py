@@ -10962,6 +10962,14 @@ def test_mount_session_hears_nothing_more_of_servers_that_were_taken_from_its_ke
                     message.get("params", {}).get("from") == "a"]
 
 
+@pytest.mark.parametrize("place", ["/mcp", "/servers/a/mcp"])
+def test_mount_subscription_passes_over_what_is_no_uri(several, place):
+    with several(a=FAKE, b=FAKE) as proxy, ModernClient(proxy, path=place) as client:
+        stream = client.listen(resourceSubscriptions=["test://a", {}, ["test://a"], 5, None, "test://a"])
+        assert stream.messages()[0]["params"]["notifications"]["resourceSubscriptions"] == ["test://a"]
+        assert "fault" not in proxy.log()
+
+
 @EACH_CLIENT
 def test_mount_client_hears_nothing_of_servers_that_its_key_may_not_use(keys, kind):
     with keys({"ann": {"servers": ["b"]}, "bob": {}}) as proxy, client_of(kind, proxy, "ann") as client:
