@@ -8968,11 +8968,11 @@ class LegacyClientModernServer(LegacyClientBridge):
         if not wanted:
             self._repeat(exchange, answers, state)
 
-    def _ask_client(self, exchange: "Exchange", key: str, request: dict, gathered) -> None:
-        params = request.get("params", {}) if isinstance(request, dict) else None
-        if not isinstance(params, dict):
+    def _ask_client(self, exchange: "Exchange", key: str, request: object, gathered) -> None:
+        request = request if isinstance(request, dict) else {}
+        method, params = request.get("method"), request.get("params", {})
+        if not (isinstance(method, str) and isinstance(params, dict)):
             raise ServerError("the MCP server asked for something that is no request")
-        method = request.get("method")
         if not exchange.outlet.asks or missing_capabilities(exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         if method == "elicitation/create" and params.get("mode") == "url":

@@ -13527,6 +13527,18 @@ def test_conversation_input_that_a_legacy_client_cannot_give_is_the_end_of_the_c
     conversation(text, server="modern", client="visitor")
 
 
+@pytest.mark.parametrize("request_", [5, {}, {"method": 5}, {"params": {}}, {"method": "roots/list", "params": []}])
+def test_conversation_server_that_asks_for_what_is_no_request_fails_the_call(request_):
+    conversation(f'''
+        client > {{"id":1,"method":"tools/call","params":{{"name":"x"}}}}
+                server > {{"id":$CALL,"method":"tools/call","params":{{"name":"x","_meta":$META}}}}
+                server < {{"id":$CALL,"result":{{"resultType":"input_required",
+                          "inputRequests":{{"q":{json.dumps(request_)}}}}}}}
+        client < 502 {{"id":1,"error":{{"code":-32000,
+                      "message":"the MCP server asked for something that is no request"}}}}
+    ''', server="modern", client="legacy")
+
+
 def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_again():
     text = '''
         client > {"id":1,"method":"tools/call","params":{"name":"x"}}
