@@ -10045,8 +10045,10 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
             page = await connection.request("tasks/list", None if cursor is None else {"cursor": cursor}).response
             page = own_tasks(instance, client, page)
             result = page.result or {}
-            if isinstance(result.get("tasks"), list):
-                texts += split_batch(page.raw("result", "tasks"), len(result["tasks"]))
+            listed = result.get("tasks")
+            if isinstance(listed, list):               # what one of them lists that is no task spoils no other's
+                texts += [text for task, text in zip(listed, split_batch(page.raw("result", "tasks"), len(listed)))
+                          if isinstance(member_at(task, ("taskId",)), str)]
             cursor = next_cursor(page, connection.era, seen)
             if cursor is None:
                 break

@@ -11378,6 +11378,13 @@ def test_several_servers_have_tasks_of_one_id(several):
             assert client.call("tasks/get", {"taskId": unknown})["error"]["code"] == -32602
 
 
+def test_several_servers_list_tasks_also_when_one_of_them_lists_what_is_none(several):
+    code = TASK_SERVER.replace('{"tasks": [task]}', '{"tasks": [5, [], {"taskId": 7}, {"status": "working"}, task]}')
+    servers = {name: ([sys.executable, "-c", code, name], {"shared_session": False}) for name in "ab"}
+    with several(**servers) as proxy, StreamableClient(proxy, version="2025-11-25") as client:
+        assert [task["taskId"] for task in client.call("tasks/list")["result"]["tasks"]] == ["a__7", "b__7"]
+
+
 def test_several_servers_do_not_tell_of_tasks_who_does_not_know_them(several):
     with several(a=FAKE, b=FAKE) as proxy:
         for extensions in ({}, 5, None, {"io.modelcontextprotocol/tasks": None}):
