@@ -2925,11 +2925,10 @@ _MAP = "an object of strings", lambda value: isinstance(value, dict) and all(
     isinstance(one, str) for one in value.values())
 _SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "enabled": _BOOL, "tools": _TEXTS,
                 "prefix": _TEXT, "overrides": _OBJECT, "env": _MAP, "headers": _MAP, "type": _TEXT, "group": _TEXT,
-                "when": _OBJECT,
                 "url": ("a string or a list of strings", lambda value: _TEXT[1](value) or _TEXTS[1](value) and value),
                 "replicas": ("a whole number from 1 to 100", lambda value: _WHOLE[1](value) and 1 <= value <= 100),
                 "weight": ("a number above 0", lambda value: _NUMBER[1](value) and 0 < value < 1e9), "backup": _BOOL,
-                **{name: _BY_TYPE[type(getattr(Settings, name))] for name in SERVER_SETTINGS}}
+                "when": _OBJECT, **{name: _BY_TYPE[type(getattr(Settings, name))] for name in SERVER_SETTINGS}}
 _WHEN_KEYS = {"argument": _MAP, "header": _MAP, "key": _TEXT}
 _OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "defaults": _OBJECT, "fixed": _OBJECT}
 # What says how a message is sent, and what is said by the protocol.
@@ -5459,9 +5458,6 @@ class Listen(RemoteFetch):
     def on_head(self, head: ResponseHead) -> None:
         super().on_head(head)
         self._opened_at = asyncio.get_running_loop().time()
-
-    def on_head(self, head: ResponseHead) -> None:
-        super().on_head(head)
         if self.is_stream:
             self.link.on_stream(self)
 
@@ -5540,8 +5536,7 @@ class RemoteLink(Link):
         self._headers, self._own_way = headers.items(), way
         self._client = HTTPClient(url)
         self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
-        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of messages without
-                                               # an answer, which are sent one after the other
+        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
         self.backlog = 0                       # how many bytes they have
         self._aside_timer: asyncio.TimerHandle | None = None           # while one of them is on its way
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
