@@ -6917,9 +6917,10 @@ class Listening:
                 for topic in request.topics:
                     if not topic.verdict.done():
                         self.instance.topics.settle(topic, error)
-                if self._current or not self._was_deaf or self.instance.listening is not self:
+                is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
+                if self._current or not is_deaf or self.instance.listening is not self:
                     return self._go_on()
-                # Otherwise nobody listens to what it took before: it may just have been too early to ask again.
+                # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(MAX_LISTEN_PAUSE, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0

@@ -14677,6 +14677,19 @@ async def test_conversation_subscription_does_not_overtake_the_one_that_a_remote
     assert is_remote is ([3] == [message["id"] for message in town.told(client)])
 
 
+@in_town
+async def test_conversation_modern_server_that_refuses_the_first_listen_after_a_restart_is_asked_again():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    town.acknowledges = False
+    await town.die("a")
+    link, listens = town.links["a"][-1], lambda: [line for line in link.lines if "notifications" in str(line)]
+    town.say(link, {"id": listens()[-1]["id"], "error": {"code": -32603, "message": "not yet"}})
+    await asyncio.sleep(mcpproxy.LONGEST_LISTEN_PAUSE)
+    assert len(listens()) == 2 and listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
+
+
 # Conversations that nobody wrote. Clients and servers say whatever comes to their minds; each call, and each message of
 # a server's, has a word of its own in it, and a model knows who may hear it. MCPPROXY_TEST_SEEDS=1000 takes longer.
 
