@@ -286,6 +286,10 @@ class HandshakeRefused(ServerError):
     """The server answered, but not with what a handshake needs."""
 
 
+class OtherRevisions(ServerError):
+    """The server speaks, but none of the revisions known here."""
+
+
 class GreetedTwice(ServerError):
     """A slow server got the words of both eras and took both: which it stays with, nobody knows."""
 
@@ -1928,6 +1932,20 @@ def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
 def error_status(response: ResponseLine | Message) -> int:
     """The HTTP status of a modern response."""
     return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
+
+
+def speaks_modern(response: Message) -> bool:
+    """Is this the DiscoverResult of a server that speaks the revision we do?"""
+    versions = (response.result or {}).get("supportedVersions")
+    return isinstance(versions, list) and MODERN_VERSION in versions
+
+
+def others_spoken(error: object) -> str:
+    """The revisions that a server names which does not speak ours, by its error to server/discover, where it is not to
+    be greeted the other way either. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
+    versions = strings_of(member_at(error, ("data", "supported")))
+    is_told = member_at(error, ("code",)) == UNSUPPORTED_VERSION and not set(versions).intersection(LEGACY_VERSIONS)
+    return ", ".join(versions)[:200] if is_told else ""
 
 
 def merged(one: dict, other: dict) -> dict:
@@ -5913,12 +5931,6 @@ PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server 
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
 
-def speaks_modern(response: Message) -> bool:
-    """Is this the DiscoverResult of a server that speaks the revision we do?"""
-    versions = (response.result or {}).get("supportedVersions")
-    return isinstance(versions, list) and MODERN_VERSION in versions
-
-
 class PendingRequest:
     """What waits for a server's response. *Exchanges* has the important kind: a client's."""
 
@@ -6039,6 +6051,9 @@ class ServerConnection(Holder):
                         if greeting.done() and not greeting.exception():
                             raise GreetedTwice("the MCP server was greeted in both eras")
                     return self._greeted(MODERN, probe.result())
+                others = others_spoken(getattr(probe.exception(), "data", None)) if probe in done else ""
+                if others:
+                    raise OtherRevisions(f"the MCP server speaks {others}, and none of the revisions known here")
                 if greeting in done:
                     if not greeting.exception():
                         return self._greeted(LEGACY, greeting.result())
@@ -6616,7 +6631,7 @@ def tell_all(instance, message: Message) -> None:
     def told(client) -> Message:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}}) if client.way else plain
     for session in list(instance.sessions.values()):
-        if session.mount.id not in way:
+        if session.version and session.mount.id not in way:          # one of modern requests alone listens for it
             session.stream.send(told(session).payload)
     for listener in list(instance.listeners):
         if listener.client.mount.id not in way:
@@ -7305,7 +7320,7 @@ class Instance:
                     return await self._connect(initialize)           # a fresh one is spoken to in that alone
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
-                elif era is LEGACY or link.is_remote:
+                elif era is LEGACY or link.is_remote or isinstance(error, OtherRevisions):
                     self.has_failed = era is LEGACY
                     break                       # it died: no other words will help
         if isinstance(failure, HandshakeRefused):
@@ -9266,7 +9281,8 @@ class ClientRequest(PendingRequest, Holder):
             if is_id(meta.get("progressToken")):
                 self.token = message.raw("params", "_meta", "progressToken")
             if self.size <= SMALL:                    # what the client says of itself, as it was scanned
-                self.software = meta.get(CLIENT_INFO_KEY)
+                software = meta.get(CLIENT_INFO_KEY)
+                self.software = software if isinstance(software, tuple) else None
             if isinstance(meta.get("traceparent"), str):             # it is what the server gets
                 self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
@@ -12473,6 +12489,11 @@ async def tell_servers(mount: Mount, base: str) -> None:
         os.write(1, "".join(f"  {line}\n" for line in lines).encode())
 
 
+def spare_words_on_signals() -> None:
+    """Of signals that come faster than they are looked at, those that are dropped say nothing new: no warning."""
+    signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
+
+
 async def run(settings: Settings) -> None:
     """One run of the program, until SIGTERM or SIGINT."""
     signals = asyncio.Semaphore(0)
@@ -12481,6 +12502,7 @@ async def run(settings: Settings) -> None:
     # SIGHUP, also of a terminal that closes, is to read the file of servers again.
     proxy = Proxy(settings, dict(os.environ))
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, proxy.reload)
+    spare_words_on_signals()
     telling = None
     try:
         addresses = await proxy.start()
@@ -12525,6 +12547,7 @@ async def serve_stdio(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, client.is_over.set)
         loop.add_signal_handler(signal.SIGHUP, proxy.reload)
+        spare_words_on_signals()
         await proxy.start(listens=False)
         await client.start()
         await client.is_over.wait()

@@ -11638,6 +11638,22 @@ def test_several_servers_one_of_which_does_not_list_its_templates_is_checked_as_
     assert found.returncode == 0 and "tools (1): t" in found.stdout and "too busy" in found.stdout
 
 
+@pytest.mark.parametrize("supported, is_greeted", [(["2027-01-01"], False), (["2027-01-01", "2025-11-25"], True)])
+def test_several_servers_one_that_speaks_other_revisions_alone_is_not_greeted_the_other_way(supported, is_greeted):
+    program = f"""
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("method") == "server/discover":
+        answer = {{"error": {{"code": -32022, "message": "no", "data": {{"supported": {supported}}}}}}}
+    else:
+        answer = {{"result": {{"protocolVersion": "2025-06-18", "capabilities": {{}}}}}}
+    if "id" in message: print(json.dumps({{"jsonrpc": "2.0", "id": message["id"], **answer}}), flush=True)
+"""
+    found = run_program("--check", "--", sys.executable, "-c", program)
+    assert (found.returncode == 0) is is_greeted and ("speaks 2027-01-01" in found.stdout) is not is_greeted
+
+
 def test_several_servers_and_a_command_are_refused(tmp_path):
     path = write_config(tmp_path / "mcp.json", {"a": (FAKE, {})})
     found = run_program("--config", path, "--", "x")
@@ -14199,6 +14215,22 @@ async def test_conversation_read_is_compared_to_few_templates_of_each_server():
         patch.setattr(mcpproxy, "fits_template", lambda *what: compared.append(what))
         await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
     assert len(compared) == 2 * mcpproxy.MAX_TEMPLATES
+
+
+@in_town
+async def test_conversation_session_of_modern_requests_alone_hears_what_it_listens_for():
+    town = Town("legacy", ["a"])
+    side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
+        catalog=town.mount.catalog, open_session=town.mount.open_session), "legacy")
+    side.kind = "modern"                       # as HTTP+SSE allows
+    await town.say_to(side, 1, "tools/list")
+    changed = notification(TOOLS_CHANGED)
+    for number in range(2):
+        town.told(side)
+        town.say(town.links["a"][0], changed)
+        await asyncio.sleep(0.1)
+        assert [message.get("method") for message in town.told(side)] == [TOOLS_CHANGED] * number
+        await town.say_to(side, 2, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
 
 
 @in_town
