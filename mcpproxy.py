@@ -768,12 +768,15 @@ class RequestParser:
 
     def keep(self, head: HTTPHead) -> None:
         """Remembers the last head, which was admitted, if it is small, in place of the oldest."""
-        before, behind = self._shape
-        if len(before) + len(behind or b"") <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
+        if sum(map(len, filter(None, self._shape))) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
-            self._known[before, behind] = head
-            self._last = head if behind is not None else None
+            self._known[self._shape] = head
+            self._last = head if self._shape[1] is not None else None
+
+    def forget(self) -> None:
+        """What the last head was taken for may be wrong now."""
+        self._last = None
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
@@ -1471,7 +1474,8 @@ class ResponseLine:
 def has_one_id(line: bytes) -> bool:
     """Is it plain that a server's line has nothing that a client could take for another id? Of several servers as one,
     each could answer for the others by it."""
-    return line.count(b'"id"') == 1 and not any(other in line for other in (b"\\u00", b'"ID"', b'"Id"', b'"iD"'))
+    return line.lower().count(b'"id"') == 1 and (b"\\u00" not in line or not any(
+        letter in line for letter in (b"\\u0049", b"\\u0069", b"\\u0044", b"\\u0064")))
 
 
 def error_type(response: "ResponseLine | Message") -> str:
@@ -1591,6 +1595,7 @@ def check_parameters(message: Message) -> None:
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     check_lookalikes(message.params, PARAMETERS)
     check_lookalikes(message.meta, META)
+    check_lookalikes(members_of(message.meta.get(RELATED_TASK_KEY)), PARAMETERS)
     if "ref" in message.params:
         check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
@@ -1944,8 +1949,8 @@ def others_spoken(error: object) -> str:
     """The revisions that a server names which does not speak ours, by its error to server/discover, where it is not to
     be greeted the other way either. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
     versions = strings_of(member_at(error, ("data", "supported")))
-    is_told = member_at(error, ("code",)) == UNSUPPORTED_VERSION and not set(versions).intersection(LEGACY_VERSIONS)
-    return ", ".join(versions)[:200] if is_told else ""
+    is_known = not {MODERN_VERSION, *LEGACY_VERSIONS}.isdisjoint(versions)
+    return ", ".join(versions)[:200] if member_at(error, ("code",)) == UNSUPPORTED_VERSION and not is_known else ""
 
 
 def merged(one: dict, other: dict) -> dict:
@@ -2118,6 +2123,9 @@ def given_key(head: HTTPHead) -> str | None:
         in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key"))
 
 
+MAX_CHOSEN = 1_024               # characters of a name to which globs are compared: that takes time by both lengths
+
+
 @functools.lru_cache(maxsize=1_024)
 def fits_glob(glob: str):
     """A function that takes a name, and finds whether it fits. (fnmatch() would keep 32,768, of clients too.)"""
@@ -2128,6 +2136,8 @@ def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
     """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything.
     What is too long for a name is in none."""
     is_in = bool(globs) and globs[0].startswith("!")
+    if len(name) > MAX_CHOSEN:
+        return False
     for glob in globs:
         if fits_glob(glob.removeprefix("!"))(name):
             is_in = not glob.startswith("!")
@@ -5077,7 +5087,7 @@ class HTTPClient:
                     happy_eyeballs_delay=ADDRESS_SECONDS)
         except TimeoutError:
             reason = "it takes too long"
-        except (OSError, UnicodeError) as error:           # ssl.SSLError is an OSError
+        except (OSError, UnicodeError, AssertionError) as error:       # ssl.SSLError is one; asyncio's race can fail
             words = getattr(error, "verify_message", None), getattr(error, "strerror", None), str(error), "it hangs up"
             reason = next(filter(None, words))
         finally:
@@ -6008,6 +6018,7 @@ class ServerConnection(Holder):
         self._is_ones = None                               # are they all of one client? None: that is not known
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
+        self._withdrawn = 0                               # requests that it may answer all the same
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
@@ -6145,6 +6156,7 @@ class ServerConnection(Holder):
         """Tells the server to stop work on a request, if it is at work on it; in the words of `line`, if given."""
         request = self.pending.pop(server_id, None)
         if request:
+            self._withdrawn += 1
             line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
             with contextlib.suppress(ServerError):
                 self.send(line, None, request.client and request.client.principal, server_id)
@@ -6280,8 +6292,9 @@ class ServerConnection(Holder):
             except Exception:
                 pending.on_failure(ServerError("the MCP server's answer cannot be understood"))
                 raise
+        elif self._withdrawn:
+            self._withdrawn -= 1                # it was answered before the server read that
         elif self._count_flood() <= LOGGED_JUNK:
-            # It was cancelled in the meantime, or the server answered twice.
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
                      id=self._redact(repr(server_id)))
 
@@ -6709,10 +6722,9 @@ NOTIFICATION_ROUTES = {
 # to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource; a modern
 # one is listened to, once for all resources and lists, anew when what is wanted changes.
 
-LISTEN_PAUSE = 1.0               # seconds until a modern server that ended a subscription is asked again,
-LONGEST_LISTEN_PAUSE = 30.0      # at the most, unless it wants more itself,
-MAX_LISTEN_PAUSE = 3600          # up to this
+LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
+TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
@@ -6782,7 +6794,11 @@ class Topics(dict[str, Topic]):
                 self.ask(topic)
         connection, before = self.instance.connection, self._taken_back.get(topic.uri)
         if before and not before.response.done() and connection.link.is_remote:
-            return before.response.add_done_callback(lambda _: ask_again())
+            async def wait() -> None:
+                await asyncio.wait([before.response], timeout=TAKE_BACK_SECONDS)
+                self._taken_back.pop(topic.uri, None)
+                ask_again()
+            return asyncio.ensure_future(wait())
         connection.has_served = True
         connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
@@ -6868,8 +6884,8 @@ class Listening:
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
         self._gaps = 0                         # times when nobody listened
+        self._asking_again = self._catching_up = None          # timers
         self._caught_up_at = -CATCH_UP_SECONDS
-        self._catching_up: asyncio.TimerHandle | None = None
 
     @property
     def hearing(self) -> int | None:
@@ -6938,8 +6954,10 @@ class Listening:
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
-        pause = min(MAX_LISTEN_PAUSE, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
-        asyncio.get_running_loop().call_later(max(self._pause, pause), self._go_on)
+        pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
+        if self._asking_again:                 # who subscribed meanwhile did not wait for it; one goes on
+            self._asking_again.cancel()
+        self._asking_again = asyncio.get_running_loop().call_later(max(self._pause, pause), self._go_on)
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
 
 
@@ -8225,11 +8243,12 @@ class Mount:
         self.start()
         for session in list(self.sessions.values()):
             session.adopt(catalog)
+        views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
         for listener in list(self.listeners):
-            listener.adopt(catalog)
+            listener.adopt(catalog, views.get(listener, listener.client.view))
         for call in list(self.subscriptions):
             if call.instance:
-                call.adopt(catalog)
+                call.adopt(catalog, views[call])
 
     def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
         """Takes other keys. What tokens may use is seen when they come again."""
@@ -9538,7 +9557,8 @@ class Exchange(ClientRequest):
             self.instance, self.group = parked.instance, parked.group
             return
         target = pick(self.client, self.message)
-        given = self.client.mount.states.get(state) if target is None and isinstance(state, str) else None
+        given = self.client.mount.states.get(state) if target is None and (
+            self.method == "resources/read" and isinstance(state, str)) else None           # a call goes by its name
         if given and any(member.name == given.place for member in self.client.view.members):
             target = Target(given.place)
         if target:
@@ -9746,14 +9766,17 @@ class Exchange(ClientRequest):
 
     def _begin_again(self, target: Target, left_out: Server | None = None) -> None:
         """Goes to another server."""
+        before = self.instance.server
         self.aim(target, left_out)
         if self.state is RUNNING:
             if self.method in MAY_CAUSE:
                 self.connection.drop_cause(self)
             self._become(WAITING)
-        self.server_id, self.message, self.text = None, None, without_answers(self.text)
-        if self.dialogue:
-            self.dialogue.gathered = {}
+        self.server_id, self.message = None, None
+        if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
+            self.text = without_answers(self.text)
+            if self.dialogue:
+                self.dialogue.gathered = {}
         self._begin_soon()
 
     def on_failure(self, error: ProxyError) -> None:
@@ -9794,10 +9817,10 @@ class Exchange(ClientRequest):
     def on_event(self, message: Message) -> None:
         self._bridge.notify(self, message)
 
-    def adopt(self, catalog: Catalog) -> None:
+    def adopt(self, catalog: Catalog, view: View) -> None:
         """The configuration is another one: a subscription goes on while its server is shown, and is told what may be
         shown of it otherwise."""
-        view, caller, server = self.client.view, self.client.caller, self.instance.server
+        caller, server = self.client.caller, self.instance.server
         try:
             self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
         except RPCError:
@@ -9955,9 +9978,9 @@ class JointExchange(Exchange):
     def on_event(self, message: Message) -> None:
         self.tell_listener(message)
 
-    def adopt(self, catalog: Catalog) -> None:
+    def adopt(self, catalog: Catalog, view: View) -> None:
         """The configuration is another one: listens to those servers that there are now."""
-        view, caller = self.client.view, self.client.caller
+        caller = self.client.caller
         try:
             self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
         except RPCError:
@@ -10236,6 +10259,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._application = server.application
         self.counters = server.application.counters
         self._parser = RequestParser(server.heads)
+        self.forget_head = self._parser.forget
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         self._checked: tuple | None = None  # (head, error or None, headers for that) of one that had to wait
@@ -10256,7 +10280,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     @property
     def is_idle(self) -> bool:
-        return self._phase is HEAD and not self._is_clogged
+        return self._phase is HEAD and not (self._is_clogged or self._checked or self._advances_soon or
+                                            self._transport.get_write_buffer_size())
 
     # What asyncio calls.
 
@@ -10625,6 +10650,7 @@ class HTTPServer:
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat, self._looked_at = heartbeat, 0.0
+        self._refused: set = set()             # for whom there was no room, in this second
         self.tls: object = None                # an ssl.SSLContext, for connections to come
         self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
 
@@ -10668,17 +10694,31 @@ class HTTPServer:
         writer.transport.set_protocol(transport if self.tls else connection)
 
     def _make_room(self, writer: asyncio.StreamWriter) -> bool:
-        """For one more connection, one of those goes that do nothing, of the address that has most of them."""
+        """For one more connection, some of those go that do nothing for longest, of whoever has most of them."""
         host, *_ = writer.get_extra_info("peername") or ("-",)
-        others = who_gives([one for one in self.connections if one.is_idle], principal_of(host))
-        if others:
-            others[0].abort()
-        return bool(others)
+        principal = principal_of(host)
+        if principal in self._refused:                 # to count is dear
+            return False
+        others = who_gives([one for one in self.connections if one.is_idle], principal)
+        if sum(one.principal == principal for one in self.connections) + 1 >= len(others):     # busy ones are its, too
+            self._refused.add(principal)
+            return False
+        for one in sorted(others, key=lambda one: one.since)[:1 + len(others) // 100]:
+            self.connections.discard(one)              # it is lost a turn later; until then others come
+            one.abort()
+        return True
+
+    def forget_heads(self) -> None:
+        """What they were taken for may be wrong now."""
+        self.heads.clear()
+        for connection in self.connections:
+            connection.forget_head()
 
     def tick(self, now: float) -> None:
         """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
         if now - self._looked_at >= min(1.0, self._heartbeat / 2):
             self._looked_at = now
+            self._refused.clear()
             for connection in list(self.connections):
                 connection.tick(now, self._heartbeat)
 
@@ -11319,7 +11359,8 @@ class Application:
     def _check_host(self, admission: Admission) -> None:
         if not (self.settings.is_guarded and self.takes_keys) and not is_allowed_host(
                 admission.head.headers.get("host", ""), self._hosts):
-            raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS or set AUTH_KEY", status=403)
+            raise HTTPError("this host name is not allowed; name it in ALLOWED_HOSTS" + (
+                " or set AUTH_KEY" if self.takes_keys else ""), status=403)
 
     def _check_key(self, admission: Admission) -> None:
         if not self.settings.is_guarded or admission.head.method == "OPTIONS":
@@ -12117,7 +12158,7 @@ class Proxy:
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
         self.issuer = None
         if settings.oauth_issuer:
-            self.issuer = Issuer(settings, time.monotonic, lambda: self.http.heads.clear())
+            self.issuer = Issuer(settings, time.monotonic, lambda: self.http.forget_heads())
         overview = Overview(self.mount, self.reaper.census)
         self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer, overview)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
@@ -12133,7 +12174,7 @@ class Proxy:
         def new_link(variables: dict[str, str], redact) -> Link:
             if config.url:
                 try:
-                    headers = expanded(config.headers, "headers", {**self.environment, **variables})
+                    headers = expanded(config.headers, "headers", {**self.environment, **config.env, **variables})
                 except SettingsError as error:
                     raise ServerError(str(error).removeprefix("headers: ")) from None
                 return RemoteLink(config.name, config.url, headers, self.mount.id, self.settings.max_message_bytes,
@@ -12167,7 +12208,7 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.mount.reload(catalog, keys.callers)
-        self.http.heads.clear()              # what they were taken for may be wrong now
+        self.http.forget_heads()
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
@@ -12394,16 +12435,16 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("with SHARED_SESSION=true", settings.shared_session, "PREWARM"),
         ("with SHARED_SESSION=false", not settings.shared_session, "REQUIRE_SESSION SESSION_SECRET"),
         ("with STATELESS=true", settings.stateless, "REQUIRE_SESSION SESSION_SECRET"),
-        ("with AUTH_KEY", settings.auth_key, "ALLOWED_HOSTS"),
-        ("with AUTH_KEYS_FILE", settings.auth_keys_file, "ALLOWED_HOSTS"),
-        ("with OAUTH_ISSUER", settings.oauth_issuer, "ALLOWED_HOSTS"),
+        ("with AUTH_KEY", settings.auth_key and not settings.metrics_port, "ALLOWED_HOSTS"),
+        ("with AUTH_KEYS_FILE", settings.auth_keys_file and not settings.metrics_port, "ALLOWED_HOSTS"),
+        ("with OAUTH_ISSUER", settings.oauth_issuer and not settings.metrics_port, "ALLOWED_HOSTS"),
         ("without OAUTH_ISSUER", not settings.oauth_issuer, "OAUTH_AUDIENCE OAUTH_SCOPES OAUTH_JWKS_URL "
                                                             "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
         ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
         ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"),
         ("without MCP_CONFIG", not settings.mcp_config, "WATCH"))
     for name, shape, meant in (
-            ("ALLOWED_ORIGINS", r"\*|[a-z][a-z0-9+.-]*://[^/*A-Z]+", "an origin as browsers send it: https://a.b"),
+            ("ALLOWED_ORIGINS", r"\*|null|[a-z][a-z0-9+.-]*://[^/*A-Z]+", "an origin as browsers send it: https://a.b"),
             ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
         lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
                   if not re.fullmatch(shape, given)]

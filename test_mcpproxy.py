@@ -15213,7 +15213,7 @@ def test_http_connection_whose_client_is_killed_ends_its_session():
 def test_connection_that_is_one_too_many_takes_the_place_of_an_idle_one_of_whoever_has_most():
     class Connection:
         def __init__(self, address, is_idle=True):
-            self.principal, self.is_idle = mcpproxy.principal_of(address), is_idle
+            self.principal, self.is_idle, self.since = mcpproxy.principal_of(address), is_idle, 0
             self.abort = lambda: ended.append(address)
     ended, server = [], mcpproxy.HTTPServer(types.SimpleNamespace(counters=mcpproxy.Counters()), 15)
     server.connections.update(map(Connection, ("10.0.0.1", "10.0.0.1", "10.0.0.2")),
@@ -17154,7 +17154,7 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
     town, place = Town("legacy", ["a=x", "c"]), "http://127.0.0.1/servers/a/mcp"
     verdict = types.SimpleNamespace(error=None, audience={place}, scopes=frozenset(), subject="s", good_until=1e12)
     issuer, sent = types.SimpleNamespace(check=lambda text, host: verdict), []
-    endpoints = mcpproxy.Endpoints(settings, town.mount, issuer=issuer)
+    endpoints = mcpproxy.Endpoints(settings, town.mount, issuer=issuer, overview=types.SimpleNamespace())
     head = mcpproxy.parse_head(b"POST /servers/a/mcp HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a.b.c")
     admission = endpoints.admit(head, "b")
     endpoints.keys = mcpproxy.Keys()
