@@ -2114,6 +2114,20 @@ def test_http_heads_that_differ_in_the_length_of_the_body_alone_are_parsed_once(
             parser.next_head()
 
 
+def test_http_head_that_comes_again_on_its_connection_is_parsed_once_until_it_is_forgotten():
+    known, heads = {}, []
+    parser = mcpproxy.RequestParser(known)
+    for length in (1, 20, 3):
+        parser.feed(POST + b"Content-Length: %d\r\n\r\n" % length + b"x" * length)
+        heads.append(parser.next_head())
+        parser.keep(heads[-1])
+        assert parser.next_body(100) == b"x" * length
+        known.clear()
+        if length == 20:
+            parser.forget()
+    assert heads[0] is heads[1] and heads[2] is not heads[0]
+
+
 def test_http_body_of_exactly_the_limit_is_read():
     parser = mcpproxy.RequestParser()
     parser.feed(CHUNKED + b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n")
@@ -5177,6 +5191,11 @@ def test_views_an_empty_list_of_tools_chooses_none():
 def test_views_choices_of_a_client_that_would_take_long_are_refused(text):
     with pytest.raises(RPCError, match="tools is empty or too long"):
         mcpproxy.Catalog(config_of(a={}), is_file=True).view(None, (("tools", text),))
+
+
+def test_views_compare_globs_to_no_name_that_is_too_long():
+    assert mcpproxy.is_chosen("a" * 1_024, ("*a",)) and not mcpproxy.is_chosen("a" * 1_025, ("*a",))
+    assert not mcpproxy.is_chosen("a" * 1_025, ("!b",))
 
 
 def test_views_keep_few_globs():
@@ -14231,6 +14250,94 @@ async def test_conversation_session_of_modern_requests_alone_hears_what_it_liste
         await asyncio.sleep(0.1)
         assert [message.get("method") for message in town.told(side)] == [TOOLS_CHANGED] * number
         await town.say_to(side, 2, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+
+
+@in_town
+async def test_conversation_tool_is_called_by_its_name_alone_whatever_state_comes_with_it():
+    town = Town("modern", ["a", "c"])
+    plain, rules = town.catalog, mcpproxy.Rules(("t",))
+    town.catalog = lambda names: mcpproxy.Catalog({
+        name: dataclasses.replace(config, prefix="", rules=rules) if name == "a" else config
+        for name, config in plain(names).servers.items()}, is_file=True)
+    await town.reload(["a", "c"])
+    town.answers["tools/list"] = {"tools": [{"name": name, "inputSchema": {}} for name in ("t", "hidden_abcdef")]}
+    client = await town.client("modern")
+    await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
+    town.say(town.links["a"][-1], asks_for_input(reads_at(town, "a")[-1], requestState="s", **ASKED))
+    await asyncio.sleep(0.1)
+    for more in {}, {"requestState": "s"}:
+        town.told(client)
+        answer, = await town.say_to(client, 2, "tools/call", {"name": "hidden_abcdef", **more})
+        assert "error" in answer and not town.heard
+
+
+@in_town
+async def test_conversation_answers_come_again_to_the_member_that_asked_and_was_started_again():
+    town = Town("modern", ["g.a", "g.b"])
+    await town.say_to(await town.client("modern"), 1, "resources/read", {"uri": "a:b"})
+    first = "a" if reads_at(town, "a") else "b"
+    town.say(town.links[first][0], asks_for_input(reads_at(town, first)[0], requestState="s", **ASKED))
+    await asyncio.sleep(0.1)
+    await town.say_to(await town.client("modern"), 2, "resources/read", {
+        "uri": "a:b", "requestState": "s", "inputResponses": {"q": {"action": "accept", "content": {}}}})
+    await town.die(first)
+    await asyncio.sleep(5)
+    assert reads_at(town, first)[0]["params"]["requestState"] == "s" and len(town.links[first]) == 2
+
+
+@pytest.mark.parametrize("place, names", [("g", ["g.a", "c"]), (None, ["g.a", "g.b"])])
+@in_town
+async def test_conversation_each_subscription_of_one_visitor_hears_of_a_reload(place, names):
+    town = Town("modern", ["g.a", "g.b", "c"])
+    client = await town.client("modern", place)
+    for number in 1, 2:
+        await town.say_to(client, number, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    town.told(client)
+    await town.reload(names)
+    heard = [message["params"]["_meta"][SUBSCRIPTION] for message in town.told(client)
+             if message.get("method") == TOOLS_CHANGED]
+    assert {1, 2} <= set(heard)
+
+
+@in_town
+async def test_conversation_answers_to_what_was_taken_back_do_not_end_a_server():
+    town = Town("legacy", ["a"])
+    client, (link,) = await town.client("legacy"), town.links["a"]
+    for number in range(mcpproxy.FLOOD + 100):
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        client.say(notification("notifications/cancelled", {"requestId": number}))
+    for _, call in town.heard:
+        town.say(link, {"id": call["id"], "result": {"content": []}})
+    assert link.is_open
+    for _ in range(mcpproxy.FLOOD + 1):
+        town.say(link, {"id": 1, "result": {"content": []}})
+    await asyncio.sleep(1)
+    assert not link.is_open
+
+
+@in_town
+async def test_conversation_modern_server_that_refuses_to_be_listened_to_is_asked_by_one_timer():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    link, = town.links["a"]
+
+    def listens():
+        return [line for line in link.lines if line["method"] == "subscriptions/listen"]
+
+    def write(line, about=None, before=link.write):
+        before(line, about)
+        if b'"subscriptions/listen"' in line:
+            refusal = {"id": json.loads(line)["id"], "error": {"code": -1, "message": "not yet"}}
+            asyncio.get_running_loop().call_soon(town.say, link, refusal)
+    town.acknowledges, link.write = False, write
+    town.say(link, {"id": listens()[-1]["id"], "result": {"resultType": "complete"}})
+    for number in range(20):
+        await town.say_to(client, 10 + number, "resources/subscribe", {"uri": f"x:{number}"})
+    await asyncio.sleep(100)
+    before = len(listens())
+    await asyncio.sleep(300)
+    assert 5 <= len(listens()) - before <= 15
 
 
 @in_town
