@@ -6644,7 +6644,7 @@ def tell_all(instance, message: Message) -> None:
     def told(client) -> Message:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}}) if client.way else plain
     for session in list(instance.sessions.values()):
-        if session.version and session.mount.id not in way:          # one of modern requests alone listens for it
+        if session.mount.id not in way and not session.listens:
             session.stream.send(told(session).payload)
     for listener in list(instance.listeners):
         if listener.client.mount.id not in way:
@@ -7527,6 +7527,7 @@ class Client(Holder):
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
     software = ""                                   # what it is, by its own word, when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
+    listens = False                                 # is it a session of modern requests, to be told what it asks for?
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
@@ -11616,6 +11617,7 @@ class Endpoints(Application):
         try:
             if message.kind is REQUEST:
                 envelope = check_modern(message, None) if is_modern(message, None) else None
+                session.listens = envelope is not None
                 exchange = new_exchange(session, message, outlet, envelope, admission.trace)
                 exchange.start()
             else:
@@ -12258,8 +12260,8 @@ class Proxy:
             if time.monotonic() - self._last_shortage > 1:
                 log.error("! no new connections for a second: %(reason)s", reason=os.strerror(error.errno))
                 self._last_shortage = time.monotonic()
-        elif self._is_stopping and isinstance(error, ValueError):
-            pass                     # it goes on to accept, after its pause, on the socket that was closed meanwhile
+        elif self._is_stopping and isinstance(error, (ValueError, ProxyError)):
+            pass         # it goes on to accept, after its pause, on a socket that was closed; or a request has failed
         else:
             log.add(logging.ERROR, "! %(problem)s", {"problem": context.get("message")}, error)
 

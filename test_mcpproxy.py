@@ -14241,7 +14241,7 @@ async def test_conversation_session_of_modern_requests_alone_hears_what_it_liste
     town = Town("legacy", ["a"])
     side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
         catalog=town.mount.catalog, open_session=town.mount.open_session), "legacy")
-    side.kind = "modern"                       # as HTTP+SSE allows
+    side.kind, side.client.listens = "modern", True                # as HTTP+SSE allows
     await town.say_to(side, 1, "tools/list")
     changed = notification(TOOLS_CHANGED)
     for number in range(2):
