@@ -1595,9 +1595,9 @@ def check_parameters(message: Message) -> None:
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     check_lookalikes(message.params, PARAMETERS)
     check_lookalikes(message.meta, META)
-    check_lookalikes(members_of(message.meta.get(RELATED_TASK_KEY)), PARAMETERS)
-    if "ref" in message.params:
-        check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
+    for members, name in (message.meta, RELATED_TASK_KEY), (message.params, "ref"):
+        if name in members:
+            check_lookalikes(members_of(members[name]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
