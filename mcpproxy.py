@@ -550,7 +550,7 @@ class HTTPHead:
     fields: tuple[tuple[str, str], ...]      # the header lines one by one, for those that may be repeated
     version: tuple[int, int]
     keep_alive: bool
-    content_length: int | None               # None: the body is chunked
+    content_length: int | None               # None: the body is chunked. Of one that is known, the first one's
     expects_continue: bool
     admission: object = None                 # what the application made of it, for when it comes again
 
@@ -715,7 +715,7 @@ class RequestParser:
 
     _parse = staticmethod(parse_head)
 
-    def __init__(self, known: dict[bytes, HTTPHead] | None = None):
+    def __init__(self, known: dict[tuple, HTTPHead] | None = None):
         self.rest = b""                   # bytes that were not looked at yet
         self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
@@ -1573,6 +1573,8 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 # MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
+ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
+
 # What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
                 for kind in ("tools", "prompts", "resources")}
@@ -1794,17 +1796,16 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
 def without_answers(text: str) -> str:
     """A request as it came first: what one server has asked, and got, is no other's business."""
     message = parse_message(text)
-    if not {"inputResponses", "requestState"} & message.params.keys():
+    if ANSWERS.isdisjoint(message.params):
         return text
-    params = {name: value for name, value in message.raw_members("params").items()
-              if name not in ("inputResponses", "requestState")}
+    params = {name: value for name, value in message.raw_members("params").items() if name not in ANSWERS}
     return message.changed([(*message.span("params"), as_object(params))]).decode()
 
 
 def digest_of(message: Message) -> int:
     """A digest of what makes a request the same request when it comes again."""
     salient = {name: value for name, value in message.plain_params.items()
-               if name not in ("_meta", "inputResponses", "requestState")}
+               if name != "_meta" and name not in ANSWERS}
     return hash(json.dumps(salient, sort_keys=True))
 
 
@@ -1941,8 +1942,7 @@ def error_status(response: ResponseLine | Message) -> int:
 
 def speaks_modern(response: Message) -> bool:
     """Is this the DiscoverResult of a server that speaks the revision we do?"""
-    versions = (response.result or {}).get("supportedVersions")
-    return isinstance(versions, list) and MODERN_VERSION in versions
+    return MODERN_VERSION in strings_of((response.result or {}).get("supportedVersions"))
 
 
 def others_spoken(error: object) -> str:
@@ -2669,7 +2669,7 @@ class When:
         given = [(glob, arguments.get(name)) for name, glob in self.argument.items()]
         given += [(glob, headers.get(name)) for name, glob in self.header.items()]
         given += [(self.key, key)] if self.key else []
-        return all(value is not None and fnmatch.fnmatchcase(value if isinstance(value, str) else dump(value), glob)
+        return all(value is not None and fits_glob(glob)(value if isinstance(value, str) else dump(value))
                    for glob, value in given)
 
 
@@ -9819,19 +9819,22 @@ class Exchange(ClientRequest):
         self._bridge.notify(self, message)
 
     def adopt(self, catalog: Catalog, view: View) -> None:
-        """The configuration is another one: a subscription goes on while its server is shown, and is told what may be
-        shown of it otherwise."""
-        caller, server = self.client.caller, self.instance.server
+        """The configuration is another one: a subscription goes on while its place is there, which showed `view`."""
+        caller = self.client.caller
         try:
             self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
         except RPCError:
             return self.end_subscription()
+        self._listen_on(self.client.view.members != view.members)
+
+    def _listen_on(self, is_changed: bool) -> None:
+        """Goes on while its server is shown; `is_changed`: other things may be shown of it."""
+        server = self.instance.server
         shown = {one.name for member in self.client.view.members for one in (member, *member.members)}
         if server.is_retired or server.name not in shown:
             return self.end_subscription()
         # What is acknowledged comes first. MCP 2026-07-28, Subscriptions.
-        is_told = (self.has_begun or self.early is not None) and self.client.view.members != view.members
-        for kind, _ in LIST_CHANGES.values() if is_told else ():
+        for kind, _ in LIST_CHANGES.values() if is_changed and (self.has_begun or self.early is not None) else ():
             self.tell_listener(list_changed(kind))
 
     def ask(self, question: Question, missing: dict | None) -> None:
@@ -9979,20 +9982,15 @@ class JointExchange(Exchange):
     def on_event(self, message: Message) -> None:
         self.tell_listener(message)
 
-    def adopt(self, catalog: Catalog, view: View) -> None:
-        """The configuration is another one: listens to those servers that there are now."""
-        caller = self.client.caller
-        try:
-            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
-        except RPCError:
-            return self.end_subscription()
+    def _listen_on(self, is_changed: bool) -> None:
+        """Listens to those servers that there are now."""
         uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
         for instance in [one for one in self._joined if one.server.is_retired]:
             self._leave_one(instance)
         self._join_all()
         for uri in uris:
             asyncio.get_running_loop().create_task(self._subscribe(uri))
-        for kind, _ in LIST_CHANGES.values() if self.early is None and self.client.view.members != view.members else ():
+        for kind, _ in LIST_CHANGES.values() if is_changed and self.early is None else ():
             self.on_event(list_changed(kind))
 
     def _leave_one(self, instance: Instance) -> None:
@@ -10653,7 +10651,7 @@ class HTTPServer:
         self._heartbeat, self._looked_at = heartbeat, 0.0
         self._refused: set = set()             # for whom there was no room, in this second
         self.tls: object = None                # an ssl.SSLContext, for connections to come
-        self.heads: dict[bytes, HTTPHead] = {}         # clients send the same head again and again
+        self.heads: dict[tuple, HTTPHead] = {}         # clients send the same head again and again
 
     async def start(self, host: str, port: int, tls: object = None) -> list[tuple[str, int]]:
         """Listens at all addresses of a host (:: is both families); returns them. StartError when one is taken."""
