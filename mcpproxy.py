@@ -3339,6 +3339,8 @@ import weakref
 #     <  came from a client    >  goes to a client    <> came and is over    =  changed state    !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
+WRITES_A_SECOND = 100         # where there is more to write,
+LOG_SECONDS = 0.01            # lines are collected for so long: a write for each would be a tenth of all work
 
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
@@ -3364,6 +3366,18 @@ def _end_turn() -> None:
             log.fault(error)
 
 
+class Rate:
+    """How often something has happened in the second that it happens in."""
+
+    def __init__(self):
+        self.count, self._since = 0, 0.0
+
+    def add(self, now: float) -> int:
+        """Once more."""
+        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
+        return self.count
+
+
 class Log(logging.Handler):
     """Writes lines to a file descriptor, all of one turn of the event loop at once, and never waits.
 
@@ -3376,7 +3390,9 @@ class Log(logging.Handler):
         self.dropped = 0                        # lines that nobody could take, for whoever looks in
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
-        self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
+        self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come,
+        self._flushing = None                   # and the event loop that will write them
+        self._writes = Rate()
         self._millisecond, self._clock, self._zone = 0, "", ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
@@ -3399,15 +3415,21 @@ class Log(logging.Handler):
         `about`: the fields of the object, where they are others than those of the text."""
         if level < self.level:
             return
-        self._entries.append((time.time(), level, template, fields, error, about))
-        if len(self._entries) == 1:
-            try:
+        when = time.time()
+        self._entries.append((when, level, template, fields, error, about))
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return self.flush()
+        if self._flushing is not loop:
+            self._flushing = loop
+            if self._writes.add(when) <= WRITES_A_SECOND:
                 at_end_of_turn(self.flush)
-            except RuntimeError:
-                self.flush()
+            else:
+                loop.call_later(LOG_SECONDS, self.flush)
 
     def flush(self) -> None:
-        entries, self._entries = self._entries, []
+        entries, self._entries, self._flushing = self._entries, [], None
         block = b""
         for entry in entries:
             line = self._line(*entry)
@@ -3459,18 +3481,6 @@ class Log(logging.Handler):
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
-
-
-class Rate:
-    """How often something has happened in the second that it happens in."""
-
-    def __init__(self):
-        self.count, self._since = 0, 0.0
-
-    def add(self, now: float) -> int:
-        """Once more."""
-        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
-        return self.count
 
 
 @functools.lru_cache(maxsize=64)
@@ -4638,6 +4648,14 @@ def why_not_found(program: str, path: str | None) -> str | None:
     return f"the command {program!r} was not found; {hint}"
 
 
+class Output(asyncio.Protocol):
+    """Takes a pipe of a process over from asyncio, which hands on what it has read a turn of the event loop later."""
+
+    def __init__(self, pipe: asyncio.ReadTransport, data_received):
+        self.data_received, self.connection_lost = data_received, pipe.get_protocol().connection_lost
+        pipe.set_protocol(self)
+
+
 class ServerProcess(Link, asyncio.SubprocessProtocol):
     """One run of an MCP server."""
 
@@ -4697,6 +4715,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._reaper.census.servers[self._pid] = self.usage
         self.fields = {"pid": str(self._pid)}
         self._stdin = transport.get_pipe_transport(0)
+        Output(transport.get_pipe_transport(1), self._stdout.feed)
         for number in (0, 1):
             # Not on other systems than Linux, where this user's pipes hold enough already, or when it is closed again.
             with contextlib.suppress(AttributeError, OSError, ValueError):

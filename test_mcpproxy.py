@@ -5758,6 +5758,21 @@ def test_log_lines_of_one_turn_are_written_together_and_in_order():
         assert re.findall(rb"line \d", os.read(read, 4096)) == [b"line 0", b"line 1", b"line 2"]
 
 
+def test_log_lines_of_many_turns_are_written_together_where_there_are_many(monkeypatch):
+    async def turns(read, write):
+        handler, take = mcpproxy.Log(write), functools.partial(asyncio.to_thread, os.read, read, 4096)
+        for number in range(8):
+            handler.info(f"line {number}")
+            await asyncio.sleep(0)
+        blocks = [await asyncio.wait_for(take(), PATIENCE) for _ in range(2)]
+        assert [re.findall(rb"line \d", block) for block in blocks] == [
+            [b"line %d" % number for number in numbers] for numbers in (range(5), range(5, 8))]
+
+    monkeypatch.setattr(mcpproxy, "WRITES_A_SECOND", 5)
+    with a_pipe() as (read, write):
+        asyncio.run(turns(read, write))
+
+
 @pytest.mark.parametrize("room", [0, 4096], ids=["no room", "room for a page"])
 @pytest.mark.parametrize("text", ["x", "x" * 10_000, "\u20ac" * 10_000, "\U0001f600" * 10_000],
                          ids=["short", "ASCII", "euros", "faces"])
