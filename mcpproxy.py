@@ -157,6 +157,7 @@ __version__ = "1.0.0"
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 
 BATCH_VERSION = "2025-03-26"         # the only one in which several messages may be sent as an array
+PRIMING_VERSION = "2025-11-25"       # the only one with sessions in which a stream begins with an id to come back with
 
 # The revision with metadata on every request, and the names in its _meta.
 MODERN_VERSION = "2026-07-28"
@@ -1415,6 +1416,11 @@ def list_changed(kind: str, params: dict | None = None) -> Message:
 def encode_result(raw_id: bytes, result: bytes = b"{}") -> list[bytes]:
     """The payload of a successful response; `result` is JSON."""
     return [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (raw_id, result)]
+
+
+def encode_end_of_subscription(raw_id: bytes) -> list[bytes]:
+    """The response to a subscriptions/listen that the server ends. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+    return encode_result(raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}' % (SUBSCRIPTION_KEY.encode(), raw_id))
 
 
 def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
@@ -6432,7 +6438,8 @@ class Stream(Holder):
 class Question:
     """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
 
-    _ids = itertools.count(1)
+    # Not from 1: its session may have been asked something by another proxy, and no id may come twice in one.
+    _ids = itertools.count(int.from_bytes(os.urandom(5), "big"))
 
     def __init__(self, encode, on_response, message: Message | None = None):
         self.id = next(self._ids)
@@ -6507,10 +6514,17 @@ KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
 
-NO_TASKS = RPCError("the client does not declare the tasks extension", code=MISSING_CAPABILITY, data={
-    "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
-UNKNOWN_TASK = RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
+
+
+def unknown_task() -> RPCError:
+    """A new one each time: an exception that is raised again and again keeps the frames of all that raised it."""
+    return RPCError("the task is unknown", status=200, code=INVALID_PARAMS)
+
+
+def no_tasks() -> RPCError:
+    return RPCError("the client does not declare the tasks extension", code=MISSING_CAPABILITY, data={
+        "requiredCapabilities": {"extensions": {TASKS_EXTENSION: {}}}})
 
 
 def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
@@ -6714,11 +6728,15 @@ def outward(client, instance, message: Message) -> Message:
 
 
 def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
-    """The server takes a question back: tells the client that was asked."""
-    request_id = message.params.get("requestId")
-    if not (instance.connection and is_id(request_id)):
+    """The server takes a question back: tells the client that was asked. Or it ends a subscription: MCP 2026-07-28,
+    Cancellation, has it do so over stdio, where a response may be missing."""
+    request_id, connection = message.params.get("requestId"), instance.connection
+    if not (connection and is_id(request_id)):
         return
-    question = instance.connection.questions.pop(request_id, None)
+    listen = connection.pending.get(as_own_id(request_id))
+    if listen and listen.is_endless:
+        return connection.link.on_line(*encode_end_of_subscription(b"%d" % as_own_id(request_id)))
+    question = connection.questions.pop(request_id, None)
     if question:
         question.take_back([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
@@ -7598,7 +7616,7 @@ class Client(Holder):
         request_id = notification.params.get("requestId")
         call = self.calls.get(request_id) if is_id(request_id) else None
         if call:
-            call.cancel(notification)
+            call.cancel(notification=notification)
 
     @functools.cached_property
     def redact(self):
@@ -7792,6 +7810,7 @@ class Session(Client):
         if message.kind is RESPONSE:
             question = self.questions.get(as_own_id(message.id))      # one that nobody asked is forgotten
             return question.respond(message) if question else None
+        check_parameters(message)
         log.info("< %(session)s %(method)s", session=self.label, method=message.method)
         if message.method == "notifications/cancelled":
             return self.take_back(message)
@@ -7811,9 +7830,9 @@ class Session(Client):
         self.end()
 
     def leave(self) -> None:
-        """The client is gone, or says that it goes: it waits for nothing."""
-        for call in list(self.calls.values()):
-            call.cancel()
+        """The client is gone, or says that it goes."""
+        for call in list(self.calls.values()):             # a part of it may still wait
+            call.cancel(encode_error(call.raw_id, RPCError("session unknown or ended")), 404)
         self.end()
 
     def end(self, error: ServerError | None = None) -> None:
@@ -8599,7 +8618,7 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
         return await find_by_uri(client, uri)
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
-        raise UNKNOWN_TASK
+        raise unknown_task()
     if not isinstance(name, str):
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
     if not is_call and method != "completion/complete":                            # of an extension
@@ -8650,7 +8669,7 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
     if CAPABILITIES_KEY in message.meta and message.method not in NAMED_IN_HEADER:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     if CAPABILITIES_KEY in message.meta and TASKS_EXTENSION not in members_of(capabilities.get("extensions")):
-        raise NO_TASKS
+        raise no_tasks()
 
 
 async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str, str]]:
@@ -8722,7 +8741,7 @@ class Bridge:
     def check_task(self, exchange: "Exchange", message: Message) -> bool:
         """Knows nothing of another client's task."""
         if not exchange.instance.is_owner(exchange.client, owner_named(message)):
-            raise UNKNOWN_TASK
+            raise unknown_task()
         return True
 
     # MCP method -> method of the bridge
@@ -8846,7 +8865,7 @@ class ModernClientModernServer(Bridge):
         wanted = listened_for(message)
         for name in strings_of(wanted.get("taskIds")):
             if not exchange.instance.is_owner(exchange.client, ("task", name)):
-                raise UNKNOWN_TASK
+                raise unknown_task()
         pending = exchange.connection.pending.values()
         listening = [request for request in pending if request.client and request.is_endless]
         exchange.client.mount.make_room_among(listening, exchange.principal)
@@ -9416,8 +9435,10 @@ class ClientRequest(PendingRequest, Holder):
     def end_subscription(self) -> None:
         """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
         self._take_back(None, "the server ends")
-        self.finish(encode_result(self.raw_id, b'{"resultType":"complete","_meta":{"%b":%b}}'
-                                  % (SUBSCRIPTION_KEY.encode(), self.raw_id)))
+        outlet = self.outlet
+        self.finish(encode_end_of_subscription(self.raw_id))
+        if outlet.transport == "stdio":            # it has no stream that ends. MCP 2026-07-28, Cancellation
+            outlet.send([encode_request(None, "notifications/cancelled", {"requestId": self.id})])
 
     def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
@@ -9545,10 +9566,10 @@ class Exchange(ClientRequest):
         try:
             if connection and (is_plain and not connection.link.is_remote or self._is_checked(connection)):
                 return self.begin(connection)
+            if self.method == "initialize" and self.instance and self.instance.is_private:
+                self.instance.start(self.message.plain_params)
         except ProxyError as error:
             return self.fail(error)
-        if self.method == "initialize" and self.instance and self.instance.is_private:
-            self.instance.start(self.message.plain_params)
         self.message = None
         self._begin_soon()
 
@@ -9712,10 +9733,10 @@ class Exchange(ClientRequest):
             arguments = {**override.defaults, **(arguments or {}), **override.fixed}
         return mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
 
-    def cancel(self, notification: Message | None = None) -> None:
+    def cancel(self, payload: list = (), status: int = 200, notification: Message | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone."""
         if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
-            self.end(Outcome.CANCELLED, notification=notification)
+            self.end(Outcome.CANCELLED, payload, status, notification=notification)
 
     # From the server.
 
@@ -9985,7 +10006,7 @@ class JointExchange(Exchange):
         """Listens for the client's tasks at their servers; returns those that they take. SEP-2663, Task Status
         Notifications."""
         if member_at(self.capabilities, ("extensions", TASKS_EXTENSION)) is None:
-            raise NO_TASKS
+            raise no_tasks()
         listeners = self._task_listeners
         for member in self.client.view.servers:
             prefix, instance = f"{member.name}__", self.client.by_name(member.name)
@@ -10821,7 +10842,7 @@ class PostOutlet(Outlet, Holder):
         if self.reply.is_done:
             return                        # the client is gone, but it may come back for what is kept of the stream
         self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
-        if session and session.version == LEGACY_VERSIONS[0]:
+        if session and session.version == PRIMING_VERSION:
             # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
             prime(self.reply, self._stream, 0)
@@ -11663,8 +11684,6 @@ class Endpoints(Application):
         try:
             if message.kind is REQUEST:
                 check_accept(admission, is_endless=message.method == "subscriptions/listen")
-            else:
-                check_parameters(message)
             if is_modern(message, admission.version):
                 self._post_modern(admission, message, reply)
             else:
@@ -11751,7 +11770,7 @@ class Endpoints(Application):
         if last_event_id is not None:
             stream, after = session.find_event(last_event_id)
         reply.start_stream(STREAM_HEADERS)
-        if session.version == LEGACY_VERSIONS[0] and after is None:
+        if session.version == PRIMING_VERSION and after is None:
             prime(reply, stream, stream.written)
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
