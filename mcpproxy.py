@@ -345,8 +345,8 @@ class Settings:
     oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
     oauth_jwks_url: str = setting("", "where the issuer's keys are; empty: where its metadata says")
     oauth_introspection_url: str = setting("", "where the issuer says what tokens are worth that are no JWTs")
-    oauth_client_id: str = setting("", "who asks there,")
-    oauth_client_secret: str = setting("", "and with which secret")
+    oauth_client_id: str = setting("", "client id with which the proxy asks there")
+    oauth_client_secret: str = setting("", "secret of that client id")
     allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
                                        "Loopback and the host itself always may")
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
@@ -367,7 +367,7 @@ class Settings:
                                             "who holds most gives first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time; past that clients get 503 with Retry-After")
-    max_processes: int = setting(100, "server processes at a time; past that the same")
+    max_processes: int = setting(100, "server processes, and sessions at remote servers, at a time; past that 503 too")
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
                               "when SHARED_SESSION is false")
     server_era: str = setting("auto", "legacy (initialize handshake), modern (2026-07-28), or auto: find out")
@@ -392,8 +392,8 @@ class Settings:
     run_as_user: str = setting("", "whom the server runs as: a name or number, or numbers as 2000-2099, of which each "
                                    "process gets one of its own")
     limit_memory_mb: int = setting(0, "memory of a server with all its children; over it, they are ended; 0: any")
-    limit_processes: int = setting(0, "how many processes these may be; the same")
-    limit_cpu_seconds: int = setting(0, "CPU time of a process, in its whole life; the same")
+    limit_processes: int = setting(0, "processes of a server with all its children; over it, they are ended; 0: any")
+    limit_cpu_seconds: int = setting(0, "CPU time of a process, in its whole life; over it, it is ended; 0: any")
     limit_open_files: int = setting(0, "open files and sockets of a process; 0: as many as the proxy")
     limit_file_mb: int = setting(0, "size of a file that is written; 0: any")
 
@@ -2998,8 +2998,9 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
                 if isinstance(given, dict) and (given.get("disabled") is True or given.get("enabled") is False):
                     continue
                 for server in parse_server(name, given, settings, environment):
-                    if server.name in servers or server.name != name and server.name in plain:
-                        raise SettingsError(f"its replica {server.name} has another server's name")
+                    for kind, own in ("replica", server.name), ("group", server.group):
+                        if own != name and own in plain:
+                            raise SettingsError(f"its {kind} {own} has another server's name")
                     servers[server.name] = server
         if not servers:
             raise SettingsError("has no server that is not disabled")
@@ -3030,8 +3031,7 @@ def read_config(text: str) -> tuple[dict, tuple]:
     if len(lists) != 1:
         raise SettingsError("needs an object mcpServers, or servers, of servers by name" + (
             ", and not both or two" if lists else ""))
-    (name, members), = lists
-    return plain[name], members
+    return plain[lists[0][0]], lists[0][1]
 
 
 def check_name(name: str) -> None:
@@ -9214,7 +9214,7 @@ def audit(caller: Caller | None, software: object, method: str | None, name: str
           **fields) -> dict:
     """What the log has, as JSON, of each request of a client: one line, never with an argument. `software` is
     what the client says it is. What has no value is left out."""
-    traced = re.fullmatch('"?[0-9a-f]{2}-([0-9a-f]{32})-.*', (trace or {}).get("traceparent", ""))
+    traced = re.match('"?(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-', (trace or {}).get("traceparent", ""))
     found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
              "sub": caller and caller.is_token and caller.name.partition(":")[2],
              "client": software if isinstance(software, str) else client_name(software), "method": method,
@@ -11102,7 +11102,8 @@ class Overview:
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
 OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# W3C Trace Context, 3.2 and 4.3: ids of zeros alone and the version ff are invalid, and higher versions may add to it.
+_TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 class Admission:
@@ -11730,6 +11731,9 @@ class Endpoints(Application):
         requests = [message for message in messages if message.kind is REQUEST]
         if not messages or any(message.method == "initialize" for message in requests):
             raise RPCError("an empty batch, or one with initialize in it")
+        for message in messages:
+            if message.kind is not REQUEST:                # these have no answer of their own
+                check_parameters(message)
         if requests:
             check_accept(admission)
         outlet = PostOutlet(self.undecided, admission, reply, client, batch=len(requests)) if requests else None
@@ -12926,7 +12930,7 @@ async function watch() {
   watcher?.abort()
   const { signal } = watcher = new AbortController()
   try {
-    const canBeSent = /^[ -~\xa0-\xff]*$/.test(key)
+    const canBeSent = (key || $("closed").hidden) && /^[ -~\xa0-\xff]*$/.test(key)
     const answer = canBeSent ? await ask("?watch=1", { signal }) : { status: 401 }
     $("closed").hidden = !($("all").hidden = answer.status === 401)
     if (answer.status === 401) return forget()
@@ -12959,8 +12963,10 @@ setInterval(() => now && show(), 5000), watch()
 
 def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) -> None:
     """GET /: the page for a browser, which says that it wants one; for others what there is to be seen."""
-    is_browser = "text/html" in admission.head.headers.get("accept", "")
-    return endpoints.send_page(reply, PAGE) if is_browser else endpoints.look(admission, body, reply)
+    if "text/html" not in admission.head.headers.get("accept", ""):
+        return endpoints.look(admission, body, reply)
+    has_to_ask = endpoints.settings.is_guarded             # for a key, before it asks the proxy for anything
+    endpoints.send_page(reply, PAGE.replace(' id="closed" hidden', ' id="closed"') if has_to_ask else PAGE)
 
 
 ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)

@@ -5598,8 +5598,9 @@ A_SERVER = {"command": "x"}
         ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
         ({"headers": []}, "headers: must be"),
         ({"url": "http://x", "headers": {"A": "${input:x}"}, "shared_session": False}, "is an editor's")]),
-    *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER}}, words) for keys, words in [
-        ({"group": "b"}, "group: b is a server's name"),
+    *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER, "r": {**A_SERVER, "replicas": 2}}}, words)
+      for keys, words in [
+        ({"group": "b"}, "group b has another server's name"), ({"group": "r"}, "group r has another server's name"),
         ({"group": "x__y"}, "group: a name is 1 to 32 of A-Z a-z 0-9 _ -, without two _ in a row; x_y would do"),
         ({"group": 1}, "group: must"),
         ({"replicas": 0}, "replicas: must be a whole number from 1"),
@@ -10614,6 +10615,18 @@ def test_session_serves_each_revision(version, shared):
         client.post(request(1, "tools/list"), 404)
 
 
+@MODES
+@pytest.mark.parametrize("accept", ["application/json, text/event-stream", "application/json"])
+def test_session_that_its_client_deletes_answers_the_calls_that_run(shared, accept):
+    with running_proxy(FAKE, SHARED_SESSION=shared) as proxy, StreamableClient(proxy) as client, HTTP(proxy) as http:
+        mark = os.urandom(4).hex()
+        http.send(encode_http("POST", "/mcp", tool_call(7, "sleep", {"seconds": 60, "text": mark}), {
+            **ACCEPT, "Accept": accept, "Mcp-Session-Id": client.session}))
+        server_id_of(client, mark)
+        assert client.delete() == 204
+        assert b'"session unknown or ended"' in http.response().body
+
+
 def test_session_id_is_visible_ascii_and_no_two_are_the_same(fake):
     with StreamableClient(fake) as one, StreamableClient(fake) as two:
         assert one.session != two.session
@@ -14556,15 +14569,26 @@ async def test_conversation_modern_server_that_says_when_is_not_asked_before_to_
     assert town.heard_by("a").count("subscriptions/listen") == len(asked) + 1
 
 
+def result_of_listen(listen_id):
+    return {"id": listen_id, "result": {"resultType": "complete", "_meta": {SUBSCRIPTION: listen_id}}}
+
+
+def listen_taken_back(listen_id):
+    return notification("notifications/cancelled", {"requestId": listen_id})
+
+
+@pytest.mark.parametrize("ends", [(result_of_listen,), (listen_taken_back,), (listen_taken_back, result_of_listen),
+                                  (result_of_listen, listen_taken_back)])
 @in_town
-async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobody_listened_for_a_while():
+async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobody_listened_for_a_while(ends):
     town = Town("modern", ["a", "c"])
     client = await town.client("legacy")
     assert "a__t" in str(await town.say_to(client, 1, "tools/list"))
     link, = town.links["a"]
     listen = next(line for line in link.lines if line["method"] == "subscriptions/listen")
     town.answers["tools/list"] = {"tools": [{"name": "new", "inputSchema": {}}]}
-    town.say(link, {"id": listen["id"], "result": {"resultType": "complete"}})
+    for end in ends:
+        town.say(link, end(listen["id"]))
     await asyncio.sleep(5)
     assert TOOLS_CHANGED in [message["method"] for message in town.told(client)]
     assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
@@ -17121,7 +17145,10 @@ def test_audit_names_the_subject_of_a_token(issues):
 @EACH_CLIENT
 @pytest.mark.parametrize("header, expected", [
     ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "0af7651916cd43dd8448eb211c80319c"),
-    ("nonsense", None), ("00-short-b7ad6b7169203331-01", None)])
+    ("01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", "0af7651916cd43dd8448eb211c80319c"),
+    ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", None),
+    ("ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", None),
+    (f"00-{'0' * 32}-b7ad6b7169203331-01", None), ("nonsense", None), ("00-short-b7ad6b7169203331-01", None)])
 def test_audit_has_the_trace(recorded, kind, header, expected):
     with CLIENTS[kind](recorded, headers={**AUDIT_KEY, "traceparent": header}) as client, audited(recorded) as lines:
         client.tool("good")
@@ -17582,6 +17609,14 @@ def test_endpoint_takes_a_batch_of_notifications_and_responses(fake):
     with StreamableClient(fake, version="2025-03-26") as client:
         posted, _ = batch(client, [notification("x"), {"jsonrpc": "2.0", "id": 5, "result": {}}], 202)
         assert posted.response.body == b""
+
+
+@pytest.mark.parametrize("form", [lambda message: message, lambda message: [tool_call(1, "echo"), message]],
+                         ids=["alone", "in a batch"])
+def test_endpoint_refuses_lookalikes_in_a_notification(fake, form):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        posted = client.send(form(notification("notifications/x", {"RequestId": 1})))
+        assert posted.status == 400
 
 
 def test_endpoint_answers_each_of_a_batch_with_one_id_twice(fake):
@@ -19320,6 +19355,16 @@ def test_stdio_says_which_request_is_too_large():
         client.stream.wait(lambda message: message.get("id") == 7 and "MAX_REQUEST_MB" in str(message), "the refusal")
 
 
+@pytest.mark.parametrize("listen_id", [7, "7"])
+def test_stdio_tells_of_the_end_of_a_subscription_twice(listen_id):
+    with ModernStdioClient("--", *FAKE) as client:
+        stream = client.listen(listen_id, toolsListChanged=True)
+        client.leave()
+        answer, end = stream.wait_end()[-2:]
+        assert (answer["id"], answer["result"]["resultType"]) == (listen_id, "complete")
+        assert (end["method"], end["params"]) == ("notifications/cancelled", {"requestId": listen_id})
+
+
 def test_stdio_answers_what_is_good_in_a_batch():
     with StdioClient("--", *FAKE) as client:
         client.post([5, request(7, "ping"), {"jsonrpc": "2.0", "id": 8, "method": 5}, request(9, "ping")])
@@ -19792,6 +19837,14 @@ def test_file_sections_are_numbered_without_gaps():
 def test_file_contents_name_the_sections():
     contents = mcpproxy.__doc__.partition("\nWords\n")[0]
     assert re.findall(r"^    (\d+)\. +(\S.*?)  ", contents, re.MULTILINE) == BANNERS
+
+
+def test_file_raises_no_error_that_it_keeps():
+    """Each time it is raised, it would keep the frames of all that raised it, and what they hold."""
+    kept = {target.id for node in TREE.body if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Name)}
+    assert not [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Raise)
+                and isinstance(node.exc, ast.Name) and node.exc.id in kept]
 
 
 def test_file_sections_are_at_most_400_lines_long():
