@@ -1324,8 +1324,9 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
     """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response an
     error that is null, or a result that is beside an error; a result that is not there at all becomes an empty one."""
-    is_response = is_servers and "method" not in members and "id" in members
-    drops = {"params"} if not is_response else {"error", "result"} if members.get("error") else {"error"}
+    is_response = is_servers and members.get("method") is None and "id" in members
+    drops = {"params", "method"} | ({"error", "result"} if members.get("error") else {"error"}) if is_response else {
+        "params"}
     kept = {name: value for name, value in members.items() if value is not None or name not in drops}
     if is_response and kept.keys() == {"jsonrpc", "id"}:
         kept["result"] = ()
@@ -1435,7 +1436,7 @@ _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
 _PAYLOAD = rb'"(result|error)":(?! *null) ?'
 _RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
-_NULL = re.compile(rb'"(?:result|error)": *null')
+_NULL = re.compile(rb'"(?:result|error|params|method)"\s*:\s*null')
 _PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
 _RESPONSE_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
 _IS_ERROR = re.compile(rb'"isError"\s*:\s*true')
@@ -2313,7 +2314,7 @@ def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
             pairs.append((field.removeprefix("x-mcp-env-").upper().replace("-", "_"), in_utf8(line)))
         elif field == "x-mcp-env":                 # the older form: NAME=value
             name, equals, value = in_utf8(line).partition("=")
-            if not equals or re.search(", [A-Za-z_][A-Za-z0-9_]*=", value):        # two headers, merged on the way
+            if not equals or re.search(",(?: [A-Za-z_]|[A-Z_])[A-Za-z0-9_]*=", value):      # two headers, merged
                 raise RPCError("X-MCP-Env holds one NAME=value; X-MCP-Env-NAME: value says it better",
                                code=INVALID_PARAMS)
             pairs.append((name.strip(), value))
@@ -6503,13 +6504,15 @@ class Outlet:
 # what comes on the stream of a call is that one's, and nobody's when it is over.
 #
 #     a question          to the newest of these calls that can be asked; without a call to the one session there
-#                         is; otherwise it is refused. No call fails for it but one that alone can be the cause
+#                         is, unless another client's call is just over; otherwise it is refused. No call fails for
+#                         it but one that alone can be the cause
 #     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
 #     progress            names its call; what names none is dropped
 
 KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance
+LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
 
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
@@ -6585,7 +6588,9 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     parked = [call for call in waiting if call.is_parked]
     if parked:
         return parked if len({call.client.identity for call in parked}) == 1 else [], None
-    return [], session if all(call.client is session for call in waiting) else None
+    caller, ended_at = instance.last_caller
+    is_late = session and caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
+    return [], session if not is_late and all(call.client is session for call in waiting) else None
 
 
 def ask_client(instance, connection: ServerConnection, message: Message, cause: PendingRequest | None) -> None:
@@ -7200,6 +7205,7 @@ class Instance:
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics = Topics(self)
         self.owners = Owners()
+        self.last_caller: tuple = (None, float("-inf"))     # whose call that may cause something was the last to end
         self.identity: Identity | None = None
         self.has_failed = False                     # did it die when it was last asked in legacy?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
@@ -7446,6 +7452,7 @@ class Instance:
         if connection is self.connection and connection.silences >= SILENCES:
             log.error("! server %(server)s says nothing any more and is started anew", server=self.server.name)
             connection.link.stop()
+            self._forget(connection)                 # it may take its time to end
 
     def _forget(self, connection: ServerConnection) -> None:
         """A call that comes from now on waits for the next link."""
@@ -9450,6 +9457,7 @@ class ClientRequest(PendingRequest, Holder):
         self.leave_books()
         if before is RUNNING and self.method in MAY_CAUSE:
             self.connection.drop_cause(self)
+            self.instance.last_caller = self.client.identity, self.client.mount.now()
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
             self._take_back(notification, outcome)
         if self.state is DONE and self.dialogue:
@@ -12210,6 +12218,7 @@ class Proxy:
         self._is_stopping = False
 
     def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
+        self._doubt(config)
         environment = {**server_environment(self.environment, config.settings), **config.env}
         sandbox = self.sandboxes[config.name] = Sandbox(config.name, config.settings, self.reaper, config.env)
 
@@ -12226,6 +12235,17 @@ class Proxy:
             return ServerProcess(list(config.command), {**environment, **variables, **names}, sandbox, redact,
                                  self.settings.max_message_bytes, config.cwd)
         return Server(config, new_link, time.monotonic, pool)
+
+    def _doubt(self, config: ServerConfig) -> None:
+        """Says what a server's settings do not do for it."""
+        own, why = config.settings, "at a remote server" if config.url else "with sandbox off"
+        for name in SANDBOX_SETTINGS if config.url else ("sandbox_read", "sandbox_write") * (own.sandbox == "off"):
+            if getattr(own, name) != getattr(self.settings, name):
+                log.warning("! server %(server)s: %(name)s has no effect %(why)s", server=config.name, name=name,
+                            why=why)
+        if own.sandbox != "off" and not config.url and os.geteuid() == 0 and not own.run_as_user:
+            log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
+                        server=config.name)
 
     def _stat_config(self) -> tuple:
         """What tells whether the file of servers is another one."""
@@ -12258,10 +12278,6 @@ class Proxy:
         addresses."""
         if not self.settings.mcp_config:
             await try_out(*self.sandboxes.values())
-        for name, sandbox in self.sandboxes.items():
-            if sandbox.settings.sandbox != "off" and os.geteuid() == 0 and not sandbox.settings.run_as_user:
-                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
-                            server=name)
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:

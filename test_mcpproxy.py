@@ -2581,6 +2581,9 @@ def test_json_code_of_an_error_is_an_integer(code, expected):
          '{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"x"}}'),
     case("error far from the end", '{"jsonrpc": "2.0", "id": 1, "error": null, "result": {"x": "%s"}}' % ("x" * 100),
          '{"jsonrpc":"2.0","id":1,"result":{"x": "%s"}}' % ("x" * 100)),
+    case("blanks", '{"jsonrpc":"2.0","id":1,"result":[],"error" :\t null}', '{"jsonrpc":"2.0","id":1,"result":[]}'),
+    case("method", '{"jsonrpc":"2.0","id":1,"method":null,"result":[]}', '{"jsonrpc":"2.0","id":1,"result":[]}'),
+    case("params", '{"jsonrpc":"2.0","id":1,"params":null,"result":[]}', '{"jsonrpc":"2.0","id":1,"result":[]}'),
     case("nothing", '{"jsonrpc":"2.0","id":1}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
     case("no error", '{"jsonrpc":"2.0","id":1,"error":null}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
     case("null is a result", '{"jsonrpc":"2.0","id":1,"result":null}', '{"jsonrpc":"2.0","id":1,"result":null}'),
@@ -14594,6 +14597,28 @@ async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobo
     assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
 
 
+@pytest.mark.parametrize("bob", ["modern", "legacy"])
+@in_town
+async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(bob):
+    town = Town("legacy", ["a"])
+    town.answers["tools/call"] = {"content": []}
+    ann, bob = await town.client("legacy", "a"), await town.client(bob, "a")
+    await town.say_to(bob, 1, "tools/call", {"name": "t"})
+    if bob.client.is_session:
+        bob.client.end()
+    town.told(bob)
+    link, = town.links["a"]
+    for seconds, is_told in (0, False), (mcpproxy.LATE_SECONDS + 1, True):
+        await asyncio.sleep(seconds)
+        town.say(link, notification("notifications/message", {"level": "error", "data": seconds}))
+        await asyncio.sleep(0.1)
+        assert (town.told(ann) != []) is is_told
+    await town.say_to(ann, 2, "tools/call", {"name": "t"})
+    town.say(link, notification("notifications/message", {"level": "error", "data": "ann's"}))
+    await asyncio.sleep(0.1)
+    assert "ann's" in str(town.told(ann)) and not town.told(bob)
+
+
 @in_town
 async def test_conversation_list_that_a_server_does_not_give_again_is_waited_for_once():
     town = Town("legacy", ["a", "c"])
@@ -19619,6 +19644,16 @@ def test_proxy_is_used_by_a_router_as_readme_has_it(tmp_path):
             assert shared.tool("pid") == pid
         assert router.request("GET", "/elsewhere/tools").status == 404
         assert router.request("OPTIONS", "*").status == 404
+
+
+def test_proxy_warns_of_what_a_server_is_given_and_does_nothing_for_it(tmp_path):
+    """Who writes sandbox_read takes the server for confined."""
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": {
+        "near": {**command_of(FAKE), "sandbox_read": "/srv"}, "far": {"url": "http://127.0.0.1:9/", "sandbox": "on"}}}))
+    said = run_program("--config", path, "--check").stderr
+    assert "server near: sandbox_read has no effect with sandbox off" in said
+    assert "server far: sandbox has no effect at a remote server" in said and "half a sandbox" not in said
 
 
 def test_proxy_warns_when_there_is_no_key():
