@@ -8539,6 +8539,17 @@ async def gather_lists(client: Client, method: str, members=None,
     return found, missing
 
 
+async def have_started(client: Client, missing: collections.abc.Iterable[str]) -> bool:
+    """Waits for those of these servers that are starting; is one of them there now?"""
+    starts = []
+    for name in missing:
+        with contextlib.suppress(ProxyError):
+            instance = client.by_name(name)
+            starts += [instance.ready()] if instance.connection is None and instance.state in (NEW, STARTING) else []
+    return any(not isinstance(outcome, BaseException) for outcome in await asyncio.gather(
+        *starts, return_exceptions=True))
+
+
 def miss(client: Client, missing: dict[str, str], method: str | None = None) -> None:
     """Remembers that a client was given an answer without these servers."""
     for name in missing:
@@ -8622,7 +8633,7 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     named = params if is_call else members_of(params.get("ref")) or params
     name, uri = named.get("name"), named.get("uri")
     if isinstance(uri, str) and not is_call:
-        return await find_by_uri(client, uri)
+        return await find_by_uri(client, uri, method == "resources/subscribe")
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
         raise unknown_task()
@@ -8640,6 +8651,8 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     kind = "tools" if method == "tools/call" else "prompts"
     found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
+    if member is None and await have_started(client, missing):
+        return await find_targets(client, message)
     for other in itertools.takewhile(lambda other: other is not member, view.members) if member else ():
         last = other.name in missing and last_listed(client, other, f"{kind}/list")
         if last and name in last.shown(other, view.is_joint):
@@ -8679,9 +8692,10 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
         raise no_tasks()
 
 
-async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str, str]]:
+async def find_by_uri(client: Client, uri: str, waits: bool = False) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
-    all. In the form of find_targets()."""
+    all. In the form of find_targets(). `waits`: the wrong server would be for good, so those that start are waited for
+    before all are asked."""
     lists = "resources/list", "resources/templates/list"
     for method in lists:                           # where a list that is known has it, nobody is waited for
         for member in client.view.members:
@@ -8705,6 +8719,8 @@ async def find_by_uri(client: Client, uri: str) -> tuple[list[Target], dict[str,
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
         if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
+    if waits and await have_started(client, missing):
+        return await find_by_uri(client, uri, waits)
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
         raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
@@ -9998,7 +10014,7 @@ class JointExchange(Exchange):
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
-            for target in (await find_by_uri(self.client, uri))[0]:
+            for target in (await find_by_uri(self.client, uri, waits=True))[0]:
                 instance = self.client.by_name(target.server)
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):

@@ -13952,7 +13952,8 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
 class Town:
     """Servers of one era, by name, and their clients. Servers answer what asks for `answers`; the rest is `heard`."""
 
-    def __init__(self, era, names, **settings):
+    def __init__(self, era, names, prefix=None, **settings):
+        self.prefix, self.slow = prefix, {}                    # slow: the seconds that a server takes to start
         self.settings, self.links, self.heard = Settings(server_era=era, **settings), collections.defaultdict(list), []
         self.answers = {"tools/list": {"tools": [{"name": "t", "inputSchema": {}}]}, "prompts/list": {"prompts": []},
                         "resources/list": {"resources": [{"uri": "a:b", "name": "r"}]}, "logging/setLevel": {},
@@ -13966,7 +13967,8 @@ class Town:
         """`names` are those of servers; "g.a" is a, of the group g, and "a=x" is a with the command x."""
         servers = {}
         for group, name, command in (re.fullmatch(r"(?:(\w+)\.)?(\w+)(?:=(\w+))?", one).groups() for one in names):
-            servers[name] = mcpproxy.ServerConfig(name, self.settings, command=(command or "",), group=group)
+            servers[name] = mcpproxy.ServerConfig(name, self.settings, command=(command or "",), group=group,
+                                                  prefix=self.prefix)
         return mcpproxy.Catalog(servers, is_file=True)
 
     def server(self, config, pool):
@@ -13981,8 +13983,9 @@ class Town:
             answers = {"initialize": {"protocolVersion": "2025-06-18", "capabilities": can}, **self.answers,
                        "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": can}}
             link.lines.append(message)
-            if method in answers and (name, method) not in self.answers:
-                loop.call_soon(self.say, link, {"id": message["id"], "result": answers[method]})
+            answer = answers.get((name, method), answers.get(method))
+            if answer is not None:
+                loop.call_soon(self.say, link, {"id": message["id"], "result": answer})
             elif method == "subscriptions/listen" and self.acknowledges:
                 loop.call_soon(self.say, link, notification("notifications/subscriptions/acknowledged", {
                     "_meta": {SUBSCRIPTION: message["id"]}, "notifications": params["notifications"]}))
@@ -13990,6 +13993,7 @@ class Town:
                 self.heard.append((name, message))
 
         async def start():
+            await asyncio.sleep(self.slow.get(name, 0))
             if name == self.broken:
                 raise mcpproxy.ServerError("it is broken")
 
@@ -14617,6 +14621,34 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
     town.say(link, notification("notifications/message", {"level": "error", "data": "ann's"}))
     await asyncio.sleep(0.1)
     assert "ann's" in str(town.told(ann)) and not town.told(bob)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_subscription_waits_for_a_server_that_is_starting_where_no_other_lists_the_resource(kind):
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 5
+    town.answers |= {"resources/subscribe": {}, "resources/list": {"resources": []}, (
+        "c", "resources/list"): {"resources": [{"uri": "x:1", "name": "x"}]}}
+    client = await town.client(kind)
+    if kind == "legacy":
+        await town.say_to(client, 1, "resources/subscribe", {"uri": "x:1"})
+    else:
+        await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1"]}})
+    await asyncio.sleep(10)
+    assert [town.heard_by(name).count("resources/subscribe") for name in ("a", "c")] == [0, 1]
+
+
+@in_town
+async def test_conversation_call_waits_for_a_server_that_is_starting_where_no_other_has_the_tool():
+    town = Town("legacy", ["a", "b", "c"], prefix="")
+    town.slow["c"] = 5
+    town.answers |= {"tools/list": {"tools": []}, ("c", "tools/list"): {"tools": [{"name": "t", "inputSchema": {}}]}}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    await asyncio.sleep(10)
+    assert [town.heard_by(name).count("tools/call") for name in ("a", "b", "c")] == [0, 0, 1]
+    assert "unknown" in str(await town.say_to(client, 2, "tools/call", {"name": "u"}))
 
 
 @in_town
