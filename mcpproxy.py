@@ -3088,8 +3088,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     if "url" in given:
         for url in urls:
             check_url(url)
-        if "command" in given:
-            raise SettingsError("url: is beside a command; a server has one of them")
+        if not given.keys().isdisjoint(("command", *SANDBOX_SETTINGS)):
+            raise SettingsError("url: is beside a command, or a setting of its sandbox; a server has one of them")
     elif not given.get("command", "").strip():
         raise SettingsError("command: is missing, and so is url")
     group = given.get("group")
@@ -7715,7 +7715,8 @@ class Session(Client):
             info = None
         return seal(secret, self.id, {
             "version": version, "capabilities": self.capabilities, "info": info,
-            "whose": whose(secret, self.caller), "place": self.view.place, "time": int(time.time())})
+            "whose": whose(secret, self.caller), "place": self.view.place, "wanted": self.view.wanted,
+            "time": int(time.time())})
 
     def restore(self, sealed_id: str, facts: dict) -> None:
         """Goes on as the session that has this id. What it subscribed to is not known any more, so it is told that all
@@ -8347,16 +8348,20 @@ class Mount:
                  **(connection.link.fields if connection else {}))
         return session
 
-    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str) -> str:
+    def unseal_session(self, sealed_id: str, place: str | None, caller: Caller | None, principal: object,
+                       way: str) -> str:
         """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
         its servers are shared: another process opened it, or this one before it was started again."""
         name, secret = sealed_id.partition(".")[0], self.settings.session_secret
         if name in self.sessions:
             return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
         _, facts = unseal(secret, sealed_id) or (None, None)
-        if not facts or name in self.deleted or not view.is_for_all or (
-                facts["whose"], facts["place"]) != (whose(secret, caller), view.place) or not (
-                -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
+        if not facts or name in self.deleted or (facts["whose"], facts["place"]) != (whose(secret, caller), place) or (
+                not -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
+            return NOBODYS_NAME
+        # As it was narrowed down then; ids that older versions gave do not say.
+        view = self.catalog.view(place, tuple(map(tuple, facts.get("wanted", ()))), caller and caller.limits)
+        if not view.is_for_all:
             return NOBODYS_NAME
         self.open_session(view, caller, {}, principal, way=way, name=name).restore(sealed_id, facts)
         return name
@@ -11816,7 +11821,7 @@ class Endpoints(Application):
         caller = admission.caller
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
-            session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
+            session_id = self.mount.unseal_session(session_id, admission.place, caller, caller or admission.host,
                                                    admission.way)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
@@ -12254,11 +12259,11 @@ class Proxy:
 
     def _doubt(self, config: ServerConfig) -> None:
         """Says what a server's settings do not do for it."""
-        own, why = config.settings, "at a remote server" if config.url else "with sandbox off"
-        for name in SANDBOX_SETTINGS if config.url else ("sandbox_read", "sandbox_write") * (own.sandbox == "off"):
-            if getattr(own, name) != getattr(self.settings, name):
-                log.warning("! server %(server)s: %(name)s has no effect %(why)s", server=config.name, name=name,
-                            why=why)
+        own = config.settings
+        for name in "sandbox_read", "sandbox_write":
+            if own.sandbox == "off" and getattr(own, name) != getattr(self.settings, name):
+                log.warning("! server %(server)s: %(name)s has no effect with sandbox off", server=config.name,
+                            name=name)
         if own.sandbox != "off" and not config.url and os.geteuid() == 0 and not own.run_as_user:
             log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
                         server=config.name)

@@ -5599,6 +5599,8 @@ A_SERVER = {"command": "x"}
         ({"url": "http://x", "headers": {"A": "x\n"}}, "headers: A cannot be set, at least not to this"),
         ({"url": "${X}"}, "the variable X"),
         ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
+        ({"url": "http://x", "sandbox": "on"}, "url: is beside"),
+        ({"url": "http://x", "limit_memory_mb": 5}, "url: is beside"),
         ({"headers": []}, "headers: must be"),
         ({"url": "http://x", "headers": {"A": "${input:x}"}, "shared_session": False}, "is an editor's")]),
     *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER, "r": {**A_SERVER, "replicas": 2}}}, words)
@@ -10418,6 +10420,16 @@ def test_session_of_several_servers_goes_on_as_one_and_at_each_place(several):
                 for wrong in {"/mcp", "/servers/a/mcp", "/servers/b/mcp"} - {path}:
                     ping(one, client.session, 404, wrong)
                     ping(other, client.session, 404, wrong)
+
+
+@pytest.mark.parametrize("path, shown", [
+    ("/mcp?server=a&tools=a__echo", {"a__echo"}), ("/servers/b/mcp?tools=echo,sleep", {"echo", "sleep"})])
+def test_session_goes_on_as_narrow_as_it_was(several, path, shown):
+    servers = {"a": FAKE, "b": FAKE, "SESSION_SECRET": SEAL}
+    with several(**servers) as one, several(**servers) as other, StreamableClient(one, path=path) as client:
+        client.proxy, client.path = other, path.partition("?")[0]
+        assert {tool["name"] for tool in client.call("tools/list")["result"]["tools"]} == shown
+        assert "error" in client.start("die" if "servers" in path else "b__echo").answer()
 
 
 def test_session_goes_on_with_the_key_alone_that_opened_it(keys):
@@ -19682,10 +19694,9 @@ def test_proxy_warns_of_what_a_server_is_given_and_does_nothing_for_it(tmp_path)
     """Who writes sandbox_read takes the server for confined."""
     path = tmp_path / "mcp.json"
     path.write_text(json.dumps({"mcpServers": {
-        "near": {**command_of(FAKE), "sandbox_read": "/srv"}, "far": {"url": "http://127.0.0.1:9/", "sandbox": "on"}}}))
-    said = run_program("--config", path, "--check").stderr
-    assert "server near: sandbox_read has no effect with sandbox off" in said
-    assert "server far: sandbox has no effect at a remote server" in said and "half a sandbox" not in said
+        "near": {**command_of(FAKE), "sandbox_read": "/srv"}, "far": {"url": "http://127.0.0.1:9/"}}}))
+    said = run_program("--config", path, "--check", SANDBOX="off").stderr
+    assert "server near: sandbox_read has no effect with sandbox off" in said and "half a sandbox" not in said
 
 
 def test_proxy_warns_when_there_is_no_key():
