@@ -2416,6 +2416,9 @@ def from_base64url(text: str) -> bytes:
     return data
 
 
+_JWT_SHAPE = re.compile(r"e[w-z][^.]*\.[^.]*\.[^.]*\Z")         # base64url of an object, and two more parts
+
+
 def parse_token(text: str) -> Token:
     """Takes a JWT apart; TokenError when it is none, or none of the kind that is known here."""
     parts = text.split(".") if len(text) <= MAX_TOKEN else []
@@ -5257,7 +5260,8 @@ class Issuer:
         if digest in self._checks:
             raise NotYet(self._checks[digest][0])
         try:
-            token = parse_token(text) if text.count(".") == 2 or not self._settings.oauth_introspection_url else None
+            is_opaque = self._settings.oauth_introspection_url and not _JWT_SHAPE.match(text)
+            token = None if is_opaque else parse_token(text)
             if token:
                 check_claims(token.claims, self._settings.oauth_issuer, time.time())
         except TokenError as error:
@@ -8753,7 +8757,7 @@ def listened_for(message: Message) -> dict:
     if not isinstance(wanted, dict):
         raise RPCError("subscriptions/listen needs the parameter notifications", code=INVALID_PARAMS)
     uris = wanted.get("resourceSubscriptions")
-    if isinstance(uris, list) and len(uris) > SUBSCRIPTIONS:
+    if isinstance(uris, list) and len(dict.fromkeys(strings_of(uris))) > SUBSCRIPTIONS:
         raise RPCError(f"more than {SUBSCRIPTIONS} resources", code=INVALID_PARAMS)
     return wanted
 
@@ -8811,9 +8815,9 @@ class LegacyClientBridge(Bridge):
         level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
         if not exchange.client.is_session:
             raise RPCError("a log level needs a session")
+        if not has_logs and exchange.connection.era is LEGACY:
+            return True                     # the server knows what to say to that; a modern one has no such method
         if level not in LOG_LEVELS or not has_logs:
-            if exchange.connection.era is LEGACY:
-                return True                 # the server knows what to say to that; a modern one has no such method
             raise RPCError("the server sends no log messages of this level", status=200,
                            code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
         exchange.client.log_level = level
@@ -12891,6 +12895,7 @@ const RECIPES = {
   "Cursor: .cursor/mcp.json": () => entry("mcpServers", remote()),
   "Claude Code": () => `claude mcp add --transport http ${short()} ${quoted(url())}${flag("--header")}`,
   "Claude Desktop: mcp-remote": () => entry("mcpServers", { command: "npx", args: ["-y", "mcp-remote", url(),
+    .../^http:/.test(url()) ? ["--allow-http"] : [],
     ...given() ? ["--header", `Authorization: Bearer ${given()}`] : []] }),
   "VS Code: .vscode/mcp.json": () => entry("servers", { type: "http", ...remote() }),
   "Python SDK": () => `import mcp\nfrom mcp.client.streamable_http import streamablehttp_client\n
