@@ -107,11 +107,17 @@ The life of a call
         books, writes its line into the log, and passes its payload to its outlet.
     9.  The outlet writes it to the HTTP connection, as JSON or as an event of a stream.
 
-Where to add something: a setting is a field of Settings. Another way to reach a server is a Link, made in
-Proxy's new_link(). A method that the eras say differently is a row in a Bridge's `intercepted`; a notification,
-a row of NOTIFICATION_ROUTES. What each request has to pass is a guard; what is offered at a URL, a Route. A
-choice among servers belongs to pick() and find_targets(). What clients are shown of tools, in lists and in calls, is
-said by Rules.
+Where to add something, with the section:
+    a setting             a field of Settings (3)
+    a legacy revision     LEGACY_VERSIONS (1)
+    a filter of tools     Rules (12), which lists and calls both ask
+    a number              Counters (15), and for /metrics a row of Overview's families (42)
+    a kind of link        a subclass of Link (19), as RemoteLink (23); made in Proxy._new_server (49)
+    a notification        a row of NOTIFICATION_ROUTES (26)
+    a choice of servers   pick() and find_targets() (32)
+    a method              where the eras say it differently, a row of a Bridge's `intercepted` (33)
+    a guard               a method of Application and its place in GUARDS (45)
+    a URL                 a method of Endpoints and a row of ROUTES (46)
 """
 
 import os
@@ -1066,7 +1072,8 @@ SPARE_DEPTH = 100                        # frames of the stack for those who loo
 
 
 def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
-    """scan_value() with less of the stack left, so that what was read once can be read again from anywhere."""
+    """scan_value() from SPARE_DEPTH frames further down: what is nested too deeply is refused here, and not by somebody
+    who later reads a part of it with less of the stack left."""
     return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
 
 
@@ -1434,10 +1441,10 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 # last): the payload needs no look then, be it a screenshot of 8 MB.
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
-_PAYLOAD = rb'"(result|error)":(?! *null) ?'
-_RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _PAYLOAD))
+_ANSWER = rb'"(result|error)":(?! *null) ?'
+_RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _ANSWER))
 _NULL = re.compile(rb'"(?:result|error|params|method)"\s*:\s*null')
-_PAYLOAD_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _PAYLOAD))
+_ANSWER_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _ANSWER))
 _RESPONSE_TAIL = re.compile(rb", ?(?:%b, ?)?%b(?:, ?%b)?\}\Z" % (_VERSION, _ID, _VERSION))
 _IS_ERROR = re.compile(rb'"isError"\s*:\s*true')
 _END_BYTES = 4 * 1024
@@ -1446,19 +1453,19 @@ _END_BYTES = 4 * 1024
 class ResponseLine:
     """A response from a server, as a line that was not parsed: where its id is, and where its result or error."""
 
-    __slots__ = ("line", "id", "start", "end", "is_result", "payload_start")
+    __slots__ = ("line", "id", "start", "end", "is_result", "answer_start")
 
-    def __init__(self, line: bytes, id_match: re.Match, payload_match: re.Match):
+    def __init__(self, line: bytes, id_match: re.Match, answer_match: re.Match):
         self.line = line
         self.id = int(id_match[1])
         self.start, self.end = id_match.span(1)
-        self.is_result = payload_match[payload_match.lastindex] == b"result"
-        self.payload_start = payload_match.end()
+        self.is_result = answer_match[answer_match.lastindex] == b"result"
+        self.answer_start = answer_match.end()
 
     @property
     def result_start(self) -> int | None:
         """Where the members of the result begin; None when it is no object, or an error."""
-        at = self.payload_start
+        at = self.answer_start
         return at + 1 if self.is_result and self.line[at:at + 1] == b"{" else None
 
     def parsed(self) -> "Message":
@@ -1512,7 +1519,7 @@ def find_response(line: bytes) -> ResponseLine | None:
     head = _RESPONSE_HEAD.match(line)
     if head:
         return ResponseLine(line, head, head)
-    payload = _PAYLOAD_FIRST.match(line)
+    payload = _ANSWER_FIRST.match(line)
     tail = _RESPONSE_TAIL.search(line, max(0, len(line) - _TAIL_LENGTH)) if payload else None
     return ResponseLine(line, tail, payload) if tail else None
 
@@ -1527,7 +1534,7 @@ def escape_separators(line: bytes) -> bytes:
 
 def find_response_id(head: bytes, tail: bytes) -> int | None:
     """The id of a response of which only the first and last bytes are known."""
-    match = _RESPONSE_HEAD.match(head) or _PAYLOAD_FIRST.match(head) and _RESPONSE_TAIL.search(tail[-_TAIL_LENGTH:])
+    match = _RESPONSE_HEAD.match(head) or _ANSWER_FIRST.match(head) and _RESPONSE_TAIL.search(tail[-_TAIL_LENGTH:])
     return int(match[1]) if match else None
 
 
@@ -2140,8 +2147,8 @@ def fits_glob(glob: str):
 
 
 def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
-    """Do globs, of which the last match counts, take in a name? ! takes out, and at the beginning out of everything.
-    What is too long for a name is in none."""
+    """Is a name chosen by these globs? The last one that fits decides; with ! before it, it leaves the name out. If
+    the first has a !, all is chosen that none leaves out; but never what is too long for a name."""
     is_in = bool(globs) and globs[0].startswith("!")
     if len(name) > MAX_CHOSEN:
         return False
@@ -3289,11 +3296,10 @@ def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict =
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
 #
-# CPython keeps the syntax tree of a file for as long as it runs it, which is more
-# than all the rest of the memory; but not of one that was compiled before. So the
-# program starts once more, as what it was compiled to. And asyncio imports ssl
-# where it can, an eighth of what remains. A program that serves no HTTPS, and will
-# not speak it with a remote server, keeps it away.
+# Two measures against memory, before asyncio is imported. CPython keeps the syntax
+# tree of the file that it runs, which is more than all the rest: so the program
+# starts again as its compiled code. And asyncio imports ssl if it can, an eighth of
+# what remains: where no TLS is needed, that import is made to fail.
 
 def start_compiled() -> None:
     """Puts the same program in the place of this one, with its code in a file in memory. execve(2), memfd_create(2)."""
@@ -4586,7 +4592,7 @@ class Link:
     is_open = True          # can lines be written?
     is_clogged = False      # does what is written wait here for the server to read?
     backlog = 0             # bytes that wait then
-    hearing: int | None = 0              # what belongs to no request is heard, since so many gaps; None: in a gap
+    hearing: int | None = 0              # how often so far nobody heard what belongs to no request; None: nobody does
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
 
@@ -6546,11 +6552,13 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
 class Owners(dict[tuple[str, str], object]):
     """Identities of clients, by the tasks and elicitations that are theirs."""
 
-    old: set[tuple[str, str]] = set()       # from before the server was started again: it may count from 1 again
+    def __init__(self):
+        super().__init__()
+        self.old: set[tuple[str, str]] = set()       # from before the server was started again: it may count anew
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
-        """This task or elicitation is the client's; not if the client may be anybody: to know the id is all that such a
-        one can show."""
+        """This task or elicitation is the client's. One that may be anybody owns nothing: whoever knows the id may use
+        it."""
         if name and client and client.identity is not client and (
                 name[0] != "task" or name not in self or name in self.old):
             make_room_in(self, KNOWN_OWNERS)
@@ -7542,9 +7550,9 @@ class Instance:
                 self.connection.request("logging/setLevel", {"level": level})
 
     def is_news(self, line: bytes, kind: str | bytes) -> bool:
-        """Was this not said in this turn yet? That a list changed says no more a thousand times in a row than once, but
-        to tell a thousand clients each time, nobody else would have a turn for long; so past a number, what is of one
-        kind is the same."""
+        """Is it the first time in this turn that this is said? To a client, a list that changed a thousand times has
+        changed once. And past TOLD_A_TURN messages all of one kind count as the same: to tell a thousand clients each
+        time would keep everybody else waiting."""
         if not self._said:
             at_end_of_turn(self._said.clear)
         said = line if len(self._said) * (len(self.sessions) + len(self.listeners)) < TOLD_A_TURN else kind
@@ -7553,7 +7561,7 @@ class Instance:
         return is_news
 
     def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
-        """May a client know of this task? Of one that is nobody's, who may be anybody may."""
+        """May a client know of this task? A client that may be anybody may know of one that is nobody's."""
         nobody = client if client.identity is client else None
         return self.is_ones_own or self.owners.get(name, nobody) == client.identity
 
@@ -8467,7 +8475,7 @@ MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 
 
-def another(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
+def stand_in_for(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
     """In place of one that failed, the instance of another server of a group; the error if there is none."""
     if server.is_group:
         with contextlib.suppress(RPCError):
@@ -8475,7 +8483,8 @@ def another(client: Client, server: Server | Group, failed: Instance, error: Ser
     raise error
 
 
-async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
+async def ask_servers(client: Client, known, ask,
+                      members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
     """([(server, value)] of those of a client's servers that have one, {name: why not} of the others); `members` are
     those that are asked, if not all. One alone is waited for.
 
@@ -8486,7 +8495,7 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
         try:
             return await ask(instance)
         except ServerError as error:
-            return await ask(another(client, server, instance, error))
+            return await ask(stand_in_for(client, server, instance, error))
 
     values, errors, waiting = {}, {}, {}
     for member in members:
@@ -8496,7 +8505,7 @@ async def gather(client: Client, known, ask, members=None) -> tuple[list[tuple[S
             try:
                 instance.check_up()
             except ServerError as error:
-                instance = another(client, server, instance, error)
+                instance = stand_in_for(client, server, instance, error)
                 instance.check_up()
             values[member.name] = known(instance)
             if values[member.name] is None:
@@ -8540,7 +8549,7 @@ async def gather_lists(client: Client, method: str, members=None,
     remote servers are told who asks: what is kept of one may have been listed by that proxy itself."""
     def is_asked(instance: Instance) -> bool:
         return bool(way and instance.connection and instance.connection.link.is_remote)
-    found, missing = await gather(
+    found, missing = await ask_servers(
         client, lambda instance: None if is_asked(instance) else instance.list_of(method).fresh,
         lambda instance: instance.list_of(method).read(way) if is_asked(instance) else instance.list_of(method).get(),
         members)
@@ -8575,7 +8584,7 @@ async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Id
     async def ask(instance: Instance) -> Identity:
         await instance.ready()
         return instance.identity
-    found, missing = await gather(client, lambda instance: instance.identity, ask)
+    found, missing = await ask_servers(client, lambda instance: instance.identity, ask)
     miss(client, missing)
     return found, missing
 
@@ -8585,7 +8594,7 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
     view = client.view
     if view.is_plain:
         return (await client.only_instance.tools.get(refresh)).texts
-    found, _ = await gather(client, lambda instance: None if refresh else instance.tools.fresh,
+    found, _ = await ask_servers(client, lambda instance: None if refresh else instance.tools.fresh,
                             lambda instance: instance.tools.get(refresh),
                             None if name is None else view.candidates(name))
     return {name: text for name, (_, _, text) in shown_of(view, found).items()}
@@ -8720,7 +8729,7 @@ async def find_by_uri(client: Client, uri: str, waits: bool = False) -> tuple[li
     async def ask(instance: Instance) -> tuple:
         items = await asyncio.gather(*(instance.list_of(method).get() for method in lists))
         return instance.identity, *items
-    found, missing = await gather(client, known, ask)
+    found, missing = await ask_servers(client, known, ask)
     for number in (1, 2):
         for member, has in found:
             if uri in has[number]:
@@ -9255,8 +9264,8 @@ def audit(caller: Caller | None, software: object, method: str | None, name: str
 
 
 def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
-    """It counts, can be looked at for a while, and has a line in the log for both messages: at full speed a line
-    for each would be a tenth of all work."""
+    """Counts a call that is over, keeps it for the overview, and logs it: one line for request and response, because at
+    full speed a line for each would be a tenth of all work."""
     client, method = call.client, call.method
     mount = client.mount
     if log.level <= logging.DEBUG:
@@ -10162,7 +10171,7 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
         return has_tasks, texts
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
         one.name).is_used_by(client)]
-    found, missing = await gather(client, lambda instance: None, ask, asked)
+    found, missing = await ask_servers(client, lambda instance: None, ask, asked)
     if not any(has_tasks for _, (has_tasks, _) in found):
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
     for member, (_, texts) in found:
@@ -11162,8 +11171,10 @@ class Admission:
         self.base = base + (f"/servers/{self.place}" if self.place else "")
         self.route = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
-            is_there = settings.oauth_issuer and not self.place and self._find_resource()
-            self.route = routes.get(RESOURCE_METADATA) if is_there else None
+            resource = self._described_resource() if settings.oauth_issuer and not self.place else None
+            self.route = None
+            if resource:
+                (self.place, self.path), self.route = resource, routes.get(RESOURCE_METADATA)
         self.host, self.keys = "", Keys()      # where it came from first, and the keys there were
         self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
@@ -11172,15 +11183,15 @@ class Admission:
         self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = media_type(head)
 
-    def _find_resource(self) -> bool:
-        """RFC 9728 §3.1: the path of a resource stands behind the well-known one."""
+    def _described_resource(self) -> tuple[str | None, str] | None:
+        """(place, path) of the resource whose metadata is asked for; None if it is not one of ours. RFC 9728 §3.1: its
+        path stands behind the well-known one."""
         prefix = urlsplit(canonical(self._settings.public_url)).path
         rest = self.path.removeprefix(RESOURCE_METADATA)
         match = re.fullmatch("(?:/servers/([^/]+))?(/mcp|/sse|/tools)?/?", rest.removeprefix(prefix))
         if not match or match[1] and not (self._catalog.is_file and match[1] in self._catalog.places):
-            return False
-        self.place, self.path = match[1], match[2] or "/mcp"
-        return True
+            return None
+        return match[1], match[2] or "/mcp"
 
     @property
     def is_old(self) -> bool:
@@ -11620,7 +11631,7 @@ class Probes(Application):
     def __init__(self, settings: Settings, mount: Mount, overview: Overview):
         super().__init__(PROBES, settings, mount, overview)
         self.counters = Counters()             # its own requests are not counted
-        self.guards = GUARDS[:2]
+        self.guards = Application._check_origin, Application._check_host       # no key, and no other proxy before it
 
     def _sees_all(self, admission: Admission) -> bool:
         return False                           # who asks here is not known
@@ -12317,15 +12328,15 @@ class Proxy:
         looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick())]
         looks += [(WATCH_SECONDS, self._look_at_config)] if self.settings.watch else []
-        last = dict.fromkeys(looks, 0.0)
+        last = {look: 0.0 for _, look in looks}
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
             now = time.monotonic()
-            for look in looks:
-                if now - last[look] > look[0]:
+            for period, look in looks:
+                if now - last[look] > period:
                     last[look] = now
                     try:
-                        look[1](now)
+                        look(now)
                     except Exception as error:
                         log.fault(error)                   # what is looked at next time still is
 
