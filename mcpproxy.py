@@ -6492,6 +6492,7 @@ class Outlet:
 
     exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
     asks = False                           # can a question of the server's be sent this way, and be answered?
+    is_heard = True                        # is somebody there now?
     transport = ""                         # what the log calls it
 
     def send(self, payload: list) -> None:
@@ -6513,9 +6514,9 @@ class Outlet:
 # running call that can have caused them is that client's. (Several calls of one client are not told apart.) Over HTTP,
 # what comes on the stream of a call is that one's, and nobody's when it is over.
 #
-#     a question          to the newest of these calls that can be asked; without a call to the one session there
-#                         is, unless another client's call is just over; otherwise it is refused. No call fails for
-#                         it but one that alone can be the cause
+#     a question          to the newest of these calls that can be asked, and whose client is there; without a call
+#                         to the one session there is, unless another client's call is just over; otherwise it is
+#                         refused. No call fails for it but one that alone can be the cause
 #     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
@@ -6624,7 +6625,8 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         # A server that knows its client's own capabilities is left to them.
         return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
     calls, session = find_owner(instance, connection, message, cause)
-    call = next((call for call in reversed(calls) if call.can_be_asked and not missing(call)), None)
+    able = [call for call in reversed(calls) if call.can_be_asked and not missing(call)]
+    call = next((call for call in able if call.outlet.is_heard), able[0] if able else None)
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
@@ -10873,6 +10875,10 @@ class PostOutlet(Outlet, Holder):
         reply.leaves_on_eof = era is MODERN
         if self._takes_stream:
             undecided[self] = client.mount.now() + (SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS)
+
+    @property
+    def is_heard(self) -> bool:
+        return self._stream.is_attached if self._stream else not self.reply.is_done
 
     def open(self) -> None:
         """Makes the reply a stream, if the client takes one."""

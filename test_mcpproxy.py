@@ -12008,6 +12008,26 @@ def test_exchange_asks_nobody_for_roots_that_a_shared_server_would_take_for_thos
         assert client.asked == []
 
 
+def test_exchange_question_goes_to_a_call_whose_client_is_there(fake, tmp_path):
+    asks = f"""
+def ask():
+    import json, os, time
+    while not os.path.exists({str(tmp_path / "now")!r}): time.sleep(0.01)
+    print(json.dumps({{"jsonrpc": "2.0", "id": "q", "method": {FORM[0]!r}, "params": {FORM[1]!r}}}), flush=True)
+import threading
+threading.Thread(target=ask, daemon=True).start()"""
+    with StreamableClient(fake, version="2025-06-18") as client, HTTP(fake) as gone:
+        call = client.start("run", text=asks)                            # it never answers
+        mark = os.urandom(4).hex()
+        gone.send(encode_http("POST", "/mcp", tool_call(777, "silent", {"text": mark}), {
+            **ACCEPT, "Mcp-Session-Id": client.session}))
+        server_id_of(client, mark)
+        gone.close()
+        client.call("ping")
+        (tmp_path / "now").touch()
+        call.stream.wait_for("elicitation/create")
+
+
 def test_exchange_of_two_questions_asks_the_one_that_can_be_answered(fake):
     with ModernClient(fake, capabilities={"elicitation": {}}) as client:
         assert json.loads(client.tool("inquire", rounds=[[FORM, [SAMPLE, {"messages": []}]]])) == [
