@@ -2243,7 +2243,9 @@ ID_SECONDS = 30 * 86400          # for which an id is good
 
 def seal(secret: str, name: str, facts: dict) -> str:
     """The id of a session with this name, which says these facts of it; those that are too large go without."""
-    for shorter in {}, {"info": None}, {"info": None, "capabilities": dict.fromkeys(facts["capabilities"], {})}:
+    capabilities = dict.fromkeys(facts["capabilities"], {})
+    for shorter in ({}, {"info": None}, {"info": None, "capabilities": capabilities},
+                    {"info": None, "capabilities": capabilities, "wanted": None}):
         try:
             text = dump({**facts, **shorter}).encode()
         except ValueError:                         # 1e999, which is no number here
@@ -2998,6 +3000,8 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
     servers: dict[str, ServerConfig] = {}
     with within(settings.mcp_config):
         plain, scanned = read_config(text)
+        used = [name for name, given in plain.items() if not (isinstance(given, dict) and (
+            given.get("disabled") is True or given.get("enabled") is False))]
         for name, members in scanned:
             with within(f"server {name[:80] if name.isprintable() else repr(name)[:80]}",
                         ValueError, OverflowError, RecursionError):
@@ -3005,12 +3009,9 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
                 if [other for other, _ in scanned].count(name) > 1:
                     raise SettingsError("is there twice")
                 unique_members_of(members)
-                given = plain[name]
-                if isinstance(given, dict) and (given.get("disabled") is True or given.get("enabled") is False):
-                    continue
-                for server in parse_server(name, given, settings, environment):
+                for server in parse_server(name, plain[name], settings, environment) if name in used else ():
                     for kind, own in ("replica", server.name), ("group", server.group):
-                        if own != name and own in plain:
+                        if own != name and own in used:
                             raise SettingsError(f"its {kind} {own} has another server's name")
                     servers[server.name] = server
         if not servers:
@@ -3439,7 +3440,7 @@ class Log(logging.Handler):
             return self.flush()
         if self._flushing is not loop:
             self._flushing = loop
-            if self._writes.add(when) <= WRITES_A_SECOND:
+            if self.level <= logging.DEBUG or self._writes.add(when) <= WRITES_A_SECOND:
                 at_end_of_turn(self.flush)
             else:
                 loop.call_later(LOG_SECONDS, self.flush)
@@ -4668,8 +4669,10 @@ class Output(asyncio.Protocol):
     """Takes a pipe of a process over from asyncio, which hands on what it has read a turn of the event loop later."""
 
     def __init__(self, pipe: asyncio.ReadTransport, data_received):
-        self.data_received, self.connection_lost = data_received, pipe.get_protocol().connection_lost
-        pipe.set_protocol(self)
+        before = pipe.get_protocol()
+        if before:                             # otherwise it has ended already
+            self.data_received, self.connection_lost = data_received, before.connection_lost
+            pipe.set_protocol(self)
 
 
 class ServerProcess(Link, asyncio.SubprocessProtocol):
@@ -8362,19 +8365,20 @@ class Mount:
                  **(connection.link.fields if connection else {}))
         return session
 
-    def unseal_session(self, sealed_id: str, place: str | None, caller: Caller | None, principal: object,
-                       way: str) -> str:
+    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str) -> str:
         """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
         its servers are shared: another process opened it, or this one before it was started again."""
         name, secret = sealed_id.partition(".")[0], self.settings.session_secret
         if name in self.sessions:
             return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
         _, facts = unseal(secret, sealed_id) or (None, None)
-        if not facts or name in self.deleted or (facts["whose"], facts["place"]) != (whose(secret, caller), place) or (
-                not -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
+        if not facts or name in self.deleted or (
+                facts["whose"], facts["place"]) != (whose(secret, caller), view.place) or not (
+                -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
             return NOBODYS_NAME
-        # As it was narrowed down then; ids that older versions gave do not say.
-        view = self.catalog.view(place, tuple(map(tuple, facts.get("wanted", ()))), caller and caller.limits)
+        wanted = facts.get("wanted")               # without that, it is narrowed down as this request is
+        if wanted is not None:
+            view = self.catalog.view(view.place, tuple(map(tuple, wanted)), caller and caller.limits)
         if not view.is_for_all:
             return NOBODYS_NAME
         self.open_session(view, caller, {}, principal, way=way, name=name).restore(sealed_id, facts)
@@ -11842,7 +11846,7 @@ class Endpoints(Application):
         caller = admission.caller
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
-            session_id = self.mount.unseal_session(session_id, admission.place, caller, caller or admission.host,
+            session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
                                                    admission.way)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers

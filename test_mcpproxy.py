@@ -3319,6 +3319,8 @@ def sealed(secret=SEAL, name="ab" * 16, **facts):
     case("lone surrogates", {"info": {"name": "\ud800"}, "capabilities": {"\udfff": {"x": "\ud800"}}}, {}),
     case("what no client should say", {"info": ["a", None], "capabilities": {"x": [1, 1.5, True]}}, {}),
     case("too long a name", {"info": {"name": WORDY}}, {"info": None}),
+    case("too narrow", {"wanted": [["tools", WORDY]]}, {
+        "info": None, "wanted": None, "capabilities": {"elicitation": {}, "sampling": {}}}),
     case("too much that it can", {"capabilities": {"sampling": {"x": WORDY}, "roots": {"y": 1}}},
          {"info": None, "capabilities": {"sampling": {}, "roots": {}}}),
 ])
@@ -5489,10 +5491,11 @@ def test_configuration_files_of_desktop_clients_are_read_as_they_are():
                         "alwaysAllow": [], "autoApprove": ["*"], "timeout": 60, "disabledTools": []},
                   "far": {"type": "http", "url": "http://x/mcp", "headers": {"A": "b"}, "auth": {"CLIENT_ID": "x"}},
                   "off": {"disabled": true, "url": "http://x", "what": 1},
+                  "of": {"command": "x", "group": "off"},
                   "too": {"enabled": false, "command": "x"}},
     }"""
     servers = parse_file(text)
-    assert list(servers) == ["a", "far"] and servers["a"].command == ("npx", "-y", "x//y")
+    assert list(servers) == ["a", "far", "of"] and servers["a"].command == ("npx", "-y", "x//y")
     assert servers["a"].env == {"A": "1"}
     assert (servers["far"].url, servers["far"].headers) == ("http://x/mcp", {"A": "b"})
 
@@ -7684,6 +7687,12 @@ def test_process_has_its_stderr_in_the_log(text, logged):
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
         client.tool("say", text=text)
         until(lambda: logged in proxy.log(), "the line in the log")
+
+
+def test_process_that_ends_at_once_is_no_fault_of_the_proxy(several):
+    with several(**{name: ["true"] for name in "abcdefgh"}, REQUEST_TIMEOUT=1) as proxy:
+        until(lambda: proxy.log().count("did not start") >= 16, "some ends")
+        assert "Traceback" not in proxy.log()
 
 
 def test_process_has_its_junk_in_the_log():
@@ -10420,6 +10429,14 @@ def test_session_of_several_servers_goes_on_as_one_and_at_each_place(several):
                 for wrong in {"/mcp", "/servers/a/mcp", "/servers/b/mcp"} - {path}:
                     ping(one, client.session, 404, wrong)
                     ping(other, client.session, 404, wrong)
+
+
+def test_session_that_is_narrowed_at_length_goes_on_where_its_requests_say_that_again(several):
+    servers, globs = {"a": FAKE, "SESSION_SECRET": SEAL}, [*(f"x{number}" * 9 for number in range(80)), "a__echo"]
+    with several(**servers) as one, several(**servers) as other, \
+            StreamableClient(one, path="/mcp?tools=" + ",".join(globs)) as client:
+        client.proxy = other
+        assert [tool["name"] for tool in client.call("tools/list")["result"]["tools"]] == ["a__echo"]
 
 
 @pytest.mark.parametrize("path, shown", [
