@@ -12289,9 +12289,6 @@ class Proxy:
             if own.sandbox == "off" and getattr(own, name) != getattr(self.settings, name):
                 log.warning("! server %(server)s: %(name)s has no effect with sandbox off", server=config.name,
                             name=name)
-        if own.sandbox != "off" and not config.url and os.geteuid() == 0 and not own.run_as_user:
-            log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
-                        server=config.name)
 
     def _stat_config(self) -> tuple:
         """What tells whether the file of servers is another one."""
@@ -12324,6 +12321,11 @@ class Proxy:
         addresses."""
         if not self.settings.mcp_config:
             await try_out(*self.sandboxes.values())
+        for server in self.mount.servers.values():
+            own = server.config.settings
+            if own.sandbox != "off" and not server.config.url and os.geteuid() == 0 and not own.run_as_user:
+                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
+                            server=server.name)
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:
