@@ -6277,7 +6277,7 @@ class ServerConnection(Holder):
     def _deliver(self, message: Message, cause: int | None) -> None:
         """A notification goes to the request that it names, if it names one."""
         token = message.params.get("progressToken") if message.method == "notifications/progress" else None
-        subscription = message.meta.get(SUBSCRIPTION_KEY)
+        subscription = message.meta.get(SUBSCRIPTION_KEY) if message.method != "notifications/cancelled" else None
         pending = self.pending.get(as_own_id(token or subscription)) if is_id(token or subscription) else None
         if pending and token:
             pending.on_progress(message)
@@ -6604,8 +6604,8 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     parked = [call for call in waiting if call.is_parked]
     if parked:
         return parked if len({call.client.identity for call in parked}) == 1 else [], None
-    caller, ended_at = instance.last_caller
-    is_late = session and caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
+    is_late = session and any(caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
+                              for caller, ended_at in instance.recent_callers.items())
     return [], session if not is_late and all(call.client is session for call in waiting) else None
 
 
@@ -6676,7 +6676,9 @@ def own_tasks(instance, client, response: Message) -> Message:
 
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
-    """Passes a notification on."""
+    """Passes a notification on; not that of a link which is being replaced, whose calls are not looked at any more."""
+    if instance.state == "READY" and instance.connection is None:
+        return
     NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
 
 
@@ -7222,7 +7224,7 @@ class Instance:
         self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
         self.topics = Topics(self)
         self.owners = Owners()
-        self.last_caller: tuple = (None, float("-inf"))     # whose call that may cause something was the last to end
+        self.recent_callers: dict[object, float] = {}        # whose calls that may cause something ended last, and when
         self.identity: Identity | None = None
         self.has_failed = False                     # did it die when it was last asked in legacy?
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
@@ -7475,7 +7477,8 @@ class Instance:
         """A call that comes from now on waits for the next link."""
         if self.connection is connection:
             self.connection = self.listening = None
-        for question in list(connection.questions.values()):
+        questions, connection.questions = connection.questions, {}
+        for question in questions.values():
             question.take_back()
 
     async def _pause(self) -> None:
@@ -8479,6 +8482,7 @@ class Mount:
 
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
+START_SECONDS = 10.0             # for a server that may have what a client listens for; the others are to be heard
 
 
 def stand_in_for(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
@@ -8563,15 +8567,24 @@ async def gather_lists(client: Client, method: str, members=None,
     return found, missing
 
 
-async def have_started(client: Client, missing: collections.abc.Iterable[str]) -> bool:
-    """Waits for those of these servers that are starting; is one of them there now?"""
+async def has_started(client: Client, missing: collections.abc.Iterable[str], patience: float | None = None) -> bool:
+    """Waits for the first of these servers that has started, or could not, if one is starting; for so many seconds at
+    the most. Is there more to be known of them now? One whose last start failed is not waited for."""
     starts = []
     for name in missing:
         with contextlib.suppress(ProxyError):
             instance = client.by_name(name)
-            starts += [instance.ready()] if instance.connection is None and instance.state in (NEW, STARTING) else []
-    return any(not isinstance(outcome, BaseException) for outcome in await asyncio.gather(
-        *starts, return_exceptions=True))
+            if instance.connection is None and instance.state in (NEW, STARTING) and not instance.failure:
+                starts.append(asyncio.ensure_future(instance.ready()))
+                starts[-1].add_done_callback(lambda start: start.cancelled() or start.exception())
+    if not starts:
+        return False
+    try:
+        done, _ = await asyncio.wait(starts, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for start in starts:
+            start.cancel()
 
 
 def miss(client: Client, missing: dict[str, str], method: str | None = None) -> None:
@@ -8657,7 +8670,7 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     named = params if is_call else members_of(params.get("ref")) or params
     name, uri = named.get("name"), named.get("uri")
     if isinstance(uri, str) and not is_call:
-        return await find_by_uri(client, uri, method == "resources/subscribe")
+        return await find_by_uri(client, uri, None if method == "resources/subscribe" else 0)
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
         raise unknown_task()
@@ -8675,7 +8688,7 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     kind = "tools" if method == "tools/call" else "prompts"
     found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
-    if member is None and await have_started(client, missing):
+    if member is None and await has_started(client, missing):
         return await find_targets(client, message)
     for other in itertools.takewhile(lambda other: other is not member, view.members) if member else ():
         last = other.name in missing and last_listed(client, other, f"{kind}/list")
@@ -8716,10 +8729,10 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
         raise no_tasks()
 
 
-async def find_by_uri(client: Client, uri: str, waits: bool = False) -> tuple[list[Target], dict[str, str]]:
+async def find_by_uri(client: Client, uri: str, patience: float | None = 0) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
-    all. In the form of find_targets(). `waits`: the wrong server would be for good, so those that start are waited for
-    before all are asked."""
+    all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
+    are waited for, each for `patience` seconds, or without a limit."""
     lists = "resources/list", "resources/templates/list"
     for method in lists:                           # where a list that is known has it, nobody is waited for
         for member in client.view.members:
@@ -8743,8 +8756,8 @@ async def find_by_uri(client: Client, uri: str, waits: bool = False) -> tuple[li
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
         if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
-    if waits and await have_started(client, missing):
-        return await find_by_uri(client, uri, waits)
+    if patience != 0 and await has_started(client, missing, patience):
+        return await find_by_uri(client, uri, patience)
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
         raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
@@ -9462,7 +9475,10 @@ class ClientRequest(PendingRequest, Holder):
 
     def finish(self, payload: list, status: int = 200) -> None:
         """The answer is there."""
+        outlet = self.outlet
         self.end(Outcome.ANSWERED, payload, status)
+        if self.is_endless and outlet.transport == "stdio":          # it has no stream that ends. MCP 2026-07-28,
+            outlet.send([encode_request(None, "notifications/cancelled", {"requestId": self.id})])       # Cancellation
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         """There is an error in place of it."""
@@ -9482,10 +9498,7 @@ class ClientRequest(PendingRequest, Holder):
     def end_subscription(self) -> None:
         """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
         self._take_back(None, "the server ends")
-        outlet = self.outlet
         self.finish(encode_end_of_subscription(self.raw_id))
-        if outlet.transport == "stdio":            # it has no stream that ends. MCP 2026-07-28, Cancellation
-            outlet.send([encode_request(None, "notifications/cancelled", {"requestId": self.id})])
 
     def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
@@ -9495,9 +9508,8 @@ class ClientRequest(PendingRequest, Holder):
             return
         self._become(PARKED if outcome is Outcome.PARKED else DONE)
         self.leave_books()
-        if before is RUNNING and self.method in MAY_CAUSE:
-            self.connection.drop_cause(self)
-            self.instance.last_caller = self.client.identity, self.client.mount.now()
+        if before is not WAITING and self.method in MAY_CAUSE:
+            self._cause_no_more()
         if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
             self._take_back(notification, outcome)
         if self.state is DONE and self.dialogue:
@@ -9515,6 +9527,15 @@ class ClientRequest(PendingRequest, Holder):
         else:
             self.outlet.close()
         self.outlet.exchange = None               # a cycle less: what a call took is free at once
+
+    def _cause_no_more(self) -> None:
+        """What the server says by itself may still be about this for a while, but it is not told to this client."""
+        self.connection.drop_cause(self)
+        callers, identity = self.instance.recent_callers, self.client.identity
+        callers.pop(identity, None)
+        callers[identity] = self.client.mount.now()
+        if len(callers) > 2:                      # so there is always the last one beside any one
+            del callers[next(iter(callers))]
 
     def _enter_books(self) -> None:
         self.client.calls[self.id] = self
@@ -9859,7 +9880,7 @@ class Exchange(ClientRequest):
         self.aim(target, left_out)
         if self.state is RUNNING:
             if self.method in MAY_CAUSE:
-                self.connection.drop_cause(self)
+                self._cause_no_more()
             self._become(WAITING)
         self.server_id, self.message = None, None
         if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
@@ -10038,7 +10059,7 @@ class JointExchange(Exchange):
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
-            for target in (await find_by_uri(self.client, uri, waits=True))[0]:
+            for target in (await find_by_uri(self.client, uri, START_SECONDS))[0]:
                 instance = self.client.by_name(target.server)
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
@@ -12107,7 +12128,8 @@ class StandardStreams(asyncio.BaseProtocol):
         log.info("! refused: %(reason)s", reason=str(error), **audit(
             None, None, message and message.method, None, None, transport="stdio", id=message and raw_id and message.id,
             outcome="refused", error_type=str(error.code)))
-        self.write([*encode_error(raw_id, error), b"\n"])
+        if message is None or raw_id:              # a notification has no answer. JSON-RPC 2.0 §4.1
+            self.write([*encode_error(raw_id, error), b"\n"])
 
 
 # ============================================================================
@@ -13030,7 +13052,7 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
     """GET /: the page for a browser, which says that it wants one; for others what there is to be seen."""
     if "text/html" not in admission.head.headers.get("accept", ""):
         return endpoints.look(admission, body, reply)
-    has_to_ask = endpoints.settings.is_guarded             # for a key, before it asks the proxy for anything
+    has_to_ask = admission.objection is not None           # for a key, before it asks the proxy for anything
     endpoints.send_page(reply, PAGE.replace(' id="closed" hidden', ' id="closed"') if has_to_ask else PAGE)
 
 

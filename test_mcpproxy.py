@@ -14634,8 +14634,26 @@ def listen_taken_back(listen_id):
     return notification("notifications/cancelled", {"requestId": listen_id})
 
 
-@pytest.mark.parametrize("ends", [(result_of_listen,), (listen_taken_back,), (listen_taken_back, result_of_listen),
-                                  (result_of_listen, listen_taken_back)])
+def listen_taken_back_by_name(listen_id):
+    return notification("notifications/cancelled", {"requestId": listen_id, "_meta": {SUBSCRIPTION: listen_id}})
+
+
+@pytest.mark.parametrize("end", [result_of_listen, listen_taken_back, listen_taken_back_by_name])
+@in_town
+async def test_conversation_listen_of_a_modern_client_ends_when_the_server_ends_it(end):
+    town = Town("modern", ["a"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 5, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    (link,), told = town.links["a"], town.told(client)
+    listen = [line for line in link.lines if line["method"] == "subscriptions/listen"][-1]
+    town.say(link, end(listen["id"]))
+    await asyncio.sleep(0.1)
+    assert [message.get("id") for message in town.told(client)] == [5]
+
+
+@pytest.mark.parametrize("ends", [
+    (result_of_listen,), (listen_taken_back,), (listen_taken_back_by_name,), (listen_taken_back, result_of_listen),
+    (result_of_listen, listen_taken_back)])
 @in_town
 async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobody_listened_for_a_while(ends):
     town = Town("modern", ["a", "c"])
@@ -14651,6 +14669,54 @@ async def test_conversation_list_of_a_modern_server_is_asked_for_again_when_nobo
     assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
 
 
+@in_town
+async def test_conversation_a_server_that_is_being_replaced_is_heard_no_more_and_waited_for():
+    town = Town("legacy", ["a"], request_timeout=2)
+    ann, bob = await town.client("legacy", "a"), await town.client("modern", "a")
+    link, = town.links["a"]
+
+    async def stop():                                  # it takes its time
+        town.say(link, notification("notifications/message", {"level": "error", "data": "bob's"}))
+        await asyncio.sleep(5)
+        link.end()
+    link._stop = stop
+    for number in range(1, mcpproxy.SILENCES + 2):
+        await town.say_to(bob, number, "tools/call", {"name": "t"})
+        await asyncio.sleep(1)
+        await town.pass_time()
+    for _ in range(12):
+        await town.pass_time()
+    town.answers["tools/call"] = {"content": []}
+    assert "result" in str(await town.say_to(ann, 9, "tools/call", {"name": "t"})) and len(town.links["a"]) == 2
+    assert "bob's" not in str(town.told(ann))
+
+
+@in_town
+async def test_conversation_subscription_waits_for_no_server_that_hangs_where_another_has_started():
+    town = Town("legacy", ["a", "b", "c"])
+    town.slow |= {"b": 1e6, "c": 5}
+    town.answers |= {"resources/list": {"resources": []}, (
+        "c", "resources/list"): {"resources": [{"uri": "x:1", "name": "x"}]}}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "x:1"})
+    await asyncio.sleep(8)
+    assert town.told(client)[-1]["id"] == 1 and town.heard_by("c").count("resources/subscribe") == 1
+    listening = await town.client("modern")
+    await town.say_to(listening, 2, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["y:1"]}})
+    await asyncio.sleep(mcpproxy.START_SECONDS + 8)
+    assert town.told(listening)[0]["method"] == "notifications/subscriptions/acknowledged"
+
+
+@in_town
+async def test_conversation_call_that_waited_for_a_server_that_did_not_start_is_told_why():
+    town = Town("legacy", ["a", "b", "c"], prefix="")
+    town.slow["c"], town.broken, town.answers["tools/list"] = 5, "c", {"tools": []}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    await asyncio.sleep(10)
+    assert "it is broken" in str(town.told(client))
+
+
 @pytest.mark.parametrize("bob", ["modern", "legacy"])
 @in_town
 async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(bob):
@@ -14662,8 +14728,10 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
         bob.client.end()
     town.told(bob)
     link, = town.links["a"]
-    for seconds, is_told in (0, False), (mcpproxy.LATE_SECONDS + 1, True):
+    for seconds, is_told in (0, False), (1, False), (mcpproxy.LATE_SECONDS + 1, True):
         await asyncio.sleep(seconds)
+        if seconds == 1:                               # her own call makes nothing hers
+            await town.say_to(ann, 1, "tools/call", {"name": "t"})
         town.say(link, notification("notifications/message", {"level": "error", "data": seconds}))
         await asyncio.sleep(0.1)
         assert (town.told(ann) != []) is is_told
