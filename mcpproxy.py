@@ -6677,7 +6677,7 @@ def own_tasks(instance, client, response: Message) -> Message:
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on; not that of a link which is being replaced, whose calls are not looked at any more."""
-    if instance.state == "READY" and instance.connection is None:
+    if instance.state == "ready" and instance.connection is None:
         return
     NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
 

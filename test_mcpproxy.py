@@ -14676,8 +14676,8 @@ async def test_conversation_a_server_that_is_being_replaced_is_heard_no_more_and
     link, = town.links["a"]
 
     async def stop():                                  # it takes its time
+        await asyncio.sleep(mcpproxy.LATE_SECONDS + 1)
         town.say(link, notification("notifications/message", {"level": "error", "data": "bob's"}))
-        await asyncio.sleep(5)
         link.end()
     link._stop = stop
     for number in range(1, mcpproxy.SILENCES + 2):
@@ -14686,9 +14686,9 @@ async def test_conversation_a_server_that_is_being_replaced_is_heard_no_more_and
         await town.pass_time()
     for _ in range(12):
         await town.pass_time()
+    assert "bob's" not in str(town.told(ann))
     town.answers["tools/call"] = {"content": []}
     assert "result" in str(await town.say_to(ann, 9, "tools/call", {"name": "t"})) and len(town.links["a"]) == 2
-    assert "bob's" not in str(town.told(ann))
 
 
 @in_town
