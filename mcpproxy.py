@@ -3356,8 +3356,6 @@ import weakref
 #     <  came from a client    >  goes to a client    <> came and is over    =  changed state    !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
-WRITES_A_SECOND = 100         # where there is more to write,
-LOG_SECONDS = 0.01            # lines are collected for so long: a write for each would be a tenth of all work
 
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
@@ -3383,18 +3381,6 @@ def _end_turn() -> None:
             log.fault(error)
 
 
-class Rate:
-    """How often something has happened in the second that it happens in."""
-
-    def __init__(self):
-        self.count, self._since = 0, 0.0
-
-    def add(self, now: float) -> int:
-        """Once more."""
-        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
-        return self.count
-
-
 class Log(logging.Handler):
     """Writes lines to a file descriptor, all of one turn of the event loop at once, and never waits.
 
@@ -3407,9 +3393,7 @@ class Log(logging.Handler):
         self.dropped = 0                        # lines that nobody could take, for whoever looks in
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
-        self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come,
-        self._flushing = None                   # and the event loop that will write them
-        self._writes = Rate()
+        self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
         self._millisecond, self._clock, self._zone = 0, "", ""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
@@ -3432,21 +3416,15 @@ class Log(logging.Handler):
         `about`: the fields of the object, where they are others than those of the text."""
         if level < self.level:
             return
-        when = time.time()
-        self._entries.append((when, level, template, fields, error, about))
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return self.flush()
-        if self._flushing is not loop:
-            self._flushing = loop
-            if self.level <= logging.DEBUG or self._writes.add(when) <= WRITES_A_SECOND:
+        self._entries.append((time.time(), level, template, fields, error, about))
+        if len(self._entries) == 1:
+            try:
                 at_end_of_turn(self.flush)
-            else:
-                loop.call_later(LOG_SECONDS, self.flush)
+            except RuntimeError:
+                self.flush()
 
     def flush(self) -> None:
-        entries, self._entries, self._flushing = self._entries, [], None
+        entries, self._entries = self._entries, []
         block = b""
         for entry in entries:
             line = self._line(*entry)
@@ -3498,6 +3476,18 @@ class Log(logging.Handler):
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
+
+
+class Rate:
+    """How often something has happened in the second that it happens in."""
+
+    def __init__(self):
+        self.count, self._since = 0, 0.0
+
+    def add(self, now: float) -> int:
+        """Once more."""
+        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
+        return self.count
 
 
 @functools.lru_cache(maxsize=64)
@@ -10379,7 +10369,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._queued = 0                    # writes that wait for the client to read
         self.sent = 0                       # bytes
         self._is_clogged = False            # does output wait for the client to read?
-        self._half_closed = False           # will the client send nothing more?
+        self.is_half_closed = False           # will the client send nothing more?
         self._advances_soon = False         # is it planned to go on with what is there?
         self.since = time.monotonic()      # the beginning of what is waited for
         self.received = self._received_before = 0              # bytes, and what they were then
@@ -10404,7 +10394,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def eof_received(self) -> bool:
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
-        self._half_closed = True
+        self.is_half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         reply = self._reply if self._phase in (REPLY, CHECK) else None
         waits = self._is_clogged or self._advances_soon if reply is None else not (
@@ -10450,7 +10440,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         if self._phase in (REPLY, CHECK) or self._is_clogged or self._advances_soon:
             if len(self._parser.rest) > MAX_HEAD_BYTES:
                 self._transport.pause_reading()        # a client that sends on while it is answered can wait
-        elif self._half_closed:
+        elif self.is_half_closed:
             self._transport.close()                    # nothing more can come
         elif self._phase is BODY:
             self._transport.resume_reading()
@@ -10595,7 +10585,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         else:
             self._phase = HEAD
             self._transport.resume_reading()
-            if self._parser.rest or self._half_closed:
+            if self._parser.rest or self.is_half_closed:
                 self._advance_soon()                      # not from within handle(), which was called by it
 
     # Time.
@@ -10622,7 +10612,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def _probe(self, reply: Reply, now: float) -> None:
         """A client that closed its sending half may be waiting or be gone. Only writing tells: if it is gone, the
         second write fails. An interim response is something that every client has to be able to read over."""
-        if (self._half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
+        if (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
                 and not reply.is_stream and reply.head.version >= (1, 1)):
             self._probes += 1
             self.write([CONTINUE])
@@ -10903,7 +10893,8 @@ class PostOutlet(Outlet, Holder):
 
     @property
     def is_heard(self) -> bool:
-        return self._stream.is_attached if self._stream else not self.reply.is_done
+        reply = self.reply                # who has only stopped sending may be there, but is not asked first
+        return self._stream.is_attached if self._stream else not (reply.is_done or reply.connection.is_half_closed)
 
     def open(self) -> None:
         """Makes the reply a stream, if the client takes one."""

@@ -5767,21 +5767,6 @@ def test_log_lines_of_one_turn_are_written_together_and_in_order():
         assert re.findall(rb"line \d", os.read(read, 4096)) == [b"line 0", b"line 1", b"line 2"]
 
 
-def test_log_lines_of_many_turns_are_written_together_where_there_are_many(monkeypatch):
-    async def turns(read, write):
-        handler, take = mcpproxy.Log(write), functools.partial(asyncio.to_thread, os.read, read, 4096)
-        for number in range(8):
-            handler.info(f"line {number}")
-            await asyncio.sleep(0)
-        blocks = [await asyncio.wait_for(take(), PATIENCE) for _ in range(2)]
-        assert [re.findall(rb"line \d", block) for block in blocks] == [
-            [b"line %d" % number for number in numbers] for numbers in (range(5), range(5, 8))]
-
-    monkeypatch.setattr(mcpproxy, "WRITES_A_SECOND", 5)
-    with a_pipe() as (read, write):
-        asyncio.run(turns(read, write))
-
-
 @pytest.mark.parametrize("room", [0, 4096], ids=["no room", "room for a page"])
 @pytest.mark.parametrize("text", ["x", "x" * 10_000, "\u20ac" * 10_000, "\U0001f600" * 10_000],
                          ids=["short", "ASCII", "euros", "faces"])
@@ -9472,8 +9457,8 @@ def test_connection_answer_that_is_not_utf_8_fails_its_call_and_says_so(fake):
         assert answer["error"]["code"] == -32000 and "not UTF-8" in answer["error"]["message"]
 
 
-def test_connection_one_bad_message_of_a_batch_fails_alone(fake):
-    with SSEClient(fake) as client:
+def test_connection_one_bad_message_of_a_batch_fails_alone():
+    with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:           # nobody else has just called
         bad = '{"jsonrpc":"2.0","id":%(id)d,"result":{"content":[{"text":"\udcff"}]}}'
         good = '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"good"}}'
         answer = client.start("run", text=answered(f"[{bad},{good}]")).answer()
@@ -12028,7 +12013,7 @@ def test_exchange_asks_nobody_for_roots_that_a_shared_server_would_take_for_thos
         assert client.asked == []
 
 
-def test_exchange_question_goes_to_a_call_whose_client_is_there(fake, tmp_path):
+def test_exchange_question_goes_to_a_call_whose_client_is_there(tmp_path):
     asks = f"""
 def ask():
     import json, os, time
@@ -12036,8 +12021,9 @@ def ask():
     print(json.dumps({{"jsonrpc": "2.0", "id": "q", "method": {FORM[0]!r}, "params": {FORM[1]!r}}}), flush=True)
 import threading
 threading.Thread(target=ask, daemon=True).start()"""
-    with StreamableClient(fake, version="2025-06-18") as client, HTTP(fake) as gone:
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy, version="2025-06-18") as client, HTTP(proxy) as gone:
         call = client.start("run", text=asks)                            # it never answers
+        server_id_of(client, "threading")
         mark = os.urandom(4).hex()
         gone.send(encode_http("POST", "/mcp", tool_call(777, "silent", {"text": mark}), {
             **ACCEPT, "Mcp-Session-Id": client.session}))
