@@ -7633,7 +7633,7 @@ class Client(Holder):
         request_id = notification.params.get("requestId")
         call = self.calls.get(request_id) if is_id(request_id) else None
         if call:
-            call.cancel(notification=notification)
+            call.cancel(notification)
 
     @functools.cached_property
     def redact(self):
@@ -7850,7 +7850,7 @@ class Session(Client):
     def leave(self) -> None:
         """The client is gone, or says that it goes."""
         for call in list(self.calls.values()):             # a part of it may still wait
-            call.cancel(encode_error(call.raw_id, RPCError("session unknown or ended")), 404)
+            call.cancel(error=no_such_session())
         self.end()
 
     def end(self, error: ServerError | None = None) -> None:
@@ -7860,7 +7860,7 @@ class Session(Client):
         self.is_ended = True
         self.mount.sessions.pop(self.id, None)
         for call in [*self.calls.values(), *(call for call in self.mount.parked.values() if call.client is self)]:
-            call.fail(error or RPCError("session unknown or ended", status=404))
+            call.fail(error or no_such_session())
         for question in list(self.questions.values()):
             question.refuse(ServerError("the client is gone"))
         for instance in self._instances.values():
@@ -7869,6 +7869,10 @@ class Session(Client):
             stream.close()
             stream.give()
         log.info("= session %(session)s closed", session=self.label)
+
+
+def no_such_session() -> RPCError:
+    return RPCError("session unknown or ended", status=404)
 
 
 def label_of(session_id: str) -> str:
@@ -8393,7 +8397,7 @@ class Mount:
         session = self.sessions.get(session_id)
         if session is None or (session.view.place, session.caller, session.is_streamable) != (
                 place, caller, is_streamable):
-            raise RPCError("session unknown or ended", status=404)
+            raise no_such_session()
         session.last_used, session.is_followed = self.now(), True
         return session
 
@@ -9792,9 +9796,11 @@ class Exchange(ClientRequest):
             arguments = {**override.defaults, **(arguments or {}), **override.fixed}
         return mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
 
-    def cancel(self, payload: list = (), status: int = 200, notification: Message | None = None) -> None:
-        """The client took the request back, with a notification; or without, it is gone."""
+    def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
+        """The client took the request back, with a notification; or without, it is gone. A part of it that may still
+        wait is told the error."""
         if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
+            payload, status = (encode_error(self.raw_id, error), error.http_status) if error else ((), 200)
             self.end(Outcome.CANCELLED, payload, status, notification=notification)
 
     # From the server.
