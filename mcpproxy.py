@@ -252,6 +252,7 @@ class ProxyError(Exception):
 
     http_status = 400
     code = INVALID_REQUEST
+    raw_id: bytes | None = None          # of the request, as JSON, where that became no Message
 
     def __init__(self, message: str, *, status: int | None = None, code: int | None = None,
                  data: object = None, headers: tuple = ()):
@@ -1320,7 +1321,12 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
         members = unique_members_of(value)
         if None in members.values() or is_servers and "method" not in members:
             text, members = mended(text, members, is_servers)
-        check_message(members)
+        try:
+            check_message(members)
+        except RPCError as error:
+            if is_id(members.get("id")) and not members.keys() & {"result", "error"}:
+                error.raw_id = text[slice(*walk_members(text, text.index("{"))["id"])].encode()
+            raise
         return Message(text, members)
     except (ValueError, StopIteration):
         raise RPCError("not valid JSON", code=PARSE_ERROR) from None
@@ -1433,6 +1439,7 @@ def encode_end_of_subscription(raw_id: bytes) -> list[bytes]:
 
 def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
     """The payload of an error response. MCP 2025-11-25, Transports: without an id when it could not be read."""
+    raw_id = raw_id or error.raw_id
     member = b'"id":%b,' % raw_id if raw_id else b""
     return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.as_object()).encode())]
 
@@ -11799,22 +11806,30 @@ class Endpoints(Application):
         version = client.version or admission.version or BATCH_VERSION
         if version != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
-        messages = [parse_message(text) for text in texts]
+        messages, errors = [], []
+        for text in texts:                     # one that is none spoils no other. JSON-RPC 2.0 §6
+            try:
+                messages.append(parse_message(text))
+            except RPCError as error:
+                errors.append(error)
         requests = [message for message in messages if message.kind is REQUEST]
         if not messages or any(message.method == "initialize" for message in requests):
-            raise RPCError("an empty batch, or one with initialize in it")
+            raise errors[0] if errors and not messages else RPCError("an empty batch, or one with initialize in it")
         for message in messages:
             if message.kind is not REQUEST:                # these have no answer of their own
                 check_parameters(message)
-        if requests:
+        answers = len(requests) + len(errors)
+        if answers:
             check_accept(admission)
-        outlet = PostOutlet(self.undecided, admission, reply, client, batch=len(requests)) if requests else None
+        outlet = PostOutlet(self.undecided, admission, reply, client, batch=answers) if answers else None
+        for error in errors:
+            outlet.finish(encode_error(None, error), 200)
         for message in messages:
             if message.kind is REQUEST:
                 new_exchange(client, message, outlet, None, admission.trace).start_or_fail()
             elif client.is_session:
                 client.receive(message)
-        if not requests:
+        if not answers:
             reply.send(202, [])
 
     def _post_modern(self, admission: Admission, message: Message, reply: Reply) -> None:

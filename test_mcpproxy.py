@@ -2464,6 +2464,18 @@ def test_json_id_is_replaced_and_nothing_else(text, old):
     assert b"".join(request.with_id(b"7")) == (text % "7").encode()
 
 
+@pytest.mark.parametrize("text, expected", [
+    ('{"jsonrpc":"1.0","id":1.0,"method":"a"}', b"1.0"), ('{"id" : "x" ,"method":5,"jsonrpc":"2.0"}', b'"x"'),
+    (r'{"jsonrpc":"2.0","\u0069d":7,"method":"a","params":[]}', b"7"), ('{"jsonrpc":"2.0","id":8}', b"8"),
+    ('{"jsonrpc":"2.0","id":[1],"method":"a"}', None), ('{"jsonrpc":"1.0","id":1,"result":{}}', None),
+    ('{"jsonrpc":"2.0","method":"a","params":[]}', None), ('{"jsonrpc":"2.0","id":1', None), ("[1]", None)])
+def test_json_request_that_is_none_is_refused_by_its_id(text, expected):
+    with pytest.raises(mcpproxy.RPCError) as refusal:
+        parse(text)
+    assert refusal.value.raw_id == expected
+    assert json.loads(mcpproxy.encode_error(None, refusal.value)[0]).get("id") == (expected and json.loads(expected))
+
+
 @pytest.mark.parametrize("params", [
     case("plain", '{"name":1}'),
     case("blanks", '{ "x" : 2 , "name" :\t1 }'),
@@ -17803,7 +17815,18 @@ def test_endpoint_refuses_a_batch_of_a_revision_without(fake, version):
         assert answers[0]["error"]["code"] == -32600
 
 
-@pytest.mark.parametrize("messages", [[], [initialize()], [1], [[]], [{"id": 1}], [tool_call(1, "echo"), "x"]])
+def test_endpoint_refuses_in_a_batch_only_what_is_no_message(fake):
+    with StreamableClient(fake, version="2025-03-26") as client:
+        nothings = [5, "x", [], {"jsonrpc": "2.0", "id": 2, "method": 5}, request(3, "ping", [])]
+        _, answers = batch(client, [request(1, "ping"), *nothings, notification("x"), request(4, "ping")])
+        assert [answer["id"] for answer in answers if "result" in answer] == [1, 4]
+        refused = [(answer.get("id"), answer["error"]["code"]) for answer in answers if "error" in answer]
+        assert refused == [(None, -32600)] * 3 + [(2, -32600), (3, -32602)]
+        _, (answer,) = batch(client, [notification("x"), 5])
+        assert answer["error"]["code"] == -32600
+
+
+@pytest.mark.parametrize("messages", [[], [initialize()], [1], [[]], [{"id": 1}], [initialize(), "x"]])
 def test_endpoint_refuses_a_batch_that_is_none(fake, messages):
     with StreamableClient(fake, version="2025-03-26") as client:
         _, answers = batch(client, messages, 400)
@@ -17847,6 +17870,7 @@ def test_endpoint_refuses_a_body_that_is_no_message(fake, kind, body, code):
     with kind(fake) as client:
         response = client.post(body, 400)
         assert response.error() == (400, code) and response.headers["content-type"] == "application/json"
+        assert response.json().get("id") == (body["id"] if isinstance(body, dict) else None)
         assert client.tool("echo", text="x") == "x"
 
 
@@ -19504,10 +19528,12 @@ def test_stdio_serves_whatever_is_configured(tmp_path, server, what, kind):
 
 def test_stdio_answers_what_is_no_request_and_goes_on():
     with StdioClient("--", *FAKE) as client:
-        for line, code in (b"{nope\n", -32700), (b'{"jsonrpc": "2.0", "id": 5, "method": 5}\n', -32600), (b"\n", None):
+        for line, code, asked in (b"{nope\n", -32700, None), (b'{"jsonrpc":"2.0","id":5,"method":5}\n', -32600, 5), (
+                b"\n", None, None):
             client.post(line)
             if code:
-                client.stream.wait(lambda message: message.get("error", {}).get("code") == code, str(code))
+                answer = client.stream.wait(lambda message: message.get("error", {}).get("code") == code, str(code))
+                assert answer.get("id") == asked
         assert client.tool("echo", text="x") == "x"
 
 
