@@ -1618,9 +1618,10 @@ def check_parameters(message: Message) -> None:
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     check_lookalikes(message.params, PARAMETERS)
     check_lookalikes(message.meta, META)
-    for members, name in (message.meta, RELATED_TASK_KEY), (message.params, "ref"):
-        if name in members:
-            check_lookalikes(members_of(members[name]), PARAMETERS)
+    if RELATED_TASK_KEY in message.meta:
+        check_lookalikes(members_of(message.meta[RELATED_TASK_KEY]), PARAMETERS)
+    if "ref" in message.params:
+        check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(message.params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
@@ -3363,6 +3364,7 @@ import weakref
 #     <  came from a client    >  goes to a client    <> came and is over    =  changed state    !  went wrong
 
 MAX_LOG_LINE = 4_000          # bytes; less than PIPE_BUF
+level_name = functools.cache(logging.getLevelName)
 
 _turn: tuple = (None, [])          # (the event loop, what is to be called at the end of its turn)
 
@@ -3401,7 +3403,7 @@ class Log(logging.Handler):
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
-        self._millisecond, self._clock, self._zone = 0, "", ""
+        self._second, self._clock = 0, ""       # and its text
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -3444,12 +3446,9 @@ class Log(logging.Handler):
 
     def _line(self, when: float, level: int, template: str, fields: dict | tuple, error: BaseException | None,
               about: dict | None) -> bytes:
-        millisecond = int(when * 1000)
-        if millisecond != self._millisecond:
-            local = time.localtime(when)
-            self._millisecond = millisecond
-            self._clock = f"{time.strftime('%Y-%m-%d %H:%M:%S', local)}.{millisecond % 1000:03}"
-            self._zone = time.strftime("%z", local)[:3] + ":" + time.strftime("%z", local)[3:]
+        second, millisecond = divmod(int(when * 1000), 1000)
+        if second != self._second:
+            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S.", time.localtime(second))
         try:
             if isinstance(fields, tuple):
                 template, names = positional(template)
@@ -3463,10 +3462,13 @@ class Log(logging.Handler):
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
-        clock, name = self._clock, logging.getLevelName(level)
+        name = level_name(level)
         if not self.as_json:
-            return f"{clock} {name:7} {text}".encode("utf-8", "backslashreplace")[:MAX_LOG_LINE] + b"\n"
-        entry = {"time": clock.replace(" ", "T") + self._zone, "level": name, "message": text, **fields}
+            return f"{self._clock}{millisecond:03} {name:7} {text}".encode("utf-8", "backslashreplace")[
+                :MAX_LOG_LINE] + b"\n"
+        zone = time.strftime("%z", time.localtime(second))
+        clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{zone[:3]}:{zone[3:]}"
+        entry = {"time": clock, "level": name, "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
                          str(value)[:limit] for field, value in entry.items() if value != "-"})
@@ -9504,21 +9506,21 @@ class ClientRequest(PendingRequest, Holder):
     def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
         """The one way out: for good, or, parked, until the client comes back. Without a payload there is no answer."""
-        before = self.state
+        before, is_answered, is_parked = self.state, outcome is Outcome.ANSWERED, outcome is Outcome.PARKED
         if before is DONE:
             return
-        self._become(PARKED if outcome is Outcome.PARKED else DONE)
+        self._become(PARKED if is_parked else DONE)
         self.leave_books()
         if before is not WAITING and self.method in MAY_CAUSE:
             self._cause_no_more()
-        if outcome is not Outcome.ANSWERED and outcome is not Outcome.PARKED:
+        if not is_answered and not is_parked:
             self._take_back(notification, outcome)
-        if self.state is DONE and self.dialogue:
-            self.dialogue.end(outcome is Outcome.ANSWERED)
+        if self.dialogue and not is_parked:
+            self.dialogue.end(is_answered)
         record(self, outcome, payload)
-        if self.work and outcome is not Outcome.ANSWERED:
+        if self.work and not is_answered:
             self.work.cancel()
-        if self.state is DONE and self.on_done:
+        if self.on_done and not is_parked:
             on_done, self.on_done = self.on_done, None
             on_done()
         if before is PARKED:
@@ -9775,7 +9777,7 @@ class Exchange(ClientRequest):
         if self.token:
             new_meta["progressToken"] = server_id
         extensions = self.envelope and self.envelope.capabilities.get("extensions")
-        self.names_tasks = self.method.startswith("tasks/") or "task" in message.params or (
+        self.names_tasks = "task" in message.params or self.method.startswith("tasks/") or (
             isinstance(extensions, dict) and TASKS_EXTENSION in extensions)
         changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
         if self.target:
