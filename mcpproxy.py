@@ -294,8 +294,8 @@ class HandshakeRefused(ServerError):
     """The server answered, but not with what a handshake needs."""
 
 
-class OtherRevisions(ServerError):
-    """The server speaks, but none of the revisions known here."""
+class RefusedAsModern(ServerError):
+    """The server speaks as a modern one, but not with us."""
 
 
 class GreetedTwice(ServerError):
@@ -1583,9 +1583,9 @@ REQUIRED_PARAMETERS = {**NAMED_BY, "initialize": "protocolVersion", "resources/s
 # The tasks extension (SEP-2663), Streamable HTTP: Routing Headers, adds to what Mcp-Name repeats.
 NAMED_IN_HEADER = {**NAMED_BY, **dict.fromkeys(("tasks/get", "tasks/update", "tasks/cancel"), "taskId")}
 
-# MCP 2026-07-28, Changelog, Major changes 2, 4 and 5.
+# MCP 2026-07-28, Changelog, Major changes 2, 4 and 5; the last two: SEP-2663, Backward Compatibility.
 REMOVED_IN_MODERN = frozenset({"initialize", "ping", "logging/setLevel", "resources/subscribe",
-                               "resources/unsubscribe"})
+                               "resources/unsubscribe", "tasks/result", "tasks/list"})
 
 # MCP 2026-07-28, Caching, Cacheable Results.
 CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resources/list", "resources/templates/list",
@@ -1595,6 +1595,7 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
+TASK = frozenset(("task",))                                      # what asks for a task, in 2025-11-25 alone
 
 # What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
@@ -1613,7 +1614,10 @@ def our_initialize(is_for_all: bool) -> dict:
 
 
 def check_parameters(message: Message) -> None:
-    """Refuses a request without the parameter that names what it is about, a _meta that is none, and lookalikes."""
+    """Refuses a request without an id or without the parameter that names what it is about, a _meta that is none, and
+    lookalikes. (A server may do what a request without an id asks for, and no limit would have been looked at.)"""
+    if message.kind is NOTIFICATION and not message.method.startswith("notifications/"):
+        raise RPCError("a request must have an id")
     if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     check_lookalikes(message.params, PARAMETERS)
@@ -1673,7 +1677,8 @@ class Envelope:
 
 def is_modern(message: Message, version_header: str | None) -> bool:
     """Does a message claim to be of the modern era? `initialize` negotiates, so its header decides nothing."""
-    return VERSION_KEY in message.meta or version_header == MODERN_VERSION and message.method != "initialize"
+    return VERSION_KEY in message.meta or CAPABILITIES_KEY in message.meta or (
+        version_header == MODERN_VERSION and message.method != "initialize")
 
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
@@ -1815,13 +1820,12 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
     return [*changes, message.new_members(beside, "params")] if beside else changes
 
 
-def without_answers(text: str) -> str:
-    """A request as it came first: what one server has asked, and got, is no other's business."""
-    message = parse_message(text)
-    if ANSWERS.isdisjoint(message.params):
-        return text
-    params = {name: value for name, value in message.raw_members("params").items() if name not in ANSWERS}
-    return message.changed([(*message.span("params"), as_object(params))]).decode()
+def without_params(message: Message, names: frozenset[str]) -> Message:
+    """A request without these parameters."""
+    if names.isdisjoint(message.params):
+        return message
+    params = {name: value for name, value in message.raw_members("params").items() if name not in names}
+    return parse_message(message.changed([(*message.span("params"), as_object(params))]).decode())
 
 
 def digest_of(message: Message) -> int:
@@ -1926,27 +1930,53 @@ def is_input_required(response: ResponseLine | Message) -> bool:
 
 
 _COMPLETE_FIRST = re.compile(rb'[ \t]*"resultType": ?"complete"(?:, ?|(?=\}))')
+_OTHER_STRUCTURE = re.compile(rb'"structuredContent"\s*:\s*[^{\s]')
+_MODERN_NAMES = b'"resultType"', b'"ttlMs"', b'"cacheScope"', b'"outputSchema"'
 
 
 def result_without(response: ResponseLine | Message, raw_id: bytes) -> list:
-    """A response's payload with another id and without the members that only modern results have."""
+    """A response's payload with another id and without what only modern results have: some members, and in a tool's
+    output anything but an object (MCP 2025-11-25, Schema, CallToolResult)."""
     if isinstance(response, ResponseLine):
         at, line = response.result_start, response.line
         match = at is not None and _COMPLETE_FIRST.match(line, at)
         # None of the other names behind it, in whatever object: it can be taken out without a look at the rest.
-        if match and all(line.find(name, match.end()) < 0 for name in (b'"resultType"', b'"ttlMs"', b'"cacheScope"')):
+        if match and all(line.find(name, match.end()) < 0 for name in _MODERN_NAMES) and not (
+                _OTHER_STRUCTURE.search(line, match.end())):
             return response.with_id(raw_id, match.start(), match.end())
         response = response.parsed()
-    changes = [response.new_id(raw_id)]
-    if isinstance(response.members.get("result"), tuple):
-        kept = {name: value for name, value in response.raw_members("result").items()
-                if name not in ("resultType", "ttlMs", "cacheScope")}
+    changes, result = [response.new_id(raw_id)], response.members.get("result")
+    if isinstance(result, tuple):
+        kept = {name: value for name, value in response.raw_members("result").items() if not (
+            name in ("resultType", "ttlMs", "cacheScope") or name == "structuredContent" and value[:1] != "{")}
+        tools = members_of(result).get("tools")
+        if isinstance(tools, list):
+            kept["tools"] = f"[{','.join(map(as_legacy_tool, split_batch(kept['tools'], len(tools))))}]"
         changes.append((*response.span("result"), as_object(kept)))
     return [response.changed(changes)]
 
 
+@functools.lru_cache(maxsize=1024)
+def as_legacy_tool(text: str) -> str:
+    """A tool as a list has it for legacy clients, of which some take none of a list that has a schema which is not
+    an object's. MCP 2025-11-25, Schema, Tool: outputSchema is "restricted to type: "object" at the root level"."""
+    if '"outputSchema"' not in text:
+        return text
+    with contextlib.suppress(RecursionError):
+        schema = member_at(json.loads(text), ("outputSchema",))
+        properties = member_at(schema, ("properties",)) or {}
+        if schema is None or isinstance(properties, dict) and member_at(schema, ("type",)) == "object" and (
+                all(isinstance(one, dict) for one in properties.values())):
+            return text
+    return as_object({name: value for name, value in JSONObject(text).raw_members().items() if name != "outputSchema"})
+
+
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
 STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
+# A legacy server's codes as modern ones: MCP 2026-07-28, Resources, Error Handling; and what is a code of this revision
+# means something else with that server.
+MODERN_CODES = {RESOURCE_NOT_FOUND: INVALID_PARAMS,
+                **dict.fromkeys((HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION), INTERNAL_ERROR)}
 
 
 def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
@@ -1967,12 +1997,18 @@ def speaks_modern(response: Message) -> bool:
     return MODERN_VERSION in strings_of((response.result or {}).get("supportedVersions"))
 
 
-def others_spoken(error: object) -> str:
-    """The revisions that a server names which does not speak ours, by its error to server/discover, where it is not to
-    be greeted the other way either. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
-    versions = strings_of(member_at(error, ("data", "supported")))
-    is_known = not {MODERN_VERSION, *LEGACY_VERSIONS}.isdisjoint(versions)
-    return ", ".join(versions)[:200] if member_at(error, ("code",)) == UNSUPPORTED_VERSION and not is_known else ""
+def check_is_legacy(found: ServerError | Message) -> None:
+    """RefusedAsModern when a server is not to be greeted the other way either, by its error or its answer to
+    server/discover. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
+    error, result = (found.data, None) if isinstance(found, ServerError) else (None, found.result)
+    code = member_at(error, ("code",))
+    if code in (HEADER_MISMATCH, MISSING_CAPABILITY):
+        raise RefusedAsModern(f"the MCP server refused: {str(member_at(error, ('message',)))[:200]}")
+    versions = strings_of(member_at(error, ("data", "supported")) if code == UNSUPPORTED_VERSION else
+                          member_at(result, ("supportedVersions",)))
+    if versions and {MODERN_VERSION, *LEGACY_VERSIONS}.isdisjoint(versions):
+        spoken = ", ".join(versions)[:200]
+        raise RefusedAsModern(f"the MCP server speaks {spoken}, and none of the revisions known here")
 
 
 def merged(one: dict, other: dict) -> dict:
@@ -1983,6 +2019,12 @@ def merged(one: dict, other: dict) -> dict:
         result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else (
             mine if isinstance(mine, dict) else value if isinstance(value, dict) else mine or value)
     return result
+
+
+def without_session(capabilities: dict) -> dict:
+    """What is left of capabilities for a legacy client that has no session."""
+    return {name: {what: value for what, value in one.items() if what not in ("subscribe", "listChanged")}
+            if isinstance(one, dict) else one for name, one in capabilities.items() if name != "logging"}
 
 
 class Identity:
@@ -2003,17 +2045,22 @@ class Identity:
         info = info if isinstance(info, dict) else {}
         self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
 
-    def initialize_result(self, version: str) -> bytes:
+    def initialize_result(self, version: str, has_session: bool = True) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
+        capabilities = None if has_session else dump(without_session(self.capabilities))
         if "protocolVersion" in self._result and self.era is LEGACY:
-            return as_object(self._response.raw_members("result") | {"protocolVersion": f'"{version}"'}).encode()
-        return self._object(protocolVersion=f'"{version}"', capabilities=None, instructions=None,
+            new = {"protocolVersion": f'"{version}"', **({"capabilities": capabilities} if capabilities else {})}
+            return as_object(self._response.raw_members("result") | new).encode()
+        return self._object(protocolVersion=f'"{version}"', capabilities=capabilities, instructions=None,
                             serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
 
     def discover_result(self) -> bytes:
         """The result of `server/discover`."""
-        return self._object(supportedVersions=dump([MODERN_VERSION, *LEGACY_VERSIONS]), capabilities=None,
-                            instructions=None, **additions("server/discover", self.info).members)
+        capabilities = {name: value for name, value in self._response.raw_members("result", "capabilities").items()
+                        if name != "tasks"}            # SEP-2663: they "MUST NOT continue to advertise"
+        return self._object(supportedVersions=dump([MODERN_VERSION, *LEGACY_VERSIONS]),
+                            capabilities=as_object(capabilities), instructions=None,
+                            **additions("server/discover", self.info).members)
 
     def _object(self, **members: str | None) -> bytes:
         """An object of these members (name -> JSON); None takes what the server said."""
@@ -2077,6 +2124,20 @@ def cut_result(response: Message, limit: int) -> Message:
         return response
     members["content"] = f"[{','.join(blocks)}]"
     return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
+
+
+_EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
+
+
+def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
+    """A page of a legacy server's list as a modern client understands it; see next_cursor()."""
+    if isinstance(response, ResponseLine) and not _EMPTY_CURSOR.search(response.line):
+        return response
+    response = response.parsed()
+    if members_of(response.members["result"]).get("nextCursor") != "":
+        return response
+    kept = {name: value for name, value in response.raw_members("result").items() if name != "nextCursor"}
+    return parse_message(response.changed([(*response.span("result"), as_object(kept))]).decode(), is_servers=True)
 
 
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
@@ -2759,8 +2820,9 @@ class Target(typing.NamedTuple):
         if self.name is not None:
             path = ("params", "name") if "name" in message.params else ("params", "ref", "name")
             changes.append((*message.span(*path), quoted(self.name)))
-        is_object = isinstance(arguments, tuple | None)          # anything else is the server's to refuse
-        if override and (override.defaults or override.fixed) and is_object:
+        if override and (override.defaults or override.fixed):
+            if not isinstance(arguments, tuple | None):
+                raise RPCError("arguments must be an object", code=INVALID_PARAMS)
             given = message.raw_members("params", "arguments") if arguments else {}
             fixed = {name: dump(value) for name, value in override.fixed.items()}
             taken = set(map(str.casefold, fixed))          # for some readers, Raw is raw; see check_lookalikes()
@@ -5677,8 +5739,8 @@ class RemoteLink(Link):
     def _on_greeted(self, answer: asyncio.Future) -> None:
         head, body = answer.result() if answer.exception() is None else (None, b"")
         member = b"supportedVersions" if self.revision == MODERN_VERSION else b"protocolVersion"
-        if head and head.status in (200, 400, 404, 405) and (
-                head.status != 200 or member not in body or SESSION_ID_HEADER.lower() in head.headers):
+        if head and head.status in (200, 400, 404, 405) and (head.status != 200 or member not in body or (
+                SESSION_ID_HEADER.lower() in head.headers and self.revision != MODERN_VERSION)):
             self.end("does not speak as it did before")
 
     async def _stop(self) -> None:
@@ -5717,7 +5779,8 @@ class RemoteLink(Link):
         _, method, name, more, way = about or (0, "", None, (), "")
         headers = [("Content-Type", JSON_TYPE), ("Accept", f"{JSON_TYPE}, {EVENT_STREAM_TYPE}"), *more]
         if method == "server/discover" or self.revision == MODERN_VERSION:
-            headers += [("MCP-Protocol-Version", MODERN_VERSION), ("Mcp-Method", encode_header(method))]
+            headers.append(("MCP-Protocol-Version", MODERN_VERSION))
+            headers += [("Mcp-Method", encode_header(method))] if method else []          # a notification has none
             if name is not None:
                 headers.append(("Mcp-Name", encode_header(name)))
         elif method != "initialize":
@@ -6034,7 +6097,10 @@ class OwnRequest(PendingRequest):
         """The response, which has a result; HandshakeRefused when it is an error."""
         message = await self.response
         if message.result is None:
-            raise HandshakeRefused("the MCP server refused", data=None if message.is_result else message.value("error"))
+            error = None if message.is_result else message.value("error")
+            words = member_at(error, ("message",))
+            raise HandshakeRefused(f"the MCP server refused{f': {words[:1_000]}' if isinstance(words, str) else ''}",
+                                   data=error)
         return message
 
 
@@ -6063,6 +6129,7 @@ class ServerConnection(Holder):
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
         self.next_id = itertools.count(1).__next__        # of a request to the server
+        self.tokens: dict[int, tuple] = {}                # (session, its token), by the id of a call that became a task
         self._waiting: collections.deque[tuple] = collections.deque()      # (principal, size) of what waits to be read
         self._shares: collections.Counter = collections.Counter()         # the same together, by principal
 
@@ -6100,9 +6167,8 @@ class ServerConnection(Holder):
                         if greeting.done() and not greeting.exception():
                             raise GreetedTwice("the MCP server was greeted in both eras")
                     return self._greeted(MODERN, probe.result())
-                others = others_spoken(getattr(probe.exception(), "data", None)) if probe in done else ""
-                if others:
-                    raise OtherRevisions(f"the MCP server speaks {others}, and none of the revisions known here")
+                if probe in done:
+                    check_is_legacy(probe.exception() or probe.result())
                 if greeting in done:
                     if not greeting.exception():
                         return self._greeted(LEGACY, greeting.result())
@@ -6268,6 +6334,8 @@ class ServerConnection(Holder):
         if message.kind is RESPONSE:
             self._resolve(as_own_id(message.id), message)
         elif message.kind is REQUEST:
+            if self.era is MODERN:
+                raise RPCError("a request, as only legacy servers make them")
             self._count_flood()
             self._on_request(self, message, self._cause(cause))
         else:
@@ -6282,7 +6350,7 @@ class ServerConnection(Holder):
             pending.on_progress(message)
         elif pending:
             pending.on_event(message)
-        elif not (token or subscription):
+        elif token or not subscription:
             self._on_notification(message, self._cause(cause))
 
     def _cause(self, number: int | None) -> PendingRequest | None:
@@ -6309,10 +6377,10 @@ class ServerConnection(Holder):
             return                              # not even that
         if not is_id(request_id):
             return
-        if "method" in junk:
-            self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
-        else:
+        if "method" not in junk:
             self._fail(as_own_id(request_id), ServerError(f"the MCP server's answer is not valid: {error}"))
+        elif self.era is LEGACY:                # MCP 2026-07-28, stdio: "MUST NOT write JSON-RPC responses"
+            self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
 
     def _count_flood(self) -> int:
         count = self.flood.add(self._now())
@@ -6632,7 +6700,8 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
-    told = outward(client, instance, message) if client else message
+    # A request about a task is about the client's own.
+    told = outward(client, instance, message) if client and not message.method.startswith("tasks/") else message
     if told is not message:
         question.message, question.payload = told, told.with_id(b"%d" % question.id)
     if connection.flood.count <= LOGGED_QUESTIONS:
@@ -6648,12 +6717,15 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         question.refuse(NO_CLIENT_CAN if session or calls else NOBODYS)
 
 
-def claim(instance, client, response: Message) -> None:
+def claim(instance, call, response: Message) -> None:
     """Remembers the task or the elicitations that the response to a client's call names: they are its own."""
-    result = members_of(response.members.get("result"))
+    result, client = members_of(response.members.get("result")), call.client
     for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
         if isinstance(task.get("taskId"), str):
             instance.owners.remember(("task", task["taskId"]), client)
+            if call.token and client.is_session:
+                make_room_in(call.connection.tokens, KNOWN_OWNERS, lambda known: known[0])
+                call.connection.tokens[call.server_id] = client, call.token
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
         named = members_of(members_of(response.members["error"]).get("data")).get("elicitations")
         for elicitation in map(members_of, named if isinstance(named, list) else ()):
@@ -6764,10 +6836,18 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
         question.take_back([message.changed([(*message.span("params", "requestId"), str(question.id))])])
 
 
+def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) -> None:
+    """Progress of what is no running call. MCP 2025-11-25, Progress: a task has its token after the call has ended."""
+    tokens, token = instance.connection.tokens if instance.connection else {}, message.params.get("progressToken")
+    client, own = tokens.get(as_own_id(token), (None, "")) if is_id(token) else (None, "")
+    if client and instance.sessions.get(client.id) is client:
+        client.stream.send([message.changed([(*message.span("params", "progressToken"), own)])])
+
+
 # To route another notification, add a row; what is not here goes where a log message goes.
 NOTIFICATION_ROUTES = {
     "notifications/cancelled": _to_asked,
-    "notifications/progress": lambda *_: None,       # it should have named a request, and did not
+    "notifications/progress": _to_owner_of_task,
     RESOURCE_UPDATED: _to_subscribers,
     **{method: _to_all for _, method in LIST_CHANGES.values()},
 }
@@ -7348,9 +7428,10 @@ class Instance:
                     await asyncio.shield(connection.link.stop())
             # What a client said in its handshake, or set as a variable, may be wrong.
             is_ours = not self.variables and (self.is_told_ours or not isinstance(error, HandshakeRefused))
-            self.server.on_error(error, self.words, is_ready, is_ours)
+            reason = self.redact(str(error))
+            self.server.on_error(reason, self.words, is_ready, is_ours)
             if not is_ready:
-                log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=str(error))
+                log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=reason)
                 self.failure, self.failed_at = error, self.server.now()
                 self._settle_start(error)
             if self.is_private:
@@ -7391,7 +7472,8 @@ class Instance:
                 await asyncio.shield(link.stop())
                 if not isinstance(error, ServerError):
                     raise
-                failure = error
+                if not isinstance(failure, HandshakeRefused) or member_at(error.data, ("code",)) != METHOD_NOT_FOUND:
+                    failure = error             # what does not know our words says nothing of what is wrong
                 if isinstance(error, GreetedTwice):
                     log.info("= server %(server)s was slow and got the greetings of both eras: it is started again",
                              server=self.server.name)
@@ -7399,7 +7481,7 @@ class Instance:
                     return await self._connect(initialize)           # a fresh one is spoken to in that alone
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
-                elif era is LEGACY or link.is_remote or isinstance(error, OtherRevisions):
+                elif era is LEGACY or link.is_remote or isinstance(error, RefusedAsModern):
                     self.has_failed = era is LEGACY
                     break                       # it died: no other words will help
         if isinstance(failure, HandshakeRefused):
@@ -7637,6 +7719,14 @@ class Client(Holder):
         """The one that its requests go to if it is shown one server."""
         return self.at(self.mount.server(self.view.members[0].name))
 
+    def notify(self, message: Message) -> None:
+        """Its notification to the modern servers that it is shown: extensions may have some."""
+        check_parameters(message)
+        for member in self.view.servers:
+            connection = self.at(self.mount.server(member.name)).connection
+            if connection and connection.era is MODERN:
+                connection.send_if_possible(message.payload[0], self.principal)
+
     def take_back(self, notification: Message) -> None:
         """Its notification that it cancels a request."""
         request_id = notification.params.get("requestId")
@@ -7811,11 +7901,11 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. One of another
-        process is followed by what nobody has heard here."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's
+        own of another process is followed by what nobody has heard here."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
-        if not name.endswith(self._tag):
+        if name.startswith("0.") and not name.endswith(self._tag):
             return self.stream, None
         if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number) or (
                 stream.is_ended and stream.has_forgotten):
@@ -7849,8 +7939,16 @@ class Session(Client):
                 # We told the server when it was ready. A spare one had no client then that it could ask for roots.
                 if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
                     connection.send_if_possible(encode_request(None, "notifications/roots/list_changed"))
-            elif message.method != "notifications/roots/list_changed" or instance.is_private:
-                connection.send_if_possible(message.payload[0], self.principal)      # one for many knows of no roots
+            elif instance.is_private or self._may_tell(connection, message):
+                connection.send_if_possible(message.payload[0], self.principal)
+
+    def _may_tell(self, connection: ServerConnection, message: Message) -> bool:
+        """May a server for many hear this? Nothing of roots, which it knows of nobody; and progress only of what it has
+        asked this client, by the token that it gave."""
+        if message.method == "notifications/progress":
+            asked = [question.message.meta for question in connection.questions.values() if question.client is self]
+            return any(meta.get("progressToken") == message.params.get("progressToken") for meta in asked)
+        return message.method != "notifications/roots/list_changed"
 
     def give(self) -> None:
         """Holds subscriptions."""
@@ -8014,10 +8112,10 @@ class Server:
     def can_be_used(self) -> bool:
         return self.state == "ready" or not (self.is_for_all or self.start_failed)
 
-    def on_error(self, error: ServerError, words: str, has_started: bool, is_ours: bool) -> None:
+    def on_error(self, reason: str, words: str, has_started: bool, is_ours: bool) -> None:
         """An instance could not be started, or has ended, with these last words; `is_ours`: no client can be the
         reason."""
-        self.last_error = f"{error}: {words}" if words and words not in str(error) else str(error)
+        self.last_error = f"{reason}: {words}" if words and words not in reason else reason
         self.last_error_at = self.now()
         self.start_failed = self.start_failed or not (has_started or self.takes_variables) and is_ours
 
@@ -8780,6 +8878,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0) -> t
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
 SUBSCRIPTIONS = 1_000            # of one client
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
+REPEAT_SECONDS = 0.1             # more each time, before it gets the call again without having asked for anything
 
 
 def listened_for(message: Message) -> dict:
@@ -8839,7 +8938,7 @@ class LegacyClientBridge(Bridge):
         version = identity.version if is_answered else negotiate(message.params.get("protocolVersion"))
         if client.is_session:
             client.introduce(message, version)
-        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version)))
+        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version, client.is_session)))
 
     def set_level(self, exchange: "Exchange", message: Message) -> bool | None:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
@@ -8939,9 +9038,9 @@ class ModernClientModernServer(Bridge):
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
-        if exchange.is_endless:
-            return exchange.finish([self._under_own_id(exchange, response.parsed(), "result")])
-        exchange.finish(response.with_id(exchange.raw_id), error_status(response))
+        payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
+            response.with_id(exchange.raw_id))
+        exchange.finish(payload, error_status(response))
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
         exchange.tell([self._under_own_id(exchange, message, "params")])
@@ -8978,11 +9077,13 @@ class ModernClientLegacyServer(Bridge):
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         if response.is_result:
+            if exchange.method in LISTS:
+                response = without_empty_cursor(response)
             return exchange.finish(result_with(response, exchange.raw_id, additions(
                 exchange.method, exchange.instance.identity.info)))
-        # MCP 2026-07-28, Resources, Error Handling
-        codes = {RESOURCE_NOT_FOUND: INVALID_PARAMS}
-        exchange.finish(error_with(response.parsed(), exchange.raw_id, codes), error_status(response))
+        response = response.parsed()
+        code = MODERN_CODES.get(response.error_code, response.error_code)
+        exchange.finish(error_with(response, exchange.raw_id, MODERN_CODES), STATUS_OF_CODE.get(code, 200))
 
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         exchange.begin_dialogue().ask_by_parking(question, missing)
@@ -9021,6 +9122,7 @@ class ModernClientLegacyServer(Bridge):
 
     def retry(self, exchange: "Exchange", message: Message) -> bool | None:
         """A request that comes again with answers goes on where its call was parked."""
+        message = exchange.message = without_params(message, TASK)          # SEP-2663: "servers MUST ignore it"
         if "requestState" not in message.params:
             return True
         state = message.params.get("requestState")
@@ -9084,6 +9186,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         state = response.raw("result", "requestState") if "requestState" in result else None
         wanted = result.get("inputRequests")
         wanted = wanted if isinstance(wanted, dict) else {}
+        if not wanted and state is None:
+            raise ServerError("the MCP server asked for input, and not for which")
 
         def gathered(key: str, text: str) -> None:
             if exchange.is_done:
@@ -9097,8 +9201,9 @@ class LegacyClientModernServer(LegacyClientBridge):
             if exchange.is_done:                              # a question could not be asked
                 return
             self._ask_client(exchange, key, request, gathered)
-        if not wanted:
-            self._repeat(exchange, answers, state)
+        if not wanted:                                        # "the client MAY retry the original request immediately"
+            asyncio.get_running_loop().call_later(REPEAT_SECONDS * (dialogue.rounds - 1), self._repeat, exchange, {},
+                                                  state)
 
     def _ask_client(self, exchange: "Exchange", key: str, request: object, gathered) -> None:
         request = request if isinstance(request, dict) else {}
@@ -9123,6 +9228,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         exchange.begin_dialogue().ask_session(question)
 
     def _repeat(self, exchange: "Exchange", answers: dict[str, str], state: str | None) -> None:
+        if exchange.is_done:
+            return
         gathered = exchange.dialogue.gathered = {"inputResponses": as_object(answers)} if answers else {}
         if state:
             gathered["requestState"] = state
@@ -9478,10 +9585,7 @@ class ClientRequest(PendingRequest, Holder):
 
     def finish(self, payload: list, status: int = 200) -> None:
         """The answer is there."""
-        outlet = self.outlet
         self.end(Outcome.ANSWERED, payload, status)
-        if self.is_endless and outlet.transport == "stdio":          # it has no stream that ends. MCP 2026-07-28,
-            outlet.send([encode_request(None, "notifications/cancelled", {"requestId": self.id})])       # Cancellation
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         """There is an error in place of it."""
@@ -9710,7 +9814,12 @@ class Exchange(ClientRequest):
         tools = tools.fresh if rules else tools.known          # what was allowed may be no more
         if tools is None or name not in tools:
             return False
-        self._check_by(tools)
+        try:
+            self._check_by(tools)
+        except RPCError:
+            if tools is self.instance.tools.fresh:
+                raise
+            return False                    # it may be another tool by now
         return True
 
     def _check_by(self, tools: Items) -> None:
@@ -9719,6 +9828,16 @@ class Exchange(ClientRequest):
             raise self.client.view.refusal(self.target.server, "tools", name, self.name)
         if self.headers is not None and name in tools.mirrored:
             check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
+
+    async def _check_by_list(self) -> None:
+        kept = self.instance.tools
+        try:
+            tools = await kept.get(refresh=kept.known is not None)
+        except ServerError:
+            if self.target and self.target.rules:
+                raise
+        else:                               # otherwise nothing is known that it could break
+            self._check_by(tools)
 
     def _is_repeated_at(self, connection: ServerConnection) -> bool:
         return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
@@ -9736,7 +9855,7 @@ class Exchange(ClientRequest):
             connection = await self._connection()
             self.message = self.message or parse_message(self.text)
             if not self._is_checked(connection):
-                self._check_by(await self.instance.tools.get(refresh=self.instance.tools.known is not None))
+                await self._check_by_list()
         except Exception as error:
             self.on_failure(as_told(error))
         else:
@@ -9803,7 +9922,11 @@ class Exchange(ClientRequest):
         if self.target and self.target.override and isinstance(arguments or {}, dict):
             override = self.target.override
             arguments = {**override.defaults, **(arguments or {}), **override.fixed}
-        return mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
+        own = mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
+        # "Intermediate servers that do not recognize an Mcp-Param-{Name} header MUST forward it."
+        given = (self.http_headers or {}).items() if self.envelope else ()
+        return *own, *((name, value) for name, value in given
+                       if name.startswith("mcp-param-") and name not in dict(own))
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone. A part of it that may still
@@ -9827,13 +9950,15 @@ class Exchange(ClientRequest):
             if not response.is_result:
                 if self._ask_next():
                     return None
+                if self.connection.link.is_remote and response.parsed().error_code == HEADER_MISMATCH:
+                    self.instance.tools.is_old = True        # an argument is to be repeated in another header now
                 # A resource that nobody knows may be that of a server which cannot be asked.
                 if self.missing and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
                     why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
                     raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
-                claim(self.instance, self.client, response)
+                claim(self.instance, self, response)
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
                 response = outward(self.client, self.instance, response)
@@ -9889,7 +10014,7 @@ class Exchange(ClientRequest):
             self._become(WAITING)
         self.server_id, self.message = None, None
         if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
-            self.text = without_answers(self.text)
+            self.text = without_params(parse_message(self.text), ANSWERS).text           # is no other's business
             if self.dialogue:
                 self.dialogue.gathered = {}
         self._begin_soon()
@@ -10131,11 +10256,15 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
     # A cache goes by the URL, and knows nothing of a header or a key.
-    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not view.limits
+    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and (
+        client.caller is None)
     # Of a group, another member may have answered than is asked next.
     identity = None if view.is_joint else client.only_instance.identity
-    exchange.answer({LISTS[exchange.method][0]: f"[{','.join([text for _, _, text in shown.values()])}]"}, missing, ttl,
-                    is_public, identity and identity.info)
+    texts = [text for _, _, text in shown.values()]
+    if exchange.method == "tools/list" and not exchange.envelope:
+        texts = map(as_legacy_tool, texts)
+    exchange.answer({LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,
+                    identity and identity.info)
 
 
 async def answer_handshake(exchange: JointExchange, message: Message) -> None:
@@ -10152,6 +10281,8 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
     for kind, _ in LIST_CHANGES.values():
         if isinstance(capabilities.get(kind), dict):
             capabilities[kind] = {**capabilities[kind], "listChanged": True}          # servers may come and go
+    if is_initialize and not client.is_session:
+        capabilities = without_session(capabilities)
     members = {"capabilities": dump(capabilities)}
     instructions = [f"# {member.name}\n\n{identity.instructions}" for member, identity in found
                     if identity.instructions]
@@ -10229,7 +10360,9 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
     # Where a call is that comes with a state, only that tells: what had it may be configured no more.
-    if view.is_plain and not (envelope and "requestState" in message.params):
+    # And a list may say that any cache may keep it, which knows nothing of keys.
+    if view.is_plain and not (envelope and (
+            "requestState" in message.params or method == "tools/list" and client.caller)):
         return Exchange(client, client.only_instance, message, outlet, envelope, trace, headers)
     if view.is_joint and method in JOINT or method in LISTS and (view.is_joint or method == "tools/list"):
         return JointExchange(client, None, message, outlet, envelope, trace)
@@ -11838,6 +11971,8 @@ class Endpoints(Application):
         if message.kind is RESPONSE:
             raise RPCError(f"clients send no responses in {MODERN_VERSION}")
         if message.kind is NOTIFICATION:
+            if message.method != "notifications/cancelled":          # over HTTP, to hang up is to cancel
+                self._visit(admission, reply).notify(message)
             return reply.send(202, [])
         headers = admission.head.headers
         envelope = check_modern(message, headers)
@@ -12019,6 +12154,22 @@ class LineStream(Stream):
         self._reader.write([*payload, b"\n"])
 
 
+class StdioOutlet(StreamOutlet):
+    """Into stdout, where a subscription has no stream that ends with it. MCP 2026-07-28, Cancellation."""
+
+    transport = "stdio"
+
+    def __init__(self, stream: Stream, asks: bool):
+        super().__init__(stream)
+        self.asks = asks
+
+    def finish(self, payload: list, status: int, headers: tuple = ()) -> None:
+        call = self.exchange
+        self.send(payload)
+        if call.is_endless and call.has_begun:
+            self.send([encode_request(None, "notifications/cancelled", {"requestId": call.id})])
+
+
 class StandardStreams(asyncio.BaseProtocol):
     """The client on stdin and stdout. MCP 2025-11-25, Transports, stdio, and 2026-07-28, stdio."""
 
@@ -12055,6 +12206,8 @@ class StandardStreams(asyncio.BaseProtocol):
             self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._on_end()))
 
     async def _on_end(self) -> None:
+        for question in list(self._session.questions.values()) if self._session else ():
+            question.refuse(NO_CLIENT_CAN)                                     # nobody can answer it
         deadline = self._mount.now() + self._mount.settings.shutdown_grace
         await self._mount.drain(self._mount.settings.shutdown_grace)           # what was asked is answered,
         while self._output and self._output.get_write_buffer_size() and self._mount.now() < deadline:
@@ -12113,6 +12266,8 @@ class StandardStreams(asyncio.BaseProtocol):
                     client.take_back(message)
             elif self._session:
                 self._session.receive(message)
+            else:
+                self._visitor.notify(message)
         except ProxyError as error:
             self._refuse(error, message.raw_id if message and message.kind is REQUEST else None, message)
 
@@ -12131,8 +12286,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
     def _serve(self, client: Client, message: Message, envelope: Envelope | None) -> None:
         self._visitor.view = self._mount.catalog.view()    # the file may have been read again
-        outlet = StreamOutlet(self._stream)
-        outlet.asks, outlet.transport = client.is_session, "stdio"
+        outlet = StdioOutlet(self._stream, client.is_session)
         exchange = new_exchange(client, message, outlet, envelope)
         if client.is_session and message.method == "initialize":
             exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
