@@ -6119,7 +6119,6 @@ class ServerConnection(Holder):
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         # Clients' calls that are running and may cause what the server sends, the oldest first, and whose they are.
         self.causes: dict[PendingRequest, object] = {}
-        self._is_ones = None                               # are they all of one client? None: that is not known
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
         self._withdrawn = 0                               # requests that it may answer all the same
@@ -6264,22 +6263,6 @@ class ServerConnection(Holder):
             line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
             with contextlib.suppress(ServerError):
                 self.send(line, None, request.client and request.client.principal, server_id)
-
-    def add_cause(self, call: PendingRequest, identity: object) -> None:
-        """A client's call runs, that may cause something."""
-        self.causes[call] = identity
-        self._is_ones = None
-
-    def drop_cause(self, call: PendingRequest) -> None:
-        """It does not any more."""
-        self.causes.pop(call, None)
-        self._is_ones = None
-
-    def causes_of_one(self) -> list[PendingRequest]:
-        """All such calls if they are one client's; otherwise none."""
-        if self._is_ones is None:              # a server may send much before this changes
-            self._is_ones = len(set(self.causes.values())) == 1
-        return list(self.causes) if self._is_ones else []
 
     def give_up(self, now: float, patience: float) -> None:
         """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
@@ -6662,7 +6645,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
-        return connection.causes_of_one(), None
+        return list(connection.causes) if len(set(connection.causes.values())) == 1 else [], None
     if len(instance.sessions) > 1:
         return [], None
     # Nobody is there but this session, and calls that wait for their clients.
@@ -9177,7 +9160,7 @@ class LegacyClientModernServer(LegacyClientBridge):
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
-        exchange.connection.drop_cause(exchange)              # until it is made again
+        exchange.connection.causes.pop(exchange, None)        # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
         if dialogue.rounds > ROUNDS or exchange.text is None:
@@ -9637,7 +9620,7 @@ class ClientRequest(PendingRequest, Holder):
 
     def _cause_no_more(self) -> None:
         """What the server says by itself may still be about this for a while, but it is not told to this client."""
-        self.connection.drop_cause(self)
+        self.connection.causes.pop(self, None)
         callers, identity = self.instance.recent_callers, self.client.identity
         callers.pop(identity, None)
         callers[identity] = self.client.mount.now()
@@ -9701,7 +9684,7 @@ class ClientRequest(PendingRequest, Holder):
         self.started = retry.started                # the time of people is not the server's
         self._serve(message, retry.outlet)
         self._enter_books()
-        self.connection.add_cause(self, self.client.identity)
+        self.connection.causes[self] = self.client.identity
         self.touch()
 
 
@@ -9911,7 +9894,7 @@ class Exchange(ClientRequest):
         self.server_id = number
         connection.pending[number] = self
         if self.method in MAY_CAUSE:
-            connection.add_cause(self, self.client.identity)
+            connection.causes[self] = self.client.identity
         self.message = None
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
