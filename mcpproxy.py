@@ -6255,6 +6255,10 @@ class ServerConnection(Holder):
         self.send_request(request, method, params or {}, way)
         return request
 
+    def ping(self) -> asyncio.Future[Message]:
+        """Asks for a sign of life, which an error is, too: not every server knows what it is asked."""
+        return self.request("server/discover" if self.era is MODERN else "ping", None).response
+
     def cancel(self, server_id: int, reason: str, line: bytes | None = None) -> None:
         """Tells the server to stop work on a request, if it is at work on it; in the words of `line`, if given."""
         request = self.pending.pop(server_id, None)
@@ -7527,7 +7531,7 @@ class Instance:
         if connection and not self.is_private:
             connection.silences += 1
             if connection.silences == SILENCES:
-                connection.request("server/discover" if connection.era is MODERN else "ping", None)
+                connection.ping()
                 asyncio.get_running_loop().call_later(
                     min(PING_SECONDS, self.server.settings.request_timeout), self._replace_silent, connection)
 
@@ -8131,7 +8135,7 @@ class Server:
         async def ask() -> None:
             if self.is_for_all:
                 connection = await (self.instances.get(()) or self.make_instance()).ready()
-                await connection.request("server/discover" if connection.era is MODERN else "ping", {}).result()
+                await connection.ping()
             elif self.start_failed:
                 await self._try_start()
             self.failures, self._probe_pause = 0, PROBE_PAUSE

@@ -9779,6 +9779,19 @@ def test_group_uses_a_backup_only_while_no_other_is_up(group):
         until(lambda: call_group(proxy, "do") == "a", "the other one again")
 
 
+def test_group_member_that_knows_no_ping_is_back_when_it_answers_again(several, tmp_path):
+    member = [sys.executable, "-c", MEMBER.replace(', "ping": {}', "")]
+    with several(SERVER_ERA="legacy", REQUEST_TIMEOUT="2", a=(
+            [*member, "a", str(tmp_path / "book")], {"group": "g"}), b=(
+            [*member, "b", str(tmp_path / "book")], {"group": "g", "backup": True})) as proxy:
+        until(lambda: proxy.log().count("is ready") == 2, "both members")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            slow = [pool.submit(call_group, proxy, "do", seconds=2.5) for _ in range(3)]
+        assert all("took too long" in str(call.result()) for call in slow)
+        assert call_group(proxy, "do") == "b"
+        until(lambda: call_group(proxy, "do") == "a", "the member that was left out")
+
+
 def test_group_is_listed_by_its_backup_where_the_others_do_not_start(several):
     own = {"group": "g", "shared_session": False}
     with several(a=(["false"], own), b=(FAKE, {**own, "backup": True})) as proxy, ModernClient(
