@@ -4318,9 +4318,7 @@ def main(report, is_strict, unset, ignored, steps, program):
     except OSError as error:
         os.write(report, b"\\n-1 %d" % error.errno)
         sys.exit(126)
-
 """
-
 
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
@@ -4522,7 +4520,9 @@ class Cell:
         environment = {**{name: value for name, value in environment.items()           # these lead out of the home
                           if not (self.home and name.startswith("XDG_")) or name in given},
                        **{name: value for name, value in self.variables.items() if name not in given}}
-        program = shutil.which(command[0], path=environment.get("PATH")) if command else ""
+        name = command[0] if command else ""
+        name = os.path.join(directory or "", name) if "/" in name else name          # as it is without a sandbox
+        program = name and shutil.which(name, path=environment.get("PATH"))
         if program is None:
             raise FileNotFoundError(errno.ENOENT, "")
         steps = self.sandbox.steps(self)

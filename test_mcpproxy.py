@@ -7241,6 +7241,15 @@ def test_sandbox_range_of_users_gives_neither_root_nor_who_runs_the_proxy(uid):
     assert found.returncode and "all users of RUN_AS_USER are taken" in found.stderr
 
 
+@pytest.mark.parametrize("keys", [{}, {"limit_open_files": 500}], ids=["without", "with"])
+def test_sandbox_command_is_looked_for_in_the_directory_that_it_is_started_in(several, tmp_path, keys):
+    program = tmp_path / "run"
+    program.write_text(f"#!/bin/sh\nexec {shlex.join(FAKE)}\n")
+    program.chmod(0o755)
+    with several(x=(["./run"], {"cwd": str(tmp_path), **keys})) as proxy:
+        assert "echo" in names_of(ask_joint(proxy, "tools/list", path="/servers/x/mcp"))
+
+
 def test_sandbox_user_is_not_given_again_while_a_process_is_left(place, any_groups):
     """Its next server would have the other one's process for a neighbour of the same user."""
     needs_nobody()
