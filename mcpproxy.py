@@ -7394,9 +7394,8 @@ class Instance:
             self.server.restarts += number > 0
             connection, is_ready = None, False
             try:
-                connection = await asyncio.wait_for(self._connect(initialize), self.server.settings.request_timeout)
-                if self.state is CLOSED:
-                    raise asyncio.CancelledError       # wait_for() swallows one that comes together with the result
+                async with asyncio.timeout(self.server.settings.request_timeout):     # wait_for() may lose a cancel
+                    connection = await self._connect(initialize)
                 if connection.closed.done():
                     raise connection.closed.result()       # it ended before anybody was told that it is ready
                 self._make_ready(connection, has_run)
