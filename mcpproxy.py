@@ -4912,19 +4912,17 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         if self._pid is None:                  # it could not be started
             return self.end()
         self._reaper.ending(self._pid)
-        for step, patience in SHUTDOWN_STEPS:
-            step(self)
-            if await self._is_gone_within(patience):
+        self._flush()
+        self._stdin.close()                    # MCP, stdio, Shutdown
+        for number, seconds in (0, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0):          # 0 is no signal
+            self.signal_group(number)
+            if await self._is_gone_within(seconds):
                 break
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
         self._reaper.ended(self._tag, self._pid, self._cell)
         self.end()
-
-    def close_stdin(self) -> None:
-        self._flush()
-        self._stdin.close()
 
     def signal_group(self, number: int) -> bool:
         """Signals the server and its children; False when none of them is left."""
@@ -4953,14 +4951,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         if text:
             self.last_words.append(text)
             log.info("server %(server)s: %(text)s", server=self._server, text=text)
-
-
-#   what we do                                                   how many seconds we then wait
-SHUTDOWN_STEPS = (
-    (ServerProcess.close_stdin,                                  2.0),     # MCP, stdio, Shutdown
-    (lambda process: process.signal_group(signal.SIGTERM),       3.0),
-    (lambda process: process.signal_group(signal.SIGKILL),       1.0),
-)
 
 
 # ============================================================================
