@@ -3924,14 +3924,12 @@ class Census:
             self._strays.add(pid)              # nor will it be of the one that is left
         return next(iter(self.servers)) if pid not in self._strays else None
 
-    def reaped(self, usage: Usage) -> None:
-        """Its process has ended, maybe between two looks. The system adds up what children that ended have taken."""
+    def reaped(self, usage: Usage | None = None) -> None:
+        """Its process has ended, maybe between two looks. The system adds up what children that ended have taken. None:
+        it was no server, and what it took is counted as its server's already."""
         before, self._reaped = self._reaped, sum(os.times()[2:4])
-        usage.gone += max(0, self._reaped - before - usage.seconds)
-
-    def skip(self) -> None:
-        """What was waited for was no server; what it took is counted as its server's already."""
-        self._reaped = sum(os.times()[2:4])
+        if usage:
+            usage.gone += max(0, self._reaped - before - usage.seconds)
 
     def forget(self, server: int) -> None:
         """It is gone; what it used counts."""
@@ -4001,10 +3999,7 @@ class Reaper:
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
         # And the users that they have for themselves. What is left of one is killed, so none gets root, or whom we are.
         self.uids = {0, os.getuid()}
-        self._ended: set[str] = set()         # tags whose leftovers are looked for next, and
-        self._left: set[tuple] = set()        # (process id, time of its start) of descendants that they had
-        self._ending: dict[int, set[tuple]] = {}          # the same of servers that are being stopped, by process id
-        self._leases: list = []               # what ended servers had, to be given back, in a thread:
+        self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         self._sweep: asyncio.TimerHandle | None = None
         self._start_watcher()
@@ -4029,7 +4024,7 @@ class Reaper:
             if process_stat(pid)[STATE] == b"Z":
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
-                    self.census.skip()
+                    self.census.reaped()
         if self._watcher and self._watcher.poll() is not None:
             log.warning("! the shell that ends servers if this program is killed has ended, and is started again")
             self._watcher.stdin.close()
@@ -4041,34 +4036,22 @@ class Reaper:
         known = {*self.census.servers, *self.census.ours}
         return {*children_of(os.getpid())} - known if not self.census.starting else set()
 
-    def ending(self, pid: int) -> None:
-        """Says that a server will be stopped: its descendants can still be told."""
-        seen, parents = self._ending.setdefault(pid, set()), [pid]
-        while parents:
-            for child in children_of(parents.pop()):
-                if (one := (child, process_stat(child)[START])) not in seen:
-                    seen.add(one)
-                    parents.append(child)
-
-    def ended(self, tag: str, pid: int | None, lease) -> None:
-        """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease` is
-        closed."""
-        self._left |= self._ending.pop(pid, set()) | self.census.of(pid)
+    def ended(self, tag: str, pid: int | None, lease, descendants: collections.abc.Iterable[tuple] = ()) -> None:
+        """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease`,
+        if it has one, is closed. `descendants`: those that it had while they could be told."""
+        self._ended.append((tag, self.census.of(pid).union(descendants), lease))
         self.census.forget(pid)
-        self._ended.add(tag)
-        self._leases += [lease] if lease else []
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
 
     def sweep(self) -> None:
         """Kills what is left of ended servers now. Reads /proc once: 20 µs a process."""
-        ended, self._ended = self._ended, set()
-        left, self._left = self._left, set()
+        ended, self._ended = self._ended, []
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
-        marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag in ended]
-        found = [pid for pid, start in left if process_stat(pid)[START] == start]
+        marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag, _, _ in ended]
+        found = [pid for _, left, _ in ended for pid, start in left if process_stat(pid)[START] == start]
         if ended and not self.census.servers and self.census.gets_orphans:
             found += self._strangers()
         for pid in list_processes() if marks else ():
@@ -4079,8 +4062,9 @@ class Reaper:
             if process_stat(pid)[STATE] not in (b"Z", b""):
                 log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
-        while self._leases:
-            self._closer.submit(self._leases.pop().close)
+        for _, _, lease in ended:
+            if lease:
+                self._closer.submit(lease.close)           # in a thread, because it may take long
 
     def close(self) -> None:
         """Ends the shell. Every server has to be gone by now."""
@@ -4114,6 +4098,17 @@ def children_of(pid: int) -> list[int]:
                 for child in read_file(f"/proc/{pid}/task/{task}/children").split()]
     except OSError:
         return []
+
+
+def descendants_of(pid: int) -> set[tuple[int, bytes]]:
+    """(process id, time of its start) of what descends from a process."""
+    found, parents = set(), [pid]
+    while parents:
+        for child in children_of(parents.pop()):
+            if (one := (child, process_stat(child)[START])) not in found:
+                found.add(one)
+                parents.append(child)
+    return found
 
 
 def process_stat(pid: int) -> list[bytes]:
@@ -4911,7 +4906,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     async def _stop(self) -> None:
         if self._pid is None:                  # it could not be started
             return self.end()
-        self._reaper.ending(self._pid)
+        descendants = descendants_of(self._pid)
         self._flush()
         self._stdin.close()                    # MCP, stdio, Shutdown
         for number, seconds in (0, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0):          # 0 is no signal
@@ -4921,7 +4916,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._outputs_ended.wait(), LAST_WORDS_SECONDS)
         self._transport.close()
-        self._reaper.ended(self._tag, self._pid, self._cell)
+        self._reaper.ended(self._tag, self._pid, self._cell, descendants)
         self.end()
 
     def signal_group(self, number: int) -> bool:
