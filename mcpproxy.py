@@ -6062,12 +6062,8 @@ class OwnRequest(PendingRequest):
         self.last_sign = now
 
     def on_response(self, response: ResponseLine | Message) -> None:
-        try:
-            message = response.parsed()
-        except RPCError:
-            return self.on_failure(ServerError("the MCP server's answer is not valid"))
         if not self.response.done():
-            self.response.set_result(message)
+            self.response.set_result(response.parsed())
             if self._then:
                 self._then(self.response)
 
