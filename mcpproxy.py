@@ -8108,29 +8108,26 @@ class Server:
 
     def probe(self, others: "collections.abc.Iterable[Server]" = ()) -> None:
         """Finds out now and then whether a server that cannot be used is back; one that its group leaves out, say."""
-        now = self.now()
-        if self.is_up and not self.start_failed or self._probing or now < self._probe_at:
-            return
+        if not (self.is_up and not self.start_failed or self._probing or self.now() < self._probe_at):
+            self._probing = asyncio.get_running_loop().create_task(self._probe(others))
 
-        async def ask() -> None:
-            if self.is_for_all:
-                connection = await (self.instances.get(()) or self.make_instance()).ready()
-                await connection.ping()
-            elif self.start_failed:
-                await self._try_start()
-            self.failures, self._probe_pause = 0, PROBE_PAUSE
+    async def _probe(self, others: "collections.abc.Iterable[Server]") -> None:
+        try:
+            async with asyncio.timeout(PING_SECONDS if self.is_for_all else self.settings.request_timeout):
+                if self.is_for_all:
+                    connection = await (self.instances.get(()) or self.make_instance()).ready()
+                    await connection.ping()
+                elif self.start_failed:
+                    await self._try_start()
+        except Exception:
+            pause, self._probe_pause = self._probe_pause, min(LONGEST_PROBE_PAUSE, 2 * self._probe_pause)
+        else:
+            pause = self._probe_pause = PROBE_PAUSE
+            self.failures = 0
             # It is not to make up for what it missed.
             self.chosen = max(self.chosen, int(self.config.weight * max(
                 (other.chosen / other.config.weight for other in others), default=0)))
-
-        def on_done(task: asyncio.Task) -> None:
-            self._probing = None
-            self._probe_at = self.now() + self._probe_pause
-            if task.cancelled() or task.exception():
-                self._probe_pause = min(LONGEST_PROBE_PAUSE, 2 * self._probe_pause)
-        self._probing = asyncio.get_running_loop().create_task(asyncio.wait_for(
-            ask(), PING_SECONDS if self.is_for_all else self.settings.request_timeout))
-        self._probing.add_done_callback(on_done)
+        self._probing, self._probe_at = None, self.now() + pause
 
     async def _try_start(self) -> None:
         """Starts a spare instance, to see whether that works."""
@@ -8287,11 +8284,6 @@ class Group:
             return given.server if given and given.server in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
                      if named in instance.owners), None) if named else None
-
-    def tick(self) -> None:
-        """Called now and then."""
-        for member in self.members:
-            member.probe(self.members)
 
 
 # ============================================================================
@@ -8497,7 +8489,8 @@ class Mount:
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
         for group in self.groups.values():
-            group.tick()
+            for member in group.members:
+                member.probe(group.members)
         if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
             for server in self.servers.values():
                 server.probe()
