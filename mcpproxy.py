@@ -2650,6 +2650,7 @@ LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "
          "resources/list": ("resources", "uri", "resources"),
          "resources/templates/list": ("resourceTemplates", "uriTemplate", "resources"),
          "skills/list": ("skills", "uri", SKILLS_EXTENSION)}
+PAGED = {**LISTS, "tasks/list": ("tasks", "taskId", "tasks")}        # beside these, what is read for one client alone
 
 
 def fitting(name: str) -> str:
@@ -7086,7 +7087,7 @@ class Items(dict):
 
     def add(self, page: Message) -> None:
         """Takes in one page."""
-        member, key, _ = LISTS[self.method]
+        member, key, _ = PAGED[self.method]
         result = members_of(page.members["result"])
         items, ttl = result.get(member), result.get("ttlMs")
         self.ttl_ms = min(self.ttl_ms, MAX_TTL_MS, ttl if isinstance(ttl, (int, float)) and ttl > 0 else 0)
@@ -7199,8 +7200,8 @@ class KeptList:
         """Reads all pages; what was read for another proxy, which `way` names, is not kept."""
         connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
         items.hearing = hearing(self.instance)
-        cursor, kind, seen = None, LISTS[self.method][0], set()
-        if self.method != "tools/list" and not self.instance.identity.has(LISTS[self.method][2]):
+        cursor, seen, (kind, _, capability) = None, set(), PAGED[self.method]
+        if self.method != "tools/list" and not self.instance.identity.has(capability):
             return items
         for _ in range(MAX_PAGES):
             params = None if cursor is None else {"cursor": cursor}
@@ -10275,33 +10276,21 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
 
 async def answer_tasks(exchange: JointExchange, message: Message) -> None:
     """The client's tasks at all servers."""
-    client, tasks = exchange.client, {}            # name -> text: one that came between two pages moves others on
+    client, tasks = exchange.client, []
 
-    async def ask(instance: Instance) -> tuple[bool, list[str]]:
-        connection, cursor, seen, texts = await instance.ready(), None, set(), []
-        has_tasks = instance.identity.has("tasks")
-        for _ in range(MAX_PAGES if has_tasks else 0):
-            page = await connection.request("tasks/list", None if cursor is None else {"cursor": cursor}).response
-            page = own_tasks(instance, client, page)
-            result = page.result or {}
-            listed = result.get("tasks")
-            if isinstance(listed, list):               # what one of them lists that is no task spoils no other's
-                texts += [text for task, text in zip(listed, split_batch(page.raw("result", "tasks"), len(listed)))
-                          if isinstance(member_at(task, ("taskId",)), str)]
-            cursor = next_cursor(page, connection.era, seen)
-            if cursor is None:
-                break
-        return has_tasks, texts
+    async def ask(instance: Instance) -> tuple[Instance, Items]:
+        return instance, await KeptList(instance, exchange.method).read()
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
         one.name).is_used_by(client)]
     found, missing = await ask_servers(client, lambda instance: None, ask, asked)
-    if not any(has_tasks for _, (has_tasks, _) in found):
+    if not any(instance.identity.has("tasks") for _, (instance, _) in found):
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
-    for member, (_, texts) in found:
-        for task in map(JSONObject, texts):
-            name = f"{member.name}__{task.value('taskId')}"
-            tasks.setdefault(name, task.changed([(*task.span("taskId"), dump(name))]).decode())
-    exchange.answer({"tasks": f"[{','.join(tasks.values())}]"}, missing)
+    for member, (instance, items) in found:
+        for own, text in items.texts.items():
+            if instance.is_ones_own or instance.owners.get(("task", own)) == client.identity:
+                task = JSONObject(text)
+                tasks.append(task.changed([(*task.span("taskId"), dump(f"{member.name}__{own}"))]).decode())
+    exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
 
 
 # What is answered for several servers as one, beside what they list.
