@@ -9760,10 +9760,10 @@ class Exchange(ClientRequest):
     def aim(self, target: Target, left_out: Server | None = None) -> None:
         """Sends it to a server, or to one of a group."""
         server = self.client.mount.server(target.server)
-        self.group = server if server.is_group else None
-        if self.group:
-            server = server.choose(self.client, left_out, self.message or parse_message(self.text), self.http_headers)
-        self.instance, self.target = self.client.at(server), target
+        group = server if server.is_group else None
+        if group:
+            server = group.choose(self.client, left_out, self.message or parse_message(self.text), self.http_headers)
+        self.instance, self.target, self.group = self.client.at(server), target, group
 
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a

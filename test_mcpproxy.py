@@ -14999,6 +14999,18 @@ async def test_conversation_task_that_two_pages_list_is_listed_once():
     assert town.heard_by("a").count("tasks/list") == 2
 
 
+@in_town
+async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resource_has_no_room():
+    town = Town("legacy", ["g.a", "g.b", "c"], max_processes=2, shared_session=False)
+    catalog = town.catalog(["g.a", "g.b", "c"])
+    claiming = dataclasses.replace(catalog.servers["b"], when=mcpproxy.When(key="ann"))
+    town.mount.reload(mcpproxy.Catalog({**catalog.servers, "b": claiming}, is_file=True), ())
+    client = await town.client("legacy")
+    client.client.caller = mcpproxy.Caller("ann", b"")
+    answer, = await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
+    assert answer["error"]["message"] == "too many processes"
+
+
 @pytest.mark.parametrize("end", ["the server dies", "it ends the subscription"])
 @in_town
 async def test_conversation_joint_subscription_to_tasks_ends_when_their_server_says_nothing_of_them_any_more(end):
