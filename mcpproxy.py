@@ -8736,30 +8736,29 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
         raise unknown_task()
-    if not isinstance(name, str):
+    candidates = view.candidates(name) if isinstance(name, str) else []
+    is_extensions = not is_call and method != "completion/complete"
+    if not isinstance(name, str) or is_extensions and len(candidates) != 1:
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
-    if not is_call and method != "completion/complete":                            # of an extension
-        candidates = view.candidates(name)
-        if len(candidates) != 1:
-            raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
+    if is_extensions:
         return [Target(candidates[0].name, name.removeprefix(candidates[0].start_of_names))], {}
     if named is not params:
         target = view.direct("prompts/get", name)
         if target:
             return [target], {}
     kind = "tools" if method == "tools/call" else "prompts"
-    found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
+    found, missing = await gather_lists(client, f"{kind}/list", candidates)
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
-    if member is None and await has_started(client, missing):
-        return await find_targets(client, message)
-    for other in itertools.takewhile(lambda other: other is not member, view.members) if member else ():
+    if member is None:
+        if await has_started(client, missing):
+            return await find_targets(client, message)
+        if missing:
+            raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
+        raise why_closed(view, kind, name, found) or view.unknown(kind, name)
+    for other in itertools.takewhile(lambda other: other is not member, view.members):
         last = other.name in missing and last_listed(client, other, f"{kind}/list")
         if last and name in last.shown(other, view.is_joint):
             raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
-    if member is None and missing:
-        raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
-    if member is None:
-        raise why_closed(view, kind, name, found) or view.unknown(kind, name)
     return [member_target(member, kind, own, name)], {}
 
 
