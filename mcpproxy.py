@@ -8629,21 +8629,25 @@ async def gather_lists(client: Client, method: str, members=None,
     return found, missing
 
 
-async def has_started(client: Client, missing: collections.abc.Iterable[str], patience: float | None = None) -> bool:
+async def have_started(client: Client, missing: collections.abc.Iterable[str], waited: frozenset[str],
+                       patience: float | None = None) -> frozenset[str]:
     """Waits for the first of these servers that has started, or could not, if one is starting; for so many seconds at
-    the most. Is there more to be known of them now? One whose last start failed is not waited for."""
-    starts = []
+    the most. Returns the names of those of which there may be more to be known now. One whose last start failed is not
+    waited for, nor one that was: where there is no room for all, that would have no end."""
+    starts = {}
     for name in missing:
         with contextlib.suppress(ProxyError):
             instance = client.by_name(name)
-            if instance.connection is None and instance.state in (NEW, STARTING) and not instance.failure:
-                starts.append(asyncio.ensure_future(instance.ready()))
-                starts[-1].add_done_callback(lambda start: start.cancelled() or start.exception())
+            if instance.connection is None and instance.state in (NEW, STARTING) and not (
+                    instance.failure or instance.server.name in waited):
+                start = asyncio.ensure_future(instance.ready())
+                start.add_done_callback(lambda start: start.cancelled() or start.exception())
+                starts[start] = instance.server.name
     if not starts:
-        return False
+        return frozenset()
     try:
         done, _ = await asyncio.wait(starts, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
+        return frozenset(map(starts.get, done))
     finally:
         for start in starts:
             start.cancel()
@@ -8723,9 +8727,10 @@ def pick(client: Client, message: Message) -> Target | None:
     return None
 
 
-async def find_targets(client: Client, message: Message) -> tuple[list[Target], dict[str, str]]:
+async def find_targets(client: Client, message: Message,
+                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
     """(Where a request may go that does not say so by a name alone: one after the other until it is not refused; what
-    may be missing there, {name of a server: why})."""
+    may be missing there, {name of a server: why}). `waited`: the servers that were waited for."""
     view, params, method = client.view, message.params, message.method
     # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
     is_call = method in ("tools/call", "prompts/get")
@@ -8750,8 +8755,9 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
     found, missing = await gather_lists(client, f"{kind}/list", candidates)
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
     if member is None:
-        if await has_started(client, missing):
-            return await find_targets(client, message)
+        started = await have_started(client, missing, waited)
+        if started:
+            return await find_targets(client, message, waited | started)
         if missing:
             raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
         raise why_closed(view, kind, name, found) or view.unknown(kind, name)
@@ -8790,7 +8796,8 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
         raise no_tasks()
 
 
-async def find_by_uri(client: Client, uri: str, patience: float | None = 0) -> tuple[list[Target], dict[str, str]]:
+async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
+                      waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
     all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
     are waited for, each for `patience` seconds, or without a limit."""
@@ -8817,8 +8824,9 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0) -> t
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
         if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
-    if patience != 0 and await has_started(client, missing, patience):
-        return await find_by_uri(client, uri, patience)
+    started = patience != 0 and await have_started(client, missing, waited, patience)
+    if started:
+        return await find_by_uri(client, uri, patience, waited | started)
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
         raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)

@@ -15011,6 +15011,15 @@ async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resou
     assert answer["error"]["message"] == "too many processes"
 
 
+@in_town
+async def test_conversation_joint_subscription_does_not_wait_for_a_server_that_has_no_room():
+    town = Town("modern", ["a", "c"], max_processes=1, shared_session=False)
+    client = await town.client("modern")
+    answer, = await town.say_to(client, 1, "subscriptions/listen", {
+        "notifications": {"resourceSubscriptions": ["x:y"]}})
+    assert answer["params"]["notifications"] == {"resourceSubscriptions": ["x:y"]}
+
+
 @pytest.mark.parametrize("end", ["the server dies", "it ends the subscription"])
 @in_town
 async def test_conversation_joint_subscription_to_tasks_ends_when_their_server_says_nothing_of_them_any_more(end):
