@@ -7716,7 +7716,6 @@ class Visitor(Client):
     """A caller without a session."""
 
     is_session = False
-    session_label = ""
     capabilities: dict = {}                         # nobody can ask it anything,
     info = version = log_level = None               # and it has said nothing of itself
 
@@ -7745,7 +7744,7 @@ class Session(Client):
                  principal: object, is_streamable: bool, name: str | None = None):
         super().__init__(mount, view, caller, variables, principal)
         self.id = self.identity = name or os.urandom(16).hex()
-        self.label = self.session_label = label_of(self.id)
+        self.label = label_of(self.id)
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
         self.transport = "streamable-http" if is_streamable else "sse"
         self.is_followed = False                    # did its client come again?
@@ -9387,8 +9386,8 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
         about = audit(client.caller, software, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
                       era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
-                      session=client.session_label, server=place, id=call.id, outcome=outcome, error_type=problem,
-                      ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
+                      session=client.is_session and client.label, server=place, id=call.id, outcome=outcome,
+                      error_type=problem, ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
             "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
     if call.size > SMALL:                  # what it says may be what is large
