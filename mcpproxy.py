@@ -7821,7 +7821,7 @@ class Session(Client):
             self.is_homeless = True
             return self.end() if error.data else None      # its key opens the place no more
         self.is_homeless = bool(self.variables) and self.view.is_for_all      # nobody takes them any more
-        shown = {one.name for member in self.view.members for one in (member, *member.members)}
+        shown = {one.name for one in (*self.view.members, *self.view.servers)}
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
             place = next((name for name in (old.name, old.config.group) if name in shown), None)
@@ -8327,7 +8327,6 @@ class Mount:
         self.counters = Counters()
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
         self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
-        self.listeners: set = set()                # exchanges that listen to several servers as one
         self._looked_at = float("-inf")            # when sessions were
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
@@ -8371,11 +8370,8 @@ class Mount:
         for session in list(self.sessions.values()):
             session.adopt(catalog)
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
-        for listener in list(self.listeners):
-            listener.adopt(catalog, views.get(listener, listener.client.view))
-        for call in list(self.subscriptions):
-            if call.instance:
-                call.adopt(catalog, views[call])
+        for call, view in views.items():
+            call.adopt(catalog, view)
 
     def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
         """Takes other keys. What tokens may use is seen when they come again."""
@@ -8473,10 +8469,10 @@ class Mount:
         self.check_open()
         return Visitor(self, view, caller, variables, principal, name)
 
-    def make_room_among(self, listeners, principal: object) -> None:
-        """Sees to it that a subscription can be added; ServerError when there are as many as sessions may be."""
-        if len(listeners) >= self.settings.max_sessions:
-            others = who_gives(listeners, principal)
+    def make_room_for(self, call: PendingRequest) -> None:
+        """Sees to it that there are no more subscriptions than sessions may be; ServerError when this one has to go."""
+        if len(self.subscriptions) > self.settings.max_sessions:
+            others = who_gives(self.subscriptions - {call}, call.principal)
             if not others:
                 raise try_later("too many subscriptions")
             others[0].end_subscription()
@@ -8995,9 +8991,7 @@ class ModernClientModernServer(Bridge):
         for name in strings_of(wanted.get("taskIds")):
             if not exchange.instance.is_owner(exchange.client, ("task", name)):
                 raise unknown_task()
-        pending = exchange.connection.pending.values()
-        listening = [request for request in pending if request.client and request.is_endless]
-        exchange.client.mount.make_room_among(listening, exchange.principal)
+        exchange.client.mount.make_room_for(exchange)
         # For what the proxy itself has to say.
         exchange.wanted = exchange.instance.identity.supported({name: wanted.get(name) for name in LIST_CHANGES})
         return True
@@ -9065,7 +9059,7 @@ class ModernClientLegacyServer(Bridge):
     def listen(self, exchange: "Exchange", message: Message) -> None:
         """A subscription, made of list changes and legacy ones; acknowledged when the server has settled the latter."""
         instance, wanted = exchange.instance, listened_for(message)
-        exchange.client.mount.make_room_among(instance.listeners, exchange.principal)
+        exchange.client.mount.make_room_for(exchange)
         exchange.wanted, exchange.topics, exchange.early = instance.identity.supported(wanted), set(), []
         uris = exchange.wanted.get("resourceSubscriptions", ())
 
@@ -10031,17 +10025,17 @@ class Exchange(ClientRequest):
             self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
         except RPCError:
             return self.end_subscription()
-        self._listen_on(self.client.view.members != view.members)
-
-    def _listen_on(self, is_changed: bool) -> None:
-        """Goes on while its server is shown; `is_changed`: other things may be shown of it."""
-        server = self.instance.server
-        shown = {one.name for member in self.client.view.members for one in (member, *member.members)}
-        if server.is_retired or server.name not in shown:
-            return self.end_subscription()
+        self._listen_on()
         # What is acknowledged comes first. MCP 2026-07-28, Subscriptions.
-        for kind, _ in LIST_CHANGES.values() if is_changed and (self.has_begun or self.early is not None) else ():
-            self.tell_listener(list_changed(kind))
+        if self.client.view.members != view.members and (self.has_begun or self.early is not None):
+            for kind, _ in LIST_CHANGES.values():
+                self.tell_listener(list_changed(kind))
+
+    def _listen_on(self) -> None:
+        """Goes on while its server is shown."""
+        server, view = self.instance.server, self.client.view
+        if server.is_retired or server.name not in {one.name for one in (*view.members, *view.servers)}:
+            self.end_subscription()
 
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
@@ -10122,11 +10116,10 @@ class JointExchange(Exchange):
 
     async def listen(self, wanted: dict) -> None:
         """Joins the listeners of all servers that are up, and of the others when they are."""
-        mount, self.wanted, self.topics, self.early = self.client.mount, wanted, set(), []
+        self.client.mount.make_room_for(self)
+        self.wanted, self.topics, self.early = wanted, set(), []
         self._joined: set[Instance] = set()        # whose listener it is
         self._task_listeners: list[TaskListener] = []
-        mount.make_room_among(mount.listeners, self.principal)
-        mount.listeners.add(self)
         self.on_done = self._leave
         found, missing = await gather_identities(self.client)
         self._join_all()
@@ -10188,16 +10181,16 @@ class JointExchange(Exchange):
     def on_event(self, message: Message) -> None:
         self.tell_listener(message)
 
-    def _listen_on(self, is_changed: bool) -> None:
+    def _listen_on(self) -> None:
         """Listens to those servers that there are now."""
+        if self.topics is None:
+            return                                     # it has not begun
         uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
         for instance in [one for one in self._joined if one.server.is_retired]:
             self._leave_one(instance)
         self._join_all()
         for uri in uris:
             asyncio.get_running_loop().create_task(self._subscribe(uri))
-        for kind, _ in LIST_CHANGES.values() if is_changed and self.early is None else ():
-            self.on_event(list_changed(kind))
 
     def _leave_one(self, instance: Instance) -> None:
         self._joined.discard(instance)
@@ -10205,7 +10198,6 @@ class JointExchange(Exchange):
         instance.topics.leave(self)
 
     def _leave(self) -> None:
-        self.client.mount.listeners.discard(self)
         for instance in list(self._joined):
             self._leave_one(instance)
         for listener in self._task_listeners:
