@@ -10117,25 +10117,23 @@ class JointExchange(Exchange):
     async def listen(self, wanted: dict) -> None:
         """Joins the listeners of all servers that are up, and of the others when they are."""
         self.client.mount.make_room_for(self)
-        self.wanted, self.topics, self.early = wanted, set(), []
+        self.topics, self.early = set(), []
         self._joined: set[Instance] = set()        # whose listener it is
         self._task_listeners: list[TaskListener] = []
         self.on_done = self._leave
         found, missing = await gather_identities(self.client)
         self._join_all()
-        uris, honoured = wanted.get("resourceSubscriptions"), {}
-        for name, (kind, _) in LIST_CHANGES.items():
-            if wanted.get(name) is True and (missing or any(identity.has(kind) for _, identity in found)):
-                honoured[name] = True
+        uris = wanted.get("resourceSubscriptions")
+        self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
+            missing or any(identity.has(kind) for _, identity in found))}
         if isinstance(uris, list):
             taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(strings_of(uris))))
-            honoured["resourceSubscriptions"] = [uri for uri in taken if uri]
+            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri]
         if isinstance(wanted.get("taskIds"), list):
-            honoured["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
+            self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
         if self.is_done:
             return self._leave()
         self._become(RUNNING)
-        self.wanted = honoured
         self.acknowledge()
 
     def _join_all(self) -> None:
@@ -10168,8 +10166,9 @@ class JointExchange(Exchange):
             raise no_tasks()
         listeners = self._task_listeners
         for member in self.client.view.servers:
-            prefix, instance = f"{member.name}__", self.client.by_name(member.name)
+            prefix = f"{member.name}__"
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            instance = self.client.by_name(member.name) if own else None
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
             if own and instance.connection and instance.connection.era is MODERN:
                 listeners.append(TaskListener(self, instance, own))

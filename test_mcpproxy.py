@@ -15020,6 +15020,29 @@ async def test_conversation_joint_subscription_does_not_wait_for_a_server_that_h
     assert answer["params"]["notifications"] == {"resourceSubscriptions": ["x:y"]}
 
 
+@in_town
+async def test_conversation_joint_subscription_to_tasks_needs_no_room_for_servers_that_have_none_of_them():
+    town = Town("modern", ["g.a", "g.b", "c"], max_processes=2, shared_session=False)
+    client, meta = await town.client("modern"), {VERSION: "2026-07-28", CAPABILITIES: {
+        "extensions": {"io.modelcontextprotocol/tasks": {}}}}
+    heard = await town.say_to(client, 1, "subscriptions/listen", {
+        "notifications": {"taskIds": ["a__1"]}, "_meta": meta})
+    assert heard[-1]["params"]["notifications"]["taskIds"] == ["a__1"]
+
+
+@in_town
+async def test_conversation_joint_subscription_goes_on_where_the_configuration_is_read_again_before_it_has_begun():
+    town = Town("modern", ["a"])
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {
+        "notifications": {"toolsListChanged": True}, "_meta": {VERSION: "2026-07-28", CAPABILITIES: {}}}))
+    await town.reload(["c"])
+    town.told(client)
+    town.say(town.links["c"][0], notification("notifications/tools/list_changed"))
+    await town.pass_time()
+    assert [message["method"] for message in town.told(client)] == ["notifications/tools/list_changed"]
+
+
 @pytest.mark.parametrize("end", ["the server dies", "it ends the subscription"])
 @in_town
 async def test_conversation_joint_subscription_to_tasks_ends_when_their_server_says_nothing_of_them_any_more(end):
