@@ -8475,7 +8475,7 @@ class Mount:
             others = who_gives(self.subscriptions - {call}, call.principal)
             if not others:
                 raise try_later("too many subscriptions")
-            others[0].end_subscription()
+            min(others, key=lambda one: one.started).end_subscription()
 
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
