@@ -12119,8 +12119,8 @@ class StdioOutlet(StreamOutlet):
 class StandardStreams(asyncio.BaseProtocol):
     """The client on stdin and stdout. MCP 2025-11-25, Transports, stdio, and 2026-07-28, stdio."""
 
-    def __init__(self, mount: Mount, settings: Settings):
-        self.is_over = asyncio.Event()         # is the client gone, or its session?
+    def __init__(self, mount: Mount, settings: Settings, is_over: asyncio.Event):
+        self._is_over = is_over                # is the client gone, or its session?
         self._mount = mount
         self._loop = asyncio.get_running_loop()
         self._lines = LineSplitter(settings.max_request_bytes, self._on_line, self._on_too_long)
@@ -12158,11 +12158,11 @@ class StandardStreams(asyncio.BaseProtocol):
         await self._mount.drain(self._mount.settings.shutdown_grace)           # what was asked is answered,
         while self._output and self._output.get_write_buffer_size() and self._mount.now() < deadline:
             await asyncio.sleep(0.02)                                          # and read
-        self.is_over.set()
+        self._is_over.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         # asyncio calls it when nobody reads any more.
-        self.is_over.set()
+        self._is_over.set()
 
     # What the streams call.
 
@@ -12173,13 +12173,13 @@ class StandardStreams(asyncio.BaseProtocol):
                 os.writev(1, parts)
         elif self._output.get_write_buffer_size() > MAX_QUEUED_BYTES:
             log.error("! the client does not read")
-            self.is_over.set()
+            self._is_over.set()
         else:
             self._output.write(b"".join(parts))
 
     def close(self) -> None:
         """The session is over: its server is gone."""
-        self.is_over.set()
+        self._is_over.set()
 
     # Messages.
 
@@ -12772,22 +12772,29 @@ async def tell_servers(mount: Mount, base: str) -> None:
         os.write(1, "".join(f"  {line}\n" for line in lines).encode())
 
 
-def spare_words_on_signals() -> None:
-    """Of signals that come faster than they are looked at, those that are dropped say nothing new: no warning."""
+@contextlib.asynccontextmanager
+async def running(settings: Settings, on_signal):
+    """A Proxy, which is stopped in the end. SIGTERM and SIGINT are for `on_signal`."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    proxy = Proxy(settings, dict(os.environ))
+    # SIGHUP, also of a terminal that closes, is to read the file of servers again.
+    loop.add_signal_handler(signal.SIGHUP, proxy.reload)
+    # Of signals that come faster than they are looked at, those that are dropped say nothing new: no warning.
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
+    try:
+        yield proxy
+    finally:
+        await proxy.stop()
+        # All is done: one more, while Python ends, is not to make another end of a good one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 
 async def run(settings: Settings) -> None:
     """One run of the program, until SIGTERM or SIGINT."""
-    signals = asyncio.Semaphore(0)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signals.release)
-    # SIGHUP, also of a terminal that closes, is to read the file of servers again.
-    proxy = Proxy(settings, dict(os.environ))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, proxy.reload)
-    spare_words_on_signals()
-    telling = None
-    try:
+    signals, telling = asyncio.Semaphore(0), None
+    async with running(settings, signals.release) as proxy:
         addresses = await proxy.start()
         text = banner(settings, list(proxy.mount.servers), addresses)
         try:
@@ -12814,29 +12821,18 @@ async def run(settings: Settings) -> None:
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         impatience.cancel()
-    finally:
         if telling:
             telling.cancel()
-        await proxy.stop()
-        # All is done: one more, while Python ends, is not to make another end of a good one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 
 async def serve_stdio(settings: Settings) -> None:
     """One run for one client on stdin and stdout: until it is gone, or SIGTERM or SIGINT."""
-    proxy, loop = Proxy(settings, dict(os.environ)), asyncio.get_running_loop()
-    try:
-        client = StandardStreams(proxy.mount, settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, client.is_over.set)
-        loop.add_signal_handler(signal.SIGHUP, proxy.reload)
-        spare_words_on_signals()
+    is_over = asyncio.Event()
+    async with running(settings, is_over.set) as proxy:
+        client = StandardStreams(proxy.mount, settings, is_over)
         await proxy.start(listens=False)
         await client.start()
-        await client.is_over.wait()
-    finally:
-        await proxy.stop()
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        await is_over.wait()
 
 
 async def check(settings: Settings) -> bool:
