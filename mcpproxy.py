@@ -12614,19 +12614,17 @@ def _package_name(word: str) -> str | None:
 ENDINGS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP         # what ends a program that says nothing of them
 
 
-def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings:
-    """The settings of a run: a flag wins over the environment, which wins over the default."""
-    own, separator, command = split_arguments(arguments)
-    given = vars(argument_parser().parse_args(own)) if own else {}
+def load_settings(given, command: list[str] | None, environment: dict[str, str]) -> Settings:
+    """The settings of a run: a flag (`given`, as parsed) wins over the environment, which wins over the default."""
     values = {}
     for field in dataclasses.fields(Settings):
-        text = given.get(field.name)
+        text = getattr(given, field.name)
         if text is None:
             # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
             text = environment.get(field.name.upper()) or None
         if text is not None:
             values[field.name] = parse_setting(field.name, field.default, text)
-    if separator:
+    if command is not None:
         if not command:
             raise SettingsError("-- must be followed by the command of an MCP server")
         values["mcp_server_config"] = shlex.join(command)
@@ -12636,15 +12634,15 @@ def load_settings(arguments: list[str], environment: dict[str, str]) -> Settings
     return settings
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
-    """(flags with their values, is there a command?, the command: what is behind --, or from the first other word)."""
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """(flags with their values, the command, if there is one: what is behind --, or from the first other word)."""
     at = 0
     while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
         takes_next = "=" not in arguments[at] and arguments[at] not in (
             "-h", "--help", "--version", "--check", "--stdio")
         at += 1 + (takes_next and at + 1 < len(arguments) and arguments[at + 1] != "--")
     rest = arguments[at:]
-    return arguments[:at], bool(rest), rest[1:] if rest[:1] == ["--"] else rest
+    return arguments[:at], rest[1:] if rest[:1] == ["--"] else rest or None
 
 
 def check_command(config: str, environment: dict[str, str]) -> None:
@@ -12911,15 +12909,15 @@ def main() -> None:
         return DemoServer().run()
     open_standard_streams()
     signal.signal(signal.SIGHUP, lambda *_: None)          # one that comes before the file was read changes nothing
-    flags, _, _ = split_arguments(sys.argv[1:])
+    flags, command = split_arguments(sys.argv[1:])
     # Also what is wrong with the settings is said in the form that they ask for.
     formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(flags))]
     start_logging("INFO", formats[-1].strip() == "json")
     try:
-        name = argument_parser().parse_args(flags).new_key
-        if name is not None:
-            return print_new_key(name)
-        settings = load_settings(sys.argv[1:], dict(os.environ))
+        given = argument_parser().parse_args(flags)
+        if given.new_key is not None:
+            return print_new_key(given.new_key)
+        settings = load_settings(given, command, dict(os.environ))
         raise_descriptor_limit()
         watch_children_without_threads()
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
@@ -12929,9 +12927,9 @@ def main() -> None:
         # for two thirds of the time, and find nothing.
         gc.set_threshold(100_000, 10, 10)
         start_logging(settings.log_level, settings.log_format == "json")
-        if "--check" in flags:
+        if given.check:
             sys.exit(not asyncio.run(check(settings)))
-        asyncio.run((serve_stdio if "--stdio" in flags else run)(settings))
+        asyncio.run((serve_stdio if given.stdio else run)(settings))
     except StartError as error:
         text = " ".join(str(error).split())
         if log.as_json:

@@ -1618,7 +1618,9 @@ def default_of(field):
 
 
 def load(arguments="", **environment):
-    return mcpproxy.load_settings(shlex.split(arguments), {"PATH": os.environ["PATH"], **environment})
+    flags, command = mcpproxy.split_arguments(shlex.split(arguments))
+    return mcpproxy.load_settings(mcpproxy.argument_parser().parse_args(flags), command,
+                                  {"PATH": os.environ["PATH"], **environment})
 
 
 every_setting = pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
@@ -1633,8 +1635,8 @@ def test_settings_each_is_a_variable(field):
 @every_setting
 def test_settings_each_is_a_flag_that_beats_the_variable(field):
     flag = "--" + field.name.replace("_", "-")
-    loaded = mcpproxy.load_settings([flag, sample(field)], {field.name.upper(): str(field.default),
-                                                            **NEEDS.get(field.name, {})})
+    loaded = load(shlex.join([flag, sample(field)]), **{field.name.upper(): str(field.default),
+                                                        **NEEDS.get(field.name, {})})
     assert getattr(loaded, field.name) == mcpproxy.parse_setting(field.name, field.default, sample(field))
 
 
