@@ -6532,6 +6532,7 @@ class Outlet:
     exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
     asks = False                           # can a question of the server's be sent this way, and be answered?
     is_heard = True                        # is somebody there now?
+    opens_at = float("inf")                # when it is open()ed, if it can be, for an answer that takes long
     transport = ""                         # what the log calls it
 
     def send(self, payload: list) -> None:
@@ -10967,12 +10968,11 @@ class PostOutlet(Outlet, Holder):
 
     transport = "streamable-http"
 
-    def __init__(self, undecided: dict, admission, reply: Reply, client: Client, era: Era = LEGACY, batch: int = 0):
+    def __init__(self, admission, reply: Reply, client: Client, era: Era = LEGACY, batch: int = 0):
         self.reply = reply
         self._client = client
         self._session = client if client.is_session else None
         self._stream: Stream | None = None
-        self._undecided = undecided                # those that may still be JSON, until when
         self._takes_json, self._takes_stream = admission.takes_json, admission.takes_stream
         self._left = batch or 1                    # answers to come; to the requests of a batch, if it is one
         self._answers: list[bytes] | None = [] if batch else None
@@ -10983,7 +10983,7 @@ class PostOutlet(Outlet, Holder):
         # sits in between cuts connections that are silent for long.
         reply.leaves_on_eof = era is MODERN
         if self._takes_stream:
-            undecided[self] = client.mount.now() + (SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS)
+            self.opens_at = client.mount.now() + (SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS)
 
     @property
     def is_heard(self) -> bool:
@@ -10994,8 +10994,7 @@ class PostOutlet(Outlet, Holder):
         """Makes the reply a stream, if the client takes one."""
         if self._stream is not None or not self._takes_stream:
             return
-        self._undecided.pop(self, None)
-        session = self._session
+        self.opens_at, session = float("inf"), self._session
         self._stream = session.open_stream() if session else Stream()
         if self.reply.is_done:
             return                        # the client is gone, but it may come back for what is kept of the stream
@@ -11023,7 +11022,6 @@ class PostOutlet(Outlet, Holder):
             self.principal = self._client.principal
             budget.set(self, self.held + len(self._answers[-1]))
         else:
-            self._undecided.pop(self, None)
             return self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
         self._one_less()
 
@@ -11036,7 +11034,6 @@ class PostOutlet(Outlet, Holder):
         self._left -= 1
         if self._left:
             return
-        self._undecided.pop(self, None)
         budget.set(self, 0)
         if self._stream is None and self._answers:
             self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
@@ -11777,15 +11774,14 @@ class Endpoints(Application):
     def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None,
                  overview: Overview | None = None):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
-        self.undecided: dict[PostOutlet, float] = {}         # those that may still be JSON, until when
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
         self._told_at = 0.0
 
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON, and tells those who watch."""
-        for outlet, deadline in list(self.undecided.items()):
-            if deadline <= now:
-                outlet.open()
+        for call in [*self.mount.calls, *self.mount.subscriptions]:
+            if call.outlet.opens_at <= now:
+                call.outlet.open()
         if self._watchers and now - self._told_at >= WATCH_PAUSE:
             self._told_at = now
             for watcher in list(self._watchers):
@@ -11867,8 +11863,7 @@ class Endpoints(Application):
             if client.is_session:
                 client.receive(message)
             return reply.send(202, [])
-        exchange = new_exchange(client, message, PostOutlet(self.undecided, admission, reply, client), None,
-                                admission.trace)
+        exchange = new_exchange(client, message, PostOutlet(admission, reply, client), None, admission.trace)
         if client.is_session and is_initialize:
             if self.settings.session_secret and client.view.is_for_all:
                 try:
@@ -11902,7 +11897,7 @@ class Endpoints(Application):
         answers = len(requests) + len(errors)
         if answers:
             check_accept(admission)
-        outlet = PostOutlet(self.undecided, admission, reply, client, batch=answers) if answers else None
+        outlet = PostOutlet(admission, reply, client, batch=answers) if answers else None
         for error in errors:
             outlet.finish(encode_error(None, error), 200)
         for message in messages:
@@ -11923,7 +11918,7 @@ class Endpoints(Application):
         headers = admission.head.headers
         envelope = check_modern(message, headers)
         client = self._visit(admission, reply)
-        outlet = PostOutlet(self.undecided, admission, reply, client, MODERN)
+        outlet = PostOutlet(admission, reply, client, MODERN)
         new_exchange(client, message, outlet, envelope, admission.trace,
                      headers if message.method == "tools/call" else None).start_or_fail()
 
