@@ -12380,7 +12380,6 @@ class Proxy:
         self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
         catalog = load_catalog(settings, environment)
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
-        self.sandboxes: dict[str, Sandbox] = {}          # by server
         budget.limit = settings.max_buffered_mb * 1024 * 1024
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
         self.issuer = None
@@ -12397,7 +12396,7 @@ class Proxy:
     def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
         self._doubt(config)
         environment = {**server_environment(self.environment, config.settings), **config.env}
-        sandbox = self.sandboxes[config.name] = Sandbox(config.name, config.settings, self.reaper, config.env)
+        sandbox = Sandbox(config.name, config.settings, self.reaper, config.env)
 
         def new_link(variables: dict[str, str], redact) -> Link:
             if config.url:
@@ -12451,7 +12450,8 @@ class Proxy:
         """Listens, unless it is for one client on stdin and stdout, and starts the shared servers; returns the
         addresses."""
         if not self.settings.mcp_config:
-            await try_out(*self.sandboxes.values())
+            name, = self.mount.servers
+            await try_out(Sandbox(name, self.settings, self.reaper))
         for server in self.mount.servers.values():
             own = server.config.settings
             if own.sandbox != "off" and not server.config.url and os.geteuid() == 0 and not own.run_as_user:
