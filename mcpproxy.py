@@ -782,10 +782,6 @@ class RequestParser:
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
 
-    def forget(self) -> None:
-        """What the last head was taken for may be wrong now."""
-        self._last = None
-
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
         if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
@@ -10452,7 +10448,6 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._application = server.application
         self.counters = server.application.counters
         self._parser = RequestParser(server.heads)
-        self.forget_head = self._parser.forget
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         self._checked: tuple | None = None  # (head, error or None, headers for that) of one that had to wait
@@ -10901,12 +10896,6 @@ class HTTPServer:
             one.abort()
         return True
 
-    def forget_heads(self) -> None:
-        """What they were taken for may be wrong now."""
-        self.heads.clear()
-        for connection in self.connections:
-            connection.forget_head()
-
     def tick(self, now: float) -> None:
         """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
         if now - self._looked_at >= min(1.0, self._heartbeat / 2):
@@ -11288,7 +11277,7 @@ class Admission:
             self.route = None
             if resource:
                 (self.place, self.path), self.route = resource, routes.get(RESOURCE_METADATA)
-        self.host, self.keys = "", Keys()      # where it came from first, and the keys there were
+        self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and what it passed
         self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
@@ -11308,7 +11297,8 @@ class Admission:
 
     @property
     def is_old(self) -> bool:
-        return self.good_until is not None and self.good_until < time.monotonic()
+        return self.keys is not self.application.keys or (
+            self.good_until is not None and self.good_until < time.monotonic())
 
     @property
     def resources(self) -> list[str]:
@@ -11506,7 +11496,7 @@ class Application:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
         has to find something out; `host` is who is answerable for that."""
         admission = Admission(head, self.settings, self.mount.catalog, self.routes)
-        admission.host, admission.keys = host, self.keys
+        admission.host, admission.keys, admission.application = host, self.keys, self
         route = admission.route
         self._allow_page(admission)
         try:
@@ -11531,6 +11521,10 @@ class Application:
             error.headers += admission.headers
             raise
         return admission
+
+    def admit_anew(self) -> None:
+        """Whoever has passed has to pass again, as with other keys: admissions are good for one object of these."""
+        self.keys = self.keys._replace()
 
     def _allow_page(self, admission: Admission) -> None:
         """Lets a browser show its page the answer, also a refusal, if pages of that origin may call."""
@@ -12056,7 +12050,7 @@ class Endpoints(Application):
             text = self.overview.summary(admission.caller)
         except RPCError:                       # its key opens nothing that is configured now
             text = ""
-        if not text or admission.is_old or admission.keys is not self.keys:            # it has to come again
+        if not text or admission.is_old:       # it has to come again
             del self._watchers[watcher]
             return watcher.close()
         if text != self._watchers[watcher]:
@@ -12384,7 +12378,7 @@ class Proxy:
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
         self.issuer = None
         if settings.oauth_issuer:
-            self.issuer = Issuer(settings, time.monotonic, lambda: self.http.forget_heads())
+            self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew())
         overview = Overview(self.mount, self.reaper.census)
         self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer, overview)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
@@ -12443,7 +12437,6 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.mount.reload(catalog, keys.callers)
-        self.http.forget_heads()
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
