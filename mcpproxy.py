@@ -12842,7 +12842,7 @@ async def check(settings: Settings) -> bool:
                 lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
             return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
         print("sandbox:", abilities())
-        members = view.members if not settings.mcp_config else proxy.mount.catalog.servers.values()
+        members = proxy.mount.catalog.servers.values()
         outcomes = await asyncio.gather(*(asyncio.wait_for(look(member), member.settings.request_timeout)
                                           for member in members), return_exceptions=True)
         for member, outcome in zip(members, outcomes):
