@@ -2682,39 +2682,19 @@ class Rules:
     tools: tuple[str, ...] | None = None                   # globs on the server's own names
     overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
     max_result_kb: int = 0
-    grants: tuple[Grant, ...] | None = None                # of its caller, for that server; None: there are no limits
-
-    @property
-    def is_empty(self) -> bool:
-        return self.tools is None and not self.overrides and not self.max_result_kb and self.grants is None
-
-    @property
-    def are_of_hints(self) -> bool:
-        """Does it take the list of tools to say what may be used?"""
-        return self.grants is not None and any(grant.read_only for grant in self.grants)
-
-    def opens(self, name: str, tool: dict) -> bool:
-        """May the caller use a tool, as it is listed? MCP 2025-11-25, Schema, ToolAnnotations."""
-        is_harmless = hints_of(tool, self.overrides.get(name)).get("readOnlyHint") is True
-        return self.grants is None or any(grant.takes(name, is_harmless) for grant in self.grants)
 
     def shown(self, name: str) -> str | None:
         """A tool's name as it is shown; None if it is not."""
-        is_open = self.grants is None or any(grant.takes(name) for grant in self.grants)
-        return self._offered(name) if is_open else None
-
-    def _offered(self, name: str) -> str | None:
-        """The same to somebody without limits."""
         if self.tools is not None and not is_chosen(name, self.tools):
             return None
         return self.overrides[name].name or name if name in self.overrides else name
 
     def own(self, shown: str) -> str | None:
         """The name that the server has for a tool; None if it has none that is shown like this. A name that another
-        tool was given is that one's, also for those who may not use it."""
+        tool was given is that one's."""
         own = next((name for name, override in self.overrides.items()
-                    if override.name == shown and self._offered(name)), shown)
-        return own if self._offered(own) == shown and self.shown(own) else None
+                    if override.name == shown and self.shown(name)), shown)
+        return own if self.shown(own) == shown else None
 
     def restated(self, tool: JSONObject, name: str, shown: str) -> str:
         """The text of a tool as clients see it."""
@@ -2778,7 +2758,6 @@ class ServerConfig:
     weight: float = 1.0                        # of its share of the others
     is_backup: bool = False                    # is it used only when no other is up?
     members: "tuple[ServerConfig, ...]" = ()
-    whole: "ServerConfig | None" = None        # the same without the limits of a caller
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -2809,7 +2788,7 @@ class Target(typing.NamedTuple):
     server: str
     name: str | None = None                    # the server's own, of a tool or prompt that is shown with another
     override: Override | None = None
-    rules: Rules | None = None                 # where they depend on what the server lists
+    is_by_hints: bool = False                  # does it take the server's list of tools to say whether it is open?
 
     def changes(self, message: Message) -> list[tuple[int, int, str]]:
         """The changes to the text of a request."""
@@ -2839,12 +2818,15 @@ class View:
         self.whole = whole                     # and what makes the view that somebody without has
         self.place = place                     # the name of a server that is met by itself
         self.members = members
+        self.by_name = {member.name: member for member in members}
+        self.grants = {member.name: limits.of(member.names) for member in members} if limits else None
+        self.offer = members, self.grants      # of two views with the same one, the servers' lists are the same
         self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
         self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
         self.is_joint = is_joint               # several as one, with prefixes
         self.wanted = wanted                   # how its client narrowed it down
         is_group = any(member.members for member in members)
-        self.is_plain = not (is_joint or globs or is_group) and members[0].rules.is_empty       # all passes as it is
+        self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
         self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
@@ -2854,6 +2836,19 @@ class View:
     def shows(self, name: str) -> bool:
         """Is a tool of this name, as it is here, left by what the client chose?"""
         return all(is_chosen(name, globs) for globs in self.globs)
+
+    def opens(self, server: str, kind: str, own: str, tool: dict | None = None) -> bool:
+        """May its caller use a tool or a prompt, which the server calls `own`? Of a tool, also by how it is listed, if
+        that is known. MCP 2025-11-25, Schema, ToolAnnotations."""
+        member = self.by_name.get(server)
+        if not self.grants or member is None or kind != "tools":
+            return member is not None
+        is_harmless = tool is None or hints_of(tool, member.rules.overrides.get(own)).get("readOnlyHint") is True
+        return any(grant.takes(own, is_harmless) for grant in self.grants[server])
+
+    def is_by_hints(self, server: str, kind: str) -> bool:
+        """Does it take the server's list to say what its caller may use?"""
+        return bool(self.grants) and kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
     def candidates(self, name: str) -> list[ServerConfig]:
         """The servers that may have a tool or prompt of this name."""
@@ -2872,32 +2867,36 @@ class View:
         member = candidates[0]
         shown = name.removeprefix(member.start_of_names) if self.is_joint else name
         own = member.rules.own(shown) if kind == "tools" else shown
-        if own is None:
+        if own is None or not self.opens(member.name, kind, own):
             raise self.unknown(kind, name)
-        return member_target(member, kind, own, name)
+        return self.target(member, kind, own, name)
+
+    def target(self, member: ServerConfig, kind: str, own: str, name: str) -> Target:
+        """Where a call goes of what the server calls `own` and the client `name`."""
+        override = member.rules.overrides.get(own) if kind == "tools" else None
+        return Target(member.name, own if own != name else None, override, self.is_by_hints(member.name, kind))
 
     def closed(self, kind: str, name: str, status: int = 200) -> RPCError | None:
         """The answer to who asks for a tool or a prompt that others may use; None if nobody may."""
         if not self.limits:
             return None
-        whole, mine = self.whole(), {one.name: one for one in self.members}
+        whole = self.whole()
         with contextlib.suppress(RPCError):
             target = whole.direct(f"{kind}/", name)
             if target is None:                         # the servers' lists would tell; a prefix is good enough here
                 one = next((one for one in whole.candidates(name) if one.start_of_names), ServerConfig(""))
                 shown = name.removeprefix(one.start_of_names)
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
-            own, member = target.name or name, mine.get(target.server)
-            if target.server and (member is None or kind == "tools" and (
-                    member.rules.shown(own) is None or member.rules.are_of_hints)):
-                return self.refusal(target.server, kind, own, name, status)
+            server, own = target.server, target.name or name
+            if server and (not self.opens(server, kind, own) or self.is_by_hints(server, kind)):
+                return self.refusal(server, kind, own, name, status)
         return None
 
     def refusal(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
         """The answer to who asks for a tool or a prompt, which the server calls `own`, and to whom it is not open, or
         nothing of that server is."""
-        member = next((one for one in self.members if one.name == server), None)
-        limit = "servers" if member is None else "tools" if member.rules.shown(own) is None else "read_only"
+        member = self.by_name.get(server)
+        limit = "servers" if member is None else "read_only" if self.opens(server, kind, own) else "tools"
         # Scopes have globs for tools alone.
         return self.limits.refusal(limit, name[:200], status, member.names if member else (server,),
                                    own if kind == "tools" else None)
@@ -2906,13 +2905,6 @@ class View:
         """The answer to who asks for a tool or a prompt that is not here."""
         return self.closed(kind, name) or RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=200,
                                                    code=INVALID_PARAMS)
-
-
-def member_target(member: ServerConfig, kind: str, own: str, name: str) -> Target:
-    """The target of a call of what the server calls `own` and the client `name`."""
-    override = member.rules.overrides.get(own) if kind == "tools" else None
-    rules = member.rules if kind == "tools" and member.rules.are_of_hints else None
-    return Target(member.name, own if own != name else None, override, rules)
 
 
 class Catalog:
@@ -2943,7 +2935,7 @@ class Catalog:
             members = {place: self.places[place]} if place in self.places else {}
         if limits and members:
             everywhere = tuple(members)
-            members = {name: limited(member, limits) for name, member in members.items() if limits.of(member.names)}
+            members = {name: member for name, member in members.items() if limits.of(member.names)}
             if not members:
                 raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
@@ -2963,12 +2955,6 @@ class Catalog:
             raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
         return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits,
                     functools.partial(self.view, place, wanted))
-
-
-def limited(member: ServerConfig, limits: Limits) -> ServerConfig:
-    """A server with the rules of a caller."""
-    rules = dataclasses.replace(member.rules, grants=limits.of(member.names))
-    return dataclasses.replace(member, rules=rules, whole=member)
 
 
 @functools.lru_cache(maxsize=1_024)
@@ -7109,9 +7095,6 @@ class Items(dict):
         kept = self._shown.get((id(config), is_joint))
         if kept and kept[0] is config:
             return kept[1]
-        if config.whole:                           # of whose texts there is one for all
-            return {name: (own, text) for name, (own, text) in self.shown(config.whole, is_joint).items()
-                    if self.method != "tools/list" or config.rules.opens(own, self[own])}
         shown = {}
         for own, text in self.texts.items():
             name = config.shown_as(own, self.method, is_joint)
@@ -7811,7 +7794,7 @@ class Session(Client):
 
     def adopt(self, catalog: Catalog) -> None:
         """The configuration is another one: what it used of servers that are gone, it uses of those in their place."""
-        before = self.view.members
+        before = self.view
         try:
             self.view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
         except RPCError as error:
@@ -7827,7 +7810,7 @@ class Session(Client):
                 instance.sessions.pop(self.id, None)
             else:
                 instance.leave(self)
-        for kind, _ in LIST_CHANGES.values() if self.version and self.view.members != before else ():
+        for kind, _ in LIST_CHANGES.values() if self.version and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
 
     def move(self, before: "Server", after: "Server") -> None:
@@ -8685,7 +8668,7 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, t
     shown = {}
     for member, items in found:
         try:
-            own_shown = items.shown(member, view.is_joint)
+            own_shown = shown_of_one(view, member, items)
         except Exception as error:             # what is wrong with one of them is no other's fault
             log.fault(error)
             continue
@@ -8700,6 +8683,13 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, t
     if not view.wanted:
         view.shown[found[0][1].method] = found, shown
     return shown
+
+
+def shown_of_one(view: View, member: ServerConfig, items: Items) -> dict[str, tuple[str, str]]:
+    """(its own name, text) of what one server lists, by the name that is shown, and of that what the caller may use."""
+    shown, kind = items.shown(member, view.is_joint), items.method.partition("/")[0]
+    return shown if not view.limits else {
+        name: (own, text) for name, (own, text) in shown.items() if view.opens(member.name, kind, own, items[own])}
 
 
 def pick(client: Client, message: Message) -> Target | None:
@@ -8755,9 +8745,9 @@ async def find_targets(client: Client, message: Message,
         raise why_closed(view, kind, name, found) or view.unknown(kind, name)
     for other in itertools.takewhile(lambda other: other is not member, view.members):
         last = other.name in missing and last_listed(client, other, f"{kind}/list")
-        if last and name in last.shown(other, view.is_joint):
+        if last and name in shown_of_one(view, other, last):
             raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
-    return [member_target(member, kind, own, name)], {}
+    return [view.target(member, kind, own, name)], {}
 
 
 def last_listed(client: Client, member: ServerConfig, method: str) -> Items | None:
@@ -8769,7 +8759,7 @@ def last_listed(client: Client, member: ServerConfig, method: str) -> Items | No
 def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig, Items]]) -> RPCError | None:
     """The answer to who asks for what one of these lists has, but not for them."""
     for member, items in found if view.limits else ():
-        own, _ = items.shown(member.whole or member, view.is_joint).get(name, (None, None))
+        own, _ = items.shown(member, view.is_joint).get(name, (None, None))
         if own is not None:
             return view.refusal(member.name, kind, own, name)
     return None
@@ -9734,7 +9724,7 @@ class Exchange(ClientRequest):
         target = pick(self.client, self.message)
         given = self.client.mount.states.get(state) if target is None and (
             self.method == "resources/read" and isinstance(state, str)) else None           # a call goes by its name
-        if given and any(member.name == given.place for member in self.client.view.members):
+        if given and given.place in self.client.view.by_name:
             target = Target(given.place)
         if target:
             self.aim(target)
@@ -9749,10 +9739,9 @@ class Exchange(ClientRequest):
             return target
         target = target or Target(parked.instance.server.name)               # all was open to it
         own = target.name or self.name
-        member = next((one for one in view.members if one.name == target.server), None)
-        if member is None or kind == "tools" and member.rules.shown(own) is None:
+        if not view.opens(target.server, kind, own):
             raise view.refusal(target.server, kind, own, str(self.name))
-        return member_target(member, kind, own, self.name)
+        return view.target(view.by_name[target.server], kind, own, self.name)
 
     def aim(self, target: Target, left_out: Server | None = None) -> None:
         """Sends it to a server, or to one of a group."""
@@ -9765,11 +9754,11 @@ class Exchange(ClientRequest):
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
-        rules = self.target and self.target.rules
-        if self.headers is None and not rules and not self._is_repeated_at(connection):
+        is_by_hints = self.target and self.target.is_by_hints
+        if self.headers is None and not is_by_hints and not self._is_repeated_at(connection):
             return True
         tools, name = self.instance.tools, self.own_name
-        tools = tools.fresh if rules else tools.known          # what was allowed may be no more
+        tools = tools.fresh if is_by_hints else tools.known    # what was allowed may be no more
         if tools is None or name not in tools:
             return False
         try:
@@ -9781,9 +9770,9 @@ class Exchange(ClientRequest):
         return True
 
     def _check_by(self, tools: Items) -> None:
-        rules, name = self.target and self.target.rules, self.own_name
-        if rules and not rules.opens(name, tools.get(name, {})):
-            raise self.client.view.refusal(self.target.server, "tools", name, self.name)
+        view, target, name = self.client.view, self.target, self.own_name
+        if target and target.is_by_hints and not view.opens(target.server, "tools", name, tools.get(name, {})):
+            raise view.refusal(target.server, "tools", name, self.name)
         if self.headers is not None and name in tools.mirrored:
             check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
 
@@ -9792,7 +9781,7 @@ class Exchange(ClientRequest):
         try:
             tools = await kept.get(refresh=kept.known is not None)
         except ServerError:
-            if self.target and self.target.rules:
+            if self.target and self.target.is_by_hints:
                 raise
         else:                               # otherwise nothing is known that it could break
             self._check_by(tools)
@@ -10024,7 +10013,7 @@ class Exchange(ClientRequest):
             return self.end_subscription()
         self._listen_on()
         # What is acknowledged comes first. MCP 2026-07-28, Subscriptions.
-        if self.client.view.members != view.members and (self.has_begun or self.early is not None):
+        if self.client.view.offer != view.offer and (self.has_begun or self.early is not None):
             for kind, _ in LIST_CHANGES.values():
                 self.tell_listener(list_changed(kind))
 

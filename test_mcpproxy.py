@@ -5248,7 +5248,7 @@ def test_views_of_several_servers_tell_whose_a_name_is(name, expected):
 
 def test_views_of_one_server_pass_names_as_they_are():
     view = mcpproxy.Catalog(config_of(a={})).view()
-    assert view.is_plain and view.direct("tools/call", "a__x") == ("a", None, None, None)
+    assert view.is_plain and view.direct("tools/call", "a__x") == mcpproxy.Target("a")
 
 
 @pytest.mark.parametrize("place", [None, "a"])
