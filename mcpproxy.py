@@ -2028,11 +2028,12 @@ class Identity:
 
     def __init__(self, era: Era, response: Message):
         self.era = era
-        self._response = response
         self._result = response.result or {}
         self.capabilities = self._result.get("capabilities")
         if not isinstance(self.capabilities, dict):
             raise ServerError("the MCP server's answer to the handshake is not one")
+        self._members = response.raw_members("result")         # name -> JSON
+        self._told = {name: self._members[name] for name in ("capabilities", "instructions") if name in self._members}
         # The revision that the server answered with; of a legacy one it may be anything.
         self.version: object = MODERN_VERSION if era is MODERN else self._result.get("protocolVersion")
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
@@ -2043,25 +2044,21 @@ class Identity:
 
     def initialize_result(self, version: str, has_session: bool = True) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
-        capabilities = None if has_session else dump(without_session(self.capabilities))
-        if "protocolVersion" in self._result and self.era is LEGACY:
-            new = {"protocolVersion": f'"{version}"', **({"capabilities": capabilities} if capabilities else {})}
-            return as_object(self._response.raw_members("result") | new).encode()
-        return self._object(protocolVersion=f'"{version}"', capabilities=capabilities, instructions=None,
-                            serverInfo=self.info or dump({"name": "unnamed", "version": "0"}))
+        new = {"protocolVersion": f'"{version}"'}
+        if not has_session:
+            new["capabilities"] = dump(without_session(self.capabilities))
+        if "protocolVersion" in self._members and self.era is LEGACY:
+            return as_object(self._members | new).encode()
+        info = self.info or dump({"name": "unnamed", "version": "0"})
+        return as_object({**self._told, **new, "serverInfo": info}).encode()
 
     def discover_result(self) -> bytes:
         """The result of `server/discover`."""
-        capabilities = {name: value for name, value in self._response.raw_members("result", "capabilities").items()
-                        if name != "tasks"}            # SEP-2663: they "MUST NOT continue to advertise"
-        return self._object(supportedVersions=dump([MODERN_VERSION, *LEGACY_VERSIONS]),
-                            capabilities=as_object(capabilities), instructions=None,
-                            **additions("server/discover", self.info).members)
-
-    def _object(self, **members: str | None) -> bytes:
-        """An object of these members (name -> JSON); None takes what the server said."""
-        return as_object({name: value or self._response.raw("result", name) for name, value in members.items()
-                          if value or name in self._result}).encode()
+        versions = dump([MODERN_VERSION, *LEGACY_VERSIONS])
+        # SEP-2663: the tasks of 2025-11-25 "MUST NOT" be advertised.
+        capabilities = {name: value for name, value in self.capabilities.items() if name != "tasks"}
+        return as_object({"supportedVersions": versions, **self._told, "capabilities": dump(capabilities),
+                          **additions("server/discover", self.info).members}).encode()
 
     def has(self, capability: str) -> bool:
         """Does the server declare a capability, or an extension?"""
