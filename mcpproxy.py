@@ -2878,14 +2878,14 @@ class View:
         if not self.limits:
             return None
         whole = self.whole()
-        with contextlib.suppress(RPCError):
+        with contextlib.suppress(RPCError, StopIteration):         # nobody may; or no prefix says whose it is
             target = whole.direct(f"{kind}/", name)
             if target is None:                         # the servers' lists would tell; a prefix is good enough here
-                one = next((one for one in whole.candidates(name) if one.start_of_names), ServerConfig(""))
+                one = next(one for one in whole.candidates(name) if one.start_of_names)
                 shown = name.removeprefix(one.start_of_names)
                 target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
             server, own = target.server, target.name or name
-            if server and (not self.opens(server, kind, own) or self.is_by_hints(server, kind)):
+            if not self.opens(server, kind, own) or self.is_by_hints(server, kind):
                 return self.refusal(server, kind, own, name, status)
         return None
 
