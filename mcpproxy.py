@@ -3275,6 +3275,7 @@ def check_names(servers: dict[str, ServerConfig]) -> None:
 
 _SCOPE = re.compile(r"[!#-\[\]-~]+")                  # RFC 6749 §3.3
 _GRANT_KEYS = {"servers": _TEXTS, "tools": _TEXTS, "read_only": _BOOL, "env": _TEXTS}
+_CALLER_KEYS = {"key": _TEXT, "sha256": _TEXT, **_GRANT_KEYS}
 
 
 class Keys(typing.NamedTuple):
@@ -3296,13 +3297,12 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
         check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
         if "scopes" in given:
             check_keys(given["scopes"], dict.fromkeys(given["scopes"], _OBJECT))
-            scopes = {name: parse_grant(f"scopes: {name}", entry, servers)
-                      for name, entry in given.pop("scopes").items()}
-            for name in scopes:
+            scopes = {}
+            for name, entry in given.pop("scopes").items():
                 if not _SCOPE.fullmatch(name):
                     raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
-        for name, entry in given.items():
-            callers.append(parse_caller(name, entry, servers))
+                scopes[name] = parse_grant(f"scopes: {name}", entry, servers, _GRANT_KEYS)
+        callers += [parse_caller(name, entry, servers) for name, entry in given.items()]
         first: dict[object, Caller] = {}
         for caller in callers:
             for what, value in ("name", caller.name), ("key", caller.digest):
@@ -3317,7 +3317,7 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
     if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
         # What is meant as a key may stand there, and is not said.
         raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ - that is not scopes")
-    grant = parse_grant(name, entry, servers, {"key": _TEXT, "sha256": _TEXT})
+    grant = parse_grant(name, entry, servers, _CALLER_KEYS)
     if ("key" in entry) == ("sha256" in entry):
         raise SettingsError(f"{name}: needs either key or sha256")
     key = entry.get("key", "x")
@@ -3329,9 +3329,8 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
     return Caller(name, digest, Limits(name, (grant,)) if grant != Grant() else None)
 
 
-def parse_grant(name: str, entry: dict, servers: tuple[str, ...], others: dict = {}) -> Grant:
-    """What a key or a scope opens; `others` are members that are looked at elsewhere."""
-    known = {**others, **_GRANT_KEYS}
+def parse_grant(name: str, entry: dict, servers: tuple[str, ...], known: dict) -> Grant:
+    """What a key or a scope opens; `known` are the members that it may have."""
     with within(name):
         if not entry.keys() <= known.keys():
             raise SettingsError(f"has something that is not known; what is: {', '.join(known)}")
