@@ -2172,7 +2172,7 @@ MAX_VARIABLES = 64                # of one client
 OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET", "SESSION_SECRET"})          # which no server gets
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-CLEAN = "PATH, LANG, LANGUAGE, LC_*, HOME, TMPDIR"          # what CLEAN_ENV leaves
+CLEAN = "PATH", "LANG", "LANGUAGE", "LC_*", "HOME", "TMPDIR"          # what CLEAN_ENV leaves
 
 # Query parameters that are ours; every other one is a variable for the server.
 QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "tools", "client"})
@@ -2239,7 +2239,7 @@ class Grant:
 
     def sets(self, variable: str) -> bool:
         """May this variable be set?"""
-        return self.env is None or is_named(variable, ",".join(self.env))
+        return self.env is None or is_named(variable, self.env)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2405,24 +2405,25 @@ def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
 
 def may_set(name: str, value: str, allowed: str) -> bool:
     """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, whatever it is."""
-    if name.startswith(OUR_PREFIX) or listed(allowed):
-        return is_named(name, allowed) and not name.startswith(OUR_PREFIX)
+    named = listed(allowed)
+    if name.startswith(OUR_PREFIX) or named:
+        return is_named(name, named) and not name.startswith(OUR_PREFIX)
     match = MAY_BE_SET.fullmatch(name)
     return bool(match) and all(allowed.fullmatch(value) for kind, allowed in VALUES.items() if match[kind])
 
 
-def is_named(name: str, patterns: str) -> bool:
-    """Is a name one of those that a setting lists, which may have * in them?"""
-    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in listed(patterns))
+def is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    """Is a name one of these, which may have * in them?"""
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in patterns)
 
 
 def server_environment(environment: dict[str, str], settings: Settings) -> dict[str, str]:
     """What a server gets of our environment: none of our settings, because one that also knows HTTP would take our
     PORT for its own; with CLEAN_ENV nothing but what every program needs; and what ALLOWED_ENV names. Never a
     secret that protects it."""
-    ours = {field.name.upper() for field in dataclasses.fields(Settings)}
+    ours, allowed = {field.name.upper() for field in dataclasses.fields(Settings)}, listed(settings.allowed_env)
     return {name: value for name, value in environment.items() if name not in OUR_SECRETS and (
-        is_named(name, settings.allowed_env) or name not in ours and (not settings.clean_env or is_named(name, CLEAN)))}
+        is_named(name, allowed) or name not in ours and (not settings.clean_env or is_named(name, CLEAN)))}
 
 
 # ============================================================================
