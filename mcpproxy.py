@@ -1189,6 +1189,11 @@ class JSONObject:
         return one_line(line + text[at:]).encode()
 
 
+def without_members(text: str, *names: str) -> str:
+    """An object without some of its members."""
+    return as_object({name: value for name, value in JSONObject(text).raw_members().items() if name not in names})
+
+
 def one_line(text: str) -> str:
     """JSON without line ends; they are only between tokens, because a string cannot hold them."""
     return text.replace("\n", " ").replace("\r", " ")
@@ -1591,7 +1596,6 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
-TASK = frozenset(("task",))                                      # what asks for a task, in 2025-11-25 alone
 
 # What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
@@ -1816,12 +1820,12 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
     return [*changes, message.new_members(beside, "params")] if beside else changes
 
 
-def without_params(message: Message, names: frozenset[str]) -> Message:
+def without_params(message: Message, *names: str) -> Message:
     """A request without these parameters."""
-    if names.isdisjoint(message.params):
+    if message.params.keys().isdisjoint(names):
         return message
-    params = {name: value for name, value in message.raw_members("params").items() if name not in names}
-    return parse_message(message.changed([(*message.span("params"), as_object(params))]).decode())
+    params = without_members(message.raw("params"), *names)
+    return parse_message(message.changed([(*message.span("params"), params)]).decode())
 
 
 def digest_of(message: Message) -> int:
@@ -1964,7 +1968,7 @@ def as_legacy_tool(text: str) -> str:
         if schema is None or isinstance(properties, dict) and member_at(schema, ("type",)) == "object" and (
                 all(isinstance(one, dict) for one in properties.values())):
             return text
-    return as_object({name: value for name, value in JSONObject(text).raw_members().items() if name != "outputSchema"})
+    return without_members(text, "outputSchema")
 
 
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
@@ -2017,10 +2021,10 @@ def merged(one: dict, other: dict) -> dict:
     return result
 
 
-def without_session(capabilities: dict) -> dict:
-    """What is left of capabilities for a legacy client that has no session."""
-    return {name: {what: value for what, value in one.items() if what not in ("subscribe", "listChanged")}
-            if isinstance(one, dict) else one for name, one in capabilities.items() if name != "logging"}
+def without_session(capabilities: str) -> str:
+    """What is left of capabilities (JSON) for a legacy client that has no session."""
+    return as_object({name: without_members(one, "subscribe", "listChanged") if one[:1] == "{" else one
+                      for name, one in JSONObject(capabilities).raw_members().items() if name != "logging"})
 
 
 class Identity:
@@ -2046,7 +2050,7 @@ class Identity:
         """The result of `initialize`, with the revision that was negotiated with one client."""
         new = {"protocolVersion": f'"{version}"'}
         if not has_session:
-            new["capabilities"] = dump(without_session(self.capabilities))
+            new["capabilities"] = without_session(self._told["capabilities"])
         if "protocolVersion" in self._members and self.era is LEGACY:
             return as_object(self._members | new).encode()
         info = self.info or dump({"name": "unnamed", "version": "0"})
@@ -2054,10 +2058,9 @@ class Identity:
 
     def discover_result(self) -> bytes:
         """The result of `server/discover`."""
-        versions = dump([MODERN_VERSION, *LEGACY_VERSIONS])
         # SEP-2663: the tasks of 2025-11-25 "MUST NOT" be advertised.
-        capabilities = {name: value for name, value in self.capabilities.items() if name != "tasks"}
-        return as_object({"supportedVersions": versions, **self._told, "capabilities": dump(capabilities),
+        return as_object({"supportedVersions": dump([MODERN_VERSION, *LEGACY_VERSIONS]), **self._told,
+                          "capabilities": without_members(self._told["capabilities"], "tasks"),
                           **additions("server/discover", self.info).members}).encode()
 
     def has(self, capability: str) -> bool:
@@ -2129,8 +2132,8 @@ def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Mes
     response = response.parsed()
     if members_of(response.members["result"]).get("nextCursor") != "":
         return response
-    kept = {name: value for name, value in response.raw_members("result").items() if name != "nextCursor"}
-    return parse_message(response.changed([(*response.span("result"), as_object(kept))]).decode(), is_servers=True)
+    page = without_members(response.raw("result"), "nextCursor")
+    return parse_message(response.changed([(*response.span("result"), page)]).decode(), is_servers=True)
 
 
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
@@ -9067,7 +9070,7 @@ class ModernClientLegacyServer(Bridge):
 
     def retry(self, exchange: "Exchange", message: Message) -> bool | None:
         """A request that comes again with answers goes on where its call was parked."""
-        message = exchange.message = without_params(message, TASK)          # SEP-2663: "servers MUST ignore it"
+        message = exchange.message = without_params(message, "task")        # SEP-2663: "servers MUST ignore it"
         if "requestState" not in message.params:
             return True
         state = message.params.get("requestState")
@@ -9958,7 +9961,7 @@ class Exchange(ClientRequest):
             self._become(WAITING)
         self.server_id, self.message = None, None
         if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
-            self.text = without_params(parse_message(self.text), ANSWERS).text           # is no other's business
+            self.text = without_params(parse_message(self.text), *ANSWERS).text          # is no other's business
             if self.dialogue:
                 self.dialogue.gathered = {}
         self._begin_soon()
@@ -10222,9 +10225,9 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
     for kind, _ in LIST_CHANGES.values():
         if isinstance(capabilities.get(kind), dict):
             capabilities[kind] = {**capabilities[kind], "listChanged": True}          # servers may come and go
-    if is_initialize and not client.is_session:
-        capabilities = without_session(capabilities)
-    members = {"capabilities": dump(capabilities)}
+    capabilities = dump(capabilities)
+    members = {"capabilities": capabilities if client.is_session or not is_initialize else
+               without_session(capabilities)}
     instructions = [f"# {member.name}\n\n{identity.instructions}" for member, identity in found
                     if identity.instructions]
     if instructions:
