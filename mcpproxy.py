@@ -10567,7 +10567,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     return False
             body = self._parser.next_body(self._application.max_body)
         except ProxyError as error:
-            self._refuse(refusal or error)
+            self.refuse(refusal or error)
             return False
         reply = self._reply
         if body is not None:
@@ -10578,7 +10578,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 self._application.handle(reply.admission, body, reply)
             return True
         if refusal:
-            self._refuse(refusal)
+            self.refuse(refusal)
         elif self._parser.is_interrupted:
             self._advance_soon()
         elif self._continues and not self._parser.rest:
@@ -10595,7 +10595,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 self._transport.resume_reading()           # also of one that is refused, so that it hears of that
             self._advance()
 
-    def _refuse(self, error: ProxyError) -> None:
+    def refuse(self, error: ProxyError) -> None:
         """Answers a request that was not read to its end; where the next one begins is not known."""
         self.keeps_alive = False
         self._phase, self._reply = LINGER, self._reply or Reply(self, None)
@@ -10610,7 +10610,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def give(self) -> None:
         if self._phase is BODY:
-            self._refuse(try_later("too much is held already, most of it for you"))
+            self.refuse(try_later("too much is held already, most of it for you"))
         else:
             self._transport.abort()
 
@@ -10686,7 +10686,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             if self._phase is LINGER or self._phase is HEAD and self._parser.is_between:
                 self._transport.close()
             else:
-                self._refuse(HTTPError("the request took too long", status=408))
+                self.refuse(HTTPError("the request took too long", status=408))
 
     def _probe(self, reply: Reply, now: float) -> None:
         """A client that closed its sending half may be waiting or be gone. Only writing tells: if it is gone, the
@@ -10810,11 +10810,11 @@ class TLSTransport(asyncio.Protocol):
             self._transport.write(data)
 
     def _refuse_plain(self) -> None:
-        log.info("! refused with 400: plain HTTP at the HTTPS port")
-        body, = encode_error(None, HTTPError("this port speaks HTTPS: use https://"))
-        headers = ("Content-Type", JSON_TYPE), ("Connection", "close")
-        self._transport.write(encode_head(400, headers, http_date(int(time.time())), len(body)) + body)
-        self._transport.close()
+        """As any request that is refused before it was read; what else comes goes to the connection as it is."""
+        self._timer.cancel()
+        self.write = self._transport.write
+        self._transport.set_protocol(self._connection)
+        self._connection.refuse(HTTPError("this port speaks HTTPS: use https://"))
 
 
 class HTTPServer:

@@ -3946,10 +3946,11 @@ def test_access_tls_survives_what_is_not_tls(tls_proxy, certificate, data):
 
 
 def test_access_tls_and_plain_http_at_the_wrong_port_are_told_so(tls_proxy, demo, certificate):
-    with HTTP(tls_proxy) as http:
-        http.send(encode_http("GET", "/healthz"))
-        response = http.response()
-        assert response.status == 400 and "https://" in response.json()["error"]["message"]
+    for sent in encode_http("GET", "/healthz"), encode_http("POST", "/mcp", b"x" * 9_000_000):
+        with HTTP(tls_proxy) as http:
+            http.send(sent)
+            response = http.response()
+            assert response.status == 400 and "https://" in response.json()["error"]["message"]
     before = len(demo.log())
     with socket.create_connection(("127.0.0.1", demo.port), PATIENCE) as plain, pytest.raises(OSError):
         ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
