@@ -6271,6 +6271,8 @@ class ServerConnection(Holder):
                 self._on_batch(line, cause)
             elif line.strip():
                 self._on_text(line, cause)
+            else:
+                self._count_flood()
         except RPCError as error:
             self._on_junk(line, error)
         except Exception as error:
@@ -10758,10 +10760,10 @@ class TLSTransport(asyncio.Protocol):
         data = memoryview(data)
         try:
             while data and self._is_shaken and not self.is_closing():
-                data = data[self._tls.write(data):]
+                data = data[self._tls.write(data[:LARGE]):]
+                self._flush()                  # what lies between keeps the size of the largest that lay there
         except OSError:                        # ssl.SSLError is one
             self.abort()
-        self._flush()
 
     def pause_reading(self) -> None:
         self._is_paused = True
@@ -11466,6 +11468,29 @@ CHECKED_SECONDS = 60.0           # for which a token that was found good is not 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+class Work(Holder):
+    """What an endpoint has to wait for before it can reply: it ends when the client leaves, and holds a body of `size`
+    until then."""
+
+    def __init__(self, application: "Application", work, size: int, reply: Reply):
+        self._application, self._reply, self.principal = application, reply, reply.connection.principal
+        budget.set(self, size if size > SMALL else 0)
+        self._task = asyncio.get_running_loop().create_task(self._run(work))
+        reply.on_gone = self._task.cancel
+
+    async def _run(self, work) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._application.refuse(as_told(error), self._reply)
+        finally:
+            budget.set(self, 0)
+
+    def give(self) -> None:
+        self._task.cancel()
+        self._application.refuse(try_later("too much is held for this client"), self._reply)
+
+
 class Application:
     """What all that is offered over HTTP has in common; `routes` are by path, see Admission."""
 
@@ -11593,16 +11618,10 @@ class Application:
                 reply.headers = admission.headers
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
-                asyncio.get_running_loop().create_task(self._finish(work, reply))
+                Work(self, work, len(body), reply)
         except NotYet as reason:          # is a token what was a key until now?
             reply.headers = reason.headers
             self.refuse(try_later("the keys have changed"), reply)
-        except Exception as error:
-            self.refuse(as_told(error), reply)
-
-    async def _finish(self, work, reply: Reply) -> None:
-        try:
-            await work
         except Exception as error:
             self.refuse(as_told(error), reply)
 
@@ -11746,6 +11765,20 @@ class Probes(Application):
 
 MAX_WATCHERS = 20                # of the overview
 WATCH_PAUSE = 1.0                # seconds until they are told again
+
+
+def encode_call(name: str, arguments: str) -> Message:
+    """The call of a tool; `arguments` are what should be a JSON object, or nothing."""
+    try:
+        message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
+                                f'"params":{{"name":{dump(name)},"arguments":{arguments.strip() or "{}"}}}}}')
+    except RPCError:
+        raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
+    # Braces in them must not have added anything beside.
+    is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
+    if not is_alone or not isinstance(message.params.get("arguments"), tuple):
+        raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
+    return message
 
 
 class Endpoints(Application):
@@ -11979,25 +12012,17 @@ class Endpoints(Application):
         if body:
             check_is_json(admission)
         name, since = admission.path.removeprefix("/tools/"), self.mount.now()
-        arguments = decode_json(body).strip() or "{}"
-        try:
-            message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
-                                    f'"params":{{"name":{dump(name)},"arguments":{arguments}}}}}')
-        except RPCError:
-            raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
-        # Braces in the body must not have added anything beside the arguments.
-        is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
-        if not is_alone or not isinstance(message.params.get("arguments"), tuple):
-            raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
+        message, body = encode_call(name, decode_json(body)), None
+        if len(message.text) > SMALL:             # what was parsed of it takes many times its size
+            message, body = None, message.text
         client = self._visit(admission, reply)
         if not client.view.candidates(name) or name not in await tools_at(client, name) and (
                 name not in await tools_at(client, name, refresh=True)):
             raise client.view.closed("tools", name, 403) or RPCError(f"there is no tool {name}", status=404,
                                                                      code=INVALID_PARAMS)
-        if not reply.is_done:                 # its client may be gone meanwhile
-            exchange = new_exchange(client, message, ToolOutlet(reply), None, admission.trace)
-            exchange.started = since
-            exchange.start_or_fail()
+        exchange = new_exchange(client, message or parse_message(body), ToolOutlet(reply), None, admission.trace)
+        exchange.started = since
+        exchange.start_or_fail()
 
     async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
@@ -12403,6 +12428,15 @@ class Proxy:
                 log.warning("! server %(server)s: %(name)s has no effect with sandbox off", server=config.name,
                             name=name)
 
+    def _doubt_root(self, before: collections.abc.Collection[Server] = ()) -> None:
+        """Says to which servers, that were not there before, the sandbox leaves a door open."""
+        for server in self.mount.servers.values():
+            own = server.config.settings
+            if server not in before and own.sandbox != "off" and not server.config.url and (
+                    os.geteuid() == 0 and not own.run_as_user):
+                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
+                            server=server.name)
+
     def _stat_config(self) -> tuple:
         """What tells whether the file of servers is another one."""
         try:
@@ -12425,7 +12459,9 @@ class Proxy:
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
+        before = list(self.mount.servers.values())
         self.mount.reload(catalog, keys.callers)
+        self._doubt_root(before)
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
@@ -12434,11 +12470,7 @@ class Proxy:
         if not self.settings.mcp_config:
             name, = self.mount.servers
             await try_out(Sandbox(name, self.settings, self.reaper))
-        for server in self.mount.servers.values():
-            own = server.config.settings
-            if own.sandbox != "off" and not server.config.url and os.geteuid() == 0 and not own.run_as_user:
-                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
-                            server=server.name)
+        self._doubt_root()
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:
