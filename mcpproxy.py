@@ -1616,7 +1616,7 @@ def our_initialize(is_for_all: bool) -> dict:
 def check_parameters(message: Message) -> None:
     """Refuses a request without an id or without the parameter that names what it is about, a _meta that is none, and
     lookalikes. (A server may do what a request without an id asks for, and no limit would have been looked at.)"""
-    if message.kind is NOTIFICATION and not message.method.startswith("notifications/"):
+    if message.kind is NOTIFICATION and "notifications/" not in message.method:
         raise RPCError("a request must have an id")
     if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)

@@ -10707,7 +10707,7 @@ def test_session_without_use_ends():
 
 
 @pytest.mark.parametrize("method, body", [
-    ("POST", request(1, "tools/list")), ("POST", notification("x")), ("GET", None), ("DELETE", None)])
+    ("POST", request(1, "tools/list")), ("POST", notification("notifications/x")), ("GET", None), ("DELETE", None)])
 @pytest.mark.parametrize("session, status", [("", 400), ("unknown", 404), ("ended", 404), ("of SSE", 404)])
 def test_session_that_is_missing_or_unknown_is_told(fake, method, body, session, status):
     with StreamableClient(fake) as client, SSEClient(fake) as sse:
@@ -10732,7 +10732,7 @@ def test_session_need_not_be_named_at_a_shared_server(fake):
 
 def test_session_has_to_be_named_where_it_is_required():
     with running_proxy(FAKE, REQUIRE_SESSION="true") as proxy:
-        for message in request(1, "tools/list"), notification("x"):
+        for message in request(1, "tools/list"), notification("notifications/x"):
             assert post(proxy, message).error() == (400, -32600)
         with StreamableClient(proxy) as client:
             client.post(request(1, "tools/list"))
@@ -10748,7 +10748,7 @@ def test_session_that_nothing_follows_ends_soon(altered):
 
 
 @pytest.mark.parametrize("method, body", [
-    ("POST", request(1, "tools/list")), ("POST", notification("x")), ("DELETE", None)])
+    ("POST", request(1, "tools/list")), ("POST", notification("notifications/x")), ("DELETE", None)])
 def test_session_has_to_be_named_where_one_is_needed(independent, method, body):
     assert independent.request(method, "/mcp", body, ACCEPT).error() == (400, -32600)
 
@@ -17292,7 +17292,7 @@ def test_audit_of_what_is_refused_by_its_body_in_a_session(recorded):
 
 
 def test_audit_of_a_batch_is_a_line_for_each(recorded):
-    batch = [tool_call(1, "good"), tool_call(2, "bad"), request(3, "made/up"), notification("x")]
+    batch = [tool_call(1, "good"), tool_call(2, "bad"), request(3, "made/up"), notification("notifications/x")]
     with audited(recorded, 3) as lines:
         recorded.request("POST", "/mcp", batch, {**ACCEPT, **AUDIT_KEY, **OLD})
     assert sorted((line["id"], line.get("error_type")) for line in lines) == [
@@ -17788,7 +17788,7 @@ def test_endpoint_refuses_a_subscription_to_who_takes_no_stream(fake):
 
 def test_endpoint_needs_no_accept_where_there_is_no_body(fake):
     with StreamableClient(fake) as client:
-        client.post(notification("x"), 202, {"Accept": "image/png"})
+        client.post(notification("notifications/x"), 202, {"Accept": "image/png"})
 
 
 @pytest.mark.parametrize("version", ["2099-01-01", "2026-07-28", "x"])
@@ -17836,7 +17836,8 @@ def batch(client, messages, expect=200):
 def test_endpoint_answers_a_batch(fake):
     with StreamableClient(fake, version="2025-03-26") as client:
         posted, answers = batch(client, [
-            tool_call(1, "echo", {"text": "one"}), notification("x"), request(2, "no/such"), tool_call("3", "echo")])
+            tool_call(1, "echo", {"text": "one"}), notification("notifications/x"), request(2, "no/such"),
+            tool_call("3", "echo")])
         assert {answer["id"]: "result" in answer for answer in answers} == {1: True, 2: False, "3": True}
         assert isinstance(posted.response.json(), list)
 
@@ -17857,7 +17858,7 @@ def test_endpoint_answers_a_batch_with_a_stream_when_it_takes_long(fake):
 
 def test_endpoint_takes_a_batch_of_notifications_and_responses(fake):
     with StreamableClient(fake, version="2025-03-26") as client:
-        posted, _ = batch(client, [notification("x"), {"jsonrpc": "2.0", "id": 5, "result": {}}], 202)
+        posted, _ = batch(client, [notification("notifications/x"), {"jsonrpc": "2.0", "id": 5, "result": {}}], 202)
         assert posted.response.body == b""
 
 
@@ -17895,11 +17896,11 @@ def test_endpoint_refuses_a_batch_of_a_revision_without(fake, version):
 def test_endpoint_refuses_in_a_batch_only_what_is_no_message(fake):
     with StreamableClient(fake, version="2025-03-26") as client:
         nothings = [5, "x", [], {"jsonrpc": "2.0", "id": 2, "method": 5}, request(3, "ping", [])]
-        _, answers = batch(client, [request(1, "ping"), *nothings, notification("x"), request(4, "ping")])
+        _, answers = batch(client, [request(1, "ping"), *nothings, notification("notifications/x"), request(4, "ping")])
         assert [answer["id"] for answer in answers if "result" in answer] == [1, 4]
         refused = [(answer.get("id"), answer["error"]["code"]) for answer in answers if "error" in answer]
         assert refused == [(None, -32600)] * 3 + [(2, -32600), (3, -32602)]
-        _, (answer,) = batch(client, [notification("x"), 5])
+        _, (answer,) = batch(client, [notification("notifications/x"), 5])
         assert answer["error"]["code"] == -32600
 
 
@@ -20287,7 +20288,7 @@ def test_load_one_connection_takes_nobody_s_turn(fake, data):
 
 
 def test_load_a_batch_has_at_most_a_thousand_messages(fake):
-    batch = [notification("x")] * 1_001
+    batch = [notification("notifications/x")] * 1_001
     assert post(fake, batch[1:]).status == 202
     assert post(fake, batch).error() == (400, -32600)
 
