@@ -5747,10 +5747,9 @@ class RemoteLink(Link):
         _, method, name, more, way = about or (0, "", None, (), "")
         headers = [("Content-Type", JSON_TYPE), ("Accept", f"{JSON_TYPE}, {EVENT_STREAM_TYPE}"), *more]
         if method == "server/discover" or self.revision == MODERN_VERSION:
+            repeated = ("Mcp-Method", method or None), ("Mcp-Name", name)          # of a notification, nothing is
             headers.append(("MCP-Protocol-Version", MODERN_VERSION))
-            headers += [("Mcp-Method", encode_header(method))] if method else []          # a notification has none
-            if name is not None:
-                headers.append(("Mcp-Name", encode_header(name)))
+            headers += [(header, encode_header(value)) for header, value in repeated if value is not None]
         elif method != "initialize":
             headers += self._session_headers()
         return self._request_head("POST", headers, len(line), way)
@@ -7378,8 +7377,7 @@ class Instance:
                     await asyncio.shield(connection.link.stop())
             # What a client said in its handshake, or set as a variable, may be wrong.
             is_ours = not self.variables and (self.is_told_ours or not isinstance(error, HandshakeRefused))
-            reason = self.redact(str(error))
-            self.server.on_error(reason, self.words, is_ready, is_ours)
+            self.server.on_error(reason := self.redact(str(error)), self.words, is_ready, is_ours)
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=reason)
                 self.failure, self.failed_at = error, self.server.now()
@@ -7850,11 +7848,11 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's
-        own of another process is followed by what nobody has heard here."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. One of another
+        process is followed by what nobody has heard here."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
-        if name.startswith("0.") and not name.endswith(self._tag):
+        if not name.endswith(self._tag):
             return self.stream, None
         if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number) or (
                 stream.is_ended and stream.has_forgotten):
@@ -9900,7 +9898,11 @@ class Exchange(ClientRequest):
                 if self._ask_next():
                     return None
                 if self.connection.link.is_remote and response.parsed().error_code == HEADER_MISMATCH:
-                    self.instance.tools.is_old = True        # an argument is to be repeated in another header now
+                    # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
+                    self.instance.tools.is_old = True
+                    if self.text and not self.is_repeated:
+                        self.is_repeated = True
+                        return self._start_over()
                 # A resource that nobody knows may be that of a server which cannot be asked.
                 if self.missing and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
                     why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
@@ -9957,15 +9959,18 @@ class Exchange(ClientRequest):
         """Goes to another server."""
         before = self.instance.server
         self.aim(target, left_out)
+        if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
+            self.text = without_params(parse_message(self.text), *ANSWERS).text          # is no other's business
+            if self.dialogue:
+                self.dialogue.gathered = {}
+        self._start_over()
+
+    def _start_over(self) -> None:
         if self.state is RUNNING:
             if self.method in MAY_CAUSE:
                 self._cause_no_more()
             self._become(WAITING)
         self.server_id, self.message = None, None
-        if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
-            self.text = without_params(parse_message(self.text), *ANSWERS).text          # is no other's business
-            if self.dialogue:
-                self.dialogue.gathered = {}
         self._begin_soon()
 
     def on_failure(self, error: ProxyError) -> None:

@@ -2422,6 +2422,8 @@ LONG = b"9" * 5_000                # Python itself reads no integer of more than
     case("params is an array", message(b'"id":1,"method":"a","params":[1]'), -32602),
     case("_meta is an array", message(b'"id":1,"method":"a","params":{"_meta":[]}'), -32602),
     case("_meta is null", message(b'"id":1,"method":"a","params":{"_meta":null}'), -32602),
+    case("request without an id", message(b'"method":"tools/call","params":{"name":"x"}'), -32600),
+    case("notification of an extension", message(b'"method":"x/notifications/y"'), "notification"),
     case("_meta of a notification", message(b'"method":"notifications/a","params":{"_meta":1}'), -32602),
     case("handshake without a revision", message(b'"id":1,"method":"initialize","params":{}'), -32602),
     case("handshake with a number", message(b'"id":1,"method":"initialize","params":{"protocolVersion":1}'), -32602),
@@ -4445,6 +4447,14 @@ def test_access_batches_are_limited_call_by_call(keys):
         assert limit_of(answers["b__read_a"])[1:] == ("servers", "ann")
 
 
+@pytest.mark.parametrize("wire", [SSEClient, StreamableClient])
+def test_access_no_request_without_an_id_reaches_a_server(keys, wire):
+    with keys({"ann": {"tools": ["read_*", "look"]}}) as proxy, wire(
+            proxy, path="/servers/a/mcp", headers=brings("ann")) as client:
+        client.post({"jsonrpc": "2.0", "method": "tools/call", "params": {"name": "write_a"}}, 400)
+        assert "write" not in client.tool("look", all=1).lower()
+
+
 def test_access_no_error_names_a_server_that_a_key_may_not_see(keys):
     servers = {"a": kept("a"), "b": kept("b"), "hidden": (BROKEN, {}), "broken": (BROKEN, {})}
     with keys({"ann": {"servers": ["a", "broken"]}}, servers, LOG_LEVEL="DEBUG") as proxy:
@@ -5467,8 +5477,9 @@ def test_views_of_limited_callers_are_for_no_public_cache(keys):
     """A cache goes by the URL, and knows nothing of a key's limits."""
     with keys({"ann": {"tools": ["echo"]}, "bob": {}}, {"a": (MODERN, {})}, SERVER_ERA="auto") as proxy:
         for path in "/mcp", "/servers/a/mcp":
-            with ModernClient(proxy, headers=brings("ann"), path=path) as client:
-                assert client.call("tools/list")["result"]["cacheScope"] == "private"
+            for key in "ann", "bob":
+                with ModernClient(proxy, headers=brings(key), path=path) as client:
+                    assert client.call("tools/list")["result"]["cacheScope"] == "private"
 
 
 def test_views_read_only_goes_by_no_old_hint_where_changes_are_not_told(keys, altered):
@@ -8322,8 +8333,27 @@ def test_remote_modern_server_whose_schema_changed_gets_the_new_headers():
     with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         annotated, far.tools[3] = far.tools[3], {"name": "mirror", "inputSchema": {"type": "object"}}
         assert names_of(client.call("tools/list"))[3] == "mirror"
+        assert client.tool("echo", text="x") == "x"          # for which the proxy lists them too
         far.tools[3] = annotated
         assert client.tool("mirror", region="eu") == ""
+        refused, repeated = far.got("tools/call")[-2:]
+        assert "mcp-param-region" not in refused.headers and repeated.headers["mcp-param-region"] == "eu"
+
+
+def test_remote_modern_server_gets_the_headers_that_a_client_repeats_and_the_proxy_knows_nothing_of():
+    with Remote("modern") as far, running_proxy(far.url) as proxy, ModernClient(proxy) as client:
+        message = client.message(1, "tools/call", {"name": "echo", "arguments": {"text": "x"}})
+        client.deliver(message, {"Mcp-Param-Other": "o", "X-Other": "p"}).answer()
+        headers = far.got("tools/call")[-1].headers
+        assert headers["mcp-param-other"] == "o" and "x-other" not in headers
+
+
+def test_remote_modern_server_is_told_what_a_client_notifies_of():
+    with Remote("modern") as far, running_proxy(far.url) as proxy, ModernClient(proxy) as client:
+        client.tool("echo", text="x")
+        client.post(notification("x/notifications/y", {"a": 1}), 202, {"MCP-Protocol-Version": "2026-07-28"})
+        visit = far.wait_for("x/notifications/y")[0]
+        assert visit.params["a"] == 1 and "mcp-method" not in visit.headers
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, None])
@@ -11708,7 +11738,7 @@ def test_several_servers_forget_nothing_when_a_reload_finds_no_room(several):
         assert len(set(pids)) == 2 and clients[0].tool("a__echo", text="x") == "x"
 
 
-@pytest.mark.parametrize("line", ["y", '{"jsonrpc":"2.0","id":99999,"result":{}}',
+@pytest.mark.parametrize("line", ["y", "", "\r", '{"jsonrpc":"2.0","id":99999,"result":{}}',
                                   '{"jsonrpc":"2.0","id":7,"method":"sampling/createMessage","params":{}}'])
 def test_several_servers_one_that_floods_is_ended(several, line):
     with several(a=FAKE, flood=["yes", line], loud=["sh", "-c", "yes >&2"], SERVER_ERA="legacy") as proxy:
@@ -13390,6 +13420,146 @@ def test_conversation_task_of_another_client_is_unknown():
         eve > {"id":2,"method":"tasks/get","params":{"taskId":"of somebody without a name"}}
                 server > {"id":$GET,"method":"tasks/get","params":{"taskId":"of somebody without a name","_meta":{}}}
     ''', server="legacy", ann="legacy", bob="legacy", eve="modern")
+
+
+def test_conversation_task_of_the_old_era_is_nothing_that_a_modern_client_can_ask_for():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x","task":{"ttl":1},"_meta":{"k":1}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"k":1}}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_progress_of_a_task_goes_on_when_its_call_is_answered():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","task":{},"_meta":{"progressToken":"p"}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","task":{},
+                                                                     "_meta":{"progressToken":$CALL}}}
+                server < {"id":$CALL,"result":{"task":{"taskId":"t"}}}
+        ann < {"id":1,"result":{"task":{"taskId":"t"}}}
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
+        ann < {"method":"notifications/progress","params":{"progressToken":"p","progress":1}}
+                server < {"method":"notifications/progress","params":{"progressToken":1000,"progress":1}}
+                server < {"method":"notifications/progress","params":{"progressToken":[1],"progress":1}}
+        ann leaves
+                server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":2}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL2,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":$CALL2,"result":{"task":{"taskId":"u"}}}
+        bob < {"id":1,"result":{"task":{"taskId":"u"}}}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+def test_conversation_progress_of_an_answer_comes_from_who_was_asked():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"elicitation/create","params":{"_meta":{"progressToken":5}}}
+        ann < {"id":$Q,"method":"elicitation/create","params":{"_meta":{"progressToken":5}}}
+        bob > {"method":"notifications/progress","params":{"progressToken":5,"progress":1}}
+        ann > {"method":"notifications/progress","params":{"progressToken":6,"progress":2}}
+        ann > {"method":"notifications/progress","params":{"progressToken":5,"progress":3}}
+                server > {"method":"notifications/progress","params":{"progressToken":5,"progress":3}}
+        ann > {"id":$Q,"result":{"action":"decline"}}
+                server > {"id":"q","result":{"action":"decline"}}
+        ann > {"method":"notifications/progress","params":{"progressToken":5,"progress":4}}
+        ann > {"method":"notifications/custom"}
+                server > {"method":"notifications/custom"}
+    ''', server="legacy", ann="legacy", bob="legacy")
+
+
+@pytest.mark.parametrize("cursor, expected", [('"nextCursor":"",', ""), ('"nextCursor":"x",', '"nextCursor":"x",')])
+def test_conversation_list_of_a_legacy_server_ends_for_a_modern_client_too(cursor, expected):
+    conversation('''
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$LIST,"method":"tools/list","params":{"_meta":{}}}
+                server < {"id":$LIST,"result":{"tools":[{"name":"a","description":"\\"nextCursor\\":\\"\\""}],%s"x":1e3}}
+        client < {"id":1,"result":{"tools":[{"name":"a","description":"\\"nextCursor\\":\\"\\""}],%s"x":1e3,
+                                   "resultType":"complete","ttlMs":0,"cacheScope":"private"}}
+    ''' % (cursor, expected), server="legacy", client="modern")
+
+
+@pytest.mark.parametrize("code, expected, status", [(-32020, -32603, 200), (-32021, -32603, 200), (-32022, -32603, 200),
+                                                    (-32002, -32602, 200), (-32601, -32601, 404), (-5, -5, 200)])
+def test_conversation_code_of_a_legacy_server_is_none_that_means_something_else_to_a_modern_client(
+        code, expected, status):
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":$CALL,"error":{"code":%d,"message":"no"}}
+        client < %d {"id":1,"error":{"code":%d,"message":"no"}}
+    ''' % (code, status, expected), server="legacy", client="modern")
+
+
+@pytest.mark.parametrize("structure, kept", [
+    ('"structuredContent":[1]', ""), ('"structuredContent":null', ""), ('"structuredContent" : "x"', ""),
+    ('"structuredContent":{"a":[1]}', ',"structuredContent":{"a":[1]}')])
+def test_conversation_output_of_a_modern_tool_is_an_object_or_none_for_a_legacy_client(structure, kept):
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"complete","content":[],%s}}
+        client < {"id":1,"result":{"content":[]%s}}
+    ''' % (structure, kept), server="modern", client="legacy")
+
+
+@pytest.mark.parametrize("schema, is_kept", [
+    ('{"type":"object"}', True), ('{"properties":{"a":{}},"type":"object"}', True), ('{"type":"array"}', False),
+    ("true", False), ("{}", False), ('{"type":"object","properties":{"a":true}}', False),
+    ('{"type":["object"]}', False), ('{"type":"object","properties":5}', False)])
+def test_conversation_tool_of_a_modern_server_is_listed_for_a_legacy_client_as_that_can_read_it(schema, is_kept):
+    tool = '{"name":"x","inputSchema":{"type":"object","default":1e400},"outputSchema":%s,"z":1.0}' % schema
+    kept = tool if is_kept else tool.replace(f'"outputSchema":{schema},', "")
+    assert mcpproxy.as_legacy_tool(tool) == kept.replace(": ", ":")
+    conversation('''
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$LIST,"method":"tools/list","params":{"_meta":$META}}
+                server < {"id":$LIST,"result":{"tools":[{"name":"y"},%s],"resultType":"complete"}}
+        client < {"id":1,"result":{"tools":[{"name":"y"},%s]}}
+    ''' % (tool.replace("1e400", "1"), kept.replace("1e400", "1")), server="modern", client="legacy")
+
+
+def test_conversation_modern_server_asks_nothing_by_itself():
+    conversation('''
+                server < {"id":"q","method":"ping"}
+                server < {"id":"r","method":"elicitation/create","params":{"message":"who?"}}
+                server < {"id":"s","method":5}
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+    ''', server="modern", client="modern")
+
+
+def test_conversation_modern_server_that_wants_a_call_again_gets_it_and_soon_not_at_once():
+    text = '''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$A,"method":"tools/call","params":{"name":"x","_meta":$M}}
+                server < {"id":$A,"result":{"resultType":"input_required","requestState":"s"}}
+                server > {"id":$B,"method":"tools/call","params":{"name":"x","requestState":"s","_meta":$M}}
+                server < {"id":$B,"result":{"resultType":"input_required","requestState":"t"}}
+        %s
+    '''
+    again = '''0.2 s pass
+                server > {"id":$C,"method":"tools/call","params":{"name":"x","requestState":"t","_meta":$M}}
+                server < {"id":$C,"result":{"resultType":"complete","content":[]}}
+        client < {"id":1,"result":{"content":[]}}'''
+    conversation(text % again, server="modern", client="legacy")
+    left = '''client > {"method":"notifications/cancelled","params":{"requestId":1}}
+        5 s pass
+        client > {"id":2,"method":"tools/call","params":{"name":"y"}}
+                server > {"id":$D,"method":"tools/call","params":{"name":"y","_meta":$M}}'''
+    conversation(text % left, server="modern", client="legacy")
+
+
+def test_conversation_modern_server_that_wants_input_and_not_which_fails_the_call():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$A,"method":"tools/call","params":{"name":"x","_meta":$M}}
+                server < {"id":$A,"result":{"resultType":"input_required"}}
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server asked for input, and not for which"}}
+    ''', server="modern", client="legacy")
 
 
 def test_conversation_question_that_the_server_takes_back_is_taken_back_from_the_client():
@@ -17986,6 +18156,11 @@ def test_endpoint_without_sessions_answers_any_request(stateless, version):
         assert stateless.request("POST", "/mcp", notification("notifications/initialized"), headers).status == 202
 
 
+def test_endpoint_without_sessions_declares_nothing_that_needs_one(stateless):
+    opened = stateless.request("POST", "/mcp", initialize(), ACCEPT).json()["result"]["capabilities"]
+    assert "logging" not in opened and opened["tools"] == opened["resources"] == opened["prompts"] == {}
+
+
 def test_endpoint_without_sessions_has_none_to_delete(stateless):
     assert stateless.request("DELETE", "/mcp", None, {"Mcp-Session-Id": "x"}).error() == (405, -32600)
 
@@ -19894,6 +20069,18 @@ def test_proxy_warns_of_what_a_server_is_given_and_does_nothing_for_it(tmp_path)
         "near": {**command_of(FAKE), "sandbox_read": "/srv"}, "far": {"url": "http://127.0.0.1:9/"}}}))
     said = run_program("--config", path, "--check", SANDBOX="off").stderr
     assert "server near: sandbox_read has no effect with sandbox off" in said and "half a sandbox" not in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="for others a sandbox is a whole one")
+def test_proxy_warns_of_a_sandbox_that_comes_when_the_file_is_read_again(tmp_path):
+    path = tmp_path / "mcp.json"
+    servers = {name: command_of(FAKE, sandbox="try" if name == "new" else "off") for name in ("old", "new")}
+    path.write_text(json.dumps({"mcpServers": {"old": servers["old"]}}))
+    with running_proxy(MCP_CONFIG=path) as proxy:
+        path.write_text(json.dumps({"mcpServers": servers}))
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "server new: for root a sandbox is half a sandbox" in proxy.log(), "the warning")
+        assert "server old: for root" not in proxy.log()
 
 
 def test_proxy_warns_when_there_is_no_key():
