@@ -373,7 +373,8 @@ class Settings:
     max_buffered_mb: float = setting(512.0, "bodies, kept requests, event logs and unread output together; past that "
                                             "who holds most gives first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
-    max_sessions: int = setting(1000, "sessions at a time; past that clients get 503 with Retry-After")
+    max_sessions: int = setting(1000, "sessions at a time, and modern subscriptions; past that clients get 503 with "
+                                      "Retry-After")
     max_processes: int = setting(100, "server processes, and sessions at remote servers, at a time; past that 503 too")
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
                               "when SHARED_SESSION is false")

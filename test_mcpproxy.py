@@ -3981,6 +3981,16 @@ def test_access_tls_takes_and_gives_20_mb(tls_proxy, certificate):
         assert [http.response().json()["id"] for _ in range(2_000)] == list(range(2_000))
 
 
+def test_access_tls_clients_that_have_got_much_and_stay_cost_little(certificate):
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, contextlib.ExitStack() as stack:
+        before = 0
+        for number in range(9):
+            http = stack.enter_context(tls_client(proxy, certificate))
+            assert len(text_of(http.request("POST", "/mcp", tool_call(1, "big", {"size": 10_000_000}), ACCEPT).json()))
+            before = before or memory(proxy)
+        assert memory(proxy) - before < 50           # MB; where each keeps all that it got, 80
+
+
 def test_access_tls_clients_that_say_nothing_count_and_cost_little(altered, certificate):
     altered(MAX_CONNECTIONS=200)
     with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, contextlib.ExitStack() as stack:
@@ -6127,6 +6137,25 @@ def unfinished_refusal(proxy, key):
         http.send(encode_http("POST", "/mcp", None, {
             **ACCEPT, "X-API-Key": key, "Content-Length": 3_500_000, "Expect": "100-continue"}))
         return http.head().status
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/tools/x"), ("GET", "/openapi.json")])
+def test_shares_bodies_of_requests_that_wait_for_a_list_go_with_their_clients(method, path):
+    def begin(stack):
+        http = stack.enter_context(HTTP(proxy))
+        http.send(encode_http(method, path, {"x": "x" * 3_500_000}, {"X-API-Key": "a"}))
+        return http
+
+    def waiting(connections):
+        came = select.select([http.socket for http in connections], [], [], 0.3)[0]
+        return [http for http in connections if http.socket not in came]
+    with running_proxy(fake_server(FAKE_DEAF_TO="tools/list"), **BUDGET) as proxy:
+        with contextlib.ExitStack() as stack:
+            first = [begin(stack) for _ in range(4)]
+            until(lambda: len(waiting(first)) == 2, "the end of the room for this one")
+            assert {http.response().status for http in first if http not in waiting(first)} == {503}
+        with contextlib.ExitStack() as stack:
+            until(lambda: waiting([begin(stack)]), "room again")
 
 
 def test_shares_requests_are_smaller_than_messages():
@@ -12544,6 +12573,26 @@ def test_conversation_server_that_ends_with_its_answer_to_the_handshake_is_start
     ''', server="new", settings={"server_era": "legacy"}, client="legacy")
 
 
+@pytest.mark.parametrize("answer, said", [
+    ('"result":{"supportedVersions":["2030-01-01"],"capabilities":{}}',
+     "the MCP server speaks 2030-01-01, and none of the revisions known here"),
+    ('"error":{"code":-32022,"message":"no","data":{"supported":["2030-01-01"]}}',
+     "the MCP server speaks 2030-01-01, and none of the revisions known here"),
+    ('"error":{"code":-32021,"message":"no roots"}', "the MCP server refused: no roots"),
+    ('"error":{"code":-32020,"message":"no header"}', "the MCP server refused: no header")])
+def test_conversation_modern_server_that_refuses_is_not_greeted_in_the_old_way(answer, said):
+    conversation('''
+                server starts
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,%s}
+                server is stopped
+        client < 502 {"id":1,"error":{"code":-32000,"message":"%s"}}
+                server starts again
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+    ''' % (answer, said), server="new", client="modern")
+
+
 def test_conversation_late_answer_to_the_new_question_counts_when_the_old_one_was_asked_too():
     conversation('''
                 server starts
@@ -15168,6 +15217,18 @@ async def test_conversation_task_that_two_pages_list_is_listed_once():
     listed, = await town.say_to(client, 2, "tasks/list")
     assert listed["result"]["tasks"] == [{"taskId": "a__1"}]
     assert town.heard_by("a").count("tasks/list") == 2
+
+
+@in_town
+async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    town.told(client)
+    town.say(town.links["a"][0], {"id": "q", "method": "tasks/get", "params": {"taskId": "t"}})
+    await town.pass_time()
+    asked, = town.told(client)
+    assert (asked["method"], asked["params"]) == ("tasks/get", {"taskId": "t"})
 
 
 @in_town
@@ -19755,6 +19816,31 @@ class ModernStdioClient(StdioClient, ModernClient):
 
     def __enter__(self):
         return self
+
+
+def test_stdio_does_not_wait_for_an_answer_that_nobody_can_give_any_more():
+    with StdioClient("--", *FAKE, SHUTDOWN_GRACE="60") as client:
+        call = request(77, "tools/call", {"name": "inquire", "arguments": {"rounds": [[FORM]]}})
+        client.post(call)
+        client.stream.wait(lambda message: message.get("method") == "elicitation/create", "the question")
+        before = time.monotonic()
+        assert client.leave() == 0 and time.monotonic() - before < 30
+        assert client.stream.answer(77)
+
+
+def test_stdio_refuses_what_is_half_a_modern_request():
+    with StdioClient("--", *FAKE) as client:
+        answer = client.call("tools/list", {"_meta": {CAPABILITIES: {}}})
+        assert answer["error"]["code"] == -32602 and "protocolVersion" in answer["error"]["message"]
+
+
+def test_stdio_says_that_a_subscription_has_ended_with_its_server():
+    with ModernStdioClient("--", *MODERN) as client:
+        client.listen(7, toolsListChanged=True)
+        client.start("die")
+        client.stream.answer(7)
+        ended = client.stream.wait_for("notifications/cancelled")
+        assert ended["params"] == {"requestId": 7}
 
 
 EACH_STDIO = pytest.mark.parametrize("kind", [StdioClient, ModernStdioClient], ids=["legacy", "modern"])
