@@ -1932,10 +1932,10 @@ def is_input_required(response: ResponseLine | Message) -> bool:
 
 _COMPLETE_FIRST = re.compile(rb'[ \t]*"resultType": ?"complete"(?:, ?|(?=\}))')
 _OTHER_STRUCTURE = re.compile(rb'"structuredContent"\s*:\s*[^{\s]')
-_MODERN_NAMES = b'"resultType"', b'"ttlMs"', b'"cacheScope"', b'"outputSchema"'
+_MODERN_NAMES = b'"resultType"', b'"ttlMs"', b'"cacheScope"'
 
 
-def result_without(response: ResponseLine | Message, raw_id: bytes) -> list:
+def result_without(response: ResponseLine | Message, raw_id: bytes, method: str) -> list:
     """A response's payload with another id and without what only modern results have: some members, and in a tool's
     output anything but an object (MCP 2025-11-25, Schema, CallToolResult)."""
     if isinstance(response, ResponseLine):
@@ -1943,14 +1943,15 @@ def result_without(response: ResponseLine | Message, raw_id: bytes) -> list:
         match = at is not None and _COMPLETE_FIRST.match(line, at)
         # None of the other names behind it, in whatever object: it can be taken out without a look at the rest.
         if match and all(line.find(name, match.end()) < 0 for name in _MODERN_NAMES) and not (
-                _OTHER_STRUCTURE.search(line, match.end())):
+                method == "tools/list" and b'"outputSchema"' in line or method == "tools/call" and (
+                    b'"structuredContent"' in line and _OTHER_STRUCTURE.search(line))):
             return response.with_id(raw_id, match.start(), match.end())
         response = response.parsed()
     changes, result = [response.new_id(raw_id)], response.members.get("result")
     if isinstance(result, tuple):
         kept = {name: value for name, value in response.raw_members("result").items() if not (
             name in ("resultType", "ttlMs", "cacheScope") or name == "structuredContent" and value[:1] != "{")}
-        tools = members_of(result).get("tools")
+        tools = members_of(result).get("tools") if method == "tools/list" else None
         if isinstance(tools, list):
             kept["tools"] = f"[{','.join(map(as_legacy_tool, split_batch(kept['tools'], len(tools))))}]"
         changes.append((*response.span("result"), as_object(kept)))
@@ -1963,7 +1964,7 @@ def as_legacy_tool(text: str) -> str:
     an object's. MCP 2025-11-25, Schema, Tool: outputSchema is "restricted to type: "object" at the root level"."""
     if '"outputSchema"' not in text:
         return text
-    with contextlib.suppress(RecursionError):
+    with contextlib.suppress(RecursionError, ValueError):          # too deep, or too many digits
         schema = member_at(json.loads(text), ("outputSchema",))
         properties = member_at(schema, ("properties",)) or {}
         if schema is None or isinstance(properties, dict) and member_at(schema, ("type",)) == "object" and (
@@ -1998,10 +1999,10 @@ def speaks_modern(response: Message) -> bool:
     return MODERN_VERSION in strings_of((response.result or {}).get("supportedVersions"))
 
 
-def check_is_legacy(found: ServerError | Message) -> None:
+def check_is_legacy(found: Exception | Message) -> None:
     """RefusedAsModern when a server is not to be greeted the other way either, by its error or its answer to
     server/discover. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
-    error, result = (found.data, None) if isinstance(found, ServerError) else (None, found.result)
+    error, result = getattr(found, "data", None), found.result if isinstance(found, Message) else None
     code = member_at(error, ("code",))
     if code in (HEADER_MISMATCH, MISSING_CAPABILITY):
         raise RefusedAsModern(f"the MCP server refused: {str(member_at(error, ('message',)))[:200]}")
@@ -6092,7 +6093,7 @@ class ServerConnection(Holder):
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
         self.next_id = itertools.count(1).__next__        # of a request to the server
-        self.tokens: dict[int, tuple] = {}                # (session, its token), by the id of a call that became a task
+        self.tokens: dict[int, tuple] = {}                # (session's id, its token) of calls that became tasks
         self._waiting: collections.deque[tuple] = collections.deque()      # (principal, size) of what waits to be read
         self._shares: collections.Counter = collections.Counter()         # the same together, by principal
 
@@ -6544,7 +6545,7 @@ class Outlet:
 #     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
-#     progress            names its call; what names none is dropped
+#     progress            names its call, or a task's that was answered; what names none is dropped
 
 KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
@@ -6678,8 +6679,12 @@ def claim(instance, call, response: Message) -> None:
         if isinstance(task.get("taskId"), str):
             instance.owners.remember(("task", task["taskId"]), client)
             if call.token and client.is_session:
-                make_room_in(call.connection.tokens, KNOWN_OWNERS, lambda known: known[0])
-                call.connection.tokens[call.server_id] = client, call.token
+                tokens = call.connection.tokens
+                if len(tokens) >= KNOWN_OWNERS:
+                    for number in [number for number, (name, _) in tokens.items() if name not in instance.sessions]:
+                        del tokens[number]
+                    make_room_in(tokens, KNOWN_OWNERS, lambda known: known[0])
+                tokens[call.server_id] = client.id, call.token
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
         named = members_of(members_of(response.members["error"]).get("data")).get("elicitations")
         for elicitation in map(members_of, named if isinstance(named, list) else ()):
@@ -6793,9 +6798,10 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
 def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) -> None:
     """Progress of what is no running call. MCP 2025-11-25, Progress: a task has its token after the call has ended."""
     tokens, token = instance.connection.tokens if instance.connection else {}, message.params.get("progressToken")
-    client, own = tokens.get(as_own_id(token), (None, "")) if is_id(token) else (None, "")
-    if client and instance.sessions.get(client.id) is client:
-        client.stream.send([message.changed([(*message.span("params", "progressToken"), own)])])
+    name, own = tokens.get(as_own_id(token), (None, "")) if is_id(token) else (None, "")
+    session = instance.sessions.get(name)
+    if session:
+        session.stream.send([message.changed([(*message.span("params", "progressToken"), own)])])
 
 
 # To route another notification, add a row; what is not here goes where a log message goes.
@@ -7669,10 +7675,11 @@ class Client(Holder):
         return self.at(self.mount.server(self.view.members[0].name))
 
     def notify(self, message: Message) -> None:
-        """Its notification to the modern servers that it is shown: extensions may have some."""
+        """Its notification to the modern servers that it is shown, and that run for it: extensions may have some."""
         check_parameters(message)
         for member in self.view.servers:
-            connection = self.at(self.mount.server(member.name)).connection
+            server = self.mount.servers.get(member.name)
+            connection = server and server.connection_for(self)
             if connection and connection.era is MODERN:
                 connection.send_if_possible(message.payload[0], self.principal)
 
@@ -8134,6 +8141,11 @@ class Server:
         """Is there an instance for the client already?"""
         return self._owner_for(client) in self.instances
 
+    def connection_for(self, client: Client) -> ServerConnection | None:
+        """The connection that a client uses already, if there is one."""
+        instance = self.instances.get(self._owner_for(client))
+        return instance and instance.connection
+
     def instance_for(self, client: Client) -> Instance:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
         variables, owner = client.variables, self._owner_for(client)
@@ -8452,7 +8464,7 @@ class Mount:
 
     def make_room_for(self, call: PendingRequest) -> None:
         """Sees to it that there are no more subscriptions than sessions may be; ServerError when this one has to go."""
-        if len(self.subscriptions) > self.settings.max_sessions:
+        while len(self.subscriptions) > self.settings.max_sessions:
             others = who_gives(self.subscriptions - {call}, call.principal)
             if not others:
                 raise try_later("too many subscriptions")
@@ -9122,7 +9134,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         elif is_input_required(response):
             self._gather(exchange, response.parsed())
         else:
-            exchange.finish(result_without(response, exchange.raw_id))
+            exchange.finish(result_without(response, exchange.raw_id, exchange.method))
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
@@ -9772,7 +9784,8 @@ class Exchange(ClientRequest):
 
     def _check_by(self, tools: Items) -> None:
         view, target, name = self.client.view, self.target, self.own_name
-        if target and target.is_by_hints and not view.opens(target.server, "tools", name, tools.get(name, {})):
+        if target and target.is_by_hints and view.limits and not view.opens(
+                target.server, "tools", name, tools.get(name, {})):
             raise view.refusal(target.server, "tools", name, self.name)
         if self.headers is not None and name in tools.mirrored:
             check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
@@ -10233,6 +10246,8 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
     for kind, _ in LIST_CHANGES.values():
         if isinstance(capabilities.get(kind), dict):
             capabilities[kind] = {**capabilities[kind], "listChanged": True}          # servers may come and go
+    if not is_initialize:
+        capabilities.pop("tasks", None)                # SEP-2663; see Identity.discover_result()
     capabilities = dump(capabilities)
     members = {"capabilities": capabilities if client.is_session or not is_initialize else
                without_session(capabilities)}
@@ -12221,7 +12236,8 @@ class StandardStreams(asyncio.BaseProtocol):
                     client.take_back(message)
             elif self._session:
                 self._session.receive(message)
-            else:
+            elif message.kind is NOTIFICATION:
+                self._visitor.view = self._mount.catalog.view()
                 self._visitor.notify(message)
         except ProxyError as error:
             self._refuse(error, message.raw_id if message and message.kind is REQUEST else None, message)

@@ -3274,7 +3274,8 @@ def test_protocol_arguments_are_repeated_in_headers():
 def test_protocol_modern_members_are_taken_out_of_results(form, result, expected):
     line = (form % result).encode()
     for response in mcpproxy.find_response(line), mcpproxy.parse_message(line.decode()):
-        assert b"".join(mcpproxy.result_without(response, b'"x"')).decode() == (form % expected).replace("7", '"x"')
+        payload = mcpproxy.result_without(response, b'"x"', "tools/list")
+        assert b"".join(payload).decode() == (form % expected).replace("7", '"x"')
 
 
 # ============================================================================
@@ -13523,7 +13524,8 @@ def test_conversation_list_of_a_legacy_server_ends_for_a_modern_client_too(curso
     conversation('''
         client > {"id":1,"method":"tools/list"}
                 server > {"id":$LIST,"method":"tools/list","params":{"_meta":{}}}
-                server < {"id":$LIST,"result":{"tools":[{"name":"a","description":"\\"nextCursor\\":\\"\\""}],%s"x":1e3}}
+                server < {"id":$LIST,"result":{"tools":[{"name":"a","description":"\\"nextCursor\\":\\"\\""}],%s
+                                               "x":1e3}}
         client < {"id":1,"result":{"tools":[{"name":"a","description":"\\"nextCursor\\":\\"\\""}],%s"x":1e3,
                                    "resultType":"complete","ttlMs":0,"cacheScope":"private"}}
     ''' % (cursor, expected), server="legacy", client="modern")
@@ -13567,6 +13569,11 @@ def test_conversation_tool_of_a_modern_server_is_listed_for_a_legacy_client_as_t
                 server < {"id":$LIST,"result":{"tools":[{"name":"y"},%s],"resultType":"complete"}}
         client < {"id":1,"result":{"tools":[{"name":"y"},%s]}}
     ''' % (tool.replace("1e400", "1"), kept.replace("1e400", "1")), server="modern", client="legacy")
+
+
+def test_conversation_tool_that_is_too_much_to_look_at_is_listed_without_what_it_returns():
+    tool = '{"name":"x","outputSchema":{"type":"object","x":%s}}' % ("1" * 5_000)
+    assert mcpproxy.as_legacy_tool(tool) == '{"name":"x"}'
 
 
 def test_conversation_modern_server_asks_nothing_by_itself():
@@ -19826,6 +19833,15 @@ def test_stdio_does_not_wait_for_an_answer_that_nobody_can_give_any_more():
         before = time.monotonic()
         assert client.leave() == 0 and time.monotonic() - before < 30
         assert client.stream.answer(77)
+
+
+def test_stdio_tells_a_modern_server_what_its_client_notifies_of_and_nothing_else():
+    with ModernStdioClient("--", *MODERN) as client:
+        client.tool("echo", text="x")
+        for message in {"jsonrpc": "2.0", "id": 5, "result": {}}, notification("notifications/custom"):
+            client.post(message)
+        until(lambda: "notifications/custom" in client.tool("seen"), "the notification")
+        assert '"result"' not in client.tool("seen") and "error" not in str(client.stream.messages())
 
 
 def test_stdio_refuses_what_is_half_a_modern_request():
