@@ -1958,12 +1958,16 @@ def result_without(response: ResponseLine | Message, raw_id: bytes, method: str)
     return [response.changed(changes)]
 
 
-@functools.lru_cache(maxsize=1024)
 def as_legacy_tool(text: str) -> str:
     """A tool as a list has it for legacy clients, of which some take none of a list that has a schema which is not
     an object's. MCP 2025-11-25, Schema, Tool: outputSchema is "restricted to type: "object" at the root level"."""
     if '"outputSchema"' not in text:
         return text
+    return (_with_output_of_objects if len(text) < LARGE else _with_output_of_objects.__wrapped__)(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _with_output_of_objects(text: str) -> str:
     with contextlib.suppress(RecursionError, ValueError):          # too deep, or too many digits
         schema = member_at(json.loads(text), ("outputSchema",))
         properties = member_at(schema, ("properties",)) or {}
@@ -9405,7 +9409,8 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
 #     for the      at the       for the
 #     server       server       client
 #
-# It goes back to WAITING where several servers may have a resource, and one refused it.
+# It goes back to WAITING where several servers may have a resource, and one refused it; or where a remote one refused
+# its headers.
 
 RUNNING_CALLS = 1_000            # of one client at a time
 
@@ -9435,7 +9440,7 @@ class ClientRequest(PendingRequest, Holder):
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
         self.group: Group | None = None               # whose members stand in for each other, once for a call:
         self.work: asyncio.Task | None = None         # that waits for what it needs
-        self.is_repeated = False                      # did another one fail with it?
+        self.is_repeated = False                      # was it refused or lost once, and goes on?
         self.has_begun = False                        # was anything of the answer told?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
@@ -9797,7 +9802,7 @@ class Exchange(ClientRequest):
         except ServerError:
             if self.target and self.target.is_by_hints:
                 raise
-        else:                               # otherwise nothing is known that it could break
+        else:                               # otherwise the server has to know what it takes
             self._check_by(tools)
 
     def _is_repeated_at(self, connection: ServerConnection) -> bool:
@@ -9887,7 +9892,7 @@ class Exchange(ClientRequest):
         # "Intermediate servers that do not recognize an Mcp-Param-{Name} header MUST forward it."
         given = (self.http_headers or {}).items() if self.envelope else ()
         return *own, *((name, value) for name, value in given
-                       if name.startswith("mcp-param-") and name not in dict(own))
+                       if name.startswith("mcp-param-") and value.isascii() and name not in dict(own))
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone. A part of it that may still
@@ -11497,6 +11502,7 @@ class Work(Holder):
         self._application, self._reply, self.principal = application, reply, reply.connection.principal
         budget.set(self, size if size > SMALL else 0)
         self._task = asyncio.get_running_loop().create_task(self._run(work))
+        self._task.add_done_callback(lambda task: (work.close(), budget.set(self, 0)))         # it may not have begun
         reply.on_gone = self._task.cancel
 
     async def _run(self, work) -> None:
@@ -11504,8 +11510,6 @@ class Work(Holder):
             await work
         except Exception as error:
             self._application.refuse(as_told(error), self._reply)
-        finally:
-            budget.set(self, 0)
 
     def give(self) -> None:
         self._task.cancel()
@@ -12481,6 +12485,7 @@ class Proxy:
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
+        self.http.heads.clear()                            # what they were taken for keeps the old configuration
         before = list(self.mount.servers.values())
         self.mount.reload(catalog, keys.callers)
         self._doubt_root(before)

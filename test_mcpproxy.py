@@ -6151,12 +6151,13 @@ def test_shares_bodies_of_requests_that_wait_for_a_list_go_with_their_clients(me
         came = select.select([http.socket for http in connections], [], [], 0.3)[0]
         return [http for http in connections if http.socket not in came]
     with running_proxy(fake_server(FAKE_DEAF_TO="tools/list"), **BUDGET) as proxy:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:            # the third is told off before it has begun to wait
             first = [begin(stack) for _ in range(4)]
             until(lambda: len(waiting(first)) == 2, "the end of the room for this one")
             assert {http.response().status for http in first if http not in waiting(first)} == {503}
         with contextlib.ExitStack() as stack:
             until(lambda: waiting([begin(stack)]), "room again")
+        assert "never awaited" not in proxy.log()
 
 
 def test_shares_requests_are_smaller_than_messages():
