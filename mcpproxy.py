@@ -2052,7 +2052,7 @@ class Identity:
         info = info if isinstance(info, dict) else {}
         self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
 
-    def initialize_result(self, version: str, has_session: bool = True) -> bytes:
+    def initialize_result(self, version: str, has_session: bool) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
         new = {"protocolVersion": f'"{version}"'}
         if not has_session:
@@ -2829,6 +2829,7 @@ class View:
         self.grants = {member.name: limits.of(member.names) for member in members} if limits else None
         self.offer = members, self.grants      # of two views with the same one, the servers' lists are the same
         self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
+        self.names = {one.name for one in (*members, *self.servers)}         # of all of these, and of groups
         self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
         self.is_joint = is_joint               # several as one, with prefixes
         self.wanted = wanted                   # how its client narrowed it down
@@ -3454,7 +3455,7 @@ class Log(logging.Handler):
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
-        self._second, self._clock = 0, ""       # and its text
+        self._second, self._clock, self._zone = 0, "", ""           # and the texts of it
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -3499,7 +3500,8 @@ class Log(logging.Handler):
               about: dict | None) -> bytes:
         second, millisecond = divmod(int(when * 1000), 1000)
         if second != self._second:
-            self._second, self._clock = second, time.strftime("%Y-%m-%d %H:%M:%S.", time.localtime(second))
+            self._second, local = second, time.localtime(second)
+            self._clock, self._zone = time.strftime("%Y-%m-%d %H:%M:%S.", local), time.strftime("%z", local)
         try:
             if isinstance(fields, tuple):
                 template, names = positional(template)
@@ -3517,8 +3519,7 @@ class Log(logging.Handler):
         if not self.as_json:
             return f"{self._clock}{millisecond:03} {name:7} {text}".encode("utf-8", "backslashreplace")[
                 :MAX_LOG_LINE] + b"\n"
-        zone = time.strftime("%z", time.localtime(second))
-        clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{zone[:3]}:{zone[3:]}"
+        clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{self._zone[:3]}:{self._zone[3:]}"
         entry = {"time": clock, "level": name, "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
@@ -6676,9 +6677,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         question.refuse(NO_CLIENT_CAN if session or calls else NOBODYS)
 
 
-def claim(instance, call, response: Message) -> None:
+def claim(call, response: Message) -> None:
     """Remembers the task or the elicitations that the response to a client's call names: they are its own."""
-    result, client = members_of(response.members.get("result")), call.client
+    result, client, instance = members_of(response.members.get("result")), call.client, call.instance
     for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
         if isinstance(task.get("taskId"), str):
             instance.owners.remember(("task", task["taskId"]), client)
@@ -6801,8 +6802,8 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
 
 def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) -> None:
     """Progress of what is no running call. MCP 2025-11-25, Progress: a task has its token after the call has ended."""
-    tokens, token = instance.connection.tokens if instance.connection else {}, message.params.get("progressToken")
-    name, own = tokens.get(as_own_id(token), (None, "")) if is_id(token) else (None, "")
+    token, connection = message.params.get("progressToken"), instance.connection
+    name, own = connection and is_id(token) and connection.tokens.get(as_own_id(token)) or (None, "")
     session = instance.sessions.get(name)
     if session:
         session.stream.send([message.changed([(*message.span("params", "progressToken"), own)])])
@@ -7813,7 +7814,7 @@ class Session(Client):
             self.is_homeless = True
             return self.end() if error.data else None      # its key opens the place no more
         self.is_homeless = bool(self.variables) and self.view.is_for_all      # nobody takes them any more
-        shown = {one.name for one in (*self.view.members, *self.view.servers)}
+        shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
             place = next((name for name in (old.name, old.config.group) if name in shown), None)
@@ -9916,19 +9917,20 @@ class Exchange(ClientRequest):
             if not response.is_result:
                 if self._ask_next():
                     return None
-                if self.connection.link.is_remote and response.parsed().error_code == HEADER_MISMATCH:
+                response = response.parsed()
+                if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
                     # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
                     self.instance.tools.is_old = True
                     if self.text and not self.is_repeated:
                         self.is_repeated = True
                         return self._start_over()
                 # A resource that nobody knows may be that of a server which cannot be asked.
-                if self.missing and response.parsed().error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
+                if self.missing and response.error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
                     why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
                     raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
-                claim(self.instance, self, response)
+                claim(self, response)
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
                 response = outward(self.client, self.instance, response)
@@ -10045,8 +10047,8 @@ class Exchange(ClientRequest):
 
     def _listen_on(self) -> None:
         """Goes on while its server is shown."""
-        server, view = self.instance.server, self.client.view
-        if server.is_retired or server.name not in {one.name for one in (*view.members, *view.servers)}:
+        server = self.instance.server
+        if server.is_retired or server.name not in self.client.view.names:
             self.end_subscription()
 
     def ask(self, question: Question, missing: dict | None) -> None:
@@ -11930,8 +11932,10 @@ class Endpoints(Application):
             except RPCError as error:
                 errors.append(error)
         requests = [message for message in messages if message.kind is REQUEST]
+        if errors and not messages:
+            raise errors[0]
         if not messages or any(message.method == "initialize" for message in requests):
-            raise errors[0] if errors and not messages else RPCError("an empty batch, or one with initialize in it")
+            raise RPCError("an empty batch, or one with initialize in it")
         for message in messages:
             if message.kind is not REQUEST:                # these have no answer of their own
                 check_parameters(message)
@@ -12226,7 +12230,7 @@ class StandardStreams(asyncio.BaseProtocol):
         self._refuse(RPCError("message too large; MAX_REQUEST_MB is the limit"), find_request_id(head, tail))
 
     def _receive(self, text: str) -> None:
-        message = None
+        message, self._visitor.view = None, self._mount.catalog.view()         # the file may have been read again
         try:
             message = parse_message(text)
             envelope = check_modern(message, None) if message.kind is REQUEST and is_modern(message, None) else None
@@ -12241,7 +12245,6 @@ class StandardStreams(asyncio.BaseProtocol):
             elif self._session:
                 self._session.receive(message)
             elif message.kind is NOTIFICATION:
-                self._visitor.view = self._mount.catalog.view()
                 self._visitor.notify(message)
         except ProxyError as error:
             self._refuse(error, message.raw_id if message and message.kind is REQUEST else None, message)
@@ -12260,7 +12263,6 @@ class StandardStreams(asyncio.BaseProtocol):
         session.end()
 
     def _serve(self, client: Client, message: Message, envelope: Envelope | None) -> None:
-        self._visitor.view = self._mount.catalog.view()    # the file may have been read again
         outlet = StdioOutlet(self._stream, client.is_session)
         exchange = new_exchange(client, message, outlet, envelope)
         if client.is_session and message.method == "initialize":
