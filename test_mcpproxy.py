@@ -14772,6 +14772,8 @@ async def test_conversation_session_stays_with_its_member_after_one_call_that_we
     assert town.heard[-1][0] != own                        # this one is repeated elsewhere,
     await town.say_to(client, 3, "prompts/get", {"name": "p"})
     assert town.heard[-1][0] == own and "resources/unsubscribe" not in town.heard_by(own)
+    for name, call in town.heard[-2:]:
+        town.say(town.links[name][-1], {"id": call["id"], "result": {"messages": []}})
 
 
 @in_town
@@ -23632,12 +23634,12 @@ def test_real_browser_shows_the_tools_when_their_url_is_typed(tmp_path):
         assert '"inquire"' in browser.communicate(timeout=PATIENCE)[0].decode()
 
 
-# Servers that drive a browser of their own. Each way fills in a form, sends it, and gives a picture of what then shows.
+# Servers that drive a browser of their own. Each way fills in a form, sends it, and returns what takes a picture then.
 
 def fill_by_playwright(call, url, name):
     call("browser_navigate", url=url)
     call("browser_type", target="#name", text=name, submit=True)
-    return call("browser_take_screenshot", type="png")["content"][-1]["data"]
+    return lambda: call("browser_take_screenshot", type="png")["content"][-1]["data"]
 
 
 def fill_by_devtools(call, url, name):
@@ -23645,15 +23647,18 @@ def fill_by_devtools(call, url, name):
     box = re.search(r"uid=(\S+) textbox", call("take_snapshot", pageId=1)["content"][0]["text"])[1]
     call("fill", pageId=1, uid=box, value=name)
     call("press_key", pageId=1, key="Enter")
-    return call("take_screenshot", pageId=1)["content"][-1]["data"]
+    return lambda: call("take_screenshot", pageId=1)["content"][-1]["data"]
 
 
 def fill_by_execute(call, url, name):
     call("playwright_navigate", url=url, headless=True, width=1280, height=720)
     call("playwright_fill", selector="#name", value=name)
     call("playwright_press_key", selector="#name", key="Enter")
-    call("playwright_screenshot", name=name)
-    return call(uri=f"screenshot://{name}")["contents"][0]["blob"]
+
+    def picture():
+        call("playwright_screenshot", name=name)
+        return call(uri=f"screenshot://{name}")["contents"][0]["blob"]
+    return picture
 
 
 BROWSER_SERVERS = {             # by program: the way, and what ends the proxy while clients share one
@@ -23685,7 +23690,8 @@ def colour_of(name):
 
 
 def filled_in(client, way, site, name, path="/"):
-    """Has the client fill in the form of a site; the picture has to be of the answer to that."""
+    """Has the client fill in the form of a site; a picture has to come of the answer to that. The first may be black,
+    or of the form: not every server waits until the browser has painted what it was sent."""
     def call(tool=None, uri=None, **arguments):
         params = {"uri": uri} if uri else {"name": tool, "arguments": arguments}
         begun = client.begin("resources/read" if uri else "tools/call", params)
@@ -23693,7 +23699,17 @@ def filled_in(client, way, site, name, path="/"):
         answer = client.finish(begun)
         assert "result" in answer and not answer["result"].get("isError"), answer
         return answer["result"]
-    data = base64.b64decode(way(call, f"http://127.0.0.1:{site.server_port}{path}", name), validate=True)
+    picture = way(call, f"http://127.0.0.1:{site.server_port}{path}", name)
+
+    def is_of_the_answer():
+        pixels = pixels_of(picture())
+        return pixels[1:4] == colour_of(name) and len(set(pixels)) > 20
+    until(is_of_the_answer, "a picture of the answer", BROWSER_PATIENCE)
+
+
+def pixels_of(picture):
+    """The rows of a picture of the whole page, in Base64."""
+    data = base64.b64decode(picture, validate=True)
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     chunks, at = collections.defaultdict(bytes), 8
     while at < len(data):
@@ -23704,7 +23720,7 @@ def filled_in(client, way, site, name, path="/"):
     # Eight bits of red, green and blue each, and at the begin of a row a byte that says how it is to be read; the
     # first pixel of all is as it is.
     assert struct.unpack(">IIBB", chunks[b"IHDR"][:10]) == (1280, 720, 8, 2) and len(pixels) == (1280 * 3 + 1) * 720
-    assert pixels[1:4] == colour_of(name) and len(set(pixels)) > 20
+    return pixels
 
 
 def family(pid):
