@@ -6414,7 +6414,7 @@ class Stream(Holder):
         self.name, self.principal = name, principal
         self.has_forgotten = False
         self.is_ended = False
-        self.last_number = 0        # of the messages so far
+        self.last_number = 0        # of the events so far
         self.written = 0            # the number of the last one that somebody listened to
         self._reader = None         # takes bytes with write(parts), and ends with close()
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
@@ -6452,6 +6452,11 @@ class Stream(Holder):
         listener, self._reader = self._reader, None
         if listener:
             listener.close()
+
+    def take_number(self) -> int:
+        """The number of an event that is no message."""
+        self.last_number = self.written = self.last_number + 1
+        return self.last_number
 
     def event_id(self, number: int) -> bytes:
         """The id of an event; it names the stream."""
@@ -6581,19 +6586,18 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
 
 
 class Owners(dict[tuple[str, str], object]):
-    """Identities of clients, by the tasks and elicitations that are theirs."""
+    """Identities of clients, by the tasks and elicitations that are theirs; None is that of a client that may be
+    anybody: whoever knows the id may use it."""
 
     def __init__(self):
         super().__init__()
         self.old: set[tuple[str, str]] = set()       # from before the server was started again: it may count anew
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
-        """This task or elicitation is the client's. One that may be anybody owns nothing: whoever knows the id may use
-        it."""
-        if name and client and client.identity is not client and (
-                name[0] != "task" or name not in self or name in self.old):
+        """This task or elicitation is the client's."""
+        if name and client and (name[0] != "task" or name not in self or name in self.old):
             make_room_in(self, KNOWN_OWNERS)
-            self[name] = client.identity
+            self[name] = client.owner
             self.old.discard(name)
 
 
@@ -6614,7 +6618,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and cause.client:
         return [cause], None
     named = owner_named(message)
-    if named and (message.kind is NOTIFICATION or named[0] == "task" and named in instance.owners):
+    if named and (message.kind is NOTIFICATION or named[0] == "task" and instance.owners.get(named)):
         session = instance.sessions.get(instance.owners.get(named))
         return [call for call in session.calls.values() if call.is_running] if session else [], session
     # MCP 2025-11-25, Transports, Sending Messages: what is on the stream of a request relates to that; and this one is
@@ -7611,8 +7615,7 @@ class Instance:
 
     def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
         """May a client know of this task? A client that may be anybody may know of one that is nobody's."""
-        nobody = client if client.identity is client else None
-        return self.is_ones_own or self.owners.get(name, nobody) == client.identity
+        return self.is_ones_own or self.owners.get(name) == client.owner
 
 
 # ============================================================================
@@ -7649,6 +7652,11 @@ class Client(Holder):
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
+
+    @property
+    def owner(self) -> object:
+        """The identity by which it owns tasks; None if it may be anybody."""
+        return None if self.identity is self else self.identity
 
     def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
         """The instance of a server that it uses, the same from the first use on; of a group, one that is not left out
@@ -10952,9 +10960,9 @@ STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cac
 JSON_HEADERS = (("Content-Type", JSON_TYPE),)
 
 
-def prime(reply: Reply, stream: Stream, number: int) -> None:
-    """Writes an event without data, whose id lets a client come back for what follows message `number`."""
-    reply.write([b"id: ", stream.event_id(number), b"\n", RETRY, b"data: \n\n"])
+def prime(reply: Reply, stream: Stream) -> None:
+    """Writes an event without data, whose id lets a client come back for what follows."""
+    reply.write([b"id: ", stream.event_id(stream.take_number()), b"\n", RETRY, b"data: \n\n"])
 
 
 class StreamOutlet(Outlet):
@@ -11010,7 +11018,7 @@ class PostOutlet(Outlet, Holder):
         if session and session.version == PRIMING_VERSION:
             # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
             # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
-            prime(self.reply, self._stream, 0)
+            prime(self.reply, self._stream)
         self._stream.attach(self.reply)
         for answer in self._answers or ():
             self._stream.send([answer])
@@ -11898,6 +11906,8 @@ class Endpoints(Application):
         else:
             check_version(admission)
         if is_initialize and not self.settings.stateless:
+            if admission.session_id:
+                self._session(admission)          # that one is over is told with 404, whatever the request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                              reply.connection.principal, way=admission.way)
         else:
@@ -11984,10 +11994,10 @@ class Endpoints(Application):
         if last_event_id is not None:
             stream, after = session.find_event(last_event_id)
         reply.start_stream(STREAM_HEADERS)
-        if session.version == PRIMING_VERSION and after is None:
-            prime(reply, stream, stream.written)
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
+        if session.version == PRIMING_VERSION and after is None:
+            prime(reply, stream)
 
     def delete(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""

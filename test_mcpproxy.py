@@ -10778,6 +10778,15 @@ def test_session_that_is_missing_or_unknown_is_told(fake, method, body, session,
         assert response.error() == (status, -32600)
 
 
+@pytest.mark.parametrize("session, status", [(None, 200), ("", 200), ("open", 200), ("unknown", 404), ("ended", 404)])
+def test_session_is_not_opened_in_the_name_of_one_that_is_over(fake, session, status):
+    with StreamableClient(fake) as client, StreamableClient(fake) as other:
+        client.delete()
+        named = {"open": other.session, "ended": client.session}.get(session, session)
+        response = post(fake, initialize(), mcp_session_id=named)
+        assert (response.status, "mcp-session-id" in response.headers) == (status, status == 200)
+
+
 def test_session_need_not_be_named_at_a_shared_server(fake):
     """Hosted clients open one, and never send its id back."""
     assert post(fake, initialize()).headers["mcp-session-id"]
@@ -10941,6 +10950,10 @@ def test_session_streams_are_primed_for_the_revision_that_knows_it(fake, version
             first = stream.events[0]
             primes = first["data"] == "" and "id" in first and int(first["retry"]) > 0
             assert primes == (version == "2025-11-25")
+        if primes:
+            streams = client.listen(), client.listen()
+            first, second = [until(lambda: stream.events, "the event")[0]["id"] for stream in streams]
+            assert first != second
 
 
 def cut(stream, events):
@@ -14259,6 +14272,8 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
 class Town:
     """Servers of one era, by name, and their clients. Servers answer what asks for `answers`; the rest is `heard`."""
 
+    inhabited = []                                             # which end with their test
+
     def __init__(self, era, names, prefix=None, **settings):
         self.prefix, self.slow = prefix, {}                    # slow: the seconds that a server takes to start
         self.settings, self.links, self.heard = Settings(server_era=era, **settings), collections.defaultdict(list), []
@@ -14269,6 +14284,7 @@ class Town:
         self.now = asyncio.get_running_loop().time
         self.mount = mcpproxy.Mount(self.catalog(names), self.settings, self.server, self.now)
         self.mount.start()
+        self.inhabited.append(self)
 
     def catalog(self, names):
         """`names` are those of servers; "g.a" is a, of the group g, and "a=x" is a with the command x."""
@@ -14352,12 +14368,19 @@ class Town:
 
 def in_town(test):
     """A test in memory, where no time is waited for."""
+    async def lives(**arguments):
+        try:
+            await test(**arguments)
+        finally:
+            while Town.inhabited:
+                await Town.inhabited.pop().mount.close()
+
     @functools.wraps(test)
     def run(**arguments):
         faults = []
         with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=instant_loop) as runner:
             patch.setattr(mcpproxy.log, "fault", faults.append)
-            runner.run(test(**arguments))
+            runner.run(lives(**arguments))
         assert not faults
     return run
 
@@ -14772,8 +14795,6 @@ async def test_conversation_session_stays_with_its_member_after_one_call_that_we
     assert town.heard[-1][0] != own                        # this one is repeated elsewhere,
     await town.say_to(client, 3, "prompts/get", {"name": "p"})
     assert town.heard[-1][0] == own and "resources/unsubscribe" not in town.heard_by(own)
-    for name, call in town.heard[-2:]:
-        town.say(town.links[name][-1], {"id": call["id"], "result": {"messages": []}})
 
 
 @in_town
@@ -14857,6 +14878,22 @@ async def test_conversation_task_of_a_server_that_counts_from_1_again_is_its_new
     assert link.lines[-1]["method"] == "tasks/result"
     told = await town.say_to(ann, 2, "tasks/result", {"taskId": "1"})
     assert told[-1]["error"]["message"] == "the task is unknown"
+
+
+@in_town
+async def test_conversation_task_of_nobody_is_at_the_member_of_the_group_that_began_it():
+    town = Town("modern", ["g.a", "g.b"])
+    for number in range(6):
+        begins, asks = await town.client("modern", "g"), await town.client("modern", "g")
+        begins.capabilities = {"extensions": {mcpproxy.TASKS_EXTENSION: {}}}
+        await town.say_to(begins, 1, "tools/call", {"name": "t"})
+        name, call = town.heard[-1]
+        town.say(town.links[name][-1], {"id": call["id"], "result": {"resultType": "task", "taskId": f"{number}"}})
+        await town.say_to(asks, 1, "tasks/get", {"taskId": f"{number}"})
+        assert town.heard_by(name)[-1] == "tasks/get"
+    somebody = await town.client("modern", "g", mcpproxy.Caller("ann", mcpproxy.digest_of_key("ann")), {})
+    answer, = await town.say_to(somebody, 1, "tasks/get", {"taskId": "0"})
+    assert answer["error"]["message"] == "the task is unknown"
 
 
 @in_town
