@@ -364,7 +364,8 @@ class Settings:
     base_path: str = setting("", "path prefix under which a reverse proxy publishes this one")
     heartbeat: float = setting(30.0, "seconds between keep-alive comments on open streams; "
                                      "less than what proxies cut idle connections after")
-    request_timeout: float = setting(600.0, "seconds a call may take without progress; then it is cancelled")
+    request_timeout: float = setting(600.0, "seconds a call may take without progress, a day in all; "
+                                            "then it is cancelled")
     session_idle: float = setting(1800.0, "seconds a session without stream or call is kept")
     max_message_mb: float = setting(64.0, "largest JSON-RPC message, either direction")
     # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
@@ -8301,6 +8302,7 @@ class Group:
 NOBODYS_NAME = "-"               # of a session
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
+LONGEST_CALL = 86_400            # seconds, "regardless of progress notifications". MCP 2025-11-25, Lifecycle, Timeouts
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 RECENT_CALLS = 100               # that can be looked at
 KNOWN_STATES = 1_000             # of calls that wait for input
@@ -8498,7 +8500,8 @@ class Mount:
                 server.probe()
         for call in calls:
             settings = call.instance.server.settings if call.instance else self.settings
-            if now - call.last_sign >= settings.request_timeout:
+            if now - call.last_sign >= settings.request_timeout or (
+                    now - call.started >= max(LONGEST_CALL, settings.request_timeout)):
                 call.time_out()
         if now - self._looked_at >= 1.0:                     # there may be many thousands
             self._looked_at = now

@@ -14881,6 +14881,23 @@ async def test_conversation_task_of_a_server_that_counts_from_1_again_is_its_new
 
 
 @in_town
+async def test_conversation_call_with_progress_ends_after_a_day():
+    town = Town("legacy", ["a"], request_timeout=5_000)
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t", "_meta": {"progressToken": "p"}})
+    (_, call), (link,) = town.heard[-1], town.links["a"]
+    for hour in range(23):
+        await asyncio.sleep(3600)
+        town.say(link, notification("notifications/progress", {"progressToken": str(call["id"]), "progress": hour}))
+        await town.pass_time()
+        assert [told["method"] for told in town.told(client)] == ["notifications/progress"]
+    await asyncio.sleep(3600)
+    await town.pass_time()
+    assert "took too long" in town.told(client)[-1]["error"]["message"]
+    assert town.links["a"][0].lines[-1]["method"] == "notifications/cancelled"
+
+
+@in_town
 async def test_conversation_task_of_nobody_is_at_the_member_of_the_group_that_began_it():
     town = Town("modern", ["g.a", "g.b"])
     for number in range(6):
