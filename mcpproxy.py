@@ -1182,6 +1182,10 @@ class JSONObject:
         """The same for all members of the object at `path`, by name."""
         return {name: one_line(self.text[start:end]) for name, (start, end) in self._places(path).items()}
 
+    def with_text(self, text: str, *path: str) -> bytes:
+        """The object as one line, with another text for the member at `path`."""
+        return self.changed([(*self.span(*path), text)])
+
     def changed(self, changes: list[tuple[int, int, str]]) -> bytes:
         """The object as one line, with these changes, which are (start, end, replacement)."""
         text, line, at = self.text, "", 0
@@ -1827,7 +1831,7 @@ def without_params(message: Message, *names: str) -> Message:
     if message.params.keys().isdisjoint(names):
         return message
     params = without_members(message.raw("params"), *names)
-    return parse_message(message.changed([(*message.span("params"), params)]).decode())
+    return parse_message(message.with_text(params, "params").decode())
 
 
 def digest_of(message: Message) -> int:
@@ -2126,7 +2130,7 @@ def cut_result(response: Message, limit: int) -> Message:
     if not is_cut:
         return response
     members["content"] = f"[{','.join(blocks)}]"
-    return parse_message(response.changed([(*response.span("result"), as_object(members))]).decode(), is_servers=True)
+    return parse_message(response.with_text(as_object(members), "result").decode(), is_servers=True)
 
 
 _EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
@@ -2140,7 +2144,7 @@ def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Mes
     if members_of(response.members["result"]).get("nextCursor") != "":
         return response
     page = without_members(response.raw("result"), "nextCursor")
-    return parse_message(response.changed([(*response.span("result"), page)]).decode(), is_servers=True)
+    return parse_message(response.with_text(page, "result").decode(), is_servers=True)
 
 
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
@@ -6711,7 +6715,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     ids = [members_of(task).get("taskId") for task in tasks]
     own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks"), len(tasks)))
            if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
-    line = response.changed([(*response.span("result", "tasks"), f"[{','.join(own)}]")])
+    line = response.with_text(f"[{','.join(own)}]", "result", "tasks")
     return parse_message(line.decode(), is_servers=True)
 
 
@@ -6802,7 +6806,7 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
         return connection.link.on_line(*encode_end_of_subscription(b"%d" % as_own_id(request_id)))
     question = connection.questions.pop(request_id, None)
     if question:
-        question.take_back([message.changed([(*message.span("params", "requestId"), str(question.id))])])
+        question.take_back([message.with_text(str(question.id), "params", "requestId")])
 
 
 def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -6811,7 +6815,7 @@ def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) 
     name, own = connection and is_id(token) and connection.tokens.get(as_own_id(token)) or (None, "")
     session = instance.sessions.get(name)
     if session:
-        session.stream.send([message.changed([(*message.span("params", "progressToken"), own)])])
+        session.stream.send([message.with_text(own, "params", "progressToken")])
 
 
 # To route another notification, add a row; what is not here goes where a log message goes.
@@ -7123,7 +7127,7 @@ class Items(dict):
                 text = config.rules.restated(JSONObject(text), own, name)
             elif name != own:
                 item = JSONObject(text)
-                text = item.changed([(*item.span("name"), dump(name))]).decode()
+                text = item.with_text(dump(name), "name").decode()
             shown[name] = own, text
         if len(self._shown) >= KNOWN_CONFIGS:
             self._shown.clear()
@@ -9649,7 +9653,7 @@ class ClientRequest(PendingRequest, Holder):
             return
         line = None
         if notification and len(notification.text) <= SMALL:
-            line = notification.changed([(*notification.span("params", "requestId"), str(self.server_id))])
+            line = notification.with_text(str(self.server_id), "params", "requestId")
         self.connection.cancel(self.server_id, reason, line)
 
     # What the server asks.
@@ -10038,7 +10042,7 @@ class Exchange(ClientRequest):
     def on_progress(self, message: Message) -> None:
         self.touch()
         if self.token:
-            self.tell([message.changed([(*message.span("params", "progressToken"), self.token)])])
+            self.tell([message.with_text(self.token, "params", "progressToken")])
 
     def on_event(self, message: Message) -> None:
         self._bridge.notify(self, message)
@@ -10313,7 +10317,7 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
         for own, text in items.texts.items():
             if instance.is_ones_own or instance.owners.get(("task", own)) == client.identity:
                 task = JSONObject(text)
-                tasks.append(task.changed([(*task.span("taskId"), dump(f"{member.name}__{own}"))]).decode())
+                tasks.append(task.with_text(dump(f"{member.name}__{own}"), "taskId").decode())
     exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
 
 
