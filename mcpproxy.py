@@ -2704,9 +2704,13 @@ class Rules:
     def own(self, shown: str) -> str | None:
         """The name that the server has for a tool; None if it has none that is shown like this. A name that another
         tool was given is that one's."""
-        own = next((name for name, override in self.overrides.items()
-                    if override.name == shown and self.shown(name)), shown)
+        own = self._given_names.get(shown, shown)
         return own if self.shown(own) == shown else None
+
+    @functools.cached_property
+    def _given_names(self) -> dict[str, str]:
+        """The server's own names of tools by those that they were given."""
+        return {override.name: name for name, override in self.overrides.items() if override.name and self.shown(name)}
 
     def restated(self, tool: JSONObject, name: str, shown: str) -> str:
         """The text of a tool as clients see it."""
@@ -2792,6 +2796,14 @@ class ServerConfig:
     def start_of_names(self) -> str:
         prefix = self.group or self.name if self.prefix is None else self.prefix
         return prefix and prefix + "__"
+
+
+class ShownItem(typing.NamedTuple):
+    """A tool or whatever else a server lists, as clients see it."""
+
+    server: ServerConfig
+    own: str                                   # the server's name for it
+    text: str
 
 
 class Target(typing.NamedTuple):
@@ -3690,20 +3702,23 @@ def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
     histogram the value is as in Counters. Prometheus, Exposition formats, Text-based format, 0.0.4."""
     escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
-    def sample(name: str, labels: dict, value: float) -> str:
-        pairs = [f'{label}="{str(text)[:MAX_LABEL_VALUE].translate(escapes)}"' for label, text in labels.items()]
+    def written(labels: dict) -> list[str]:
+        return [f'{label}="{str(text)[:MAX_LABEL_VALUE].translate(escapes)}"' for label, text in labels.items()]
+
+    def sample(name: str, pairs: list[str], value: float) -> str:
         return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
-    lines = []
+    lines, limits = [], [f'le="{limit}"' for limit in (*DURATIONS, "+Inf")]
     for name, kind, about, samples in families:
         lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         for labels, value in samples:
+            pairs = written(labels)
             if kind != "histogram":
-                lines.append(sample(name, labels, value))
+                lines.append(sample(name, pairs, value))
                 continue
             *counts, seconds = value
-            for limit, count in zip([*DURATIONS, "+Inf"], itertools.accumulate(counts)):
-                lines.append(sample(f"{name}_bucket", {**labels, "le": limit}, count))
-            lines += [sample(f"{name}_sum", labels, seconds), sample(f"{name}_count", labels, sum(counts))]
+            for limit, count in zip(limits, itertools.accumulate(counts)):
+                lines.append(sample(f"{name}_bucket", [*pairs, limit], count))
+            lines += [sample(f"{name}_sum", pairs, seconds), sample(f"{name}_count", pairs, sum(counts))]
     return "\n".join([*lines, ""]).encode("utf-8", "replace")
 
 
@@ -6582,11 +6597,15 @@ def no_tasks() -> RPCError:
 
 
 def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
-    """If a book is full, the oldest entries of whoever has most are forgotten."""
-    if len(book) >= limit:
-        (most, number), = collections.Counter(map(whose, book.values())).most_common(1)
-        mine = (name for name, value in book.items() if whose(value) == most)
-        for name in list(itertools.islice(mine, 1 + number // 10)):              # to count is dear
+    """If a book is full, the oldest entries of those are forgotten who have most, or half as many."""
+    if len(book) < limit:
+        return
+    numbers = collections.Counter(map(whose, book.values()))
+    most = max(numbers.values())
+    left = {owner: 1 + number // 10 for owner, number in numbers.items() if 2 * number >= most}     # to count is dear
+    for name, value in list(book.items()):
+        if left.get(whose(value)):
+            left[whose(value)] -= 1
             del book[name]
 
 
@@ -6843,7 +6862,6 @@ CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that m
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
-KNOWN_CONFIGS = 64               # for which it is known how a list is shown
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 
@@ -7088,7 +7106,7 @@ class Items(dict):
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
         self.document: bytes | None = None         # that describes tools, once somebody wanted it
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
-        self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its id, and is it one of several?
+        self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its name, and is it one of several?
 
     def add(self, page: Message) -> None:
         """Takes in one page."""
@@ -7112,11 +7130,11 @@ class Items(dict):
                     if parameters:
                         self.mirrored[item[key]] = parameters
 
-    def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, tuple[str, str]]:
-        """The same as clients see it: (the server's own name, the text) by the name that is shown."""
-        kept = self._shown.get((id(config), is_joint))
-        if kept and kept[0] is config:
-            return kept[1]
+    def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, ShownItem]:
+        """The same as clients see it, by the name that is shown."""
+        known_for, shown = self._shown.get((config.name, is_joint), (None, {}))
+        if known_for is config:
+            return shown
         shown = {}
         for own, text in self.texts.items():
             name = config.shown_as(own, self.method, is_joint)
@@ -7128,10 +7146,8 @@ class Items(dict):
             elif name != own:
                 item = JSONObject(text)
                 text = item.with_text(dump(name), "name").decode()
-            shown[name] = own, text
-        if len(self._shown) >= KNOWN_CONFIGS:
-            self._shown.clear()
-        self._shown[id(config), is_joint] = config, shown
+            shown[name] = ShownItem(config, own, text)
+        self._shown[config.name, is_joint] = config, shown
         return shown
 
 
@@ -7246,9 +7262,8 @@ UNASKED_LEVEL = "info"           # that a client gets log messages of when it as
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
-TOLD_A_TURN = 100_000            # messages to all clients together, that are told apart
+TOLD_A_TURN = 10_000             # messages to all clients together, that are told apart
 SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
-
 
 NEW, STARTING, READY, PAUSED, CLOSED = InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
 INSTANCE_STATES = {
@@ -7283,6 +7298,7 @@ class Instance:
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
+        self._session_levels: set[str | None] = set()
         self.lists: dict[str, KeptList] = {}        # by method
         self.is_missed = False                      # was somebody given an answer without this server?
         self.failure: ServerError | None = None     # why the last start failed, if it did
@@ -7414,8 +7430,7 @@ class Instance:
 
     async def _connect(self, initialize: dict) -> ServerConnection:
         """Starts a link and finds out how to speak to it; what was found out is remembered for the next start."""
-        failure, speaks = None, self.server.speaks
-        eras = self._eras_to_try()
+        failure, speaks, eras = None, self.server.speaks, self._eras_to_try()
         for era in eras:
             link = self.server.new_link(self.variables, self.redact)
             connection = ServerConnection(self.server.name, link, now=self.server.now, redact=self.redact,
@@ -7597,8 +7612,10 @@ class Instance:
         now = self.server.now()
         if asked:
             self._asked_levels[asked] = now
+        else:                                      # not for each request: there may be thousands of sessions
+            self._session_levels = {session.log_level for session in self.sessions.values()}
         self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > now - LEVEL_SECONDS}
-        levels = {*self._asked_levels, *(session.log_level for session in self.sessions.values())}
+        levels = {*self._asked_levels, *self._session_levels}
         if not self.log_level and levels <= {None}:
             return
         level = min((level or UNASKED_LEVEL for level in levels), key=LOG_LEVELS.index, default=self.log_level)
@@ -8690,11 +8707,11 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
     found, _ = await ask_servers(client, lambda instance: None if refresh else instance.tools.fresh,
                             lambda instance: instance.tools.get(refresh),
                             None if name is None else view.candidates(name))
-    return {name: text for name, (_, _, text) in shown_of(view, found).items()}
+    return {name: item.text for name, item in shown_of(view, found).items()}
 
 
-def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, tuple[ServerConfig, str, str]]:
-    """(server, its own name, text) of all items by the name that is shown; of two with one name the first."""
+def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, ShownItem]:
+    """All items by the name that is shown; of two with one name the first."""
     known_for, shown = view.shown.get(found[0][1].method, ((), {}))
     if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
         return shown
@@ -8705,24 +8722,24 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, t
         except Exception as error:             # what is wrong with one of them is no other's fault
             log.fault(error)
             continue
-        for name, (own, text) in own_shown.items():
+        for name, item in own_shown.items():
             if name in shown:
                 if LISTS[items.method][1] == "name" and (member.name, name) not in view.left_out:
                     view.left_out.add((member.name, name))
                     log.warning("! server %(server)s: %(name)s is left out, because server %(other)s has that name",
-                                server=member.name, name=name, other=shown[name][0].name)
+                                server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):
-                shown[name] = member, own, text
+                shown[name] = item
     if not view.wanted:
         view.shown[found[0][1].method] = found, shown
     return shown
 
 
-def shown_of_one(view: View, member: ServerConfig, items: Items) -> dict[str, tuple[str, str]]:
-    """(its own name, text) of what one server lists, by the name that is shown, and of that what the caller may use."""
+def shown_of_one(view: View, member: ServerConfig, items: Items) -> dict[str, ShownItem]:
+    """What one server lists, by the name that is shown, and of that what the caller may use."""
     shown, kind = items.shown(member, view.is_joint), items.method.partition("/")[0]
     return shown if not view.limits else {
-        name: (own, text) for name, (own, text) in shown.items() if view.opens(member.name, kind, own, items[own])}
+        name: item for name, item in shown.items() if view.opens(member.name, kind, item.own, items[item.own])}
 
 
 def pick(client: Client, message: Message) -> Target | None:
@@ -8792,9 +8809,9 @@ def last_listed(client: Client, member: ServerConfig, method: str) -> Items | No
 def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig, Items]]) -> RPCError | None:
     """The answer to who asks for what one of these lists has, but not for them."""
     for member, items in found if view.limits else ():
-        own, _ = items.shown(member, view.is_joint).get(name, (None, None))
-        if own is not None:
-            return view.refusal(member.name, kind, own, name)
+        item = items.shown(member, view.is_joint).get(name)
+        if item:
+            return view.refusal(member.name, kind, item.own, name)
     return None
 
 
@@ -10247,7 +10264,7 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
         client.caller is None)
     # Of a group, another member may have answered than is asked next.
     identity = None if view.is_joint else client.only_instance.identity
-    texts = [text for _, _, text in shown.values()]
+    texts = [item.text for item in shown.values()]
     if exchange.method == "tools/list" and not exchange.envelope:
         texts = map(as_legacy_tool, texts)
     exchange.answer({LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,

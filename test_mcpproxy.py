@@ -14914,6 +14914,36 @@ async def test_conversation_task_of_nobody_is_at_the_member_of_the_group_that_be
 
 
 @in_town
+async def test_conversation_tasks_of_who_has_most_are_forgotten_first_and_many_at_once():
+    town = Town("legacy", ["a"])
+    owners = town.mount.servers["a"].instances[()].owners
+    few, many, *others = [await town.client("legacy", "a") for _ in range(52)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy, "KNOWN_OWNERS", 100)
+        for number in range(1_000):
+            owners.remember(("task", f"{number}"), (few if number % 100 == 0 else many).client)
+            assert len(owners) <= 100
+        assert list(owners.values()).count(few.client.id) == 10
+        owners.clear()
+        for number in range(101):                          # two of each
+            owners.remember(("task", f"{number}"), others[number % 50].client)
+        assert len(owners) == 51
+
+
+@in_town
+async def test_conversation_list_is_kept_as_one_configuration_shows_it():
+    town = Town("legacy", ["a", "b"])
+    items = None
+    for number in range(5):
+        client = await town.client("modern")
+        await town.say_to(client, 1, "tools/list")
+        items = items or town.mount.servers["a"].instances[()].tools.last
+        town.prefix = f"x{number}"
+        await town.reload(["a", "b"])
+    assert len(items._shown) == 1
+
+
+@in_town
 async def test_conversation_log_level_is_told_to_no_server_that_has_no_logs_since_it_was_started_again():
     town = Town("legacy", ["a"])
     client = await town.client("legacy", "a")
