@@ -6420,6 +6420,7 @@ class ServerConnection(Holder):
 
 KEPT_EVENTS = MAX_QUEUED_MESSAGES            # of each stream, for a client whose connection broke
 KEPT_BYTES = 8 * 1024 * 1024
+EVENT_BYTES = 120                            # that one takes beside its text
 
 NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
 
@@ -6488,9 +6489,9 @@ class Stream(Holder):
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self.last_number, payload))
-        size = self.held + len(payload)
+        size = self.held + EVENT_BYTES + len(payload)
         while len(self._kept) > KEPT_EVENTS or size > KEPT_BYTES and len(self._kept) > 1:
-            size -= len(self._kept.popleft()[1])
+            size -= EVENT_BYTES + len(self._kept.popleft()[1])
         budget.set(self, size)
 
     def give(self) -> None:

@@ -20792,6 +20792,17 @@ def test_load_an_event_log_keeps_the_last(count, size, kept):
         assert [message["params"]["n"] for message in stream.messages()] == list(range(count - kept, count))
 
 
+def test_load_small_events_are_counted_with_what_they_take():
+    stream = mcpproxy.Stream("x", "somebody")
+    for number in range(mcpproxy.KEPT_EVENTS):
+        stream.send([b'{"n":%d}' % number])
+    taken = sys.getsizeof(stream._kept) + sum(
+        sys.getsizeof(kept) + sys.getsizeof(kept[0]) + sys.getsizeof(kept[1]) for kept in stream._kept)
+    assert 0.8 * taken < stream.held < 1.2 * taken
+    stream.give()
+    assert stream.held == 0
+
+
 def test_load_ended_streams_are_kept_for_a_while():
     with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
         ids = []
