@@ -371,7 +371,8 @@ class Settings:
     # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
     # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
-    max_buffered_mb: float = setting(512.0, "bodies, kept requests, event logs and unread output together; past that "
+    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, event logs and "
+                                            "unread output together; past that "
                                             "who holds most gives first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time, and modern subscriptions; past that clients get 503 with "
@@ -525,7 +526,8 @@ def check_settings(settings: Settings) -> Settings:
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                              # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)    # RFC 9112 §3
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")      # RFC 9112 §4
-_FIELD_LINE = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)           # RFC 9112 §5
+# Here and below, what is possessive (*+) takes no time by the square of what is sent, where blanks fit two parts.
+_FIELD_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)" % _TOKEN)         # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,15})(?=\r|\Z)", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
@@ -1554,7 +1556,7 @@ def find_response_id(head: bytes, tail: bytes) -> int | None:
 
 _REQUEST_ID = re.compile(rb'"id": ?([0-9]{1,18}|"[^"\\\x00-\x1f]{1,100}")')
 _REQUEST_HEAD = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"method": ?"[^"\\]{1,100}", ?)*%b' % _REQUEST_ID.pattern)
-_RESPONSE_START = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"id": ?[^,]*, ?)*"(?:result|error)"')
+_RESPONSE_START = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"id":[^,]*+, ?)*"(?:result|error)"')
 _REQUEST_TAIL = re.compile(rb'%b(?:, ?"jsonrpc": ?"2\.0")?\}\s*\Z' % _REQUEST_ID.pattern)
 
 
@@ -2496,7 +2498,7 @@ class Token(typing.NamedTuple):
 
 def from_base64url(text: str) -> bytes:
     """RFC 7515 §2; there is one way to write each value, and ValueError for others."""
-    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    data = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
     if base64.urlsafe_b64encode(data).rstrip(b"=") != text.encode("ascii"):
         raise ValueError("it is no base64url")
     return data
@@ -2646,7 +2648,7 @@ _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
 KNOWN_NAMES = 4_096              # that a view remembers,
 KNOWN_NAME = 128                 # of at most so many characters
 KNOWN_CHOICE = 1_024             # of a client among servers and tools that is remembered, in characters
-MAX_GLOBS = 100                  # in one, and
+MAX_GLOBS = 100                  # in all, and
 MAX_GLOB = 256                   # characters of each: some take time by the square of that
 MAX_TEMPLATE_PARTS = 24          # of a resource template
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
@@ -2837,9 +2839,9 @@ class View:
     """What one URL shows: which servers, and what of them."""
 
     def __init__(self, place: str | None, members: tuple[ServerConfig, ...], globs: tuple[tuple[str, ...], ...] = (),
-                 is_joint: bool = False, wanted: tuple = (), limits: Limits | None = None, whole=None):
-        self.limits = limits                   # of its caller,
-        self.whole = whole                     # and what makes the view that somebody without has
+                 is_joint: bool = False, wanted: tuple = (), limits: Limits | None = None, catalog: "Catalog" = None):
+        self.limits = limits                   # of its caller
+        self.catalog = catalog
         self.place = place                     # the name of a server that is met by itself
         self.members = members
         self.by_name = {member.name: member for member in members}
@@ -2855,7 +2857,6 @@ class View:
         self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
-        self.shown: dict[str, tuple] = {}      # by method: what the servers listed last, and what is shown of it
         self._known = functools.lru_cache(KNOWN_NAMES)(self._direct)
 
     def shows(self, name: str) -> bool:
@@ -2905,7 +2906,7 @@ class View:
         """The answer to who asks for a tool or a prompt that others may use; None if nobody may."""
         if not self.limits:
             return None
-        whole = self.whole()
+        whole = self.catalog.view(self.place, self.wanted)
         with contextlib.suppress(RPCError, StopIteration):         # nobody may; or no prefix says whose it is
             target = whole.direct(f"{kind}/", name)
             if target is None:                         # the servers' lists would tell; a prefix is good enough here
@@ -2946,6 +2947,7 @@ class Catalog:
         self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
         self.places = {**servers, **self.groups}
         self.leaving: set[str] = set()         # places that were taken out, and may have sessions yet
+        self.shown: dict[tuple, tuple] = {}    # by view and method: what servers listed last, and what is shown of it
         self._known = functools.lru_cache(1_024)(self._view)
 
     def view(self, place: str | None = None, wanted: tuple = (), limits: Limits | None = None) -> View:
@@ -2964,8 +2966,8 @@ class Catalog:
             if not members:
                 raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
-            parts = listed(text)
-            if not 1 <= len(parts) <= MAX_GLOBS or max(map(len, parts)) > MAX_GLOB or len(text) > 16 * MAX_GLOB:
+            parts, most = listed(text), MAX_GLOBS - sum(map(len, globs))
+            if not 1 <= len(parts) <= most or max(map(len, parts)) > MAX_GLOB or len(text) > 16 * MAX_GLOB:
                 raise RPCError(f"{kind} is empty or too long", code=INVALID_PARAMS)
             if kind != "server":
                 globs.append(parts)
@@ -2978,8 +2980,7 @@ class Catalog:
                 members = {name: member for name, member in members.items() if name in parts}
         if not members:
             raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
-        return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits,
-                    functools.partial(self.view, place, wanted))
+        return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits, self)
 
 
 @functools.lru_cache(maxsize=1_024)
@@ -6761,12 +6762,13 @@ def tell_all(instance, message: Message) -> None:
     way = [one for one in strings_of(message.meta.get(WAY_KEY)) if PROXY_ID.fullmatch(one)][:MAX_WAY]
     kind = message.method.split("/")[1]
     plain = list_changed(kind) if way else message
+    payload = plain.payload                    # one for all, though each may keep it
 
     def told(client) -> Message:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}}) if client.way else plain
     for session in list(instance.sessions.values()):
         if session.mount.id not in way and not session.listens:
-            session.stream.send(told(session).payload)
+            session.stream.send(told(session).payload if session.way else payload)
     for listener in list(instance.listeners):
         if listener.client.mount.id not in way:
             listener.on_event(told(listener.client))
@@ -7299,7 +7301,7 @@ class Instance:
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
-        self._session_levels: set[str | None] = set()
+        self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[str, KeptList] = {}        # by method
         self.is_missed = False                      # was somebody given an answer without this server?
         self.failure: ServerError | None = None     # why the last start failed, if it did
@@ -7600,7 +7602,8 @@ class Instance:
 
     def leave(self, session) -> None:
         """Takes back what the server does for this client alone."""
-        self.sessions.pop(session.id, None)
+        if self.sessions.pop(session.id, None):
+            self.levels[session.log_level] -= 1
         self.topics.leave(session)
         self.adjust_log_level()
         if self.is_private:
@@ -7613,10 +7616,8 @@ class Instance:
         now = self.server.now()
         if asked:
             self._asked_levels[asked] = now
-        else:                                      # not for each request: there may be thousands of sessions
-            self._session_levels = {session.log_level for session in self.sessions.values()}
         self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > now - LEVEL_SECONDS}
-        levels = {*self._asked_levels, *self._session_levels}
+        levels = {*self._asked_levels, *+self.levels}
         if not self.log_level and levels <= {None}:
             return
         level = min((level or UNASKED_LEVEL for level in levels), key=LOG_LEVELS.index, default=self.log_level)
@@ -7658,6 +7659,7 @@ class Client(Holder):
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
     software = ""                                   # what it is, by its own word, when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
+    gathering: asyncio.Task | None = None           # gather_resources(), while somebody waits for it
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
@@ -7856,6 +7858,14 @@ class Session(Client):
                 instance.leave(self)
         for kind, _ in LIST_CHANGES.values() if self.version and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
+
+    def choose_log_level(self, level: str) -> None:
+        """It wants log messages of this level from now on."""
+        before, self.log_level = self.log_level, level
+        for instance in self._instances.values():
+            instance.levels.update({before: -1})
+            instance.levels.update({level: 1})
+            instance.adjust_log_level()
 
     def move(self, before: "Server", after: "Server") -> None:
         """It goes on at another member of a group, and does not come back."""
@@ -8191,8 +8201,9 @@ class Server:
         if instance is None:
             spare = self._adopt_spare(client) if client.is_session and not variables else None
             instance = spare or self.make_instance(owner, variables if owner != () else {}, client.principal)
-        if client.is_session:
+        if client.is_session and client.id not in instance.sessions:
             instance.sessions[client.id] = client
+            instance.levels[client.log_level] += 1
             instance.adjust_log_level()
         instance.last_used = self.now()
         return instance
@@ -8324,6 +8335,7 @@ class Group:
 NOBODYS_NAME = "-"               # of a session
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
+SEARCHES_A_TURN = 10             # of the loop, through all servers
 LONGEST_CALL = 86_400            # seconds, "regardless of progress notifications". MCP 2025-11-25, Lifecycle, Timeouts
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 RECENT_CALLS = 100               # that can be looked at
@@ -8358,6 +8370,7 @@ class Mount:
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
         self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
         self._looked_at = float("-inf")            # when sessions were
+        self._searches: list[None] = []            # that began in this turn of the loop
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
         self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
@@ -8539,6 +8552,14 @@ class Mount:
             elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
                 session.end()
 
+    async def have_turn(self) -> None:
+        """Waits for a turn of the loop in which few look at all servers: one request can want that a thousand times."""
+        while len(self._searches) >= SEARCHES_A_TURN:
+            await asyncio.sleep(0)
+        if not self._searches:
+            at_end_of_turn(self._searches.clear)
+        self._searches.append(None)
+
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
         """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
         self.is_leaving = True
@@ -8568,7 +8589,9 @@ class Mount:
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
 # costs only what it has itself.
 
+RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
+KNOWN_LISTS = 64                 # of what views show
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 START_SECONDS = 10.0             # for a server that may have what a client listens for; the others are to be heard
 
@@ -8713,7 +8736,8 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
 
 def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, ShownItem]:
     """All items by the name that is shown; of two with one name the first."""
-    known_for, shown = view.shown.get(found[0][1].method, ((), {}))
+    kept, key = view.catalog.shown, (view, found[0][1].method)
+    known_for, shown = kept.get(key, ((), {}))
     if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
         return shown
     shown = {}
@@ -8731,8 +8755,9 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
                                 server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):
                 shown[name] = item
-    if not view.wanted:
-        view.shown[found[0][1].method] = found, shown
+    if key not in kept and len(kept) >= KNOWN_LISTS:       # they may be large, and each key's and choice another
+        del kept[next(iter(kept))]
+    kept[key] = found, shown
     return shown
 
 
@@ -8829,27 +8854,43 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
         raise no_tasks()
 
 
+async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tuple]], dict[str, str]]:
+    """([(server, (its identity, its resources, its templates))], {name: why not} of the others). A thousand parts of
+    one request may want them at once: they wait for the same."""
+    def known(instance: Instance) -> tuple | None:
+        items = [instance.list_of(method).fresh for method in RESOURCE_LISTS]
+        return (instance.identity, *items) if instance.identity and None not in items else None
+
+    async def ask(instance: Instance) -> tuple:
+        items = await asyncio.gather(*(instance.list_of(method).get() for method in RESOURCE_LISTS))
+        return instance.identity, *items
+
+    def on_done(task: asyncio.Task) -> None:
+        task.cancelled() or task.exception()
+        if client.gathering is task:
+            client.gathering = None
+    if client.gathering is None:
+        client.gathering = asyncio.ensure_future(ask_servers(client, known, ask))
+        client.gathering.add_done_callback(on_done)
+    gathering = client.gathering
+    await asyncio.wait([gathering])
+    return gathering.result()
+
+
 async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
     all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
     are waited for, each for `patience` seconds, or without a limit."""
-    lists = "resources/list", "resources/templates/list"
-    for method in lists:                           # where a list that is known has it, nobody is waited for
+    await client.mount.have_turn()
+    for method in RESOURCE_LISTS:                  # where a list that is known has it, nobody is waited for
         for member in client.view.members:
             with contextlib.suppress(ProxyError):
                 items = client.by_name(member.name).list_of(method).known
                 if items is not None and uri in items:
                     return [Target(member.name)], {}
-
-    def known(instance: Instance) -> tuple | None:
-        items = [instance.list_of(method).fresh for method in lists]
-        return (instance.identity, *items) if instance.identity and None not in items else None
-
-    async def ask(instance: Instance) -> tuple:
-        items = await asyncio.gather(*(instance.list_of(method).get() for method in lists))
-        return instance.identity, *items
-    found, missing = await ask_servers(client, known, ask)
+    found, missing = await gather_resources(client)
+    await client.mount.have_turn()
     for number in (1, 2):
         for member, has in found:
             if uri in has[number]:
@@ -8857,8 +8898,11 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
         if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
+    before = client.gathering
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
+        if client.gathering is before:
+            client.gathering = None                # it may know nothing of those
         return await find_by_uri(client, uri, patience, waited | started)
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
@@ -8951,8 +8995,7 @@ class LegacyClientBridge(Bridge):
         if level not in LOG_LEVELS or not has_logs:
             raise RPCError("the server sends no log messages of this level", status=200,
                            code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
-        exchange.client.log_level = level
-        exchange.instance.adjust_log_level()
+        exchange.client.choose_log_level(level)
         exchange.finish(encode_result(exchange.raw_id))
 
     def subscribe(self, exchange: "Exchange", message: Message) -> None:
@@ -10314,9 +10357,7 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
     if level not in LOG_LEVELS or not any(identity.has("logging") for _, identity in found):
         raise RPCError("the servers send no log messages of this level", status=200, code=(
             INVALID_PARAMS if level not in LOG_LEVELS else METHOD_NOT_FOUND))
-    client.log_level = level
-    for member, _ in found:
-        client.by_name(member.name).adjust_log_level()
+    client.choose_log_level(level)
     exchange.answer({})
 
 
@@ -10369,6 +10410,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
 # ============================================================================
 
 import gc
+import resource
 import shlex
 import threading
 
@@ -10401,12 +10443,12 @@ import threading
 # thrown away for a while. One that does not read is cut off, not waited for.
 
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
-BODY_SECONDS = 30.0            # for a body, and a second more for each BODY_RATE bytes of it
+BODY_SECONDS = 30.0            # of silence within a body, or if it comes at less than BODY_RATE bytes a second
 BODY_RATE = 16 * 1024
 IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
 LINGER_SECONDS = 5.0           # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
-MAX_CONNECTIONS = 10_000       # at a time; a further one is closed
+MAX_CONNECTIONS = 10_000       # at a time, or three quarters of the descriptors; a further one is closed
 REQUESTS_A_TURN = 16           # of one connection; then it is the others' turn
 
 
@@ -10530,6 +10572,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             return
         if self.received == self._received_before:
             self.since = time.monotonic()
+        elif self._phase is BODY:
+            self.since = min(time.monotonic(), self.since + len(data) / BODY_RATE)
         self.received += len(data)
         self._parser.feed(data)
         self._advance()
@@ -10628,7 +10672,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     self._phase = CHECK
                     reason.task.add_done_callback(functools.partial(self._on_checked, head, reason.headers))
                     return False
-            body = self._parser.next_body(self._application.max_body)
+            # Other methods mean nothing by a body (RFC 9110 §9.3.1), and anybody may use them.
+            is_post = self._reply.head.method == "POST"
+            body = self._parser.next_body(self._application.max_body if is_post else SMALL)
         except ProxyError as error:
             self.refuse(refusal or error)
             return False
@@ -10760,11 +10806,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self.write([CONTINUE])
 
     def _deadline(self) -> float:
-        if self._phase is LINGER:
-            return self.since + LINGER_SECONDS
-        if self._phase is BODY:
-            return self.since + BODY_SECONDS + (self.received - self._received_before) / BODY_RATE
-        return self.since + (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS)
+        seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(self._phase)
+        return self.since + (seconds or (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS))
 
     def close(self) -> None:
         """Ends the connection once what was written has been sent."""
@@ -10890,6 +10933,7 @@ class HTTPServer:
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat, self._looked_at = heartbeat, 0.0
+        self._most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
         self._refused: set = set()             # for whom there was no room, in this second
         self.tls: object = None                # an ssl.SSLContext, for connections to come
         self.heads: dict[tuple, HTTPHead] = {}         # clients send the same head again and again
@@ -10925,7 +10969,7 @@ class HTTPServer:
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
         # start_server made hands its socket over before a byte was read.
-        if len(self.connections) >= MAX_CONNECTIONS and not self._make_room(writer):
+        if len(self.connections) >= self._most and not self._make_room(writer):
             return writer.transport.abort()
         transport = TLSTransport(writer.transport, self.tls) if self.tls else writer.transport
         connection = HTTPConnection(writer, transport, self)
@@ -11527,6 +11571,8 @@ def rebase_references(schema: object, pointer: str) -> object:
 
 CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LARGE_BODY = 4 * 1024 * 1024     # bytes
+VALUE_BYTES = 64                 # that an array, an object or an element takes when it is parsed
 
 
 class Work(Holder):
@@ -11549,6 +11595,15 @@ class Work(Holder):
     def give(self) -> None:
         self._task.cancel()
         self._application.refuse(try_later("too much is held for this client"), self._reply)
+
+
+def check_can_be_parsed(body: bytes, principal: object) -> None:
+    """Is there room for what a large body becomes for a moment? [[],[]] takes ten times as much as its text."""
+    size = VALUE_BYTES * sum(map(body.count, (b"[", b"{", b",")))
+    if size > budget.limit:
+        raise HTTPError("the body is of more values than can be held", status=413)
+    if not budget.has_room(principal, size):
+        raise try_later("too much is held already, most of it for you")
 
 
 class Application:
@@ -11676,6 +11731,8 @@ class Application:
                 reply.headers = ()                     # an error brings its own
                 admission = reply.admission = self.admit(admission.head, admission.host)    # keys changed meanwhile
                 reply.headers = admission.headers
+            if len(body) > LARGE_BODY:
+                check_can_be_parsed(body, reply.connection.principal)
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 Work(self, work, len(body), reply)
@@ -12526,6 +12583,7 @@ class Proxy:
         before = list(self.mount.servers.values())
         self.mount.reload(catalog, keys.callers)
         self._doubt_root(before)
+        gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
@@ -12960,7 +13018,6 @@ def open_standard_streams() -> None:
 
 def raise_descriptor_limit() -> None:
     """Lets this process have as many open sockets as it may: the usual 1,024 are too few for 1,000 sessions."""
-    import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
     if soft < wanted:

@@ -2099,6 +2099,19 @@ def test_http_large_heads_are_not_kept(monkeypatch):
     assert 0 < len(parser._known) <= 4 and all(len(head.fields) < 10 for head in parser._known.values())
 
 
+@pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\nHost: a\r\nA:%b\x01", b"GET / HTTP/1.1\r\nHost: a\r\nA: b%b\x01",
+                                  b"GET /%b\x01 HTTP/1.1", b"GET http://%b\x01 HTTP/1.1\r\nHost: a"])
+@pytest.mark.parametrize("pump", [b" ", b"\t", b"a", b"/", b":"])
+def test_http_head_takes_no_time_by_the_square_of_its_length(head, pump):
+    before = time.process_time()
+    for _ in range(10):
+        parser = mcpproxy.RequestParser()
+        parser.feed(head % (pump * 30_000) + b"\r\n\r\n")
+        with contextlib.suppress(HTTPError):
+            parser.next_head()
+    assert time.process_time() - before < 2                # by the square, 40
+
+
 def test_http_heads_that_differ_in_the_length_of_the_body_alone_are_parsed_once():
     known = {}
     for name in (b"Content-Length: ", b"content-length:"):
@@ -2729,7 +2742,8 @@ def test_rpc_names_that_some_readers_take_for_others_are_refused(params, word):
     ('{"method":"tools/call","id":12,"params":{', '{"id":9}}}', b"12"),
     ('{"method":"notifications/progress","params":{', '{"id":9}}}', None),
     ('{"jsonrpc":"2.0","id":5,"result":{"method":1,', '"}}', None),
-    ('{"result":{"method":1,', '},"jsonrpc":"2.0","id":5}', None), ("x" * 100, "x" * 100, None)])
+    ('{"result":{"method":1,', '},"jsonrpc":"2.0","id":5}', None), ("x" * 100, "x" * 100, None),
+    ("{" + '"id": 1, ' * 1000, '"method"', b"1")])                    # and in no time
 def test_rpc_id_of_a_request_that_is_too_large_is_found_where_it_is_plain(head, tail, raw_id):
     assert mcpproxy.find_request_id(head.encode(), tail.encode()) == raw_id
 
@@ -5230,6 +5244,24 @@ def test_views_an_empty_list_of_tools_chooses_none():
 def test_views_choices_of_a_client_that_would_take_long_are_refused(text):
     with pytest.raises(RPCError, match="tools is empty or too long"):
         mcpproxy.Catalog(config_of(a={}), is_file=True).view(None, (("tools", text),))
+
+
+def test_views_choices_of_a_client_count_together():
+    several = tuple((mcpproxy.TOOLS_HEADER, ",".join("a" * 50)) for _ in range(3))
+    catalog = mcpproxy.Catalog(config_of(a={}), is_file=True)
+    assert catalog.view(None, several[:2]).globs
+    with pytest.raises(RPCError, match="is empty or too long"):
+        catalog.view(None, several)
+
+
+def test_views_of_many_choices_keep_the_last_few_lists():
+    catalog = mcpproxy.Catalog(config_of(a={}), is_file=True)
+    items = mcpproxy.Items("tools/list", 0)
+    for number in range(mcpproxy.KNOWN_LISTS + 10):
+        view = catalog.view(None, (("tools", f"a{number}"),))
+        shown = [mcpproxy.shown_of(view, [(view.members[0], items)]) for _ in range(2)]
+        assert shown[0] is shown[1]                        # which is not put together again
+    assert len(catalog.shown) == mcpproxy.KNOWN_LISTS
 
 
 def test_views_compare_globs_to_no_name_that_is_too_long():
@@ -8487,7 +8519,7 @@ def authority(tmp_path_factory):
     def openssl(*words):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
     openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key",
-            "-out", "ca.crt")
+            "-out", "ca.crt", "-addext", "keyUsage=critical,keyCertSign")
     for name, host in (("good", "IP:127.0.0.1"), ("misnamed", "DNS:a.example"), ("expired", "IP:127.0.0.1")):
         openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", f"{name}.key",
                 "-out", f"{name}.csr")
@@ -15338,6 +15370,23 @@ async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resou
 
 
 @in_town
+async def test_conversation_joint_subscription_to_many_resources_lets_others_have_their_turn():
+    town = Town("legacy", ["a", "b", "c"])
+    town.answers["resources/list"] = {"resources": []}
+    client, turns, tasks = await town.client("modern"), 0, 0
+    client.say(request(1, "subscriptions/listen", {"notifications": {
+        "resourceSubscriptions": [f"x:{number}" for number in range(500)]}}))
+    while not client.heard.qsize():
+        await asyncio.sleep(0)
+        turns, tasks = turns + 1, max(tasks, len(asyncio.all_tasks()))
+    assert turns > 500 / mcpproxy.SEARCHES_A_TURN
+    assert tasks < 600                                     # of them, not of them for each server
+    assert town.heard_by("a").count("resources/list") == 1 and town.heard_by("b").count("resources/list") == 1
+    acknowledged, = town.told(client)
+    assert len(acknowledged["params"]["notifications"]["resourceSubscriptions"]) == 500
+
+
+@in_town
 async def test_conversation_joint_subscription_does_not_wait_for_a_server_that_has_no_room():
     town = Town("modern", ["a", "c"], max_processes=1, shared_session=False)
     client = await town.client("modern")
@@ -15710,6 +15759,14 @@ def test_connection_what_is_behind_a_refused_request_is_not_answered(demo):
         http.send(HEALTHZ + b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" + HEALTHZ)
         assert [http.response().status, http.response().status] == [200, 400]
         assert http.is_closed()
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/healthz"), ("OPTIONS", "/mcp"), ("DELETE", "/mcp"), ("GET", "/")])
+def test_connection_takes_no_large_body_where_none_means_anything(demo, method, path):
+    with HTTP(demo) as http:
+        assert http.request(method, path, b"x" * 4_096).status in (200, 204, 400)
+        http.send(encode_http(method, path, b"x" * 4_097))
+        assert http.response().status == 413 and http.is_closed()
 
 
 def test_connection_refusal_is_readable_while_the_client_still_sends(demo):
@@ -20803,6 +20860,17 @@ def test_load_small_events_are_counted_with_what_they_take():
     assert stream.held == 0
 
 
+def test_load_body_of_many_values_is_refused_before_they_take_the_memory():
+    with running_proxy(FAKE, MAX_BUFFERED_MB=60) as proxy, StreamableClient(proxy) as client:
+        def call(*values):
+            text = json.dumps(tool_call(1, "echo", {"text": "TEXT"})).replace('"TEXT"', f"[{','.join(values)}]")
+            return proxy.request("POST", client.endpoint, text.encode(), client.headers)
+        assert call(*[json.dumps("x" * 100)] * 50_000).status == 200
+        before = memory(proxy)
+        assert call(*["[]"] * 2_000_000).error() == (413, -32600)
+        assert memory(proxy) - before < 30
+
+
 def test_load_ended_streams_are_kept_for_a_while():
     with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
         ids = []
@@ -20845,6 +20913,19 @@ def test_load_questions_that_were_answered_are_forgotten():
         before = memory(proxy)
         ask_and_answer(80)
         assert memory(proxy) - before < 20
+
+
+def test_load_connections_leave_some_of_few_descriptors(tmp_path, monkeypatch):
+    script = tmp_path / "limited.py"
+    script.write_text("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)); import runpy\n"
+                      f"runpy.run_path({PROXY!r}, run_name='__main__')")
+    monkeypatch.setitem(globals(), "PROXY", str(script))
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy, closing_all() as many:
+        many += [HTTP(proxy) for _ in range(120)]
+        sockets = [http.socket for http in many]
+        closed = until(lambda: len(found := select.select(sockets, [], [], 0)[0]) >= 40 and found, "the end of those over")
+        first = next(http for http in many if http.socket not in closed)
+        assert first.request("POST", "/mcp", initialize(), ACCEPT).status == 200           # a process has its pipes
 
 
 def test_load_connections_are_bounded(altered):
@@ -21204,8 +21285,9 @@ def test_load_a_plain_answer_that_is_not_read_is_given_up(altered):
             until(lambda: rest_state(proxy) == before, "the end of the connection", 10)
 
 
-@pytest.mark.parametrize("data", [b"", b"GET /hea", encode_http("POST", "/mcp", b"{}")[:-1]],
-                         ids=["idle", "head", "body"])
+@pytest.mark.parametrize("data", [b"", b"GET /hea", encode_http("POST", "/mcp", b"{}")[:-1],
+                                  encode_http("POST", "/mcp", b" " * 2_000_000)[:-1]],
+                         ids=["idle", "head", "body", "large body"])
 def test_load_a_client_that_says_no_more_is_given_up(altered, data):
     altered(**IMPATIENT)
     with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
