@@ -27,7 +27,7 @@ COPY --from=node /usr/local/lib/node_modules/npm /usr/local/lib/node_modules/npm
 RUN ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm \
     && ln -s ../lib/node_modules/npm/bin/npx-cli.js /usr/local/bin/npx
 
-# Compiled once: from source, every start takes 50 ms and 23 MB more.
+# Compiled once: from source, every start takes three times as long.
 COPY mcpproxy.py /usr/local/bin/mcpproxy.py
 RUN python3 -c "import py_compile; py_compile.compile('/usr/local/bin/mcpproxy.py', '/usr/local/bin/mcpproxy.pyc', doraise=True)"
 

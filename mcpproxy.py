@@ -346,7 +346,8 @@ class Settings:
                                       "that has the same secret, and when this one was started again")
     auth_key: str = setting("", "key required on every request; several with commas between")
     auth_keys_file: str = setting("", "JSON file of keys by name, each with what it may use; SIGHUP reads it again")
-    public_url: str = setting("", "URL by which clients reach this proxy, as https://host/prefix; OAuth needs it")
+    public_url: str = setting("", "with OAUTH_ISSUER, the URL by which clients reach this proxy, as "
+                                    "https://host/prefix")
     oauth_issuer: str = setting("", "issuer of the OAuth access tokens that are taken, beside keys; its URL")
     oauth_audience: str = setting("", "what tokens have to be for; empty: the URL of the place, as PUBLIC_URL/mcp")
     oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
@@ -372,11 +373,11 @@ class Settings:
     # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
     max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, event logs and "
-                                            "unread output together; past that "
-                                            "who holds most gives first, and new bodies get 503")
+                                            "unread output together; past that who holds most gives first, and new "
+                                            "bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
-    max_sessions: int = setting(1000, "sessions at a time, and modern subscriptions; past that clients get 503 with "
-                                      "Retry-After")
+    max_sessions: int = setting(1000, "sessions at a time, and as many modern subscriptions; past that clients get 503 "
+                                      "with Retry-After")
     max_processes: int = setting(100, "server processes, and sessions at remote servers, at a time; past that 503 too")
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
                               "when SHARED_SESSION is false")
@@ -842,7 +843,7 @@ class RequestParser:
 
     def _read_data(self, missing: int, limit: int):
         if len(self._body) + missing > limit:
-            raise HTTPError("message too large; MAX_REQUEST_MB is the limit", status=413)
+            raise HTTPError(f"message too large: {limit} bytes are the limit", status=413)
         while True:
             part = self.rest[self._at:self._at + missing]
             self._at += len(part)
@@ -4890,7 +4891,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     @property
     def told_usage(self) -> str:
         usage = self.usage
-        return (f"; it took up to {usage.most_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
+        return (f"it took up to {usage.most_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
                 f"processes: {usage.most_processes}") if usage.most_processes else ""
 
     @property
@@ -6402,8 +6403,9 @@ class ServerConnection(Holder):
         if self.is_greeted:              # otherwise the instance logs that it did not start
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
-            log.say(level, f"= server %(server)s, {self.link.label} ended%(reason)s%(usage)s", server=self.name,
-                    reason=reason, usage=self.link.told_usage, **self.link.fields)
+            said, usage = reason.lstrip(": "), self.link.told_usage
+            log.say(level, f"= server %(server)s, {self.link.label} ended{reason.removesuffix(said)}%(reason)s"
+                           f"{usage and '; '}%(usage)s", server=self.name, reason=said, usage=usage, **self.link.fields)
         pending, self.pending = self.pending, {}
         for request in pending.values():
             try:
@@ -11997,6 +11999,8 @@ class Endpoints(Application):
         if message.kind is not REQUEST:
             if client.is_session:
                 client.receive(message)
+            elif message.kind is NOTIFICATION:
+                check_parameters(message)
             return reply.send(202, [])
         exchange = new_exchange(client, message, PostOutlet(admission, reply, client), None, admission.trace)
         if client.is_session and is_initialize:
@@ -12319,7 +12323,8 @@ class StandardStreams(asyncio.BaseProtocol):
             self._receive(text)
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
-        self._refuse(RPCError("message too large; MAX_REQUEST_MB is the limit"), find_request_id(head, tail))
+        self._refuse(RPCError("message too large; MAX_REQUEST_MB and MAX_MESSAGE_MB are the limits"),
+                     find_request_id(head, tail))
 
     def _receive(self, text: str) -> None:
         message, self._visitor.view = None, self._mount.catalog.view()         # the file may have been read again
@@ -12531,7 +12536,8 @@ class Proxy:
                 try:
                     headers = expanded(config.headers, "headers", {**self.environment, **config.env, **variables})
                 except SettingsError as error:
-                    raise ServerError(str(error).removeprefix("headers: ")) from None
+                    missing = str(error).removeprefix("headers: ").partition(";")[0]
+                    raise ServerError(f"{missing}; clients set it in the URL, or as X-MCP-Env-<NAME>") from None
                 return RemoteLink(config.name, config.url, headers, self.mount.id, self.settings.max_message_bytes,
                                   config.is_sse)
             # Which variables its client set, only the demo server asks.
@@ -12620,8 +12626,7 @@ class Proxy:
                         log.fault(error)                   # what is looked at next time still is
 
     def _look_at_config(self, now: float) -> None:
-        seen = self._stat_config()
-        if seen and seen != self._config_seen:
+        if self._stat_config() != self._config_seen:
             self.reload()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
@@ -12813,7 +12818,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
                                                             "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
         ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
         ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"),
-        ("without MCP_CONFIG", not settings.mcp_config, "WATCH"))
+        ("without MCP_CONFIG", not settings.mcp_config, "WATCH"),
+        ("on a server at a URL", is_url(command), " ".join(SANDBOX_SETTINGS).upper()))
     for name, shape, meant in (
             ("ALLOWED_ORIGINS", r"\*|null|[a-z][a-z0-9+.-]*://[^/*A-Z]+", "an origin as browsers send it: https://a.b"),
             ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
@@ -12822,7 +12828,7 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
     return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so
-                    for name in names.split() if getattr(settings, name.lower())]
+                    for name in names.split() if getattr(settings, name.lower()) != getattr(Settings, name.lower())]
 
 
 def argument_parser():

@@ -1747,6 +1747,9 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("one that cannot", {"SESSION_SECRET": SEAL}, None),
     case("scopes of nobody's tokens", {"OAUTH_SCOPES": "mcp"}, "OAUTH_SCOPES has no effect without OAUTH_ISSUER"),
     case("no file to watch", {"WATCH": "true"}, "WATCH has no effect without MCP_CONFIG"),
+    case("a sandbox for what is elsewhere", {"MCP_SERVER_CONFIG": "https://a.example/mcp", "SANDBOX": "on"},
+         "SANDBOX has no effect on a server at a URL"),
+    case("limits of what is elsewhere", {"MCP_SERVER_CONFIG": "https://a.example/mcp", "LIMIT_MEMORY_MB": "9"}, "LIMIT_"),
     *(case(f"origin {origin}", {"ALLOWED_ORIGINS": f"https://a.example:8,{origin}"}, f"{origin} is not an origin")
       for origin in ("a.example", "https://a.example/", "HTTPS://A.example", "https://*.example")),
     *(case(f"host {host}", {"ALLOWED_HOSTS": f"a.example,{host}"}, f"{host} is not a host")
@@ -10819,6 +10822,12 @@ def test_session_is_not_opened_in_the_name_of_one_that_is_over(fake, session, st
         assert (response.status, "mcp-session-id" in response.headers) == (status, status == 200)
 
 
+def test_session_or_not_a_request_has_an_id(fake):
+    for message in notification("tools/call", {"name": "echo"}), notification("tools/list"), notification("initialize"):
+        assert post(fake, message).error() == (400, -32600)
+    assert post(fake, notification("notifications/x")).status == 202
+
+
 def test_session_need_not_be_named_at_a_shared_server(fake):
     """Hosted clients open one, and never send its id back."""
     assert post(fake, initialize()).headers["mcp-session-id"]
@@ -11547,6 +11556,8 @@ def test_several_servers_are_read_again(several):
         proxy.path.write_text("{")
         proxy.process.send_signal(signal.SIGHUP)
         until(lambda: "the configuration stays as it was" in proxy.log(), "the refusal")
+        proxy.path.unlink()
+        until(lambda: proxy.log().count("the configuration stays as it was") > 1, "the refusal of none")
         assert client.tool("d__echo", text="x") == "x"
 
 
