@@ -5040,7 +5040,8 @@ class ClientConnection(asyncio.Protocol):
     def send(self, fetch: Fetch) -> None:
         self._fetch, self._head, fetch.connection, self._interim = fetch, None, self, 0
         self._uses += 1
-        self._transport.writelines([fetch.head, fetch.body])
+        # Given an empty part, a transport of Python 3.12.1 or 3.13.0 never ends.
+        self._transport.writelines(list(filter(None, (fetch.head, fetch.body))))
 
     def data_received(self, data: bytes) -> None:
         fetch = self._fetch
@@ -6479,7 +6480,7 @@ class Stream(Holder):
 
     def take_number(self) -> int:
         """The number of an event that is no message."""
-        self.last_number = self.written = self.last_number + 1
+        self.last_number += 1
         return self.last_number
 
     def event_id(self, number: int) -> bytes:
@@ -6606,11 +6607,9 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
         return
     numbers = collections.Counter(map(whose, book.values()))
     most = max(numbers.values())
-    left = {owner: 1 + number // 10 for owner, number in numbers.items() if 2 * number >= most}     # to count is dear
-    for name, value in list(book.items()):
-        if left.get(whose(value)):
-            left[whose(value)] -= 1
-            del book[name]
+    oldest = (name for name, value in book.items() if 2 * numbers[whose(value)] >= most)
+    for name in list(itertools.islice(oldest, 1 + limit // 100)):                # several, because to count is dear
+        del book[name]
 
 
 class Owners(dict[tuple[str, str], object]):
@@ -6623,7 +6622,7 @@ class Owners(dict[tuple[str, str], object]):
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
         """This task or elicitation is the client's."""
-        if name and client and (name[0] != "task" or name not in self or name in self.old):
+        if name and client and (name[0] != "task" or self.get(name) is None or name in self.old):
             make_room_in(self, KNOWN_OWNERS)
             self[name] = client.owner
             self.old.discard(name)
@@ -7661,7 +7660,8 @@ class Client(Holder):
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
     software = ""                                   # what it is, by its own word, when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
-    gathering: asyncio.Task | None = None           # gather_resources(), while somebody waits for it
+    gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
+    turns: asyncio.Lock | None = None               # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
@@ -8325,7 +8325,7 @@ class Group:
             given = client.mount.states.get(state)
             return given.server if given and given.server in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
-                     if named in instance.owners), None) if named else None
+                     if named in instance.owners and instance.is_owner(client, named)), None) if named else None
 
 
 # ============================================================================
@@ -8337,7 +8337,6 @@ class Group:
 NOBODYS_NAME = "-"               # of a session
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
-SEARCHES_A_TURN = 10             # of the loop, through all servers
 LONGEST_CALL = 86_400            # seconds, "regardless of progress notifications". MCP 2025-11-25, Lifecycle, Timeouts
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
 RECENT_CALLS = 100               # that can be looked at
@@ -8372,7 +8371,6 @@ class Mount:
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
         self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
         self._looked_at = float("-inf")            # when sessions were
-        self._searches: list[None] = []            # that began in this turn of the loop
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
         self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
@@ -8554,14 +8552,6 @@ class Mount:
             elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
                 session.end()
 
-    async def have_turn(self) -> None:
-        """Waits for a turn of the loop in which few look at all servers: one request can want that a thousand times."""
-        while len(self._searches) >= SEARCHES_A_TURN:
-            await asyncio.sleep(0)
-        if not self._searches:
-            at_end_of_turn(self._searches.clear)
-        self._searches.append(None)
-
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
         """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
         self.is_leaving = True
@@ -8593,7 +8583,7 @@ class Mount:
 
 RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
-KNOWN_LISTS = 64                 # of what views show
+KNOWN_ITEMS = 100_000            # of what views show together
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
 START_SECONDS = 10.0             # for a server that may have what a client listens for; the others are to be heard
 
@@ -8741,6 +8731,7 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
     kept, key = view.catalog.shown, (view, found[0][1].method)
     known_for, shown = kept.get(key, ((), {}))
     if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
+        kept[key] = kept.pop(key)                          # the last one used is the last to go
         return shown
     shown = {}
     for member, items in found:
@@ -8757,9 +8748,10 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
                                 server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):
                 shown[name] = item
-    if key not in kept and len(kept) >= KNOWN_LISTS:       # they may be large, and each key's and choice another
-        del kept[next(iter(kept))]
     kept[key] = found, shown
+    # Lists may be large, and each key's and each choice another.
+    while sum(100 + len(one) for _, one in kept.values()) > KNOWN_ITEMS and len(kept) > 1:
+        del kept[next(iter(kept))]
     return shown
 
 
@@ -8858,7 +8850,7 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
 
 async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tuple]], dict[str, str]]:
     """([(server, (its identity, its resources, its templates))], {name: why not} of the others). A thousand parts of
-    one request may want them at once: they wait for the same."""
+    one request may want them at once: they wait for the same; but not for one that began before and lacks some."""
     def known(instance: Instance) -> tuple | None:
         items = [instance.list_of(method).fresh for method in RESOURCE_LISTS]
         return (instance.identity, *items) if instance.identity and None not in items else None
@@ -8869,14 +8861,24 @@ async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tup
 
     def on_done(task: asyncio.Task) -> None:
         task.cancelled() or task.exception()
-        if client.gathering is task:
-            client.gathering = None
-    if client.gathering is None:
-        client.gathering = asyncio.ensure_future(ask_servers(client, known, ask))
-        client.gathering.add_done_callback(on_done)
-    gathering = client.gathering
-    await asyncio.wait([gathering])
-    return gathering.result()
+        client.gathering = None
+    arrived = client.mount.now()
+    while True:
+        if client.gathering is None:
+            client.gathering = client.mount.now(), asyncio.ensure_future(ask_servers(client, known, ask))
+            client.gathering[1].add_done_callback(on_done)
+        began, gathering = client.gathering
+        await asyncio.wait([gathering])
+        if began >= arrived or not (gathering.exception() or gathering.result()[1]):
+            return gathering.result()
+
+
+async def take_turn(client: Client) -> None:
+    """Parts of one request that look at all servers do so one after the other, each in a turn of the loop."""
+    if client.turns is None:
+        client.turns = asyncio.Lock()
+    async with client.turns:
+        await asyncio.sleep(0)
 
 
 async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
@@ -8884,7 +8886,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
     all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
     are waited for, each for `patience` seconds, or without a limit."""
-    await client.mount.have_turn()
+    await take_turn(client)
     for method in RESOURCE_LISTS:                  # where a list that is known has it, nobody is waited for
         for member in client.view.members:
             with contextlib.suppress(ProxyError):
@@ -8892,7 +8894,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
                 if items is not None and uri in items:
                     return [Target(member.name)], {}
     found, missing = await gather_resources(client)
-    await client.mount.have_turn()
+    await take_turn(client)
     for number in (1, 2):
         for member, has in found:
             if uri in has[number]:
@@ -8900,11 +8902,8 @@ async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
         if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
-    before = client.gathering
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
-        if client.gathering is before:
-            client.gathering = None                # it may know nothing of those
         return await find_by_uri(client, uri, patience, waited | started)
     targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
     if not targets:
@@ -9634,10 +9633,19 @@ class ClientRequest(PendingRequest, Holder):
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         """There is an error in place of it."""
-        # To a legacy client, 404 would mean that its session is lost.
-        status = 200 if self.envelope is None and error.code == METHOD_NOT_FOUND else error.http_status
+        # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
+        # Messages, 4), and 404 that its session is lost.
+        is_late = self._is_in_session and error.http_status not in (401, 403) or error.code == METHOD_NOT_FOUND
+        status = 200 if self.envelope is None and is_late else error.http_status
         self.problem = str(error.code)
         self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
+
+    @property
+    def _is_in_session(self) -> bool:
+        """Was it accepted after a handshake? For any HTTP status, Python's SDK 1.x then gives up the whole session."""
+        client = self.client
+        return self.method != "initialize" and client.calls.get(self.id) is self and (
+            client.is_session or client.mount.settings.stateless)
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
@@ -11574,7 +11582,9 @@ def rebase_references(schema: object, pointer: str) -> object:
 CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LARGE_BODY = 4 * 1024 * 1024     # bytes
-VALUE_BYTES = 64                 # that an array, an object or an element takes when it is parsed
+VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # that arrays, objects, elements, strings become
+MANY_STRINGS = 100_000
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 class Work(Holder):
@@ -11600,8 +11610,12 @@ class Work(Holder):
 
 
 def check_can_be_parsed(body: bytes, principal: object) -> None:
-    """Is there room for what a large body becomes for a moment? [[],[]] takes ten times as much as its text."""
-    size = VALUE_BYTES * sum(map(body.count, (b"[", b"{", b",")))
+    """Is there room for what a large body becomes for a moment? [[],[]] takes thirty times as much as its text."""
+    def size_of(text: bytes) -> int:
+        return sum(size * text.count(sign) for sign, size in VALUE_BYTES.items())
+    size = size_of(body)
+    if size > budget.limit and body.count(b'"') - body.count(b'\\"') < MANY_STRINGS:
+        size = size_of(_STRING.sub(b"", body))             # it is in the text of few, as in one of CSV
     if size > budget.limit:
         raise HTTPError("the body is of more values than can be held", status=413)
     if not budget.has_room(principal, size):
@@ -11990,7 +12004,7 @@ class Endpoints(Application):
         else:
             check_version(admission)
         if is_initialize and not self.settings.stateless:
-            if admission.session_id:
+            if admission.session_id and not self.settings.session_secret:
                 self._session(admission)          # that one is over is told with 404, whatever the request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                              reply.connection.principal, way=admission.way)
