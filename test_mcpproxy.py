@@ -15420,8 +15420,8 @@ async def test_conversation_resource_is_looked_for_anew_where_others_began_befor
     town.answers["b", "resources/list"] = {"resources": [{"uri": "b:2", "name": "b"}]}
     client = await town.client("legacy")
     await town.reload(["a"])
-    town.slow["b"] = 3.0
-    await town.reload(["a", "b"])                          # b starts for two more seconds, nearly
+    town.slow["b"] = 4.0
+    await town.reload(["a", "b"])                          # b starts for nearly three more seconds
     client.say(request(1, "resources/read", {"uri": "b:1"}))
     await asyncio.sleep(1.5)
     client.say(request(2, "resources/read", {"uri": "b:2"}))
