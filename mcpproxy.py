@@ -9634,8 +9634,9 @@ class ClientRequest(PendingRequest, Holder):
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         """There is an error in place of it."""
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
-        # Messages, 4), and 404 that its session is lost.
-        is_late = self._is_in_session and error.http_status not in (401, 403) or error.code == METHOD_NOT_FOUND
+        # Messages, 4), and 404 that its session is lost. It stays where credentials are refused, here or further on.
+        is_refused = member_at(error.data, ("status",)) in (401, 403) or error.http_status in (401, 403)
+        is_late = self._is_in_session and not is_refused or error.code == METHOD_NOT_FOUND
         status = 200 if self.envelope is None and is_late else error.http_status
         self.problem = str(error.code)
         self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
@@ -11614,7 +11615,7 @@ def check_can_be_parsed(body: bytes, principal: object) -> None:
     def size_of(text: bytes) -> int:
         return sum(size * text.count(sign) for sign, size in VALUE_BYTES.items())
     size = size_of(body)
-    if size > budget.limit and body.count(b'"') - body.count(b'\\"') < MANY_STRINGS:
+    if size > LARGE_BODY and body.count(b'"') - body.count(b'\\"') < MANY_STRINGS:
         size = size_of(_STRING.sub(b"", body))             # it is in the text of few, as in one of CSV
     if size > budget.limit:
         raise HTTPError("the body is of more values than can be held", status=413)

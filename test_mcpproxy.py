@@ -8567,6 +8567,14 @@ def test_remote_server_that_is_elsewhere_is_not_followed(status):
         assert other.url in error["message"] and other.visits == []
 
 
+@pytest.mark.parametrize("far_status, status", [(401, 502), (403, 502), (500, 200), (302, 200)])
+def test_remote_server_that_refuses_the_key_is_told_by_the_status_in_a_session_too(far_status, status):
+    with Remote("legacy") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(http_response(far_status, Location="https://a.example/"))
+        assert client.start("echo", text="x").error() == (status, -32000)
+        assert client.tool("echo", text="x") == "x"
+
+
 # Errors, each of which is one call's alone.
 
 WRONG_ID = {"jsonrpc": "2.0", "id": "wrong", "result": {"content": []}}
