@@ -2934,6 +2934,11 @@ class View:
                                                    code=INVALID_PARAMS)
 
 
+def is_short(wanted: tuple) -> bool:
+    """Is a client's choice one that is remembered?"""
+    return sum(len(value) for _, value in wanted) <= KNOWN_CHOICE
+
+
 class Catalog:
     """All servers, and the views of them."""
 
@@ -2954,8 +2959,7 @@ class Catalog:
     def view(self, place: str | None = None, wanted: tuple = (), limits: Limits | None = None) -> View:
         """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
         it down: ("server", "tools" or TOOLS_HEADER, value) pairs. RPCError when there is no such place or server."""
-        is_short = sum(len(value) for _, value in wanted) <= KNOWN_CHOICE
-        return (self._known if is_short else self._view)(place, wanted, limits)
+        return (self._known if is_short(wanted) else self._view)(place, wanted, limits)
 
     def _view(self, place: str | None, wanted: tuple, limits: Limits | None) -> View:
         members, globs = self.offered, []
@@ -8748,7 +8752,8 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
                                 server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):
                 shown[name] = item
-    kept[key] = found, shown
+    if is_short(view.wanted):
+        kept[key] = found, shown
     # Lists may be large, and each key's and each choice another.
     while sum(100 + len(one) for _, one in kept.values()) > KNOWN_ITEMS and len(kept) > 1:
         del kept[next(iter(kept))]

@@ -5265,6 +5265,8 @@ def test_views_of_many_choices_keep_the_last_few_lists():
         shown = [mcpproxy.shown_of(view, [(view.members[0], items)]) for _ in range(2)]
         assert shown[0] is shown[1]                        # which is not put together again
     assert len(catalog.shown) == mcpproxy.KNOWN_ITEMS // 100
+    view = catalog.view(None, (("tools", "a" * 200 + ",b" * 90), (mcpproxy.TOOLS_HEADER, ",".join(["c" * 250] * 4))))
+    assert not mcpproxy.shown_of(view, [(view.members[0], items)]) and (view, "tools/list") not in catalog.shown
 
 
 def test_views_compare_globs_to_no_name_that_is_too_long():
