@@ -2997,8 +2997,10 @@ def template_parts(template: str) -> tuple[str, ...]:
 def fits_template(uri: str, template: str) -> bool:
     """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
     and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
-    ends = {0}                             # where the parts so far may end
-    for part in template_parts(template)[:MAX_TEMPLATE_PARTS]:
+    parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
+    if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
+        return False                       # which most are told by
+    for part in parts:
         if not part.startswith("{"):
             ends = {end + len(part) for end in ends if uri.startswith(part, end)}
         elif not (part[1:2].isalnum() and part[-2] != "*"):
@@ -6793,7 +6795,7 @@ def hearing(instance) -> int | None:
 
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     subscribers = set(instance.sessions.values()) if instance.is_private else set()
-    for uri in wholes_of(message.params.get("uri")):
+    for uri in wholes_of(message.params.get("uri")) if instance.topics else ():
         if uri in instance.topics:
             subscribers |= instance.topics[uri].subscribers
     payload = message.payload

@@ -5385,6 +5385,12 @@ def test_views_templates_take_no_time_whatever_the_uri(template):
     assert time.process_time() - before < 2          # with backtracking it would be hours
 
 
+def test_views_templates_that_end_otherwise_take_next_to_no_time():
+    before = time.process_time()
+    assert not any(mcpproxy.fits_template("x" * 2_000, "{+a}" * 23 + "!") for _ in range(1_000))
+    assert time.process_time() - before < 0.5        # by all parts, 1.6
+
+
 
 def test_views_large_results_keep_head_and_tail():
     text = "é" * 4000 + "middle" * 1000 + "z" * 4000
@@ -14947,6 +14953,17 @@ async def test_conversation_task_that_was_nobodys_is_its_next_owners():
     assert answer["error"]["message"] == "the task is unknown"
     await town.say_to(client, 1, "tasks/get", {"taskId": "1"})
     assert town.heard_by("b")[-1] == "tasks/get" and "tasks/get" not in town.heard_by("a")
+
+
+@in_town
+async def test_conversation_updates_that_nobody_wants_take_next_to_no_time():
+    town = Town("legacy", ["a"])
+    await town.client("legacy", "a")
+    line = json.dumps(notification("notifications/resources/updated", {"uri": "/b" * 1_000})).encode()
+    before = time.process_time()
+    for _ in range(2_000):
+        town.links["a"][0].on_line(line)
+    assert time.process_time() - before < 0.5        # with a look at all that it is a part of, 1.2
 
 
 @in_town
