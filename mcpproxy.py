@@ -7871,8 +7871,8 @@ class Session(Client):
         """It wants log messages of this level from now on."""
         before, self.log_level = self.log_level, level
         for instance in self._instances.values():
-            instance.levels.update({before: -1})
-            instance.levels.update({level: 1})
+            instance.levels[before] -= 1
+            instance.levels[level] += 1
             instance.adjust_log_level()
 
     def move(self, before: "Server", after: "Server") -> None:
