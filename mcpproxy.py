@@ -6771,14 +6771,15 @@ def tell_all(instance, message: Message) -> None:
     plain = list_changed(kind) if way else message
     payload = plain.payload                    # one for all, though each may keep it
 
-    def told(client) -> Message:
-        return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}}) if client.way else plain
+    def with_way(client) -> Message:
+        return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}})
     for session in list(instance.sessions.values()):
         if session.mount.id not in way and not session.listens:
-            session.stream.send(told(session).payload if session.way else payload)
+            session.stream.send(with_way(session).payload if session.way else payload)
     for listener in list(instance.listeners):
-        if listener.client.mount.id not in way:
-            listener.on_event(told(listener.client))
+        client = listener.client
+        if client.mount.id not in way:
+            listener.on_event(with_way(client) if client.way else plain)
 
 
 def tell_of_lists(instance) -> None:
@@ -8735,9 +8736,9 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
 def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, ShownItem]:
     """All items by the name that is shown; of two with one name the first."""
     kept, key = view.catalog.shown, (view, found[0][1].method)
-    known_for, shown = kept.get(key, ((), {}))
+    known_for, shown = kept.pop(key, ((), {}))
     if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
-        kept[key] = kept.pop(key)                          # the last one used is the last to go
+        kept[key] = known_for, shown                       # at the end again: the last one used is the last to go
         return shown
     shown = {}
     for member, items in found:
@@ -8756,9 +8757,9 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
                 shown[name] = item
     if is_short(view.wanted):
         kept[key] = found, shown
-    # Lists may be large, and each key's and each choice another.
-    while sum(100 + len(one) for _, one in kept.values()) > KNOWN_ITEMS and len(kept) > 1:
-        del kept[next(iter(kept))]
+        # Lists may be large, and each key's and each choice another.
+        while sum(100 + len(one) for _, one in kept.values()) > KNOWN_ITEMS and len(kept) > 1:
+            del kept[next(iter(kept))]
     return shown
 
 
