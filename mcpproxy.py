@@ -1458,7 +1458,7 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 # last): the payload needs no look then, be it a screenshot of 8 MB.
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
-_ANSWER = rb'"(result|error)":(?! *null) ?'
+_ANSWER = rb'"(result|error)":[ \t]*+(?!null)'
 _RESPONSE_HEAD = re.compile(rb"\{(?:%b, ?)?%b, ?(?:%b, ?)?%b" % (_VERSION, _ID, _VERSION, _ANSWER))
 _NULL = re.compile(rb'"(?:result|error|params|method)"\s*:\s*null')
 _ANSWER_FIRST = re.compile(rb"\{(?:%b, ?)?%b" % (_VERSION, _ANSWER))
@@ -1648,6 +1648,37 @@ def wholes_of(uri: object) -> list[str]:
     ends = [end for match in itertools.islice(re.finditer("[/?#]", uri[:MAX_URI]), MAX_URI_PARTS)
             for end in ((match.start(), match.end()) if match[0] == "/" else (match.start(),))]
     return [uri, *(uri[:end] for end in ends if end < len(uri))]
+
+
+MAX_TEMPLATE_PARTS = 24          # of a resource template
+
+
+@functools.lru_cache(maxsize=1_024)
+def template_parts(template: str) -> tuple[str, ...]:
+    """A resource template's literals and {expressions}."""
+    return tuple(part for part in re.split(r"(\{[^{}]*\})", template[:MAX_URI]) if part)
+
+
+def fits_template(uri: str, template: str) -> bool:
+    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
+    and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
+    parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
+    if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
+        return False                       # which most are told by
+    for part in parts:
+        if not part.startswith("{"):
+            ends = {end + len(part) for end in ends if uri.startswith(part, end)}
+        elif not (part[1:2].isalnum() and part[-2] != "*"):
+            ends = set(range(min(ends), len(uri) + 1))
+        else:
+            before, ends, is_inside = ends, set(), False
+            for at in range(min(before), len(uri)):
+                is_inside = (is_inside or at in before) and uri[at] not in "/?#"
+                if is_inside:
+                    ends.add(at + 1)
+        if not ends:
+            return False
+    return len(uri) in ends
 
 
 def negotiate(requested: object) -> str:
@@ -2651,7 +2682,6 @@ KNOWN_NAME = 128                 # of at most so many characters
 KNOWN_CHOICE = 1_024             # of a client among servers and tools that is remembered, in characters
 MAX_GLOBS = 100                  # in all, and
 MAX_GLOB = 256                   # characters of each: some take time by the square of that
-MAX_TEMPLATE_PARTS = 24          # of a resource template
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
 TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
@@ -2709,6 +2739,11 @@ class Rules:
         tool was given is that one's."""
         own = self._given_names.get(shown, shown)
         return own if self.shown(own) == shown else None
+
+    def without_effect(self, names: dict[str, object]) -> list[str]:
+        """What is for no tool of these names: a slip, maybe, that leaves one open or as it was."""
+        globs = [glob for glob in self.tools or () if not any(map(fits_glob(glob.removeprefix("!")), names))]
+        return [*globs, *(name for name in self.overrides if name not in names)]
 
     @functools.cached_property
     def _given_names(self) -> dict[str, str]:
@@ -2986,34 +3021,6 @@ class Catalog:
         if not members:
             raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
         return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits, self)
-
-
-@functools.lru_cache(maxsize=1_024)
-def template_parts(template: str) -> tuple[str, ...]:
-    """A resource template's literals and {expressions}."""
-    return tuple(part for part in re.split(r"(\{[^{}]*\})", template[:MAX_URI]) if part)
-
-
-def fits_template(uri: str, template: str) -> bool:
-    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
-    and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
-    parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
-    if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
-        return False                       # which most are told by
-    for part in parts:
-        if not part.startswith("{"):
-            ends = {end + len(part) for end in ends if uri.startswith(part, end)}
-        elif not (part[1:2].isalnum() and part[-2] != "*"):
-            ends = set(range(min(ends), len(uri) + 1))
-        else:
-            before, ends, is_inside = ends, set(), False
-            for at in range(min(before), len(uri)):
-                is_inside = (is_inside or at in before) and uri[at] not in "/?#"
-                if is_inside:
-                    ends.add(at + 1)
-        if not ends:
-            return False
-    return len(uri) in ends
 
 
 # Task ids of several servers as one.
@@ -7213,6 +7220,7 @@ class KeptList:
             self.last, self._is_doubtful = items, False
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
+                self.instance.server.check_rules(items)
             if self.is_missed:
                 self.is_missed = False
                 tell_all(self.instance, list_changed(LISTS[self.method][2]))
@@ -8092,6 +8100,7 @@ class Server:
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
+        self._checked_rules: Rules | None = None
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.chosen = 0                            # how often it was, of its group
         self.waiting: set[asyncio.Task] = set()    # the work of calls of its group that were not sent yet
@@ -8133,6 +8142,14 @@ class Server:
         """It lists these."""
         names = dict.fromkeys((*names, *self.tool_names))
         self.tool_names = dict.fromkeys(itertools.islice(names, MAX_TOOLS))
+
+    def check_rules(self, tools: Items) -> None:
+        """Says once what of its configuration is for no tool that it lists."""
+        rules, checked, self._checked_rules = self.config.rules, self._checked_rules, self.config.rules
+        slips = [] if rules is checked else rules.without_effect(tools)
+        if slips:
+            log.warning("! server %(server)s lists no tool for this in its configuration: %(rules)s", server=self.name,
+                        rules=", ".join(slips))
 
     def read_listings(self) -> None:
         """Learns from the pages that clients were given."""

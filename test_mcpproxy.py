@@ -3253,6 +3253,28 @@ def test_era_update_of_a_resource_with_a_long_name_is_looked_at_no_longer_than_i
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize("template, fits, misfits", [
+    ("a://{x}", ["a://1"], ["a://1/2", "b://1"]), ("a://{+x}", ["a://1/2"], []), ("a://x{/y*}", ["a://x/1/2"], []),
+    ("a://x{?q}", ["a://x?q=1", "a://x"], ["a://y"]), ("a.b://{x}/c", ["a.b://1/c"], ["aXb://1/c"])])
+def test_eras_templates_stand_for_uris(template, fits, misfits):
+    assert all(mcpproxy.fits_template(uri, template) for uri in fits)
+    assert not any(mcpproxy.fits_template(uri, template) for uri in misfits)
+
+
+@pytest.mark.parametrize("template", ["x:{+a}{+b}{+c}{+d}{+e}!", "x:{a}{b}{c}{d}!", "x://{+a}/{+b}/{+c}.md"])
+def test_eras_templates_take_no_time_whatever_the_uri(template):
+    uri = "x://" + "/a" * 1000
+    before = time.process_time()
+    assert not any(mcpproxy.fits_template(uri, template) for _ in range(10))
+    assert time.process_time() - before < 2          # with backtracking it would be hours
+
+
+def test_eras_templates_that_end_otherwise_take_next_to_no_time():
+    before = time.process_time()
+    assert not any(mcpproxy.fits_template("x" * 2_000, "{+a}" * 23 + "!") for _ in range(1_000))
+    assert time.process_time() - before < 0.5        # by all parts, 1.6
+
+
 @pytest.mark.parametrize("params, expected", [
     ("", {"_meta": {"m": 1}, "n": 2}), (',"params":{}', {"_meta": {"m": 1}, "n": 2}),
     (',"params":{"a":0}', {"_meta": {"m": 1}, "n": 2, "a": 0}), (',"params":{"_meta":{}}', {"_meta": {"m": 1}, "n": 2}),
@@ -5367,28 +5389,6 @@ def test_views_show_a_changed_tool_with_all_else_as_it_was():
     assert rules.restated(mcpproxy.JSONObject(text), "x", "s__y") == (
         '{"name":"s__y","big":1e400,"inputSchema":{"type":"object","required":["a"],"properties":{"a":{"z":1.0},'
         '"b":{}}},"annotations":{"k":1,"readOnlyHint":true},"description":"new"}')
-
-
-@pytest.mark.parametrize("template, fits, misfits", [
-    ("a://{x}", ["a://1"], ["a://1/2", "b://1"]), ("a://{+x}", ["a://1/2"], []), ("a://x{/y*}", ["a://x/1/2"], []),
-    ("a://x{?q}", ["a://x?q=1", "a://x"], ["a://y"]), ("a.b://{x}/c", ["a.b://1/c"], ["aXb://1/c"])])
-def test_views_templates_stand_for_uris(template, fits, misfits):
-    assert all(mcpproxy.fits_template(uri, template) for uri in fits)
-    assert not any(mcpproxy.fits_template(uri, template) for uri in misfits)
-
-
-@pytest.mark.parametrize("template", ["x:{+a}{+b}{+c}{+d}{+e}!", "x:{a}{b}{c}{d}!", "x://{+a}/{+b}/{+c}.md"])
-def test_views_templates_take_no_time_whatever_the_uri(template):
-    uri = "x://" + "/a" * 1000
-    before = time.process_time()
-    assert not any(mcpproxy.fits_template(uri, template) for _ in range(10))
-    assert time.process_time() - before < 2          # with backtracking it would be hours
-
-
-def test_views_templates_that_end_otherwise_take_next_to_no_time():
-    before = time.process_time()
-    assert not any(mcpproxy.fits_template("x" * 2_000, "{+a}" * 23 + "!") for _ in range(1_000))
-    assert time.process_time() - before < 0.5        # by all parts, 1.6
 
 
 
@@ -11519,6 +11519,15 @@ def test_several_servers_choose_and_change_tools_at_every_place(several):
             assert "2 kB of 3 kB left out by mcpproxy" in text_of(text) and text_of(text)[0] == "y"
             for hidden in "echo", "seen":
                 assert ask_joint(proxy, "tools/call", {"name": start + hidden}, path)["error"]["code"] == -32602
+
+
+def test_several_servers_say_which_choices_and_changes_are_for_no_tool_at_all(several):
+    keys = {"tools": ["ech?", "mirorr", "!delete_*"], "overrides": {"echo": {"name": "say"}, "exec": {"fixed": {}}}}
+    with several(a=(FAKE, keys)) as proxy:
+        for _ in range(2):
+            assert names_of(ask_joint(proxy, "tools/list")) == ["a__say"]
+        said = "server a lists no tool for this in its configuration: mirorr, !delete_*, exec"
+        assert proxy.log().count("lists no tool") == proxy.log().count(said) == 1
 
 
 def test_several_servers_take_subscriptions_and_updates(several):
