@@ -3237,7 +3237,8 @@ def test_era_meta_of_a_large_result_is_added_to_without_reading_all_of_it(monkey
 @pytest.mark.parametrize("result", [
     '{"content":[{"_meta":{}}]}', '{"content":[{"_meta":{}}],"x":1}', '{"content":{"_meta":{}}}', '{"x":"_meta"}',
     '{"a":{"_meta":{}},"_meta":{}}', '{"resultType":"x","_meta":{}}', '{"_meta":{},"resultType":"x"}', '{"_meta":1}',
-    '{"_meta":{},"ttlMs":5}', '{"content":[{"_meta":{}},{"_meta":{"a":1}}]}', '{"x":{"y":{"_meta":{"a":1}}}}'])
+    '  {"a":1}', '\t{}', '{"_meta":{},"ttlMs":5}', '{"content":[{"_meta":{}},{"_meta":{"a":1}}]}',
+    '{"x":{"y":{"_meta":{"a":1}}}}'])
 def test_era_meta_that_is_not_plainly_the_result_s_is_looked_for(result):
     new = mcpproxy.additions("tools/list", '{"name":"n"}')
     for text in (f'{{"jsonrpc":"2.0","id":7,"result":{result}}}', f'{{"result":{result},"jsonrpc":"2.0","id":7}}'):
@@ -3256,20 +3257,20 @@ def test_era_update_of_a_resource_with_a_long_name_is_looked_at_no_longer_than_i
 @pytest.mark.parametrize("template, fits, misfits", [
     ("a://{x}", ["a://1"], ["a://1/2", "b://1"]), ("a://{+x}", ["a://1/2"], []), ("a://x{/y*}", ["a://x/1/2"], []),
     ("a://x{?q}", ["a://x?q=1", "a://x"], ["a://y"]), ("a.b://{x}/c", ["a.b://1/c"], ["aXb://1/c"])])
-def test_eras_templates_stand_for_uris(template, fits, misfits):
+def test_era_templates_stand_for_uris(template, fits, misfits):
     assert all(mcpproxy.fits_template(uri, template) for uri in fits)
     assert not any(mcpproxy.fits_template(uri, template) for uri in misfits)
 
 
 @pytest.mark.parametrize("template", ["x:{+a}{+b}{+c}{+d}{+e}!", "x:{a}{b}{c}{d}!", "x://{+a}/{+b}/{+c}.md"])
-def test_eras_templates_take_no_time_whatever_the_uri(template):
+def test_era_templates_take_no_time_whatever_the_uri(template):
     uri = "x://" + "/a" * 1000
     before = time.process_time()
     assert not any(mcpproxy.fits_template(uri, template) for _ in range(10))
     assert time.process_time() - before < 2          # with backtracking it would be hours
 
 
-def test_eras_templates_that_end_otherwise_take_next_to_no_time():
+def test_era_templates_that_end_otherwise_take_next_to_no_time():
     before = time.process_time()
     assert not any(mcpproxy.fits_template("x" * 2_000, "{+a}" * 23 + "!") for _ in range(1_000))
     assert time.process_time() - before < 0.5        # by all parts, 1.6
