@@ -6771,7 +6771,7 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 def tell_all(instance, message: Message) -> None:
     """Tells all clients that a list changed. Other proxies are told through which it came, as a request says it in its
     head: it would go round in a circle of them for ever."""
-    if not instance.is_news(message.payload[0], message.method):
+    if not instance.is_news(message.method if instance.is_crowded else message.payload[0]):
         return
     way = [one for one in strings_of(message.meta.get(WAY_KEY)) if PROXY_ID.fullmatch(one)][:MAX_WAY]
     kind = message.method.split("/")[1]
@@ -6802,12 +6802,21 @@ def hearing(instance) -> int | None:
 
 
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
-    subscribers = set(instance.sessions.values()) if instance.is_private else set()
-    for uri in wholes_of(message.params.get("uri")) if instance.topics else ():
-        if uri in instance.topics:
-            subscribers |= instance.topics[uri].subscribers
+    uris = wholes_of(message.params.get("uri")) if instance.topics else ()
+    topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
+    if instance.is_private:
+        _tell_subscribers(instance, message, set(instance.sessions.values()))
+    elif not instance.is_crowded:
+        _tell_subscribers(instance, message, set().union(*(topic.subscribers for topic in topics)))
+    else:                                      # they are told of the whole, once, and not of each part
+        for topic in topics:
+            line = encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri})
+            _tell_subscribers(instance, parse_message(line.decode()), set(topic.subscribers))
+
+
+def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
     payload = message.payload
-    for subscriber in subscribers if instance.is_news(payload[0], payload[0]) else ():
+    for subscriber in subscribers if instance.is_news(payload[0]) else ():
         if subscriber in instance.listeners:
             subscriber.on_event(message)
         else:
@@ -7642,13 +7651,15 @@ class Instance:
             if self.connection and self.connection.era is LEGACY and "logging" in self.identity.capabilities:
                 self.connection.request("logging/setLevel", {"level": level})
 
-    def is_news(self, line: bytes, kind: str | bytes) -> bool:
-        """Is it the first time in this turn that this is said? To a client, a list that changed a thousand times has
-        changed once. And past TOLD_A_TURN messages all of one kind count as the same: to tell a thousand clients each
-        time would keep everybody else waiting."""
+    @property
+    def is_crowded(self) -> bool:
+        """Was so much told in this turn that all of one kind counts as the same now? Others are to be served, too."""
+        return len(self._said) * (len(self.sessions) + len(self.listeners)) >= TOLD_A_TURN
+
+    def is_news(self, said: bytes | str) -> bool:
+        """Is it said for the first time in this turn? A list that changed a thousand times has changed once."""
         if not self._said:
             at_end_of_turn(self._said.clear)
-        said = line if len(self._said) * (len(self.sessions) + len(self.listeners)) < TOLD_A_TURN else kind
         is_news = said not in self._said
         self._said.add(said)
         return is_news

@@ -14977,6 +14977,25 @@ async def test_conversation_updates_that_nobody_wants_take_next_to_no_time():
 
 
 @in_town
+async def test_conversation_updates_of_many_parts_in_a_turn_become_one_of_the_whole():
+    town = Town("legacy", ["a"])
+    clients = [await town.client(era, "a") for era in ("legacy", "legacy", "modern")]
+    for client in clients:
+        method, params = ("resources/subscribe", {"uri": "a:1"}) if client is not clients[2] else (
+            "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:1"]}})
+        await town.say_to(client, 1, method, params)
+        await town.pass_time()
+        town.told(client)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy, "TOLD_A_TURN", 9)
+        for part in range(100):
+            town.say(town.links["a"][0], notification("notifications/resources/updated", {"uri": f"a:1/{part}"}))
+        await town.pass_time()
+    for client in clients:
+        assert [told["params"]["uri"] for told in town.told(client)] == ["a:1/0", "a:1/1", "a:1/2", "a:1"]
+
+
+@in_town
 async def test_conversation_call_with_progress_ends_after_a_day():
     town = Town("legacy", ["a"], request_timeout=5_000)
     client = await town.client("legacy", "a")
