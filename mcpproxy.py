@@ -2032,11 +2032,6 @@ def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
     return [response.changed(changes)]
 
 
-def error_status(response: ResponseLine | Message) -> int:
-    """The HTTP status of a modern response."""
-    return 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200)
-
-
 def speaks_modern(response: Message) -> bool:
     """Is this the DiscoverResult of a server that speaks the revision we do?"""
     return MODERN_VERSION in strings_of((response.result or {}).get("supportedVersions"))
@@ -9119,7 +9114,7 @@ class ModernClientModernServer(Bridge):
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
-        exchange.finish(payload, error_status(response))
+        exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
         exchange.tell([self._under_own_id(exchange, message, "params")])
