@@ -3327,19 +3327,16 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
     """Those of AUTH_KEY, called key1, key2, ..., and those of a file with this text, in which only `servers` may be
     named. SettingsError says what is wrong in it."""
     callers = [Caller(f"key{number}", digest_of_key(key)) for number, key in enumerate(settings.auth_keys, 1)]
-    scopes = None
     if not settings.auth_keys_file:
         return Keys(tuple(callers))
     with within(settings.auth_keys_file, ValueError, RecursionError):
         given = json.loads(as_json(text), object_pairs_hook=without_repeats)
         check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
-        if "scopes" in given:
-            check_keys(given["scopes"], dict.fromkeys(given["scopes"], _OBJECT))
-            scopes = {}
-            for name, entry in given.pop("scopes").items():
-                if not _SCOPE.fullmatch(name):
-                    raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
-                scopes[name] = parse_grant(f"scopes: {name}", entry, servers, _GRANT_KEYS)
+        scopes = given.pop("scopes", None)
+        for name in scopes or ():
+            if not _SCOPE.fullmatch(name):
+                raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
+            scopes[name] = parse_grant(f"scopes: {name}", scopes[name], servers, _GRANT_KEYS)
         callers += [parse_caller(name, entry, servers) for name, entry in given.items()]
         first: dict[object, Caller] = {}
         for caller in callers:
@@ -3370,7 +3367,7 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
 def parse_grant(name: str, entry: dict, servers: tuple[str, ...], known: dict) -> Grant:
     """What a key or a scope opens; `known` are the members that it may have."""
     with within(name):
-        if not entry.keys() <= known.keys():
+        if isinstance(entry, dict) and not entry.keys() <= known.keys():
             raise SettingsError(f"has something that is not known; what is: {', '.join(known)}")
         check_keys(entry, known)
         unknown = [server for server in entry.get("servers", ()) if server not in servers]
