@@ -772,7 +772,6 @@ class RequestParser:
 
     @property
     def size(self) -> int:
-        """How many bytes it holds."""
         return len(self.rest) + len(self._body)
 
     def clear(self) -> None:
@@ -1199,7 +1198,6 @@ class JSONObject:
 
 
 def without_members(text: str, *names: str) -> str:
-    """An object without some of its members."""
     return as_object({name: value for name, value in JSONObject(text).raw_members().items() if name not in names})
 
 
@@ -1270,7 +1268,6 @@ class Message(JSONObject):
 
     @property
     def is_result(self) -> bool:
-        """Is it a response with a result?"""
         return "result" in self.members
 
     @property
@@ -1861,7 +1858,6 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
 
 
 def without_params(message: Message, *names: str) -> Message:
-    """A request without these parameters."""
     if message.params.keys().isdisjoint(names):
         return message
     params = without_members(message.raw("params"), *names)
@@ -2097,7 +2093,6 @@ class Identity:
         return as_object({**self._told, **new, "serverInfo": info}).encode()
 
     def discover_result(self) -> bytes:
-        """The result of `server/discover`."""
         # SEP-2663: the tasks of 2025-11-25 "MUST NOT" be advertised.
         return as_object({"supportedVersions": dump([MODERN_VERSION, *LEGACY_VERSIONS]), **self._told,
                           "capabilities": without_members(self._told["capabilities"], "tasks"),
@@ -2273,15 +2268,12 @@ class Grant:
     env: tuple[str, ...] | None = None         # variables that may be set, with * patterns
 
     def is_for(self, servers: tuple[str, ...]) -> bool:
-        """May one of these be used?"""
         return self.servers is None or bool({*servers} & {*self.servers})
 
     def takes(self, tool: str, is_read_only: bool = True) -> bool:
-        """May this tool be used?"""
         return (self.tools is None or is_chosen(tool, self.tools)) and (is_read_only or not self.read_only)
 
     def sets(self, variable: str) -> bool:
-        """May this variable be set?"""
         return self.env is None or is_named(variable, self.env)
 
 
