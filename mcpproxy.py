@@ -6770,7 +6770,7 @@ def tell_all(instance, message: Message) -> None:
     for listener in list(instance.listeners):
         client = listener.client
         if client.mount.id not in way:
-            listener.on_event(with_way(client) if client.way else plain)
+            listener.hear(with_way(client) if client.way else plain)
 
 
 def tell_of_lists(instance) -> None:
@@ -6802,7 +6802,7 @@ def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
     payload = message.payload
     for subscriber in subscribers if instance.is_news(payload[0]) else ():
         if subscriber in instance.listeners:
-            subscriber.on_event(message)
+            subscriber.hear(message)
         else:
             subscriber.stream.send(payload)
 
@@ -8983,9 +8983,6 @@ class Bridge:
         """The server's response."""
         exchange.finish(response.with_id(exchange.raw_id))
 
-    def notify(self, exchange: "Exchange", message: Message) -> None:
-        """A notification for a subscription."""
-
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
         question.refuse(NO_CLIENT_CAN)
@@ -9106,6 +9103,7 @@ class ModernClientModernServer(Bridge):
         exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
 
     def notify(self, exchange: "Exchange", message: Message) -> None:
+        """A notification for a subscription."""
         exchange.tell([self._under_own_id(exchange, message, "params")])
 
     @staticmethod
@@ -9151,37 +9149,13 @@ class ModernClientLegacyServer(Bridge):
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
         exchange.begin_dialogue().ask_by_parking(question, missing)
 
-    def notify(self, exchange: "Exchange", message: Message) -> None:
-        exchange.tell_listener(message)
-
     def discover(self, exchange: "Exchange", message: Message) -> None:
         """Answers from the server's handshake."""
         exchange.finish(encode_result(exchange.raw_id, exchange.instance.identity.discover_result()))
 
     def listen(self, exchange: "Exchange", message: Message) -> None:
-        """A subscription, made of list changes and legacy ones; acknowledged when the server has settled the latter."""
-        instance, wanted = exchange.instance, listened_for(message)
-        exchange.client.mount.make_room_for(exchange)
-        exchange.wanted, exchange.topics, exchange.early = instance.identity.supported(wanted), set(), []
-        uris = exchange.wanted.get("resourceSubscriptions", ())
-
-        def end() -> None:
-            instance.listeners.discard(exchange)
-            instance.topics.leave(exchange)
-        exchange.on_done = end
-        instance.listeners.add(exchange)
-        topics = [instance.topics.subscribe(exchange, uri) for uri in uris]
-        if topics:
-            asyncio.get_running_loop().create_task(self._acknowledge_settled(exchange, topics))
-        else:
-            exchange.acknowledge()
-
-    async def _acknowledge_settled(self, exchange: "Exchange", topics: list[Topic]) -> None:
-        await asyncio.wait([topic.verdict for topic in topics], timeout=ACKNOWLEDGE_SECONDS)
-        exchange.wanted["resourceSubscriptions"] = [topic.uri for topic in topics if not (
-            topic.verdict.done() and topic.verdict.result())]
-        if not exchange.is_done:
-            exchange.acknowledge()
+        """A subscription, made of list changes and legacy ones."""
+        exchange.listen_here()
 
     def retry(self, exchange: "Exchange", message: Message) -> bool | None:
         """A request that comes again with answers goes on where its call was parked."""
@@ -9524,10 +9498,9 @@ EXCHANGE_STATES = {
 class ClientRequest(PendingRequest, Holder):
     """What is known of a client's request: `envelope` is a modern one's, and `headers` may repeat its arguments."""
 
-    __slots__ = tuple("""client instance message envelope method is_endless trace headers state connection server_id
-        names_tasks dialogue wanted topics early on_done started last_sign id raw_id name size token software problem
-        outlet text held http_headers
-        digest principal target others missing group work is_repeated has_begun _bridge""".split())
+    __slots__ = tuple("""client instance message envelope method trace headers state connection server_id names_tasks
+        dialogue answerer on_done started last_sign id raw_id name size token software problem outlet text held
+        http_headers digest principal target others missing group work is_repeated has_begun _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
@@ -9546,7 +9519,6 @@ class ClientRequest(PendingRequest, Holder):
         self.held = 0                                 # bytes, of what is not small
         self.envelope = envelope
         self.method = message.method
-        self.is_endless = envelope is not None and self.method == "subscriptions/listen"
         self.trace = trace                            # members for _meta, as JSON
         self.headers = headers
         self.http_headers = client.headers            # all that it came with, by which a member may be chosen
@@ -9554,9 +9526,8 @@ class ClientRequest(PendingRequest, Holder):
         self.connection: ServerConnection | None = None
         self.server_id: int | None = None
         self.dialogue: Dialogue | None = None
-        self.wanted = self.topics = None              # what a subscription is to, and
-        self.early = None                             # what came for it before it was acknowledged
         self.problem = ""                             # what went wrong, see error_type()
+        self.answerer = None                          # takes it and its message, and answers in place of one server
         self.on_done = None                           # called when the exchange is over
         self.started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
         self._serve(message, outlet)
@@ -9629,22 +9600,6 @@ class ClientRequest(PendingRequest, Holder):
             self.has_begun = True
             self.outlet.send(payload)
 
-    def acknowledge(self) -> None:
-        """Says what is listened for, and then what has come meanwhile."""
-        early, self.early = self.early, None
-        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
-        for message in early:
-            self.tell_listener(message)
-
-    def tell_listener(self, message: Message) -> None:
-        """Something that a server told all: does the client listen for it?"""
-        if self.early is not None:
-            self.early.append(message)
-        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
-                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
-            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
-
     # The end.
 
     def finish(self, payload: list, status: int = 200) -> None:
@@ -9675,11 +9630,6 @@ class ClientRequest(PendingRequest, Holder):
         if was_at_server:
             self.instance.server.failures += bool(self.group)
             self.instance.on_time_out()
-
-    def end_subscription(self) -> None:
-        """Ends a subscription, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
-        self._take_back(None, "the server ends")
-        self.finish(encode_end_of_subscription(self.raw_id))
 
     def end(self, outcome: Outcome, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
@@ -9800,7 +9750,7 @@ class Exchange(ClientRequest):
         client = self.client
         if self.envelope is None:
             check_parameters(self.message)
-        if self.instance is None:
+        if self.instance is None and not self.answerer:
             self._pick()
         connection = self.instance and self.instance.connection
         client.mount.check_open()
@@ -9923,6 +9873,8 @@ class Exchange(ClientRequest):
 
     async def _begin_when_ready(self) -> None:
         try:
+            if self.answerer:
+                return await self.answerer(self, parse_message(self.text))
             if self.instance is None:
                 (first, *self.others), self.missing = await find_targets(self.client, parse_message(self.text))
                 self.aim(first)
@@ -9931,7 +9883,7 @@ class Exchange(ClientRequest):
             if not self._is_checked(connection):
                 await self._check_by_list()
         except Exception as error:
-            self.on_failure(as_told(error))
+            (self.fail if self.answerer else self.on_failure)(as_told(error))
         else:
             self.begin(connection)
 
@@ -10136,28 +10088,6 @@ class Exchange(ClientRequest):
         if self.token:
             self.tell([message.with_text(self.token, "params", "progressToken")])
 
-    def on_event(self, message: Message) -> None:
-        self._bridge.notify(self, message)
-
-    def adopt(self, catalog: Catalog, view: View) -> None:
-        """The configuration is another one: a subscription goes on while its place is there, which showed `view`."""
-        caller = self.client.caller
-        try:
-            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
-        except RPCError:
-            return self.end_subscription()
-        self._listen_on()
-        # What is acknowledged comes first. MCP 2026-07-28, Subscriptions.
-        if self.client.view.offer != view.offer and (self.has_begun or self.early is not None):
-            for kind, _ in LIST_CHANGES.values():
-                self.tell_listener(list_changed(kind))
-
-    def _listen_on(self) -> None:
-        """Goes on while its server is shown."""
-        server = self.instance.server
-        if server.is_retired or server.name not in self.client.view.names:
-            self.end_subscription()
-
     def ask(self, question: Question, missing: dict | None) -> None:
         """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
         self.touch()
@@ -10169,15 +10099,16 @@ class Exchange(ClientRequest):
 # 38. Joint exchanges
 # ============================================================================
 #
-# Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say.
+# Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
+# subscriptions, for which the proxy itself listens, but where there is one server and that is modern.
 
 class TaskListener(PendingRequest):
-    """A joint subscription to tasks at one modern server."""
+    """What a Listener of several servers asks of one that is modern, for tasks."""
 
     __slots__ = ("_exchange", "instance", "_connection", "_server_id", "taken")
     is_endless = True
 
-    def __init__(self, exchange: "JointExchange", instance: Instance, names: list[str]):
+    def __init__(self, exchange: "Listener", instance: Instance, names: list[str]):
         self._exchange, self.instance, self._connection = exchange, instance, instance.connection
         self.taken: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()    # what it listens for
         meta = {**OUR_ENVELOPE, CAPABILITIES_KEY: {"extensions": {TASKS_EXTENSION: {}}}}
@@ -10186,7 +10117,7 @@ class TaskListener(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == TASK_CHANGED:
-            self._exchange.on_event(outward(self._exchange.client, self.instance, message))
+            self._exchange.hear(outward(self._exchange.client, self.instance, message))
         elif not self.taken.done():
             self.taken.set_result(strings_of(member_at(message.plain_params, ("notifications", "taskIds"))))
 
@@ -10202,51 +10133,35 @@ class TaskListener(PendingRequest):
         self._connection.cancel(self._server_id, "nobody listens")
 
 
-class JointExchange(Exchange):
-    """A request that the proxy answers for its servers."""
+class Listener(Exchange):
+    """A client's subscriptions/listen."""
 
-    __slots__ = ("_joined", "_task_listeners")
+    __slots__ = ("wanted", "topics", "early", "_joined", "_task_listeners")
+    is_endless = True
 
-    def _pick(self) -> None:
-        """It is for no server alone."""
-
-    async def _begin_when_ready(self) -> None:
-        try:
-            answer = JOINT.get(self.method, answer_list)(self, parse_message(self.text))
-            if answer is not None:
-                await answer
-        except Exception as error:
-            self.fail(as_told(error))
-
-    def answer(self, members: dict[str, str], missing: dict[str, str] = {}, ttl_ms: float = 0,
-               is_public: bool = False, info: str | None = None) -> None:
-        """Finishes it with a result of these members (name -> JSON), and what that lacks."""
-        meta = {UNAVAILABLE_KEY: dump(missing)} if missing else {}
-        if self.envelope:
-            new = additions(self.method, info or dump(OUR_INFO))
-            members = {**members, **new.members}
-            if "ttlMs" in members:
-                members["ttlMs"] = str(0 if missing else int(max(0, ttl_ms)))
-                members["cacheScope"] = '"public"' if is_public else '"private"'
-            meta |= new.meta
-        if meta:
-            members["_meta"] = as_object(meta)
-        self.finish(encode_result(self.raw_id, as_object(members).encode()))
-
-    # Subscriptions.
-
-    async def listen(self, wanted: dict) -> None:
-        """Joins the listeners of all servers that are up, and of the others when they are."""
-        self.client.mount.make_room_for(self)
-        self.topics, self.early = set(), []
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.wanted: dict = {}                     # what it is to
+        self.topics: set[Topic] = set()
+        self.early: list[Message] | None = None    # what was told before it was acknowledged
         self._joined: set[Instance] = set()        # whose listener it is
         self._task_listeners: list[TaskListener] = []
-        self.on_done = self._leave
-        found, missing = await gather_identities(self.client)
-        self._join_all()
+
+    async def listen(self, message: Message) -> None:
+        """Joins the listeners of its server; of several of all that are up, and of the others when they are. What is
+        acknowledged was settled with the servers."""
+        wanted = listened_for(message)
+        self.client.mount.make_room_for(self)
+        self.early, self.on_done = [], self._leave
+        if self.instance:
+            self._join(self.instance)
+            wanted = self.wanted = self.instance.identity.supported(wanted)
+        else:
+            found, missing = await gather_identities(self.client)
+            self._join_all()
+            self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
+                missing or any(identity.has(kind) for _, identity in found))}
         uris = wanted.get("resourceSubscriptions")
-        self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
-            missing or any(identity.has(kind) for _, identity in found))}
         if isinstance(uris, list):
             taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(strings_of(uris))))
             self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri]
@@ -10255,7 +10170,16 @@ class JointExchange(Exchange):
         if self.is_done:
             return self._leave()
         self._become(RUNNING)
-        self.acknowledge()
+        early, self.early = self.early, None
+        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
+        for message in early:
+            self.hear(message)
+
+    def listen_here(self) -> None:
+        """Its server is a legacy one: the proxy listens in its place."""
+        self.answerer = Listener.listen
+        self._start_over()
 
     def _join_all(self) -> None:
         for member in self.client.view.members:
@@ -10268,8 +10192,8 @@ class JointExchange(Exchange):
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
-            for target in (await find_by_uri(self.client, uri, START_SECONDS))[0]:
-                instance = self.client.by_name(target.server)
+            targets = () if self.instance else (await find_by_uri(self.client, uri, START_SECONDS))[0]
+            for instance in [self.instance] if self.instance else (self.client.by_name(one.server) for one in targets):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
@@ -10299,18 +10223,44 @@ class JointExchange(Exchange):
                 for name in listener.taken.result()]
 
     def on_event(self, message: Message) -> None:
-        self.tell_listener(message)
+        self._bridge.notify(self, message)
 
-    def _listen_on(self) -> None:
-        """Listens to those servers that there are now."""
-        if self.topics is None:
-            return                                     # it has not begun
-        uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
-        for instance in [one for one in self._joined if one.server.is_retired]:
-            self._leave_one(instance)
-        self._join_all()
-        for uri in uris:
-            asyncio.get_running_loop().create_task(self._subscribe(uri))
+    def hear(self, message: Message) -> None:
+        """Something that a server told all: does the client listen for it?"""
+        if self.early is not None:
+            self.early.append(message)
+        elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
+                self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
+            self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
+
+    def adopt(self, catalog: Catalog, view: View) -> None:
+        """The configuration is another one: it goes on while its place is there, which showed `view`, and its server;
+        of several with those that there are now."""
+        caller = self.client.caller
+        try:
+            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
+        except RPCError:
+            return self.end_subscription()
+        server = self.instance and self.instance.server
+        if server and (server.is_retired or server.name not in self.client.view.names):
+            return self.end_subscription()
+        if self.early is None and not self.has_begun:
+            return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
+        if server is None:
+            uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
+            for instance in [one for one in self._joined if one.server.is_retired]:
+                self._leave_one(instance)
+            self._join_all()
+            for uri in uris:
+                asyncio.get_running_loop().create_task(self._subscribe(uri))
+        if self.client.view.offer != view.offer:
+            for kind, _ in LIST_CHANGES.values():
+                self.hear(list_changed(kind))
+
+    def end_subscription(self) -> None:
+        """Ends it, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        self._take_back(None, "the server ends")
+        self.finish(encode_end_of_subscription(self.raw_id))
 
     def _leave_one(self, instance: Instance) -> None:
         self._joined.discard(instance)
@@ -10324,7 +10274,23 @@ class JointExchange(Exchange):
             listener.end()
 
 
-async def answer_list(exchange: JointExchange, message: Message) -> None:
+def answer(exchange: Exchange, members: dict[str, str], missing: dict[str, str] = {}, ttl_ms: float = 0,
+           is_public: bool = False, info: str | None = None) -> None:
+    """Finishes it with a result of these members (name -> JSON), and what that lacks."""
+    meta = {UNAVAILABLE_KEY: dump(missing)} if missing else {}
+    if exchange.envelope:
+        new = additions(exchange.method, info or dump(OUR_INFO))
+        members = {**members, **new.members}
+        if "ttlMs" in members:
+            members["ttlMs"] = str(0 if missing else int(max(0, ttl_ms)))
+            members["cacheScope"] = '"public"' if is_public else '"private"'
+        meta |= new.meta
+    if meta:
+        members["_meta"] = as_object(meta)
+    exchange.finish(encode_result(exchange.raw_id, as_object(members).encode()))
+
+
+async def answer_list(exchange: Exchange, message: Message) -> None:
     """What all servers list, on one page. MCP 2025-11-25, Pagination: an unknown cursor is -32602."""
     if message.params.get("cursor") is not None:
         raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
@@ -10342,11 +10308,11 @@ async def answer_list(exchange: JointExchange, message: Message) -> None:
     texts = [item.text for item in shown.values()]
     if exchange.method == "tools/list" and not exchange.envelope:
         texts = map(as_legacy_tool, texts)
-    exchange.answer({LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,
+    answer(exchange, {LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,
                     identity and identity.info)
 
 
-async def answer_handshake(exchange: JointExchange, message: Message) -> None:
+async def answer_handshake(exchange: Exchange, message: Message) -> None:
     """`initialize` and `server/discover`: what the servers can do, together."""
     client, is_initialize = exchange.client, exchange.method == "initialize"
     if is_initialize:
@@ -10376,10 +10342,14 @@ async def answer_handshake(exchange: JointExchange, message: Message) -> None:
         members = {"protocolVersion": dump(version), **members, "serverInfo": dump(OUR_INFO)}
     else:
         members["supportedVersions"] = dump([MODERN_VERSION, *LEGACY_VERSIONS])
-    exchange.answer(members, missing)
+    answer(exchange, members, missing)
 
 
-async def answer_level(exchange: JointExchange, message: Message) -> None:
+async def answer_ping(exchange: Exchange, message: Message) -> None:
+    answer(exchange, {})
+
+
+async def answer_level(exchange: Exchange, message: Message) -> None:
     """Each server is told what its clients want."""
     client, level = exchange.client, message.params.get("level")
     if not client.is_session:
@@ -10389,10 +10359,10 @@ async def answer_level(exchange: JointExchange, message: Message) -> None:
         raise RPCError("the servers send no log messages of this level", status=200, code=(
             INVALID_PARAMS if level not in LOG_LEVELS else METHOD_NOT_FOUND))
     client.choose_log_level(level)
-    exchange.answer({})
+    answer(exchange, {})
 
 
-async def answer_tasks(exchange: JointExchange, message: Message) -> None:
+async def answer_tasks(exchange: Exchange, message: Message) -> None:
     """The client's tasks at all servers."""
     client, tasks = exchange.client, []
 
@@ -10408,17 +10378,16 @@ async def answer_tasks(exchange: JointExchange, message: Message) -> None:
             if instance.is_ones_own or instance.owners.get(("task", own)) == client.identity:
                 task = JSONObject(text)
                 tasks.append(task.with_text(dump(f"{member.name}__{own}"), "taskId").decode())
-    exchange.answer({"tasks": f"[{','.join(tasks)}]"}, missing)
+    answer(exchange, {"tasks": f"[{','.join(tasks)}]"}, missing)
 
 
 # What is answered for several servers as one, beside what they list.
 JOINT = {
     "initialize": answer_handshake,
     "server/discover": answer_handshake,
-    "ping": lambda exchange, message: exchange.answer({}),
+    "ping": answer_ping,
     "logging/setLevel": answer_level,
     "tasks/list": answer_tasks,
-    "subscriptions/listen": lambda exchange, message: exchange.listen(listened_for(message)),
 }
 
 
@@ -10426,14 +10395,18 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
                  trace: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Exchange:
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
+    kind = Listener if envelope and method == "subscriptions/listen" else Exchange
     # Where a call is that comes with a state, only that tells: what had it may be configured no more.
     # And a list may say that any cache may keep it, which knows nothing of keys.
     if view.is_plain and not (envelope and (
             "requestState" in message.params or method == "tools/list" and client.caller)):
-        return Exchange(client, client.only_instance, message, outlet, envelope, trace, headers)
-    if view.is_joint and method in JOINT or method in LISTS and (view.is_joint or method == "tools/list"):
-        return JointExchange(client, None, message, outlet, envelope, trace)
-    return Exchange(client, None, message, outlet, envelope, trace, headers)
+        return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
+    exchange = kind(client, None, message, outlet, envelope, trace, headers)
+    if method in LISTS and (view.is_joint or method == "tools/list"):
+        exchange.answerer = answer_list
+    elif view.is_joint:
+        exchange.answerer = kind.listen if kind is Listener else JOINT.get(method)
+    return exchange
 
 
 # ============================================================================

@@ -14118,6 +14118,7 @@ def test_conversation_listener_who_joins_a_subscription_that_is_then_cancelled_s
         ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
                 server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
         bob > {"id":1,"method":"subscriptions/listen","params":{"notifications":{"resourceSubscriptions":["a:b"]}}}
+        0.1 s pass
         ann > {"method":"notifications/cancelled","params":{"requestId":1}}
                 server < {"id":$1,"result":{}}
         bob < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":1},
@@ -14921,6 +14922,16 @@ async def test_conversation_subscription_ends_with_an_instance_that_has_to_go_fo
     other = await town.client("modern", "a", bob, {}, "bob")
     assert (await town.say_to(other, 1, "tools/list"))[0]["result"]["tools"]
     assert [["result" in message for message in town.told(client)] for client in clients] == [[True], [], []]
+
+
+@in_town
+async def test_conversation_subscription_that_is_one_too_many_is_no_failure_of_the_member_of_a_group():
+    town = Town("legacy", ["g.a", "g.b"], max_sessions=1)
+    client, wanted = await town.client("modern", "g"), {"notifications": {"toolsListChanged": True}}
+    (taken,), (refused,) = [await town.say_to(client, number, "subscriptions/listen", wanted) for number in (1, 2)]
+    assert taken["params"]["notifications"] == {"toolsListChanged": True}
+    assert refused["error"]["message"] == "too many subscriptions"
+    assert [server.failures for server in town.mount.servers.values()] == [0, 0]
 
 
 @in_town
