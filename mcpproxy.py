@@ -6712,12 +6712,8 @@ def claim(call, response: Message) -> None:
         if isinstance(task.get("taskId"), str):
             instance.owners.remember(("task", task["taskId"]), client)
             if call.token and client.is_session:
-                tokens = call.connection.tokens
-                if len(tokens) >= KNOWN_OWNERS:
-                    for number in [number for number, (name, _) in tokens.items() if name not in instance.sessions]:
-                        del tokens[number]
-                    make_room_in(tokens, KNOWN_OWNERS, lambda known: known[0])
-                tokens[call.server_id] = client.id, call.token
+                make_room_in(call.connection.tokens, KNOWN_OWNERS, lambda known: known[0])
+                call.connection.tokens[call.server_id] = client.id, call.token
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
         named = members_of(members_of(response.members["error"]).get("data")).get("elicitations")
         for elicitation in map(members_of, named if isinstance(named, list) else ()):
@@ -7729,9 +7725,9 @@ class Client(Holder):
         check_parameters(message)
         for member in self.view.servers:
             server = self.mount.servers.get(member.name)
-            connection = server and server.connection_for(self)
-            if connection and connection.era is MODERN:
-                connection.send_if_possible(message.payload[0], self.principal)
+            instance = server and server.used_by(self)
+            if instance and instance.connection and instance.connection.era is MODERN:
+                instance.connection.send_if_possible(message.payload[0], self.principal)
 
     def take_back(self, notification: Message) -> None:
         """Its notification that it cancels a request."""
@@ -8204,19 +8200,13 @@ class Server:
     def _owner_for(self, client: Client) -> object:
         return () if self.is_for_all else client if client.is_session else client.user
 
-    def is_used_by(self, client: Client) -> bool:
-        """Is there an instance for the client already?"""
-        return self._owner_for(client) in self.instances
-
-    def connection_for(self, client: Client) -> ServerConnection | None:
-        """The connection that a client uses already, if there is one."""
-        instance = self.instances.get(self._owner_for(client))
-        return instance and instance.connection
+    def used_by(self, client: Client) -> Instance | None:
+        """The instance that a client uses already, if there is one."""
+        return self.instances.get(self._owner_for(client))
 
     def instance_for(self, client: Client) -> Instance:
         """The instance that a client uses; RPCError or ServerError when it cannot have one."""
-        variables, owner = client.variables, self._owner_for(client)
-        instance = self.instances.get(owner)
+        variables, owner, instance = client.variables, self._owner_for(client), self.used_by(client)
         if instance and instance.state is CLOSED:
             instance = None
         if instance is None:
@@ -8557,12 +8547,9 @@ class Mount:
             if now - call.last_sign >= settings.request_timeout or (
                     now - call.started >= max(LONGEST_CALL, settings.request_timeout)):
                 call.time_out()
-        if now - self._looked_at >= 1.0:                     # there may be many thousands
-            self._looked_at = now
-            self._end_sessions(now)
-
-    def _end_sessions(self, now: float) -> None:
-        idle = self.settings.session_idle
+        if now - self._looked_at < 1.0:                      # there may be many thousands
+            return
+        self._looked_at, idle = now, self.settings.session_idle
         for session in list(self.sessions.values()):
             if session.is_homeless and not session.calls:
                 session.end()
@@ -9610,18 +9597,14 @@ class ClientRequest(PendingRequest, Holder):
         """There is an error in place of it."""
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
         # Messages, 4), and 404 that its session is lost. It stays where credentials are refused, here or further on.
+        # For any HTTP status, Python's SDK 1.x gives up the whole session.
         is_refused = member_at(error.data, ("status",)) in (401, 403) or error.http_status in (401, 403)
-        is_late = self._is_in_session and not is_refused or error.code == METHOD_NOT_FOUND
+        is_accepted = self.method != "initialize" and self.client.calls.get(self.id) is self and (
+            self.client.is_session or self.client.mount.settings.stateless)
+        is_late = is_accepted and not is_refused or error.code == METHOD_NOT_FOUND
         status = 200 if self.envelope is None and is_late else error.http_status
         self.problem = str(error.code)
         self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
-
-    @property
-    def _is_in_session(self) -> bool:
-        """Was it accepted after a handshake? For any HTTP status, Python's SDK 1.x then gives up the whole session."""
-        client = self.client
-        return self.method != "initialize" and client.calls.get(self.id) is self and (
-            client.is_session or client.mount.settings.stateless)
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
@@ -10105,14 +10088,14 @@ class Exchange(ClientRequest):
 class TaskListener(PendingRequest):
     """What a Listener of several servers asks of one that is modern, for tasks."""
 
-    __slots__ = ("_exchange", "instance", "_connection", "_server_id", "taken")
+    __slots__ = ("_exchange", "instance", "connection", "server_id", "taken")
     is_endless = True
 
     def __init__(self, exchange: "Listener", instance: Instance, names: list[str]):
-        self._exchange, self.instance, self._connection = exchange, instance, instance.connection
+        self._exchange, self.instance, self.connection = exchange, instance, instance.connection
         self.taken: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()    # what it listens for
         meta = {**OUR_ENVELOPE, CAPABILITIES_KEY: {"extensions": {TASKS_EXTENSION: {}}}}
-        self._server_id = self._connection.send_request(
+        self.server_id = self.connection.send_request(
             self, "subscriptions/listen", {"notifications": {"taskIds": names}, "_meta": meta})
 
     def on_event(self, message: Message) -> None:
@@ -10128,9 +10111,6 @@ class TaskListener(PendingRequest):
             self._exchange.end_subscription()      # or its client would wait in vain; it can listen again
 
     on_failure = on_response
-
-    def end(self) -> None:
-        self._connection.cancel(self._server_id, "nobody listens")
 
 
 class Listener(Exchange):
@@ -10271,7 +10251,7 @@ class Listener(Exchange):
         for instance in list(self._joined):
             self._leave_one(instance)
         for listener in self._task_listeners:
-            listener.end()
+            listener.connection.cancel(listener.server_id, "nobody listens")
 
 
 def answer(exchange: Exchange, members: dict[str, str], missing: dict[str, str] = {}, ttl_ms: float = 0,
@@ -10369,7 +10349,7 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
     async def ask(instance: Instance) -> tuple[Instance, Items]:
         return instance, await KeptList(instance, exchange.method).read()
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
-        one.name).is_used_by(client)]
+        one.name).used_by(client)]
     found, missing = await ask_servers(client, lambda instance: None, ask, asked)
     if not any(instance.identity.has("tasks") for _, (instance, _) in found):
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
