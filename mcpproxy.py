@@ -7758,6 +7758,9 @@ class Visitor(Client):
         """What the log calls it."""
         return self.caller.name[:MAX_LABEL] if self.caller else "-"
 
+    def choose_log_level(self, level: object, has_logs: bool) -> None:
+        raise RPCError("a log level needs a session")
+
     @functools.cached_property
     def user(self) -> tuple:
         """Those with the same are one user."""
@@ -7867,8 +7870,11 @@ class Session(Client):
         for kind, _ in LIST_CHANGES.values() if self.version and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
 
-    def choose_log_level(self, level: str) -> None:
-        """It wants log messages of this level from now on."""
+    def choose_log_level(self, level: object, has_logs: bool) -> None:
+        """It wants log messages of this level from now on; RPCError when there are none."""
+        if level not in LOG_LEVELS or not has_logs:
+            raise RPCError("the server sends no log messages of this level", status=200,
+                           code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
         before, self.log_level = self.log_level, level
         for instance in self._instances.values():
             instance.levels[before] -= 1
@@ -8992,15 +8998,10 @@ class LegacyClientBridge(Bridge):
 
     def set_level(self, exchange: "Exchange", message: Message) -> bool | None:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
-        level, has_logs = message.params.get("level"), "logging" in exchange.instance.identity.capabilities
-        if not exchange.client.is_session:
-            raise RPCError("a log level needs a session")
-        if not has_logs and exchange.connection.era is LEGACY:
+        has_logs = "logging" in exchange.instance.identity.capabilities
+        if exchange.client.is_session and not has_logs and exchange.connection.era is LEGACY:
             return True                     # the server knows what to say to that; a modern one has no such method
-        if level not in LOG_LEVELS or not has_logs:
-            raise RPCError("the server sends no log messages of this level", status=200,
-                           code=INVALID_PARAMS if has_logs else METHOD_NOT_FOUND)
-        exchange.client.choose_log_level(level)
+        exchange.client.choose_log_level(message.params.get("level"), has_logs)
         exchange.finish(encode_result(exchange.raw_id))
 
     def subscribe(self, exchange: "Exchange", message: Message) -> None:
@@ -10331,14 +10332,8 @@ async def answer_ping(exchange: Exchange, message: Message) -> None:
 
 async def answer_level(exchange: Exchange, message: Message) -> None:
     """Each server is told what its clients want."""
-    client, level = exchange.client, message.params.get("level")
-    if not client.is_session:
-        raise RPCError("a log level needs a session")
-    found, _ = await gather_identities(client)
-    if level not in LOG_LEVELS or not any(identity.has("logging") for _, identity in found):
-        raise RPCError("the servers send no log messages of this level", status=200, code=(
-            INVALID_PARAMS if level not in LOG_LEVELS else METHOD_NOT_FOUND))
-    client.choose_log_level(level)
+    found, _ = await gather_identities(exchange.client)
+    exchange.client.choose_log_level(message.params.get("level"), any(identity.has("logging") for _, identity in found))
     answer(exchange, {})
 
 
