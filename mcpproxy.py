@@ -8163,12 +8163,12 @@ class Server:
                                         for call in one.connection.pending.values())
         return bool(instance and instance.connection is None), calls / weight, self.chosen / weight
 
-    def probe(self, others: "collections.abc.Iterable[Server]" = ()) -> None:
-        """Finds out now and then whether a server that cannot be used is back; one that its group leaves out, say."""
+    def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
+        """Finds out now and then whether a server that cannot be used is back; one that its `group` leaves out, say."""
         if not (self.is_up and not self.start_failed or self._probing or self.now() < self._probe_at):
-            self._probing = asyncio.get_running_loop().create_task(self._probe(others))
+            self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
-    async def _probe(self, others: "collections.abc.Iterable[Server]") -> None:
+    async def _probe(self, group: "collections.abc.Iterable[Server]") -> None:
         try:
             async with asyncio.timeout(PING_SECONDS if self.is_for_all else self.settings.request_timeout):
                 if self.is_for_all:
@@ -8181,9 +8181,8 @@ class Server:
         else:
             pause = self._probe_pause = PROBE_PAUSE
             self.failures = 0
-            # It is not to make up for what it missed.
-            self.chosen = max(self.chosen, int(self.config.weight * max(
-                (other.chosen / other.config.weight for other in others), default=0)))
+            for member in group:                   # it is not to make up for what it missed
+                member.chosen = 0
         self._probing, self._probe_at = None, self.now() + pause
 
     async def _try_start(self) -> None:
