@@ -6618,7 +6618,6 @@ class Owners(dict[tuple[str, str], object]):
         self.old: set[tuple[str, str]] = set()       # from before the server was started again: it may count anew
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
-        """This task or elicitation is the client's."""
         if name and client and (name[0] != "task" or self.get(name) is None or name in self.old):
             make_room_in(self, KNOWN_OWNERS)
             self[name] = client.owner
@@ -6975,7 +6974,6 @@ class Topics(dict[str, Topic]):
                     "resources/unsubscribe", {"uri": topic.uri})
 
     def leave(self, subscriber) -> None:
-        """Takes a subscriber out of all of them."""
         for topic in [topic for topic in subscriber.topics if topic.instance is self.instance]:
             self.unsubscribe(subscriber, topic)
 
@@ -7116,7 +7114,6 @@ class Items(dict):
         self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its name, and is it one of several?
 
     def add(self, page: Message) -> None:
-        """Takes in one page."""
         member, key, _ = PAGED[self.method]
         result = members_of(page.members["result"])
         items, ttl = result.get(member), result.get("ttlMs")
@@ -7341,7 +7338,6 @@ class Instance:
         return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
     def list_of(self, method: str) -> KeptList:
-        """What the server lists by this method."""
         if method not in self.lists:
             self.lists[method] = KeptList(self, method)
         return self.lists[method]
@@ -8136,7 +8132,6 @@ class Server:
         self.start_failed = self.start_failed or not (has_started or self.takes_variables) and is_ours
 
     def learn_tools(self, names: collections.abc.Iterable[str]) -> None:
-        """It lists these."""
         names = dict.fromkeys((*names, *self.tool_names))
         self.tool_names = dict.fromkeys(itertools.islice(names, MAX_TOOLS))
 
@@ -8522,7 +8517,6 @@ class Mount:
 
     def visit(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
               name: str | None = None) -> Visitor:
-        """Somebody without a session."""
         self.check_open()
         return Visitor(self, view, caller, variables, principal, name)
 
@@ -8893,7 +8887,7 @@ async def take_turn(client: Client) -> None:
         await asyncio.sleep(0)
 
 
-async def find_by_uri(client: Client, uri: str, patience: float | None = 0,
+async def find_by_uri(client: Client, uri: str, patience: float | None,
                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
     all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
@@ -9590,11 +9584,9 @@ class ClientRequest(PendingRequest, Holder):
     # The end.
 
     def finish(self, payload: list, status: int = 200) -> None:
-        """The answer is there."""
         self.end(Outcome.ANSWERED, payload, status)
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
-        """There is an error in place of it."""
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
         # Messages, 4), and 404 that its session is lost. It stays where credentials are refused, here or further on.
         # For any HTTP status, Python's SDK 1.x gives up the whole session.
