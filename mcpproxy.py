@@ -7430,7 +7430,7 @@ class Instance:
         self._become(CLOSED)
         self._settle_start(error)
         for session in list(self.sessions.values()):
-            session.on_closed(self, error)
+            session.on_closed(error)
 
     async def _connect(self, initialize: dict) -> ServerConnection:
         """Starts a link and finds out how to speak to it; what was found out is remembered for the next start."""
@@ -7840,7 +7840,7 @@ class Session(Client):
         for kind, _ in LIST_CHANGES.values():
             self.stream.send(list_changed(kind).payload)
 
-    def on_closed(self, instance: Instance, error: ServerError) -> None:
+    def on_closed(self, error: ServerError) -> None:
         """Its own process of a server is gone. A session of that server alone ends with it."""
         if not self.view.has_choice:
             self.end(error)
@@ -8038,7 +8038,7 @@ class Pool:
         other = self.who_ends(principal)
         if other:
             for session in list(other.sessions.values()):
-                session.on_closed(other, try_later("others need the room"))
+                session.on_closed(try_later("others need the room"))
             for listener in list(other.listeners):         # they wait at no request of the server's that would fail
                 listener.end_subscription()
             other.server.end(other)
