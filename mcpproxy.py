@@ -3841,7 +3841,6 @@ class Usage:
         self.processes = self.most_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
-        self.excess: tuple | None = None             # the limit for which it is ended, and what was measured
         self.seen_at = time.monotonic()              # when it was looked at, or else began
 
     @property
@@ -3945,8 +3944,6 @@ class Census:
         usage = self.servers.pop(server, None)
         if usage:
             self.spent[usage.server] += usage.seconds
-            if usage.excess:
-                self.killed[usage.server, usage.excess[0]] += 1
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -4828,7 +4825,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
         self._reaper.census.reaped(self.usage)
-        self.usage.excess = self.usage.excess or self._blamed_limit()
+        if not self.excess:
+            self._find_limit()
         self._exited.set()
         self._end_soon()
 
@@ -4847,43 +4845,40 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def how_it_ended(self) -> str:
-        if self.usage.excess:
-            limit, measured = self.usage.excess
-            return f": {measured:g} {LIMITS[limit][1]} are more than {LIMITS[limit][0].upper()} allows"
+        if self.excess:
+            name, what = LIMITS[self.excess["limit"]]
+            return f": {self.excess['measured']:g} {what} are more than {name.upper()} allows"
         if self.exit_code is None or self.exit_code >= 0:
             return "" if self.exit_code is None else f" with exit code {self.exit_code}"
         return f" by signal {-self.exit_code} ({signal.strsignal(-self.exit_code)})"
 
-    @property
-    def excess(self) -> dict[str, object]:
-        if not self.usage.excess:
-            return {}
-        limit, measured = self.usage.excess
-        return {"limit": limit, "allowed": getattr(self._sandbox.settings, LIMITS[limit][0]), "measured": measured}
+    def _blame(self, limit: str, measured: float) -> None:
+        """It is ended for this limit."""
+        allowed = getattr(self._sandbox.settings, LIMITS[limit][0])
+        self.excess = {"limit": limit, "allowed": allowed, "measured": measured}
+        self._reaper.census.killed[self._server, limit] += 1
 
     def _check_limits(self) -> None:
         """Called when its usage was looked at: ends it if it is over a limit."""
         settings, usage = self._sandbox.settings, self.usage
         for limit, measured in (("memory", usage.megabytes), ("processes", usage.processes),
                                 ("cpu", round(usage.most_seconds, 1))):
-            if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not usage.excess:
-                usage.excess = limit, measured
+            if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not self.excess:
+                self._blame(limit, measured)
                 self._reaper.census.kill(self._pid)
 
-    def _blamed_limit(self) -> tuple | None:
-        """The limit because of which the kernel ended it, and what was reached. A shell or npx passes on how its child
-        ended."""
+    def _find_limit(self) -> None:
+        """Blames the limit for which the kernel ended it, if it did. A shell or npx passes on how its child ended."""
         settings, most_cpu = self._sandbox.settings, self.usage.most_seconds
         number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
         could_be = most_cpu + (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
         if settings.limit_file_mb and number == signal.SIGXFSZ:
-            return "file_size", settings.limit_file_mb
-        if settings.limit_cpu_seconds and (number == signal.SIGXCPU or (
+            self._blame("file_size", settings.limit_file_mb)
+        elif settings.limit_cpu_seconds and (number == signal.SIGXCPU or (
                 number == signal.SIGKILL and not self._stopping and could_be > settings.limit_cpu_seconds)):
-            return "cpu", max(settings.limit_cpu_seconds, round(most_cpu, 1))
-        if self._cell and self._cell.is_out_of_memory:
-            return "memory", max(settings.limit_memory_mb, self.usage.megabytes)
-        return None
+            self._blame("cpu", max(settings.limit_cpu_seconds, round(most_cpu, 1)))
+        elif self._cell and self._cell.is_out_of_memory:
+            self._blame("memory", max(settings.limit_memory_mb, self.usage.megabytes))
 
     @property
     def told_usage(self) -> str:
