@@ -3872,8 +3872,10 @@ class Census:
         self._strays: set[int] = set()                          # our orphans that could have been of several
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
+        # The parent of orphans below it: prctl(2), PR_SET_CHILD_SUBREAPER.
+        has_adopted = hasattr(libc(), "prctl") and libc().prctl(36, 1, 0, 0, 0) == 0
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
-        self.gets_orphans = adopt_orphans() and os.getpid() != 1 and not children_of(os.getpid())
+        self.gets_orphans = has_adopted and os.getpid() != 1 and not children_of(os.getpid())
 
     def look(self) -> None:
         """Reads /proc. What was found to be another's is not read again; each of the rest takes 20 µs."""
@@ -4090,11 +4092,6 @@ def libc():
         return ctypes.CDLL(None, use_errno=True)
     except (ImportError, OSError):
         return None
-
-
-def adopt_orphans() -> bool:
-    """Makes this process the parent of orphans below it, where that is possible. prctl(2), PR_SET_CHILD_SUBREAPER."""
-    return hasattr(libc(), "prctl") and libc().prctl(36, 1, 0, 0, 0) == 0
 
 
 def children_of(pid: int) -> list[int]:
