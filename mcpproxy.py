@@ -3701,16 +3701,13 @@ def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
     histogram the value is as in Counters. Prometheus, Exposition formats, Text-based format, 0.0.4."""
     escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
-    def written(labels: dict) -> list[str]:
-        return [f'{label}="{str(text)[:MAX_LABEL_VALUE].translate(escapes)}"' for label, text in labels.items()]
-
     def sample(name: str, pairs: list[str], value: float) -> str:
         return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
     lines, limits = [], [f'le="{limit}"' for limit in (*DURATIONS, "+Inf")]
     for name, kind, about, samples in families:
         lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         for labels, value in samples:
-            pairs = written(labels)
+            pairs = [f'{label}="{str(text)[:MAX_LABEL_VALUE].translate(escapes)}"' for label, text in labels.items()]
             if kind != "histogram":
                 lines.append(sample(name, pairs, value))
                 continue
