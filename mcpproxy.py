@@ -3633,24 +3633,19 @@ class Counters:
         self.connections: set = set()              # of HTTP, and of those that are gone
         self.gone_received = self.gone_sent = 0    # bytes
         self.streams = 0                           # that are open
-        self.found: dict[tuple, list] = {}         # what find() gave, by the same
-        self._unsettled: dict[tuple, list] = {}
+        self.unsettled: dict[tuple, list] = {}     # the same, where it is not known (yet) whether there is such a tool
         self._kept: dict[str, set[str]] = {"tool": set(), "error": {"", "cancelled", "tool_error", *map(str, (
             PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR, SERVER_FAILED,
             HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION, RESOURCE_NOT_FOUND, URL_ELICITATION_REQUIRED))}}
 
     def find(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
-        """The numbers for a call with these labels, which are as in `calls`; all but the method may be empty, and the
+        """The numbers for a call with labels that are in neither of these; all but the method may be empty, and the
         error is if there was none. `tools` are those that the server has. The numbers are: how many took up to each of
         DURATIONS but not up to the one before, how many took longer, and how many seconds they took together."""
         tool = labels[2]
-        if tool and tool not in tools and len(tool) <= MAX_LABEL_VALUE and len(self._unsettled) < MAX_UNSETTLED:
-            self.found[labels] = self._unsettled[labels] = [0] * (len(DURATIONS) + 2)
-            return self.found[labels]
-        numbers = self._settled(labels, tools)
-        if labels in self.calls:                   # nothing in it was made up
-            self.found[labels] = numbers
-        return numbers
+        if tool and tool not in tools and len(tool) <= MAX_LABEL_VALUE and len(self.unsettled) < MAX_UNSETTLED:
+            return self.unsettled.setdefault(labels, [0] * (len(DURATIONS) + 2))
+        return self._settled(labels, tools)
 
     def _settled(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
         server, method, tool, revision, error = labels
@@ -3678,22 +3673,12 @@ class Counters:
     def sent(self) -> int:
         return self.gone_sent + sum(connection.sent for connection in self.connections)
 
-    @property
-    def unsettled(self) -> set[tuple[str, str]]:
-        """(server, tool) of calls of which it is not known whether there is such a tool."""
-        return {(labels[0], labels[2]) for labels in self._unsettled}
-
     def settle(self, tools: dict[str, collections.abc.Container[str]], waiting: set[str]) -> None:
         """Counts what was kept apart, now that the tools of each server are as well known as can be; `waiting` are the
         servers that will still say which they have."""
-        unsettled, self._unsettled = self._unsettled, {}
-        for labels, numbers in unsettled.items():
-            if labels[0] in waiting:
-                self._unsettled[labels] = numbers
-                continue
-            del self.found[labels]
+        for labels in [labels for labels in self.unsettled if labels[0] not in waiting]:
             into = self._settled(labels, tools.get(labels[0], ()))
-            into[:] = map(sum, zip(into, numbers))
+            into[:] = map(sum, zip(into, self.unsettled.pop(labels)))
 
 
 def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
@@ -9417,7 +9402,9 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
         own_name = call.own_name
     labels = (place, method, own_name if method == "tools/call" else "",
               MODERN_VERSION if call.envelope else client.version or "", problem)
-    numbers = mount.counters.found.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
+    counters = mount.counters
+    numbers = counters.calls.get(labels) or counters.unsettled.get(labels) or counters.find(
+        labels, server.tool_names if server else ())
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
@@ -11231,7 +11218,7 @@ class Overview:
         servers, counters, instances = self._mount.servers, self._mount.counters, {}
         for server in servers.values():
             server.read_listings()
-        for name, tool in counters.unsettled:
+        for name, _, tool, *_ in counters.unsettled:
             if name in servers and tool not in servers[name].tool_names:
                 instances |= {name: one for one in reversed(servers[name].instances.values()) if one.connection}
         if instances:
