@@ -4893,7 +4893,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._flush()
         self._stdin.close()                    # MCP, stdio, Shutdown
         for number, seconds in (0, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0):          # 0 is no signal
-            self.signal_group(number)
+            kill(-self._pid, number)           # its children, too
             if await self._is_gone_within(seconds):
                 break
         with contextlib.suppress(TimeoutError):
@@ -4901,10 +4901,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._transport.close()
         self._reaper.ended(self._tag, self._pid, self._cell, descendants)
         self.end()
-
-    def signal_group(self, number: int) -> bool:
-        """Signals the server and its children; False when none of them is left."""
-        return kill(-self._pid, number)
 
     async def _is_gone_within(self, seconds: float) -> bool:
         """Waits for the server to exit, and then for its process group to be empty."""
@@ -4915,7 +4911,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             return False
         # Children that lost their parent get a moment to notice, and are then treated as it was.
         deadline = min(deadline, time.monotonic() + 0.5)
-        while self.signal_group(0):
+        while kill(-self._pid, 0):
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)
