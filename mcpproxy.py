@@ -4904,18 +4904,15 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     async def _is_gone_within(self, seconds: float) -> bool:
         """Waits for the server to exit, and then for its process group to be empty."""
-        deadline = time.monotonic() + seconds
-        try:
-            await asyncio.wait_for(self._exited.wait(), seconds)
-        except TimeoutError:
-            return False
-        # Children that lost their parent get a moment to notice, and are then treated as it was.
-        deadline = min(deadline, time.monotonic() + 0.5)
-        while kill(-self._pid, 0):
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._exited.wait()
+                # Children that lost their parent get a moment to notice, and are then treated as it was.
+                for _ in range(25):
+                    if not kill(-self._pid, 0):
+                        return True
+                    await asyncio.sleep(0.02)
+        return False
 
     def _log_stderr(self, line: bytes) -> None:
         now = time.monotonic()
