@@ -10767,18 +10767,17 @@ class TLSTransport(asyncio.Protocol):
     """TLS between a socket and an HTTPConnection, which takes it for the socket. asyncio's own sets 256 KiB aside for
     each client, also for one that says nothing, and has nobody counted before the handshake."""
 
-    def __init__(self, transport: asyncio.Transport, context):
-        self._transport, self._context = transport, context
+    def __init__(self, writer: asyncio.StreamWriter, server: "HTTPServer"):
+        self._transport = transport = writer.transport
+        self._context = server.tls
         self._tls = None                       # an ssl.SSLObject, from the first byte on
         self._is_shaken = False                # are hands shaken?
         self._is_paused = False
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, transport.abort)
         self.is_closing, self.abort = transport.is_closing, transport.abort
         self.get_write_buffer_size = transport.get_write_buffer_size
-
-    def carry(self, connection: HTTPConnection) -> None:
-        """Takes the connection whose transport this is."""
-        self._connection, self.eof_received = connection, connection.eof_received
+        self._connection = connection = HTTPConnection(writer, self, server)
+        self.eof_received = connection.eof_received
         self.pause_writing, self.resume_writing = connection.pause_writing, connection.resume_writing
 
     # What asyncio calls.
@@ -10910,11 +10909,8 @@ class HTTPServer:
         # start_server made hands its socket over before a byte was read.
         if len(self.connections) >= self._most and not self._make_room(writer):
             return writer.transport.abort()
-        transport = TLSTransport(writer.transport, self.tls) if self.tls else writer.transport
-        connection = HTTPConnection(writer, transport, self)
-        if self.tls:
-            transport.carry(connection)
-        writer.transport.set_protocol(transport if self.tls else connection)
+        writer.transport.set_protocol(
+            TLSTransport(writer, self) if self.tls else HTTPConnection(writer, writer.transport, self))
 
     def _make_room(self, writer: asyncio.StreamWriter) -> bool:
         """For one more connection, some of those go that do nothing for longest, of whoever has most of them."""
