@@ -12466,7 +12466,8 @@ class Proxy:
         self._is_stopping = False
 
     def _new_server(self, config: ServerConfig, pool: Pool) -> Server:
-        self._doubt(config)
+        if self.settings.mcp_config:
+            self._doubt(config)
         environment = {**server_environment(self.environment, config.settings), **config.env}
         sandbox = Sandbox(config.name, config.settings, self.reaper, config.env)
 
@@ -12488,19 +12489,13 @@ class Proxy:
     def _doubt(self, config: ServerConfig) -> None:
         """Says what a server's settings do not do for it."""
         own = config.settings
-        for name in "sandbox_read", "sandbox_write":
-            if own.sandbox == "off" and getattr(own, name) != getattr(self.settings, name):
+        for name in ("sandbox_read", "sandbox_write") if own.sandbox == "off" else ():
+            if getattr(own, name) != getattr(self.settings, name):
                 log.warning("! server %(server)s: %(name)s has no effect with sandbox off", server=config.name,
                             name=name)
-
-    def _doubt_root(self, before: collections.abc.Collection[Server] = ()) -> None:
-        """Says to which servers, that were not there before, the sandbox leaves a door open."""
-        for server in self.mount.servers.values():
-            own = server.config.settings
-            if server not in before and own.sandbox != "off" and not server.config.url and (
-                    os.geteuid() == 0 and not own.run_as_user):
-                log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
-                            server=server.name)
+        if own.sandbox != "off" and not config.url and os.geteuid() == 0 and not own.run_as_user:
+            log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
+                        server=config.name)
 
     def _stat_config(self) -> tuple:
         """What tells whether the file of servers is another one."""
@@ -12525,9 +12520,7 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
-        before = list(self.mount.servers.values())
         self.mount.reload(catalog, keys.callers)
-        self._doubt_root(before)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
@@ -12535,9 +12528,9 @@ class Proxy:
         """Listens, unless it is for one client on stdin and stdout, and starts the shared servers; returns the
         addresses."""
         if not self.settings.mcp_config:
-            name, = self.mount.servers
-            await try_out(Sandbox(name, self.settings, self.reaper))
-        self._doubt_root()
+            server, = self.mount.servers.values()
+            await try_out(Sandbox(server.name, self.settings, self.reaper))
+            self._doubt(server.config)                     # not of a sandbox that cannot be given
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:
