@@ -11226,7 +11226,16 @@ class Overview:
         transports = collections.Counter(session.transport for session in mount.sessions.values())
         yield ("mcp_server_operation_duration_seconds", "histogram", "How long requests of clients took.",
                [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()])
-        yield from self._families_of_servers()
+        for name, kind, about, value_of in (
+                ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
+                ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
+                ("server_start_duration_seconds", "gauge", "How long its last start took.",
+                 lambda server: server.start_seconds),
+                ("server_processes", "gauge", "Processes that it is.", functools.partial(self._total, "processes")),
+                ("server_resident_memory_bytes", "gauge", "Memory of these.", functools.partial(self._total, "memory")),
+                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.", self._seconds)):
+            found = [({"server": server.name}, value_of(server)) for server in mount.servers.values()]
+            yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
         facts = [(server.name, self._facts(server, False)) for server in mount.servers.values() if server.identity]
         for name, kind, about, samples in (
                 ("server_info", "gauge", "What the server said of itself.", [({"server": server, **{
@@ -11254,18 +11263,6 @@ class Overview:
         yield "process_start_time_seconds", "gauge", "When it was started.", [({}, self._started_at)]
         with contextlib.suppress(OSError):
             yield "process_open_fds", "gauge", "Its open files and sockets.", [({}, len(os.listdir("/proc/self/fd")))]
-
-    def _families_of_servers(self) -> collections.abc.Iterator[tuple]:
-        for name, kind, about, value_of in (
-                ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
-                ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
-                ("server_start_duration_seconds", "gauge", "How long its last start took.",
-                 lambda server: server.start_seconds),
-                ("server_processes", "gauge", "Processes that it is.", functools.partial(self._total, "processes")),
-                ("server_resident_memory_bytes", "gauge", "Memory of these.", functools.partial(self._total, "memory")),
-                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.", self._seconds)):
-            found = [({"server": server.name}, value_of(server)) for server in self._mount.servers.values()]
-            yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
 
 
 # ============================================================================
