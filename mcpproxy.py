@@ -10727,26 +10727,24 @@ class HTTPConnection(asyncio.Protocol, Holder):
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # of what was written nothing is read
         elif reply is not None:
-            self._probe(reply, now)
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([HEARTBEAT])
-        elif not self._is_clogged and now > self._deadline():
-            if self._phase is LINGER or self._phase is HEAD and self._parser.is_between:
+            elif (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
+                    and not reply.is_stream and reply.head.version >= (1, 1)):
+                # It may be waiting or be gone. Only writing tells: if it is gone, the second write fails. An interim
+                # response is something that every client has to be able to read over.
+                self._probes += 1
+                self.write([CONTINUE])
+        elif not self._is_clogged:
+            is_between = self._parser.is_between
+            seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(
+                self._phase, IDLE_SECONDS if is_between else HEAD_SECONDS)
+            if now <= self.since + seconds:
+                return
+            if self._phase is LINGER or self._phase is HEAD and is_between:
                 self._transport.close()
             else:
                 self.refuse(HTTPError("the request took too long", status=408))
-
-    def _probe(self, reply: Reply, now: float) -> None:
-        """A client that closed its sending half may be waiting or be gone. Only writing tells: if it is gone, the
-        second write fails. An interim response is something that every client has to be able to read over."""
-        if (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
-                and not reply.is_stream and reply.head.version >= (1, 1)):
-            self._probes += 1
-            self.write([CONTINUE])
-
-    def _deadline(self) -> float:
-        seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(self._phase)
-        return self.since + (seconds or (IDLE_SECONDS if self._parser.is_between else HEAD_SECONDS))
 
     def close(self) -> None:
         """Ends the connection once what was written has been sent."""
