@@ -10784,7 +10784,11 @@ class TLSTransport(asyncio.Protocol):
         import ssl
         if self._tls is None:
             if data[:1] != b"\x16":            # RFC 8446 §5.1: a handshake
-                return self._refuse_plain()
+                # As any request that is refused before it was read; what else comes goes to the connection as it is.
+                self._timer.cancel()
+                self.write = self._transport.write
+                self._transport.set_protocol(self._connection)
+                return self._connection.refuse(HTTPError("this port speaks HTTPS: use https://"))
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = self._context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._incoming.write(data)
@@ -10850,13 +10854,6 @@ class TLSTransport(asyncio.Protocol):
         data = self._outgoing.read() if self._tls else b""
         if data and not self.is_closing():
             self._transport.write(data)
-
-    def _refuse_plain(self) -> None:
-        """As any request that is refused before it was read; what else comes goes to the connection as it is."""
-        self._timer.cancel()
-        self.write = self._transport.write
-        self._transport.set_protocol(self._connection)
-        self._connection.refuse(HTTPError("this port speaks HTTPS: use https://"))
 
 
 class HTTPServer:
