@@ -11708,20 +11708,6 @@ class Application:
                  bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
 
-    def send_page(self, reply: Reply, page: str) -> None:
-        """A page for a browser. Nothing may run in it but its own script and style, which ask nobody but this proxy.
-        W3C, Content Security Policy Level 3."""
-        import hashlib
-        own = []
-        for tag in "script", "style":
-            text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-            own.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
-        policy = "; ".join(["default-src 'none'", *own, "connect-src 'self'", "img-src data:", "media-src data:",
-                            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
-        reply.send(200, [page.encode()], (
-            ("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy),
-            ("Cache-Control", "no-cache"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")))
-
     # What is asked without MCP.
 
     def preflight(self, admission: Admission, body: bytes, reply: Reply) -> None:
@@ -13220,8 +13206,18 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
     """GET /: the page for a browser, which says that it wants one; for others what there is to be seen."""
     if "text/html" not in admission.head.headers.get("accept", ""):
         return endpoints.look(admission, body, reply)
+    import hashlib
+    own = []           # nothing else may run in it, and that asks nobody but this proxy. W3C, CSP Level 3
+    for tag in "script", "style":
+        text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        own.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+    policy = "; ".join(["default-src 'none'", *own, "connect-src 'self'", "img-src data:", "media-src data:",
+                        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
     has_to_ask = admission.objection is not None           # for a key, before it asks the proxy for anything
-    endpoints.send_page(reply, PAGE.replace(' id="closed" hidden', ' id="closed"') if has_to_ask else PAGE)
+    page = PAGE.replace(' id="closed" hidden', ' id="closed"') if has_to_ask else PAGE
+    reply.send(200, [page.encode()], (
+        ("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy),
+        ("Cache-Control", "no-cache"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")))
 
 
 ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)
