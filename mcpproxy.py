@@ -12522,7 +12522,8 @@ class Proxy:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
         looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick())]
-        looks += [(WATCH_SECONDS, self._look_at_config)] if self.settings.watch else []
+        if self.settings.watch:
+            looks.append((WATCH_SECONDS, lambda now: self._stat_config() == self._config_seen or self.reload()))
         last = {look: 0.0 for _, look in looks}
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
@@ -12534,10 +12535,6 @@ class Proxy:
                         look(now)
                     except Exception as error:
                         log.fault(error)                   # what is looked at next time still is
-
-    def _look_at_config(self, now: float) -> None:
-        if self._stat_config() != self._config_seen:
-            self.reload()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
         """What asyncio has to say. It pauses accepting when descriptors run out, and says so a thousand times."""
@@ -12626,14 +12623,13 @@ def server_name(command: list[str]) -> str:
         return "demo"
     if is_url(command):
         return urlsplit(command[0]).hostname
-    program, words = os.path.basename(command[0]), list(command[1:])
+    program, words = os.path.basename(command[0]), iter(command[1:])
     if program == "env":
-        words = list(itertools.dropwhile(lambda word: word.startswith("-") or "=" in word, words))
-        return server_name(words) if words else program
-    while _LAUNCHERS.fullmatch(program) and words:
-        word = words.pop(0)
+        started = list(itertools.dropwhile(lambda word: word.startswith("-") or "=" in word, words))
+        return server_name(started) if started else program
+    for word in words if _LAUNCHERS.fullmatch(program) else ():
         if word in _TAKE_A_VALUE:
-            words = words[1:]
+            next(words, None)
         elif not word.startswith("-") and word not in _SUBCOMMANDS:
             return _package_name(word) or program
     return program
