@@ -12252,7 +12252,10 @@ class StandardStreams(asyncio.BaseProtocol):
                 self._open_session(message)
             client = self._visitor if envelope or self._session is None else self._session
             if message.kind is REQUEST:
-                self._serve(client, message, envelope)
+                exchange = new_exchange(client, message, StdioOutlet(self._stream, client.is_session), envelope)
+                if client.is_session and message.method == "initialize":
+                    exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
+                exchange.start_or_fail()
             elif message.method == "notifications/cancelled":
                 for client in filter(None, (self._visitor, self._session)):
                     client.take_back(message)
@@ -12275,13 +12278,6 @@ class StandardStreams(asyncio.BaseProtocol):
         session, self._session = self._session, None
         session.speak_through(LineStream())        # whose end is not the client's
         session.end()
-
-    def _serve(self, client: Client, message: Message, envelope: Envelope | None) -> None:
-        outlet = StdioOutlet(self._stream, client.is_session)
-        exchange = new_exchange(client, message, outlet, envelope)
-        if client.is_session and message.method == "initialize":
-            exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
-        exchange.start_or_fail()
 
     def _refuse(self, error: ProxyError, raw_id: bytes | None = None, message: Message | None = None) -> None:
         log.info("! refused: %(reason)s", reason=str(error), **audit(
