@@ -372,9 +372,9 @@ class Settings:
     # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
     # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
-    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, event logs and "
-                                            "unread output together; past that who holds most gives first, and new "
-                                            "bodies get 503")
+    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, event logs, "
+                                            "unread output and what remote servers are sending together; past that "
+                                            "who holds most gives first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time, and as many modern subscriptions; past that clients get 503 "
                                       "with Retry-After")
@@ -926,10 +926,16 @@ class LineSplitter:
 
     def __init__(self, limit: int, on_line, on_too_long):
         self._limit = limit
-        self._on_line = on_line                # called with each line, without its end
+        if on_line:                            # called with each line, without its end; or a method of one that is one
+            self._on_line = on_line
         self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
         self._parts: list[bytes] = []
         self._size = 0
+
+    @property
+    def size(self) -> int:
+        """How many bytes it holds, but for the ends of what is over the limit."""
+        return self._size if self._size <= self._limit else 0
 
     def feed(self, data: bytes) -> None:
         *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
@@ -958,27 +964,31 @@ def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b""
 HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection alive and means nothing
 
 
-class EventParser:
+class EventParser(LineSplitter):
     """Events out of the bytes of a stream, however they are cut."""
 
     def __init__(self, limit: int, on_event, on_too_long):
         self.last_id = ""                      # of the last event: what to ask on behind
         self.retry: float | None = None        # seconds to wait before that
+        super().__init__(limit, None, on_too_long)         # itself in it, it would stay until all cycles are looked for
         self._on_event = on_event              # called with the type and the data of each
-        self._lines = LineSplitter(limit, self._on_line, on_too_long)
         self._id, self._type, self._data = "", b"", []
         self._ended_in_cr = False
-        self._size, self._limit, self._on_too_long = 0, limit, on_too_long     # _size: of the event, in bytes
+        self._event_size = 0
+
+    @property
+    def size(self) -> int:
+        return super().size + min(self._event_size, self._limit)
 
     def feed(self, data: bytes) -> None:
         if b"\r" in data or self._ended_in_cr:
             data, self._ended_in_cr = data.removeprefix(b"\n") if self._ended_in_cr else data, data[-1:] == b"\r"
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        self._lines.feed(data)
+        super().feed(data)
 
     def _on_line(self, line: bytes) -> None:
         if not line:
-            self._size = 0
+            self._event_size = 0
             data, kind, self._data, self._type, self.last_id = self._data, self._type, [], b"", self._id
             return self._on_event(kind or b"message", b"\n".join(data)) if data else None
         if line.startswith(b"data: "):         # what is large is copied once
@@ -995,8 +1005,8 @@ class EventParser:
             self.retry = int(value) / 1000
 
     def _add(self, value: bytes) -> None:
-        self._size += len(value) + EVENT_LINE
-        if self._size > self._limit + EVENT_LINE:          # of many lines: each is within the limit
+        self._event_size += len(value) + EVENT_LINE
+        if self._event_size > self._limit + EVENT_LINE:          # of many lines: each is within the limit
             if self._data:
                 self._on_too_long(self._data[0][:KEPT_ENDS], value[-KEPT_ENDS:])
             self._data.clear()
@@ -4618,7 +4628,7 @@ class Link:
     on_end = None           # called once, when no more lines will come
     on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
     on_renewed = None       # called when the server has forgotten all that it was told
-    awaits = None           # called with the id of a request: is its answer still to come?
+    awaits = None           # called with the id of a request: who waits for its answer, if that is still to come?
 
     is_remote = False       # is the server another machine's?
     label = "a link"        # what the log calls it, with names of fields,
@@ -4949,6 +4959,8 @@ class Fetch:
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
     is_extra = False                 # is it not one of the many that MAX_FETCHES is for?
+    principal: object = None         # for whom it is, and
+    size = 0                         # how many bytes it has of what came
     waits_in: collections.deque | tuple = ()         # for a connection
 
     def __init__(self, head: bytes, body: bytes, limit: int):
@@ -4967,6 +4979,11 @@ class Fetch:
     def on_failure(self, reason: str, is_connected: bool = True) -> None:
         """There will be none: the server `reason`, a predicate."""
 
+    def abort_later(self) -> None:
+        """All was said; a server that does not end its answer shall not keep the connection."""
+        self.body = b""
+        asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self.abort)
+
     def abort(self) -> None:
         """Hangs up."""
         if not self.is_over:
@@ -4977,7 +4994,7 @@ class Fetch:
                 self.waits_in.remove(self)
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol, Holder):
     """One socket, and the fetch that it is busy with."""
 
     def __init__(self, client: "HTTPClient"):
@@ -4995,6 +5012,10 @@ class ClientConnection(asyncio.Protocol):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    @property
+    def principal(self) -> object:
+        return self._fetch and self._fetch.principal
 
     @property
     def is_good(self) -> bool:
@@ -5015,6 +5036,9 @@ class ClientConnection(asyncio.Protocol):
         try:
             if self._head or self._read_head(fetch):
                 self._read_body(fetch)
+            size = self._parser.size + self._fetch.size if self._fetch else 0
+            if size > SMALL or self.held:
+                budget.set(self, size)
         except HTTPError as error:
             self._fail("sent an answer that is larger than MAX_MESSAGE_MB" if error.http_status == 413 else
                        f"sent an answer that is not HTTP: {error}")
@@ -5033,8 +5057,13 @@ class ClientConnection(asyncio.Protocol):
 
     def close(self) -> None:
         self._fetch = None
+        self._parser.clear()                   # what it reads a body with is a cycle
+        budget.set(self, 0)
         self._client.forget(self)
         self._transport.abort()
+
+    def give(self) -> None:
+        self._fail("sent more than can be held now")
 
     def _read_head(self, fetch: Fetch) -> bool:
         while self._head is None:
@@ -5459,6 +5488,15 @@ class RemoteFetch(Fetch):
         self.link, self.number = link, number
         self.events: EventParser | None = None
 
+    @property
+    def principal(self) -> object:
+        request = self.link.awaits(self.number)
+        return request and request.principal
+
+    @property
+    def size(self) -> int:
+        return self.events.size if self.events else 0
+
     def on_head(self, head: ResponseHead) -> None:
         if head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:
             self.is_stream, self.events = True, self.link.events_of(self.number)
@@ -5782,8 +5820,7 @@ class RemoteLink(Link):
     def on_answered(self, number: int) -> None:
         fetch = self._running.pop(number, None)
         if fetch:
-            # All was said; a server that does not end the stream shall not keep the connection.
-            asyncio.get_running_loop().call_later(ANSWERED_SECONDS, fetch.abort)
+            fetch.abort_later()
 
     def is_awaited(self, number: int) -> bool:
         """Is the answer to this request still to come?"""
@@ -6007,7 +6044,8 @@ class PendingRequest:
     """What waits for a server's response. *Exchanges* has the important kind: a client's."""
 
     __slots__ = ()
-    client = None              # the Client that the request came from, if it came from one
+    client = None              # the Client that the request came from, if it came from one, and
+    principal: object = None   # whoever is answerable for it
     is_endless = False         # a subscription: no time is too long
     is_running = False         # is the server at work on it, and its client there? What is
     is_parked = False          # waits for its client
@@ -6070,7 +6108,7 @@ class ServerConnection(Holder):
         self.has_served = False                           # did it get a client's call?
         self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
-        link.on_refused, link.awaits = self._fail, lambda number: number in self.pending
+        link.on_refused, link.awaits = self._fail, lambda number: self.pending.get(number)
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
@@ -10796,6 +10834,7 @@ class TLSTransport(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()
+        self._tls = self._incoming = self._outgoing = None         # as for the parser of a connection
         self._connection.connection_lost(error)
 
     # What the connection calls.
@@ -10831,6 +10870,8 @@ class TLSTransport(asyncio.Protocol):
 
     def _read(self) -> None:
         import ssl
+        if self._tls is None:
+            return                             # the client is gone
         try:
             if not self._is_shaken:
                 self._tls.do_handshake()

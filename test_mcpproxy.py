@@ -35,6 +35,7 @@ import dataclasses
 import dis
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.util
@@ -68,6 +69,7 @@ import types
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 import zlib
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -2306,6 +2308,20 @@ def test_sse_events_say_where_to_go_on_and_when():
     assert (parser.last_id, parser.retry) == ("1", 0.25)          # the second is not complete
     parser.feed(b"\nid: bad\0\ndata: " + b"x" * 200 + b"\n\ndata: b\n\n")
     assert (parser.last_id, found, len(long)) == ("2", [b"a", b"b"], 1)
+
+
+def test_sse_events_that_are_cut_off_take_no_memory_any_longer():
+    gc.collect()
+    gc.disable()
+    try:
+        parser = mcpproxy.EventParser(1000, print, print)
+        parser.feed(b"data: a\ndata: b")
+        assert parser.size == len("data: b") + len("a") + mcpproxy.EVENT_LINE
+        left = weakref.ref(parser)
+        del parser
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_sse_heartbeat_is_a_comment():
@@ -8700,6 +8716,27 @@ def test_remote_server_that_sends_without_end_fills_no_memory(far_kind):
             assert client.start("echo").answer()["error"]["code"] == -32000
         assert until(lambda: len(far.left) == 3, "the hanging up") and memory(proxy) < before + 40
         assert client.tool("echo", text="after") == "after"
+
+
+@pytest.mark.parametrize("kind, start", [(b"application/json", b'{"a": "'), (b"text/event-stream", b"data: ")])
+def test_remote_server_sends_no_more_at_a_time_than_may_be_held_and_what_was_cut_off_is_given_back(kind, start):
+    def send(visit):
+        visit.write(b"HTTP/1.1 200 X\r\nContent-Type: " + kind + b"\r\n\r\n" + start)
+        with contextlib.suppress(OSError):
+            for _ in range(30):
+                visit.write(b"x" * 1_000_000)
+        visit.stay()
+    with Remote("legacy") as far, running_proxy(far.url, MAX_BUFFERED_MB=40) as proxy:
+        before = memory(proxy)
+        for count in (8, 16, 24):
+            with StreamableClient(proxy) as client:
+                far.script["tools/call"] += [send] * 8
+                calls = [client.start("echo") for _ in range(8)]
+                until(lambda: len(far.got("tools/call")) == count, "all calls")
+                until(lambda: len(far.left) >= count - 2, "what is too much to be cut off")          # of 240 MB
+            until(lambda: len(far.left) == count and len(calls) == 8, "the hanging up")
+            assert memory(proxy) < before + 140
+
 
 
 @STREAMABLE
