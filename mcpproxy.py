@@ -1704,8 +1704,9 @@ def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict 
     elif method == "elicitation/create":
         elicitation = capabilities.get("elicitation")
         mode = "url" if params.get("mode") == "url" else "form"
-        # MCP 2025-11-25, Elicitation, Capabilities: an empty object means form mode only.
-        if not isinstance(elicitation, dict) or mode not in (elicitation or {"form": {}}):
+        # MCP 2025-11-25, Elicitation, Capabilities: an empty object means form mode only. Old Go SDKs say Form: null.
+        modes = elicitation if isinstance(elicitation, dict) and elicitation.keys() & {"form", "url"} else ("form",)
+        if not isinstance(elicitation, dict) or mode not in modes:
             return {"elicitation": {mode: {}}}
     elif method == "roots/list" and not isinstance(capabilities.get("roots"), dict):
         return {"roots": {}}
