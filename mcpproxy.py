@@ -5064,7 +5064,8 @@ class ClientConnection(asyncio.Protocol, Holder):
         self._transport.abort()
 
     def give(self) -> None:
-        self._fail("sent more than can be held now")
+        if self._fetch:
+            self._fail("sent more than can be held now")
 
     def _read_head(self, fetch: Fetch) -> bool:
         while self._head is None:
@@ -6801,7 +6802,7 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
 
 def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
     payload = message.payload
-    for subscriber in subscribers if instance.is_news(payload[0]) else ():
+    for subscriber in subscribers if subscribers and instance.is_news(payload[0]) else ():
         if subscriber in instance.listeners:
             subscriber.hear(message)
         else:
