@@ -1208,6 +1208,7 @@ class JSONObject:
 
 
 def without_members(text: str, *names: str) -> str:
+    """An object without some of its members."""
     return as_object({name: value for name, value in JSONObject(text).raw_members().items() if name not in names})
 
 
@@ -1869,6 +1870,7 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
 
 
 def without_params(message: Message, *names: str) -> Message:
+    """A request without these parameters."""
     if message.params.keys().isdisjoint(names):
         return message
     params = without_members(message.raw("params"), *names)
@@ -10327,6 +10329,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
 
 
 async def answer_ping(exchange: Exchange, message: Message) -> None:
+    """The proxy is there."""
     answer(exchange, {})
 
 
