@@ -3766,7 +3766,7 @@ class Budget:
         if not before or not size:
             (self._holders.add if size else self._holders.discard)(holder)
         if self.held > self.limit and not was_over:
-            at_end_of_turn(lambda: self._free(0, list(self._holders), self._totals()))
+            at_end_of_turn(lambda: self.held > self.limit and self._free(0, list(self._holders), self._totals()))
 
     def has_room(self, principal: object, size: int) -> bool:
         """May so much more be held for a principal? Others, who hold more, give for it."""
@@ -4984,8 +4984,13 @@ class Fetch:
 
     def abort_later(self) -> None:
         """All was said; a server that does not end its answer shall not keep the connection."""
-        self.body = b""
+        self.body, self.is_safe = b"", False
         asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self.abort)
+
+    def give(self) -> None:
+        """What it has of the answer has to go."""
+        self.abort()
+        self.on_failure("sent more than can be held now")
 
     def abort(self) -> None:
         """Hangs up."""
@@ -5048,6 +5053,7 @@ class ClientConnection(asyncio.Protocol, Holder):
 
     def connection_lost(self, error: Exception | None) -> None:
         fetch, head, parser = self._fetch, self._head, self._parser
+        budget.set(self, 0)
         self._client.forget(self)
         parser.is_ended = True
         if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
@@ -5067,7 +5073,7 @@ class ClientConnection(asyncio.Protocol, Holder):
 
     def give(self) -> None:
         if self._fetch:
-            self._fail("sent more than can be held now")
+            self._fetch.give()
 
     def _read_head(self, fetch: Fetch) -> bool:
         while self._head is None:
@@ -5097,6 +5103,7 @@ class ClientConnection(asyncio.Protocol, Holder):
         if body is not None and not fetch.is_over:
             fetch.is_over, head = True, self._head
             self._fetch = None
+            budget.set(self, 0)                # whoever takes it counts it
             if head.keep_alive and not parser.rest and not self._transport.get_write_buffer_size():
                 self._client.release(self)
             else:
@@ -5500,6 +5507,15 @@ class RemoteFetch(Fetch):
     @property
     def size(self) -> int:
         return self.events.size if self.events else 0
+
+    def give(self) -> None:
+        """The call fails, for want of room here: the server is not to blame, and not to say the same again."""
+        request = self.link.awaits(self.number)
+        if request and request.client:
+            request.give()                     # takes it back
+        else:
+            self.is_stream, self.tries = False, RESUMES          # a session's stream is listened for again, later
+            super().give()
 
     def on_head(self, head: ResponseHead) -> None:
         if head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:
@@ -8147,7 +8163,7 @@ class Server:
     def check_rules(self, tools: Items) -> None:
         """Says once what of its configuration is for no tool that it lists."""
         rules, checked, self._checked_rules = self.config.rules, self._checked_rules, self.config.rules
-        slips = [] if rules is checked else rules.without_effect(tools)
+        slips = [] if rules == checked or not tools else rules.without_effect(tools)
         if slips:
             log.warning("! server %(server)s lists no tool for this in its configuration: %(rules)s", server=self.name,
                         rules=", ".join(slips))
@@ -8421,6 +8437,8 @@ class Mount:
             if old and old.config.changed_in_place == config.changed_in_place:
                 self.servers[name] = before.pop(name)
                 old.config = config
+                for listed in [instance.tools.last for instance in old.instances.values() if instance.tools.last]:
+                    old.check_rules(listed)
             else:
                 self.servers[name] = self._new_server(config, self._pool)
                 self.servers[name].restarts = old.restarts if old else 0
@@ -10131,11 +10149,25 @@ class Listener(Exchange):
         self._task_listeners: list[TaskListener] = []
 
     async def listen(self, message: Message) -> None:
-        """Joins the listeners of its server; of several of all that are up, and of the others when they are. What is
-        acknowledged was settled with the servers."""
-        wanted = listened_for(message)
+        """Says what is listened for, once it is settled with the servers, and then what was told meanwhile."""
+        try:
+            if not self.is_done:
+                await self._settle(listened_for(message))
+            if not self.is_done:
+                self._become(RUNNING)
+                early, self.early = self.early, None
+                self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
+                    "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
+                for message in early:
+                    self.hear(message)
+        finally:
+            if self.is_done:                           # it joined somebody after its end, maybe
+                self._leave()
+
+    async def _settle(self, wanted: dict) -> None:
+        """Joins the listeners of its server; of several of all that are up, and of the others when they are."""
         self.client.mount.make_room_for(self)
-        self.early, self.on_done = [], self._leave
+        self.early, self.on_done = self.early or [], self._leave
         if self.instance:
             self._join(self.instance)
             wanted = self.wanted = self.instance.identity.supported(wanted)
@@ -10148,20 +10180,13 @@ class Listener(Exchange):
         if isinstance(uris, list):
             taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(strings_of(uris))))
             self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri]
-        if isinstance(wanted.get("taskIds"), list):
+        if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
-        if self.is_done:
-            return self._leave()
-        self._become(RUNNING)
-        early, self.early = self.early, None
-        self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
-            "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
-        for message in early:
-            self.hear(message)
 
     def listen_here(self) -> None:
-        """Its server is a legacy one: the proxy listens in its place."""
-        self.answerer = Listener.listen
+        """Its server is a legacy one: the proxy listens in its place. It is used from now on."""
+        self.answerer, self.early, self.on_done = Listener.listen, [], self._leave
+        self._join(self.instance)
         self._start_over()
 
     def _join_all(self) -> None:

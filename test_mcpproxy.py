@@ -6085,6 +6085,17 @@ def test_shares_past_the_limit_the_largest_give_at_the_end_of_the_turn(taken):
     asyncio.run(run())
 
 
+def test_shares_nobody_gives_where_there_is_room_again_at_the_end_of_the_turn(taken):
+    async def run():
+        budget = mcpproxy.Budget(100)
+        holders = [Holder(budget, *holder) for holder in (("a", 60), ("b", 32), ("b", 32))]
+        budget.set(holders[2], 0)              # one has handed on to the other what it had
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert taken == [] and budget.held == 92
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("holders, principal, expected", [
     ("aaab", "c", "aaa"), ("aaab", "b", "aaa"), ("aaab", "a", ""), ("aabb", "a", ""), ("aab", "b", ""), ("a", "b", ""),
     ("aa", "b", "aa"), ("", "a", "")])
@@ -8721,6 +8732,25 @@ def test_remote_server_that_sends_without_end_fills_no_memory(far_kind):
         assert client.tool("echo", text="after") == "after"
 
 
+@pytest.mark.parametrize("kind, start", [
+    (b"application/json", b'{"a": "'), (b"text/event-stream", b"data: "),
+    (b"text/event-stream", b"retry: 100\nid: 5\ndata: \n\ndata: ")], ids=["json", "stream", "stream with ids"])
+def test_remote_server_s_answer_for_which_there_is_no_room_is_not_fetched_again(kind, start):
+    def send(visit):
+        visit.write(b"HTTP/1.1 200 X\r\nContent-Type: " + kind + b"\r\n\r\n" + start)
+        with contextlib.suppress(OSError):
+            for _ in range(30):
+                visit.write(b"x" * 1_000_000)
+        visit.stay()
+    with Remote("legacy") as far, running_proxy(
+            far.url, MAX_BUFFERED_MB=10) as proxy, StreamableClient(proxy) as client:
+        far.script["tools/call"].append(send)
+        far.script["resume"] += [send] * 50
+        assert "too much is held" in client.start("echo").answer()["error"]["message"]
+        assert client.tool("echo", text="after") == "after"
+        assert len(far.script["resume"]) == 50
+
+
 @pytest.mark.parametrize("kind, start", [(b"application/json", b'{"a": "'), (b"text/event-stream", b"data: ")])
 def test_remote_server_sends_no_more_at_a_time_than_may_be_held_and_what_was_cut_off_is_given_back(kind, start):
     def send(visit):
@@ -8734,10 +8764,11 @@ def test_remote_server_sends_no_more_at_a_time_than_may_be_held_and_what_was_cut
         for count in (8, 16, 24):
             with StreamableClient(proxy) as client:
                 far.script["tools/call"] += [send] * 8
-                calls = [client.start("echo") for _ in range(8)]
+                for _ in range(8):
+                    client.start("echo")
                 until(lambda: len(far.got("tools/call")) == count, "all calls")
                 until(lambda: len(far.left) >= count - 2, "what is too much to be cut off")          # of 240 MB
-            until(lambda: len(far.left) == count and len(calls) == 8, "the hanging up")
+            until(lambda: len(far.left) == count, "the hanging up")
             assert memory(proxy) < before + 140
 
 
@@ -15025,6 +15056,49 @@ async def test_conversation_updates_that_nobody_wants_take_next_to_no_time():
     for _ in range(2_000):
         town.links["a"][0].on_line(line)
     assert time.process_time() - before < 0.5        # with a look at all that it is a part of, 1.2
+
+
+@in_town
+async def test_conversation_joint_listener_that_ended_before_all_had_answered_listens_no_more():
+    town = Town("modern", ["a", "b"])
+    client = await town.client("modern")
+    town.slow["d"] = 30
+    town.mount.reload(town.catalog(["a", "d"]), ())
+    client.client.view = town.mount.catalog.view(None)
+    client.say(request(7, "subscriptions/listen", {"notifications": {"toolsListChanged": True, "taskIds": ["a__1"]}}))
+    await asyncio.sleep(0.1)
+    listener, = town.mount.subscriptions
+    listener.end_subscription()
+    await asyncio.sleep(5)
+    instances = [one for server in town.mount.servers.values() for one in server.instances.values()]
+    assert instances and not any(one.listeners for one in instances)
+
+
+@in_town
+async def test_conversation_listener_uses_its_own_legacy_server_from_the_first_turn_on():
+    town = Town("legacy", ["a"], shared_session=False)
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "tools/list")
+    client.say(request(7, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+    listener, = town.mount.subscriptions
+    assert listener.instance.is_used
+    await town.pass_time()
+    assert "acknowledged" in town.told(client)[0]["method"]
+
+
+@in_town
+async def test_conversation_slips_of_a_reload_are_told_once():
+    town = Town("legacy", ["a"])
+    await town.say_to(await town.client("modern"), 1, "tools/list")
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy.log, "warning", lambda text, **fields: told.append(fields.get("rules")))
+        for _ in range(3):
+            config = dataclasses.replace(town.catalog(["a"]).servers["a"], rules=mcpproxy.Rules(tools=("t", "mirorr")))
+            town.mount.reload(mcpproxy.Catalog({"a": config}, is_file=True), ())
+            town.say(town.links["a"][-1], notification("notifications/tools/list_changed", {}))
+            await town.say_to(await town.client("modern"), 2, "tools/list")
+    assert [rules for rules in told if rules] == ["mirorr"]
 
 
 @in_town
