@@ -772,6 +772,7 @@ class RequestParser:
 
     @property
     def size(self) -> int:
+        """How many bytes it holds."""
         return len(self.rest) + len(self._body)
 
     def clear(self) -> None:
@@ -926,7 +927,7 @@ class LineSplitter:
 
     def __init__(self, limit: int, on_line, on_too_long):
         self._limit = limit
-        if on_line:                            # called with each line, without its end; or a method of one that is one
+        if on_line:                            # called with each line, without its end; a subclass has it as a method
             self._on_line = on_line
         self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
         self._parts: list[bytes] = []
@@ -1706,8 +1707,8 @@ def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict 
         elicitation = capabilities.get("elicitation")
         mode = "url" if params.get("mode") == "url" else "form"
         # MCP 2025-11-25, Elicitation, Capabilities: an empty object means form mode only. Old Go SDKs say Form: null.
-        modes = elicitation if isinstance(elicitation, dict) and elicitation.keys() & {"form", "url"} else ("form",)
-        if not isinstance(elicitation, dict) or mode not in modes:
+        modes = elicitation.keys() & {"form", "url"} or {"form"} if isinstance(elicitation, dict) else ()
+        if mode not in modes:
             return {"elicitation": {mode: {}}}
     elif method == "roots/list" and not isinstance(capabilities.get("roots"), dict):
         return {"roots": {}}
@@ -5053,7 +5054,6 @@ class ClientConnection(asyncio.Protocol, Holder):
 
     def connection_lost(self, error: Exception | None) -> None:
         fetch, head, parser = self._fetch, self._head, self._parser
-        budget.set(self, 0)
         self._client.forget(self)
         parser.is_ended = True
         if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
@@ -5067,7 +5067,6 @@ class ClientConnection(asyncio.Protocol, Holder):
     def close(self) -> None:
         self._fetch = None
         self._parser.clear()                   # what it reads a body with is a cycle
-        budget.set(self, 0)
         self._client.forget(self)
         self._transport.abort()
 
@@ -5211,6 +5210,7 @@ class HTTPClient:
 
     def forget(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
+        budget.set(connection, 0)
         if connection in self._idle:
             self._idle.remove(connection)
         self._open_more()
@@ -5514,8 +5514,8 @@ class RemoteFetch(Fetch):
         if request and request.client:
             request.give()                     # takes it back
         else:
-            self.is_stream, self.tries = False, RESUMES          # a session's stream is listened for again, later
-            super().give()
+            self.is_stream, self.tries = False, RESUMES          # nothing is resumed; a session's stream begins again
+            super().give()                                       # after the longest pause
 
     def on_head(self, head: ResponseHead) -> None:
         if head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:
@@ -6808,19 +6808,21 @@ def hearing(instance) -> int | None:
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
-    if instance.is_private:
-        _tell_subscribers(instance, message, set(instance.sessions.values()))
-    elif not instance.is_crowded:
-        _tell_subscribers(instance, message, set().union(*(topic.subscribers for topic in topics)))
-    else:                                      # they are told of the whole, once, and not of each part
+    if instance.is_crowded and not instance.is_private:          # told of the whole, once, and not of each part
         for topic in topics:
             line = encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri})
-            _tell_subscribers(instance, parse_message(line.decode()), set(topic.subscribers))
+            if instance.is_news(line):
+                _tell_subscribers(instance, parse_message(line.decode()), set(topic.subscribers))
+        return
+    subscribers = set(instance.sessions.values()) if instance.is_private else set()
+    subscribers.update(*(topic.subscribers for topic in topics))
+    if subscribers and instance.is_news(message.payload[0]):
+        _tell_subscribers(instance, message, subscribers)
 
 
 def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
     payload = message.payload
-    for subscriber in subscribers if subscribers and instance.is_news(payload[0]) else ():
+    for subscriber in subscribers:
         if subscriber in instance.listeners:
             subscriber.hear(message)
         else:
@@ -8118,7 +8120,7 @@ class Server:
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
-        self._checked_rules: Rules | None = None
+        self._checked_rules: Rules | None = None   # of which it was said what is for no tool
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.chosen = 0                            # how often it was, of its group
         self.waiting: set[asyncio.Task] = set()    # the work of calls of its group that were not sent yet
@@ -8162,8 +8164,8 @@ class Server:
 
     def check_rules(self, tools: Items) -> None:
         """Says once what of its configuration is for no tool that it lists."""
-        rules, checked, self._checked_rules = self.config.rules, self._checked_rules, self.config.rules
-        slips = [] if rules == checked or not tools else rules.without_effect(tools)
+        checked, self._checked_rules = self._checked_rules, self.config.rules
+        slips = self.config.rules.without_effect(tools) if tools and self.config.rules != checked else ()
         if slips:
             log.warning("! server %(server)s lists no tool for this in its configuration: %(rules)s", server=self.name,
                         rules=", ".join(slips))
@@ -8437,8 +8439,9 @@ class Mount:
             if old and old.config.changed_in_place == config.changed_in_place:
                 self.servers[name] = before.pop(name)
                 old.config = config
-                for listed in [instance.tools.last for instance in old.instances.values() if instance.tools.last]:
-                    old.check_rules(listed)
+                for instance in old.instances.values():
+                    if instance.tools.last:
+                        old.check_rules(instance.tools.last)
             else:
                 self.servers[name] = self._new_server(config, self._pool)
                 self.servers[name].restarts = old.restarts if old else 0

@@ -8732,16 +8732,22 @@ def test_remote_server_that_sends_without_end_fills_no_memory(far_kind):
         assert client.tool("echo", text="after") == "after"
 
 
-@pytest.mark.parametrize("kind, start", [
-    (b"application/json", b'{"a": "'), (b"text/event-stream", b"data: "),
-    (b"text/event-stream", b"retry: 100\nid: 5\ndata: \n\ndata: ")], ids=["json", "stream", "stream with ids"])
-def test_remote_server_s_answer_for_which_there_is_no_room_is_not_fetched_again(kind, start):
+def sends_30_mb(kind, start):
+    """An answer that begins so, and does not end."""
     def send(visit):
         visit.write(b"HTTP/1.1 200 X\r\nContent-Type: " + kind + b"\r\n\r\n" + start)
         with contextlib.suppress(OSError):
             for _ in range(30):
                 visit.write(b"x" * 1_000_000)
         visit.stay()
+    return send
+
+
+@pytest.mark.parametrize("kind, start", [
+    (b"application/json", b'{"a": "'), (b"text/event-stream", b"data: "),
+    (b"text/event-stream", b"retry: 100\nid: 5\ndata: \n\ndata: ")], ids=["json", "stream", "stream with ids"])
+def test_remote_server_s_answer_for_which_there_is_no_room_is_not_fetched_again(kind, start):
+    send = sends_30_mb(kind, start)
     with Remote("legacy") as far, running_proxy(
             far.url, MAX_BUFFERED_MB=10) as proxy, StreamableClient(proxy) as client:
         far.script["tools/call"].append(send)
@@ -8753,12 +8759,7 @@ def test_remote_server_s_answer_for_which_there_is_no_room_is_not_fetched_again(
 
 @pytest.mark.parametrize("kind, start", [(b"application/json", b'{"a": "'), (b"text/event-stream", b"data: ")])
 def test_remote_server_sends_no_more_at_a_time_than_may_be_held_and_what_was_cut_off_is_given_back(kind, start):
-    def send(visit):
-        visit.write(b"HTTP/1.1 200 X\r\nContent-Type: " + kind + b"\r\n\r\n" + start)
-        with contextlib.suppress(OSError):
-            for _ in range(30):
-                visit.write(b"x" * 1_000_000)
-        visit.stay()
+    send = sends_30_mb(kind, start)
     with Remote("legacy") as far, running_proxy(far.url, MAX_BUFFERED_MB=40) as proxy:
         before = memory(proxy)
         for count in (8, 16, 24):
@@ -8770,7 +8771,6 @@ def test_remote_server_sends_no_more_at_a_time_than_may_be_held_and_what_was_cut
                 until(lambda: len(far.left) >= count - 2, "what is too much to be cut off")          # of 240 MB
             until(lambda: len(far.left) == count, "the hanging up")
             assert memory(proxy) < before + 140
-
 
 
 @STREAMABLE
@@ -14756,6 +14756,21 @@ async def test_conversation_session_of_modern_requests_alone_hears_what_it_liste
         await asyncio.sleep(0.1)
         assert [message.get("method") for message in town.told(side)] == [TOOLS_CHANGED] * number
         await town.say_to(side, 2, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+
+
+@in_town
+async def test_conversation_session_of_modern_requests_hears_of_resources_of_its_own_legacy_server():
+    town = Town("legacy", ["a"], shared_session=False)
+    side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
+        catalog=town.mount.catalog, open_session=town.mount.open_session), "legacy")
+    side.kind, side.client.listens = "modern", True                # as HTTP+SSE allows
+    await town.say_to(side, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    await town.pass_time()
+    town.told(side)
+    town.say(town.links["a"][-1], notification("notifications/resources/updated", {"uri": "a:b"}))
+    await town.pass_time()
+    metas = [message["params"].get("_meta", {}) for message in town.told(side)]
+    assert 1 in [meta.get("io.modelcontextprotocol/subscriptionId") for meta in metas]
 
 
 @in_town
