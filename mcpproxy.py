@@ -4631,7 +4631,8 @@ class Link:
     on_too_long = None      # called with the first and last bytes of a line over the limit
     on_end = None           # called once, when no more lines will come
     on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
-    on_renewed = None       # called when the server has forgotten all that it was told
+    request = None          # called with a method and its params for a request of the link's own
+    on_renewed = None       # called when the server has forgotten all that it was told, and knows the client again
     awaits = None           # called with the id of a request: who waits for its answer, if that is still to come?
 
     is_remote = False       # is the server another machine's?
@@ -4990,8 +4991,8 @@ class Fetch:
 
     def give(self) -> None:
         """What it has of the answer has to go."""
-        self.abort()
         self.on_failure("sent more than can be held now")
+        self.abort()
 
     def abort(self) -> None:
         """Hangs up."""
@@ -5269,33 +5270,48 @@ class Verdict(typing.NamedTuple):
 
 
 class Ask(Fetch):
-    """A request of which all of the answer is wanted."""
+    """A request whose end is waited for."""
 
-    is_safe = True
+    is_safe = is_extra = True
 
-    def __init__(self, head: bytes, body: bytes = b""):
-        super().__init__(head, body, ANSWER_BYTES)
-        self.answer = asyncio.get_running_loop().create_future()
+    def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
+        super().__init__(head, body, limit)
+        self._over = asyncio.get_running_loop().create_future()
+
+    async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
+        """Sends it, and waits for the answer: OSError when there is none in that time, ConnectionError when the server
+        cannot be reached."""
+        try:
+            async with asyncio.timeout(seconds):
+                if not self.is_over:           # hung up on before it was sent
+                    client.send(self)
+                return await self._over
+        except TimeoutError:
+            raise OSError("does not answer") from None
+        finally:
+            self.abort()
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
-        if not self.answer.done():
-            self.answer.set_result((head, body))
+        if not self._over.done():
+            self._over.set_result((head, body))
 
     def on_failure(self, reason: str, is_connected: bool = True) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(OSError(reason))
+        if not self._over.done():
+            self._over.set_exception((OSError if is_connected else ConnectionError)(reason))
+
+    def abort(self) -> None:
+        """Hangs up; so does whoever waits."""
+        super().abort()
+        self._over.cancel()
 
 
 async def ask(url: str, body: bytes = b"", headers: tuple[tuple[str, str], ...] = ()) -> dict:
     """The JSON object that a URL answers with; OSError when it does not. Redirects are not followed."""
     client = HTTPClient(url)
     method, size = ("POST", len(body)) if body else ("GET", None)
-    fetch = Ask(client.head(method, (("Accept", JSON_TYPE), *headers), size), body)
-    client.send(fetch)
     try:
-        head, answer = await asyncio.wait_for(fetch.answer, ANSWER_SECONDS)
-    except TimeoutError:
-        raise OSError("does not answer") from None
+        head, answer = await Ask(client.head(method, (("Accept", JSON_TYPE), *headers), size), body).answer(
+            client, ANSWER_SECONDS)
     finally:
         client.close()
     if head.status != 200:
@@ -5514,11 +5530,11 @@ class RemoteFetch(Fetch):
         if request and request.client:
             request.give()                     # takes it back
         else:
-            self.is_stream, self.tries = False, RESUMES          # nothing is resumed; a session's stream begins again
-            super().give()                                       # after the longest pause
+            self.is_stream = False             # nothing is resumed
+            super().give()
 
     def on_head(self, head: ResponseHead) -> None:
-        if head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:
+        if is_stream(head):
             self.is_stream, self.events = True, self.link.events_of(self.number)
 
     def on_part(self, data: bytes) -> None:
@@ -5526,49 +5542,21 @@ class RemoteFetch(Fetch):
 
 
 class Post(RemoteFetch):
-    """A message to a remote server, and what comes in answer to it."""
+    """A request of JSON-RPC to a remote server."""
 
-    def __init__(self, link: "RemoteLink", line: bytes, about: tuple | None, is_repeated: bool = False):
-        super().__init__(link, about and about[0], link.post_head(line, about), line)
+    def __init__(self, link: "RemoteLink", line: bytes, about: tuple, is_repeated: bool = False):
+        super().__init__(link, about[0], link.post_head(line, about), line)
         self.about, self.is_repeated = about, is_repeated
-        self.session = None if about and about[1] in GREETINGS else link.session
-        self.is_safe = about is None or about[1] in SAFE_METHODS
-        self.is_extra = about is None or about[1] in ("initialize", "ping")
+        self.is_greeting = about[1] in GREETINGS
+        self.session = None if self.is_greeting else link.session
+        self.is_safe = about[1] in SAFE_METHODS
+        self.is_extra = about[1] in ("initialize", "ping")
 
     def on_head(self, head: ResponseHead) -> None:
+        super().on_head(head)
         session = head.headers.get(SESSION_ID_HEADER.lower(), "")
-        if self.about:
-            super().on_head(head)
-            if self.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
-                self.link.session = session
-        elif head.status == 200 and media_type(head) == EVENT_STREAM_TYPE:       # it was taken; nothing is to come
-            self.abort()
-            self.link.on_aside(self, "")
-
-    def is_answer(self, head: ResponseHead, body: bytes) -> bool:
-        """Is the response what the server says to the request, be it an error?"""
-        if self.is_stream or head.status == 200 and media_type(head) == JSON_TYPE:
-            return True
-        if head.status < 400 or head.status in (401, 403):
-            return False
-        try:
-            return as_own_id(parse_message(decode_json(body), is_servers=True).id) == self.number
-        except RPCError:
-            return False
-
-    def has_lost_session(self, head: ResponseHead, body: bytes) -> bool:
-        """Has the server forgotten the session? In the field that is also said by 400, with words about it; but where
-        it answers that a parameter is wrong, that may have such a name."""
-        return self.session is not None and (
-            head.status == 404 and b"-32601" not in body or head.status == 400 and (
-                b"session" in body.lower() and not (b"-32602" in body and self.is_answer(head, body))
-                or _NOT_MINE.search(body) is not None))
-
-    def is_misunderstood(self, head: ResponseHead, body: bytes) -> bool:
-        """Does the server refuse it as one of another era would? MCP 2026-07-28, Streamable HTTP, Backward
-        Compatibility."""
-        return head.status in (400, 404, 405) and self.about is not None and self.about[1] not in GREETINGS and (
-            self.session is None and (_NOT_MINE.search(body) is not None or not self.is_answer(head, body)))
+        if self.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
+            self.link.session = session
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.link.on_end_of_post(self, head, body)
@@ -5577,57 +5565,91 @@ class Post(RemoteFetch):
         self.link.on_failure_of_post(self, reason, is_connected)
 
 
-class Listen(RemoteFetch):
-    """A GET for a stream: a session's, what is missing of an answer, or the one of HTTP+SSE."""
+class Aside(Ask):
+    """A message to a remote server that has no answer."""
 
-    is_safe = is_extra = True
+    def on_head(self, head: ResponseHead) -> None:
+        if is_stream(head):                    # it was taken; nothing is to come
+            self.on_end(head, b"")
+            self.abort()
 
-    def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", tries: int = 0,
-                 retry: float | None = None):
+
+class Listen(RemoteFetch, Ask):
+    """A GET for a stream: a session's, what is missing of an answer, or the one of HTTP+SSE. `tries` says how often
+    it was asked for in vain, and `retry` after how many seconds the server wants that, if it said so."""
+
+    def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", retry: float | None = None,
+                 tries: int = 0):
         super().__init__(link, number, link.get_head(last_id))
-        self.last_id, self.tries = last_id, tries
-        self.retry = retry                     # after how many seconds the server wants it, if it said so
-        self.status = 0                        # of the response, if it was no stream
-        self._opened_at = 0.0
+        self.last_id, self.retry, self.tries = last_id, retry, tries
+        self._opened_at = float("inf")
 
     def again(self) -> "Listen":
         """The next one, which goes on where this one ended."""
         last_id, retry = (self.events.last_id, self.events.retry) if self.events else ("", None)
-        return Listen(self.link, self.number, last_id or self.last_id, self.tries + 1,
-                      self.retry if retry is None else retry)
+        return Listen(self.link, self.number, last_id or self.last_id, self.retry if retry is None else retry,
+                      self.tries + 1)
 
     @property
     def pause(self) -> float:
         """For how long to wait before it. MCP 2025-11-25, Transports, Listening for Messages: what the server says MUST
         be respected; so only what is added to that has a limit."""
+        if self.number is None and not self.tries:
+            return 0
         first = RESUME_SECONDS if self.retry is None else min(RESUME_MOST, max(RESUME_LEAST, self.retry))
         return max(first, min(RESUME_LIMIT, first * 2 ** min(10, max(0, self.tries - 1))))
 
+    def give(self) -> None:
+        self.tries = RESUMES                   # the longest pause
+        super().give()
+
     def on_head(self, head: ResponseHead) -> None:
         super().on_head(head)
-        self._opened_at = asyncio.get_running_loop().time()
         if self.is_stream:
-            self.link.on_stream(self)
+            self._opened_at = asyncio.get_running_loop().time()
+            # One that goes on where the last one was cut brings what came between.
+            self.link.gaps += self.number is None and not self.last_id
 
     def on_part(self, data: bytes) -> None:
         self.tries = 0
         super().on_part(data)
 
-    def _look_back(self) -> None:
-        # What stands between may cut each stream that is silent for a minute, and most are.
-        if self.is_stream and asyncio.get_running_loop().time() - self._opened_at >= LASTING_SECONDS:
-            self.tries = 0
+    async def heard(self, client: HTTPClient) -> tuple[int, str, bool]:
+        """Hears it to its end: the HTTP status if it was no stream, otherwise 0; the end, a predicate of the server's;
+        and was that reached?"""
+        try:
+            head, _ = await self.answer(client)
+            return 0 if self.is_stream else head.status, f"answered HTTP {head.status}", True
+        except OSError as error:
+            return 0, str(error), not isinstance(error, ConnectionError)
+        finally:
+            # What stands between may cut each stream that is silent for a minute, and most are.
+            if self.is_stream and asyncio.get_running_loop().time() - self._opened_at >= LASTING_SECONDS:
+                self.tries = 0
 
-    def on_end(self, head: ResponseHead, body: bytes) -> None:
-        self.status = 0 if self.is_stream else head.status
-        self._look_back()
-        self.link.on_end_of_stream(self, f"answered HTTP {head.status}")
 
-    def on_failure(self, reason: str, is_connected: bool = True) -> None:
-        self._look_back()
-        self.link.on_end_of_stream(self, reason)
-        if not is_connected and self.tries >= RESUMES:
-            self.link.end(reason)
+def is_stream(head: ResponseHead) -> bool:
+    return head.status == 200 and media_type(head) == EVENT_STREAM_TYPE
+
+
+def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
+    """Is a response, which is no stream, what the server says to the request with this id, be it an error?"""
+    if head.status == 200 and media_type(head) == JSON_TYPE:
+        return True
+    if head.status < 400 or head.status in (401, 403):
+        return False
+    try:
+        return as_own_id(parse_message(decode_json(body), is_servers=True).id) == number
+    except RPCError:
+        return False
+
+
+def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
+    """Does the server say that it has forgotten the session? In the field that is also said by 400, with words about
+    it; but where it answers that a parameter is wrong, that may have such a name."""
+    return head.status == 404 and b"-32601" not in body or head.status == 400 and (
+        b"session" in body.lower() and not (b"-32602" in body and is_answer(head, body, number))
+        or _NOT_MINE.search(body) is not None)
 
 
 def refusal(head: ResponseHead, body: bytes) -> ServerError:
@@ -5683,16 +5705,15 @@ class RemoteLink(Link):
         self._server, self._url, self._is_sse = server, url, is_sse
         self._headers, self._own_way = headers.items(), way
         self._client = HTTPClient(url)
-        self._running: dict[int, Fetch] = {}   # what brings the answers, by server id
+        # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
+        self._running: dict[int | None, RemoteFetch] = {}
         self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
         self.backlog = 0                       # how many bytes they have
-        self._aside_timer: asyncio.TimerHandle | None = None           # while one of them is on its way
+        self._is_telling = False               # is one of them on its way?
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
-        self._greeting: asyncio.Future | None = None         # of a handshake that is made again
         self.session: str | None = None
-        self._stream: Listen | None = None     # the session's, or the one of HTTP+SSE
-        self._gaps = 0                         # of the session's streams, in which something may have been missed
+        self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
         self._certain_until = 0.0              # does the server speak as it did, and nobody asks again?
 
@@ -5708,14 +5729,18 @@ class RemoteLink(Link):
     def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
-        if self._held is not None:
+            self._post(line, about)
+        elif line == INITIALIZED:
+            self._held = self._held or []      # a server may refuse what comes before this
+            self._spawn(self._open())
+        elif self._held is not None:
             self._held.append((line, about, is_repeated))
         elif about is None:
-            (self._asides.appendleft if line == INITIALIZED else self._asides.append)((line, is_repeated))
+            self._asides.append((line, is_repeated))
             self.backlog += len(line)
-            if line == INITIALIZED:
-                self._held = []                # a server may refuse what comes before this
-            self._next_aside()
+            if not self._is_telling:
+                self._is_telling = True
+                self._spawn(self._tell_all())
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
@@ -5724,58 +5749,56 @@ class RemoteLink(Link):
         return bool(self._asides)
 
     def cancel(self, number: int, line: bytes) -> None:
-        fetch = self._running.pop(number, None)
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
             self.write(line)
+        self._drop(number)
+
+    def _drop(self, number: int | None) -> None:
+        fetch = self._running.pop(number, None)
         if fetch:
             fetch.abort()
 
     def tell_way(self, way: str) -> None:
         if self.on_end and self.is_open:
             self.way = way
-            self._ask(*DISCOVER, self._on_way_told)
+            self._spawn(self._tell_way())
 
-    def _on_way_told(self, answer: asyncio.Future) -> None:
-        """Only that it is refused is of interest."""
-        if answer.exception() is None and answer.result()[0].status == 508:
-            self.end("answered HTTP 508: requests would go round in a circle")
+    async def _tell_way(self) -> None:
+        with contextlib.suppress(OSError):     # only that it is refused is of interest
+            head, _ = await self._ask(*DISCOVER)
+            if head.status == 508:
+                self.end("answered HTTP 508: requests would go round in a circle")
 
-    def _ask(self, line: bytes, about: tuple, then) -> None:
+    def _ask(self, line: bytes, about: tuple) -> collections.abc.Awaitable[tuple[ResponseHead, bytes]]:
         """Asks something of the link's own."""
-        fetch = Ask(self.post_head(line, about), line)
-        fetch.is_extra = True
-        fetch.answer.add_done_callback(then)
-        self._client.send(fetch)
-        asyncio.get_running_loop().call_later(ASIDE_SECONDS, fetch.abort)
+        return Ask(self.post_head(line, about), line).answer(self._client, ASIDE_SECONDS)
 
-    def _doubt(self) -> None:
+    async def _doubt(self) -> None:
         """The server does not understand what it did before. It may have been replaced by one of the other era, or that
         wants a session: so it is greeted as it was then, and the link ends if that is not understood either."""
-        now = asyncio.get_running_loop().time()
-        if self.revision and not self._endpoint and now >= self._certain_until:
-            self._certain_until = now + DOUBT_SECONDS
-            self._ask(*(DISCOVER if self.revision == MODERN_VERSION else self._initialize), self._on_greeted)
-
-    def _on_greeted(self, answer: asyncio.Future) -> None:
-        head, body = answer.result() if answer.exception() is None else (None, b"")
-        member = b"supportedVersions" if self.revision == MODERN_VERSION else b"protocolVersion"
-        if head and head.status in (200, 400, 404, 405) and (head.status != 200 or member not in body or (
-                SESSION_ID_HEADER.lower() in head.headers and self.revision != MODERN_VERSION)):
-            self.end("does not speak as it did before")
+        now, is_modern = asyncio.get_running_loop().time(), self.revision == MODERN_VERSION
+        if not self.revision or self._endpoint or now < self._certain_until:
+            return
+        self._certain_until = now + DOUBT_SECONDS
+        with contextlib.suppress(OSError):
+            head, body = await self._ask(*(DISCOVER if is_modern else self._initialize))
+            member = b"supportedVersions" if is_modern else b"protocolVersion"
+            if head.status in (400, 404, 405) or head.status == 200 and (
+                    member not in body or SESSION_ID_HEADER.lower() in head.headers and not is_modern):
+                self.end("does not speak as it did before")
 
     async def _stop(self) -> None:
         running, self._running = self._running, {}
-        for fetch in [*running.values(), self._stream]:
-            if fetch:
-                fetch.abort()
+        for fetch in running.values():
+            fetch.abort()
         if self.session:
-            delete = Ask(self._request_head("DELETE", self._session_headers()))
-            delete.is_extra = True
-            self._client.send(delete)
-            with contextlib.suppress(OSError):             # TimeoutError is one
-                await asyncio.wait_for(delete.answer, DELETE_SECONDS)
+            with contextlib.suppress(OSError):
+                await Ask(self._request_head("DELETE", self._session_headers())).answer(self._client, DELETE_SECONDS)
         self._client.close()
         self.end()
+
+    def _spawn(self, work: collections.abc.Coroutine) -> None:
+        asyncio.get_running_loop().create_task(work)
 
     def end(self, reason: str = "") -> None:
         """No more lines will come, because it `reason`, a predicate."""
@@ -5815,15 +5838,28 @@ class RemoteLink(Link):
         post = self._running[about[0]] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
-    def _next_aside(self) -> None:
-        if self._asides and not self._aside_timer and self.on_end and (
-                self._held is None or self._asides[0][0] == INITIALIZED):
+    async def _tell_all(self) -> None:
+        """Sends what has no answer, one after the other, because their order counts."""
+        while self._asides and self.on_end:
             line, is_repeated = self._asides.popleft()
             self.backlog -= len(line)
-            post = Post(self, line, None, is_repeated)
-            self._aside_timer = asyncio.get_running_loop().call_later(
-                ASIDE_SECONDS, lambda: post.is_over or (post.abort(), self.on_aside(post, "takes too long")))
-            self._client.send(post)
+            await self._tell(line, is_repeated)
+        self._is_telling = False
+
+    async def _tell(self, line: bytes, is_repeated: bool = True) -> None:
+        session, problem = self.session, ""
+        try:
+            head, body = await Aside(self.post_head(line, None), line).answer(self._client, ASIDE_SECONDS)
+            if session and not is_repeated and is_of_lost_session(head, body):
+                return self._renew(session, line)
+            if not 200 <= head.status < 300:
+                problem = f"answered HTTP {head.status}"
+        except OSError as error:
+            problem = str(error)
+            if isinstance(error, ConnectionError) and not self._client.connections:
+                self.end(problem)
+        if problem and self.on_end:
+            log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
 
     # Responses.
 
@@ -5842,21 +5878,9 @@ class RemoteLink(Link):
         if fetch:
             fetch.abort_later()
 
-    def is_awaited(self, number: int) -> bool:
-        """Is the answer to this request still to come?"""
-        if self._greeting and number == self._initialize[1][0]:
-            return not self._greeting.done()
-        return self.awaits(number)
-
     def _receive(self, data: bytes, number: int | None) -> None:
         if b"\n" in data or b"\r" in data:
             data = data.replace(b"\n", b" ").replace(b"\r", b" ")            # they are only between tokens
-        if self._greeting and not self._greeting.done() and self._initialize[1][0] == number:
-            with contextlib.suppress(RPCError):
-                message = parse_message(decode_json(data), is_servers=True)
-                if message.kind is RESPONSE:
-                    self._greeting.set_result(message)
-                    return self.on_answered(number)
         if self.on_end:
             self.on_line(data, number)
 
@@ -5864,20 +5888,21 @@ class RemoteLink(Link):
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
         if self._running.get(post.number) is post:
             del self._running[post.number]
-        if post.is_misunderstood(head, body):
-            self._doubt()
-        if post.has_lost_session(head, body):
-            self._renew(post, refusal(head, body))
-        elif post.about is None:
-            self.on_aside(post, "" if 200 <= head.status < 300 else f"answered HTTP {head.status}")
+        has_answer = post.is_stream or is_answer(head, body, post.number)
+        if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
+                not has_answer or _NOT_MINE.search(body)):
+            # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
+            self._spawn(self._doubt())
+        if post.session and not post.is_repeated and is_of_lost_session(head, body, post.number):
+            self._renew(post.session, post.body, post.about)
         elif self._endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
             if answer and answer.id == post.number:
                 self._receive(body, post.number)
-        elif post.is_answer(head, body):
+        elif has_answer:
             if not post.is_stream:
                 self._receive(body, post.number)
-            if self.is_awaited(post.number):
+            if self.awaits(post.number):
                 self._resume(post)
         else:
             self._refuse(post, refusal(head, body))
@@ -5886,9 +5911,7 @@ class RemoteLink(Link):
         """A POST has not been answered."""
         if self._running.get(post.number) is post:
             del self._running[post.number]
-        if post.about is None:
-            self.on_aside(post, reason)
-        elif post.is_stream and self.is_awaited(post.number):
+        if post.is_stream and self.awaits(post.number):
             self._resume(post)
         else:
             error = ServerError(f"the MCP server {reason}")
@@ -5900,123 +5923,92 @@ class RemoteLink(Link):
     def _resume(self, post: Post) -> None:
         """The stream ended before the answer: asks for the rest, if it can be asked for."""
         if post.is_stream and post.events.last_id and self.revision != MODERN_VERSION:
-            self._listen_later(Listen(self, post.number, post.events.last_id, retry=post.events.retry))
+            self._listen(Listen(self, post.number, post.events.last_id, post.events.retry))
         else:
             self._refuse(post, ServerError("the MCP server cut its answer off" if post.is_stream else
                                            "the MCP server answered something else"))
 
-    def _refuse(self, post: Post | Listen, error: ServerError) -> None:
+    def _refuse(self, post: Post, error: ServerError) -> None:
         """There is no answer."""
-        is_initialize = isinstance(post, Post) and post.about[1] == "initialize"
-        if self._greeting and post.number == self._initialize[1][0]:
-            self._greeting.done() or self._greeting.set_exception(error)
-        elif is_initialize and error.data and error.data["status"] in (400, 404, 405) and not self._endpoint:
-            asyncio.get_running_loop().create_task(self._fall_back(post, error))
-        elif self.on_end:
+        if post.about[1] == "initialize" and self._held is None and not self._endpoint and (
+                error.data and error.data["status"] in (400, 404, 405)):
+            self._spawn(self._fall_back(post, error))
+        else:
             self.on_refused(post.number, error)
-
-    def on_aside(self, post: Post, problem: str) -> None:
-        """A message without an answer was taken, or not."""
-        self._end_aside()
-        if problem and self.on_end:
-            log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
-        if post.body == INITIALIZED:
-            self._go_on()
-            if self.revision != MODERN_VERSION and not self._is_sse and self.on_end:
-                self._stream = Listen(self)
-                self._client.send(self._stream)
-        self._next_aside()
-
-    def _end_aside(self) -> None:
-        self._aside_timer.cancel()             # it holds the message
-        self._aside_timer = None
 
     # Sessions.
 
-    def _renew(self, post: Post, error: ServerError) -> None:
-        """The server has forgotten the session: it is opened again, and what it did not know is sent again. MCP
-        2025-11-25, Transports, Session Management, 4."""
-        if post.is_repeated or not self._initialize or post.body == INITIALIZED:
-            return self._refuse(post, error) if post.about else self.on_aside(post, "has forgotten its session")
-        if post.about is None:
-            self._end_aside()
-        if self._held is None and post.session == self.session:
-            self._begin_session()
-        self.write(post.body, post.about, True)            # at once, if there is another one already
-        self._next_aside()                     # what opens a session may have waited for this one
-
-    def _begin_session(self) -> None:
-        self._held = []
-        asyncio.get_running_loop().create_task(self._open_session())
-
-    async def _open_session(self) -> None:
-        self.session, (line, about) = None, self._initialize
-        stream, self._stream = self._stream, None
-        if stream:
-            stream.abort()
-        self._greeting = asyncio.get_running_loop().create_future()
-        try:
-            self._post(line, about)
-            response = await asyncio.wait_for(self._greeting, ASIDE_SECONDS)
-            if response.result is None:
-                raise ServerError("it refused the handshake")
-        except (ProxyError, TimeoutError) as error:
-            return self.end(f"has forgotten its session, and opens no other: {str(error) or 'it takes too long'}")
-        finally:
-            self._greeting = None
-        log.info("= server %(server)s had forgotten its session, and has another one", server=self._server)
-        version = response.result.get("protocolVersion")
-        self.revision = version if version in LEGACY_VERSIONS else None
-        self._asides.appendleft((INITIALIZED, True))
-        self.backlog += len(INITIALIZED)
-        self._next_aside()
-        self.on_renewed()
-
-    def _go_on(self) -> None:
-        held, self._held = self._held or [], None
+    async def _open(self) -> None:
+        """Says that the handshake is over, then what was held back, and asks for the session's stream."""
+        await self._tell(INITIALIZED)
+        held, self._held = self._held, None
         for line, about, is_repeated in held:
             if about is None or self.awaits(about[0]):
                 self.write(line, about, is_repeated)
+        if not self._endpoint and self.on_end:
+            self._listen(Listen(self))
+
+    def _renew(self, session: str, line: bytes, about: tuple | None = None) -> None:
+        """The server has forgotten this session: the message goes to another one, which is opened if there is none.
+        MCP 2025-11-25, Transports, Session Management, 4."""
+        if self._held is None and session == self.session:
+            self._begin_session((line, about, True))
+        else:
+            self.write(line, about, True)
+
+    def _begin_session(self, *first: tuple) -> None:
+        self._held = [*first, *((line, None, is_repeated) for line, is_repeated in self._asides)]
+        self._asides.clear()
+        self.backlog = 0
+        self._spawn(self._open_another())
+
+    async def _open_another(self) -> None:
+        self.session = None
+        self._drop(None)
+        try:
+            async with asyncio.timeout(ASIDE_SECONDS):
+                params = json.loads(self._initialize[0])["params"]
+                response = await self.request("initialize", params).result()
+        except (ProxyError, TimeoutError) as error:
+            return self.end(f"has forgotten its session, and opens no other: {str(error) or 'it takes too long'}")
+        log.info("= server %(server)s had forgotten its session, and has another one", server=self._server)
+        version = response.result.get("protocolVersion")
+        self.revision = version if version in LEGACY_VERSIONS else None
+        self.write(INITIALIZED)
+        self.on_renewed()
 
     # Streams.
 
     @property
     def hearing(self) -> int | None:
-        is_heard = self._endpoint or self._stream and self._stream.is_stream and not self._stream.is_over
-        return self._gaps if is_heard else None
+        stream = self._running.get(None)
+        return self.gaps if self._endpoint or stream and stream.is_stream and not stream.is_over else None
 
-    def on_stream(self, listen: Listen) -> None:
-        """A stream begins. One that goes on where the last one was cut brings what came between."""
-        self._gaps += listen.number is None and not listen.last_id
+    def _listen(self, listen: Listen) -> None:
+        self._running[listen.number] = listen
+        self._spawn(self._follow(listen))
 
-    def _listen_later(self, listen: Listen) -> None:
-        if listen.number is None:
-            self._stream = listen
-        else:
-            self._running[listen.number] = listen
-        asyncio.get_running_loop().call_later(
-            listen.pause, lambda: self.on_end and not listen.is_over and self._client.send(listen))
-
-    def on_end_of_stream(self, listen: Listen, reason: str) -> None:
-        """A stream ended, or there is none."""
-        if not self.on_end or listen.number is not None and self._running.get(listen.number) is not listen:
-            return
-        if self._endpoint:
-            if not self._endpoint.done():
-                self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
-            else:
-                self.end("ended its stream")
-        elif listen.number is None and self._stream is listen:
-            if listen.status == 404 and self.session and listen.tries:         # it had a stream before
-                self._held is None and self._begin_session()
-            elif not 400 <= listen.status < 500 or listen.status == 429:       # MCP 2025-11-25: 405, if it has none
-                self._listen_later(listen.again())
-        elif listen.number is not None:
-            del self._running[listen.number]
-            if self.is_awaited(listen.number) and (listen.status or listen.tries >= RESUMES):
-                self._refuse(listen, ServerError(f"the MCP server cut its answer off, and then {reason}"))
-            elif self.is_awaited(listen.number):
-                self._listen_later(listen.again())
+    async def _follow(self, listen: Listen) -> None:
+        """Hears a stream, and what goes on where it was cut, until that is in vain."""
+        number = listen.number
+        while True:
+            await asyncio.sleep(listen.pause)
+            status, reason, is_reached = await listen.heard(self._client)
+            if self._running.get(number) is not listen:
+                return                         # all was said
+            del self._running[number]
+            if self._endpoint and number is None:
+                return self._on_end_of_sse(reason)
+            is_in_vain = listen.tries >= RESUMES
+            if number is not None and (status or is_in_vain):
+                self.on_refused(number, ServerError(f"the MCP server cut its answer off, and then {reason}"))
+            if is_in_vain and not is_reached:
+                return self.end(reason)
+            if number is None and status == 404 and listen.tries and self.session and self._held is None:
+                return self._begin_session()   # it had a stream before
+            if not self.awaits(number) if number is not None else 400 <= status < 500 and status != 429:
+                return                         # MCP 2025-11-25: 405, if it has none
+            listen = self._running[number] = listen.again()
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE; 2025-11-25, Transports, Backwards Compatibility.
 
@@ -6024,26 +6016,31 @@ class RemoteLink(Link):
         try:
             await self._open_sse()
         except HandshakeRefused as other:      # it does speak HTTP+SSE
-            self.on_end and self.on_refused(post.number, other)
+            self.on_refused(post.number, other)
         except ServerError:
-            self.on_end and self.on_refused(post.number, error)
+            self.on_refused(post.number, error)
         else:
             self._post(post.body, post.about)
 
     async def _open_sse(self) -> None:
         self._endpoint = asyncio.get_running_loop().create_future()
-        self._stream = Listen(self)
-        self._client.send(self._stream)
+        self._listen(Listen(self))
         try:
             where = await asyncio.wait_for(asyncio.shield(self._endpoint), CONNECT_SECONDS)
             where, here = urlsplit(urljoin(self._url, where)), urlsplit(self._url)
             if (where.scheme, where.hostname, port_of(where)) != (here.scheme, here.hostname, port_of(here)):
                 raise HandshakeRefused("the MCP server wants its messages sent elsewhere")
         except (ServerError, TimeoutError, ValueError) as error:
-            self._stream.abort()
+            self._drop(None)
             self._endpoint = None
             raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
-        self._is_sse, self._client.target = True, target_of(where)
+        self._client.target = target_of(where)
+
+    def _on_end_of_sse(self, reason: str) -> None:
+        if self._endpoint.done():
+            self.end("ended its stream")
+        else:
+            self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
 
 
 # ============================================================================
@@ -6128,7 +6125,7 @@ class ServerConnection(Holder):
         self.has_served = False                           # did it get a client's call?
         self._is_ones_own = is_ones_own                    # does it serve one client alone?
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
-        link.on_refused, link.awaits = self._fail, lambda number: self.pending.get(number)
+        link.on_refused, link.awaits, link.request = self._fail, lambda number: self.pending.get(number), self.request
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first

@@ -9172,6 +9172,22 @@ async def test_remote_session_that_was_lost_is_used_when_a_message_before_it_is_
 
 
 @over_a_link
+async def test_remote_session_that_was_lost_changes_no_order_of_what_has_no_answer():
+    far = FarLink()
+    await far.greet()
+    for name in "abc":
+        far.connection.send(mcpproxy.encode_request(None, f"notifications/{name}", {}))
+    respond(await far.taken("notifications/a"), 404)
+    greet(await far.taken("initialize"), "two")
+    respond(await far.taken("notifications/initialized"), 202)
+    for name in "abc":
+        fetch = await far.taken(f"notifications/{name}")
+        assert b"Mcp-Session-Id: two" in fetch.head and not any(other.body for other in far.sent)
+        respond(fetch, 202)
+        await asyncio.sleep(1)
+
+
+@over_a_link
 async def test_remote_server_may_ask_for_signs_of_life_before_it_answers_the_handshake():
     """MCP 2025-11-25, Lifecycle, Initialization, lets it ping."""
     far = FarLink()
