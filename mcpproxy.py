@@ -791,11 +791,11 @@ class RequestParser:
         """What can be refused before the head is complete; somebody may never complete it."""
         if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
             is_one_line = b"\r\n" not in self.rest[2:MAX_HEAD_BYTES]
-            raise HTTPError("request head too large", status=414 if is_one_line else 431)
+            raise HTTPError("head too large", status=414 if is_one_line else 431)
         if self.rest.startswith(b"\x16\x03"):             # RFC 8446 §5.1: a handshake
             raise HTTPError("this port speaks plain HTTP, not TLS: use http://, or set TLS_CERT")
         if _BARE_LF.search(self.rest, self._searched) or b"\0" in self.rest[self._searched:]:
-            raise HTTPError("malformed request head")
+            raise HTTPError("malformed head")
         self._searched = max(0, len(self.rest) - 3)      # where the empty line may have begun
 
     def next_body(self, limit: int) -> bytes | None:
@@ -10317,7 +10317,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     if exchange.method == "tools/list" and not exchange.envelope:
         texts = map(as_legacy_tool, texts)
     answer(exchange, {LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,
-                    identity and identity.info)
+           identity and identity.info)
 
 
 async def answer_handshake(exchange: Exchange, message: Message) -> None:
