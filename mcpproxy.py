@@ -6497,6 +6497,10 @@ class Stream(Holder):
         if listener:
             listener.close()
 
+    def is_over(self, after: int | None) -> bool:
+        """Is nothing to come behind message number `after`?"""
+        return self.is_ended and not (self._kept and self._kept[-1][0] > after)
+
     def take_number(self) -> int:
         """The number of an event that is no message."""
         self.last_number += 1
@@ -7935,13 +7939,13 @@ class Session(Client):
             oldest.give()
             del self._streams[oldest.name]
 
-    def find_event(self, event_id: str) -> tuple[Stream, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. One of another
-        process is followed by what nobody has heard here."""
+    def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
+        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's own
+        of another process is followed by what nobody has heard here, and that of a call by nothing: None."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
-            return self.stream, None
+            return None if re.fullmatch(r"[1-9][0-9]*\..+", name) else self.stream, None
         if not (stream and re.fullmatch(r"[0-9]{1,15}", number) and int(number) <= stream.last_number) or (
                 stream.is_ended and stream.has_forgotten):
             raise RPCError("Last-Event-ID names no event that is kept here")
@@ -12067,10 +12071,14 @@ class Endpoints(Application):
         last_event_id = admission.head.headers.get("last-event-id")
         if last_event_id is not None:
             stream, after = session.find_event(last_event_id)
+            if stream is None or stream.is_over(after):
+                # After a stream that ends without a word, SDKs ask for the next one for ever. So it is what tells a
+                # browser not to come back: WHATWG HTML, Server-sent events, Processing model.
+                return reply.send(204, [])
         reply.start_stream(STREAM_HEADERS)
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
-        if session.version == PRIMING_VERSION and after is None:
+        if session.version == PRIMING_VERSION and not stream.is_ended:
             prime(reply, stream)
 
     def delete(self, admission: Admission, body: bytes, reply: Reply) -> None:

@@ -10518,8 +10518,8 @@ def test_session_whose_event_is_of_an_answer_elsewhere_is_not_given_another_answ
         client.proxy = other_replica
         call = client.start("inquire", rounds=[[FORM]])
         client.finish(call)
-        stream = client.listen(last)
-        assert {message["method"] for message in stream.count(3)} == LISTS_CHANGED
+        assert client.send(None, {"Last-Event-ID": last}, "GET").status == 204
+        assert {message["method"] for message in client.listen().count(3)} == LISTS_CHANGED
 
 
 def test_session_is_opened_once_at_a_replica_that_is_asked_many_times_at_once(replica, other_replica):
@@ -11161,6 +11161,35 @@ def test_session_replay_is_of_one_stream_alone(fake):
             stream.wait_end()
         replayed = client.listen(one.events[0]["id"]).wait_end()
         assert replayed == one.messages()[1:]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["answered", "cancelled"])
+def test_session_stream_of_a_call_that_is_over_is_not_asked_for_again(fake, is_cancelled):
+    """SDKs come back for more where a stream ends without a result; and then after that, for the session's own."""
+    with StreamableClient(fake) as client:
+        general = client.listen()
+        call = client.start("sleep", token=1, seconds=60 if is_cancelled else 0.2, steps=600 if is_cancelled else 2)
+        if is_cancelled:
+            call.stream.count(1)
+            client.cancel(call)
+        messages = call.stream.wait_end()
+        assert (messages[-1].get("id") == call.id) is not is_cancelled
+        first, last = (call.stream.events[number]["id"] for number in (0, -1))
+        assert client.send(None, {"Last-Event-ID": last}, "GET").status == 204
+        if len(messages) > 1:
+            assert client.listen(first).wait_end() == messages[1:]
+        client.tool("notify", method=TOOLS_CHANGED)
+        assert len(general.count(1)) == 1
+
+
+def test_session_stream_of_a_call_that_is_cut_in_silence_can_be_asked_for_again(fake):
+    """Also by SDKs that forget an event's id where the next stream brings none."""
+    with StreamableClient(fake, version="2025-11-25") as client:
+        stream = client.start("sleep", seconds=4).stream
+        for _ in range(2):
+            last = cut(stream, 1)
+            stream = client.listen(last)
+        assert text_of(stream.wait_end()[-1]) == "slept"
 
 
 def test_session_general_stream_is_replayed_from_the_event(fake):
