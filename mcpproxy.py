@@ -2424,10 +2424,9 @@ def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
     return default_port is not None and authority.removesuffix(default_port) == host.lower().removesuffix(default_port)
 
 
-def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
-    """The variables that a request sets for its server, by ?NAME=value and X-MCP-Env-NAME: value.
-
-    RPCError (-32602) when the client may not set one of them. `allowed` is ALLOWED_ENV."""
+def client_variables(head: HTTPHead) -> dict[str, str]:
+    """The variables that a request sets for its servers, by ?NAME=value and X-MCP-Env-NAME: value; RPCError (-32602)
+    when they are none."""
     pairs = [(name, value) for name, value in head.query if name not in QUERY_PARAMETERS]
     for field, line in head.fields:
         if field.startswith("x-mcp-env-"):
@@ -2444,9 +2443,6 @@ def client_variables(head: HTTPHead, allowed: str) -> dict[str, str]:
     for name, value in pairs:
         if not _VARIABLE_NAME.fullmatch(name):
             raise RPCError("that is no name for a variable", code=INVALID_PARAMS)
-        if not may_set(name, value, allowed):
-            raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
-                           code=INVALID_PARAMS)
         if variables.setdefault(name, value) != value:
             raise RPCError(f"the variable {name} is set twice", code=INVALID_PARAMS)
     return variables
@@ -2963,6 +2959,16 @@ class View:
         # Scopes have globs for tools alone.
         return self.limits.refusal(limit, name[:200], status, member.names if member else (server,),
                                    own if kind == "tools" else None)
+
+    def check_variables(self, variables: dict[str, str]) -> None:
+        """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
+        for (name, value), member in itertools.product(variables.items(), self.members):
+            if not (member.settings.shared_session or may_set(name, value, member.settings.allowed_env)):
+                raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
+                               code=INVALID_PARAMS)
+            if self.limits and not (member.settings.shared_session or any(
+                    grant.sets(name) for grant in self.limits.of(member.names))):
+                raise self.limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
 
     def unknown(self, kind: str, name: str) -> RPCError:
         """The answer to who asks for a tool or a prompt that is not here."""
@@ -3756,7 +3762,7 @@ class Budget:
 
     def __init__(self, limit: float = float("inf")):
         self.limit = limit               # bytes
-        self.held = 0
+        self.held = self.most = 0        # now, and since give_back()
         self._holders: set[Holder] = set()
 
     def set(self, holder: Holder, size: int) -> None:
@@ -3764,6 +3770,8 @@ class Budget:
         before, holder.held = holder.held, size
         was_over = self.held > self.limit
         self.held += size - before
+        if self.held > self.most:
+            self.most = self.held
         if not before or not size:
             (self._holders.add if size else self._holders.discard)(holder)
         if self.held > self.limit and not was_over:
@@ -4623,6 +4631,10 @@ LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_pr
           "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
 
 
+# Lines behind the one that says what is wrong, as languages end: where it was, in which version, with which code.
+_TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$")
+
+
 class Link:
     """What a ServerConnection speaks through. Whoever speaks sets what is called, and then calls start()."""
 
@@ -4655,6 +4667,12 @@ class Link:
 
     async def start(self) -> None:
         """Brings the server up; ServerError when that is not possible."""
+
+    @property
+    def last_word(self) -> str:
+        """The last of its last words that says something by itself."""
+        return next((line for line in reversed(self.last_words) if not _TRAILER.match(line)),
+                    self.last_words[-1].strip() if self.last_words else "")
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
         """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers that repeat
@@ -5245,7 +5263,8 @@ BAD_PAUSE = 0.01                 # after each one with a wrong signature: to mak
 KNOWN_TOKENS = 10_000
 QUESTIONS = 8                    # about tokens, that are asked at a time; and after an answer that one is bad
 QUESTION_PAUSE = 0.1             # so long is waited: whoever makes them up shall not ask as much as he likes
-CHECKS, CHECKS_OF_ONE = 256, 128 # that may run, in all and for one address, which may be a reverse proxy's
+CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's;
+TURNS = 4                        # and that may run, for one
 
 
 class NotYet(Exception):
@@ -5333,7 +5352,8 @@ class Issuer:
         self._read_at = self._tried_at = self._retried_at = -float("inf")          # the last: for an unknown one
         self._reading: asyncio.Task | None = None
         self._verdicts: dict[bytes, Verdict] = {}  # by the token's hash
-        self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that run, and for whom
+        self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that wait or run, and for whom
+        self._turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._verifier = concurrent.futures.ThreadPoolExecutor(1)
         self._questions = asyncio.Semaphore(QUESTIONS)
 
@@ -5354,17 +5374,24 @@ class Issuer:
                 check_claims(token.claims, self._settings.oauth_issuer, time.time())
         except TokenError as error:
             return Verdict(now + BAD_SECONDS, str(error))
-        of_one = sum(whose == principal for _, whose in self._checks.values())
-        if len(self._checks) >= CHECKS or of_one >= CHECKS_OF_ONE:
+        numbers = collections.Counter(whose for _, whose in self._checks.values())
+        whoever, most = next(iter(numbers.most_common(1)), (None, 0))
+        if numbers[principal] >= CHECKS_OF_ONE or len(self._checks) >= CHECKS and numbers[principal] + 1 >= most:
             raise try_later("too many tokens have to be looked at")
-        task = asyncio.get_running_loop().create_task(self._find_out(digest, text, token))
+        if len(self._checks) >= CHECKS:
+            last = next(one for one in reversed(self._checks) if self._checks[one][1] == whoever)
+            self._checks.pop(last)[0].cancel()
+        turn = self._turns.setdefault(principal, asyncio.Semaphore(TURNS))
+        task = asyncio.get_running_loop().create_task(self._find_out(digest, text, token, turn))
         self._checks[digest] = task, principal
-        task.add_done_callback(lambda task: (self._checks.pop(digest), task.cancelled() or task.exception()))
+        task.add_done_callback(lambda task: (self._checks.pop(digest, None), task.cancelled() or task.exception()))
         raise NotYet(task)
 
-    async def _find_out(self, digest: bytes, text: str, token: Token | None) -> None:
+    async def _find_out(self, digest: bytes, text: str, token: Token | None, turn: asyncio.Semaphore) -> None:
         try:
-            claims, key = (token.claims, await self._verify(token)) if token else (await self._introspect(text), None)
+            async with turn:
+                claims, key = (token.claims, await self._verify(token)) if token else (
+                    await self._introspect(text), None)
             scopes, audience = claims.get("scope", claims.get("scp", "")), claims.get("aud")
             scopes = frozenset(scopes.split() if isinstance(scopes, str) else strings_of(scopes))
             audience = frozenset([audience] if isinstance(audience, str) else strings_of(audience))
@@ -6300,7 +6327,8 @@ class ServerConnection(Holder):
         is_secretive = self.has_served and not self._is_ones_own
         words = [] if is_secretive else list(self.link.last_words)
         data = {"exitCode": self.link.exit_code, **self.link.excess, **({} if is_secretive else {"stderr": words})}
-        return ServerError(": ".join([f"the MCP server ended{self.link.how_it_ended}", *words[-1:]]),
+        said = "" if is_secretive else self.link.last_word
+        return ServerError(f"the MCP server ended{self.link.how_it_ended}" + (f": {said}" if said else ""),
                            data=None if self.link.is_remote else data)
 
     # From the server.
@@ -7137,7 +7165,6 @@ class Items(dict):
         self.size = 0                              # characters
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
-        self.document: bytes | None = None         # that describes tools, once somebody wanted it
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
         self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its name, and is it one of several?
 
@@ -7434,6 +7461,8 @@ class Instance:
                 has_run = is_ready = True
                 await asyncio.wait([connection.closed])
                 error = connection.closed.result()
+                # At once: it takes seconds to end what it left behind.
+                self.server.on_error(self.redact(str(error)), self.words, True, True)
             except ServerError as reason:
                 error = reason
             except asyncio.TimeoutError:
@@ -7625,7 +7654,7 @@ class Instance:
     @property
     def words(self) -> str:
         """What the server said last beside the protocol."""
-        return next(reversed(self._link.last_words or [""]), "") if self._link else ""
+        return self._link.last_word if self._link else ""
 
     # The clients together, as the server sees them.
 
@@ -7878,9 +7907,10 @@ class Session(Client):
         before = self.view
         try:
             self.view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
+            self.view.check_variables(self.variables)
         except RPCError as error:
             self.is_homeless = True
-            return self.end() if error.data else None      # its key opens the place no more
+            return self.end() if error.data else None      # its key opens the place no more, or sets too much
         self.is_homeless = bool(self.variables) and self.view.is_for_all      # nobody takes them any more
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
@@ -7940,8 +7970,8 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's own
-        of another process is followed by what nobody has heard here, and that of a call by nothing: None."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's
+        own of another process is followed by what nobody has heard here, and that of a call by nothing: None."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
@@ -8325,8 +8355,8 @@ class Group:
         if owner:
             return owner
         members = [member for member in self.members if member is not left_out]
-        claiming = [member for member in self.members if self._claims(member, client, message, headers)] if (
-            message) else []
+        claiming = [member for member in self.members if self._claims(
+            member, client, message, client.headers if headers is None else headers)]
         if claiming and claiming != [left_out]:            # what is claimed goes to nobody else, also when that is down
             claiming = [member for member in claiming if member is not left_out]
             return next((member for member in claiming if member.is_up), claiming[0])
@@ -8347,11 +8377,12 @@ class Group:
                 client.move(before, own)
         return own
 
-    def _claims(self, member: Server, client: Client, message: Message, headers: dict[str, str]) -> bool:
+    def _claims(self, member: Server, client: Client, message: Message | None, headers: dict[str, str]) -> bool:
         when = member.config.when
         if when is None:
             return False
-        arguments = message.plain_params.get("arguments") if when.argument and message.params.get("arguments") else {}
+        is_by_argument = message and when.argument and message.params.get("arguments")
+        arguments = message.plain_params["arguments"] if is_by_argument else {}
         return when.claims(arguments if isinstance(arguments, dict) else {}, headers,
                            client.caller and client.caller.name)
 
@@ -11200,6 +11231,7 @@ class Overview:
         self._mount = mount
         self._census = census or Census()
         self._started_at, self._clock_at = time.time(), mount.now()
+        self._metrics: asyncio.Task[bytes] | None = None
 
     def _wall(self, moment: float) -> float:
         """A moment of the mount's clock in seconds since 1970."""
@@ -11272,8 +11304,14 @@ class Overview:
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 
-    async def metrics(self) -> bytes:
-        """What Prometheus reads, once it is known which tools there are."""
+    def metrics(self) -> asyncio.Future[bytes]:
+        """What Prometheus reads: made once for all who ask meanwhile."""
+        if self._metrics is None or self._metrics.done():
+            self._metrics = asyncio.get_running_loop().create_task(self._read_metrics())
+        return asyncio.shield(self._metrics)
+
+    async def _read_metrics(self) -> bytes:
+        """Once it is known which tools there are."""
         servers, counters, instances = self._mount.servers, self._mount.counters, {}
         for server in servers.values():
             server.read_listings()
@@ -11434,19 +11472,15 @@ class Admission:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
-            return client_variables(dataclasses.replace(head, query=query), "*")
+            return client_variables(dataclasses.replace(head, query=query))
         if head.method in ("GET", "HEAD") and not (
                 self._settings.is_guarded or self.headers or "sec-fetch-site" in head.headers
                 or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
             # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
             raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
                             status=403)
-        variables = [client_variables(head, allowed) for allowed in {
-            member.settings.allowed_env for member in members}][0]
-        limits = self.caller and self.caller.limits
-        for name, member in itertools.product(variables, members) if limits else ():
-            if not any(grant.sets(name) for grant in limits.of(member.names)):
-                raise limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
+        variables = client_variables(head)
+        self.view.check_variables(variables)
         return variables
 
     @functools.cached_property
@@ -11876,6 +11910,7 @@ class Probes(Application):
 
 MAX_WATCHERS = 20                # of the overview
 WATCH_PAUSE = 1.0                # seconds until they are told again
+KEPT_DOCUMENTS = 8               # that describe tools, each for a view
 
 
 def encode_call(name: str, arguments: str) -> Message:
@@ -11902,6 +11937,7 @@ class Endpoints(Application):
                  overview: Overview | None = None):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
+        self._documents: dict[View, tuple[tuple, bytes]] = {}          # that describe tools, and what they are made of
         self._told_at = 0.0
 
     def tick(self, now: float) -> None:
@@ -12059,8 +12095,10 @@ class Endpoints(Application):
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
         if not admission.accepts(EVENT_STREAM_TYPE):
             raise HTTPError(f"a GET is answered with {EVENT_STREAM_TYPE} alone", status=406)
-        # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
-        is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
+        # SSE transports of SDKs say a version too, that of HTTP+SSE or what was agreed on before they were cut.
+        # Where there are no sessions, it is a Streamable HTTP client's; or at the URL that is for these.
+        is_streamable = admission.version == MODERN_VERSION or admission.version is not None and (
+            self.settings.stateless or admission.path == "/mcp" and admission.version in LEGACY_VERSIONS[:-1])
         if admission.session_id is None and is_streamable:
             raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
         check_version(admission)
@@ -12151,12 +12189,14 @@ class Endpoints(Application):
         tools = await tools_at(client)
         identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
-        kept = client.only_instance.tools.known if client.view.is_plain else None
-        document = kept and kept.document or openapi_document(
-            tools, name, version, admission.base, self.settings.is_guarded)
-        if kept:
-            kept.document = document
-        self.send_json(reply, document)
+        about = tools, name, version, admission.base, self.settings.is_guarded
+        kept = self._documents.pop(client.view, None)
+        if not kept or kept[0] != about:
+            kept = about, openapi_document(*about)
+        self._documents[client.view] = kept
+        if len(self._documents) > KEPT_DOCUMENTS:
+            del self._documents[next(iter(self._documents))]
+        self.send_json(reply, kept[1])
 
     # For those who look at the overview.
 
@@ -12493,6 +12533,8 @@ TICK = 0.25                    # how often time is looked at, in seconds
 LOOK = 3.0                     # and what orphans there are
 MEASURE = 1.0                  # and what servers use
 WATCH_SECONDS = 1.0            # and whether the file of servers is another one
+TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
+LOOKUPS = 64                   # of names of hosts, at a time
 
 
 class Proxy:
@@ -12564,6 +12606,9 @@ class Proxy:
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
+            for path in filter(None, (self.settings.mcp_config, self.settings.auth_keys_file)):
+                if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                    raise SettingsError(f"{path}: is a pipe or a device, which cannot be read again")
             catalog = load_catalog(self.settings, self.environment)
             keys = load_keys(self.settings, catalog)
             tls = self.http.tls and tls_context(self.settings)
@@ -12589,6 +12634,8 @@ class Proxy:
         if listens and self.settings.metrics_port:
             await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        # A name that cannot be looked up keeps a thread busy for long, and those of other servers shall not wait.
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self.mount.start()
         return addresses
@@ -12596,7 +12643,8 @@ class Proxy:
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
         looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
-        looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick())]
+        looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
+                  (MEASURE, lambda now: give_back())]
         if self.settings.watch:
             looks.append((WATCH_SECONDS, lambda now: self._stat_config() == self._config_seen or self.reload()))
         last = {look: 0.0 for _, look in looks}
@@ -12635,6 +12683,15 @@ class Proxy:
             self.issuer.close()
         if self._is_reaper_own:
             self.reaper.close()
+
+
+def give_back() -> None:
+    """Gives memory back to the system once much of it is held no more. What large answers took lies between what is
+    small, and the C library keeps it: see malloc_trim(3), where that is glibc."""
+    if budget.most - budget.held > TRIM_BYTES:
+        budget.most = budget.held
+        with contextlib.suppress(AttributeError):
+            libc().malloc_trim(0)
 
 
 def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
@@ -13184,7 +13241,7 @@ async function loadTools() {
     const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text)
     if (text === listed || listed && !answer.ok) return
     listed = answer.ok && text
-    put("tools", answer.ok ? said.tools.map(showTool) : [bad(said.error.message)], "none")
+    put("tools", answer.ok ? said.tools.map(showToolOrWhy) : [bad(said.error.message)], "none")
   } catch (error) { put("tools", [bad(error.message)]) }
 }
 function fieldOf([name, schema], isRequired) {
@@ -13200,6 +13257,9 @@ function fieldOf([name, schema], isRequired) {
   const read = () => isLeftOut() ? undefined : kind === "boolean" ? input.checked : kind === "string" ? input.value :
     kind === "enum" ? schema.enum[input.value] : Number(input.value)
   return { name, read, made: el("label", {}, name, isRequired && " *", " ", input, soft(schema.description)) }
+}
+function showToolOrWhy(tool) {                   // what a server says of one may be anything
+  try { return showTool(tool) } catch (error) { return bad(`${tool.name}: ${error.message}`) }
 }
 function showTool(tool) {
   const { properties, required } = tool.inputSchema || {}, result = el("div", { className: "result" })

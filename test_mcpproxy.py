@@ -15634,8 +15634,13 @@ async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resou
     town.mount.reload(mcpproxy.Catalog({**catalog.servers, "b": claiming}, is_file=True), ())
     client = await town.client("legacy")
     client.client.caller = mcpproxy.Caller("ann", b"")
-    answer, = await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
-    assert answer["error"]["message"] == "too many processes"
+    town.answers["resources/list"], town.answers["resources/templates/list"] = {"resources": []}, {"resourceTemplates": []}
+    await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
+    link = town.links["c"][0]
+    town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32002, "message": "no"}})
+    await town.pass_time()
+    answer, = town.told(client)
+    assert answer["error"]["message"] == "no server that can be used has it; server g: too many processes"
 
 
 @in_town
