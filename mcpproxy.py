@@ -7921,7 +7921,8 @@ class Session(Client):
                 instance.sessions.pop(self.id, None)
             else:
                 instance.leave(self)
-        for kind, _ in LIST_CHANGES.values() if self.version and self.view.offer != before.offer else ():
+        is_told = self.version and not self.listens        # one that listens is told by that
+        for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
 
     def choose_log_level(self, level: object, has_logs: bool) -> None:
@@ -8481,11 +8482,12 @@ class Mount:
             server.is_retired, server.spares_wanted = True, 0
         self._adopt(catalog)
         self.start()
+        views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
         for session in list(self.sessions.values()):
             session.adopt(catalog)
-        views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
         for call, view in views.items():
-            call.adopt(catalog, view)
+            if not call.is_done:               # with its session
+                call.adopt(catalog, view)
 
     def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
         """Takes other keys. What tokens may use is seen when they come again."""

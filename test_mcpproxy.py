@@ -14866,6 +14866,20 @@ async def test_conversation_each_subscription_of_one_visitor_hears_of_a_reload(p
     assert {1, 2} <= set(heard)
 
 
+@pytest.mark.parametrize("names", [["a", "b"], ["b", "c"]])
+@in_town
+async def test_conversation_subscription_of_a_session_of_modern_requests_hears_of_a_reload(names):
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("legacy")
+    client.kind, client.client.listens = "modern", True            # as HTTP+SSE allows
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await town.pass_time()
+    town.told(client)
+    await town.reload(names)
+    told = [message for message in town.told(client) if message.get("method") == TOOLS_CHANGED]
+    assert told and all(message["params"]["_meta"] == {SUBSCRIPTION: 1} for message in told)
+
+
 @in_town
 async def test_conversation_answers_to_what_was_taken_back_do_not_end_a_server():
     town = Town("legacy", ["a"])
