@@ -6477,7 +6477,7 @@ NO_CLIENT_CAN = RPCError("no client can answer this", code=METHOD_NOT_FOUND)
 
 
 class Stream(Holder):
-    """Messages to one client in order, for whoever listens. One with a name keeps its last messages, so that
+    """Messages to one client in order, for one reader at a time. One with a name keeps its last messages, so that
     they can be fetched again. MCP 2025-11-25, Transports, Resumability and Redelivery."""
 
     is_spare = True
@@ -6487,7 +6487,7 @@ class Stream(Holder):
         self.has_forgotten = False
         self.is_ended = False
         self.last_number = 0        # of the events so far
-        self.written = 0            # the number of the last one that somebody listened to
+        self.last_read = 0          # the number of the last one that a reader got
         self._reader = None         # takes bytes with write(parts), and ends with close()
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()
 
@@ -6495,20 +6495,21 @@ class Stream(Holder):
     def is_attached(self) -> bool:
         return self._reader is not None
 
-    def attach(self, listener, after: int | None = None) -> None:
-        """Somebody listens from now on, instead of whoever did: first to what is kept behind message number `after`."""
-        before, self._reader = self._reader, listener
+    def attach(self, reader, after: int | None = None) -> None:
+        """Takes a reader, in place of the one before. It first gets what is kept since message number `after`, or
+        without that, what no reader got yet."""
+        before, self._reader = self._reader, reader
         if before:
             before.close()
         for number, payload in list(self._kept):
-            if number > (self.written if after is None else after):
+            if number > (self.last_read if after is None else after):
                 self._write([payload], number)
         if self.is_ended:
             self.close()
 
-    def detach(self, listener) -> None:
-        """This listener is gone."""
-        if self._reader is listener:
+    def detach(self, reader) -> None:
+        """This reader is gone."""
+        if self._reader is reader:
             self._reader = None
 
     def send(self, payload: list) -> None:
@@ -6521,9 +6522,9 @@ class Stream(Holder):
     def close(self) -> None:
         """Nothing more will come."""
         self.is_ended = True
-        listener, self._reader = self._reader, None
-        if listener:
-            listener.close()
+        reader, self._reader = self._reader, None
+        if reader:
+            reader.close()
 
     def is_over(self, after: int | None) -> bool:
         """Is nothing to come behind message number `after`?"""
@@ -6539,7 +6540,7 @@ class Stream(Holder):
         return f"{self.name}-{number}".encode() if self.name else b""
 
     def _write(self, payload: list, number: int) -> None:
-        self.written = max(self.written, number)
+        self.last_read = max(self.last_read, number)
         self._reader.write(encode_event(payload, event_id=self.event_id(number)))
 
     def _keep(self, payload: bytes) -> None:
@@ -6550,7 +6551,7 @@ class Stream(Holder):
         budget.set(self, size)
 
     def give(self) -> None:
-        """Keeps none of the messages so far."""
+        """Forgets the messages that it kept."""
         self.has_forgotten = True
         self._kept.clear()
         budget.set(self, 0)
