@@ -7352,7 +7352,7 @@ class Instance:
         self.owners = Owners()
         self.recent_callers: dict[object, float] = {}        # whose calls that may cause something ended last, and when
         self.identity: Identity | None = None
-        self.has_failed = False                     # did it die when it was last asked in legacy?
+        self.tries_legacy_first = False             # because it died when it was last asked in legacy
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # what a legacy server was told last
         self.connection: ServerConnection | None = None       # while READY
@@ -7512,7 +7512,7 @@ class Instance:
                     self.identity = await connection.discover()
                 speaks.update(dict.fromkeys(eras[:eras.index(connection.era)], False))
                 speaks[connection.era] = True
-                self.has_failed = False
+                self.tries_legacy_first = False
                 return connection
             except BaseException as error:
                 await asyncio.shield(link.stop())
@@ -7528,7 +7528,7 @@ class Instance:
                 if isinstance(error, HandshakeRefused):
                     speaks[era] = False
                 elif era is LEGACY or link.is_remote or isinstance(error, RefusedAsModern):
-                    self.has_failed = era is LEGACY
+                    self.tries_legacy_first = era is LEGACY
                     break                       # it died: no other words will help
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
@@ -7541,7 +7541,7 @@ class Instance:
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
-        first, second = (LEGACY, MODERN) if self.is_private or self.has_failed else (MODERN, LEGACY)
+        first, second = (LEGACY, MODERN) if self.is_private or self.tries_legacy_first else (MODERN, LEGACY)
         if speaks.get(first):
             return [first]
         return [era for era in (first, second) if speaks.get(era) is not False] or [first, second]
@@ -9873,7 +9873,7 @@ class Exchange(ClientRequest):
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
         is_by_hints = self.target and self.target.is_by_hints
-        if self.headers is None and not is_by_hints and not self._is_repeated_at(connection):
+        if self.headers is None and not is_by_hints and not self._is_mirrored_at(connection):
             return True
         tools, name = self.instance.tools, self.own_name
         tools = tools.fresh if is_by_hints else tools.known    # what was allowed may be no more
@@ -9905,7 +9905,8 @@ class Exchange(ClientRequest):
         else:                               # otherwise the server has to know what it takes
             self._check_by(tools)
 
-    def _is_repeated_at(self, connection: ServerConnection) -> bool:
+    def _is_mirrored_at(self, connection: ServerConnection) -> bool:
+        """Does it repeat arguments in headers for this server?"""
         return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
 
     @property
@@ -9973,7 +9974,7 @@ class Exchange(ClientRequest):
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
         name = self.own_name or self.names_tasks and message.params.get("taskId") or None
-        mirrored = self._mirrored(message) if connection.link.is_remote and self._is_repeated_at(connection) else ()
+        mirrored = self._mirrored(message) if connection.link.is_remote and self._is_mirrored_at(connection) else ()
         connection.send(message.changed(changes), (number, self.method, name, mirrored, self.client.way),
                         self.client.principal)
         self.server_id = number
