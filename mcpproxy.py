@@ -6724,33 +6724,35 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         return connection.send_if_possible(encode_result(message.raw_id)[0])
     params = message.plain_params
 
+    def missing(asked) -> dict | None:
+        # A server that knows its client's own capabilities is left to them.
+        return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
+
     def on_response(question: Question, response: Message) -> None:
         if connection.questions.get(message.id) is question:
             del connection.questions[message.id]
             principal = question.client.principal if question.client else None
-            if question.message is not message:
+            if told is not message:
                 response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
             connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
-    question = connection.questions[message.id] = Question(message.with_id, on_response, message)
 
-    def missing(asked) -> dict | None:
-        # A server that knows its client's own capabilities is left to them.
-        return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
+    # Who is asked: of the calls that it may belong to, the newest that can be, and best one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)
     able = [call for call in reversed(calls) if call.can_be_asked and not missing(call)]
     call = next((call for call in able if call.outlet.is_heard), able[0] if able else None)
     if not call and len(calls) == 1:
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
-    # A request about a task is about the client's own.
+
+    # What it is asked: tasks/get and the like name a task of the client's own, the rest may name one of the server's.
     told = outward(client, instance, message) if client and not message.method.startswith("tasks/") else message
-    if told is not message:
-        question.message, question.payload = told, told.with_id(b"%d" % question.id)
+    question = connection.questions[message.id] = Question(told.with_id, on_response, told)
     if connection.flood.count <= LOGGED_QUESTIONS:
         log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
                  method=message.method, id=question.id)
     if client and not missing(call or client):
         instance.owners.remember(owner_named(message), client)
+
     if call and call.can_be_asked:
         call.ask(question, missing(call))
     elif session and not missing(session) and not (instance.server.is_for_all and message.method == "roots/list"):
