@@ -6654,13 +6654,13 @@ def no_tasks() -> RPCError:
 
 
 def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
-    """If a book is full, the oldest entries of those are forgotten who have most, or half as many."""
+    """If a book is full, forgets some of the oldest entries of those who have most, or at least half as many."""
     if len(book) < limit:
         return
     numbers = collections.Counter(map(whose, book.values()))
     most = max(numbers.values())
     oldest = (name for name, value in book.items() if 2 * numbers[whose(value)] >= most)
-    for name in list(itertools.islice(oldest, 1 + limit // 100)):                # several, because to count is dear
+    for name in list(itertools.islice(oldest, 1 + limit // 100)):      # several at once, because counting takes long
         del book[name]
 
 
@@ -6670,7 +6670,7 @@ class Owners(dict[tuple[str, str], object]):
 
     def __init__(self):
         super().__init__()
-        self.old: set[tuple[str, str]] = set()       # from before the server was started again: it may count anew
+        self.old: set[tuple[str, str]] = set()       # from before the server's last start: it may use these ids again
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
         if name and client and (name[0] != "task" or self.get(name) is None or name in self.old):
@@ -6683,7 +6683,7 @@ def owner_named(message: Message) -> tuple[str, str] | None:
     """The task or the elicitation that a message says it is about. MCP 2025-11-25, Tasks, Associating Task-Related
     Messages; Elicitation, Completion Notifications."""
     params, related = message.params, members_of(message.meta.get(RELATED_TASK_KEY))
-    # What it is about comes first: a client may relate its request for another's task to whatever it likes.
+    # What it asks for counts before what it says it is related to, which may be anything that a client likes.
     for kind, name in (("task", params.get("taskId")), ("task", related.get("taskId")),
                        ("elicitation", params.get("elicitationId"))):
         if isinstance(name, str):
@@ -6699,15 +6699,15 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if named and (message.kind is NOTIFICATION or named[0] == "task" and instance.owners.get(named)):
         session = instance.sessions.get(instance.owners.get(named))
         return [call for call in session.calls.values() if call.is_running] if session else [], session
-    # MCP 2025-11-25, Transports, Sending Messages: what is on the stream of a request relates to that; and this one is
-    # the proxy's own, or over.
+    # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
+    # one is the proxy's own, or over.
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
         return list(connection.causes) if len(set(connection.causes.values())) == 1 else [], None
     if len(instance.sessions) > 1:
         return [], None
-    # Nobody is there but this session, and calls that wait for their clients.
+    # No call that can have caused it is running. There are only this session, and calls that wait for their clients.
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
     session = next(iter(instance.sessions.values()), None)
     parked = [call for call in waiting if call.is_parked]
@@ -6791,7 +6791,7 @@ def own_tasks(instance, client, response: Message) -> Message:
 
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
-    """Passes a notification on; not that of a link which is being replaced, whose calls are not looked at any more."""
+    """Passes a notification on, unless its link is being replaced: then nobody knows its calls any more."""
     if instance.state == "ready" and instance.connection is None:
         return
     NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
@@ -6805,8 +6805,8 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 
 
 def tell_all(instance, message: Message) -> None:
-    """Tells all clients that a list changed. Other proxies are told through which it came, as a request says it in its
-    head: it would go round in a circle of them for ever."""
+    """Tells all clients that a list changed. To other proxies it also says which proxies it came through, as a request
+    does in a header: in a circle of proxies it would go round for ever."""
     if not instance.is_news(message.method if instance.is_crowded else message.payload[0]):
         return
     way = [one for one in strings_of(message.meta.get(WAY_KEY)) if PROXY_ID.fullmatch(one)][:MAX_WAY]
@@ -6833,14 +6833,15 @@ def tell_of_lists(instance) -> None:
 
 
 def hearing(instance) -> int | None:
-    """None where nobody would hear that a list changed; else a number, and with another nothing was missed between."""
+    """None while nobody would hear that a list changed; otherwise a number. While that is the same, nothing was
+    missed."""
     return (instance.listening or instance.connection.link).hearing
 
 
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
-    if instance.is_crowded and not instance.is_private:          # told of the whole, once, and not of each part
+    if instance.is_crowded and not instance.is_private:      # they are told of what they asked for, not of each part
         for topic in topics:
             line = encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri})
             if instance.is_news(line):
@@ -6894,7 +6895,7 @@ def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
 
 
 def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) -> None:
-    """Progress of what is no running call. MCP 2025-11-25, Progress: a task has its token after the call has ended."""
+    """Progress of a task whose call has ended. MCP 2025-11-25, Progress: it goes on with the token of the call."""
     token, connection = message.params.get("progressToken"), instance.connection
     name, own = connection and is_id(token) and connection.tokens.get(as_own_id(token)) or (None, "")
     session = instance.sessions.get(name)
@@ -6923,7 +6924,7 @@ NOTIFICATION_ROUTES = {
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
-CATCH_UP_SECONDS = 30.0          # in which clients are told once of what that may have been
+CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
@@ -6940,7 +6941,7 @@ class Topic:
         self.instance = instance
         self.uri = uri
         self.subscribers: set = set()          # sessions, and exchanges that listen; each has it in its `topics`
-        self.told: set = set()                 # the sessions among them that know it
+        self.told: set = set()                 # the sessions among them that were told that they have it
         self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
@@ -6954,8 +6955,8 @@ class Topics(dict[str, Topic]):
         self._taken_back = weakref.WeakValueDictionary()         # URI -> the request, until it is answered
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
-        """Takes in a session, or an exchange that listens; for the first to a resource the server is asked. `is_told`:
-        the session had it at another server."""
+        """Takes a session, or an exchange that listens, among those who are told of a resource; if it is the first, the
+        server is asked. `is_told`: the session had the resource at another server."""
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
@@ -6975,8 +6976,8 @@ class Topics(dict[str, Topic]):
         return topic
 
     def ask(self, topic: Topic) -> None:
-        """Asks a legacy server for a resource. A remote one may take two requests in any order, so it first has to
-        answer that it takes the last subscription back."""
+        """Asks a legacy server for a resource. A remote one may take two requests in either order, so if a subscription
+        to the same one is being taken back, it first has to answer that."""
         def on_response(response: asyncio.Future) -> None:
             error = response.exception()
             if not error and not response.result().is_result:
@@ -7091,9 +7092,10 @@ class Listening:
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
         self._is_outdated = True
-        at_end_of_turn(self._go_on)
+        at_end_of_turn(self._ask)
 
-    def _go_on(self) -> None:
+    def _ask(self) -> None:
+        """Asks anew if something else is wanted now, and the server has answered what it was asked last."""
         instance, topics = self.instance, list(self.instance.topics.values())
         if not self._is_outdated or self._next or instance.listening is not self:
             return
@@ -7126,7 +7128,7 @@ class Listening:
         self._was_deaf, self._pause = False, LISTEN_PAUSE
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
-        self._go_on()
+        self._ask()
 
     def _catch_up(self) -> None:
         """Nobody has heard what changed while nobody listened, and a remote server may even be another one now."""
@@ -7146,14 +7148,14 @@ class Listening:
                         self.instance.topics.settle(topic, error)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
                 if self._current or not is_deaf or self.instance.listening is not self:
-                    return self._go_on()
+                    return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         if self._asking_again:                 # who subscribed meanwhile did not wait for it; one goes on
             self._asking_again.cancel()
-        self._asking_again = asyncio.get_running_loop().call_later(max(self._pause, pause), self._go_on)
+        self._asking_again = asyncio.get_running_loop().call_later(max(self._pause, pause), self._ask)
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
 
 
@@ -7169,7 +7171,7 @@ class Items(dict):
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
-        self._shown: dict[tuple, tuple] = {}       # (configuration, shown()), by its name, and is it one of several?
+        self._shown: dict[tuple, tuple] = {}       # by (name of a configuration, is_joint): that, and its shown()
 
     def add(self, page: Message) -> None:
         member, key, _ = PAGED[self.method]
@@ -7226,8 +7228,8 @@ class KeptList:
         self._listing: asyncio.Task | None = None
 
     async def get(self, refresh: bool = False) -> Items:
-        """The items; `refresh` is for who knows of another one, if they were asked for a while ago. Those that are
-        known are used when others are not to be had soon."""
+        """The items. With `refresh` they are asked for again, unless that was done a moment ago: the caller wants one
+        that is not among them. If the server does not answer soon, the last ones are used."""
         items, now = self.last, self.instance.server.now()
         if self.fresh is None or refresh and now - items.asked_at >= KEPT_SECONDS:
             if self._listing is None:
@@ -7254,7 +7256,7 @@ class KeptList:
                 self.instance.connection is None or None is not self.last.hearing == hearing(self.instance)):
             return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
-        good_for = 0 if self._is_doubtful else self.last.ttl_ms / 1000         # it was said of what was before
+        good_for = 0 if self._is_doubtful else self.last.ttl_ms / 1000         # that was said of an older answer
         return self.last if age < max(KEPT_SECONDS, good_for) else None
 
     async def _list(self) -> None:
@@ -7325,8 +7327,8 @@ UNASKED_LEVEL = "info"           # that a client gets log messages of when it as
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
-TOLD_A_TURN = 10_000             # messages to all clients together, that are told apart
-SLOW_START = 10.0                # after so many seconds, and again after as many, the log has what a start waits for
+TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
+SLOW_START = 10.0                # every so many seconds the log says what a start waits for
 
 NEW, STARTING, READY, PAUSED, CLOSED = InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
 INSTANCE_STATES = {
@@ -7416,7 +7418,7 @@ class Instance:
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
     def check_up(self) -> None:
-        """For who would not wait: raises what was wrong with the last start; another one follows."""
+        """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
         if self.failure and self.state is not STARTING and self.connection is None:
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
@@ -7777,7 +7779,7 @@ class Client(Holder):
         return self.at(self.mount.server(self.view.members[0].name))
 
     def notify(self, message: Message) -> None:
-        """Its notification to the modern servers that it is shown, and that run for it: extensions may have some."""
+        """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
         check_parameters(message)
         for member in self.view.servers:
             server = self.mount.servers.get(member.name)
@@ -7786,7 +7788,7 @@ class Client(Holder):
                 instance.connection.send_if_possible(message.payload[0], self.principal)
 
     def take_back(self, notification: Message) -> None:
-        """Its notification that it cancels a request."""
+        """It cancels a request, by this notification."""
         request_id = notification.params.get("requestId")
         call = self.calls.get(request_id) if is_id(request_id) else None
         if call:
@@ -7859,7 +7861,8 @@ class Session(Client):
         self._stream_names = itertools.count(1)
 
     def announce(self, message: Message) -> None:
-        """Its id may be told before a server that starts slowly has answered the handshake, and says all the same."""
+        """Takes in its handshake before a server that starts slowly has answered it: the session's id has all of that
+        inside, and may be told sooner."""
         check_introduction(message)
         self.introduce(message, None)
         self.offered = negotiate(message.params.get("protocolVersion"))
@@ -7974,8 +7977,8 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. The session's
-        own of another process is followed by what nobody has heard here, and that of a call by nothing: None."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. After an event
+        of another process comes what no reader got here, without a number; after one of a call there, nothing: None."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
@@ -8024,12 +8027,12 @@ class Session(Client):
         return message.method != "notifications/roots/list_changed"
 
     def give(self) -> None:
-        """Holds subscriptions."""
+        """What it holds are its subscriptions: it ends with them."""
         self.end()
 
     def leave(self) -> None:
         """The client is gone, or says that it goes."""
-        for call in list(self.calls.values()):             # a part of it may still wait
+        for call in list(self.calls.values()):             # another connection of its may still wait
             call.cancel(error=no_such_session())
         self.end()
 
@@ -8155,10 +8158,10 @@ class Server:
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
-        self._checked_rules: Rules | None = None   # of which it was said what is for no tool
+        self._checked_rules: Rules | None = None   # that were compared to its tools
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
-        self.chosen = 0                            # how often it was, of its group
-        self.waiting: set[asyncio.Task] = set()    # the work of calls of its group that were not sent yet
+        self.chosen = 0                            # how often its group has chosen it
+        self.waiting: set[asyncio.Task] = set()    # the work of its group's calls that it was not sent yet
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
         self._probing: asyncio.Task | None = None
@@ -8221,7 +8224,8 @@ class Server:
         return bool(instance and instance.connection is None), calls / weight, self.chosen / weight
 
     def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
-        """Finds out now and then whether a server that cannot be used is back; one that its `group` leaves out, say."""
+        """Finds out now and then whether a server that could not be used is back; also for the `group` that leaves it
+        out."""
         if not (self.is_up and not self.start_failed or self._probing or self.now() < self._probe_at):
             self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
@@ -8417,7 +8421,7 @@ ASKED_SECONDS = 60.0             # after somebody asked whether there is a serve
 
 
 class GivenState(typing.NamedTuple):
-    """Who gave a requestState, and to whom."""
+    """To whom a requestState was given, and by which server."""
 
     principal: object
     place: str                       # the server or group, as the client is shown it
@@ -8437,7 +8441,7 @@ class Mount:
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
         self.states: dict[str, GivenState] = {}              # who gave others
-        self.is_leaving = False                    # will the proxy end? Until it drains, all goes on
+        self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
@@ -8657,11 +8661,12 @@ RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 KNOWN_ITEMS = 100_000            # of what views show together
 JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
-START_SECONDS = 10.0             # for a server that may have what a client listens for; the others are to be heard
+START_SECONDS = 10.0             # for the start of a server that may have what a client listens for; then the others
+                                 # are to be heard
 
 
 def stand_in_for(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
-    """In place of one that failed, the instance of another server of a group; the error if there is none."""
+    """The instance of another server of a group in place of one that failed; raises the error if there is none."""
     if server.is_group:
         with contextlib.suppress(RPCError):
             return client.at(server, failed.server)
@@ -8670,10 +8675,10 @@ def stand_in_for(client: Client, server: Server | Group, failed: Instance, error
 
 async def ask_servers(client: Client, known, ask,
                       members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
-    """([(server, value)] of those of a client's servers that have one, {name: why not} of the others); `members` are
-    those that are asked, if not all. One alone is waited for.
+    """Asks a client's servers something, or some of them, the `members`: ([(server, value)] of those that have a value,
+    {name: why not} of the others). ServerError if none has one. One server alone is waited for.
 
-    known(instance) is what is known, or None; ask(instance), a coroutine, finds it out. ServerError if none has one."""
+    known(instance) is the value if it is known, or None; ask(instance), a coroutine, finds it out."""
     members = client.view.members if members is None else members
 
     async def ask_one(server: Server | Group, instance: Instance) -> object:
@@ -8792,9 +8797,9 @@ async def tools_at(client: Client, name: str | None = None, refresh: bool = Fals
     view = client.view
     if view.is_plain:
         return (await client.only_instance.tools.get(refresh)).texts
-    found, _ = await ask_servers(client, lambda instance: None if refresh else instance.tools.fresh,
-                            lambda instance: instance.tools.get(refresh),
-                            None if name is None else view.candidates(name))
+    found, _ = await ask_servers(
+        client, lambda instance: None if refresh else instance.tools.fresh,
+        lambda instance: instance.tools.get(refresh), None if name is None else view.candidates(name))
     return {name: item.text for name, item in shown_of(view, found).items()}
 
 
@@ -8803,7 +8808,7 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
     kept, key = view.catalog.shown, (view, found[0][1].method)
     known_for, shown = kept.pop(key, ((), {}))
     if len(known_for) == len(found) and all(one[1] is other[1] for one, other in zip(known_for, found)):
-        kept[key] = known_for, shown                       # at the end again: the last one used is the last to go
+        kept[key] = known_for, shown                       # at the end again: what was used last is dropped last
         return shown
     shown = {}
     for member, items in found:
@@ -8854,8 +8859,8 @@ def pick(client: Client, message: Message) -> Target | None:
 
 async def find_targets(client: Client, message: Message,
                        waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
-    """(Where a request may go that does not say so by a name alone: one after the other until it is not refused; what
-    may be missing there, {name of a server: why}). `waited`: the servers that were waited for."""
+    """(Where a request may go whose name alone does not say so: to one after the other, until it is not refused;
+    {name: why} of servers that could not be asked and may have it, too). `waited`: those that were waited for."""
     view, params, method = client.view, message.params, message.method
     # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
     is_call = method in ("tools/call", "prompts/get")
@@ -9042,7 +9047,7 @@ class Bridge:
 
 
 class LegacyClientBridge(Bridge):
-    """Requests of a legacy client that would change the server for its other clients too."""
+    """Requests of a legacy client that would change the server for its other clients, too: the proxy answers them."""
 
     def initialize(self, exchange: "Exchange", message: Message) -> None:
         """Shakes hands for the server."""
@@ -9583,7 +9588,7 @@ class ClientRequest(PendingRequest, Holder):
         self._serve(message, outlet)
 
     def _serve(self, message: Message, outlet: Outlet) -> None:
-        """Takes on the request to answer, and the outlet for the answer."""
+        """Takes on a request, its first one or that which a client came back with, and the outlet for the answer."""
         self.id, self.raw_id = message.id, message.raw_id
         name = message.params.get(NAMED_BY.get(self.method))
         self.name = name if isinstance(name, str) else None
@@ -9704,7 +9709,8 @@ class ClientRequest(PendingRequest, Holder):
         self.outlet.exchange = None               # a cycle less: what a call took is free at once
 
     def _cause_no_more(self) -> None:
-        """What the server says by itself may still be about this for a while, but it is not told to this client."""
+        """What the server says by itself from now on is not told to this client; for a while it may still be about
+        this, and so it is nobody else's."""
         self.connection.causes.pop(self, None)
         callers, identity = self.instance.recent_callers, self.client.identity
         callers.pop(identity, None)
@@ -10000,8 +10006,8 @@ class Exchange(ClientRequest):
                        if name.startswith("mcp-param-") and value.isascii() and name not in dict(own))
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
-        """The client took the request back, with a notification; or without, it is gone. A part of it that may still
-        wait is told the error."""
+        """The client took the request back, with a notification; or without, it is gone. If one of its connections may
+        still wait, that is told the error."""
         if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
             payload, status = (encode_error(self.raw_id, error), error.http_status) if error else ((), 200)
             self.end(Outcome.CANCELLED, payload, status, notification=notification)
@@ -10068,7 +10074,7 @@ class Exchange(ClientRequest):
             states[state] = GivenState(self.principal, self.target.server, self.instance.server)
 
     def refuse(self, error: ProxyError) -> None:
-        """The server does not do it."""
+        """The server refuses it: that is the answer, unless another one may have the resource."""
         if not self._ask_next():
             self.fail(error)
 
@@ -10081,11 +10087,11 @@ class Exchange(ClientRequest):
         return False
 
     def _begin_again(self, target: Target, left_out: Server | None = None) -> None:
-        """Goes to another server."""
+        """Goes to another server, which need not know what the one before asked and was told."""
         before = self.instance.server
         self.aim(target, left_out)
-        if self.instance.server is not before:         # the one that asked may be asked again; see Group._owner()
-            self.text = without_params(parse_message(self.text), *ANSWERS).text          # is no other's business
+        if self.instance.server is not before:         # by its state, it may be the same; see Group._owner()
+            self.text = without_params(parse_message(self.text), *ANSWERS).text
             if self.dialogue:
                 self.dialogue.gathered = {}
         self._start_over()
