@@ -8362,16 +8362,19 @@ class Group:
         owner = self._owner(client, message) if message else None
         if owner:
             return owner
-        members = [member for member in self.members if member is not left_out]
-        claiming = [member for member in self.members if self._claims(
-            member, client, message, client.headers if headers is None else headers)]
-        if claiming and claiming != [left_out]:            # what is claimed goes to nobody else, also when that is down
-            claiming = [member for member in claiming if member is not left_out]
-            return next((member for member in claiming if member.is_up), claiming[0])
+
+        # What is claimed goes to nobody else, also when those who claim it are down.
+        headers = client.headers if headers is None else headers
+        claiming = [member for member in self.members if self._claims(member, client, message, headers)]
+        members = [member for member in claiming or self.members if member is not left_out]
+        if claiming and members:
+            return next((member for member in members if member.is_up), members[0])
         is_call = message is not None and message.method in ("tools/call", "prompts/get")
         members = [member for member in members if not member.config.when] or ([] if is_call else members)
-        if claiming or not members:
+        if not members:
             raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
+
+        # The member that the client is at, if that is good enough; otherwise whoever has least to do.
         up = [member for member in members if member.is_up]
         first = [member for member in up if not member.config.is_backup] or up or members
         before = client.members.get(self.config.name)
