@@ -6761,7 +6761,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         question.refuse(NO_CLIENT_CAN if session or calls else NOBODYS)
 
 
-def claim(call, response: Message) -> None:
+def remember_named(call, response: Message) -> None:
     """Remembers the task or the elicitations that the response to a client's call names: they are its own."""
     result, client, instance = members_of(response.members.get("result")), call.client, call.instance
     for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
@@ -9588,9 +9588,9 @@ class ClientRequest(PendingRequest, Holder):
         self.answerer = None                          # takes it and its message, and answers in place of one server
         self.on_done = None                           # called when the exchange is over
         self.started = self.last_sign = client.mount.now()     # last_sign: when it last showed that it is alive
-        self._serve(message, outlet)
+        self._take_on(message, outlet)
 
-    def _serve(self, message: Message, outlet: Outlet) -> None:
+    def _take_on(self, message: Message, outlet: Outlet) -> None:
         """Takes on a request, its first one or that which a client came back with, and the outlet for the answer."""
         self.id, self.raw_id = message.id, message.raw_id
         name = message.params.get(NAMED_BY.get(self.method))
@@ -9776,7 +9776,7 @@ class ClientRequest(PendingRequest, Holder):
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self.started = retry.started                # the time of people is not the server's
-        self._serve(message, retry.outlet)
+        self._take_on(message, retry.outlet)
         self._enter_books()
         self.connection.causes[self] = self.client.identity
         self.touch()
@@ -10043,7 +10043,7 @@ class Exchange(ClientRequest):
                     raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
-                claim(self, response)
+                remember_named(self, response)
                 if self.method == "tasks/list":
                     response = own_tasks(self.instance, self.client, response)
                 response = outward(self.client, self.instance, response)
