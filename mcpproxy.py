@@ -9665,13 +9665,13 @@ class ClientRequest(PendingRequest, Holder):
 
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
-        # Messages, 4), and 404 that its session is lost. It stays where credentials are refused, here or further on.
-        # For any HTTP status, Python's SDK 1.x gives up the whole session.
+        # Messages, 4), and 404 that its session is lost; Python's SDK 1.x gives up the whole session for any. So what
+        # was accepted fails with 200, unless credentials were refused, here or further on; an unknown method, too.
         is_refused = member_at(error.data, ("status",)) in (401, 403) or error.http_status in (401, 403)
         is_accepted = self.method != "initialize" and self.client.calls.get(self.id) is self and (
             self.client.is_session or self.client.mount.settings.stateless)
-        is_late = is_accepted and not is_refused or error.code == METHOD_NOT_FOUND
-        status = 200 if self.envelope is None and is_late else error.http_status
+        hides_status = is_accepted and not is_refused or error.code == METHOD_NOT_FOUND
+        status = 200 if self.envelope is None and hides_status else error.http_status
         self.problem = str(error.code)
         self.end(outcome, encode_error(self.raw_id, error), status, error.headers)
 
