@@ -10206,6 +10206,7 @@ class Listener(Exchange):
             if not self.is_done:
                 self._become(RUNNING)
                 early, self.early = self.early, None
+                budget.set(self, self.held - sum(len(message.text) for message in early))
                 self.tell([encode_request(None, "notifications/subscriptions/acknowledged", {
                     "_meta": {SUBSCRIPTION_KEY: self.id}, "notifications": self.wanted})])
                 for message in early:
@@ -10287,6 +10288,7 @@ class Listener(Exchange):
         """Something that a server told all: does the client listen for it?"""
         if self.early is not None:
             self.early.append(message)
+            budget.set(self, self.held + len(message.text))
         elif message.method in (RESOURCE_UPDATED, TASK_CHANGED) or any(
                 self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
             self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])

@@ -15399,6 +15399,30 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
     assert "ann's" in str(town.told(ann)) and not town.told(bob)
 
 
+@pytest.mark.parametrize("is_too_much", [False, True])
+@in_town
+async def test_conversation_what_a_listener_is_told_too_early_is_counted(is_too_much, monkeypatch):
+    town = Town("legacy", ["a"])
+    await town.pass_time()
+    town.slow["b"] = 9                                             # so the listener waits that long
+    await town.reload(["a", "b"])
+    client = await town.client("modern")
+    monkeypatch.setattr(mcpproxy.budget, "limit", mcpproxy.budget.held + (500_000 if is_too_much else 5_000_000))
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {
+        "toolsListChanged": True, "resourceSubscriptions": ["z:z"]}})
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS)
+    for number in range(10):
+        town.say(town.links["a"][0], notification(TOOLS_CHANGED, {"x": str(number) + "x" * 100_000}))
+        await asyncio.sleep(0.1)
+    held = mcpproxy.budget.held
+    await asyncio.sleep(20)
+    told = town.told(client)
+    assert held < 500_000 if is_too_much else held > 1_000_000
+    assert ("error" in told[0]) if is_too_much else len([one for one in told if "x" in one["params"]]) == 10
+    client.leave()
+    assert mcpproxy.budget.held == 0
+
+
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 @in_town
 async def test_conversation_subscription_waits_for_a_server_that_is_starting_where_no_other_lists_the_resource(kind):
