@@ -6557,7 +6557,7 @@ class Stream(Holder):
         budget.set(self, 0)
 
 
-class Question:
+class Question(Holder):
     """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
 
     # Not from 1: its session may have been asked something by another proxy, and no id may come twice in one.
@@ -6565,13 +6565,31 @@ class Question:
 
     def __init__(self, encode, on_response, message: Message | None = None):
         self.id = next(self._ids)
-        self.payload = encode(b"%d" % self.id)   # as the client gets it
+        self._encode = encode                    # makes the payload with an id for the client
         self._on_response = on_response          # called with the question and the client's response
         self.message = message                   # a legacy server's request
         self.call = None                         # the exchange that it belongs to, if there is one
         self.missing: dict | None = None         # what its client lacks to answer it
         self.client = None                       # the session that is asked, and
         self.send = None                         # the way that the question took there
+
+    def ask(self, client, send) -> None:
+        """Sends it to a session; `send` is the way that it takes."""
+        self.client, self.send = client, send
+        payload = self._encode(b"%d" % self.id)
+        self.hold(len(payload[0]), client.principal)
+        send(payload)
+
+    def hold(self, size: int, principal: object) -> None:
+        """It takes so many bytes of a principal's while it is open."""
+        self.principal = principal
+        if size > SMALL:
+            budget.set(self, size)
+
+    def give(self) -> None:
+        """It is asked no longer."""
+        self.take_back()
+        self.refuse(try_later("too much is held for this client"))
 
     def respond(self, response: Message) -> None:
         """Takes the client's response, whatever its id."""
@@ -6592,6 +6610,8 @@ class Question:
 
     def leave_books(self) -> None:
         """It is open no more: neither at the client nor at the exchange."""
+        if self.held:
+            budget.set(self, 0)
         if self.client:
             self.client.questions.pop(self.id, None)
         if self.call:
@@ -7995,8 +8015,7 @@ class Session(Client):
             if question.call and question.call.is_done:
                 return                             # that was one of its own, and ended it
         self.questions[question.id] = question
-        question.client, question.send = self, send
-        send(question.payload)
+        question.ask(self, send)
 
     def receive(self, message: Message) -> None:
         """The client's response to a question, or its notification on its way to the servers that it uses."""
@@ -9383,6 +9402,7 @@ class Dialogue:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
         self.questions[str(question.id)] = question
         question.call, question.missing = self.exchange, missing
+        question.hold(len(question.message.text), self.exchange.principal)
         self._park_soon()
 
     def _park_soon(self) -> None:

@@ -15399,6 +15399,31 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
     assert "ann's" in str(town.told(ann)) and not town.told(bob)
 
 
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_questions_that_are_open_are_counted(kind, monkeypatch):
+    town = Town("legacy", ["a"])
+    client, before = await town.client(kind), mcpproxy.budget.held
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    monkeypatch.setattr(mcpproxy.budget, "limit", before + 350_000)
+    for number in range(4):
+        town.say(town.links["a"][0], {"id": f"q{number}", **QUESTION, "params": {
+            **QUESTION["params"], "message": "x" * 100_000}})
+    await asyncio.sleep(0.1)
+    answered = [line["id"] for line in town.links["a"][0].lines if "error" in line]
+    assert len(answered) == 1 and 300_000 < mcpproxy.budget.held - before < 350_000
+    if kind == "legacy":
+        asked = [message["method"] for message in town.told(client)]
+        assert asked == ["elicitation/create"] * 4 + ["notifications/cancelled"]
+    town.say(town.links["a"][0], notification("notifications/cancelled", {"requestId": "q0"}))
+    await asyncio.sleep(0.1)
+    town.links["a"][0].is_open = False
+    town.links["a"][0].end()
+    await asyncio.sleep(0.1)
+    client.leave()
+    assert mcpproxy.budget.held == 0
+
+
 @pytest.mark.parametrize("is_too_much", [False, True])
 @in_town
 async def test_conversation_what_a_listener_is_told_too_early_is_counted(is_too_much, monkeypatch):
