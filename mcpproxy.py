@@ -1738,9 +1738,11 @@ def check_size(message: Message, *paths: tuple[str, ...]) -> None:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
-def check_introduction(message: Message) -> None:
-    """The same for what a handshake has."""
+def check_introduction(message: Message, is_kept: bool = False) -> None:
+    """The same for what a handshake has; and for all of it, where it is kept as it is for a server to be started."""
     check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
+    if is_kept and message.params:
+        check_size(message, ("params",))
 
 
 def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
@@ -9840,6 +9842,7 @@ class Exchange(ClientRequest):
             if connection and (is_plain and not connection.link.is_remote or self._is_checked(connection)):
                 return self.begin(connection)
             if self.method == "initialize" and self.instance and self.instance.is_private:
+                check_introduction(self.message, is_kept=True)
                 self.instance.start(self.message.plain_params)
         except ProxyError as error:
             return self.fail(error)
@@ -10396,7 +10399,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
     """`initialize` and `server/discover`: what the servers can do, together."""
     client, is_initialize = exchange.client, exchange.method == "initialize"
     if is_initialize:
-        check_introduction(message)
+        check_introduction(message, is_kept=True)
         client.hello = message.plain_params
     found, missing = await gather_identities(client)
     capabilities: dict = {name: {} for name in ("tools", "prompts", "resources") if missing}

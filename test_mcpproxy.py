@@ -15399,6 +15399,20 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
     assert "ann's" in str(town.told(ann)) and not town.told(bob)
 
 
+@pytest.mark.parametrize("is_shared, place, is_kept", [
+    (True, None, True), (False, None, True), (False, "a", True), (True, "a", False)])
+@in_town
+async def test_conversation_handshake_that_is_kept_is_of_bounded_size(is_shared, place, is_kept):
+    town = Town("legacy", ["a", "b"], shared_session=is_shared)
+    side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
+        catalog=types.SimpleNamespace(view=lambda: town.mount.catalog.view(place)),
+        open_session=town.mount.open_session), "legacy")
+    large = {**initialize()["params"], "x": "x" * 70_000}
+    answer, = await town.say_to(side, 1, "initialize", large)
+    assert ("params is too large" in answer["error"]["message"]) if is_kept else "result" in answer
+    assert large not in [line.get("params") for links in town.links.values() for line in links[-1].lines]
+
+
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 @in_town
 async def test_conversation_questions_that_are_open_are_counted(kind, monkeypatch):
