@@ -372,9 +372,9 @@ class Settings:
     # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
     # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
-    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, event logs, "
-                                            "unread output and what remote servers are sending together; past that "
-                                            "who holds most gives first, and new bodies get 503")
+    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, open questions, "
+                                            "event logs, unread output and what remote servers are sending together; "
+                                            "past that who holds most gives first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time, and as many modern subscriptions; past that clients get 503 "
                                       "with Retry-After")
