@@ -6656,7 +6656,8 @@ class Outlet:
 #     a changed list      to all
 #     progress            names its call, or a task's that was answered; what names none is dropped
 
-KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance
+KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance,
+MAX_NAMED = 2 * 1024             # of at most so many characters: what has a longer id is nobody's
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
 
 # MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
@@ -6686,6 +6687,11 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
         del book[name]
 
 
+def short_of(state: str) -> str | bytes:
+    """What a requestState is known by: the digest of a long one."""
+    return state if len(state) <= MAX_NAMED else digest_of_key(state)
+
+
 class Owners(dict[tuple[str, str], object]):
     """Identities of clients, by the tasks and elicitations that are theirs; None is that of a client that may be
     anybody: whoever knows the id may use it."""
@@ -6695,7 +6701,9 @@ class Owners(dict[tuple[str, str], object]):
         self.old: set[tuple[str, str]] = set()       # from before the server's last start: it may use these ids again
 
     def remember(self, name: tuple[str, str] | None, client) -> None:
-        if name and client and (name[0] != "task" or self.get(name) is None or name in self.old):
+        if not (name and client) or len(name[1]) > MAX_NAMED:
+            return
+        if name[0] != "task" or self.get(name) is None or name in self.old:
             make_room_in(self, KNOWN_OWNERS)
             self[name] = client.owner
             self.old.discard(name)
@@ -6789,7 +6797,7 @@ def remember_named(call, response: Message) -> None:
     for task in (members_of(result.get("task")), result if result.get("resultType") == "task" else {}):
         if isinstance(task.get("taskId"), str):
             instance.owners.remember(("task", task["taskId"]), client)
-            if call.token and client.is_session:
+            if call.token and len(call.token) <= MAX_NAMED and client.is_session:
                 make_room_in(call.connection.tokens, KNOWN_OWNERS, lambda known: known[0])
                 call.connection.tokens[call.server_id] = client.id, call.token
     if not response.is_result and response.error_code == URL_ELICITATION_REQUIRED:
@@ -8422,7 +8430,7 @@ class Group:
         """The member that has the task, or the call that waits for input, which a request names."""
         state, named = message.params.get("requestState"), owner_named(message)
         if isinstance(state, str):
-            given = client.mount.states.get(state)
+            given = client.mount.states.get(short_of(state))
             return given.server if given and given.server in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
                      if named in instance.owners and instance.is_owner(client, named)), None) if named else None
@@ -8464,7 +8472,7 @@ class Mount:
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
-        self.states: dict[str, GivenState] = {}              # who gave others
+        self.states: dict[str | bytes, GivenState] = {}      # who gave others, by short_of()
         self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
@@ -9874,7 +9882,7 @@ class Exchange(ClientRequest):
             self.instance, self.group = parked.instance, parked.group
             return
         target = pick(self.client, self.message)
-        given = self.client.mount.states.get(state) if target is None and (
+        given = self.client.mount.states.get(short_of(state)) if target is None and (
             self.method == "resources/read" and isinstance(state, str)) else None           # a call goes by its name
         if given and given.place in self.client.view.by_name:
             target = Target(given.place)
@@ -10097,7 +10105,7 @@ class Exchange(ClientRequest):
         if isinstance(state, str):
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
-            states[state] = GivenState(self.principal, self.target.server, self.instance.server)
+            states[short_of(state)] = GivenState(self.principal, self.target.server, self.instance.server)
 
     def refuse(self, error: ProxyError) -> None:
         """The server refuses it: that is the answer, unless another one may have the resource."""

@@ -15399,6 +15399,46 @@ async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(b
     assert "ann's" in str(town.told(ann)) and not town.told(bob)
 
 
+@pytest.mark.parametrize("length, is_known", [(2_048, True), (2_049, False)])
+@in_town
+async def test_conversation_task_is_known_by_an_id_of_bounded_length(length, is_known):
+    town = Town("legacy", ["a"])
+    client, _ = await town.client("legacy"), await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t", "task": {}})
+    town.say(town.links["a"][0], {"id": town.heard[0][1]["id"], "result": {"task": {"taskId": "x" * length}}})
+    town.answers["tasks/get"] = {"taskId": "x" * length}
+    *_, answer = await town.say_to(client, 2, "tasks/get", {"taskId": "a__" + "x" * length})
+    assert ("result" in answer) == is_known
+
+
+@in_town
+async def test_conversation_token_of_a_task_is_kept_at_bounded_length():
+    town = Town("legacy", ["a"])
+    client, link = await town.client("legacy"), town.links["a"][0]
+    for number, token in enumerate(["y" * 2_000, "z" * 2_049]):
+        await town.say_to(client, number + 1, "tools/call", {
+            "name": "a__t", "task": {}, "_meta": {"progressToken": token}})
+        call = town.heard[-1][1]["id"]
+        town.say(link, {"id": call, "result": {"task": {"taskId": str(number)}}})
+        town.told(client)
+        town.say(link, notification("notifications/progress", {"progressToken": call, "progress": 1}))
+        tokens = [message["params"]["progressToken"] for message in town.told(client)]
+        assert tokens == ([token] if number == 0 else [])
+
+
+@in_town
+async def test_conversation_state_of_any_length_leads_to_the_member_that_gave_it():
+    town = Town("modern", ["g.a", "g.b"])
+    state = "s" * 1_000_000
+    await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "g__t"})
+    (name, call), = town.heard
+    town.say(town.links[name][0], asks_for_input(call, requestState=state, **ASKED))
+    for _ in range(4):
+        await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "g__t", "requestState": state})
+    assert [one for one, _ in town.heard] == [name] * 5
+    assert sum(map(len, town.mount.states)) < 100
+
+
 @pytest.mark.parametrize("is_shared, place, is_kept", [
     (True, None, True), (False, None, True), (False, "a", True), (True, "a", False)])
 @in_town
