@@ -13159,6 +13159,8 @@ def main() -> None:
         else:
             print("mcpproxy:", text, file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:                    # of --check, or of a start: a run hears of it itself
+        sys.exit(128 + signal.SIGINT)
     finally:
         log.flush()
 

@@ -11992,6 +11992,17 @@ def test_several_servers_are_checked(tmp_path, broken):
     assert ("b: does not work: the MCP server ended with exit code 1: no good" in found.stdout) == broken
 
 
+def test_several_servers_that_are_checked_end_without_a_traceback_when_they_are_waited_for_no_longer(tmp_path):
+    begun = tmp_path / "begun"
+    silent = f"import sys; print(file=open({str(begun)!r}, 'w'), flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, program_now(), "--check", "--", sys.executable, "-c", silent],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as program:
+        until(begun.exists, "the server")
+        program.send_signal(signal.SIGINT)
+        said = program.communicate(timeout=PATIENCE)[1]
+    assert program.returncode == 128 + signal.SIGINT and "Traceback" not in said, said
+
+
 def test_several_servers_that_are_checked_can_say_nothing_to_the_terminal_or_for_each_other():
     program = LISTING_SERVER % ({"tools/list": {"tools": [{"name": "t\x1b]0;x\x07\nb: fine", "inputSchema": {}}]}}, "")
     found = run_program("--check", "--", sys.executable, "-c", program)
