@@ -12303,6 +12303,7 @@ ROUTES = {
 # session, a modern one a visitor that stays. What is written to stdout is nothing but messages, a line each.
 
 STDIN_BYTES = 256 * 1024         # that are read at a time
+STDIN_READS = 8                  # that may wait to be looked at: a file is read faster than its messages are understood
 
 
 class LineStream(Stream):
@@ -12341,6 +12342,7 @@ class StandardStreams(asyncio.BaseProtocol):
         self._session: Session | None = None
         self._visitor = mount.visit(mount.catalog.view(), None, {}, "stdin")
         self._output: asyncio.WriteTransport | None = None             # None: a file
+        self._room = threading.Semaphore(STDIN_READS)
 
     async def start(self) -> None:
         """Begins to read."""
@@ -12360,8 +12362,13 @@ class StandardStreams(asyncio.BaseProtocol):
                     continue
                 except OSError:                            # the terminal is gone
                     data = b""
-                self._loop.call_soon_threadsafe(self._lines.feed, data or b"\n")
+                self._room.acquire()
+                self._loop.call_soon_threadsafe(self._feed, data or b"\n")
             self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._on_end()))
+
+    def _feed(self, data: bytes) -> None:
+        self._room.release()
+        self._lines.feed(data)
 
     async def _on_end(self) -> None:
         for question in list(self._session.questions.values()) if self._session else ():

@@ -20518,6 +20518,19 @@ def test_stdio_gives_a_slow_reader_all_answers():
         assert sorted(json.loads(line)["id"] for line in program.stdout) == list(range(200))
 
 
+def test_stdio_reads_a_file_no_faster_than_it_understands_what_is_in_it(tmp_path):
+    line = json.dumps(notification("notifications/other", {"text": "x" * 1000})).encode() + b"\n"
+    (tmp_path / "lines").write_bytes(line * 150_000)
+    peak = 0                                           # in kB
+    with open(tmp_path / "lines") as lines, subprocess.Popen(
+            [sys.executable, program_now(), "--stdio"], stdin=lines, stderr=subprocess.DEVNULL) as program:
+        while program.poll() is None:
+            found = re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{program.pid}/status").read_text())
+            peak = max(peak, int(found[1]) if found else 0)
+            time.sleep(0.01)
+    assert program.returncode == 0 and peak < 100_000
+
+
 def test_stdio_ends_the_sessions_of_remote_servers():
     with Remote("legacy") as far:
         with StdioClient("--", far.url) as client:
