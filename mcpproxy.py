@@ -11441,26 +11441,14 @@ class Admission:
         self.head, self._settings, self._catalog = head, settings, catalog
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
-        # The path as it is without a reverse proxy, which may or may not have taken its prefix off.
-        base = settings.base_path
-        self.path = head.path.removeprefix(base) if head.path.startswith(base + "/") else head.path
-        self.path = "/" if head.path == base and base not in routes else self.path
-        self.place: str | None = None          # the server that is met by itself there
-        if catalog.is_file and self.path.startswith("/servers/"):
-            name, slash, rest = self.path.removeprefix("/servers/").partition("/")
-            if (name in catalog.places or name in catalog.leaving) and (
-                    not slash or "/" + rest.rstrip("/") not in OF_ALL):
-                self.place, self.path = name, slash + rest
-        if self.path not in routes and self.path.rstrip("/") in routes:
-            self.path = self.path.rstrip("/")
+        self.place, self.path = self._find_place(routes)
         # What an endpoint says of its own place.
-        self.base = base + (f"/servers/{self.place}" if self.place else "")
+        self.base = settings.base_path + (f"/servers/{self.place}" if self.place else "")
         self.route = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
             resource = self._described_resource() if settings.oauth_issuer and not self.place else None
-            self.route = None
-            if resource:
-                (self.place, self.path), self.route = resource, routes.get(RESOURCE_METADATA)
+            self.route = routes.get(RESOURCE_METADATA) if resource else None
+            self.place, self.path = resource or (self.place, self.path)
         self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and what it passed
         self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
@@ -11468,6 +11456,23 @@ class Admission:
         self.version = head.headers.get("mcp-protocol-version")
         self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = media_type(head)
+
+    def _find_place(self, routes: dict) -> tuple[str | None, str]:
+        """(the server that is met by itself, or None; the path there). A reverse proxy may or may not have taken its
+        prefix off."""
+        place, path, base = None, self.head.path, self._settings.base_path
+        if path.startswith(base + "/"):
+            path = path.removeprefix(base)
+        elif path == base and base not in routes:
+            path = "/"
+        if self._catalog.is_file and path.startswith("/servers/"):
+            name, slash, rest = path.removeprefix("/servers/").partition("/")
+            if (name in self._catalog.places or name in self._catalog.leaving) and (
+                    not slash or "/" + rest.rstrip("/") not in OF_ALL):
+                place, path = name, slash + rest
+        if path not in routes and path.rstrip("/") in routes:
+            path = path.rstrip("/")
+        return place, path
 
     def _described_resource(self) -> tuple[str | None, str] | None:
         """(place, path) of the resource whose metadata is asked for; None if it is not one of ours. RFC 9728 §3.1: its
