@@ -10515,17 +10515,16 @@ import threading
 #
 #     max_body                           bytes
 #     counters                           where bytes and streams are counted
-#     admit(head, host)                  raises ProxyError when a request with this head may not pass; its body was not
-#                                        read yet. NotYet when that has to be found out first. What it returns is
-#                                        kept for when the head comes again, until it `is_old`; it has `headers`,
-#                                        (name, value) pairs for every reply, and `caller`, who is answerable for it;
-#                                        None: whoever has the address
+#     admit(head, host)                  before the body is read: raises ProxyError when a request with this head may
+#                                        not pass, NotYet when that has to be found out first. What it returns is kept
+#                                        for when the head comes again, until it `is_old`; it has `headers`, for every
+#                                        reply, and `caller`, who is answerable; None: whoever has the address
 #     handle(admission, body, reply)     sees to it that the reply is sent, now or later
 #     refuse(error, reply)               sends the reply that an error stands for
 #
-#     HEAD --> BODY --> REPLY --> HEAD       (the connection is kept)
-#       |        |
-#       +--------+----> LINGER               (the request was not read to its end)
+#     HEAD [--> CHECK] --> BODY --> REPLY --> HEAD       (the connection is kept)
+#       |         |          |
+#       +---------+----------+----> LINGER               (the request was not read to its end)
 #
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
@@ -10549,8 +10548,7 @@ def http_date(second: int) -> bytes:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
-# What comes next on a connection: of a request the head, what has to be found out because of it, or the body; the reply
-# to one that was read; or the rest of one that was not is thrown away until the client is done.
+# What a connection waits for. CHECK: to be told whether a request may pass, when its head alone does not say.
 HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY LINGER")
 
 
@@ -10563,7 +10561,7 @@ class Reply:
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
-        self.admission = None              # once it may pass; the head's own is found out anew for others who have it
+        self.admission = None              # once it may pass; the head's may be another by then, for another connection
         self.headers: tuple = ()           # that every answer gets, an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
         self.leaves_on_eof = False         # is a client that closes its sending half gone?
@@ -10636,17 +10634,17 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._reply: Reply | None = None    # to the request whose head was read
         self._checked: tuple | None = None  # (head, error or None, headers for that) of one that had to wait
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
-        self.principal = self._host = principal_of(host)
+        self.principal = self._host = principal_of(host)    # until a key says more; and by the address alone
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
         self.sent = 0                       # bytes
         self._is_clogged = False            # does output wait for the client to read?
-        self.is_half_closed = False           # will the client send nothing more?
+        self.is_half_closed = False         # will the client send nothing more?
         self._advances_soon = False         # is it planned to go on with what is there?
-        self.since = time.monotonic()      # the beginning of what is waited for
-        self.received = self._received_before = 0              # bytes, and what they were then
+        self.since = time.monotonic()       # the beginning of what is waited for
+        self.received = self._received_before = 0           # bytes, and what they were then
         self.keeps_alive = True
         server.connections.add(self)
 
@@ -10672,9 +10670,10 @@ class HTTPConnection(asyncio.Protocol, Holder):
         # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
         self.is_half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
-        reply = self._reply if self._phase in (REPLY, CHECK) else None
-        waits = self._is_clogged or self._advances_soon if reply is None else not (
-            reply.is_stream or reply.leaves_on_eof)
+        if self._phase in (REPLY, CHECK) and self._reply:
+            waits = not (self._reply.is_stream or self._reply.leaves_on_eof)
+        else:
+            waits = self._is_clogged or self._advances_soon
         return waits and self._transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -10708,8 +10707,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
         self._advances_soon = False
         for _ in range(REQUESTS_A_TURN):
-            if not (self._parser.rest or self._checked) or self._phase not in (HEAD, BODY) or (
-                    self._is_clogged or self._transport.is_closing()) or not self._next_request():
+            if not (self._parser.rest or self._checked) or self._phase not in (HEAD, BODY):
+                break
+            if self._is_clogged or self._transport.is_closing() or not self._next_request():
                 break
         else:
             self._advance_soon()
@@ -10729,7 +10729,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._loop.call_soon(self._advance)
 
     def _next_request(self) -> bool:
-        """Hands on the next request if all of it is there."""
+        """Hands on the next request if all of it is there; also one that its head alone refuses, because then it is
+        known where the next one begins, and the connection can be kept."""
         refusal = None                 # by the head alone
         try:
             if self._phase is HEAD:
