@@ -22,7 +22,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     6.  JSON                   values found and changed in a text, without writing the rest anew
     7.  JSON-RPC               text into one valid message
     8.  Protocol eras          what a message of the one era is in the other
-    9.  Results                the same of results; and what a server said of itself
+    9.  Results                the same for results; and what a server says of itself
     10. Access                 who may come in, and what a client may set
     11. Tokens                 what an OAuth token says, and who has signed it
     12. Views                  which servers and tools a URL shows, and under which names
@@ -37,7 +37,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     19. Links                  what a server is spoken to through: a process, and its end
     20. HTTP client            requests of ours, and the connections for them
     21. Issuer of tokens       who is asked what a token is worth
-    22. Requests to remote servers          a message to a URL, and what answers it
+    22. Requests to remote servers          a message to a URL, and what comes back
     23. Remote servers         the other kind of link: a URL
     24. Server connection      JSON-RPC over one link: handshakes, ids, responses
     25. Streams, questions and outlets      what goes to a client
@@ -52,19 +52,19 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     34. Dialogues              what a server asks in the course of a call
     35. Records                what stays of a call that is over
     36. Client requests        one client request from its coming to its end
-    37. Exchanges              how it gets to a server, and what that sends in answer
+    37. Exchanges              how it gets to a server, and what the server sends in answer
     38. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
     39. HTTP connections       one socket each
     40. HTTP server            the sockets that are listened on, and TLS
     41. Outlets                a call's messages into an HTTP reply
-    42. Overview               what those who look after the proxy are told of it
-    43. Admission              what the head of a request says
+    42. Overview               the proxy for whoever operates it: health, metrics, what runs
+    43. Admission              what the head of a request says: who, where to, what for
     44. OpenAPI                the tools as operations
     45. The application        what every request passes, and what anybody may ask
     46. Endpoints              what each method and path means
-    47. Standard streams       the other way to be reached: by one client, on stdin and stdout
+    47. Standard streams       the other way in: for one client, on stdin and stdout
     48. Demo server            a small MCP server to try things with
     49. The proxy              everything put together
     50. Command line           arguments and environment into a running proxy
@@ -84,8 +84,10 @@ Words
     server      one configured server: how its links are made, and its instances
     mount       what clients meet: sessions, calls, limits
     view        what one URL shows of the servers: which of them, and the names of their tools there
+    place       the <name> of /servers/<name>, where a server or group is met by itself; None at other URLs
     joint       of several servers as one
-    principal   who is answerable for what a request takes: its key, or without keys the address it comes from
+    caller      who brings a key or a token; None: somebody without one
+    principal   who is answerable for what a request takes: its caller, or without one the address it comes from
     client      a session, which has an Mcp-Session-Id or a ?session_id=; or a visitor, without one
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
     outlet      where the messages of an exchange go: into the reply to a POST, or a session's stream
@@ -11265,8 +11267,9 @@ class ToolOutlet(Outlet):
 # 42. Overview
 # ============================================================================
 #
-# What those who look after the proxy are told of it, read when they ask. The names of metrics are OpenTelemetry's and
-# the Prometheus client libraries' where they have any.
+# The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept for this;
+# it is read off when somebody asks. Names of metrics are OpenTelemetry's and the Prometheus client libraries' where
+# they have any.
 
 LABELS = ("server", "mcp_method_name", "gen_ai_tool_name", "mcp_protocol_version", "error_type")
 LISTS_SECONDS = 1.0              # for servers to say which tools they have
@@ -11287,7 +11290,7 @@ class Overview:
         return self._started_at - self._clock_at + moment
 
     def _facts(self, server: Server, with_error: bool) -> dict:
-        """What is known of a server; nothing of what is not."""
+        """What is known of a server: what is not known has no member."""
         facts, identity = {"state": server.state, "restarts": server.restarts}, server.identity
         if identity:
             facts |= {"era": identity.era, "revision": str(identity.version)[:MAX_LABEL],
@@ -11656,8 +11659,8 @@ def rebase_references(schema: object, pointer: str) -> object:
 # 45. The application
 # ============================================================================
 #
-# What an HTTPConnection calls: whoever comes has to pass guards, the method and the path choose what is done, and what
-# that raises becomes the reply, in one place. What anybody who looks after the proxy may ask of it is here too.
+# What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
+# raises becomes the reply, in one place. The endpoints that know no MCP (probes, metrics, preflights) are here too.
 
 CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -11725,9 +11728,9 @@ class Application:
         route = admission.route
         self._allow_page(admission)
         try:
-            # So is a client that takes / for the URL of MCP.
+            # A client that takes / for the URL of MCP is told where that is. And all are, with or without a key: who is
+            # asked for one here would look for OAuth.
             if route is None or admission.path == "/" and (head.method == "POST" or is_stream_wanted(head)):
-                # For everybody: who is asked for a key here would look for OAuth.
                 raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
             try:
                 for guard in self.guards if not route.is_public else ():
@@ -11735,7 +11738,7 @@ class Application:
             except HTTPError as error:
                 if not route.is_open:
                     raise
-                # Who is refused is looked at each time; and what is raised again and again keeps all that raised it.
+                # Not kept for the next request: an error that is raised again and again holds ever more frames.
                 admission.objection, admission.good_until = error, 0.0
             if head.method not in route.methods:
                 raise HTTPError(f"this path takes {route.allow}", status=405, headers=(("Allow", route.allow),))
@@ -11921,8 +11924,8 @@ class Route:
     """What can be done with a path; every one takes OPTIONS."""
 
     def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
-        self.is_public = is_public             # without a key
-        self.is_open = is_open                 # the same; but who has one, and is no stranger's page, sees more
+        self.is_public = is_public             # no guard is asked
+        self.is_open = is_open                 # whom a guard refuses is let in too, but sees less
         self.methods = {**methods, "OPTIONS": Application.preflight}          # what an application does for each
         self.allow = ", ".join(self.methods)
 
@@ -12552,6 +12555,7 @@ class DemoServer:
         if method == "tools/call":
             return {"content": [{"type": "text", "text": self._call(request_id, params)}]}
         if method == "prompts/get":
+            # Looked up, so that any other name is an error: see _answer().
             text = {"greet": f"Please greet {(params.get('arguments') or {})['name']}."}[params["name"]]
             return {"messages": [{"role": "user", "content": {"type": "text", "text": text}}]}
         if method in ("resources/read", "resources/subscribe", "resources/unsubscribe"):
@@ -12643,7 +12647,7 @@ class Proxy:
         return Server(config, new_link, time.monotonic, pool)
 
     def _doubt(self, config: ServerConfig) -> None:
-        """Says what a server's settings do not do for it."""
+        """Warns of settings of a server that do less than they seem to."""
         own = config.settings
         for name in ("sandbox_read", "sandbox_write") if own.sandbox == "off" else ():
             if getattr(own, name) != getattr(self.settings, name):
@@ -12770,8 +12774,8 @@ def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
 
 def load_keys(settings: Settings, catalog: Catalog) -> Keys:
     """Who may come in."""
-    return keys_of(settings, read_text(settings.auth_keys_file) if settings.auth_keys_file else "",
-                      tuple(catalog.places))
+    text = read_text(settings.auth_keys_file) if settings.auth_keys_file else ""
+    return keys_of(settings, text, tuple(catalog.places))
 
 
 def read_text(path: str) -> str:
@@ -12896,7 +12900,7 @@ def check_command(config: str, environment: dict[str, str]) -> None:
 
 
 def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
-    """What can be used but is hardly meant so, a line each."""
+    """What is allowed but probably a mistake, a line each."""
     import difflib
     command, lines = shlex.split(settings.mcp_server_config), []
     if not any(re.fullmatch("-[a-z]*c", word) for word in command):             # sh -c
@@ -13110,7 +13114,7 @@ def print_new_key(name: str) -> None:
     import secrets
     key = secrets.token_urlsafe(32)
     entry = {"sha256": digest_of_key(key).hex()}
-    parse_caller(name, entry, ())
+    parse_caller(name, entry, ())              # refuses a name that the file would not take
     print(f"the key, for {name}: {key}\nfor AUTH_KEYS_FILE:   {dump(name)}: {dump(entry)}")
 
 
