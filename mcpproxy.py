@@ -13073,29 +13073,32 @@ async def serve_stdio(settings: Settings) -> None:
         await is_over.wait()
 
 
+async def describe(member: ServerConfig, client: Client) -> list[str]:
+    """What a server is and offers, a line each; raises what keeps it from working."""
+    instance = client.at(client.mount.servers[member.name])
+    await instance.ready()
+    identity = instance.identity
+    lines = [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}"]
+    for method, (kind, _, _) in LISTS.items():
+        try:
+            names = (await instance.list_of(method).get()).shown(member, client.view.is_joint)
+        except ServerError as error:
+            if method == "tools/list":
+                raise
+            lines.append(f"  {kind}: {error}")                     # the rest can be used
+        else:
+            lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
+    return lines
+
+
 async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
     proxy, all_work = Proxy(settings, dict(os.environ)), True
-    view = proxy.mount.catalog.view()
-    client = proxy.mount.visit(view, None, {})
     try:
-        async def look(member: ServerConfig) -> list[str]:
-            instance = client.at(proxy.mount.servers[member.name])
-            await instance.ready()
-            identity, lines = instance.identity, []
-            for method, (kind, _, _) in LISTS.items():
-                try:
-                    names = (await instance.list_of(method).get()).shown(member, view.is_joint)
-                except ServerError as error:
-                    if method == "tools/list":
-                        raise
-                    lines.append(f"  {kind}: {error}")             # the rest can be used
-                    continue
-                lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
-            return [f"{member.name}: {identity.name} {identity.release}, revision {identity.version}", *lines]
         print("sandbox:", abilities())
+        client = proxy.mount.visit(proxy.mount.catalog.view(), None, {})
         members = proxy.mount.catalog.servers.values()
-        outcomes = await asyncio.gather(*(asyncio.wait_for(look(member), member.settings.request_timeout)
+        outcomes = await asyncio.gather(*(asyncio.wait_for(describe(member, client), member.settings.request_timeout)
                                           for member in members), return_exceptions=True)
         for member, outcome in zip(members, outcomes):
             if isinstance(outcome, BaseException):
