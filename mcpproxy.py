@@ -10793,6 +10793,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         if self._phase is CHECK and not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
             self._phase, self._checked = HEAD, (head, error and as_told(error), headers)
+            self.since = time.monotonic()
             if not self._is_clogged:
                 self._transport.resume_reading()           # also of one that is refused, so that it hears of that
             self._advance()
@@ -10889,7 +10890,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 # response is something that every client has to be able to read over.
                 self._probes += 1
                 self.write([CONTINUE])
-        elif not self._is_clogged:
+        elif not self._is_clogged and self._phase is not CHECK:        # which takes no time of the client's
             is_between = self._parser.is_between
             seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(
                 self._phase, IDLE_SECONDS if is_between else HEAD_SECONDS)

@@ -20135,6 +20135,20 @@ def test_oauth_question_of_many_with_one_token_is_asked_once(slow):
     assert len(slow.asked) == 1
 
 
+@pytest.mark.parametrize("sent", [None, -1], ids=["whole", "but for the end of the body"])
+def test_oauth_client_is_not_charged_for_the_time_that_the_issuer_takes(issues, altered, sent):
+    altered(HEAD_SECONDS=0.7, BODY_SECONDS=0.7)
+    issues.knows(**{"opaque-1": {}})
+    introspect = issues.answers["/tenant/introspect"]
+    issues.answers["/tenant/introspect"] = lambda visit: (time.sleep(2), introspect(visit))[1]
+    with introspecting(issues) as proxy, HTTP(proxy) as http:
+        raw = echo_request("hi", "opaque-1")
+        http.send(raw[:sent])
+        time.sleep(2.3)
+        http.send(raw[sent:] if sent else b"")
+        assert http.response().status == 200
+
+
 def test_oauth_body_that_comes_while_another_with_the_same_head_waits_for_the_issuer_is_served(issues):
     said, go = {"exp": time.time() + 1}, threading.Event()
     issues.knows(**{"opaque-1": said})
