@@ -5976,7 +5976,7 @@ class RemoteLink(Link):
         for line, about, is_repeated in held:
             if about is None or self.awaits(about[0]):
                 self.write(line, about, is_repeated)
-        if not self._endpoint and self.on_end:
+        if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
 
     def _renew(self, session: str, line: bytes, about: tuple | None = None) -> None:

@@ -9216,6 +9216,22 @@ async def test_remote_server_may_take_long_to_open_a_session():
 
 
 @over_a_link
+async def test_remote_session_that_is_ended_before_its_server_knows_that_it_has_begun_gets_no_stream():
+    far, before = FarLink(), asyncio.all_tasks()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    stopping, begun = far.stop(), await far.taken("notifications/initialized")
+    respond(begun, 202)
+    await asyncio.sleep(0.1)
+    assert [fetch.head.split()[0] for fetch in far.sent] == [b"DELETE"]
+    respond(far.sent.pop(), 200)
+    await stopping
+    await asyncio.sleep(1)
+    assert asyncio.all_tasks() == before
+
+
+@over_a_link
 async def test_remote_stream_is_opened_again_when_its_server_wants_that():
     """Not before, and though it cannot be opened once; see Transports, Listening for Messages."""
     far, now = FarLink(), asyncio.get_running_loop().time
