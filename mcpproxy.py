@@ -234,6 +234,8 @@ KNOWN_HEAD_FIELDS = 32               # how many lines it may have: each takes 15
 MAX_QUEUED_MESSAGES = 1_000
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 
+OTHER = "_OTHER"                     # OpenTelemetry's word, as a label, for what has none of its own
+
 LARGEST_FLOAT = 1.7976931348623157e308
 
 LARGE = 64 * 1024                    # from here on, a copy costs more than a system call
@@ -1521,8 +1523,8 @@ def has_one_id(line: bytes) -> bool:
 
 
 def error_type(response: "ResponseLine | Message") -> str:
-    """What went wrong, as OpenTelemetry has it (Semantic conventions for MCP, error.type): the code of an error,
-    tool_error of a tool's result that says so; nothing if nothing did. Of a large result both ends are looked at."""
+    """What went wrong, as OpenTelemetry has it (Semantic conventions for MCP, error.type): the code of an error, or
+    tool_error where a tool's result says so; nothing if nothing did. Of a large result both ends are looked at."""
     if response.is_result and isinstance(response, ResponseLine):
         line = response.line
         if len(line) > LARGE:
@@ -1532,7 +1534,7 @@ def error_type(response: "ResponseLine | Message") -> str:
     with contextlib.suppress(RPCError):
         message = response.parsed()
         if not message.is_result:
-            return str(message.error_code)
+            return OTHER if message.error_code is None else str(message.error_code)
         return "tool_error" if members_of(message.members["result"]).get("isError") is True else ""
     return ""
 
@@ -3640,7 +3642,6 @@ def start_logging(level: str, as_json: bool) -> None:
 # the server's, and bounded.
 
 DURATIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)         # seconds
-OTHER = "_OTHER"
 MAX_TOOLS = 500                  # that have numbers of their own
 MAX_CODES = 50                   # of errors, those that servers made up with them
 MAX_CALL_SERIES = 4_000          # of calls; past that neither tools nor errors are told apart: each is 3 KB of text

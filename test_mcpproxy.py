@@ -2754,6 +2754,14 @@ def test_rpc_names_that_some_readers_take_for_others_are_refused(params, word):
         mcpproxy.check_parameters(mcpproxy.parse_message(json.dumps(request(1, method, params))))
 
 
+@pytest.mark.parametrize("error, expected", [
+    ('{"code":-32602,"message":"x"}', "-32602"), ('{"code":7.0}', "7"), ("{}", "_OTHER"), ('{"code":"E7"}', "_OTHER"),
+    ('{"code":true}', "_OTHER"), ('{"code":1e999}', "_OTHER")])
+def test_rpc_error_is_counted_by_its_code(error, expected):
+    line = f'{{"jsonrpc":"2.0","id":1,"error":{error}}}'.encode()
+    assert mcpproxy.error_type(mcpproxy.find_response(line)) == expected
+
+
 @pytest.mark.parametrize("head, tail, raw_id", [
     ('{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{', '"}}', b"5"),
     ('{"jsonrpc": "2.0", "id": "a", "method": "tools/call", "params": {', '"}}', b'"a"'),
