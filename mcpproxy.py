@@ -2145,11 +2145,11 @@ def shortened(text: str, limit: int) -> str:
     """A text of at most about `limit` bytes: its head and tail, 3 to 1, around a word on what was left out."""
     data = text.encode("utf-8", "surrogatepass")
     head, tail = data[:limit * 3 // 4], data[len(data) - limit // 4:]
-    marker = f"\n[... {left_out(len(data) - limit)} of {left_out(len(data))} left out by mcpproxy ...]\n"
+    marker = f"\n[... {kilobytes(len(data) - limit)} of {kilobytes(len(data))} left out by mcpproxy ...]\n"
     return head.decode("utf-8", "ignore") + marker + tail.decode("utf-8", "ignore")
 
 
-def left_out(size: int) -> str:
+def kilobytes(size: int) -> str:
     return f"{max(1, round(size / 1024))} kB"
 
 
@@ -2168,7 +2168,7 @@ def cut_result(response: Message, limit: int) -> Message:
     structured = len(members.get("structuredContent", "").encode())
     if structured > limit:
         del members["structuredContent"]
-        blocks.append(dump({"type": "text", "text": f"[... structuredContent, {left_out(structured)}, left out by "
+        blocks.append(dump({"type": "text", "text": f"[... structuredContent, {kilobytes(structured)}, left out by "
                                                     "mcpproxy ...]"}))
         is_cut = True
     if not is_cut:
@@ -2821,10 +2821,10 @@ class ServerConfig:
         """Its own, and that of its group."""
         return (self.name, self.group) if self.group else (self.name,)
 
-    @property
-    def changed_in_place(self) -> "ServerConfig":
-        """The same without what can be changed while it runs."""
-        return dataclasses.replace(self, rules=Rules(), prefix=None, group=None, when=None, weight=1.0, is_backup=False)
+    def can_become(self, new: "ServerConfig") -> bool:
+        """Can this be changed into the new one while it runs?"""
+        return self == dataclasses.replace(new, rules=self.rules, prefix=self.prefix, group=self.group, when=self.when,
+                                           weight=self.weight, is_backup=self.is_backup)
 
     def shown_as(self, name: str, method: str, is_joint: bool) -> str | None:
         """The name of a tool or prompt as it is shown; None if it is not. URIs are shown as they are."""
@@ -8511,7 +8511,7 @@ class Mount:
         catalog.leaving = {session.view.place for session in self.sessions.values()} - {None, *catalog.places}
         for name, config in catalog.servers.items():
             old = before.get(name)
-            if old and old.config.changed_in_place == config.changed_in_place:
+            if old and old.config.can_become(config):
                 self.servers[name] = before.pop(name)
                 old.config = config
                 for instance in old.instances.values():
