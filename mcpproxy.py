@@ -199,10 +199,11 @@ INVALID_PARAMS = -32602
 INTERNAL_ERROR = -32603
 SERVER_FAILED = -32000
 
-# MCP 2026-07-28, Overview, Error Codes; the last one of 2025-11-25 and before.
+# MCP 2026-07-28, Overview, Error Codes.
 HEADER_MISMATCH = -32020
 MISSING_CAPABILITY = -32021
 UNSUPPORTED_VERSION = -32022
+# MCP 2025-11-25: Resources, Error Handling; Elicitation, URL Elicitation Required Error.
 RESOURCE_NOT_FOUND = -32002
 URL_ELICITATION_REQUIRED = -32042
 
@@ -222,13 +223,13 @@ MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, in characters
-MAX_URI_PARTS = 1_000                # that are looked at when such a one changes
+MAX_URI_PARTS = 1_000                # of one that changed: places where what it is a part of may end
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
-KNOWN_HEADS = 2_048                  # of all connections that are kept; most clients send three, again and again
-KNOWN_HEAD_BYTES = 1024              # of the largest that is kept, and
-KNOWN_HEAD_FIELDS = 32               # how many lines it may have: each takes 150 bytes more than its own
+KNOWN_HEADS = 2_048                  # heads that are kept parsed; most clients send three, again and again
+KNOWN_HEAD_BYTES = 1024              # of one that is kept
+KNOWN_HEAD_FIELDS = 32               # lines of one that is kept: each takes 150 bytes more than its own
 
 # What may wait for one client that does not read: enough for a burst, too little to hurt.
 MAX_QUEUED_MESSAGES = 1_000
@@ -238,7 +239,7 @@ OTHER = "_OTHER"                     # OpenTelemetry's word, as a label, for wha
 
 LARGEST_FLOAT = 1.7976931348623157e308
 
-LARGE = 64 * 1024                    # from here on, a copy costs more than a system call
+LARGE = 64 * 1024                    # bytes from which on a copy costs more than a system call
 
 
 # ============================================================================
@@ -567,7 +568,7 @@ class HTTPHead:
     fields: tuple[tuple[str, str], ...]      # the header lines one by one, for those that may be repeated
     version: tuple[int, int]
     keep_alive: bool
-    content_length: int | None               # None: the body is chunked. Of one that is known, the first one's
+    content_length: int | None               # None: the body is chunked. When the head comes again, it may be another
     expects_continue: bool
     admission: object = None                 # what the application made of it, for when it comes again
 
@@ -736,9 +737,9 @@ class RequestParser:
         self.rest = b""                   # bytes that were not looked at yet
         self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
         self._searched = 0                # how far `rest` was searched for the end of a head
-        self._known = {} if known is None else known      # heads that were parsed, of all connections, by their shape:
-        self._shape = b"", b""            # what is before the body's length and behind it; here, in the last head
-        self._last: HTTPHead | None = None                # that one, if it is known
+        self._known = {} if known is None else known      # parsed heads of all connections, by their shape
+        self._shape = b"", b""            # of the last head: what is before the body's length in it, and what is behind
+        self._last: HTTPHead | None = None                # the last head, if it is a known one
         self.length: int | None = 0       # of the body; None: it is chunked
         self._body = bytearray()          # so far
         self._reader = None               # what puts it together, if it does not come all at once
@@ -975,7 +976,7 @@ class EventParser(LineSplitter):
     def __init__(self, limit: int, on_event, on_too_long):
         self.last_id = ""                      # of the last event: what to ask on behind
         self.retry: float | None = None        # seconds to wait before that
-        super().__init__(limit, None, on_too_long)         # itself in it, it would stay until all cycles are looked for
+        super().__init__(limit, None, on_too_long)         # its own method in it would be a cycle, for the collector
         self._on_event = on_event              # called with the type and the data of each
         self._id, self._type, self._data = "", b"", []
         self._ended_in_cr = False
@@ -1516,8 +1517,8 @@ class ResponseLine:
 
 
 def has_one_id(line: bytes) -> bool:
-    """Is it plain that a server's line has nothing that a client could take for another id? Of several servers as one,
-    each could answer for the others by it."""
+    """Is it plain that a server's line has one id alone? Where a client takes another one for the message's, one of
+    several servers that are met as one could answer for the others."""
     return line.lower().count(b'"id"') == 1 and (b"\\u00" not in line or not any(
         letter in line for letter in (b"\\u0049", b"\\u0069", b"\\u0044", b"\\u0064")))
 
@@ -1677,7 +1678,7 @@ def fits_template(uri: str, template: str) -> bool:
     and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
     parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
     if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
-        return False                       # which most are told by
+        return False                       # the end tells for most
     for part in parts:
         if not part.startswith("{"):
             ends = {end + len(part) for end in ends if uri.startswith(part, end)}
@@ -1736,14 +1737,14 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
-    """Refuses what a client says of itself, and what is kept of it, if that is too large."""
+    """Refuses a message in which a member at one of these paths, which is kept of the client, is too large."""
     for path in paths if len(message.text) > MAX_SELF else ():
         if len(message.raw(*path)) > MAX_SELF:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
 def check_introduction(message: Message, is_kept: bool = False) -> None:
-    """The same for what a handshake has; and for all of it, where it is kept as it is for a server to be started."""
+    """The same for those of a handshake; and for all of it, where that is kept for a server that is to be started."""
     check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
     if is_kept and message.params:
         check_size(message, ("params",))
@@ -1862,8 +1863,8 @@ def says_the_same(text: str | None, value: object) -> bool:
 
 def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = True,
                   beside: dict[str, str] | None = None) -> list[tuple[int, int, str]]:
-    """The changes that put members (name -> JSON) into a message's params._meta, and `beside` it into the params;
-    they may take the envelope out."""
+    """The changes that put new members (name -> JSON) into a message's params._meta, and those `beside` it into its
+    params; and that take the envelope out, unless it is to stay."""
     if not (new or beside) and (keeps_envelope or not message.meta):
         return []
     changes, beside = [], beside or {}
@@ -2014,8 +2015,8 @@ def result_without(response: ResponseLine | Message, raw_id: bytes, method: str)
 
 
 def as_legacy_tool(text: str) -> str:
-    """A tool as a list has it for legacy clients, of which some take none of a list that has a schema which is not
-    an object's. MCP 2025-11-25, Schema, Tool: outputSchema is "restricted to type: "object" at the root level"."""
+    """A tool as a list has it for legacy clients: some refuse the whole list for one schema in it that is not an
+    object's. MCP 2025-11-25, Schema, Tool: outputSchema is "restricted to type: "object" at the root level"."""
     if '"outputSchema"' not in text:
         return text
     return (_with_output_of_objects if len(text) < LARGE else _with_output_of_objects.__wrapped__)(text)
@@ -2303,7 +2304,7 @@ class Limits:
 
     key: str                                   # whose they are, for who meets them
     grants: tuple[Grant, ...]
-    # Of a token: all scopes that there are, those that it has, and the challenge for more of them, without these.
+    # Of a token: all scopes that there are, those that it has, and how the challenge that asks for more begins.
     scopes: tuple[tuple[str, Grant], ...] = ()
     has: tuple[str, ...] = ()
     challenge: str = ""
@@ -2314,9 +2315,9 @@ class Limits:
 
     def refusal(self, limit: str, text: str, status: int = 200, servers: tuple[str, ...] = (),
                 tool: str | None = None, variable: str | None = None) -> RPCError:
-        """What somebody is told who is over one of them; and by which scope a token would not be. MCP 2025-11-25,
-        Scope Challenge Handling: with those that it has, which would be lost otherwise."""
-        # Whether a tool only reads is not known here; so one for all tools helps more surely.
+        """The answer to who is over one of these limits; where another scope of a token would help, it asks for that.
+        MCP 2025-11-25, Scope Challenge Handling: and for those that it has, which would be lost otherwise."""
+        # Whether a tool only reads is not known here; so a scope for all tools helps more surely.
         scopes = sorted(self.scopes, key=lambda one: one[1].read_only) if tool is not None else self.scopes
         scope = next((name for name, grant in scopes if name not in self.has and grant.is_for(servers)
                       and (tool is None or grant.takes(tool, limit != "read_only"))
@@ -2680,11 +2681,11 @@ def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
-KNOWN_NAMES = 4_096              # that a view remembers,
-KNOWN_NAME = 128                 # of at most so many characters
-KNOWN_CHOICE = 1_024             # of a client among servers and tools that is remembered, in characters
-MAX_GLOBS = 100                  # in all, and
-MAX_GLOB = 256                   # characters of each: some take time by the square of that
+KNOWN_NAMES = 4_096              # of tools and prompts, that a view remembers
+KNOWN_NAME = 128                 # characters of the longest of these
+KNOWN_CHOICE = 1_024             # characters of the longest choice of servers and tools that is remembered
+MAX_GLOBS = 100                  # in one client's choice
+MAX_GLOB = 256                   # characters of one of these: some take time by the square of that
 SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
 TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
@@ -2744,7 +2745,7 @@ class Rules:
         return own if self.shown(own) == shown else None
 
     def without_effect(self, names: dict[str, object]) -> list[str]:
-        """What is for no tool of these names: a slip, maybe, that leaves one open or as it was."""
+        """The globs and overrides that fit none of these tools: maybe a slip, by which one is open or unchanged."""
         globs = [glob for glob in self.tools or () if not any(map(fits_glob(glob.removeprefix("!")), names))]
         return [*globs, *(name for name in self.overrides if name not in names)]
 
@@ -3084,7 +3085,7 @@ _SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOO
                 "when": _OBJECT, **{name: _BY_TYPE[type(getattr(Settings, name))] for name in SERVER_SETTINGS}}
 _WHEN_KEYS = {"argument": _MAP, "header": _MAP, "key": _TEXT}
 _OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "defaults": _OBJECT, "fixed": _OBJECT}
-# What says how a message is sent, and what is said by the protocol.
+# Headers that nobody else sets: those that say how a message is sent, and those of the protocol.
 _OUR_HEADERS = re.compile(
     "(?i)host|connection|content-.*|transfer-encoding|accept|expect|te|upgrade|last-event-id|mcp-.*")
 # VS Code writes comments and commas before a bracket; what is in strings stays.
@@ -3771,7 +3772,7 @@ class Budget:
         self._holders: set[Holder] = set()
 
     def set(self, holder: Holder, size: int) -> None:
-        """It holds so much now; if that is too much in all, room is made at the end of the turn."""
+        """The holder holds so many bytes now. If that is too much in all, room is made at the end of the turn."""
         before, holder.held = holder.held, size
         was_over = self.held > self.limit
         self.held += size - before
@@ -3814,8 +3815,8 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """Those of whoever has most: one of them has to go for one more of a principal's. None if that would then have as
-    many."""
+    """What whoever has most has of these, of which one has to go for one more of a principal's; nothing, if that would
+    then have as many itself."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -4012,9 +4013,10 @@ class Reaper:
     def __init__(self):
         self.nonce = os.urandom(8).hex()
         self.census = Census()
-        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")     # of sandboxed servers,
-        self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]           # where theirs may be,
-        # And the users that they have for themselves. What is left of one is killed, so none gets root, or whom we are.
+        # Of sandboxed servers: the directory of their homes, and how the paths of their control groups may begin;
+        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")
+        self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
+        # and the users that are taken. What one has left running is killed, so none gets root, or whom we are.
         self.uids = {0, os.getuid()}
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
@@ -4666,7 +4668,7 @@ class Link:
     is_open = True          # can lines be written?
     is_clogged = False      # does what is written wait here for the server to read?
     backlog = 0             # bytes that wait then
-    hearing: int | None = 0              # how often so far nobody heard what belongs to no request; None: nobody does
+    hearing: int | None = 0              # how often what belongs to no request could not come; None: it cannot now
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
 
@@ -4971,11 +4973,11 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
-EXTRA_FETCHES = 4                # beside them: what has no answer, the end of a session, its stream
 MAX_FETCHES = 256                # of one client at a time; further ones wait
+EXTRA_FETCHES = 4                # beside these: for what has no answer, the end of a session, its stream
 MAX_INTERIM = 100                # 1xx before one response
-KEPT_CONNECTIONS = 8             # of one client, that nothing is sent on
-REUSE_SECONDS = 4.0              # since something was: node closes them after 5
+KEPT_CONNECTIONS = 8             # of one client, on which nothing is sent now
+REUSE_SECONDS = 4.0              # for which such a one can be used again: node closes it after 5
 ANSWERED_SECONDS = 5.0           # for a stream to end that has nothing more to say
 
 
@@ -4986,10 +4988,10 @@ class Fetch:
     is_safe = False                  # may it be sent twice?
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
-    is_extra = False                 # is it not one of the many that MAX_FETCHES is for?
-    principal: object = None         # for whom it is, and
-    size = 0                         # how many bytes it has of what came
-    waits_in: collections.deque | tuple = ()         # for a connection
+    is_extra = False                 # may it be one of EXTRA_FETCHES?
+    principal: object = None         # whom it is for
+    size = 0                         # bytes of what came that it holds itself
+    waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5265,11 +5267,11 @@ KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
 INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
 BAD_PAUSE = 0.01                 # after each one with a wrong signature: to make them costs nothing
-KNOWN_TOKENS = 10_000
-QUESTIONS = 8                    # about tokens, that are asked at a time; and after an answer that one is bad
-QUESTION_PAUSE = 0.1             # so long is waited: whoever makes them up shall not ask as much as he likes
-CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's;
-TURNS = 4                        # and that may run, for one
+KNOWN_TOKENS = 10_000            # that are remembered
+QUESTIONS = 8                    # about tokens, that are asked at a time
+QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
+CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's
+TURNS = 4                        # of them that may run at a time, for one address
 
 
 class NotYet(Exception):
@@ -5529,11 +5531,11 @@ def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
 SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
-RESUMES = 5                      # of a stream, in vain
+RESUMES = 5                      # times in a row that a stream may be asked for in vain
 RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
 RESUME_LIMIT = 30.0              # to this
 RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # whatever it says
-LASTING_SECONDS = 10.0           # for which a stream is open that is none in vain, though nothing came
+LASTING_SECONDS = 10.0           # a stream that was open for so long was not in vain, even if nothing came on it
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
 
@@ -6082,9 +6084,9 @@ class RemoteLink(Link):
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
-FLOOD = 5_000              # lines a second that are no messages, requests, or answers that nobody waits for; a server
-LOGGED_JUNK = 10           # that writes more is ended, so that others have a turn. How many of these are logged,
-LOGGED_QUESTIONS = 100     # and of requests
+# Lines a second that are no messages, requests, or answers that nobody waits for: a server that writes more of them is
+# ended, so that others have a turn; and how many are logged, of requests and of the rest.
+FLOOD, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 100, 10
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
@@ -6454,6 +6456,7 @@ class ServerConnection(Holder):
         if self.on_closed:
             self.on_closed()
         if self.is_greeted:              # otherwise the instance logs that it did not start
+            # What a server said is a field of the line; what stands before it, as ": ", is part of the template.
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
             said, usage = reason.lstrip(": "), self.link.told_usage
