@@ -3851,7 +3851,7 @@ class Usage:
         self.processes = self.most_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
-        self.seen_at = time.monotonic()              # when it was looked at, or else began
+        self.seen_at = time.monotonic()              # when it was looked at last, or began
 
     @property
     def seconds(self) -> float:
@@ -3878,7 +3878,7 @@ class Census:
         self.spent: collections.Counter = collections.Counter()           # seconds of CPU of what has ended, by server
         self.killed: collections.Counter = collections.Counter()          # processes, by (server, limit)
         self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
-        self._others: set[int] = set()                          # that are no server's
+        self._others: set[int] = set()                          # processes that are no server's
         self._strays: set[int] = set()                          # our orphans that could have been of several
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
@@ -4630,8 +4630,8 @@ def abilities() -> str:
 PIPE_BYTES = 1024 * 1024         # the most that Linux allows everybody: fewer wake-ups for a screenshot
 STDERR_LINES = 20                # how many of the last lines an error carries
 STDERR_A_SECOND = 500            # lines that are looked at
-MAX_STDERR_LINE = 1_000          # characters that are shown, and
-MAX_REDACTED = 16 * 1024         # bytes in which secrets are looked for before
+MAX_REDACTED = 16 * 1024         # bytes of one, in which secrets are looked for
+MAX_STDERR_LINE = 1_000          # characters of one, that are shown after that
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 # By limit: the setting, and what is counted.
 LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
@@ -4655,10 +4655,10 @@ class Link:
     awaits = None           # called with the id of a request: who waits for its answer, if that is still to come?
 
     is_remote = False       # is the server another machine's?
-    label = "a link"        # what the log calls it, with names of fields,
-    fields: dict[str, str] = {}          # and these
+    label = "a link"        # what the log calls it, as a template
+    fields: dict[str, str] = {}          # of that template
     revision: str | None = None          # that was agreed on in the handshake
-    way = ""                # through which proxies those came that wait for it
+    way = ""                # the proxies through which those came who wait for its start
     exit_code: int | None = None
     was_stopped = False     # by us; it did not end by itself
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
@@ -5261,8 +5261,8 @@ class HTTPClient:
 ANSWER_SECONDS = 10.0            # for the issuer to say something
 ANSWER_BYTES = 256 * 1024        # of what it says
 KEYS_SECONDS = 600.0             # after which its keys are read again
-RETRY_SECONDS = 60.0             # before that is done for a key that is not known
-OUTAGE_SECONDS = 5.0             # or because none is known at all
+RETRY_SECONDS = 60.0             # between two tries to find an unknown key among them
+OUTAGE_SECONDS = 5.0             # between two tries to read them otherwise
 KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
 INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
@@ -5356,7 +5356,8 @@ class Issuer:
         self._settings, self._now = settings, now
         self._on_other_keys = on_other_keys        # called when what was found out by keys may be wrong
         self._keys: list[PublicKey] = []
-        self._read_at = self._tried_at = self._retried_at = -float("inf")          # the last: for an unknown one
+        # When the keys were read, when that was tried, and when for one that was unknown.
+        self._read_at = self._tried_at = self._retried_at = -float("inf")
         self._reading: asyncio.Task | None = None
         self._verdicts: dict[bytes, Verdict] = {}  # by the token's hash
         self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that wait or run, and for whom
@@ -5719,7 +5720,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
 WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an array
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
-MAX_WAY = 32                     # that are passed on
+MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
@@ -5743,13 +5744,13 @@ class RemoteLink(Link):
         self._running: dict[int | None, RemoteFetch] = {}
         self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
         self.backlog = 0                       # how many bytes they have
-        self._is_telling = False               # is one of them on its way?
+        self._is_telling = False               # is one of these asides on its way?
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
-        self._certain_until = 0.0              # does the server speak as it did, and nobody asks again?
+        self._certain_until = 0.0              # when the server may next be doubted to speak as it did
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -6095,12 +6096,12 @@ class PendingRequest:
     """What waits for a server's response. *Exchanges* has the important kind: a client's."""
 
     __slots__ = ()
-    client = None              # the Client that the request came from, if it came from one, and
-    principal: object = None   # whoever is answerable for it
-    is_endless = False         # a subscription: no time is too long
-    is_running = False         # is the server at work on it, and its client there? What is
-    is_parked = False          # waits for its client
-    last_sign = float("inf")   # when it last showed that it is alive; what has none waits for ever
+    client = None              # the Client that the request came from, if it came from one
+    principal: object = None   # who is answerable for it
+    is_endless = False         # is it a subscription, for which no time is too long?
+    is_running = False         # is the server at work on it, and its client there?
+    is_parked = False          # does it wait for its client?
+    last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
         """The server responded."""
@@ -6283,7 +6284,7 @@ class ServerConnection(Holder):
         self.link.stop()
 
     def send_request(self, pending: PendingRequest, method: str, params: dict, way: str = "") -> int:
-        """Sends a request of the proxy's own, for which `pending` waits; returns its id. `way`: whom it is for."""
+        """Sends a request of the proxy's own, for which `pending` waits; returns its id. `way` is as Link.way."""
         server_id = self.next_id()
         self.pending[server_id] = pending
         if self.era is MODERN:
