@@ -3139,7 +3139,7 @@ def read_config(text: str) -> tuple[dict, tuple]:
     """The servers of a file by name, and as they were scanned, where is seen what is there twice."""
     try:
         text = as_json(text)
-        plain = json.loads(text)
+        plain = json.loads(text, parse_float=_finite)          # an infinite argument could be sent to no server
         whole = scan_value(text, _WHITESPACE.match(text).end())[0]
     except RecursionError:
         raise SettingsError("is nested too deeply") from None

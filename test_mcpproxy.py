@@ -5628,6 +5628,13 @@ def test_configuration_has_remote_servers():
     assert (other.url, other.headers, other.is_sse) == ("https://x/", {"A": "${MINE}"}, True)          # its client's
 
 
+def test_configuration_takes_a_number_that_no_float_holds_for_the_largest():
+    text = '{"mcpServers": {"a": {"command": "x", "overrides": {"t": {"fixed": {"a": 1e400}}}}}}'
+    target = mcpproxy.Catalog(parse_file(text)).view().direct("tools/call", "t")
+    call = parse('{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"t"}}')
+    assert json.loads(call.changed(target.changes(call)))["params"]["arguments"] == {"a": mcpproxy.LARGEST_FLOAT}
+
+
 def test_configuration_has_groups():
     given = {"web": {**A_SERVER, "replicas": 2}, "far": {"url": ["http://a/", "http://b/"]},
              "x": {**A_SERVER, "group": "g", "when": {"argument": {"r": "eu*"}, "header": {"X-A": "b"}}},
