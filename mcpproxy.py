@@ -4705,7 +4705,7 @@ class Link:
 
     async def _stop(self) -> None:
         """Ends the server, whatever it does, and calls end()."""
-        raise NotImplementedError
+        self.end()
 
     def end(self) -> None:
         """No more lines will come."""
@@ -5392,8 +5392,14 @@ class Issuer:
         turn = self._turns.setdefault(principal, asyncio.Semaphore(TURNS))
         task = asyncio.get_running_loop().create_task(self._find_out(digest, text, token, turn))
         self._checks[digest] = task, principal
-        task.add_done_callback(lambda task: (self._checks.pop(digest, None), task.cancelled() or task.exception()))
+        task.add_done_callback(functools.partial(self._forget, digest))
         raise NotYet(task)
+
+    def _forget(self, digest: bytes, task: asyncio.Task) -> None:
+        """The check is over; another may have begun after one that was cancelled."""
+        if self._checks.get(digest, (None,))[0] is task:
+            del self._checks[digest]
+        task.cancelled() or task.exception()
 
     async def _find_out(self, digest: bytes, text: str, token: Token | None, turn: asyncio.Semaphore) -> None:
         try:
@@ -7410,7 +7416,7 @@ class Instance:
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
-        self._link: Link | None = None              # the last one that was started
+        self._link = Link()                         # the last one that was started
         self._told_slow = 0                         # how often the log had that it still starts
         self._ways: set[str] = set()                # of those that wait for it through other proxies
 
@@ -7465,8 +7471,7 @@ class Instance:
         """Somebody waits for it through other proxies: it must not wait for one of those itself."""
         if way not in self._ways and len(self._ways) < KNOWN_WAYS:
             self._ways.add(way)
-            if self._link:
-                self._link.tell_way(way)
+            self._link.tell_way(way)
 
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
@@ -7485,8 +7490,7 @@ class Instance:
         if self._runner:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        if self._link:
-            await self._link.stop()
+        await self._link.stop()
 
     async def _run(self, initialize: dict) -> None:
         has_run = False
@@ -7669,8 +7673,7 @@ class Instance:
         """Tells those who wait for the server that it can be used, or why it cannot."""
         self._wanted.clear()
         self._ways.clear()
-        if self._link:
-            self._link.way = ""              # what is sent from now on is nobody's who waited
+        self._link.way = ""              # what is sent from now on is nobody's who waited
         settled, self._started = self._started, asyncio.get_running_loop().create_future()
         if error:
             settled.set_exception(error)
@@ -7696,7 +7699,7 @@ class Instance:
     @property
     def words(self) -> str:
         """What the server said last beside the protocol."""
-        return self._link.last_word if self._link else ""
+        return self._link.last_word
 
     # The clients together, as the server sees them.
 
