@@ -6860,7 +6860,9 @@ def tell_all(instance, message: Message) -> None:
     def with_way(client) -> Message:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}})
     for session in list(instance.sessions.values()):
-        if session.mount.id not in way and not session.listens:
+        # There are clients that open an HTTP+SSE session by the way, and never say who they are in that.
+        is_told = (session.version or session.offered) and not session.listens
+        if is_told and session.mount.id not in way:
             session.stream.send(with_way(session).payload if session.way else payload)
     for listener in list(instance.listeners):
         client = listener.client
@@ -12161,10 +12163,8 @@ class Endpoints(Application):
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
         if not admission.accepts(EVENT_STREAM_TYPE):
             raise HTTPError(f"a GET is answered with {EVENT_STREAM_TYPE} alone", status=406)
-        # SSE transports of SDKs say a version too, that of HTTP+SSE or what was agreed on before they were cut.
-        # Where there are no sessions, it is a Streamable HTTP client's; or at the URL that is for these.
-        is_streamable = admission.version == MODERN_VERSION or admission.version is not None and (
-            self.settings.stateless or admission.path == "/mcp" and admission.version in LEGACY_VERSIONS[:-1])
+        # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
+        is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
         if admission.session_id is None and is_streamable:
             raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
         check_version(admission)

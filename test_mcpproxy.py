@@ -3517,17 +3517,14 @@ def test_access_allowed_env_names_what_may_be_set(allowed, name, expected):
     case("header in UTF-8", head("/sse", "X-MCP-Env: A=\xfc"), {"A": "\xfc"}),
 ])
 def test_access_variables_are_set_by(given, expected):
-    assert mcpproxy.client_variables(given, "*") == expected
+    assert mcpproxy.client_variables(given) == expected
 
 
 @pytest.mark.parametrize("given", [
-    case("forbidden", head("/sse?PATH=x")),
-    case("forbidden in a header", head("/sse", "X-MCP-Env: ld_preload=x")),
     case("two values", head("/sse?A=1&A=2")),
     case("two values in two ways", head("/sse?A=1", "X-MCP-Env: A=2")),
     case("no =", head("/sse", "X-MCP-Env: A")),
     case("two in one", head("/sse", "X-MCP-Env: A=1, B=2")),
-    case("forbidden in a named header", head("/sse", "X-MCP-Env-Path: x")),
     case("two values in named headers", head("/sse", "X-MCP-Env-A: 1", "X-MCP-Env-A: 2")),
     case("named header without a name", head("/sse", "X-MCP-Env-: 1")),
     case("no name", head("/sse?=x")),
@@ -3539,16 +3536,21 @@ def test_access_variables_are_set_by(given, expected):
     case("too many", head("/sse?" + "&".join(f"K{number}_TOKEN=x" for number in range(65)))),
 ])
 def test_access_variables_are_refused(given):
-    for allowed in "", "A,B,C,LD_*,*_TOKEN":
-        with pytest.raises(RPCError) as error:
-            mcpproxy.client_variables(given, allowed)
-        assert (error.value.http_status, error.value.code) == (400, -32602)
-
-
-def test_access_refusal_does_not_repeat_the_value():
     with pytest.raises(RPCError) as error:
-        mcpproxy.client_variables(head("/sse?PATH=hunter2"), "")
-    assert "hunter2" not in str(error.value) and "PATH" in str(error.value) and "ALLOWED_ENV" in str(error.value)
+        mcpproxy.client_variables(given)
+    assert (error.value.http_status, error.value.code) == (400, -32602)
+
+
+@pytest.mark.parametrize("given", [
+    case("query", head("/sse?PATH=hunter2")), case("header", head("/sse", "X-MCP-Env: ld_preload=hunter2")),
+    case("named header", head("/sse", "X-MCP-Env-Path: hunter2"))])
+def test_access_variables_that_are_not_allowed_are_refused_without_their_values(given):
+    config = mcpproxy.ServerConfig("a", Settings(shared_session=False), command=("a",))
+    view = mcpproxy.Catalog({"a": config}).view(None, ())
+    with pytest.raises(RPCError) as error:
+        view.check_variables(mcpproxy.client_variables(given))
+    assert (error.value.http_status, error.value.code) == (400, -32602)
+    assert "hunter2" not in str(error.value) and "ALLOWED_ENV" in str(error.value)
 
 
 def test_access_settings_of_the_proxy_do_not_reach_its_server():
@@ -7835,6 +7837,34 @@ def test_process_has_its_stderr_in_the_log(text, logged):
         until(lambda: logged in proxy.log(), "the line in the log")
 
 
+@pytest.mark.parametrize("text", [
+    case("python", "Traceback (most recent call last):\n  File \"x.py\", line 1, in <module>\nValueError: no key"),
+    case("node", "x.js:1\nthrow new Error()\n^\n\nError: no key\n    at [eval]:1:7\n\nNode.js v20.20.2"),
+    case("java", 'Exception in thread "main" java.lang.Error: no key\n\tat Main.main(Main.java:2)'),
+    case("ruby", "x.rb:2:in '<main>': no key\n\tfrom x.rb:3:in '<main>'"),
+    case("php", "PHP Fatal error:  Uncaught Error: no key\nStack trace:\n#0 {main}\n  thrown in x.php on line 2"),
+    case("go", "panic: no key\n\ngoroutine 1 [running]:\nmain.main()\n\t/x/main.go:4 +0x2c\nexit status 2"),
+    case("indented alone", "  no key")])
+def test_process_last_word_is_the_line_that_says_what_was_wrong(text):
+    link = mcpproxy.Link()
+    assert link.last_word == ""
+    link.last_words = [line for line in text.split("\n") if line]
+    assert link.last_word.endswith("no key") and link.last_word == link.last_word.strip()
+
+
+def test_process_that_left_children_is_told_with_its_end_at_once():
+    child = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+    reply = f'import subprocess\nsubprocess.Popen({child}, stdout=2)\nsend(id=id, result={{"content": []}})'
+    with running_proxy(FAKE) as proxy, StreamableClient(proxy) as client:
+        assert "result" in client.start("run", text=reply).answer()
+        client.start("die", code=3)
+
+        def down():
+            server, = proxy.request("GET", "/readyz").json()["servers"].values()
+            return server["state"] == "down" and server
+        assert "exit code 3" in until(down, "its end")["error"]
+
+
 def test_process_that_ends_at_once_is_no_fault_of_the_proxy(several):
     with several(**{name: ["true"] for name in "abcdefgh"}, REQUEST_TIMEOUT=1) as proxy:
         until(lambda: proxy.log().count("did not start") >= 16, "some ends")
@@ -11253,6 +11283,23 @@ def test_mount_session_whose_key_no_longer_opens_its_place_ends_on_reload(keys, 
         assert "read again" in proxy.change({"ann": {"servers": ["b"]}})
         assert stream.ended.wait(PATIENCE)
         assert proxy.request("POST", client.endpoint, tool_call(1, "look"), client.headers).status in (403, 404)
+
+
+@EACH_SESSION_KIND
+@pytest.mark.parametrize("narrows", ["the key", "the server"])
+def test_mount_session_whose_variable_is_allowed_no_more_ends_on_reload(keys, kind, narrows):
+    def servers(**more):
+        return {"a": kept("a", shared_session=False, **more)}
+    open_to, closed_to = ({"ann": {"env": ["X"]}}, {"ann": {"env": []}}) if narrows == "the key" else ({"ann": {}},) * 2
+    with keys(open_to, servers(allowed_env="X")) as proxy:
+        with CLIENTS[kind](proxy, headers={**brings("ann"), "X-MCP-Env-X": "1"},
+                           path="/sse" if kind == "sse" else "/mcp") as client:
+            assert client.tool("a__look", variable="X") == "1"
+            write_config(proxy.path, servers(allowed_env="X" if narrows == "the key" else "Y"))
+            assert "read again" in proxy.change(closed_to)
+            until(lambda: proxy.request("POST", client.endpoint, tool_call(1, "look"), client.headers).status in (
+                403, 404, 400), "the end of the session")
+        assert "Traceback" not in proxy.log()
 
 
 @EACH_SESSION_KIND
@@ -15786,6 +15833,45 @@ async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
 
 
 @in_town
+async def test_conversation_session_that_never_said_hello_hears_of_no_list():
+    town = Town("legacy", ["a"])
+    client, mount = await town.client("legacy"), town.mount
+    silent = mount.open_session(mount.catalog.view(None, ()), None, {}, "p", False)
+    silent.by_name("a")
+    town.told(client)
+    town.say(town.links["a"][0], notification(TOOLS_CHANGED))
+    await asyncio.sleep(0.1)
+    assert len(town.told(client)) == 1 and silent.stream.last_number == 0
+
+
+@in_town
+async def test_conversation_metrics_are_made_once_for_all_who_ask_at_a_time():
+    town = Town("legacy", ["a"])
+    overview = mcpproxy.Overview(town.mount)
+    one, other = await asyncio.gather(overview.metrics(), overview.metrics())
+    assert one is other and b"mcpproxy_server_up" in one and await overview.metrics() is not one
+
+
+@in_town
+async def test_conversation_joint_listener_hears_the_member_of_a_group_that_claims_its_key():
+    town = Town("legacy", ["g.a", "g.b", "c"])
+    catalog = town.catalog(["g.a", "g.b", "c"])
+    claiming = {name: dataclasses.replace(catalog.servers[name], when=mcpproxy.When(key=key))
+                for name, key in (("a", "ann"), ("b", "bob"))}
+    town.mount.reload(mcpproxy.Catalog({**catalog.servers, **claiming}, is_file=True), ())
+    for number, (key, own, others) in enumerate((("ann", "a", "b"), ("bob", "b", "a")), 1):
+        client = await town.client("modern")
+        client.client.caller = mcpproxy.Caller(key, b"")
+        await town.say_to(client, number, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+        await town.pass_time()
+        for name, times in (own, 1), (others, 0):
+            town.told(client)
+            town.say(town.links[name][-1], notification(TOOLS_CHANGED))
+            await asyncio.sleep(0.1)
+            assert len(town.told(client)) == times, (key, name)
+
+
+@in_town
 async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resource_has_no_room():
     town = Town("legacy", ["g.a", "g.b", "c"], max_processes=2, shared_session=False)
     catalog = town.catalog(["g.a", "g.b", "c"])
@@ -15793,7 +15879,7 @@ async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resou
     town.mount.reload(mcpproxy.Catalog({**catalog.servers, "b": claiming}, is_file=True), ())
     client = await town.client("legacy")
     client.client.caller = mcpproxy.Caller("ann", b"")
-    town.answers["resources/list"], town.answers["resources/templates/list"] = {"resources": []}, {"resourceTemplates": []}
+    town.answers |= {"resources/list": {"resources": []}, "resources/templates/list": {"resourceTemplates": []}}
     await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
     link = town.links["c"][0]
     town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32002, "message": "no"}})
@@ -19979,6 +20065,27 @@ async def test_oauth_introspection_is_taken_at_its_word(issues, one, said, is_go
 
 @asked
 @introspects
+async def test_oauth_introspection_is_everybodys_in_turn(issues, one):
+    """Two addresses that make up tokens leave room, and do not let others wait for all of theirs."""
+    known, issuer = issues.knows(good={}), one.issuer
+    for number in range(2 * mcpproxy.CHECKS_OF_ONE):
+        for whose in "ab":
+            with contextlib.suppress(mcpproxy.NotYet, mcpproxy.ServerError):
+                issuer.check(f"{whose}{number}", whose)
+    assert len(issuer._checks) == mcpproxy.CHECKS
+    assert await one.worth("good", "c") and known
+    assert len(issues.asked) <= 4 * mcpproxy.QUESTIONS
+    with contextlib.suppress(mcpproxy.NotYet, mcpproxy.ServerError):
+        issuer.check("good", "d")
+    for task, _ in list(issuer._checks.values()):
+        task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not issuer._checks and await one.is_good("good")
+
+
+@asked
+@introspects
 async def test_oauth_introspection_is_believed_for_a_minute_at_most(issues, one):
     known = issues.knows(**{"opaque-1": {"exp": time.time() + 9999}})
     for second in range(59):
@@ -20742,6 +20849,15 @@ def test_proxy_goes_on_after_sighup(demo):
     assert is_healthy(demo)
 
 
+def test_proxy_reads_no_pipe_in_place_of_its_file_again(several):
+    with several(a=FAKE) as proxy:
+        proxy.path.unlink()
+        os.mkfifo(proxy.path)
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "cannot be read again" in proxy.log(), "a line of the log")
+        assert is_healthy(proxy)
+
+
 def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
     with running_proxy(FAKE, SHUTDOWN_GRACE=0) as proxy, StreamableClient(proxy) as client:
         call = client.start("sleep", seconds=60)
@@ -21348,6 +21464,22 @@ def test_load_body_of_many_values_is_refused_before_they_take_the_memory():
         before = memory(proxy)
         assert call(*["[]"] * 2_000_000).error() == (413, -32600)
         assert memory(proxy) - before < 30
+
+
+def test_load_memory_comes_back_from_answers_that_nobody_read():
+    with running_proxy(puppet([{"name": f"t{number}", "description": "y" * 4000, "inputSchema": {"type": "object"}}
+                               for number in range(2500)])) as proxy:
+        assert len(proxy.request("GET", "/tools").body) > 10_000_000
+        before = memory(proxy)
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                for _ in range(25):
+                    slow = stack.enter_context(socket.socket())
+                    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    slow.connect(("127.0.0.1", proxy.port))
+                    slow.sendall(encode_http("GET", "/tools"))
+                until(lambda: memory(proxy) > before + 150, "the answers")
+        until(lambda: memory(proxy) < before + 60, "the memory of before")
 
 
 def test_load_ended_streams_are_kept_for_a_while():
@@ -25284,6 +25416,17 @@ def test_real_page_has_a_form_for_each_schema(page_of_schemas, name):
         page.click(f"{tool} [type=submit]")
         page.until_text("{}", f"{tool} .result")
     assert not [*page.faults()]
+
+
+def test_real_page_shows_all_tools_beside_one_that_cannot_be_shown(browser):
+    odd = {"toString": 1, "valueOf": 1}
+    tools = [{"name": name, "description": about, "inputSchema": {"type": "object", "properties": {
+        "a": {"type": "string", "default": default}}}} for name, about, default in (
+        ("one", odd, ""), ("two", "", odd), ("three", "", ""))]
+    with running_proxy(puppet(tools)) as proxy, browser.visit(proxy) as page:
+        page.click(f"{tool_on(page, 'three')} [type=submit]")
+        page.until_text("{", f"{tool_on(page, 'three')} .result")
+        assert "one: " in page.text("#tools") and "two: " in page.text("#tools")
 
 
 PICTURE = {"type": "image", "data": png(16), "mimeType": "image/png"}
