@@ -3362,7 +3362,8 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
             for what, value in ("name", caller.name), ("key", caller.digest):
                 other = first.setdefault(value, caller)
                 if other is not caller:
-                    raise SettingsError(f"{caller.name}: has the same {what} as {other.name}")
+                    where = " of AUTH_KEY" if other in callers[:len(settings.auth_keys)] else ""
+                    raise SettingsError(f"{caller.name}: has the same {what} as {other.name}{where}")
     return Keys(tuple(callers), scopes)
 
 
