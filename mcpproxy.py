@@ -6412,8 +6412,8 @@ class ServerConnection(Holder):
         """Whoever waits for this response is told that it is not valid; a server that meant a request gets an error."""
         text = line.decode("utf-8", "replace")
         if self._count_flood() <= LOGGED_JUNK:
-            log.warning("! server %(server)s wrote junk to stdout (%(reason)s): %(text)s", server=self.name,
-                        reason=str(error), text=self._redact(text)[:200])
+            log.warning(f"! server %(server)s {'sent junk' if self.link.is_remote else 'wrote junk to stdout'} "
+                        "(%(reason)s): %(text)s", server=self.name, reason=str(error), text=self._redact(text)[:200])
         try:
             junk = json.loads(text)
             request_id = junk["id"]
