@@ -12073,11 +12073,16 @@ def test_several_servers_are_checked(tmp_path, broken):
 def test_several_servers_that_are_checked_end_without_a_traceback_when_they_are_waited_for_no_longer(tmp_path):
     begun = tmp_path / "begun"
     silent = f"import sys; print(file=open({str(begun)!r}, 'w'), flush=True); sys.stdin.read()"
+    # A shell lets what runs in its background ignore the signal.
     with subprocess.Popen([sys.executable, program_now(), "--check", "--", sys.executable, "-c", silent],
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as program:
-        until(begun.exists, "the server")
-        program.send_signal(signal.SIGINT)
-        said = program.communicate(timeout=PATIENCE)[1]
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as program:
+        try:
+            until(begun.exists, "the server")
+            program.send_signal(signal.SIGINT)
+            said = program.communicate(timeout=PATIENCE)[1]
+        finally:
+            program.kill()
     assert program.returncode == 128 + signal.SIGINT and "Traceback" not in said, said
 
 
