@@ -6861,9 +6861,7 @@ def tell_all(instance, message: Message) -> None:
     def with_way(client) -> Message:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}})
     for session in list(instance.sessions.values()):
-        # There are clients that open an HTTP+SSE session by the way, and never say who they are in that.
-        is_told = (session.version or session.offered) and not session.listens
-        if is_told and session.mount.id not in way:
+        if session.mount.id not in way and not session.listens:
             session.stream.send(with_way(session).payload if session.way else payload)
     for listener in list(instance.listeners):
         client = listener.client

@@ -15838,21 +15838,10 @@ async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
 
 
 @in_town
-async def test_conversation_session_that_never_said_hello_hears_of_no_list():
-    town = Town("legacy", ["a"])
-    client, mount = await town.client("legacy"), town.mount
-    silent = mount.open_session(mount.catalog.view(None, ()), None, {}, "p", False)
-    silent.by_name("a")
-    town.told(client)
-    town.say(town.links["a"][0], notification(TOOLS_CHANGED))
-    await asyncio.sleep(0.1)
-    assert len(town.told(client)) == 1 and silent.stream.last_number == 0
-
-
-@in_town
 async def test_conversation_metrics_are_made_once_for_all_who_ask_at_a_time():
     town = Town("legacy", ["a"])
-    overview = mcpproxy.Overview(town.mount)
+    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    overview = mcpproxy.Overview(town.mount, census)
     one, other = await asyncio.gather(overview.metrics(), overview.metrics())
     assert one is other and b"mcpproxy_server_up" in one and await overview.metrics() is not one
 
