@@ -5101,6 +5101,10 @@ class ClientConnection(asyncio.Protocol, Holder):
         if self._fetch:
             self._fetch.give()
 
+    def hang_up(self) -> None:
+        """Whoever waits for an answer waits no longer."""
+        self._fetch.abort() if self._fetch else self.close()
+
     def _read_head(self, fetch: Fetch) -> bool:
         while self._head is None:
             head = self._parser.next_head()
@@ -5188,7 +5192,7 @@ class HTTPClient:
     def send(self, fetch: Fetch) -> None:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
-            return
+            return fetch.abort()
         while self._idle:
             connection = self._idle.pop()
             if connection.is_good:
@@ -5244,11 +5248,12 @@ class HTTPClient:
 
     def close(self) -> None:
         self.is_closed = True
-        self._waiting.clear()
         for task in self._opening:
             task.cancel()
+        for fetch in list(self._waiting):
+            fetch.abort()
         for connection in list(self.connections):
-            connection.close()
+            connection.hang_up()
 
 
 # ============================================================================

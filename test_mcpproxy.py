@@ -9216,6 +9216,23 @@ async def test_remote_session_that_was_lost_is_used_when_a_message_before_it_is_
     assert (await far.taken("notifications/x")).head.count(b"two") == 1
 
 
+def test_remote_client_that_is_closed_lets_nobody_wait():
+    """Who waits for an answer, for a connection, or comes only then."""
+    async def run():
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = mcpproxy.HTTPClient(f"http://127.0.0.1:{silent.getsockname()[1]}/mcp")
+            asking = [asyncio.create_task(mcpproxy.Ask(client.head("GET", ())).answer(client)) for _ in range(2)]
+            while not client.connections:
+                await asyncio.sleep(0.01)
+            asking.append(asyncio.create_task(mcpproxy.Ask(client.head("GET", ())).answer(client)))
+            await asyncio.sleep(0)
+            client.close()
+            asking.append(asyncio.create_task(mcpproxy.Ask(client.head("GET", ())).answer(client)))
+            done, waiting = await asyncio.wait(asking, timeout=PATIENCE)
+            assert not waiting and all(task.cancelled() for task in done)
+    asyncio.run(run())
+
+
 @over_a_link
 async def test_remote_session_that_was_lost_changes_no_order_of_what_has_no_answer():
     far = FarLink()
