@@ -12612,7 +12612,6 @@ LOOK = 3.0                     # and what orphans there are
 MEASURE = 1.0                  # and what servers use
 WATCH_SECONDS = 1.0            # and whether the file of servers is another one
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
-LOOKUPS = 64                   # of names of hosts, at a time
 
 
 class Proxy:
@@ -12712,8 +12711,6 @@ class Proxy:
         if listens and self.settings.metrics_port:
             await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
-        # A name that cannot be looked up keeps a thread busy for long, and those of other servers shall not wait.
-        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self.mount.start()
         return addresses
@@ -12864,6 +12861,7 @@ def _package_name(word: str) -> str | None:
 # Arguments and environment into settings, settings into a running proxy.
 
 ENDINGS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP         # what ends a program that says nothing of them
+LOOKUPS = 64                   # of names of hosts, at a time
 
 
 def load_settings(given, command: list[str] | None, environment: dict[str, str]) -> Settings:
@@ -13029,6 +13027,8 @@ async def running(settings: Settings, on_signal):
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    # A host name that cannot be looked up keeps a thread busy for long, and those of other servers shall not wait.
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
     proxy = Proxy(settings, dict(os.environ))
     # SIGHUP, also of a terminal that closes, is to read the file of servers again.
     loop.add_signal_handler(signal.SIGHUP, proxy.reload)
