@@ -5278,6 +5278,7 @@ QUESTIONS = 8                    # about tokens, that are asked at a time
 QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
 CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's
 TURNS = 4                        # of them that may run at a time, for one address
+CHECK_SECONDS = 30.0             # that one may wait and run
 
 
 class NotYet(Exception):
@@ -5309,14 +5310,19 @@ class Ask(Fetch):
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
         self._over = asyncio.get_running_loop().create_future()
+        self._is_sent = False
+
+    def send(self, client: HTTPClient) -> None:
+        if not (self._is_sent or self.is_over):
+            self._is_sent = True
+            client.send(self)
 
     async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
         """Sends it, and waits for the answer: OSError when there is none in that time, ConnectionError when the server
         cannot be reached."""
         try:
+            self.send(client)
             async with asyncio.timeout(seconds):
-                if not self.is_over:           # hung up on before it was sent
-                    client.send(self)
                 return await self._over
         except TimeoutError:
             raise OSError("does not answer") from None
@@ -5409,14 +5415,16 @@ class Issuer:
 
     async def _find_out(self, digest: bytes, text: str, token: Token | None, turn: asyncio.Semaphore) -> None:
         try:
-            async with turn:
-                claims, key = (token.claims, await self._verify(token)) if token else (
-                    await self._introspect(text), None)
+            async with asyncio.timeout(CHECK_SECONDS):
+                claims, key = (token.claims, await self._verify(token, turn)) if token else (
+                    await self._introspect(text, turn), None)
             scopes, audience = claims.get("scope", claims.get("scp", "")), claims.get("aud")
             scopes = frozenset(scopes.split() if isinstance(scopes, str) else strings_of(scopes))
             audience = frozenset([audience] if isinstance(audience, str) else strings_of(audience))
             left = min(max(claims["exp"] - time.time(), 1), INTROSPECTED_SECONDS if token is None else KNOWN_SECONDS)
             verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key)
+        except TimeoutError:
+            raise try_later("it takes too long to find out what the token is worth") from None
         except TokenError as error:
             verdict = Verdict(self._now() + BAD_SECONDS, str(error))
         if len(self._verdicts) >= KNOWN_TOKENS:
@@ -5425,26 +5433,27 @@ class Issuer:
 
     # JWTs.
 
-    async def _verify(self, token: Token) -> PublicKey:
+    async def _verify(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
         if not self._keys:
             await self._renew_keys()
         if not self._keys:
             raise try_later("the keys of the tokens' issuer are not known: it cannot be reached")
         try:
-            return await self._signer(token)
+            return await self._signer(token, turn)
         except UnknownKey:
             if self._now() - self._retried_at < RETRY_SECONDS and not self._reading:
                 raise
             self._retried_at, self._tried_at = self._now(), -float("inf")
             await self._renew_keys()
-            return await self._signer(token)
+            return await self._signer(token, turn)
 
-    async def _signer(self, token: Token) -> PublicKey:
+    async def _signer(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
         """The key that has signed it, and that its issuer has not withdrawn while it was looked for."""
         keys = key = None
         while keys is not self._keys and key not in self._keys:
             keys = self._keys
-            key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify_with_care, token, keys)
+            async with turn:
+                key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify_with_care, token, keys)
         return key
 
     def _read_soon(self) -> asyncio.Task | None:
@@ -5495,13 +5504,13 @@ class Issuer:
 
     # Others. RFC 7662.
 
-    async def _introspect(self, text: str) -> dict:
+    async def _introspect(self, text: str, turn: asyncio.Semaphore) -> dict:
         settings = self._settings
         # RFC 6749 §2.3.1: both are form-encoded first.
         who = f"{quote(settings.oauth_client_id, safe='')}:{quote(settings.oauth_client_secret, safe='')}".encode()
         known = (("Authorization", f"Basic {base64.b64encode(who).decode()}"),) if settings.oauth_client_id else ()
         try:
-            async with self._questions:
+            async with turn, self._questions:
                 said = await ask(settings.oauth_introspection_url,
                                  f"token={quote(text, safe='')}&token_type_hint=access_token".encode(),
                                  (("Content-Type", "application/x-www-form-urlencoded"), *known))
@@ -5614,6 +5623,10 @@ class Post(RemoteFetch):
 
 class Aside(Ask):
     """A message to a remote server that has no answer."""
+
+    def __init__(self, link: "RemoteLink", line: bytes, is_repeated: bool = True):
+        super().__init__(link.post_head(line, None), line, link.limit)
+        self.session, self.is_repeated = link.session, is_repeated
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):                    # it was taken; nothing is to come
@@ -5782,12 +5795,13 @@ class RemoteLink(Link):
             self._spawn(self._open())
         elif self._held is not None:
             self._held.append((line, about, is_repeated))
+        elif about is None and not self._is_telling:
+            self._is_telling, aside = True, Aside(self, line, is_repeated)
+            aside.send(self._client)
+            self._spawn(self._tell_all(aside))
         elif about is None:
             self._asides.append((line, is_repeated))
             self.backlog += len(line)
-            if not self._is_telling:
-                self._is_telling = True
-                self._spawn(self._tell_all())
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
@@ -5885,20 +5899,21 @@ class RemoteLink(Link):
         post = self._running[about[0]] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
-    async def _tell_all(self) -> None:
-        """Sends what has no answer, one after the other, because their order counts."""
+    async def _tell_all(self, first: Aside) -> None:
+        """Sends what has no answer, one after the other, because their order counts; the first was sent."""
+        await self._tell(first)
         while self._asides and self.on_end:
             line, is_repeated = self._asides.popleft()
             self.backlog -= len(line)
-            await self._tell(line, is_repeated)
+            await self._tell(Aside(self, line, is_repeated))
         self._is_telling = False
 
-    async def _tell(self, line: bytes, is_repeated: bool = True) -> None:
-        session, problem = self.session, ""
+    async def _tell(self, aside: Aside) -> None:
+        problem = ""
         try:
-            head, body = await Aside(self.post_head(line, None), line).answer(self._client, ASIDE_SECONDS)
-            if session and not is_repeated and is_of_lost_session(head, body):
-                return self._renew(session, line)
+            head, body = await aside.answer(self._client, ASIDE_SECONDS)
+            if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
+                return self._renew(aside.session, aside.body)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
         except OSError as error:
@@ -5940,8 +5955,11 @@ class RemoteLink(Link):
                 not has_answer or _NOT_MINE.search(body)):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             self._spawn(self._doubt())
-        if post.session and not post.is_repeated and is_of_lost_session(head, body, post.number):
-            self._renew(post.session, post.body, post.about)
+        if post.session and is_of_lost_session(head, body, post.number):
+            if post.is_repeated:
+                self._refuse(post, refusal(head, body))
+            else:
+                self._renew(post.session, post.body, post.about)
         elif self._endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
             if answer and answer.id == post.number:
@@ -5987,7 +6005,7 @@ class RemoteLink(Link):
 
     async def _open(self) -> None:
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
-        await self._tell(INITIALIZED)
+        await self._tell(Aside(self, INITIALIZED))
         held, self._held = self._held, None
         for line, about, is_repeated in held:
             if about is None or self.awaits(about[0]):
@@ -6708,7 +6726,8 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
 
 def short_of(state: str) -> str | bytes:
     """What a requestState is known by: the digest of a long one."""
-    return state if len(state) <= MAX_NAMED else digest_of_key(state)
+    import hashlib
+    return state if len(state) <= MAX_NAMED else hashlib.sha256(state.encode("utf-8", "surrogatepass")).digest()
 
 
 class Owners(dict[tuple[str, str], object]):
@@ -7958,12 +7977,13 @@ class Session(Client):
         """The configuration is another one: what it used of servers that are gone, it uses of those in their place."""
         before = self.view
         try:
-            self.view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
-            self.view.check_variables(self.variables)
+            view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
+            view.check_variables(self.variables)
         except RPCError as error:
             self.is_homeless = True
             return self.end() if error.data else None      # its key opens the place no more, or sets too much
-        self.is_homeless = bool(self.variables) and self.view.is_for_all      # nobody takes them any more
+        self.view = view
+        self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance = self._instances.pop(old)
@@ -10333,6 +10353,8 @@ class Listener(Exchange):
 
     def hear(self, message: Message) -> None:
         """Something that a server told all: does the client listen for it?"""
+        if self.is_done:                               # before it had joined all
+            return
         if self.early is not None:
             self.early.append(message)
             budget.set(self, self.held + len(message.text))
