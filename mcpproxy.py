@@ -2192,6 +2192,16 @@ def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Mes
     return parse_message(response.with_text(page, "result").decode(), is_servers=True)
 
 
+def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
+    """A result that no cache may give to others. MCP 2026-07-28, Caching."""
+    if isinstance(response, ResponseLine) and b'"public"' not in response.line:
+        return response
+    response = response.parsed()
+    if members_of(response.members.get("result")).get("cacheScope") != "public":
+        return response
+    return parse_message(response.with_text('"private"', "result", "cacheScope").decode(), is_servers=True)
+
+
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
     """The cursor of the page after this one of a list; None for the last. `seen` are those before: one that comes again
     would go on for ever. MCP 2026-07-28, Pagination: an empty cursor is one, too. A legacy server means the end by it.
@@ -2898,6 +2908,11 @@ class View:
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
         self._known = functools.lru_cache(KNOWN_NAMES)(self._direct)
+
+    @functools.cached_property
+    def is_by_client(self) -> bool:
+        """May it depend on a header or the key what is asked here?"""
+        return any(one.when and (one.when.header or one.when.key) for one in self.servers)
 
     def shows(self, name: str) -> bool:
         """Is a tool of this name, as it is here, left by what the client chose?"""
@@ -8595,8 +8610,9 @@ class Mount:
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
-                     is_streamable: bool = True, way: str = "", name: str | None = None) -> Session:
-        """A session for a new client, once there is room for it and what it uses."""
+                     is_streamable: bool = True, way: str = "", name: str | None = None,
+                     headers: dict[str, str] | None = None) -> Session:
+        """A session for a new client, once there is room for it and what it uses; `headers` are its request's."""
         self.check_open()
         others = ()
         if len(self.sessions) >= self.settings.max_sessions:
@@ -8604,7 +8620,7 @@ class Mount:
             if not others:
                 raise try_later("too many sessions")
         session = Session(self, view, caller, variables, principal, is_streamable, name)
-        session.way = way
+        session.way, session.headers = way, headers or {}
         connection = session.only_instance.connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
@@ -8615,7 +8631,8 @@ class Mount:
                  **(connection.link.fields if connection else {}))
         return session
 
-    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str) -> str:
+    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str,
+                       headers: dict[str, str]) -> str:
         """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
         its servers are shared: another process opened it, or this one before it was started again."""
         name, secret = sealed_id.partition(".")[0], self.settings.session_secret
@@ -8631,7 +8648,7 @@ class Mount:
             view = self.catalog.view(view.place, tuple(map(tuple, wanted)), caller and caller.limits)
         if not view.is_for_all:
             return NOBODYS_NAME
-        self.open_session(view, caller, {}, principal, way=way, name=name).restore(sealed_id, facts)
+        self.open_session(view, caller, {}, principal, way=way, name=name, headers=headers).restore(sealed_id, facts)
         return name
 
     def delete_session(self, session: Session) -> None:
@@ -10094,6 +10111,8 @@ class Exchange(ClientRequest):
                 self.instance.server.failures = 0
             if self.group or self.method == "resources/read":
                 self._remember_state(response)
+                if self.client.view.is_by_client:      # the server knows nothing of who else asks another one
+                    response = as_private(response)
             if not response.is_result:
                 if self._ask_next():
                     return None
@@ -10430,8 +10449,8 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
     # A cache goes by the URL, and knows nothing of a header or a key.
-    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and (
-        client.caller is None)
+    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not (
+        client.caller or view.is_by_client)
     # Of a group, another member may have answered than is asked next.
     identity = None if view.is_joint else client.only_instance.identity
     texts = [item.text for item in shown.values()]
@@ -10526,7 +10545,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
             "requestState" in message.params or method == "tools/list" and client.caller)):
         return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
     exchange = kind(client, None, message, outlet, envelope, trace, headers)
-    if method in LISTS and (view.is_joint or method == "tools/list"):
+    if method in LISTS and (view.is_joint or view.is_by_client or method == "tools/list"):
         exchange.answerer = answer_list
     elif view.is_joint:
         exchange.answerer = kind.listen if kind is Listener else JOINT.get(method)
@@ -12004,7 +12023,7 @@ class Probes(Application):
 
 MAX_WATCHERS = 20                # of the overview
 WATCH_PAUSE = 1.0                # seconds until they are told again
-KEPT_DOCUMENTS = 8               # that describe tools, each for a view
+KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together
 
 
 def encode_call(name: str, arguments: str) -> Message:
@@ -12031,7 +12050,7 @@ class Endpoints(Application):
                  overview: Overview | None = None):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
-        self._documents: dict[View, tuple[tuple, bytes]] = {}          # that describe tools, and what they are made of
+        self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
         self._told_at = 0.0
 
     def tick(self, now: float) -> None:
@@ -12050,7 +12069,8 @@ class Endpoints(Application):
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.caller, admission.variables,
-                                          reply.connection.principal, False, admission.way)
+                                          reply.connection.principal, False, admission.way,
+                                          headers=admission.head.headers)
         endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
             endpoint += f"&auth_key={quote(given, safe='')}"
@@ -12115,7 +12135,8 @@ class Endpoints(Application):
             if admission.session_id and not self.settings.session_secret:
                 self._session(admission)          # that one is over is told with 404, whatever the request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
-                                             reply.connection.principal, way=admission.way)
+                                             reply.connection.principal, way=admission.way,
+                                             headers=admission.head.headers)
         else:
             client = self._client(admission, reply)
         if message.kind is not REQUEST:
@@ -12225,7 +12246,7 @@ class Endpoints(Application):
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
             session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
-                                                   admission.way)
+                                                   admission.way, admission.head.headers)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
         if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
@@ -12282,12 +12303,12 @@ class Endpoints(Application):
         identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
         about = tools, name, version, admission.base, self.settings.is_guarded
-        kept = self._documents.pop(client.view, None)
+        kept = self.documents.pop(client.view, None)
         if not kept or kept[0] != about:
             kept = about, openapi_document(*about)
-        self._documents[client.view] = kept
-        if len(self._documents) > KEPT_DOCUMENTS:
-            del self._documents[next(iter(self._documents))]
+        self.documents[client.view] = kept
+        while len(self.documents) > 1 and sum(len(text) for _, text in self.documents.values()) > KEPT_DOCUMENT_BYTES:
+            del self.documents[next(iter(self.documents))]
         self.send_json(reply, kept[1])
 
     # For those who look at the overview.
@@ -12705,7 +12726,8 @@ class Proxy:
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
-            for path in filter(None, (self.settings.mcp_config, self.settings.auth_keys_file)):
+            read = self.settings
+            for path in filter(None, (read.mcp_config, read.auth_keys_file, read.tls_cert, read.tls_key)):
                 if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                     raise SettingsError(f"{path}: is a pipe or a device, which cannot be read again")
             catalog = load_catalog(self.settings, self.environment)
@@ -12717,6 +12739,7 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
+        self.endpoints.documents.clear()
         self.mount.reload(catalog, keys.callers)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))

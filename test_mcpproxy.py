@@ -10016,6 +10016,28 @@ def test_group_member_claims_calls(group, when, arguments, headers, is_claimed):
         assert {call_group(proxy, "do", headers=headers, **arguments) for _ in range(4)} == {"b" if is_claimed else "a"}
 
 
+def test_group_session_begins_at_the_member_that_claims_its_header(group):
+    with group(a={}, b={"when": {"header": {"X-Team": "red"}}}) as proxy:
+        for way, path in (StreamableClient, "/servers/g/mcp"), (SSEClient, "/servers/g/sse"):
+            for headers, name in ({"X-Team": "red"}, "b"), ({"X-Team": "blue"}, "a"):
+                with way(proxy, headers=headers, path=path) as client:
+                    assert client.result["serverInfo"]["name"] == name
+
+
+@pytest.mark.parametrize("when, headers", [({"header": {"X-Team": "*"}}, {"X-Team": "red"}), ({"key": "key1"}, {}),
+                                           ({"argument": {"region": "eu"}}, {})])
+def test_group_that_goes_by_a_header_or_a_key_says_nothing_for_a_public_cache(several, when, headers):
+    """It goes by the URL alone."""
+    servers = {"a": (MODERN, {"group": "g"}), "b": (MODERN, {"group": "g", "when": when})}
+    with several(**servers) as proxy:
+        for path, start in ("/servers/g/mcp", ""), ("/mcp", "g__"):
+            with ModernClient(proxy, headers=headers, path=path) as client:
+                scopes = {client.call(method, params)["result"]["cacheScope"] for method, params in (
+                    ("tools/list", {}), ("prompts/list", {}), ("resources/list", {}),
+                    ("resources/read", {"uri": "fake://text"}))}
+                assert scopes == {"public" if "argument" in when else "private"}
+
+
 def test_group_of_members_that_claim_refuses_what_is_nobodys(group):
     with group(a={"when": {"argument": {"r": "1"}}}, b={"when": {"argument": {"r": "2"}}}) as proxy:
         assert [call_group(proxy, "do", r=r) for r in (2, 1)] == ["b", "a"]
@@ -19048,6 +19070,23 @@ def test_endpoint_openapi_is_made_once_for_each_list_of_tools(fake):
     assert first == second
 
 
+@pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
+def test_endpoint_documents_of_tools_are_kept_while_they_are_small(monkeypatch, size, kept):
+    @in_town
+    async def ask_at_three_places():
+        town = Town("legacy", ["a", "b"])
+        endpoints = mcpproxy.Endpoints(town.settings, town.mount)
+        endpoints.send_json = lambda reply, body: None
+        monkeypatch.setattr(mcpproxy, "openapi_document", lambda *about: b"x" * 2 * size)
+        for place in None, "a", "b":
+            await endpoints.openapi(types.SimpleNamespace(
+                view=town.mount.catalog.view(place), caller=None, variables={}, way="", base="", name=None,
+                head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
+                    connection=types.SimpleNamespace(principal="ann")))
+        assert len(endpoints.documents) == kept
+    ask_at_three_places()
+
+
 # Has a tool whose schema nobody gets through, and lists its tools slowly.
 DEEP_SERVER = ECHO_SERVER.replace("import json, sys", "import json, sys, time").replace(
     'result = {"tools": [{', """schema = {"type": "object"}
@@ -20919,6 +20958,15 @@ def test_proxy_reads_no_pipe_in_place_of_its_file_again(several):
         proxy.process.send_signal(signal.SIGHUP)
         until(lambda: "cannot be read again" in proxy.log(), "a line of the log")
         assert is_healthy(proxy)
+
+
+def test_proxy_reads_no_pipe_in_place_of_its_certificate_again(certificate, tmp_path):
+    shutil.copy(certificate / "both", tmp_path)
+    with running_proxy(FAKE, TLS_CERT=tmp_path / "both") as proxy:
+        (tmp_path / "both").unlink()
+        os.mkfifo(tmp_path / "both")
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "cannot be read again" in proxy.log(), "a line of the log")
 
 
 def test_proxy_that_is_stopped_by_force_says_that_it_was_the_proxy():
