@@ -1618,6 +1618,7 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 # MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
+INPUT_REQUESTS = frozenset({"sampling/createMessage", "elicitation/create", "roots/list"})         # for that input
 ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
 
 # What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
@@ -1767,7 +1768,8 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
         check_headers(message, headers, version)
     if version != MODERN_VERSION:
         raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
-                       data={"supported": [MODERN_VERSION], "requested": version})
+                       data={"supported": [one for one in (MODERN_VERSION, *LEGACY_VERSIONS) if one != version],
+                             "requested": version})
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
@@ -1822,6 +1824,19 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
                 found["mcp-param-" + header.lower()] = (*path, name)
             found.update(mirrored_parameters(inner, (*path, name)))
     return found
+
+
+def misuses_headers(schema: object) -> bool:
+    """Does a tool's inputSchema name a header where it may not, or in a way that it may not? MCP 2026-07-28, Streamable
+    HTTP, Schema Extension."""
+    def number_in(value: object) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        is_named = isinstance(value, dict) and not isinstance(value.get("x-mcp-header", {}), dict)
+        return is_named + sum(map(number_in, inner))
+    try:
+        return number_in(schema) != len(mirrored_parameters(schema))
+    except RecursionError:
+        return False
 
 
 def member_at(value: object, path: tuple[str, ...]) -> object:
@@ -2005,6 +2020,9 @@ def result_without(response: ResponseLine | Message, raw_id: bytes, method: str)
         response = response.parsed()
     changes, result = [response.new_id(raw_id)], response.members.get("result")
     if isinstance(result, tuple):
+        # MCP 2026-07-28, Overview, ResultType: of a type that is not known "MUST be considered invalid".
+        if members_of(result).get("resultType", "complete") != "complete":
+            raise ServerError("the MCP server's result is of an unknown type")
         kept = {name: value for name, value in response.raw_members("result").items() if not (
             name in ("resultType", "ttlMs", "cacheScope") or name == "structuredContent" and value[:1] != "{")}
         tools = members_of(result).get("tools") if method == "tools/list" else None
@@ -2036,9 +2054,9 @@ def _with_output_of_objects(text: str) -> str:
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
 STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
 # A legacy server's codes as modern ones: MCP 2026-07-28, Resources, Error Handling; and what is a code of this revision
-# means something else with that server.
+# or of a later one (Overview, Error Codes) means something else with that server.
 MODERN_CODES = {RESOURCE_NOT_FOUND: INVALID_PARAMS,
-                **dict.fromkeys((HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION), INTERNAL_ERROR)}
+                **dict.fromkeys({*range(-32099, -32019)} - {URL_ELICITATION_REQUIRED}, INTERNAL_ERROR)}
 
 
 def error_with(response: Message, raw_id: bytes, codes: dict[int, int]) -> list:
@@ -2911,8 +2929,10 @@ class View:
 
     @functools.cached_property
     def is_by_client(self) -> bool:
-        """May it depend on a header or the key what is asked here?"""
-        return any(one.when and (one.when.header or one.when.key) for one in self.servers)
+        """May it depend on a header or the key what is answered here? Caches go by the URL, and a server knows nothing
+        of the others, nor of those that clients have for themselves."""
+        return any(one.when and (one.when.header or one.when.key) or not one.settings.shared_session
+                   for one in self.servers)
 
     def shows(self, name: str) -> bool:
         """Is a tool of this name, as it is here, left by what the client chose?"""
@@ -5436,6 +5456,8 @@ class Issuer:
             scopes, audience = claims.get("scope", claims.get("scp", "")), claims.get("aud")
             scopes = frozenset(scopes.split() if isinstance(scopes, str) else strings_of(scopes))
             audience = frozenset([audience] if isinstance(audience, str) else strings_of(audience))
+            # MCP 2025-11-25, Authorization, Canonical Server URI: "SHOULD accept uppercase scheme and host components".
+            audience |= {re.sub("^[^/]*//[^/]*", lambda start: start[0].lower(), one) for one in audience}
             left = min(max(claims["exp"] - time.time(), 1), INTROSPECTED_SECONDS if token is None else KNOWN_SECONDS)
             verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key)
         except TimeoutError:
@@ -6208,6 +6230,7 @@ class ServerConnection(Holder):
         link.on_refused, link.awaits, link.request = self._fail, lambda number: self.pending.get(number), self.request
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
+        self.mirrors = False                               # do headers repeat arguments of its tools?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
         # Clients' calls that are running and may cause what the server sends, the oldest first, and whose they are.
         self.causes: dict[PendingRequest, object] = {}
@@ -6282,7 +6305,7 @@ class ServerConnection(Holder):
 
     def _greeted(self, era: Era, response: Message) -> Identity:
         identity = Identity(era, response)
-        self.era, self.is_greeted = era, True
+        self.era, self.is_greeted, self.mirrors = era, True, era is MODERN and self.link.is_remote
         self.link.revision = identity.version if identity.version in (MODERN_VERSION, *LEGACY_VERSIONS) else None
         if era is LEGACY:
             self.send_if_possible(INITIALIZED)
@@ -6873,6 +6896,24 @@ def own_tasks(instance, client, response: Message) -> Message:
     return parse_message(line.decode(), is_servers=True)
 
 
+def without_misused(page: ResponseLine | Message, server_name: str) -> ResponseLine | Message:
+    """A page of a remote modern server's tools without those that a client of Streamable HTTP "MUST exclude"."""
+    if isinstance(page, ResponseLine) and b'"x-mcp-header"' not in page.line:
+        return page
+    page = page.parsed()
+    tools, kept = members_of(page.members.get("result")).get("tools"), []
+    for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
+        tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
+        if misuses_headers(member_at(tool, ("inputSchema",))):
+            log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
+                        server=server_name, name=str(tool.get("name")))
+        else:
+            kept.append(text)
+    if not isinstance(tools, list) or len(kept) == len(tools):
+        return page
+    return parse_message(page.with_text(f"[{','.join(kept)}]", "result", "tools").decode(), is_servers=True)
+
+
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on, unless its link is being replaced: then nobody knows its calls any more."""
     if instance.state == "ready" and instance.connection is None:
@@ -6983,7 +7024,7 @@ def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) 
     name, own = connection and is_id(token) and connection.tokens.get(as_own_id(token)) or (None, "")
     session = instance.sessions.get(name)
     if session:
-        session.stream.send([message.with_text(own, "params", "progressToken")])
+        session.stream.send([outward(session, instance, message).with_text(own, "params", "progressToken")])
 
 
 # To route another notification, add a row; what is not here goes where a log message goes.
@@ -7377,6 +7418,8 @@ class KeptList:
                     return items                # it has none
                 words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
                 raise ServerError(f"the MCP server does not list its {kind}{words}")
+            if self.method == "tools/list" and connection.mirrors:
+                page = without_misused(page, self.instance.server.name)
             items.add(page)
             cursor = next_cursor(page, connection.era, seen)
             if cursor is None:
@@ -9236,6 +9279,8 @@ class ModernClientModernServer(Bridge):
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
+        if exchange.method in CACHEABLE and exchange.client.view.is_by_client:
+            response = as_private(response)
         payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
         exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
@@ -9285,6 +9330,8 @@ class ModernClientLegacyServer(Bridge):
         exchange.finish(error_with(response, exchange.raw_id, MODERN_CODES), STATUS_OF_CODE.get(code, 200))
 
     def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
+        if question.message.method not in INPUT_REQUESTS:
+            return question.refuse(NO_CLIENT_CAN)
         exchange.begin_dialogue().ask_by_parking(question, missing)
 
     def discover(self, exchange: "Exchange", message: Message) -> None:
@@ -9348,6 +9395,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         elif is_input_required(response):
             self._gather(exchange, response.parsed())
         else:
+            if exchange.method == "tools/list" and exchange.connection.mirrors:
+                response = without_misused(response, exchange.instance.server.name)
             exchange.finish(result_without(response, exchange.raw_id, exchange.method))
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
@@ -9385,10 +9434,11 @@ class LegacyClientModernServer(LegacyClientBridge):
         method, params = request.get("method"), request.get("params", {})
         if not (isinstance(method, str) and isinstance(params, dict)):
             raise ServerError("the MCP server asked for something that is no request")
-        if not exchange.outlet.asks or missing_capabilities(exchange.capabilities, method, params):
+        if not exchange.outlet.asks or method not in INPUT_REQUESTS or missing_capabilities(
+                exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         if method == "elicitation/create" and params.get("mode") == "url":
-            params = {**params, "elicitationId": f"{exchange.server_id}-{key}"}      # required until 2025-11-25
+            params = {**params, "elicitationId": os.urandom(16).hex()}     # required until 2025-11-25
 
         def on_response(_: Question, response: Message) -> None:
             if "result" in response.members:
@@ -9968,7 +10018,7 @@ class Exchange(ClientRequest):
         """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
         remote server? Only the server's list of tools tells."""
         is_by_hints = self.target and self.target.is_by_hints
-        if self.headers is None and not is_by_hints and not self._is_mirrored_at(connection):
+        if self.headers is None and not is_by_hints and not (connection.mirrors and self.method == "tools/call"):
             return True
         tools, name = self.instance.tools, self.own_name
         tools = tools.fresh if is_by_hints else tools.known    # what was allowed may be no more
@@ -9999,10 +10049,6 @@ class Exchange(ClientRequest):
                 raise
         else:                               # otherwise the server has to know what it takes
             self._check_by(tools)
-
-    def _is_mirrored_at(self, connection: ServerConnection) -> bool:
-        """Does it repeat arguments in headers for this server?"""
-        return connection.link.is_remote and connection.era is MODERN and self.method == "tools/call"
 
     @property
     def own_name(self) -> str | None:
@@ -10069,7 +10115,7 @@ class Exchange(ClientRequest):
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
         name = self.own_name or self.names_tasks and message.params.get("taskId") or None
-        mirrored = self._mirrored(message) if connection.link.is_remote and self._is_mirrored_at(connection) else ()
+        mirrored = self._mirrored(message) if connection.mirrors and self.method == "tools/call" else ()
         connection.send(message.changed(changes), (number, self.method, name, mirrored, self.client.way),
                         self.client.principal)
         self.server_id = number
@@ -10111,8 +10157,6 @@ class Exchange(ClientRequest):
                 self.instance.server.failures = 0
             if self.group or self.method == "resources/read":
                 self._remember_state(response)
-                if self.client.view.is_by_client:      # the server knows nothing of who else asks another one
-                    response = as_private(response)
             if not response.is_result:
                 if self._ask_next():
                     return None
@@ -10226,6 +10270,7 @@ class Exchange(ClientRequest):
     def on_progress(self, message: Message) -> None:
         self.touch()
         if self.token:
+            message = outward(self.client, self.instance, message)
             self.tell([message.with_text(self.token, "params", "progressToken")])
 
     def ask(self, question: Question, missing: dict | None) -> None:
@@ -10448,7 +10493,6 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     # What no server has so far may be there with the next configuration.
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
-    # A cache goes by the URL, and knows nothing of a header or a key.
     is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not (
         client.caller or view.is_by_client)
     # Of a group, another member may have answered than is asked next.
@@ -10545,7 +10589,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
             "requestState" in message.params or method == "tools/list" and client.caller)):
         return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
     exchange = kind(client, None, message, outlet, envelope, trace, headers)
-    if method in LISTS and (view.is_joint or view.is_by_client or method == "tools/list"):
+    if method in LISTS and (view.is_joint or method == "tools/list"):
         exchange.answerer = answer_list
     elif view.is_joint:
         exchange.answerer = kind.listen if kind is Listener else JOINT.get(method)
@@ -12080,31 +12124,41 @@ class Endpoints(Application):
         session.stream.attach(reply)
 
     def post_message(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """POST /messages: one message of a session's client; what is answered goes to its stream."""
+        """POST /messages: one message of a session's client, or in 2025-03-26 several; what is answered goes to its
+        stream."""
         session = self._session(admission, is_streamable=False)
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
-        message = parse_message(decode_json(body))
-        outlet, exchange = StreamOutlet(session.stream), None
-        try:
-            if message.kind is REQUEST:
-                envelope = check_modern(message, None) if is_modern(message, None) else None
-                session.listens = envelope is not None
-                exchange = new_exchange(session, message, outlet, envelope, admission.trace)
-                exchange.start()
-            else:
-                session.receive(message)
-        except ProxyError as error:
-            # The client waits at its stream, so the answer goes there too; but not to a call that is running, and not
-            # if the client may come again with another token.
-            is_final = CHALLENGE_HEADER not in dict(error.headers)
-            if exchange and error.http_status == 200:
-                exchange.fail(error)
-            elif message.kind is REQUEST and message.id not in session.calls and is_final:
-                outlet.send(encode_error(message.raw_id, error))
-            if error.http_status != 200:
-                return self.refuse(error, reply, message)
+        text = decode_json(body)
+        texts = session.version == BATCH_VERSION and is_batch(text) and split_batch(text) or [text]
+        is_several = len(texts) > 1
+        for one in texts:
+            message = None
+            try:
+                message = parse_message(one)
+                self._take_message(session, message, admission.trace)
+            except ProxyError as error:
+                # The client waits at its stream, so the answer goes there too; but not to a call that is running, and
+                # not if the client may come again with another token.
+                is_awaited = message.kind is REQUEST and message.id not in session.calls if message else is_several
+                if is_awaited and (is_several or CHALLENGE_HEADER not in dict(error.headers)):
+                    session.stream.send(encode_error(message and message.raw_id, error))
+                if error.http_status != 200 and not is_several:
+                    return self.refuse(error, reply, message)
         reply.send(202, [b"Accepted"], (("Content-Type", "text/plain"),))
+
+    def _take_message(self, session: Session, message: Message, trace: dict[str, str] | None) -> None:
+        if message.kind is not REQUEST:
+            return session.receive(message)
+        envelope = check_modern(message, None) if is_modern(message, None) else None
+        session.listens = envelope is not None
+        exchange = new_exchange(session, message, StreamOutlet(session.stream), envelope, trace)
+        try:
+            exchange.start()
+        except ProxyError as error:
+            if error.http_status != 200:
+                raise
+            exchange.fail(error)
 
     # Streamable HTTP. MCP 2025-11-25 and 2026-07-28, Transports.
 

@@ -3043,7 +3043,8 @@ def test_era_version_that_is_not_spoken_is_refused_with_those_that_are(modern, v
     call = modern.deliver(message)
     assert call.error() == (400, -32022)
     data = call.answer()["error"]["data"]
-    assert "2026-07-28" in data["supported"] and data["requested"] == version
+    assert data["requested"] == version and data["supported"] == [one for one in (
+        "2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05") if one != version]
 
 
 @pytest.mark.parametrize("method", ["initialize", "ping", "logging/setLevel", "resources/subscribe",
@@ -3329,6 +3330,24 @@ def test_protocol_arguments_are_repeated_in_headers():
     found = mcpproxy.mirrored_parameters(schema)
     assert mcpproxy.mirror(found, {"a": "x", "b": {"c": 1}, "d": None}) == (("mcp-param-a", "x"), ("mcp-param-c", "1"))
     assert mcpproxy.mirror(found, {"b": 1, "d": False}) == (("mcp-param-d", "false"),)
+
+
+@pytest.mark.parametrize("properties, is_misuse", [
+    ({}, False), ({"a": {"type": "string", "x-mcp-header": "A"}}, False),
+    ({"a": {"properties": {"b": {"type": "integer", "x-mcp-header": "B"}}}}, False),
+    ({"x-mcp-header": {"type": "string"}}, False),
+    ({"a": {"type": "string", "x-mcp-header": ""}}, True), ({"a": {"type": "string", "x-mcp-header": "A B"}}, True),
+    ({"a": {"type": "string", "x-mcp-header": 1}}, True), ({"a": {"type": "number", "x-mcp-header": "A"}}, True),
+    ({"a": {"items": {"type": "string", "x-mcp-header": "A"}}}, True),
+    ({"a": {"anyOf": [{"type": "string", "x-mcp-header": "A"}]}}, True),
+    ({name: {"type": "string", "x-mcp-header": name} for name in "aA"}, True)])
+def test_protocol_headers_are_named_only_where_they_may(properties, is_misuse):
+    """MCP 2026-07-28, Streamable HTTP, Schema Extension."""
+    assert mcpproxy.misuses_headers({"type": "object", "properties": properties}) == is_misuse
+
+
+def test_protocol_schema_that_nobody_gets_through_misuses_no_header():
+    assert not mcpproxy.misuses_headers(functools.reduce(lambda inner, _: {"items": inner}, range(5_000), {}))
 
 
 @pytest.mark.parametrize("result, expected", [
@@ -8477,6 +8496,21 @@ def test_remote_modern_server_gets_names_in_base64_where_they_need_it():
             in_base64("\u00e4 b"), in_base64("test://\u00e4")]
 
 
+@pytest.mark.parametrize("as_file", [False, True], ids=["alone", "of several"])
+def test_remote_modern_server_s_tools_with_invalid_headers_are_left_out(several, as_file):
+    """Clients of Streamable HTTP MUST exclude them; a legacy client cannot."""
+    bad = {"name": "bad", "inputSchema": {"type": "object", "properties": {
+        "a": {"type": "number", "x-mcp-header": "A"}}}}
+    with Remote("modern") as far:
+        far.tools.insert(1, bad)
+        with several(far=far.url) if as_file else running_proxy(far.url) as proxy, \
+                StreamableClient(proxy) as client:
+            names = [name.removeprefix("far__") for name in names_of(client.call("tools/list"))]
+            assert names == ["echo", "ask", "hold", "mirror"]
+            listed = [tool["name"].removeprefix("far__") for tool in proxy.request("GET", "/tools").json()["tools"]]
+            assert listed == names and "the tool bad is left out" in proxy.log()
+
+
 def test_remote_modern_server_whose_schema_changed_gets_the_new_headers():
     """Streamable HTTP, Client Behavior: after a HeaderMismatch the tools are listed again, and the call is repeated."""
     with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
@@ -11649,6 +11683,14 @@ def test_several_servers_are_narrowed_down_by_the_client(several):
             assert client.tool("b__echo", text="x") == "x"
 
 
+@pytest.mark.parametrize("place", ["/mcp", "/servers/a/mcp"])
+def test_several_servers_that_clients_have_for_themselves_are_for_no_public_cache(several, place):
+    """What they say may go by a variable that came in a header."""
+    with several(a=MODERN, SHARED_SESSION="false") as proxy, ModernClient(proxy, path=place) as client:
+        for method, params in ("tools/list", {}), ("resources/list", {}), ("resources/read", {"uri": "fake://text"}):
+            assert client.call(method, params)["result"]["cacheScope"] == "private"
+
+
 def test_several_servers_narrowed_down_by_a_header_are_for_no_public_cache(several):
     """It goes by the URL alone."""
     with several(a=MODERN) as proxy:
@@ -13875,6 +13917,7 @@ def test_conversation_list_of_a_legacy_server_ends_for_a_modern_client_too(curso
 
 
 @pytest.mark.parametrize("code, expected, status", [(-32020, -32603, 200), (-32021, -32603, 200), (-32022, -32603, 200),
+                                                    (-32099, -32603, 200), (-32042, -32042, 200), (-32019, -32019, 200),
                                                     (-32002, -32602, 200), (-32601, -32601, 404), (-5, -5, 200)])
 def test_conversation_code_of_a_legacy_server_is_none_that_means_something_else_to_a_modern_client(
         code, expected, status):
@@ -13884,6 +13927,35 @@ def test_conversation_code_of_a_legacy_server_is_none_that_means_something_else_
                 server < {"id":$CALL,"error":{"code":%d,"message":"no"}}
         client < %d {"id":1,"error":{"code":%d,"message":"no"}}
     ''' % (code, status, expected), server="legacy", client="modern")
+
+
+@pytest.mark.parametrize("kind", ["task", "vendor/partial"])
+def test_conversation_result_of_a_type_that_a_legacy_client_cannot_know_is_none(kind):
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"%s","taskId":"t","content":[]}}
+        client < {"id":1,"error":{"code":-32000,"message":"the MCP server's result is of an unknown type"}}
+    ''' % kind, server="modern", client="legacy")
+
+
+@pytest.mark.parametrize("method", ["vendor/confirm", "tasks/list"])
+def test_conversation_question_that_is_none_of_the_specification_reaches_no_client_of_another_era(method):
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":1,"method":"%s","params":{}}
+                server > {"id":1,"error":{"code":-32601,"message":"no client can answer this"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"resultType":"complete","content":[]}}
+    ''' % method, server="legacy", client="modern")
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+                server < {"id":$CALL,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                          "q":{"method":"%s","params":{}}}}}
+        client < {"id":1,"error":{"code":-32000,"message":"the MCP server asked for what this client cannot do"}}
+    ''' % method, server="modern", client="legacy")
 
 
 @pytest.mark.parametrize("structure, kept", [
@@ -15567,6 +15639,19 @@ async def test_conversation_task_is_known_by_an_id_of_bounded_length(length, is_
     town.answers["tasks/get"] = {"taskId": "x" * length}
     *_, answer = await town.say_to(client, 2, "tasks/get", {"taskId": "a__" + "x" * length})
     assert ("result" in answer) == is_known
+
+
+@in_town
+async def test_conversation_progress_names_a_task_as_its_client_knows_it():
+    town = Town("legacy", ["a"])
+    client, link = await town.client("legacy"), town.links["a"][0]
+    await town.say_to(client, 1, "tools/call", {"name": "a__t", "task": {}, "_meta": {"progressToken": "p"}})
+    call, meta = town.heard[0][1]["id"], {"_meta": {"io.modelcontextprotocol/related-task": {"taskId": "7"}}}
+    for _ in range(2):                             # while it runs, and when it has become a task
+        town.say(link, notification("notifications/progress", {"progressToken": call, "progress": 1, **meta}))
+        town.say(link, {"id": call, "result": {"task": {"taskId": "7"}}})
+    told = [message for message in town.told(client) if "method" in message]
+    assert [one["params"]["_meta"]["io.modelcontextprotocol/related-task"]["taskId"] for one in told] == ["a__7"] * 2
 
 
 @in_town
@@ -18819,6 +18904,18 @@ def test_endpoint_answers_a_batch(fake):
         assert isinstance(posted.response.json(), list)
 
 
+def test_endpoint_takes_a_batch_of_a_client_of_http_sse_apart(fake):
+    with SSEClient(fake, handshake=False) as client:
+        client.call("initialize", initialize(version="2025-03-26")["params"])
+        at = len(client.stream.events)
+        client.post([tool_call(1, "echo", {"text": "one"}), notification("notifications/x"), request(2, "no/such"), 5])
+        answers = until(lambda: len(client.stream.messages(at)) == 3 and client.stream.messages(at), "the answers")
+        assert {answer.get("id"): "result" in answer for answer in answers} == {1: True, 2: False, None: False}
+        client.post([], 400)
+    with SSEClient(fake) as client:
+        client.post([request(1, "ping")], 400)
+
+
 def test_endpoint_answers_a_batch_of_one_with_an_array(fake):
     response = fake.request("POST", "/mcp", [request(1, "ping")], ACCEPT)
     assert response.json() == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
@@ -19535,7 +19632,8 @@ def test_oauth_token_is_good_at_the_place_that_it_is_for(served, audience, opens
                 for path in places}
     assert {path for path, status in statuses.items() if status != 401} == {*opens}
     assert get_tools(served.proxy, served.token(aud=["x", PUBLIC + "/mcp"])).status == 200
-    assert get_tools(served.proxy, served.token(aud=PUBLIC.upper() + "/mcp")).status == 401
+    assert get_tools(served.proxy, served.token(aud=PUBLIC.upper() + "/mcp")).status == 200
+    assert get_tools(served.proxy, served.token(aud=PUBLIC + "/MCP")).status == 401
 
 
 def test_oauth_audience_can_be_another_for_all_places(issues):
