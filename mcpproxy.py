@@ -7366,6 +7366,11 @@ class KeptList:
         return self.last
 
     @property
+    def is_asked(self) -> bool:
+        """Does the server list it right now?"""
+        return self._listing is not None
+
+    @property
     def known(self) -> Items | None:
         """The items, also while they are asked for again; None when they would have to be asked for first."""
         return None if self.is_old and not self._listing else self.last
@@ -7391,8 +7396,8 @@ class KeptList:
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            if self.is_missed:
-                self.is_missed = False
+            is_missed, self.is_missed = self.is_missed, False
+            if is_missed and LISTS[self.method][2] in dict(LIST_CHANGES.values()):
                 tell_all(self.instance, list_changed(LISTS[self.method][2]))
         except ServerError as error:
             if self.last is None:
@@ -7516,7 +7521,8 @@ class Instance:
     def is_used(self) -> bool:
         """Does anybody wait for something of it, its start or an answer?"""
         calls = self.connection.pending.values() if self.connection else ()
-        return self._wanted.is_set() or bool(self.listeners) or any(call.client for call in calls)
+        return self._wanted.is_set() or bool(self.listeners) or any(call.client for call in calls) or any(
+            kept.is_asked for kept in self.lists.values())
 
     @property
     def is_ones_own(self) -> bool:
@@ -7850,6 +7856,7 @@ class Client(Holder):
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns: asyncio.Lock | None = None               # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
+    is_ended = False                                # a session
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
@@ -7966,7 +7973,6 @@ class Session(Client):
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
         self.transport = "streamable-http" if is_streamable else "sse"
         self.is_followed = False                    # did its client come again?
-        self.is_ended = False
         self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
         self.capabilities: dict = {}
         self.info: str | None = None                # clientInfo, as JSON, and
@@ -8394,7 +8400,10 @@ class Server:
         return self.instances.get(self._owner_for(client))
 
     def instance_for(self, client: Client) -> Instance:
-        """The instance that a client uses; RPCError or ServerError when it cannot have one."""
+        """The instance that a client uses; RPCError or ServerError when it cannot have one, or all has ended while it
+        waited for something."""
+        if client.is_ended or self not in self.pool.servers:
+            raise no_such_session() if client.is_ended else try_later("the MCP server is configured no more")
         variables, owner, instance = client.variables, self._owner_for(client), self.used_by(client)
         if instance and instance.state is CLOSED:
             instance = None
@@ -8775,7 +8784,8 @@ class Mount:
             call.fail(try_later("the proxy was stopped"))          # no other of a group is to be asked
         for session in list(self.sessions.values()):
             session.end()
-        await asyncio.gather(*(server.close() for server in list(self._pool.servers)))
+        servers, self._pool.servers = self._pool.servers, set()            # nothing is started for who waits for a list
+        await asyncio.gather(*(server.close() for server in servers))
 
 
 # ============================================================================
@@ -8796,8 +8806,8 @@ START_SECONDS = 10.0             # for the start of a server that may have what 
 def stand_in_for(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
     """The instance of another server of a group in place of one that failed; raises the error if there is none."""
     if server.is_group:
-        with contextlib.suppress(RPCError):
-            return client.at(server, failed.server)
+        with contextlib.suppress(RPCError):                    # that group, as it is configured now
+            return client.at(client.mount.server(server.name), failed.server)
     raise error
 
 
@@ -9204,13 +9214,15 @@ class LegacyClientBridge(Bridge):
             raise RPCError("subscriptions need a session")
         if len(client.topics) >= SUBSCRIPTIONS:
             raise try_later("too many subscriptions")
+        if instance.server.is_retired:         # it would be its last one, who waited for it until it had started
+            raise try_later("the configuration has changed")
 
         topic = instance.topics.subscribe(client, uri)
         topic.asking.append(exchange)
 
         def settle(verdict: asyncio.Future) -> None:
             topic.asking.remove(exchange)
-            if verdict.result():
+            if not exchange.is_done and verdict.result():
                 exchange.refuse(verdict.result())
             elif not exchange.is_done:
                 topic.told.add(client)
@@ -10440,8 +10452,10 @@ class Listener(Exchange):
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
         if server is None:
-            uris = [topic.uri for topic in self.topics if topic.instance.server.is_retired]
-            for instance in [one for one in self._joined if one.server.is_retired]:
+            shown = self.client.view.names
+            gone = [one for one in self._joined if one.server.is_retired or one.server.name not in shown]
+            uris = [topic.uri for topic in self.topics if topic.instance in gone]
+            for instance in gone:
                 self._leave_one(instance)
             self._join_all()
             for uri in uris:
@@ -11268,16 +11282,17 @@ class PostOutlet(Outlet, Holder):
             return
         self.opens_at, session = float("inf"), self._session
         self._stream = session.open_stream() if session else Stream()
-        if self.reply.is_done:
-            return                        # the client is gone, but it may come back for what is kept of the stream
-        self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
-        if session and session.version == PRIMING_VERSION:
-            # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
-            # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
-            prime(self.reply, self._stream)
-        self._stream.attach(self.reply)
+        if not self.reply.is_done:        # otherwise the client is gone, but it may come back for what is kept
+            self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
+            if session and session.version == PRIMING_VERSION:
+                # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
+                # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
+                prime(self.reply, self._stream)
+            self._stream.attach(self.reply)
         for answer in self._answers or ():
             self._stream.send([answer])
+        if self.held:
+            budget.set(self, 0)
 
     def send(self, payload: list) -> None:
         self.open()
@@ -11708,6 +11723,11 @@ def check_version(admission: Admission) -> None:
 #
 # The tools as operations, for clients that know no MCP.
 
+# JSON Schema 2020-12: what has schemas by name, and what has values in it that are none.
+NAMING_KEYWORDS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
+
+
 def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
     paths = {}
@@ -11745,14 +11765,18 @@ def openapi_operation(path: str, name: str, tool: dict) -> dict:
                       "default": error}}
 
 
-def rebase_references(schema: object, pointer: str) -> object:
-    """A JSON schema whose references to its own parts still hold when it is part of another document."""
-    if isinstance(schema, dict):
-        return {name: pointer + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#")
-                else rebase_references(value, pointer) for name, value in schema.items() if name != "$schema"}
+def rebase_references(schema: object, pointer: str, are_named: bool = False) -> object:
+    """A JSON schema whose references to its own parts still hold when it is part of another document; or an object of
+    such, which `are_named` as somebody likes."""
     if isinstance(schema, list):
         return [rebase_references(item, pointer) for item in schema]
-    return schema
+    if not isinstance(schema, dict):
+        return schema
+    if are_named:
+        return {name: rebase_references(value, pointer) for name, value in schema.items()}
+    return {name: value if name in DATA_KEYWORDS else pointer + value[1:] if name == "$ref" and isinstance(value, str)
+            and re.match("#(?:/|$)", value) else rebase_references(value, pointer, name in NAMING_KEYWORDS)
+            for name, value in schema.items() if name != "$schema"}
 
 
 # ============================================================================
@@ -11959,7 +11983,7 @@ class Application:
         """What the log has of a request that became no call."""
         method = message.method if message else "tools/call" if admission.path.startswith("/tools/") else None
         name = message.params.get("name") if message and NAMED_BY.get(method) == "name" else None
-        session = (admission.session_id or admission.head.query_value("session_id") or "").partition(".")[0]
+        session = (admission.session_id or dict(admission.head.query).get("session_id", "")).partition(".")[0]
         is_legacy = not message or not is_modern(message, admission.version)
         return audit(admission.caller, client_name(message.meta.get(CLIENT_INFO_KEY)) if message else None, method,
                      name if isinstance(name, str) else None, admission.trace,

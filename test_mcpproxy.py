@@ -15641,6 +15641,120 @@ async def test_conversation_task_is_known_by_an_id_of_bounded_length(length, is_
     assert ("result" in answer) == is_known
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["modern", "legacy"])
+@in_town
+async def test_conversation_nothing_is_started_for_who_has_left_while_it_waits_for_a_list(kind, shared):
+    town = Town("legacy", ["g.a", "g.b"], shared_session=shared)
+    del town.answers["resources/list"]
+    client = await town.client(kind)
+    client.say(request(1, "resources/read", {"uri": "x:y"}))
+    await asyncio.sleep(0.2)
+    links = sum(map(len, town.links.values()))
+    if kind == "legacy":
+        town.mount.delete_session(client.client)
+    else:
+        await town.mount.close()
+    await town.pass_time()
+    assert sum(map(len, town.links.values())) == links
+    assert shared or not any(link.is_open for links in town.links.values() for link in links)
+
+
+@pytest.mark.parametrize("names, others", [(["a"], ["a=x"]), (["a", "b"], ["a=x", "b"])])
+@in_town
+async def test_conversation_list_that_is_on_its_way_comes_from_a_server_that_was_taken_out(names, others):
+    town, method = Town("legacy", names), ["tools/list", "resources/list"][len(names) - 1]
+    await town.pass_time()
+    client, listed = await town.client("modern"), town.answers.pop(method)
+    client.say(request(1, method))
+    await asyncio.sleep(0.2)
+    link = town.links["a"][0]
+    asked = [line for line in link.lines if line.get("method") == method][-1]
+    await town.reload(others)
+    assert link.is_open
+    town.say(link, {"id": asked["id"], "result": listed})
+    await town.pass_time()
+    assert "result" in town.told(client)[0]
+    await town.pass_time()
+    assert not link.is_open
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@in_town
+async def test_conversation_list_of_a_group_is_asked_for_at_the_members_that_there_are_now(shared):
+    town = Town("legacy", ["g.a", "g.b"], shared_session=shared)
+    await town.pass_time()
+    listed = town.answers.pop("tools/list")
+    client = await town.client("modern")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(0.2)
+    town.answers["tools/list"] = listed
+    asked = [link for links in town.links.values() for link in links if link.is_open]
+    await town.reload(["g.a=x", "g.b=x"])
+    for link in asked:
+        link.end()
+    await town.pass_time()
+    assert "result" in town.told(client)[0]
+    await asyncio.sleep(3_600)
+    await town.pass_time()
+    assert not any(link.is_open for link in asked)
+    await town.mount.close()
+    assert not any(link.is_open for links in town.links.values() for link in links)
+
+
+@in_town
+async def test_conversation_subscription_that_waited_for_a_server_that_was_taken_out_is_none():
+    town = Town("legacy", ["a", "b"])
+    await town.pass_time()
+    client = await town.client("legacy", "a")
+    town.slow["a"] = 3
+    await town.die("a")
+    client.say(request(1, "resources/subscribe", {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    town.slow["a"] = 0
+    await town.reload(["a=x", "b"])
+    await asyncio.sleep(10)
+    *_, answer = town.told(client)
+    assert "changed" in answer["error"]["message"] and not client.client.topics
+    assert "result" in (await town.say_to(client, 2, "resources/subscribe", {"uri": "a:b"}))[-1]
+
+
+@in_town
+async def test_conversation_listener_hears_no_more_of_what_its_key_has_lost():
+    town = Town("legacy", ["a", "b"])
+    for name in "ab":
+        town.answers[name, "resources/list"] = {"resources": [{"uri": f"{name}:x", "name": "r"}]}
+    await town.pass_time()
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:x", "b:x"]}}))
+    await asyncio.sleep(15)
+    listener, = town.mount.subscriptions
+    assert {topic.instance.server.name for topic in listener.topics} == {"a", "b"}
+    whole = listener.client.view
+    limits = mcpproxy.Limits("ann", (mcpproxy.Grant(servers=("a",)),))
+    listener.client.caller = mcpproxy.Caller("ann", b"", limits)
+    town.told(client)
+    listener.adopt(town.mount.catalog, whole)
+    assert {topic.instance.server.name for topic in listener.topics} == {"a"}
+
+
+@in_town
+async def test_conversation_skills_that_were_missed_change_no_list():
+    town = Town("legacy", ["a", "b"])
+    town.can = {**town.can, "io.modelcontextprotocol/skills": {}}
+    town.answers["a", "skills/list"] = {"skills": []}
+    await town.pass_time()
+    client = await town.client("legacy")
+    client.say(request(1, "skills/list"))
+    await asyncio.sleep(4)
+    assert "result" in town.told(client)[-1]
+    asked = [line for line in town.links["b"][0].lines if line.get("method") == "skills/list"]
+    if asked:
+        town.say(town.links["b"][0], {"id": asked[0]["id"], "result": {"skills": []}})
+    await town.pass_time()
+    assert asked and not town.told(client)
+
+
 @in_town
 async def test_conversation_progress_names_a_task_as_its_client_knows_it():
     town = Town("legacy", ["a"])
@@ -18714,6 +18828,13 @@ def test_endpoint_for_messages_says_accepted(fake):
         assert client.stream.answer("p")["result"] == {}
 
 
+def test_endpoint_refuses_two_sessions_in_one_query_whatever_the_log():
+    with running_proxy(FAKE, LOG_FORMAT="json") as proxy:
+        for path, message in ("/messages", request(1, "ping")), ("/tools/nothing", {}):
+            response = proxy.request("POST", path + "?session_id=a&session_id=b", message)
+            assert response.status == (400 if path == "/messages" else 404)
+
+
 def test_endpoint_sends_every_message_as_an_event(fake):
     with SSEClient(fake) as client:
         client.tool("notify", method="notifications/custom", params={"text": "\u00fc\u2028"})
@@ -18902,6 +19023,24 @@ def test_endpoint_answers_a_batch(fake):
             tool_call("3", "echo")])
         assert {answer["id"]: "result" in answer for answer in answers} == {1: True, 2: False, "3": True}
         assert isinstance(posted.response.json(), list)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+@in_town
+async def test_endpoint_answers_of_a_batch_are_in_its_stream_and_held_no_more(is_gone):
+    town, told = Town("legacy", ["a"]), []
+    await town.client("legacy")
+    session, = town.mount.sessions.values()
+    reply = types.SimpleNamespace(is_done=is_gone, start_stream=len, write=told.extend, close=lambda: None)
+    outlet = mcpproxy.PostOutlet(types.SimpleNamespace(takes_json=True, takes_stream=True), reply, session, batch=2)
+    outlet.finish([b"x" * 5_000], 200)
+    assert outlet.held == 5_000
+    outlet.open()
+    assert outlet.held == 0
+    if is_gone:                                    # it comes back for them
+        stream, number = session.find_event("1-0")
+        stream.attach(reply, number)
+    assert b"x" * 5_000 in told
 
 
 def test_endpoint_takes_a_batch_of_a_client_of_http_sse_apart(fake):
@@ -19165,6 +19304,16 @@ def test_endpoint_openapi_describes_each_tool(fake):
 def test_endpoint_openapi_is_made_once_for_each_list_of_tools(fake):
     first, second = (fake.request("GET", "/openapi.json").body for _ in range(2))
     assert first == second
+
+
+def test_endpoint_openapi_leaves_alone_what_is_no_reference():
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {
+        "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"}, "node": {"$ref": "#node"},
+        "default": {"$ref": "#"}}, "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
+    rebased = mcpproxy.rebase_references(schema, "#/p")
+    assert rebased == {"type": "object", "properties": {
+        "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"}, "node": {"$ref": "#node"},
+        "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
