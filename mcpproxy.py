@@ -932,9 +932,10 @@ class LineSplitter:
 
     def __init__(self, limit: int, on_line, on_too_long):
         self._limit = limit
-        if on_line:                            # called with each line, without its end; a subclass has it as a method
+        if on_line:                            # called with each line, without its end; a subclass has both as methods
             self._on_line = on_line
-        self._on_too_long = on_too_long        # called with the first and last bytes of a line over the limit
+        if on_too_long:
+            self._on_too_long = on_too_long    # called with the first and last bytes of a line over the limit
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -976,8 +977,9 @@ class EventParser(LineSplitter):
     def __init__(self, limit: int, on_event, on_too_long):
         self.last_id = ""                      # of the last event: what to ask on behind
         self.retry: float | None = None        # seconds to wait before that
-        super().__init__(limit, None, on_too_long)         # its own method in it would be a cycle, for the collector
-        self._on_event = on_event              # called with the type and the data of each
+        super().__init__(limit, None, None)    # its own methods in it would be a cycle, for the collector
+        self._on_event = on_event              # called with the type and the data of each,
+        self._on_too_large = on_too_long       # or with the first and last bytes of data that is over the limit
         self._id, self._type, self._data = "", b"", []
         self._ended_in_cr = False
         self._event_size = 0
@@ -1014,10 +1016,16 @@ class EventParser(LineSplitter):
         self._event_size += len(value) + EVENT_LINE
         if self._event_size > self._limit + EVENT_LINE:          # of many lines: each is within the limit
             if self._data:
-                self._on_too_long(self._data[0][:KEPT_ENDS], value[-KEPT_ENDS:])
+                self._on_too_large(self._data[0][:KEPT_ENDS], value[-KEPT_ENDS:])
             self._data.clear()
         else:
             self._data.append(value)
+
+    def _on_too_long(self, head: bytes, tail: bytes) -> None:
+        head = self._data[0][:KEPT_ENDS] if self._data else head.removeprefix(b"data:").removeprefix(b" ")
+        self._on_too_large(head, tail)
+        self._event_size = self._limit + EVENT_LINE + 1          # without this line the rest is none
+        self._data.clear()
 
 
 # ============================================================================
@@ -2888,7 +2896,7 @@ class Target(typing.NamedTuple):
         """The changes to the text of a request."""
         changes, override, arguments = [], self.override, message.params.get("arguments")
         if self.name is not None:
-            path = ("params", "name") if "name" in message.params else ("params", "ref", "name")
+            path = ("params", "ref", "name") if message.method == "completion/complete" else ("params", "name")
             changes.append((*message.span(*path), quoted(self.name)))
         if override and (override.defaults or override.fixed):
             if not isinstance(arguments, tuple | None):
@@ -3328,10 +3336,11 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
     def replace(match: re.Match) -> str:
         if match[0] == "$${":
             return "${"
-        name, default = match[1].removeprefix("env:"), match[2]
+        said, default = match[1] or "", match[2]
+        name = said.removeprefix("env:")
         if name == "userHome":
             name = "HOME"
-        if re.match("input:|workspaceFolder|workspaceRoot", match[1]):
+        if re.match("input:|workspaceFolder|workspaceRoot", said):
             raise SettingsError(f"{key}: {match[0]} is an editor's, and means nothing here; write ${{NAME}}, and set "
                                 "that variable")
         if not _VARIABLE_NAME.fullmatch(name):
@@ -3345,7 +3354,7 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
             raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
         return environment[name]
     if isinstance(value, str):
-        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}", replace, value)
+        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{\w[^{}]*", replace, value)
     if isinstance(value, list):
         return [expanded(one, key, environment, is_later) for one in value]
     if isinstance(value, dict):
@@ -3888,6 +3897,7 @@ class Usage:
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
         self.seen_at = time.monotonic()              # when it was looked at last, or began
+        self.is_over = False                         # has the server itself ended?
 
     @property
     def seconds(self) -> float:
@@ -3985,6 +3995,9 @@ class Census:
         it was no server, and what it took is counted as its server's already."""
         before, self._reaped = self._reaped, sum(os.times()[2:4])
         if usage:
+            usage.is_over = True               # others may have ended with it, whose turn comes
+            self._reaped -= sum(other.seconds for pid, other in self.servers.items()
+                                if not other.is_over and not process_stat(pid)[STATE])
             usage.gone += max(0, self._reaped - before - usage.seconds)
 
     def forget(self, server: int) -> None:
@@ -3992,6 +4005,8 @@ class Census:
         usage = self.servers.pop(server, None)
         if usage:
             self.spent[usage.server] += usage.seconds
+        if not self.servers:                   # nobody looks from now on, and their ids may become others'
+            self._others.clear()
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -4926,7 +4941,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         """Blames the limit for which the kernel ended it, if it did. A shell or npx passes on how its child ended."""
         settings, most_cpu = self._sandbox.settings, self.usage.most_seconds
         number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
-        could_be = most_cpu + (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
+        since = (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
+        could_be = min(self.usage.seconds, most_cpu + since)
         if settings.limit_file_mb and number == signal.SIGXFSZ:
             self._blame("file_size", settings.limit_file_mb)
         elif settings.limit_cpu_seconds and (number == signal.SIGXCPU or (
@@ -5228,19 +5244,22 @@ class HTTPClient:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
             return fetch.abort()
-        while self._idle:
+        while self._idle and (fetch.is_extra or self._busy < MAX_FETCHES):
             connection = self._idle.pop()
             if connection.is_good:
                 return connection.send(fetch)
             connection.close()
         fetch.waits_in = self._waiting
         (self._waiting.appendleft if fetch.is_extra else self._waiting.append)(fetch)
-        self._open_more(fetch.is_extra)
+        self._open_more()
 
-    def _open_more(self, is_extra: bool = False) -> None:
-        most = MAX_FETCHES + (EXTRA_FETCHES if is_extra else 0)
-        if not self.is_closed and len(self._waiting) > len(self._opening) and len(
-                self.connections) + len(self._opening) < most:
+    @property
+    def _busy(self) -> int:
+        return len(self.connections) - len(self._idle)
+
+    def _open_more(self) -> None:
+        most = MAX_FETCHES + (EXTRA_FETCHES if self._waiting and self._waiting[0].is_extra else 0)
+        if not self.is_closed and len(self._waiting) > len(self._opening) and self._busy + len(self._opening) < most:
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
     async def _open(self) -> None:
@@ -5268,7 +5287,7 @@ class HTTPClient:
 
     def release(self, connection: ClientConnection) -> None:
         connection.used_at = time.monotonic()
-        if self._waiting:
+        if self._waiting and (self._waiting[0].is_extra or self._busy <= MAX_FETCHES):
             return connection.send(self._waiting.popleft())
         self._idle.append(connection)
         if len(self._idle) > KEPT_CONNECTIONS:
@@ -5969,8 +5988,7 @@ class RemoteLink(Link):
                 self._receive(data, number)
             elif kind == b"endpoint" and self._endpoint and not self._endpoint.done():
                 self._endpoint.set_result(data.decode("utf-8", "replace"))
-        return EventParser(self.limit, on_event, lambda head, tail: self.on_end and self.on_too_long(
-            head.removeprefix(b"data: "), tail))
+        return EventParser(self.limit, on_event, lambda head, tail: self.on_end and self.on_too_long(head, tail))
 
     def on_answered(self, number: int) -> None:
         fetch = self._running.pop(number, None)
@@ -6412,7 +6430,7 @@ class ServerConnection(Holder):
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
         if self.flood.count > FLOOD:
             return
-        line, self.silences = line.rstrip(b"\r"), 0
+        line, self.silences = line.strip(b" \t\r"), 0
         try:
             if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
@@ -6512,6 +6530,7 @@ class ServerConnection(Holder):
     def _fail(self, server_id: int | None, error: ServerError) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
+            self.link.on_answered(server_id)
             pending.on_failure(error)
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
@@ -9002,7 +9021,7 @@ async def find_targets(client: Client, message: Message,
     view, params, method = client.view, message.params, message.method
     # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
     is_call = method in ("tools/call", "prompts/get")
-    named = params if is_call else members_of(params.get("ref")) or params
+    named = members_of(params.get("ref")) if method == "completion/complete" else params
     name, uri = named.get("name"), named.get("uri")
     if isinstance(uri, str) and not is_call:
         return await find_by_uri(client, uri, None if method == "resources/subscribe" else 0)

@@ -2310,6 +2310,17 @@ def test_sse_events_say_where_to_go_on_and_when():
     assert (parser.last_id, found, len(long)) == ("2", [b"a", b"b"], 1)
 
 
+@pytest.mark.parametrize("before", [b"", b"data: {\n", b"data:{\n"])
+@pytest.mark.parametrize("start", [b"data: ", b"data:"])
+def test_sse_event_with_a_line_over_the_limit_is_none(start, before):
+    """Neither is the rest of it, which may be valid JSON without that line."""
+    found, large = [], []
+    parser = mcpproxy.EventParser(100, lambda kind, data: found.append(data), lambda head, tail: large.append(head))
+    parser.feed(before + start + b"{" + b"x" * 200 + b"\ndata: }\n\ndata: b\n\n")
+    assert found == [b"b"] and [head[:1] for head in large] == [b"{"]
+    assert large[0][1:2] == (b"" if before else b"x")
+
+
 def test_sse_events_that_are_cut_off_take_no_memory_any_longer():
     gc.collect()
     gc.disable()
@@ -5461,6 +5472,16 @@ def test_views_small_results_are_not_touched():
     assert mcpproxy.cut_result(message, 10) is message
 
 
+@pytest.mark.parametrize("method, path", [("tools/call", ("name",)), ("prompts/get", ("name",)),
+                                          ("completion/complete", ("ref", "name"))])
+def test_views_put_the_server_s_name_where_the_method_has_it(method, path):
+    params = {"name": "a__n", "ref": {"type": "ref/prompt", "name": "a__n"}}
+    message = mcpproxy.parse_message(json.dumps(request(1, method, params)))
+    changed = json.loads(message.changed(mcpproxy.Target("a", "n").changes(message)))["params"]
+    named = {("name",): changed["name"], ("ref", "name"): changed["ref"]["name"]}
+    assert {where for where, name in named.items() if name == "n"} == {path}
+
+
 def test_views_name_tasks_by_their_server():
     line = ('{"jsonrpc":"2.0","method":"notifications/tasks/status","params":{"taskId":"7","data":{"taskId":"7"},'
             '"_meta":{"io.modelcontextprotocol/related-task":{"taskId":"8"}}}}')
@@ -5722,6 +5743,8 @@ A_SERVER = {"command": "x"}
         ({"envFile": "x"}, "envFile: files of variables"), ({"cwd": "${input:x}"}, "cwd: ${input:x} is an editor's"),
         ({"cwd": "${workspaceFolder}"}, "${workspaceFolder} is an editor's"),
         ({"env": {"A": "${NO}"}}, "NO is not set"), ({"cwd": "${A-x}"}, "cwd: ${A-x} is not ${NAME}"),
+        ({"cwd": "${A:-${B}}"}, "is not ${NAME}"), ({"cwd": "${input:a:b}"}, "is not ${NAME}"),
+        ({"cwd": "${A"}, "${A is not ${NAME}"),
         ({"overrides": []}, "overrides: must be an object"),
         ({"overrides": {"t": 1}}, "overrides: t: must be an object"),
         ({"overrides": {"t": {"nam": "x"}}}, "overrides: t: nam: is not known; the nearest that is: name"),
@@ -6305,6 +6328,26 @@ def test_shares_of_processes():
             assert [opened("a").status for _ in range(4)] == [200, 200, 200, 503]
             until(lambda: opened("b").status == 200, "room for another key")
             assert opened("b").error() == (503, -32000)
+
+
+# ============================================================================
+# 17. Processes
+# ============================================================================
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_process_that_ends_with_another_one_takes_none_of_its_seconds(monkeypatch, order):
+    """The system has added up what both took before either's end is told."""
+    known, took = (0.1, 5.0), (0.5, 6.0)
+    usages = [mcpproxy.Usage(str(number), "", print) for number in range(2)]
+    for number, usage in enumerate(usages):
+        usage.cpu = {number: known[number]}
+    census = types.SimpleNamespace(_reaped=10.0, servers=dict(enumerate(usages)))
+    monkeypatch.setattr(mcpproxy, "process_stat", lambda pid: [b""])
+    monkeypatch.setattr(mcpproxy.os, "times", lambda: (0, 0, 10.0 + sum(took), 0.0, 0))
+    for number in order:
+        mcpproxy.Census.reaped(census, usages[number])
+    seconds = [usage.seconds for usage in usages]
+    assert sum(seconds) == pytest.approx(sum(took)) and seconds[order[1]] == pytest.approx(known[order[1]])
 
 
 # ============================================================================
@@ -9248,6 +9291,39 @@ async def test_remote_session_that_was_lost_is_used_when_a_message_before_it_is_
     respond(again, 200, result_for(again, {}))
     assert (await call.result()).result == {} and b"Mcp-Session-Id: two" in again.head
     assert (await far.taken("notifications/x")).head.count(b"two") == 1
+
+
+def test_remote_client_keeps_places_for_what_has_to_get_through(monkeypatch):
+    """However many calls wait, and whichever end."""
+    monkeypatch.setattr(mcpproxy, "MAX_FETCHES", 2)
+    monkeypatch.setattr(mcpproxy, "EXTRA_FETCHES", 1)
+
+    class Far(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            if b"Quick" in data:
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def run():
+        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", 0)
+        client = mcpproxy.HTTPClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp")
+        slow = [mcpproxy.Fetch(client.head("GET", ()), b"", 1_000) for _ in range(5)]
+        for number, fetch in enumerate(slow):
+            client.send(fetch)
+            if number in (1, 3):                   # when two run, and when others wait
+                for _ in range(3):
+                    ask = mcpproxy.Ask(client.head("GET", (("Quick", "1"),)))
+                    head, _ = await ask.answer(client, PATIENCE)
+                    assert head.status == 200
+        slow[0].abort()
+        ask = mcpproxy.Ask(client.head("GET", (("Quick", "1"),)))
+        assert (await ask.answer(client, PATIENCE))[0].status == 200 and len(client.connections) <= 3
+        client.close()
+        server.close()
+        await server.wait_closed()
+    asyncio.run(run())
 
 
 def test_remote_client_that_is_closed_lets_nobody_wait():
