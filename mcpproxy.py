@@ -2455,7 +2455,7 @@ _LOOPBACK_ORIGIN = re.compile(
 def is_allowed_host(host: str, allowed: tuple[str, ...]) -> bool:
     """May the proxy be called by this Host header without a key?"""
     name = re.sub(r":[0-9]*$", "", host)
-    return bool(_PRIVATE_HOST.fullmatch(name)) or "*" in allowed or name.lower() in map(str.lower, allowed)
+    return bool(_PRIVATE_HOST.fullmatch(name)) or "*" in allowed or name.lower() in allowed
 
 
 def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
@@ -2528,7 +2528,7 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 #     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. Points are
 #         X / Z², Y / Z³, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
 
-MAX_TOKEN = 8 * 1024
+MAX_TOKEN = 24 * 1024             # with its 200 groups, one of Entra has 12 KiB
 MAX_KEYS = 100                   # of one issuer
 MAX_TRIES = 8                    # of those that a token may mean, because it names none
 LEEWAY = 60                      # seconds between two clocks
@@ -2654,7 +2654,7 @@ def verify(token: Token, keys: list[PublicKey]) -> PublicKey:
     for key in named[:MAX_TRIES]:
         if is_signed(token.signed, token.signature, *key.numbers):
             return key
-    raise TokenError("its signature is wrong")
+    raise (UnknownKey if kid is None else TokenError)("its signature is wrong")      # it may mean a new one
 
 
 def is_signed_by_rsa(signed: bytes, signature: bytes, n: int, e: int) -> bool:
@@ -4733,8 +4733,8 @@ class Link:
                     self.last_words[-1].strip() if self.last_words else "")
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
-        """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers that repeat
-        arguments, the proxies that it came through)."""
+        """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers of its own,
+        the proxies that it came through)."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes) -> None:
@@ -5025,7 +5025,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
-MAX_FETCHES = 256                # of one client at a time; further ones wait
+MAX_FETCHES = 256                # of one client at a time, and for one principal three times what is left then
 EXTRA_FETCHES = 4                # beside these: for what has no answer, the end of a session, its stream
 MAX_INTERIM = 100                # 1xx before one response
 KEPT_CONNECTIONS = 8             # of one client, on which nothing is sent now
@@ -5041,6 +5041,7 @@ class Fetch:
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
+    is_endless = False               # is it a subscription? These are counted where they are let in
     principal: object = None         # whom it is for
     size = 0                         # bytes of what came that it holds itself
     waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
@@ -5103,6 +5104,11 @@ class ClientConnection(asyncio.Protocol, Holder):
     @property
     def principal(self) -> object:
         return self._fetch and self._fetch.principal
+
+    @property
+    def is_busy(self) -> bool:
+        """Does it take one of the places?"""
+        return self._fetch is not None and not self._fetch.is_endless
 
     @property
     def is_good(self) -> bool:
@@ -5244,23 +5250,35 @@ class HTTPClient:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
             return fetch.abort()
-        while self._idle and (fetch.is_extra or self._busy < MAX_FETCHES):
-            connection = self._idle.pop()
-            if connection.is_good:
-                return connection.send(fetch)
-            connection.close()
         fetch.waits_in = self._waiting
         (self._waiting.appendleft if fetch.is_extra else self._waiting.append)(fetch)
-        self._open_more()
+        self._go_on()
 
-    @property
-    def _busy(self) -> int:
-        return len(self.connections) - len(self._idle)
-
-    def _open_more(self) -> None:
-        most = MAX_FETCHES + (EXTRA_FETCHES if self._waiting and self._waiting[0].is_extra else 0)
-        if not self.is_closed and len(self._waiting) > len(self._opening) and self._busy + len(self._opening) < most:
+    def _go_on(self) -> None:
+        """Sends what waits, on idle connections or on a new one."""
+        while self._idle and self._next():
+            connection = self._idle.pop()
+            if connection.is_good:
+                self._send_next(connection)
+            else:
+                connection.close()
+        if not self.is_closed and len(self._waiting) > len(self._opening) and self._next():
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
+
+    def _next(self) -> Fetch | None:
+        """The first that waits and has a place."""
+        taken = len(self.connections) - len(self._idle) + len(self._opening)
+        if not self._waiting or 4 * taken < 3 * MAX_FETCHES:           # so it mostly is
+            return self._waiting[0] if self._waiting else None
+        held = collections.Counter(connection.principal for connection in self.connections if connection.is_busy)
+        free = MAX_FETCHES - held.total() - len(self._opening)
+        return next((fetch for fetch in self._waiting if fetch.is_endless or (
+            free > -EXTRA_FETCHES if fetch.is_extra else held[fetch.principal] < 3 * free)), None)
+
+    def _send_next(self, connection: ClientConnection) -> None:
+        fetch = self._next()
+        self._waiting.remove(fetch)
+        connection.send(fetch)
 
     async def _open(self) -> None:
         reason = None
@@ -5283,12 +5301,12 @@ class HTTPClient:
             fetch = self._waiting.popleft()
             fetch.is_over = True
             fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
-        self._open_more()                                  # for what was sent while this one was on its way
+        self._go_on()                                      # for what was sent while this one was on its way
 
     def release(self, connection: ClientConnection) -> None:
         connection.used_at = time.monotonic()
-        if self._waiting and (self._waiting[0].is_extra or self._busy <= MAX_FETCHES):
-            return connection.send(self._waiting.popleft())
+        if self._next():
+            return self._send_next(connection)
         self._idle.append(connection)
         if len(self._idle) > KEPT_CONNECTIONS:
             self._idle[0].close()
@@ -5298,7 +5316,7 @@ class HTTPClient:
         budget.set(connection, 0)
         if connection in self._idle:
             self._idle.remove(connection)
-        self._open_more()
+        self._go_on()
 
     def close(self) -> None:
         self.is_closed = True
@@ -5326,13 +5344,14 @@ OUTAGE_SECONDS = 5.0             # between two tries to read them otherwise
 KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
 INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
-BAD_PAUSE = 0.01                 # after each one with a wrong signature: to make them costs nothing
+BAD_PAUSE, BAD_SHARE = 0.01, 16  # after each one with a wrong signature, or so many times what it took: to make them
+                                 # costs nothing
 KNOWN_TOKENS = 10_000            # that are remembered
 QUESTIONS = 8                    # about tokens, that are asked at a time
 QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
 CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's
 TURNS = 4                        # of them that may run at a time, for one address
-CHECK_SECONDS = 30.0             # that one may wait and run
+CHECK_SECONDS = 60.0             # that one may wait and run
 
 
 class NotYet(Exception):
@@ -5425,7 +5444,8 @@ class Issuer:
         # When the keys were read, when that was tried, and when for one that was unknown.
         self._read_at = self._tried_at = self._retried_at = -float("inf")
         self._reading: asyncio.Task | None = None
-        self._verdicts: dict[bytes, Verdict] = {}  # by the token's hash
+        self._verdicts: dict[bytes, Verdict] = {}  # of good tokens, by the hash
+        self._refused: dict[bytes, Verdict] = {}   # of others, which would push those out
         self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that wait or run, and for whom
         self._turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._verifier = concurrent.futures.ThreadPoolExecutor(1)
@@ -5436,11 +5456,13 @@ class Issuer:
         digest, now = digest_of_key(text), self._now()
         if self._keys and now - self._read_at > KEYS_SECONDS:
             self._read_soon()
-        verdict = self._verdicts.get(digest)
+        verdict = self._verdicts.get(digest) or self._refused.get(digest)
         if verdict and now < verdict.good_until:
             return verdict
         if digest in self._checks:
             raise NotYet(self._checks[digest][0])
+        if verdict and not verdict.error:          # who was in does not wait behind those who knock
+            principal = verdict.subject
         try:
             is_opaque = self._settings.oauth_introspection_url and not _JWT_SHAPE.match(text)
             token = None if is_opaque else parse_token(text)
@@ -5472,7 +5494,7 @@ class Issuer:
             async with asyncio.timeout(CHECK_SECONDS):
                 claims, key = (token.claims, await self._verify(token, turn)) if token else (
                     await self._introspect(text, turn), None)
-            scopes, audience = claims.get("scope", claims.get("scp", "")), claims.get("aud")
+            scopes, audience = claims.get("scope") or claims.get("scp", ""), claims.get("aud")
             scopes = frozenset(scopes.split() if isinstance(scopes, str) else strings_of(scopes))
             audience = frozenset([audience] if isinstance(audience, str) else strings_of(audience))
             # MCP 2025-11-25, Authorization, Canonical Server URI: "SHOULD accept uppercase scheme and host components".
@@ -5483,9 +5505,11 @@ class Issuer:
             raise try_later("it takes too long to find out what the token is worth") from None
         except TokenError as error:
             verdict = Verdict(self._now() + BAD_SECONDS, str(error))
-        if len(self._verdicts) >= KNOWN_TOKENS:
-            del self._verdicts[next(iter(self._verdicts))]
-        self._verdicts[digest] = verdict
+        self._verdicts.pop(digest, None)
+        known = self._refused if verdict.error else self._verdicts
+        if len(known) >= KNOWN_TOKENS:
+            del known[next(iter(known))]
+        known[digest] = verdict
 
     # JWTs.
 
@@ -5497,11 +5521,19 @@ class Issuer:
         try:
             return await self._signer(token, turn)
         except UnknownKey:
-            if self._now() - self._retried_at < RETRY_SECONDS and not self._reading:
+            if self._now() - self._retried_at >= (OUTAGE_SECONDS if self._is_out else RETRY_SECONDS) or self._reading:
+                self._retried_at, self._tried_at = self._now(), -float("inf")
+                await self._renew_keys()
+            elif not self._is_out:
                 raise
-            self._retried_at, self._tried_at = self._now(), -float("inf")
-            await self._renew_keys()
+            if self._is_out:
+                raise try_later("the keys of the tokens' issuer cannot be read")
             return await self._signer(token, turn)
+
+    @property
+    def _is_out(self) -> bool:
+        """Could its keys not be read when that was tried last?"""
+        return self._tried_at > self._read_at
 
     async def _signer(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
         """The key that has signed it, and that its issuer has not withdrawn while it was looked for."""
@@ -5509,7 +5541,13 @@ class Issuer:
         while keys is not self._keys and key not in self._keys:
             keys = self._keys
             async with turn:
-                key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify_with_care, token, keys)
+                began = self._now()
+                try:
+                    key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify, token, keys)
+                except TokenError as error:
+                    if not isinstance(error, UnknownKey) or token.header.get("kid") is None:
+                        await asyncio.sleep(max(BAD_PAUSE, BAD_SHARE * (self._now() - began)))
+                    raise
         return key
 
     def _read_soon(self) -> asyncio.Task | None:
@@ -5533,7 +5571,8 @@ class Issuer:
             is_other, self._keys, self._read_at = keys != self._keys, keys, self._now()
             if is_other:
                 self._verdicts = {digest: verdict for digest, verdict in self._verdicts.items()
-                                  if verdict.error is None and (verdict.key is None or verdict.key in keys)}
+                                  if verdict.key is None or verdict.key in keys}
+                self._refused.clear()
                 self._on_other_keys()
         except (OSError, ValueError) as error:             # TimeoutError is an OSError
             log.error("! the keys of %(issuer)s cannot be read: %(reason)s", issuer=self._settings.oauth_issuer,
@@ -5586,16 +5625,6 @@ class Issuer:
 
     def close(self) -> None:
         self._verifier.shutdown(wait=False, cancel_futures=True)
-
-
-def verify_with_care(token: Token, keys: list[PublicKey]) -> PublicKey:
-    """verify(), at a pace that wrong signatures cannot make dear."""
-    try:
-        return verify(token, keys)
-    except TokenError as error:
-        if not isinstance(error, UnknownKey):
-            time.sleep(BAD_PAUSE)
-        raise
 
 
 # ============================================================================
@@ -5662,7 +5691,7 @@ class Post(RemoteFetch):
         self.is_greeting = about[1] in GREETINGS
         self.session = None if self.is_greeting else link.session
         self.is_safe = about[1] in SAFE_METHODS
-        self.is_extra = about[1] in ("initialize", "ping")
+        self.is_extra, self.is_endless = about[1] in ("initialize", "ping"), about[1] == "subscriptions/listen"
 
     def on_head(self, head: ResponseHead) -> None:
         super().on_head(head)
@@ -5796,9 +5825,11 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 #
 # One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
 # header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
-# waits for a server that is starting has its way told to that server, too.
+# waits for a server that is starting has its way told to that server, too. To one of them all clients of another look
+# like one, with one key; so that it does not take a question for the wrong one's, it is told which are the same.
 
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
+ASKER_HEADER = "X-Mcpproxy-For"  # the same for two requests of a proxy if they are one client's there
 WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an array
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
@@ -6324,6 +6355,10 @@ class ServerConnection(Holder):
     def _greeted(self, era: Era, response: Message) -> Identity:
         identity = Identity(era, response)
         self.era, self.is_greeted, self.mirrors = era, True, era is MODERN and self.link.is_remote
+        for number in list(self.pending):                  # what else it was asked, to find out how to greet it
+            del self.pending[number]
+            self._withdrawn += 1
+            self.link.on_answered(number)
         self.link.revision = identity.version if identity.version in (MODERN_VERSION, *LEGACY_VERSIONS) else None
         if era is LEGACY:
             self.send_if_possible(INITIALIZED)
@@ -6818,9 +6853,10 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
     """Whose a message is: (a client's running calls, one of which may carry it, the newest last; else a session)."""
-    if cause and cause.client:
-        return [cause], None
     named = owner_named(message)
+    owner = instance.owners.get(named) if named else None
+    if cause and cause.client and owner in (None, cause.client.owner):
+        return [cause], None
     if named and (message.kind is NOTIFICATION or named[0] == "task" and instance.owners.get(named)):
         session = instance.sessions.get(instance.owners.get(named))
         return [call for call in session.calls.values() if call.is_running] if session else [], session
@@ -6837,7 +6873,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     session = next(iter(instance.sessions.values()), None)
     parked = [call for call in waiting if call.is_parked]
     if parked:
-        return parked if len({call.client.identity for call in parked}) == 1 else [], None
+        return parked if len({call.asker for call in parked}) == 1 else [], None
     is_late = session and any(caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
                               for caller, ended_at in instance.recent_callers.items())
     return [], session if not is_late and all(call.client is session for call in waiting) else None
@@ -9567,6 +9603,7 @@ class Dialogue:
             result = input_required({key: question.message for key, question in self.questions.items()},
                                     self.request_state, exchange.instance.identity.info)
             exchange.touch()
+            exchange.remember_state(self.request_state)
             exchange.park(encode_result(exchange.raw_id, result), self.request_state)
 
     def _has_room(self) -> bool:
@@ -9604,7 +9641,7 @@ class Dialogue:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now."""
         causes = self.exchange.connection.causes
-        heirs = [call for call, identity in causes.items() if identity == self.exchange.client.identity]
+        heirs = [call for call, asker in causes.items() if asker == self.exchange.asker]
         for question in list(self.questions.values()):
             message = question.message
             heir = next((call for call in reversed(heirs) if question.client or call.can_be_asked and not (
@@ -9786,6 +9823,12 @@ class ClientRequest(PendingRequest, Holder):
         return self.state is PARKED
 
     @property
+    def asker(self) -> object:
+        """Whose it is: its client's, or if that is a proxy, one of those whom that lets in."""
+        client = self.client
+        return (client.identity, self.http_headers.get(ASKER_HEADER.lower(), self)) if client.way else client.identity
+
+    @property
     def can_be_asked(self) -> bool:
         """Can its client be asked something in its course?"""
         return self.method in MAY_NEED_INPUT if self.envelope else self.outlet.asks
@@ -9942,7 +9985,7 @@ class ClientRequest(PendingRequest, Holder):
         self.started = retry.started                # the time of people is not the server's
         self._take_on(message, retry.outlet)
         self._enter_books()
-        self.connection.causes[self] = self.client.identity
+        self.connection.causes[self] = self.asker
         self.touch()
 
 
@@ -10146,19 +10189,26 @@ class Exchange(ClientRequest):
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
         name = self.own_name or self.names_tasks and message.params.get("taskId") or None
-        mirrored = self._mirrored(message) if connection.mirrors and self.method == "tools/call" else ()
-        connection.send(message.changed(changes), (number, self.method, name, mirrored, self.client.way),
-                        self.client.principal)
+        headers = self._headers_for(connection, message) if connection.link.is_remote else ()
+        connection.pending[number] = self              # before it is sent, for who looks whose it is
+        try:
+            connection.send(message.changed(changes), (number, self.method, name, headers, self.client.way),
+                            self.client.principal)
+        except ServerError:
+            del connection.pending[number]
+            raise
         self.server_id = number
-        connection.pending[number] = self
         if self.method in MAY_CAUSE:
-            connection.causes[self] = self.client.identity
+            connection.causes[self] = self.asker
         self.message = None
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
-    def _mirrored(self, message: Message) -> tuple[tuple[str, str], ...]:
-        """The headers in which a tools/call repeats arguments for a remote server."""
+    def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
+        """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
+        asker = ASKER_HEADER, f"{hash(self.asker) % 2**32:08x}"          # which says no more than that
+        if not (connection.mirrors and self.method == "tools/call"):
+            return asker,
         tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
         if self.target and self.target.override and isinstance(arguments or {}, dict):
             override = self.target.override
@@ -10166,7 +10216,7 @@ class Exchange(ClientRequest):
         own = mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
         # "Intermediate servers that do not recognize an Mcp-Param-{Name} header MUST forward it."
         given = (self.http_headers or {}).items() if self.envelope else ()
-        return *own, *((name, value) for name, value in given
+        return asker, *own, *((name, value) for name, value in given
                        if name.startswith("mcp-param-") and value.isascii() and name not in dict(own))
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
@@ -10232,7 +10282,11 @@ class Exchange(ClientRequest):
         """A response may ask for input: the request that comes with it is for the same server."""
         state = response.parsed().result.get("requestState") if self.target and self.envelope and (
             is_input_required(response)) else None
-        if isinstance(state, str):
+        self.remember_state(state)
+
+    def remember_state(self, state: object) -> None:
+        """The same for one of ours: when that is used up, it is not to reach another member of the group."""
+        if isinstance(state, str) and self.target:
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
             states[short_of(state)] = GivenState(self.principal, self.target.server, self.instance.server)
@@ -11861,7 +11915,9 @@ class Application:
         self.counters = mount.counters
         self.keys, self.issuer = keys, issuer
         self.max_body = settings.max_request_bytes
-        self._origins, self._hosts = listed(settings.allowed_origins), listed(settings.allowed_hosts)
+        # As browsers and clients write them.
+        self._origins = tuple(one.rstrip("/") for one in listed(settings.allowed_origins.lower()))
+        self._hosts = tuple(re.sub(":[0-9]*$", "", one) for one in listed(settings.allowed_hosts.lower()))
 
     def admit(self, head: HTTPHead, host: str) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them

@@ -3760,6 +3760,14 @@ def test_access_origins(origin, host, may_call):
     assert mcpproxy.is_allowed_origin(origin, host, ("https://page.example",)) is may_call
 
 
+def test_access_origins_and_hosts_may_be_written_as_people_do():
+    with running_proxy(FAKE, ALLOWED_HOSTS="MCP.example.com:8443", ALLOWED_ORIGINS="https://Page.example/") as proxy:
+        headers = {"Host": "mcp.example.com:8443", "Origin": "https://page.example"}
+        assert proxy.request("GET", "/tools", None, headers).status == 200
+        for name, value in ("Host", "mcp.example.org:8443"), ("Origin", "https://page.example:444"):
+            assert proxy.request("GET", "/tools", None, {**headers, name: value}).status == 403
+
+
 def test_access_an_asterisk_allows_all_origins():
     assert mcpproxy.is_allowed_origin("https://any.example", "x.example", ("*",))
 
@@ -9324,6 +9332,51 @@ def test_remote_client_keeps_places_for_what_has_to_get_through(monkeypatch):
         server.close()
         await server.wait_closed()
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_endless, running", [(False, 6), (True, 20)])
+def test_remote_client_leaves_places_to_others(monkeypatch, is_endless, running):
+    """Whoever has many requests, or many listeners, that do not end."""
+    monkeypatch.setattr(mcpproxy, "MAX_FETCHES", 8)
+
+    class Far(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            if b"Quick" in data:
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    class Quick(mcpproxy.Ask):
+        is_extra = False
+
+    async def run():
+        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", 0)
+        client = mcpproxy.HTTPClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp")
+        for _ in range(20):
+            fetch = mcpproxy.Fetch(client.head("GET", ()), b"", 1_000)
+            fetch.principal, fetch.is_endless = "ann", is_endless
+            client.send(fetch)
+        asks = [Quick(client.head("GET", (("Quick", "1"),))) for _ in range(3)]
+        for name, ask in zip(("bob", "cat", "bob"), asks):
+            ask.principal = name
+            assert (await ask.answer(client, PATIENCE))[0].status == 200
+        assert sum(connection.principal == "ann" for connection in client.connections) == running
+        client.close()
+        server.close()
+        await server.wait_closed()
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern", "sse"])
+def test_remote_server_is_told_which_requests_are_one_client_s(kind):
+    """It may be a proxy, which has to know whom it may ask."""
+    with Remote(kind) as far, running_proxy(far.url) as proxy, \
+            StreamableClient(proxy) as one, StreamableClient(proxy) as other:
+        for client in one, one, other:
+            client.tool("echo", text="x")
+        first, second, third = (visit.headers["x-mcpproxy-for"] for visit in far.got("tools/call"))
+        assert first == second != third
 
 
 def test_remote_client_that_is_closed_lets_nobody_wait():
@@ -15831,6 +15884,70 @@ async def test_conversation_skills_that_were_missed_change_no_list():
     assert asked and not town.told(client)
 
 
+@pytest.mark.parametrize("whose, is_asked", [("1", True), ("2", False), (None, False)])
+@in_town
+async def test_conversation_question_goes_to_nobody_where_another_proxy_has_calls_of_several(whose, is_asked):
+    """They bring one key, and say which are one client's."""
+    town, key = Town("legacy", ["a", "b"]), mcpproxy.Caller("proxy", b"k", None)
+    await town.pass_time()
+    for number, one in (1, "1"), (2, whose):
+        client = await town.client("modern", None, key, {})
+        client.client.way, client.client.headers = "f" * 16, {"x-mcpproxy-for": one} if one else {}
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        await asyncio.sleep(0.1)
+    link = town.links["a"][0]
+    town.say(link, {"id": 1, **QUESTION})
+    await asyncio.sleep(1)
+    refused = [line for line in link.lines if "error" in line]
+    assert bool(town.told(client)) == is_asked and len(refused) == (not is_asked)
+
+
+@in_town
+async def test_conversation_what_names_a_task_is_its_owner_s_on_whatever_stream_it_comes():
+    town = Town("legacy", ["a", "b"])
+    await town.pass_time()
+    ann, bob = await town.client("legacy"), await town.client("legacy")
+    (link,), related = town.links["a"], {"_meta": {"io.modelcontextprotocol/related-task": {"taskId": "7"}}}
+    await town.say_to(ann, 1, "tools/call", {"name": "a__t", "task": {}})
+    town.say(link, {"id": town.heard[-1][1]["id"], "result": {"task": {"taskId": "7"}}})
+    await town.say_to(bob, 1, "tools/call", {"name": "a__t"})
+    town.told(ann)
+    for message in notification("notifications/tasks/status", {"taskId": "7", "status": "working"}), {
+            "jsonrpc": "2.0", "id": 5, "method": QUESTION["method"], "params": {**QUESTION["params"], **related}}:
+        link.on_line(json.dumps(message).encode(), town.heard[-1][1]["id"])
+    assert [one["method"] for one in town.told(ann)] == ["notifications/tasks/status", "elicitation/create"]
+    assert not town.told(bob)
+
+
+@in_town
+async def test_conversation_call_that_came_back_comes_back_to_no_other_member():
+    """The one member is legacy, where the proxy made the state; the other is modern, and makes its own."""
+    town = Town("auto", ["g.a", "g.b"])
+    town.answers["a", "server/discover"] = None
+    await asyncio.sleep(60)
+    for _ in range(2):
+        client = await town.client("modern")
+        await town.say_to(client, 1, "tools/call", {"name": "g__t"})
+        name, call = town.heard[-1]
+        if name == "a":
+            break
+        town.say(town.links["b"][-1], {"id": call["id"], "result": {"resultType": "complete", "content": []}})
+    link = town.links[name][-1]
+    assert name == "a"
+    town.say(link, {"id": 1, **QUESTION})
+    await asyncio.sleep(1)
+    asked = town.told(client)[-1]["result"]
+    back = {"name": "g__t", "requestState": asked["requestState"], "inputResponses": {
+        key: {"action": "decline"} for key in asked["inputRequests"]}}
+    await town.say_to(client, 2, "tools/call", back)
+    town.say(link, {"id": call["id"], "result": {"content": []}})
+    heard = len(town.heard)
+    for number in range(3, 6):
+        client = await town.client("modern")
+        assert "error" in (await town.say_to(client, number, "tools/call", back))[-1]
+    assert len(town.heard) == heard
+
+
 @in_town
 async def test_conversation_progress_names_a_task_as_its_client_knows_it():
     town = Town("legacy", ["a"])
@@ -20236,6 +20353,75 @@ async def test_oauth_new_key_is_taken_after_a_token_was_refused_for_it(issues, o
 
 
 @asked
+async def test_oauth_new_key_is_taken_of_an_issuer_that_names_none(issues, one):
+    """RFC 7515 §4.1.4 and RFC 7517 §4.5: kid is optional."""
+    def nameless(numbers):
+        return {name: value for name, value in rsa_jwk(numbers[0]).items() if name != "kid"}
+    issues.keys = [nameless(rsa_numbers(2048))]
+    token = functools.partial(issues.token, {"kid": GONE})
+    assert await one.is_good(token(sign=lambda m: sign_rsa(m, *rsa_numbers(2048))))
+    one.clock.left_out += 61
+    issues.keys = [nameless(rsa_numbers(3072))]
+    assert await one.is_good(token(sign=lambda m: sign_rsa(m, *rsa_numbers(3072))))
+
+
+@asked
+async def test_oauth_token_is_not_refused_while_the_keys_cannot_be_read(issues, one):
+    assert await one.is_good(issues.token())
+    one.clock.left_out += 61
+    answer, issues.answers["/tenant/keys"] = issues.answers["/tenant/keys"], 503
+    new = functools.partial(issues.token, {"kid": "new"})
+    assert (await one.worth(new())).http_status == (await one.worth(new(jti="2"))).http_status == 503
+    issues.answers["/tenant/keys"], issues.keys = answer, [{**RSA_KEY, "kid": "new"}]
+    one.clock.left_out += 6
+    assert await one.is_good(new())
+
+
+@asked
+async def test_oauth_tokens_that_are_made_up_push_no_good_one_out(issues, one, monkeypatch):
+    monkeypatch.setattr(mcpproxy, "KNOWN_TOKENS", 2)
+    token = issues.token()
+    assert await one.is_good(token)
+    for number in range(4):
+        assert not await one.is_good(issues.token({"kid": "rsa"}, jti=str(number), signature="AAAA"))
+    monkeypatch.setattr(mcpproxy, "CHECKS_OF_ONE", 0)            # so nothing can be found out any more
+    assert await one.is_good(token)
+
+
+@asked
+@introspects
+async def test_oauth_token_that_is_in_use_waits_not_behind_those_that_are_made_up(issues, one, monkeypatch):
+    issues.knows(**{"opaque-1": {}})
+    assert await one.is_good("opaque-1")
+    one.clock.left_out += 61
+    waits, ask = asyncio.Event(), mcpproxy.ask
+
+    async def ask_slowly(url, body, *rest):
+        if b"opaque-1" not in body:
+            await waits.wait()
+        return await ask(url, body, *rest)
+    monkeypatch.setattr(mcpproxy, "ask", ask_slowly)
+    others = [asyncio.create_task(one.worth(f"opaque-x{number}")) for number in range(mcpproxy.CHECKS_OF_ONE)]
+    await asyncio.sleep(0.1)
+    assert (await one.worth("opaque-y")).http_status == 503
+    assert await one.is_good("opaque-1")
+    waits.set()
+    for other in others:
+        other.cancel()
+
+
+@asked
+async def test_oauth_token_of_an_issuer_that_puts_all_groups_in_is_good(issues, one):
+    assert await one.is_good(issues.token(groups=[f"{number:036}" for number in range(200)]))
+
+
+@asked
+async def test_oauth_scopes_may_be_in_either_of_two_places(issues, one):
+    for scope in "", None:
+        assert (await one.worth(issues.token(scope=scope, scp="a b"))).scopes == {"a", "b"}
+
+
+@asked
 async def test_oauth_removed_key_ends_what_it_has_signed(issues, one):
     old, other = issues.token(), issues.token(base=ES256)
     assert await one.is_good(old) and await one.is_good(other)
@@ -20250,14 +20436,14 @@ async def test_oauth_removed_key_ends_what_it_has_signed(issues, one):
 @asked
 async def test_oauth_key_that_is_removed_while_a_token_is_verified_is_good_for_it_no_more(issues, one, monkeypatch):
     assert await one.is_good(issues.token(base=ES256))
-    verify, has_begun, may_end = mcpproxy.verify_with_care, threading.Event(), threading.Event()
+    verify, has_begun, may_end = mcpproxy.verify, threading.Event(), threading.Event()
 
     def verify_slowly(*given):
         found = verify(*given)
         has_begun.set()
         may_end.wait(30)
         return found
-    monkeypatch.setattr(mcpproxy, "verify_with_care", verify_slowly)
+    monkeypatch.setattr(mcpproxy, "verify", verify_slowly)
     is_good = asyncio.ensure_future(one.is_good(issues.token()))
     assert await asyncio.to_thread(has_begun.wait, 30)
     issues.keys = [EC_KEY]
