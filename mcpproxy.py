@@ -1776,8 +1776,7 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
         check_headers(message, headers, version)
     if version != MODERN_VERSION:
         raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
-                       data={"supported": [one for one in (MODERN_VERSION, *LEGACY_VERSIONS) if one != version],
-                             "requested": version})
+                       data={"supported": [MODERN_VERSION], "requested": version})
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
@@ -2460,7 +2459,7 @@ def is_allowed_host(host: str, allowed: tuple[str, ...]) -> bool:
 
 def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
     """May a web page of this origin call? MCP 2025-11-25, Transports, Security Warning."""
-    if _LOOPBACK_ORIGIN.fullmatch(origin) or "*" in allowed or origin in allowed:
+    if _LOOPBACK_ORIGIN.fullmatch(origin) or "*" in allowed or origin.lower() in allowed:
         return True
     scheme, _, authority = origin.lower().partition("://")
     default_port = {"http": ":80", "https": ":443"}.get(scheme)
@@ -2937,8 +2936,7 @@ class View:
 
     @functools.cached_property
     def is_by_client(self) -> bool:
-        """May it depend on a header or the key what is answered here? Caches go by the URL, and a server knows nothing
-        of the others, nor of those that clients have for themselves."""
+        """May it depend on a header or the key what is answered here?"""
         return any(one.when and (one.when.header or one.when.key) or not one.settings.shared_session
                    for one in self.servers)
 
@@ -5092,6 +5090,7 @@ class ClientConnection(asyncio.Protocol, Holder):
         self._parser = ResponseParser()
         self._uses = self._interim = 0
         self.used_at = 0.0
+        self.place: tuple | None = None        # (principal) that it takes one for
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -5104,11 +5103,6 @@ class ClientConnection(asyncio.Protocol, Holder):
     @property
     def principal(self) -> object:
         return self._fetch and self._fetch.principal
-
-    @property
-    def is_busy(self) -> bool:
-        """Does it take one of the places?"""
-        return self._fetch is not None and not self._fetch.is_endless
 
     @property
     def is_good(self) -> bool:
@@ -5234,6 +5228,8 @@ class HTTPClient:
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
         self._waiting: collections.deque[Fetch] = collections.deque()
+        self._places: collections.Counter = collections.Counter()          # that are taken, by principal, and
+        self._taken = 0                                                    # in all
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
 
@@ -5267,18 +5263,28 @@ class HTTPClient:
 
     def _next(self) -> Fetch | None:
         """The first that waits and has a place."""
-        taken = len(self.connections) - len(self._idle) + len(self._opening)
-        if not self._waiting or 4 * taken < 3 * MAX_FETCHES:           # so it mostly is
-            return self._waiting[0] if self._waiting else None
-        held = collections.Counter(connection.principal for connection in self.connections if connection.is_busy)
-        free = MAX_FETCHES - held.total() - len(self._opening)
+        opening = len(self._opening)           # may be anybody's
+        free = MAX_FETCHES - self._taken - opening
         return next((fetch for fetch in self._waiting if fetch.is_endless or (
-            free > -EXTRA_FETCHES if fetch.is_extra else held[fetch.principal] < 3 * free)), None)
+            free > -EXTRA_FETCHES if fetch.is_extra else self._places[fetch.principal] + opening < 3 * free)), None)
 
     def _send_next(self, connection: ClientConnection) -> None:
         fetch = self._next()
         self._waiting.remove(fetch)
+        if not fetch.is_endless:
+            connection.place = fetch.principal,
+            self._places[fetch.principal] += 1
+            self._taken += 1
         connection.send(fetch)
+
+    def _vacate(self, connection: ClientConnection) -> None:
+        if connection.place:
+            principal, = connection.place
+            connection.place = None
+            self._taken -= 1
+            self._places[principal] -= 1
+            if not self._places[principal]:
+                del self._places[principal]
 
     async def _open(self) -> None:
         reason = None
@@ -5305,6 +5311,7 @@ class HTTPClient:
 
     def release(self, connection: ClientConnection) -> None:
         connection.used_at = time.monotonic()
+        self._vacate(connection)
         if self._next():
             return self._send_next(connection)
         self._idle.append(connection)
@@ -5313,6 +5320,7 @@ class HTTPClient:
 
     def forget(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
+        self._vacate(connection)
         budget.set(connection, 0)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -5522,7 +5530,8 @@ class Issuer:
             return await self._signer(token, turn)
         except UnknownKey:
             if self._now() - self._retried_at >= (OUTAGE_SECONDS if self._is_out else RETRY_SECONDS) or self._reading:
-                self._retried_at, self._tried_at = self._now(), -float("inf")
+                self._retried_at = self._now()
+                self._tried_at = self._tried_at if self._reading else -float("inf")
                 await self._renew_keys()
             elif not self._is_out:
                 raise
@@ -5727,6 +5736,7 @@ class Listen(RemoteFetch, Ask):
                  tries: int = 0):
         super().__init__(link, number, link.get_head(last_id))
         self.last_id, self.retry, self.tries = last_id, retry, tries
+        self.is_extra = number is None         # what is missing of an answer is one more request of somebody's
         self._opened_at = float("inf")
 
     def again(self) -> "Listen":
@@ -6854,11 +6864,11 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
     """Whose a message is: (a client's running calls, one of which may carry it, the newest last; else a session)."""
     named = owner_named(message)
-    owner = instance.owners.get(named) if named else None
+    owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
     if cause and cause.client and owner in (None, cause.client.owner):
         return [cause], None
-    if named and (message.kind is NOTIFICATION or named[0] == "task" and instance.owners.get(named)):
-        session = instance.sessions.get(instance.owners.get(named))
+    if named and (message.kind is NOTIFICATION or owner):
+        session = instance.sessions.get(owner)
         return [call for call in session.calls.values() if call.is_running] if session else [], session
     # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
     # one is the proxy's own, or over.
@@ -6951,7 +6961,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     return parse_message(line.decode(), is_servers=True)
 
 
-def without_misused(page: ResponseLine | Message, server_name: str) -> ResponseLine | Message:
+def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Message:
     """A page of a remote modern server's tools without those that a client of Streamable HTTP "MUST exclude"."""
     if isinstance(page, ResponseLine) and b'"x-mcp-header"' not in page.line:
         return page
@@ -6959,11 +6969,13 @@ def without_misused(page: ResponseLine | Message, server_name: str) -> ResponseL
     tools, kept = members_of(page.members.get("result")).get("tools"), []
     for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
         tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
-        if misuses_headers(member_at(tool, ("inputSchema",))):
-            log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
-                        server=server_name, name=str(tool.get("name")))
-        else:
+        name = misuses_headers(member_at(tool, ("inputSchema",))) and str(tool.get("name"))
+        if not name:
             kept.append(text)
+        elif name not in server.misused:
+            server.misused.add(name)
+            log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
+                        server=server.name, name=name)
     if not isinstance(tools, list) or len(kept) == len(tools):
         return page
     return parse_message(page.with_text(f"[{','.join(kept)}]", "result", "tools").decode(), is_servers=True)
@@ -7479,7 +7491,7 @@ class KeptList:
                 words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
                 raise ServerError(f"the MCP server does not list its {kind}{words}")
             if self.method == "tools/list" and connection.mirrors:
-                page = without_misused(page, self.instance.server.name)
+                page = without_misused(page, self.instance.server)
             items.add(page)
             cursor = next_cursor(page, connection.era, seen)
             if cursor is None:
@@ -7930,6 +7942,12 @@ class Client(Holder):
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
 
     @property
+    def is_apart(self) -> bool:
+        """May it be told what others at the same URL are not? Caches go by that, and a server, which may say that all
+        may have what it says, knows nothing of keys, of other servers, or of those that clients have for themselves."""
+        return self.caller is not None or self.view.is_by_client
+
+    @property
     def owner(self) -> object:
         """The identity by which it owns tasks; None if it may be anybody."""
         return None if self.identity is self else self.identity
@@ -8343,6 +8361,7 @@ class Server:
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
         self._checked_rules: Rules | None = None   # that were compared to its tools
+        self.misused: set[str] = set()             # tools that are left out, once said
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.chosen = 0                            # how often its group has chosen it
         self.waiting: set[asyncio.Task] = set()    # the work of its group's calls that it was not sent yet
@@ -9346,7 +9365,7 @@ class ModernClientModernServer(Bridge):
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
-        if exchange.method in CACHEABLE and exchange.client.view.is_by_client:
+        if exchange.method in CACHEABLE and exchange.client.is_apart:
             response = as_private(response)
         payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
@@ -9463,7 +9482,7 @@ class LegacyClientModernServer(LegacyClientBridge):
             self._gather(exchange, response.parsed())
         else:
             if exchange.method == "tools/list" and exchange.connection.mirrors:
-                response = without_misused(response, exchange.instance.server.name)
+                response = without_misused(response, exchange.instance.server)
             exchange.finish(result_without(response, exchange.raw_id, exchange.method))
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
@@ -9982,6 +10001,7 @@ class ClientRequest(PendingRequest, Holder):
         self.leave_books()
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
+        self.http_headers = retry.http_headers
         self.started = retry.started                # the time of people is not the server's
         self._take_on(message, retry.outlet)
         self._enter_books()
@@ -10189,12 +10209,12 @@ class Exchange(ClientRequest):
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
         name = self.own_name or self.names_tasks and message.params.get("taskId") or None
-        headers = self._headers_for(connection, message) if connection.link.is_remote else ()
+        headers = self._headers_for(connection, message, number) if connection.link.is_remote else ()
         connection.pending[number] = self              # before it is sent, for who looks whose it is
         try:
             connection.send(message.changed(changes), (number, self.method, name, headers, self.client.way),
                             self.client.principal)
-        except ServerError:
+        except Exception:
             del connection.pending[number]
             raise
         self.server_id = number
@@ -10204,9 +10224,10 @@ class Exchange(ClientRequest):
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
-    def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
+    def _headers_for(self, connection: ServerConnection, message: Message, number: int) -> tuple[tuple[str, str], ...]:
         """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
-        asker = ASKER_HEADER, f"{hash(self.asker) % 2**32:08x}"          # which says no more than that
+        whose = (connection, number) if self.client.owner is None else self.asker            # or of anybody, by itself
+        asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
             return asker,
         tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
@@ -10580,8 +10601,8 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     # What no server has so far may be there with the next configuration.
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
-    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and not (
-        client.caller or view.is_by_client)
+    is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and (
+        not client.is_apart)
     # Of a group, another member may have answered than is asked next.
     identity = None if view.is_joint else client.only_instance.identity
     texts = [item.text for item in shown.values()]
@@ -10671,9 +10692,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     view, method = client.view, message.method
     kind = Listener if envelope and method == "subscriptions/listen" else Exchange
     # Where a call is that comes with a state, only that tells: what had it may be configured no more.
-    # And a list may say that any cache may keep it, which knows nothing of keys.
-    if view.is_plain and not (envelope and (
-            "requestState" in message.params or method == "tools/list" and client.caller)):
+    if view.is_plain and not (envelope and "requestState" in message.params):
         return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
     exchange = kind(client, None, message, outlet, envelope, trace, headers)
     if method in LISTS and (view.is_joint or method == "tools/list"):
@@ -11847,9 +11866,12 @@ def rebase_references(schema: object, pointer: str, are_named: bool = False) -> 
         return schema
     if are_named:
         return {name: rebase_references(value, pointer) for name, value in schema.items()}
-    return {name: value if name in DATA_KEYWORDS else pointer + value[1:] if name == "$ref" and isinstance(value, str)
-            and re.match("#(?:/|$)", value) else rebase_references(value, pointer, name in NAMING_KEYWORDS)
-            for name, value in schema.items() if name != "$schema"}
+
+    def rebased(name: str, value: object) -> object:
+        if name == "$ref" and isinstance(value, str) and re.match("#(?:/|$)", value):
+            return pointer + value[1:]
+        return value if name in DATA_KEYWORDS else rebase_references(value, pointer, name in NAMING_KEYWORDS)
+    return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
 
 
 # ============================================================================
