@@ -1022,9 +1022,11 @@ class EventParser(LineSplitter):
             self._data.append(value)
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
-        head = self._data[0][:KEPT_ENDS] if self._data else head.removeprefix(b"data:").removeprefix(b" ")
-        self._on_too_large(head, tail)
-        self._event_size = self._limit + EVENT_LINE + 1          # without this line the rest is none
+        if not head.startswith(b"data:"):
+            return                             # it says nothing; without one that does, the rest is nothing either
+        if self._event_size <= self._limit + EVENT_LINE:                # otherwise that was told
+            self._on_too_large(self._data[0][:KEPT_ENDS] if self._data else head[5:].removeprefix(b" "), tail)
+        self._event_size = self._limit + EVENT_LINE + 1
         self._data.clear()
 
 
@@ -1838,7 +1840,7 @@ def misuses_headers(schema: object) -> bool:
     HTTP, Schema Extension."""
     def number_in(value: object) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        is_named = isinstance(value, dict) and not isinstance(value.get("x-mcp-header", {}), dict)
+        is_named = isinstance(value, dict) and not isinstance(value.get("x-mcp-header", {}), dict | bool)
         return is_named + sum(map(number_in, inner))
     try:
         return number_in(schema) != len(mirrored_parameters(schema))
@@ -3334,7 +3336,7 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
     def replace(match: re.Match) -> str:
         if match[0] == "$${":
             return "${"
-        said, default = match[1] or "", match[2]
+        said, default = match[1] or match[0][2:], match[2]
         name = said.removeprefix("env:")
         if name == "userHome":
             name = "HOME"
@@ -3352,7 +3354,8 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
             raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
         return environment[name]
     if isinstance(value, str):
-        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{\w[^{}]*", replace, value)
+        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{(?:env:)?\w+:-[^{}]*\$\{[^{}]*\}*"
+                      r"|\$\{(?:input|command|workspace\w+):[^{}]*\}", replace, value)
     if isinstance(value, list):
         return [expanded(one, key, environment, is_later) for one in value]
     if isinstance(value, dict):
@@ -5040,7 +5043,8 @@ class Fetch:
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
     is_endless = False               # is it a subscription? These are counted where they are let in
-    principal: object = None         # whom it is for
+    principal: object = None         # whom it is for, as far as is known,
+    whose: object = None             # and as it was when it was sent
     size = 0                         # bytes of what came that it holds itself
     waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
 
@@ -5246,7 +5250,7 @@ class HTTPClient:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
             return fetch.abort()
-        fetch.waits_in = self._waiting
+        fetch.waits_in, fetch.whose = self._waiting, fetch.principal
         (self._waiting.appendleft if fetch.is_extra else self._waiting.append)(fetch)
         self._go_on()
 
@@ -5258,22 +5262,21 @@ class HTTPClient:
                 self._send_next(connection)
             else:
                 connection.close()
-        if not self.is_closed and len(self._waiting) > len(self._opening) and self._next():
+        if not self.is_closed and len(self._waiting) > len(self._opening) and self._next(len(self._opening)):
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
-    def _next(self) -> Fetch | None:
-        """The first that waits and has a place."""
-        opening = len(self._opening)           # may be anybody's
-        free = MAX_FETCHES - self._taken - opening
+    def _next(self, opening: int = 0) -> Fetch | None:
+        """The first that waits and has a place, beside connections that are being made, which may be anybody's."""
+        free, places = MAX_FETCHES - self._taken - opening, self._places
         return next((fetch for fetch in self._waiting if fetch.is_endless or (
-            free > -EXTRA_FETCHES if fetch.is_extra else self._places[fetch.principal] + opening < 3 * free)), None)
+            free > -EXTRA_FETCHES if fetch.is_extra else places[fetch.whose] + opening < 3 * free)), None)
 
     def _send_next(self, connection: ClientConnection) -> None:
         fetch = self._next()
         self._waiting.remove(fetch)
         if not fetch.is_endless:
-            connection.place = fetch.principal,
-            self._places[fetch.principal] += 1
+            connection.place = fetch.whose,
+            self._places[fetch.whose] += 1
             self._taken += 1
         connection.send(fetch)
 
@@ -5352,8 +5355,8 @@ OUTAGE_SECONDS = 5.0             # between two tries to read them otherwise
 KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
 INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
-BAD_PAUSE, BAD_SHARE = 0.01, 16  # after each one with a wrong signature, or so many times what it took: to make them
-                                 # costs nothing
+BAD_LEAST, BAD_MOST, BAD_SHARE = 0.01, 1.0, 16   # to make one with a wrong signature costs nothing: after it, a pause
+                                 # of so many times what it took, within these
 KNOWN_TOKENS = 10_000            # that are remembered
 QUESTIONS = 8                    # about tokens, that are asked at a time
 QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
@@ -5555,7 +5558,7 @@ class Issuer:
                     key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify, token, keys)
                 except TokenError as error:
                     if not isinstance(error, UnknownKey) or token.header.get("kid") is None:
-                        await asyncio.sleep(max(BAD_PAUSE, BAD_SHARE * (self._now() - began)))
+                        await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
                     raise
         return key
 
@@ -8477,7 +8480,7 @@ class Server:
         """The instance that a client uses; RPCError or ServerError when it cannot have one, or all has ended while it
         waited for something."""
         if client.is_ended or self not in self.pool.servers:
-            raise no_such_session() if client.is_ended else try_later("the MCP server is configured no more")
+            raise no_such_session() if client.is_ended else try_later("the MCP server was stopped")
         variables, owner, instance = client.variables, self._owner_for(client), self.used_by(client)
         if instance and instance.state is CLOSED:
             instance = None
@@ -9622,7 +9625,8 @@ class Dialogue:
             result = input_required({key: question.message for key, question in self.questions.items()},
                                     self.request_state, exchange.instance.identity.info)
             exchange.touch()
-            exchange.remember_state(self.request_state)
+            if exchange.group:
+                exchange.remember_state(self.request_state)
             exchange.park(encode_result(exchange.raw_id, result), self.request_state)
 
     def _has_room(self) -> bool:
@@ -10208,7 +10212,8 @@ class Exchange(ClientRequest):
         connection.has_served = True
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
-        name = self.own_name or self.names_tasks and message.params.get("taskId") or None
+        task = message.params.get("taskId") if self.names_tasks else None
+        name = self.own_name or (task if isinstance(task, str) else None)
         headers = self._headers_for(connection, message, number) if connection.link.is_remote else ()
         connection.pending[number] = self              # before it is sent, for who looks whose it is
         try:
@@ -11816,7 +11821,7 @@ def check_version(admission: Admission) -> None:
 # The tools as operations, for clients that know no MCP.
 
 # JSON Schema 2020-12: what has schemas by name, and what has values in it that are none.
-NAMING_KEYWORDS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
 DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 
@@ -12257,6 +12262,8 @@ class Endpoints(Application):
             message = None
             try:
                 message = parse_message(one)
+                if is_several and message.method == "initialize":
+                    raise RPCError("a batch with initialize in it")
                 self._take_message(session, message, admission.trace)
             except ProxyError as error:
                 # The client waits at its stream, so the answer goes there too; but not to a call that is running, and

@@ -2321,6 +2321,13 @@ def test_sse_event_with_a_line_over_the_limit_is_none(start, before):
     assert large[0][1:2] == (b"" if before else b"x")
 
 
+def test_sse_event_goes_on_beside_a_line_over_the_limit_that_is_none_of_its_data():
+    found, large = [], []
+    parser = mcpproxy.EventParser(100, lambda kind, data: found.append(data), lambda head, tail: large.append(head))
+    parser.feed(b": " + b"c" * 200 + b"\ndata: a\n\n" + 2 * (b"data: " + b"x" * 200 + b"\n") + b"\n")
+    assert found == [b"a"] and len(large) == 1
+
+
 def test_sse_events_that_are_cut_off_take_no_memory_any_longer():
     gc.collect()
     gc.disable()
@@ -5703,10 +5710,11 @@ def test_configuration_reads_several_urls_as_it_reads_one():
 
 
 def test_configuration_names_variables():
-    given = {"command": "${env:BIN}", "args": ["${A}${B:-b}", "${B:-}", "${userHome}/x", "$A ${ A", "$${A}"],
+    given = {"command": "${env:BIN}", "args": [
+        "${A}${B:-b}", "${B:-}", "${userHome}/x", "$A ${ A", "$${A}", "${x:0:3} ${x/a/{}}"],
              "cwd": "${A:-z}"}
     server = parse_file({"mcpServers": {"a": given}}, {"BIN": "run", "A": "1", "HOME": "/h"})["a"]
-    assert server.command == ("run", "1b", "", "/h/x", "$A ${ A", "${A}") and server.cwd == "1"
+    assert server.command == ("run", "1b", "", "/h/x", "$A ${ A", "${A}", "${x:0:3} ${x/a/{}}") and server.cwd == "1"
 
 
 def test_configuration_has_settings_of_each_server():
@@ -5751,8 +5759,8 @@ A_SERVER = {"command": "x"}
         ({"envFile": "x"}, "envFile: files of variables"), ({"cwd": "${input:x}"}, "cwd: ${input:x} is an editor's"),
         ({"cwd": "${workspaceFolder}"}, "${workspaceFolder} is an editor's"),
         ({"env": {"A": "${NO}"}}, "NO is not set"), ({"cwd": "${A-x}"}, "cwd: ${A-x} is not ${NAME}"),
-        ({"cwd": "${A:-${B}}"}, "is not ${NAME}"), ({"cwd": "${input:a:b}"}, "is not ${NAME}"),
-        ({"cwd": "${A"}, "${A is not ${NAME}"),
+        ({"cwd": "${A:-${B}}"}, "${A:-${B}} is not ${NAME}"), ({"cwd": "${env:A:-x${B:-c}}"}, "is not ${NAME}"),
+        ({"cwd": "${input:a:b}"}, "${input:a:b} is an editor's"),
         ({"overrides": []}, "overrides: must be an object"),
         ({"overrides": {"t": 1}}, "overrides: t: must be an object"),
         ({"overrides": {"t": {"nam": "x"}}}, "overrides: t: nam: is not known; the nearest that is: name"),
@@ -19286,9 +19294,11 @@ def test_endpoint_takes_a_batch_of_a_client_of_http_sse_apart(fake):
     with SSEClient(fake, handshake=False) as client:
         client.call("initialize", initialize(version="2025-03-26")["params"])
         at = len(client.stream.events)
-        client.post([tool_call(1, "echo", {"text": "one"}), notification("notifications/x"), request(2, "no/such"), 5])
-        answers = until(lambda: len(client.stream.messages(at)) == 3 and client.stream.messages(at), "the answers")
-        assert {answer.get("id"): "result" in answer for answer in answers} == {1: True, 2: False, None: False}
+        client.post([tool_call(1, "echo", {"text": "one"}), notification("notifications/x"), request(2, "no/such"), 5,
+                     {**initialize(), "id": 3}])
+        answers = until(lambda: len(client.stream.messages(at)) == 4 and client.stream.messages(at), "the answers")
+        assert {answer.get("id") for answer in answers if "result" in answer} == {1}
+        assert {answer.get("id") for answer in answers} == {1, 2, 3, None}
         client.post([], 400)
     with SSEClient(fake) as client:
         client.post([request(1, "ping")], 400)
