@@ -9371,6 +9371,9 @@ def test_remote_client_leaves_places_to_others(monkeypatch, is_endless, running)
         for name, ask in zip(("bob", "cat", "bob"), asks):
             ask.principal = name
             assert (await ask.answer(client, PATIENCE))[0].status == 200
+        async with asyncio.timeout(PATIENCE):
+            while sum(connection.principal == "ann" for connection in client.connections) < running:
+                await asyncio.sleep(0.01)
         assert sum(connection.principal == "ann" for connection in client.connections) == running
         client.close()
         server.close()
