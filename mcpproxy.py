@@ -7928,6 +7928,7 @@ class Client(Holder):
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
     is_ended = False                                # a session
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
+    _serials = itertools.count()
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
@@ -7943,6 +7944,11 @@ class Client(Holder):
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
+
+    @functools.cached_property
+    def serial(self) -> str:
+        """What tells it apart from all others, also from those that come when it is gone."""
+        return f"client {next(self._serials)}"
 
     @property
     def is_apart(self) -> bool:
@@ -10214,7 +10220,7 @@ class Exchange(ClientRequest):
             self.instance.server.chosen += 1
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
-        headers = self._headers_for(connection, message, number) if connection.link.is_remote else ()
+        headers = self._headers_for(connection, message) if connection.link.is_remote else ()
         connection.pending[number] = self              # before it is sent, for who looks whose it is
         try:
             connection.send(message.changed(changes), (number, self.method, name, headers, self.client.way),
@@ -10229,9 +10235,9 @@ class Exchange(ClientRequest):
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
-    def _headers_for(self, connection: ServerConnection, message: Message, number: int) -> tuple[tuple[str, str], ...]:
+    def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
         """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
-        whose = (connection, number) if self.client.owner is None else self.asker            # or of anybody, by itself
+        whose = self.client.serial if self.client.owner is None else self.asker
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
             return asker,

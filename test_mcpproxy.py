@@ -15929,6 +15929,20 @@ async def test_conversation_question_goes_to_nobody_where_another_proxy_has_call
 
 
 @in_town
+async def test_conversation_client_that_is_the_only_one_has_the_same_name_with_all_its_calls():
+    """As one of --stdio, who has no session in the modern era."""
+    town = Town("modern", ["a"])
+    await town.pass_time()
+    clients, told = [await town.client("modern") for _ in range(2)], []
+    town.links["a"][0].is_remote = True
+    town.links["a"][0].write = lambda line, about=None: told.extend(about[3] if about else ())
+    for number, client in enumerate([*clients, *clients]):
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        await asyncio.sleep(0.1)
+    assert [name for name, _ in told] == ["X-Mcpproxy-For"] * 4 and told[:2] == told[2:] and told[0] != told[1]
+
+
+@in_town
 async def test_conversation_what_names_a_task_is_its_owner_s_on_whatever_stream_it_comes():
     town = Town("legacy", ["a", "b"])
     await town.pass_time()
