@@ -2181,6 +2181,11 @@ def kilobytes(size: int) -> str:
     return f"{max(1, round(size / 1024))} kB"
 
 
+def with_member(response: Message, text: str, *path: str) -> Message:
+    """A server's response with another text for the member at `path`."""
+    return parse_message(response.with_text(text, *path).decode(), is_servers=True)
+
+
 def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
     result, is_cut = members_of(response.members.get("result")), False
@@ -2202,7 +2207,7 @@ def cut_result(response: Message, limit: int) -> Message:
     if not is_cut:
         return response
     members["content"] = f"[{','.join(blocks)}]"
-    return parse_message(response.with_text(as_object(members), "result").decode(), is_servers=True)
+    return with_member(response, as_object(members), "result")
 
 
 _EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
@@ -2216,7 +2221,7 @@ def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Mes
     if members_of(response.members["result"]).get("nextCursor") != "":
         return response
     page = without_members(response.raw("result"), "nextCursor")
-    return parse_message(response.with_text(page, "result").decode(), is_servers=True)
+    return with_member(response, page, "result")
 
 
 def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
@@ -2226,7 +2231,7 @@ def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
     response = response.parsed()
     if members_of(response.members.get("result")).get("cacheScope") != "public":
         return response
-    return parse_message(response.with_text('"private"', "result", "cacheScope").decode(), is_servers=True)
+    return with_member(response, '"private"', "result", "cacheScope")
 
 
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
@@ -2454,13 +2459,13 @@ _LOOPBACK_ORIGIN = re.compile(
 
 @functools.lru_cache(maxsize=128)
 def is_allowed_host(host: str, allowed: tuple[str, ...]) -> bool:
-    """May the proxy be called by this Host header without a key?"""
+    """May the proxy be called by this Host header without a key? `allowed` are in lower case, without ports."""
     name = re.sub(r":[0-9]*$", "", host)
     return bool(_PRIVATE_HOST.fullmatch(name)) or "*" in allowed or name.lower() in allowed
 
 
 def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
-    """May a web page of this origin call? MCP 2025-11-25, Transports, Security Warning."""
+    """May a web page of this origin call? `allowed` are in lower case. MCP 2025-11-25, Transports, Security Warning."""
     if _LOOPBACK_ORIGIN.fullmatch(origin) or "*" in allowed or origin.lower() in allowed:
         return True
     scheme, _, authority = origin.lower().partition("://")
@@ -5094,7 +5099,7 @@ class ClientConnection(asyncio.Protocol, Holder):
         self._parser = ResponseParser()
         self._uses = self._interim = 0
         self.used_at = 0.0
-        self.place: tuple | None = None        # (principal) that it takes one for
+        self.placed: Fetch | None = None       # for which it takes a place
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -5256,10 +5261,10 @@ class HTTPClient:
 
     def _go_on(self) -> None:
         """Sends what waits, on idle connections or on a new one."""
-        while self._idle and self._next():
+        while self._idle and (fetch := self._next()):
             connection = self._idle.pop()
             if connection.is_good:
-                self._send_next(connection)
+                self._send_on(connection, fetch)
             else:
                 connection.close()
         if not self.is_closed and len(self._waiting) > len(self._opening) and self._next(len(self._opening)):
@@ -5271,23 +5276,21 @@ class HTTPClient:
         return next((fetch for fetch in self._waiting if fetch.is_endless or (
             free > -EXTRA_FETCHES if fetch.is_extra else places[fetch.whose] + opening < 3 * free)), None)
 
-    def _send_next(self, connection: ClientConnection) -> None:
-        fetch = self._next()
+    def _send_on(self, connection: ClientConnection, fetch: Fetch) -> None:
         self._waiting.remove(fetch)
         if not fetch.is_endless:
-            connection.place = fetch.whose,
+            connection.placed = fetch
             self._places[fetch.whose] += 1
             self._taken += 1
         connection.send(fetch)
 
     def _vacate(self, connection: ClientConnection) -> None:
-        if connection.place:
-            principal, = connection.place
-            connection.place = None
+        fetch, connection.placed = connection.placed, None
+        if fetch:
             self._taken -= 1
-            self._places[principal] -= 1
-            if not self._places[principal]:
-                del self._places[principal]
+            self._places[fetch.whose] -= 1
+            if not self._places[fetch.whose]:
+                del self._places[fetch.whose]
 
     async def _open(self) -> None:
         reason = None
@@ -5315,8 +5318,9 @@ class HTTPClient:
     def release(self, connection: ClientConnection) -> None:
         connection.used_at = time.monotonic()
         self._vacate(connection)
-        if self._next():
-            return self._send_next(connection)
+        fetch = self._next()
+        if fetch:
+            return self._send_on(connection, fetch)
         self._idle.append(connection)
         if len(self._idle) > KEPT_CONNECTIONS:
             self._idle[0].close()
@@ -6960,8 +6964,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     ids = [members_of(task).get("taskId") for task in tasks]
     own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks"), len(tasks)))
            if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
-    line = response.with_text(f"[{','.join(own)}]", "result", "tasks")
-    return parse_message(line.decode(), is_servers=True)
+    return with_member(response, f"[{','.join(own)}]", "result", "tasks")
 
 
 def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Message:
@@ -6972,16 +6975,15 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
     tools, kept = members_of(page.members.get("result")).get("tools"), []
     for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
         tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
-        name = misuses_headers(member_at(tool, ("inputSchema",))) and str(tool.get("name"))
-        if not name:
+        if not misuses_headers(member_at(tool, ("inputSchema",))):
             kept.append(text)
-        elif name not in server.misused:
+        elif (name := str(tool.get("name"))) not in server.misused:
             server.misused.add(name)
             log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
                         server=server.name, name=name)
     if not isinstance(tools, list) or len(kept) == len(tools):
         return page
-    return parse_message(page.with_text(f"[{','.join(kept)}]", "result", "tools").decode(), is_servers=True)
+    return with_member(page, f"[{','.join(kept)}]", "result", "tools")
 
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
@@ -12914,8 +12916,9 @@ class Proxy:
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
-            read = self.settings
-            for path in filter(None, (read.mcp_config, read.auth_keys_file, read.tls_cert, read.tls_key)):
+            settings = self.settings
+            for path in filter(None, (settings.mcp_config, settings.auth_keys_file, settings.tls_cert,
+                                      settings.tls_key)):
                 if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                     raise SettingsError(f"{path}: is a pipe or a device, which cannot be read again")
             catalog = load_catalog(self.settings, self.environment)
