@@ -9670,7 +9670,8 @@ class Dialogue:
 
     def end(self, is_answered: bool) -> None:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
-        answered, a question may have belonged to another call of the same client; so the newest of these has it now."""
+        answered, a question may have belonged to another call of the same client; so the newest of these has it now.
+        And many ask for roots when they start, whatever call comes then: that question the session keeps."""
         causes = self.exchange.connection.causes
         heirs = [call for call, asker in causes.items() if asker == self.exchange.asker]
         for question in list(self.questions.values()):
@@ -9683,6 +9684,8 @@ class Dialogue:
                 heir.begin_dialogue().questions[str(question.id)] = question
             elif heir:
                 heir.ask(question, None)
+            elif is_answered and message and message.method == "roots/list" and question.client:
+                question.call, question.send = None, question.client.stream.send
             else:
                 question.take_back()
                 question.refuse(ServerError("the client did not answer"))

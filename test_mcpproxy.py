@@ -13894,6 +13894,24 @@ def test_conversation_question_ends_with_its_call_unless_another_call_of_the_cli
     ''', server="legacy", client="legacy")
 
 
+def test_conversation_question_for_roots_outlives_a_call_that_happened_to_run():
+    """The server may have asked because it has started, and before it got the call."""
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"roots/list"}
+        client < {"id":$Q,"method":"roots/list"}
+                server < {"id":"r","method":"roots/list"}
+        client < {"id":$R,"method":"roots/list"}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"content":[]}}
+        client > {"id":$Q,"result":{"roots":[]}}
+                server > {"id":"q","result":{"roots":[]}}
+                server < {"method":"notifications/cancelled","params":{"requestId":"r"}}
+        client < {"method":"notifications/cancelled","params":{"requestId":$R}}
+    ''', server="legacy", client="legacy", settings={"shared_session": False})
+
+
 def test_conversation_question_goes_to_the_call_that_its_link_names():
     conversation('''
         ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
@@ -16694,7 +16712,7 @@ class World:
     def question(self, calls, owners):
         """(word, request) of something to ask."""
         method, params = self.choose([FORM, FORM, URL, SAMPLING, ROOTS])
-        self.questions[word := self.word(*owners)] = calls
+        self.questions[word := self.word(*owners)] = calls if method != "roots/list" else []
         self.named.append(("notifications/elicitation/complete", {"elicitationId": word}, owners))
         text = f"{word} {self.choose(calls).word if calls else ''}"
         return word, {"method": method, "params": {**(params or {}), "elicitationId": word, "message": text}}
