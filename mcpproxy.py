@@ -6796,7 +6796,8 @@ class Outlet:
 #
 #     a question          to the newest of these calls that can be asked, and whose client is there; without a call
 #                         to the one session there is, unless another client's call is just over; otherwise it is
-#                         refused. No call fails for it but one that alone can be the cause
+#                         refused. No call fails for it but one that alone can be the cause,
+#                         and none for roots
 #     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
@@ -6918,7 +6919,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     calls, session = find_owner(instance, connection, message, cause)
     able = [call for call in reversed(calls) if call.can_be_asked and not missing(call)]
     call = next((call for call in able if call.outlet.is_heard), able[0] if able else None)
-    if not call and len(calls) == 1:
+    if not call and len(calls) == 1 and message.method != "roots/list":     # which many ask on their own account
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
 

@@ -13912,6 +13912,18 @@ def test_conversation_question_for_roots_outlives_a_call_that_happened_to_run():
     ''', server="legacy", client="legacy", settings={"shared_session": False})
 
 
+def test_conversation_no_call_fails_because_its_client_has_no_roots():
+    """A server asks for them after its start, whatever runs then."""
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"roots/list"}
+                server > {"id":"q","error":{"code":-32601,"message":"no client can answer this"}}
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":{"resultType":"complete","content":[]}}
+    ''', server="legacy", client=("modern", {}))
+
+
 def test_conversation_question_goes_to_the_call_that_its_link_names():
     conversation('''
         ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
