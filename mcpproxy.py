@@ -3075,8 +3075,9 @@ class Catalog:
                 globs.append(parts)
             elif self.is_file:
                 unknown = [part for part in parts if part not in members]
-                if limits and any(part in self.places for part in unknown):
-                    raise limits.refusal("servers", f"server {unknown[0]}", 403, (unknown[0],))
+                for part in unknown if limits else ():
+                    if part in self.places and not limits.of(self.places[part].names):
+                        raise limits.refusal("servers", f"server {part}", 403, (part,))
                 if unknown:
                     raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
                 members = {name: member for name, member in members.items() if name in parts}
@@ -8801,7 +8802,8 @@ class Mount:
                      is_streamable: bool) -> Session:
         """The session that a client names; it has to come from the caller who opened it, and to the same place."""
         if not session_id:
-            raise RPCError("missing Mcp-Session-Id: send initialize first, its answer has one")
+            raise RPCError("missing Mcp-Session-Id: send initialize first, its answer has one" if is_streamable else
+                           "missing session_id: post to the address that the stream of GET /sse begins with")
         session = self.sessions.get(session_id)
         if session is None or (session.view.place, session.caller, session.is_streamable) != (
                 place, caller, is_streamable):
@@ -11279,6 +11281,12 @@ class HTTPServer:
             raise StartError(f"cannot listen on {host} port {port}: {reason}") from None
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
+    def leave(self) -> None:
+        """From now on connections are closed behind their answers, also to what is asked already."""
+        self.is_leaving = True
+        for connection in self.connections:
+            connection.keeps_alive = False
+
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that
         # start_server made hands its socket over before a byte was read.
@@ -13306,7 +13314,7 @@ async def run(settings: Settings) -> None:
         await signals.acquire()
         log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
                  seconds=settings.drain_delay + settings.shutdown_grace)
-        proxy.http.is_leaving = True
+        proxy.http.leave()
         draining, impatience = (asyncio.ensure_future(work) for work in (
             proxy.mount.drain(settings.shutdown_grace, settings.drain_delay), signals.acquire()))
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)

@@ -4370,8 +4370,9 @@ def test_access_a_client_narrows_down_what_its_key_leaves_and_no_further(matrix)
         message, headers = modern_request(1, "tools/call", {"name": name})
         answer = matrix.request("POST", "/mcp?tools=*look", message, {**headers, **brings("team")}).json()
         assert answer["error"]["code"] == -32602
-    unknown = matrix.request("GET", "/tools?server=nothing", None, brings("one"))
-    assert unknown.status == 404 and unknown.json()["error"]["message"].endswith("here, but a")
+    for key, path, here in [("one", "/tools?server=nothing", "a"), ("safe", "/servers/a/tools?server=b", "a")]:
+        unknown = matrix.request("GET", path, None, brings(key))
+        assert unknown.status == 404 and unknown.json()["error"]["message"].endswith(f"here, but {here}")
 
 
 @pytest.mark.parametrize("path", [
@@ -19127,6 +19128,7 @@ def test_endpoint_refuses_two_sessions_in_one_query_whatever_the_log():
         for path, message in ("/messages", request(1, "ping")), ("/tools/nothing", {}):
             response = proxy.request("POST", path + "?session_id=a&session_id=b", message)
             assert response.status == (400 if path == "/messages" else 404)
+        assert "GET /sse" in proxy.request("POST", "/messages", initialize()).json()["error"]["message"]
 
 
 def test_endpoint_sends_every_message_as_an_event(fake):
@@ -22493,6 +22495,20 @@ def test_load_second_signal_ends_the_delay(number):
         proxy.process.send_signal(signal.SIGTERM)
         assert proxy.process.wait(PATIENCE) == 0 and time.monotonic() - began < 5
         proxy.stop()
+
+
+def test_load_connection_is_closed_behind_an_answer_that_was_waited_for_when_the_signal_came(tmp_path):
+    late = fake_server(f"import os, time\nwhile not os.path.exists({str(tmp_path / 'gate')!r}): time.sleep(0.05)")
+    message, headers = modern_request(1, "tools/list")
+    with running_proxy(late, DRAIN_DELAY=60) as proxy, HTTP(proxy) as waiting:
+        waiting.send(encode_http("POST", "/mcp", message, headers))
+        assert is_healthy(proxy)
+        proxy.process.terminate()
+        until(lambda: "= stopping" in proxy.log(), "the signal")
+        (tmp_path / "gate").touch()
+        assert "result" in waiting.response("POST").json() and waiting.is_closed() and is_healthy(proxy)
+        proxy.process.terminate()
+        assert proxy.stop() == 0
 
 
 def test_load_delay_ends_after_its_time_when_nobody_is_there():
