@@ -14,9 +14,9 @@ once. Python 3.11+, standard library only. Copy it, read it, change it.
 Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
     The wire: what the bytes mean. Nothing here opens a socket or reads a clock.
-    1.  Vocabulary             every name and number that appears on a wire
+    1.  Vocabulary             names and numbers that appear on a wire
     2.  Errors                 what can go wrong, and what the client is told
-    3.  Settings               every knob, with its default and its reason
+    3.  Settings               every knob, with its default and its meaning
     4.  HTTP/1.1               bytes into requests, responses into bytes
     5.  Server-sent events     messages into events
     6.  JSON                   values found and changed in a text, without writing the rest anew
@@ -159,13 +159,15 @@ __version__ = "1.0.0"
 # 1. Vocabulary
 # ============================================================================
 #
-# Every name and number that appears on a wire, said once.
+# Names and numbers that appear on a wire, each said once.
 
 # The revisions with an `initialize` handshake, newest first.
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 
 BATCH_VERSION = "2025-03-26"         # the only one in which several messages may be sent as an array
 PRIMING_VERSION = "2025-11-25"       # the only one with sessions in which a stream begins with an id to come back with
+
+BOM = b"\xef\xbb\xbf"                # a byte order mark, that some put before what is UTF-8
 
 # The revision with metadata on every request, and the names in its _meta.
 MODERN_VERSION = "2026-07-28"
@@ -248,9 +250,9 @@ LARGE = 64 * 1024                    # bytes from which on a copy costs more tha
 #
 # What can go wrong, by who has to act: HTTPError, the HTTP request is refused;
 # RPCError, the message in it is; ServerError, the MCP server failed. Each knows
-# the HTTP status and the JSON-RPC code it becomes; *Endpoints* and *Exchanges*
-# send it. Their texts go to the client, so they hold no path, no secret and
-# nothing of the proxy's inside; `data` may hold what the server said last.
+# the HTTP status and the JSON-RPC code it becomes; *The application* and *Client
+# requests* send it. Their texts go to the client, so they hold no secret of the
+# proxy's; like `data`, they may hold what the server said last.
 
 class ProxyError(Exception):
     """Something that the client is told: an HTTP status and a JSON-RPC error."""
@@ -323,9 +325,9 @@ class SettingsError(StartError):
 # 3. Settings
 # ============================================================================
 #
-# Every knob with its default and its reason. The command line, `--help` and the
-# README's table are made from these fields (a test compares them), so to add a
-# setting, add a field here and use it.
+# Every knob with its default and its meaning. The command line and `--help` are
+# made from these fields, and a test compares the README's rows with them; so to
+# add a setting, add a field here and a row there.
 
 def setting(default, about: str):
     """A field of Settings. Its type is that of the default; its text is the help."""
@@ -357,7 +359,7 @@ class Settings:
     oauth_audience: str = setting("", "what tokens have to be for; empty: the URL of the place, as PUBLIC_URL/mcp")
     oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
     oauth_jwks_url: str = setting("", "where the issuer's keys are; empty: where its metadata says")
-    oauth_introspection_url: str = setting("", "where the issuer says what tokens are worth that are no JWTs")
+    oauth_introspection_url: str = setting("", "where the issuer says what a token that is no JWT is worth")
     oauth_client_id: str = setting("", "client id with which the proxy asks there")
     oauth_client_secret: str = setting("", "secret of that client id")
     allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
@@ -365,8 +367,8 @@ class Settings:
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
                                      "with commas between; * for all")
     allowed_env: str = setting("", "variables that clients may set, and settings of the proxy that its server "
-                                   "gets too: names and * patterns with commas between; empty: those with the "
-                                   "shape of a credential, as GITHUB_TOKEN or AWS_REGION, and none")
+                                   "gets too: names and * patterns with commas between; empty: variables with "
+                                   "the shape of a credential, as GITHUB_TOKEN or AWS_REGION, and no settings")
     base_path: str = setting("", "path prefix under which a reverse proxy publishes this one")
     heartbeat: float = setting(30.0, "seconds between keep-alive comments on open streams; "
                                      "less than what proxies cut idle connections after")
@@ -374,12 +376,12 @@ class Settings:
                                             "then it is cancelled")
     session_idle: float = setting(1800.0, "seconds a session without stream or call is kept")
     max_message_mb: float = setting(64.0, "largest JSON-RPC message, either direction")
-    # Parsing is done in one go: 32 MB take 60 ms as one string, 0.6 s as numbers, 1 to 2 s as millions of objects, in
-    # which nobody else is served. One MB, which is more than most send, takes 60 ms at the most.
+    # Parsing is done in one go, and nobody else is served meanwhile: 32 MB take 60 ms as one string, 0.6 s as numbers,
+    # 1 to 2 s as millions of objects. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
     max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, open questions, "
                                             "event logs, unread output and what remote servers are sending together; "
-                                            "past that who holds most gives first, and new bodies get 503")
+                                            "past that whoever holds most yields first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time, and as many modern subscriptions; past that clients get 503 "
                                       "with Retry-After")
@@ -407,11 +409,11 @@ class Settings:
                                      "what ALLOWED_ENV names")
     run_as_user: str = setting("", "whom the server runs as: a name or number, or numbers as 2000-2099, of which each "
                                    "process gets one of its own")
-    limit_memory_mb: int = setting(0, "memory of a server with all its children; over it, they are ended; 0: any")
-    limit_processes: int = setting(0, "processes of a server with all its children; over it, they are ended; 0: any")
-    limit_cpu_seconds: int = setting(0, "CPU time of a process, in its whole life; over it, it is ended; 0: any")
+    limit_memory_mb: int = setting(0, "memory of a server and all its children; over it they are ended; 0: no limit")
+    limit_processes: int = setting(0, "processes of a server and all its children; over it they are ended; 0: no limit")
+    limit_cpu_seconds: int = setting(0, "CPU time of a process, in its whole life; over it, it is ended; 0: no limit")
     limit_open_files: int = setting(0, "open files and sockets of a process; 0: as many as the proxy")
-    limit_file_mb: int = setting(0, "size of a file that is written; 0: any")
+    limit_file_mb: int = setting(0, "size of a file that is written; 0: no limit")
 
     @property
     def auth_keys(self) -> tuple[str, ...]:
@@ -457,7 +459,7 @@ _PUBLIC_URL = re.compile(r"(?i:(https?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\]))(?::([
 
 @functools.lru_cache(maxsize=16)
 def canonical(url: str) -> str:
-    """A URL as clients make it of what they are given: RFC 3986 §6.2.2 and 6.2.3; nothing if it is none."""
+    """A URL in the form that clients give it: RFC 3986 §6.2.2 and 6.2.3; "" if it is none."""
     match = _PUBLIC_URL.fullmatch(url)
     if not match or match[3] and not 0 < int(match[3]) < 65_536:
         return ""
@@ -532,7 +534,7 @@ def check_settings(settings: Settings) -> Settings:
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                              # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)    # RFC 9112 §3
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")      # RFC 9112 §4
-# Here and below, what is possessive (*+) takes no time by the square of what is sent, where blanks fit two parts.
+# Here and below, where blanks fit two parts, a possessive *+ keeps the time from growing by their number squared.
 _FIELD_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)" % _TOKEN)         # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,15})(?=\r|\Z)", re.IGNORECASE)
@@ -543,7 +545,7 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
                          % (_TOKEN, _TOKEN, _QUOTED))                                  # RFC 9112 §7.1 and §7.1.1
 
-# Headers that mean something to us and that have one value. Said twice, two readers may each believe another.
+# Headers that mean something to us and that have one value. Of one said twice, two readers may take different ones.
 _SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id location
     mcp-method mcp-name mcp-protocol-version mcp-session-id origin retry-after transfer-encoding x-api-key""".split())
 
@@ -821,10 +823,10 @@ class RequestParser:
     # What follows are generators. They yield when more bytes are needed (False) or it is the others' turn (True).
 
     def _read_body(self, limit: int):
-        while self.length == UNTIL_CLOSE and not self.is_ended:
-            yield from self._read_data(len(self.rest), limit)
-            yield False
         if self.length == UNTIL_CLOSE:
+            while not self.is_ended:
+                yield from self._read_data(len(self.rest), limit)
+                yield False
             return
         if self.length is not None:
             yield from self._read_data(self.length, limit)
@@ -1001,7 +1003,7 @@ class EventParser(LineSplitter):
             return self._on_event(kind or b"message", b"\n".join(data)) if data else None
         if line.startswith(b"data: "):         # what is large is copied once
             return self._add(line[6:])
-        name, _, value = line.removeprefix(b"\xef\xbb\xbf").partition(b":")
+        name, _, value = line.removeprefix(BOM).partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
             self._add(value)
@@ -1236,7 +1238,7 @@ def one_line(text: str) -> str:
 def decode_json(body: bytes) -> str:
     """The text of a body; -32700 when it is not UTF-8."""
     try:
-        return body.decode()
+        return body.removeprefix(BOM).decode()         # RFC 8259 §8.1: "MAY ignore"; JavaScript's json() does
     except UnicodeDecodeError:
         raise RPCError("not UTF-8", code=PARSE_ERROR) from None
 
@@ -1351,7 +1353,7 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
         if end != len(text) and _WHITESPACE.match(text, end).end() != len(text):
             raise ValueError("text behind the message")
         if not isinstance(value, tuple):
-            raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'not an object'}")
+            raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'another value'}")
         members = unique_members_of(value)
         if None in members.values() or is_servers and "method" not in members:
             text, members = mended(text, members, is_servers)
@@ -1369,11 +1371,11 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
 
 
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
-    """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response an
-    error that is null, or a result that is beside an error; a result that is not there at all becomes an empty one."""
+    """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response a
+    null method or error, or a null result beside an error; a result that is not there at all becomes an empty one."""
     is_response = is_servers and members.get("method") is None and "id" in members
-    drops = {"params", "method"} | ({"error", "result"} if members.get("error") else {"error"}) if is_response else {
-        "params"}
+    drops = {"params", "method", "error"} if is_response else {"params"}
+    drops |= {"result"} if is_response and members.get("error") else set()
     kept = {name: value for name, value in members.items() if value is not None or name not in drops}
     if is_response and kept.keys() == {"jsonrpc", "id"}:
         kept["result"] = ()
@@ -1419,10 +1421,9 @@ def check_message(members: dict) -> None:
     check_lookalikes(members, MEMBERS, INVALID_REQUEST)
     if members.get("jsonrpc") != "2.0":
         raise RPCError('jsonrpc must be "2.0"')
-    if "id" in members and not is_id(members["id"]):
-        # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
-        if not ("error" in members and members["id"] is None):
-            raise RPCError("id must be a string or an integer")
+    # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
+    if "id" in members and not is_id(members["id"]) and not ("error" in members and members["id"] is None):
+        raise RPCError("id must be a string or an integer")
     if "params" in members and not isinstance(members["params"], tuple):
         raise RPCError("params must be an object", code=INVALID_PARAMS)
     if "method" in members:
@@ -1509,7 +1510,7 @@ class ResponseLine:
         at = self.answer_start
         return at + 1 if self.is_result and self.line[at:at + 1] == b"{" else None
 
-    def parsed(self) -> "Message":
+    def parsed(self) -> Message:
         """The whole response as a Message; RPCError when it is not valid."""
         return parse_message(decode_json(self.line), is_servers=True)
 
@@ -1533,7 +1534,7 @@ def has_one_id(line: bytes) -> bool:
         letter in line for letter in (b"\\u0049", b"\\u0069", b"\\u0044", b"\\u0064")))
 
 
-def error_type(response: "ResponseLine | Message") -> str:
+def error_type(response: ResponseLine | Message) -> str:
     """What went wrong, as OpenTelemetry has it (Semantic conventions for MCP, error.type): the code of an error, or
     tool_error where a tool's result says so; nothing if nothing did. Of a large result both ends are looked at."""
     if response.is_result and isinstance(response, ResponseLine):
@@ -1604,7 +1605,7 @@ def find_request_id(head: bytes, tail: bytes) -> bytes | None:
 # `input_required`; the client then sends the request again with the answers.
 #
 # Here is what a message of the one era is in the other. Which of it happens to
-# whose messages is up to *Exchanges*.
+# which message is up to *Bridges*.
 
 # Whether a side shakes hands or says all with each request. (A StrEnum, because the hash of an Enum is slow.)
 LEGACY, MODERN = Era = enum.StrEnum("Era", "LEGACY MODERN")
@@ -1755,7 +1756,7 @@ def check_size(message: Message, *paths: tuple[str, ...]) -> None:
 
 
 def check_introduction(message: Message, is_kept: bool = False) -> None:
-    """The same for those of a handshake; and for all of it, where that is kept for a server that is to be started."""
+    """The same for what a handshake says of its client; and for all of it, where a server is to be started by it."""
     check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
     if is_kept and message.params:
         check_size(message, ("params",))
@@ -2402,7 +2403,7 @@ ID_SECONDS = 30 * 86400          # for which an id is good
 
 
 def seal(secret: str, name: str, facts: dict) -> str:
-    """The id of a session with this name, which says these facts of it; those that are too large go without."""
+    """The id of a session with this name, which says these facts of it; what is too large is left out."""
     capabilities = dict.fromkeys(facts["capabilities"], {})
     for shorter in ({}, {"info": None}, {"info": None, "capabilities": capabilities},
                     {"info": None, "capabilities": capabilities, "wanted": None}):
@@ -2498,12 +2499,12 @@ def client_variables(head: HTTPHead) -> dict[str, str]:
 
 
 def may_set(name: str, value: str, allowed: str) -> bool:
-    """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, whatever it is."""
+    """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, but for OUR_PREFIX."""
     named = listed(allowed)
     if name.startswith(OUR_PREFIX) or named:
         return is_named(name, named) and not name.startswith(OUR_PREFIX)
     match = MAY_BE_SET.fullmatch(name)
-    return bool(match) and all(allowed.fullmatch(value) for kind, allowed in VALUES.items() if match[kind])
+    return bool(match) and all(values.fullmatch(value) for kind, values in VALUES.items() if match[kind])
 
 
 def is_named(name: str, patterns: tuple[str, ...]) -> bool:
@@ -2514,7 +2515,7 @@ def is_named(name: str, patterns: tuple[str, ...]) -> bool:
 def server_environment(environment: dict[str, str], settings: Settings) -> dict[str, str]:
     """What a server gets of our environment: none of our settings, because one that also knows HTTP would take our
     PORT for its own; with CLEAN_ENV nothing but what every program needs; and what ALLOWED_ENV names. Never a
-    secret that protects it."""
+    secret of the proxy's."""
     ours, allowed = {field.name.upper() for field in dataclasses.fields(Settings)}, listed(settings.allowed_env)
     return {name: value for name, value in environment.items() if name not in OUR_SECRETS and (
         is_named(name, allowed) or name not in ours and (not settings.clean_env or is_named(name, CLEAN)))}
@@ -2534,7 +2535,7 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 #     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. Points are
 #         X / Z², Y / Z³, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
 
-MAX_TOKEN = 24 * 1024             # with its 200 groups, one of Entra has 12 KiB
+MAX_TOKEN = 24 * 1024            # with its 200 groups, one of Entra has 12 KiB
 MAX_KEYS = 100                   # of one issuer
 MAX_TRIES = 8                    # of those that a token may mean, because it names none
 LEEWAY = 60                      # seconds between two clocks
@@ -2943,7 +2944,7 @@ class View:
 
     @functools.cached_property
     def is_by_client(self) -> bool:
-        """May it depend on a header or the key what is answered here?"""
+        """May what is answered here depend on who asks?"""
         return any(one.when and (one.when.header or one.when.key) or not one.settings.shared_session
                    for one in self.servers)
 
@@ -3245,7 +3246,7 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers of one's own server may hold variables of its client's, and are expanded for each.
+    # Headers of a server that is not shared may hold variables of a client, and are expanded for each.
     is_later = given.get("shared_session", settings.shared_session) is False
     known = {**environment, **expanded(given.get("env", {}), "env", environment)}
     written, given = given, {key: expanded(value, key, environment if key == "env" else known, is_later and (
@@ -3304,7 +3305,7 @@ def parse_when(given: dict) -> When:
     with within("when"):
         check_keys(given, _WHEN_KEYS)
         if not any(given.values()):
-            raise SettingsError("names neither an argument nor a header or a key")
+            raise SettingsError("names neither argument, header nor key")
     headers = {name.lower(): glob for name, glob in given.get("header", {}).items()}
     return When(given.get("argument", {}), headers, given.get("key"))
 
@@ -3405,7 +3406,7 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
         scopes = given.pop("scopes", None)
         for name in scopes or ():
             if not _SCOPE.fullmatch(name):
-                raise SettingsError(f"scopes: {name[:80]!r} is none. RFC 6749 §3.3")
+                raise SettingsError(f"scopes: {name[:80]!r} is no scope: RFC 6749 §3.3")
             scopes[name] = parse_grant(f"scopes: {name}", scopes[name], servers, _GRANT_KEYS)
         callers += [parse_caller(name, entry, servers) for name, entry in given.items()]
         first: dict[object, Caller] = {}
@@ -3422,7 +3423,7 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
     """One key of the file."""
     if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
         # What is meant as a key may stand there, and is not said.
-        raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ - that is not scopes")
+        raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -, or is called scopes")
     grant = parse_grant(name, entry, servers, _CALLER_KEYS)
     if ("key" in entry) == ("sha256" in entry):
         raise SettingsError(f"{name}: needs either key or sha256")
@@ -3464,7 +3465,7 @@ def start_compiled() -> None:
         with open(code, "wb", closefd=False) as file:
             marshal.dump(sys._getframe(1).f_code, file)
         os.lseek(code, 0, os.SEEK_SET)
-        run = (f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; "
+        run = ("import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; "
                f"file = open({code}, 'rb'); main = marshal.load(file); file.close(); exec(main)")
         os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-P", "-c", run, *sys.argv])
     finally:
@@ -3475,10 +3476,10 @@ if __name__ == "__main__" and not __spec__ and "SourceFileLoader" in str(globals
     with contextlib.suppress(OSError, AttributeError):     # without it the program only takes more memory
         start_compiled()
 
-_given = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in (
+_configured = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in (
     "TLS_CERT", "MCP_CONFIG", "MCP_SERVER_CONFIG", "OAUTH_ISSUER")])
 if __name__ == "__main__" and not re.search(
-        r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S|--oauth|OAUTH_ISSUER=\S", _given):
+        r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S|--oauth|OAUTH_ISSUER=\S", _configured):
     sys.modules["ssl"] = None
 
 import asyncio
@@ -3568,8 +3569,8 @@ class Log(logging.Handler):
 
     def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None,
             about: dict | None = None) -> None:
-        """The same, with the fields as a dict, or as values in the order of the template; and an error's traceback.
-        `about`: the fields of the object, where they are others than those of the text."""
+        """Logs a template with its fields, as a dict or as values in its order, and an error's traceback. `about`: the
+        fields of the JSON object, where they are others than those of the text."""
         if level < self.level:
             return
         self._entries.append((time.time(), level, template, fields, error, about))
@@ -3690,7 +3691,7 @@ def start_logging(level: str, as_json: bool) -> None:
 #
 # How often things happened, for Prometheus. The names and buckets of requests are OpenTelemetry's (Semantic conventions
 # for MCP, metric mcp.server.operation.duration). Each set of labels is kept for good, so no client may make new ones:
-# a method, revision or tool that it made up counts as another. Which tools there are only the server says, and it may
+# a method, revision or tool that it made up counts as OTHER. Which tools there are only the server says, and it may
 # not have been asked yet; so what names an unknown one is kept apart until the numbers are read. Codes of errors are
 # the server's, and bounded.
 
@@ -3707,17 +3708,17 @@ class Counters:
 
     def __init__(self):
         self.calls: dict[tuple, list] = {}         # by (server, method, tool, revision, error): see find()
-        self.refused: collections.Counter = collections.Counter({503: 0})          # HTTP requests, by status
-        self.connections: set = set()              # of HTTP, and of those that are gone
-        self.gone_received = self.gone_sent = 0    # bytes
-        self.streams = 0                           # that are open
         self.unsettled: dict[tuple, list] = {}     # the same, where it is not known (yet) whether there is such a tool
+        self.refused: collections.Counter = collections.Counter({503: 0})          # HTTP requests, by status
+        self.connections: set = set()              # of HTTP
+        self.gone_received = self.gone_sent = 0    # bytes of those that are gone
+        self.streams = 0                           # that are open
         self._kept: dict[str, set[str]] = {"tool": set(), "error": {"", "cancelled", "tool_error", *map(str, (
             PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR, SERVER_FAILED,
             HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION, RESOURCE_NOT_FOUND, URL_ELICITATION_REQUIRED))}}
 
     def find(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
-        """The numbers for a call with labels that are in neither of these; all but the method may be empty, and the
+        """The numbers for a call whose labels are in neither of the books yet; all but the method may be empty, and the
         error is if there was none. `tools` are those that the server has. The numbers are: how many took up to each of
         DURATIONS but not up to the one before, how many took longer, and how many seconds they took together."""
         tool = labels[2]
@@ -3795,7 +3796,7 @@ SMALL = 4 * 1024                 # bytes; what is smaller comes with what is cou
 
 
 def principal_of(host: str) -> str:
-    """Who is answerable for what comes from an address. Who has one has others: a /64 of IPv6, all of the loopback."""
+    """Who is answerable for an address. Whoever has one has others too: a /64 of IPv6, all of the loopback."""
     host = host.removeprefix("::ffff:")              # IPv4 at a socket for both
     if host == "::1" or host.startswith("127."):
         return "127.0.0.1"
@@ -3867,8 +3868,8 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """What whoever has most has of these, of which one has to go for one more of a principal's; nothing, if that would
-    then have as many itself."""
+    """Those of whoever has most: one of them has to go for one more of a principal's. None, if that one would then
+    have as many itself."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -4074,7 +4075,7 @@ class Reaper:
         # Of sandboxed servers: the directory of their homes, and how the paths of their control groups may begin;
         self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
-        # and the users that are taken. What one has left running is killed, so none gets root, or whom we are.
+        # and users that are taken, or never given: all that runs as one is killed in the end, so not root, nor ours.
         self.uids = {0, os.getuid()}
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
@@ -5033,7 +5034,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
 MAX_FETCHES = 256                # of one client at a time, and for one principal three times what is left then
-EXTRA_FETCHES = 4                # beside these: for what has no answer, the end of a session, its stream
+EXTRA_FETCHES = 4                # beside these: for initialize, ping, what has no answer, a session's stream and end
 MAX_INTERIM = 100                # 1xx before one response
 KEPT_CONNECTIONS = 8             # of one client, on which nothing is sent now
 REUSE_SECONDS = 4.0              # for which such a one can be used again: node closes it after 5
@@ -5427,7 +5428,7 @@ class Ask(Fetch):
             self._over.set_exception((OSError if is_connected else ConnectionError)(reason))
 
     def abort(self) -> None:
-        """Hangs up; so does whoever waits."""
+        """Hangs up, and cancels whoever waits."""
         super().abort()
         self._over.cancel()
 
@@ -5443,7 +5444,7 @@ async def ask(url: str, body: bytes = b"", headers: tuple[tuple[str, str], ...] 
         client.close()
     if head.status != 200:
         raise OSError(f"answers HTTP {head.status}")
-    with contextlib.suppress(ValueError, RecursionError):              # whose words may be of what was asked
+    with contextlib.suppress(ValueError, RecursionError):              # its words may repeat what was asked
         found = json.loads(answer.decode(), object_pairs_hook=without_repeats)
         if isinstance(found, dict):
             return found
@@ -5823,9 +5824,9 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
         text += f", a redirect to {head.headers.get('location', 'nowhere').partition('?')[0][:200]}: set that as url"
     elif status < 300:
         text += f" with {media_type(head) or 'nothing'}, which is no answer"
-    with contextlib.suppress(ProxyError):
-        error = members_of(parse_message(decode_json(body)).members.get("error"))
-        text += f": {str(error['message'])[:1_000]}" if isinstance(error.get("message"), str) else ""
+    with contextlib.suppress(ProxyError, ValueError, StopIteration, RecursionError):
+        said = member_at(scan_plain(decode_json(body).lstrip(), 0)[0], ("error", "message"))     # it may have no id
+        text += f": {said[:1_000]}" if isinstance(said, str) else ""
     retry = head.headers.get("retry-after", "") if status in (429, 503) else ""
     kind = HandshakeRefused if status in (400, 404, 405, 406, 415, 422) else ServerError
     return kind(f"the MCP server answered {text}", status=503 if status in (429, 503) else 502, data={"status": status},
@@ -5842,9 +5843,9 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
 #
 # One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
-# header, and refuses what has it already. Two that wait for each other to start would not send anything further; so who
-# waits for a server that is starting has its way told to that server, too. To one of them all clients of another look
-# like one, with one key; so that it does not take a question for the wrong one's, it is told which are the same.
+# header, and refuses what has it already. Two that wait for each other to start would send nothing on; so a server that
+# is starting is also told the way of whoever waits for it. To one proxy all clients of another look like one, with one
+# key; so it is told which requests are one client's, and asks nobody what is for somebody else.
 
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
 ASKER_HEADER = "X-Mcpproxy-For"  # the same for two requests of a proxy if they are one client's there
@@ -6219,7 +6220,7 @@ class RemoteLink(Link):
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
-# Lines a second that are no messages, requests, or answers that nobody waits for: a server that writes more of them is
+# Lines a second that are requests, answers that nobody waits for, or no messages: a server that writes more of them is
 # ended, so that others have a turn; and how many are logged, of requests and of the rest.
 FLOOD, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 100, 10
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
@@ -6409,7 +6410,7 @@ class ServerConnection(Holder):
                 del shares[whose]
         if backlog + size > MAX_QUEUED_BYTES and not has_to_go and shares[principal] + size > MAX_QUEUED_BYTES / (
                 len({principal, *shares}) if principal is not None else 1):
-            if principal is None:                  # what the proxy itself has to say can be left out for nobody
+            if principal is None:                  # what the proxy itself has to say cannot be left out
                 log.error("! server %(server)s is ended: it does not read its input", server=self.name)
                 self.link.stop()
             raise ServerError("the MCP server does not read its input", status=503)
@@ -6507,8 +6508,8 @@ class ServerConnection(Holder):
         if message.text is not text:
             log.debug("! server %(server)s wrote what is no JSON-RPC but is meant as such: %(text)s",
                       server=self.name, text=self._redact(text[:200]))
-        if message.kind is RESPONSE:
-            self._resolve(as_own_id(message.id), message)
+        if message.kind is RESPONSE:           # an error may have no id (JSON-RPC 2.0 §5); a link may know whose it is
+            self._resolve(cause if message.id is None and cause is not None else as_own_id(message.id), message)
         elif message.kind is REQUEST:
             if self.era is MODERN:
                 raise RPCError("a request, as only legacy servers make them")
@@ -6871,7 +6872,7 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 
 
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
-    """Whose a message is: (a client's running calls, one of which may carry it, the newest last; else a session)."""
+    """Whose a message is: (one client's running calls that may carry it, the newest last; without any, a session)."""
     named = owner_named(message)
     owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
     if cause and cause.client and owner in (None, cause.client.owner):
@@ -7024,7 +7025,7 @@ def tell_all(instance, message: Message) -> None:
 
 
 def tell_of_lists(instance) -> None:
-    """What its server lists may have changed, and nobody was told of it."""
+    """Tells all clients that what its server lists may have changed."""
     for kind, _ in LIST_CHANGES.values():
         if kind in instance.identity.capabilities:
             _to_all(instance, list_changed(kind), None)
@@ -7125,7 +7126,7 @@ TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes o
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
-RELIST_SECONDS = 2.0             # for a server to list something again, until what it listed before is used
+RELIST_SECONDS = 2.0             # for a server to list something again; then what it listed before is used
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 
@@ -7470,9 +7471,9 @@ class KeptList:
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            is_missed, self.is_missed = self.is_missed, False
-            if is_missed and LISTS[self.method][2] in dict(LIST_CHANGES.values()):
-                tell_all(self.instance, list_changed(LISTS[self.method][2]))
+            kind, is_missed, self.is_missed = LISTS[self.method][2], self.is_missed, False
+            if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
+                tell_all(self.instance, list_changed(kind))
         except ServerError as error:
             if self.last is None:
                 raise
@@ -7528,7 +7529,7 @@ RESTART_DELAY = 0.1              # seconds, doubling with each death in the last
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 SILENCES = 3                     # time-outs in a row without a line from a server, until it is asked whether it lives
 PING_SECONDS = 5.0               # for the answer
-UNASKED_LEVEL = "info"           # that a client gets log messages of when it asked for none, but others did
+UNASKED_LEVEL = "info"           # of log messages for a client that asked for none, when others did
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a server to start
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
@@ -7671,9 +7672,9 @@ class Instance:
                 await asyncio.wait([connection.closed])
                 error = connection.closed.result()
                 # At once: it takes seconds to end what it left behind.
-                self.server.on_error(self.redact(str(error)), self.words, True, True)
-            except ServerError as reason:
-                error = reason
+                self.server.on_error(self.redact(str(error)), self.words, has_started=True, is_ours=True)
+            except ServerError as failure:
+                error = failure
             except asyncio.TimeoutError:
                 error = ServerError("the MCP server did not start", status=504)
             except Exception as fault:
@@ -7707,6 +7708,7 @@ class Instance:
                                           on_request=functools.partial(ask_client, self),
                                           on_notification=functools.partial(pass_on, self),
                                           is_ones_own=self.is_ones_own)
+            connection.on_closed = functools.partial(self._forget, connection)
             link.way = ", ".join(self._ways)
             link.on_renewed = functools.partial(self._put_back, connection)
             self._link = link
@@ -7766,7 +7768,6 @@ class Instance:
         self.server.identity = self.identity
         self.server.takes_variables = self.server.takes_variables or bool(self.variables)
         self._become(READY)
-        connection.on_closed = lambda: self._forget(connection)
         if is_restart:
             self.owners.old = set(self.owners)
             for kept in self.lists.values():
@@ -7925,7 +7926,7 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
-    software = ""                                   # what it is, by its own word, when its session opened
+    software = ""                                   # its name/version, by its own word, when its session opened
     way = ""                                        # the ids of the proxies that its requests come through
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns: asyncio.Lock | None = None               # see take_turn()
@@ -7956,8 +7957,8 @@ class Client(Holder):
 
     @property
     def is_apart(self) -> bool:
-        """May it be told what others at the same URL are not? Caches go by that, and a server, which may say that all
-        may have what it says, knows nothing of keys, of other servers, or of those that clients have for themselves."""
+        """May it be told what others at the same URL are not? Caches go by the URL; and a server that calls its
+        answer public knows nothing of keys, of other servers, or of servers that clients have to themselves."""
         return self.caller is not None or self.view.is_by_client
 
     @property
@@ -7992,7 +7993,7 @@ class Client(Holder):
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
-        return self.at(self.mount.server(self.view.members[0].name))
+        return self.by_name(self.view.members[0].name)
 
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
@@ -8061,8 +8062,7 @@ class Session(Client):
         self.is_followed = False                    # did its client come again?
         self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
         self.capabilities: dict = {}
-        self.info: str | None = None                # clientInfo, as JSON, and
-        self.software = ""                          # the same as name/version
+        self.info: str | None = None                # clientInfo, as JSON; see also `software`
         self.version: str | None = None             # the revision that was negotiated
         self.offered: str | None = None             # that will be, at a shared server
         self.log_level: str | None = None           # that it asked for
@@ -8193,8 +8193,8 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. After an event
-        of another process comes what no reader got here, without a number; after one of a call there, nothing: None."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. An event of
+        another process leads to what no reader got here, without a number; but one of a call there to nothing: None."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
@@ -8325,8 +8325,8 @@ class Pool:
 
     @property
     def is_full(self) -> bool:
-        return sum(instance.has_process for server in self.servers for instance in server.instances.values()) + sum(
-            len(server.ending) for server in self.servers) >= self.limit
+        return sum(len(server.ending) + sum(instance.has_process for instance in server.instances.values())
+                   for server in self.servers) >= self.limit
 
     def who_ends(self, principal: object) -> Instance | None:
         """The instance that has to end for one more process of a principal's, if one has to: a spare one, one that is
@@ -8442,7 +8442,7 @@ class Server:
     def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
         """Finds out now and then whether a server that could not be used is back; also for the `group` that leaves it
         out."""
-        if not (self.is_up and not self.start_failed or self._probing or self.now() < self._probe_at):
+        if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at:
             self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
     async def _probe(self, group: "collections.abc.Iterable[Server]") -> None:
@@ -8552,9 +8552,9 @@ class Server:
         self.keep_spares()
         for instance in list(self.instances.values()):
             instance.tick(now)
-            if self.is_retired and not instance.is_used and instance not in busy or not (
-                    instance.owner == () or instance.is_private or instance.is_used) and (
-                    now - instance.last_used > self.settings.session_idle):
+            is_visitors = instance.owner != () and not instance.is_private
+            is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
+            if (is_stale or self.is_retired and instance not in busy) and not instance.is_used:
                 self.end(instance)
 
     async def close(self) -> None:
@@ -8743,9 +8743,9 @@ class Mount:
             raise RPCError(f"there is no server {name}", status=404)
         return server
 
-    def check_open(self) -> None:
-        """Refuses what would be new when the proxy is about to end."""
-        if self.is_draining:
+    def check_open(self, state: object = None) -> None:
+        """Refuses what would be new when the proxy is about to end; a call that is parked under this state is not."""
+        if self.is_draining and not (isinstance(state, str) and state in self.parked):
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
@@ -8813,7 +8813,6 @@ class Mount:
 
     def visit(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
               name: str | None = None) -> Visitor:
-        self.check_open()
         return Visitor(self, view, caller, variables, principal, name)
 
     def make_room_for(self, call: PendingRequest) -> None:
@@ -8854,21 +8853,22 @@ class Mount:
                 session.end()
 
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
-        """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
+        """Lets balancers notice for a while; then takes no new calls, and gives those that run, or wait for their
+        clients, some time to finish."""
         self.is_leaving = True
         await asyncio.sleep(delay)
         self.is_draining = True
         for server in self.servers.values():
             server.spares_wanted = 0
         deadline = self.now() + seconds
-        while self.calls and self.now() < deadline:
+        while (self.calls or self.parked) and self.now() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Ends everything; returns when no process is left."""
         for call in list(self.subscriptions):
             call.end_subscription()
-        for call in list(self.calls):
+        for call in [*self.calls, *self.parked.values()]:
             call.fail(try_later("the proxy was stopped"))          # no other of a group is to be asked
         for session in list(self.sessions.values()):
             session.end()
@@ -8901,8 +8901,8 @@ def stand_in_for(client: Client, server: Server | Group, failed: Instance, error
 
 async def ask_servers(client: Client, known, ask,
                       members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
-    """Asks a client's servers something, or some of them, the `members`: ([(server, value)] of those that have a value,
-    {name: why not} of the others). ServerError if none has one. One server alone is waited for.
+    """Asks a client's servers, or only these `members`, for something: ([(server, value)] of those that have it,
+    {name: why not} of the others). ServerError if none has it. A single server is waited for without limit.
 
     known(instance) is the value if it is known, or None; ask(instance), a coroutine, finds it out."""
     members = client.view.members if members is None else members
@@ -9085,8 +9085,8 @@ def pick(client: Client, message: Message) -> Target | None:
 
 async def find_targets(client: Client, message: Message,
                        waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
-    """(Where a request may go whose name alone does not say so: to one after the other, until it is not refused;
-    {name: why} of servers that could not be asked and may have it, too). `waited`: those that were waited for."""
+    """For a request whose name alone does not say where it goes: (where to, one after the other, until it is taken;
+    {name: why} of servers that may have it too, but could not be asked). `waited`: those that were waited for."""
     view, params, method = client.view, message.params, message.method
     # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
     is_call = method in ("tools/call", "prompts/get")
@@ -9266,10 +9266,6 @@ class Bridge:
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         """The server's response."""
         exchange.finish(response.with_id(exchange.raw_id))
-
-    def ask(self, exchange: "Exchange", question: Question, missing: dict | None) -> None:
-        """A question of the server's, and what the client lacks to answer it: refused, as by a client that cannot."""
-        question.refuse(NO_CLIENT_CAN)
 
 
 class LegacyClientBridge(Bridge):
@@ -9736,9 +9732,8 @@ def record(call: "Exchange", outcome: Outcome, payload: list) -> None:
     place = server.name if server else ""
     problem = "cancelled" if outcome is Outcome.CANCELLED else call.problem
     # The name of a tool or a prompt; a resource's URI may hold a secret.
-    name = own_name = call.name if call.name and NAMED_BY[method] == "name" else "-"
-    if call.target is not None and name != "-":
-        own_name = call.own_name
+    name = call.name if call.name and NAMED_BY[method] == "name" else "-"
+    own_name = name if call.target is None or name == "-" else call.own_name
     labels = (place, method, own_name if method == "tools/call" else "",
               MODERN_VERSION if call.envelope else client.version or "", problem)
     counters = mount.counters
@@ -9805,7 +9800,7 @@ class ClientRequest(PendingRequest, Holder):
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
-        self.group: Group | None = None               # whose members stand in for each other, once for a call:
+        self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on?
         self.has_begun = False                        # was anything of the answer told?
@@ -9861,7 +9856,7 @@ class ClientRequest(PendingRequest, Holder):
 
     @property
     def asker(self) -> object:
-        """Whose it is: its client's, or if that is a proxy, one of those whom that lets in."""
+        """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         client = self.client
         return (client.identity, self.http_headers.get(ASKER_HEADER.lower(), self)) if client.way else client.identity
 
@@ -9910,7 +9905,7 @@ class ClientRequest(PendingRequest, Holder):
     def fail(self, error: ProxyError, outcome: Outcome = Outcome.FAILED) -> None:
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
         # Messages, 4), and 404 that its session is lost; Python's SDK 1.x gives up the whole session for any. So what
-        # was accepted fails with 200, unless credentials were refused, here or further on; an unknown method, too.
+        # was accepted fails with 200, unless credentials were refused, here or further on; so does an unknown method.
         is_refused = member_at(error.data, ("status",)) in (401, 403) or error.http_status in (401, 403)
         is_accepted = self.method != "initialize" and self.client.calls.get(self.id) is self and (
             self.client.is_session or self.client.mount.settings.stateless)
@@ -10051,7 +10046,8 @@ class Exchange(ClientRequest):
         if self.instance is None and not self.answerer:
             self._pick()
         connection = self.instance and self.instance.connection
-        client.mount.check_open()
+        if client.mount.is_draining:
+            client.mount.check_open(self.message.params.get("requestState"))
         if self.id in client.calls:
             raise RPCError("a request with this id is running")
         if len(client.calls) >= RUNNING_CALLS:
@@ -10255,7 +10251,7 @@ class Exchange(ClientRequest):
             arguments = {**override.defaults, **(arguments or {}), **override.fixed}
         own = mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
         # "Intermediate servers that do not recognize an Mcp-Param-{Name} header MUST forward it."
-        given = (self.http_headers or {}).items() if self.envelope else ()
+        given = self.http_headers.items() if self.envelope else ()
         return asker, *own, *((name, value) for name, value in given
                        if name.startswith("mcp-param-") and value.isascii() and name not in dict(own))
 
@@ -10300,7 +10296,7 @@ class Exchange(ClientRequest):
                 response = outward(self.client, self.instance, response)
             if self.client.view.is_joint and type(response) is ResponseLine and not has_one_id(response.line):
                 response = response.parsed()
-            # For most that would be told in one look, a call of a function is too much.
+            # For most a look is enough, and the call of a function too much.
             if not response.is_result or self.method == "tools/call" and (
                     type(response) is not ResponseLine or len(response.line) > LARGE or b'"isError"' in response.line):
                 self.problem = error_type(response)
@@ -10387,8 +10383,8 @@ class Exchange(ClientRequest):
         """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
         if self.method != "tools/call":
             return self.method in SAFE_METHODS
-        listed = (instance.tools.last for member in self.group.members for instance in member.instances.values())
-        tool = next((tools[self.own_name] for tools in listed if tools and self.own_name in tools), {})
+        lists = (instance.tools.last for member in self.group.members for instance in member.instances.values())
+        tool = next((tools[self.own_name] for tools in lists if tools and self.own_name in tools), {})
         hints = hints_of(tool, self.target and self.target.override)
         return True in (hints.get("readOnlyHint"), hints.get("idempotentHint"))
 
@@ -10399,7 +10395,7 @@ class Exchange(ClientRequest):
             self.tell([message.with_text(self.token, "params", "progressToken")])
 
     def ask(self, question: Question, missing: dict | None) -> None:
-        """A request of the server's, which this call caused; `missing` is what the client lacks to answer it."""
+        """A legacy server's request, which this call caused; `missing` is what the client lacks to answer it."""
         self.touch()
         self.has_begun = True
         self._bridge.ask(self, question, missing)
@@ -10761,9 +10757,9 @@ HEAD_SECONDS = 30.0            # from a head's first byte to its last
 BODY_SECONDS = 30.0            # of silence within a body, or if it comes at less than BODY_RATE bytes a second
 BODY_RATE = 16 * 1024
 IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
-LINGER_SECONDS = 5.0           # after a refusal
+LINGER_SECONDS = 30.0          # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
-MAX_CONNECTIONS = 10_000       # at a time, or three quarters of the descriptors; a further one is closed
+MAX_CONNECTIONS = 10_000       # at a time, or three quarters of the descriptors; then an idle or the new one is closed
 REQUESTS_A_TURN = 16           # of one connection; then it is the others' turn
 
 
@@ -10876,8 +10872,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     @property
     def is_idle(self) -> bool:
-        return self._phase is HEAD and not (self._is_clogged or self._checked or self._advances_soon or
-                                            self._transport.get_write_buffer_size())
+        """Is nothing at work for it? It may have sent a part of a request, or not have read an answer."""
+        return self._phase in (HEAD, BODY, LINGER) and not (self._checked or self._advances_soon)
 
     # What asyncio calls.
 
@@ -11499,8 +11495,8 @@ class ToolOutlet(Outlet):
 # 42. Overview
 # ============================================================================
 #
-# The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept for this;
-# it is read off when somebody asks. Names of metrics are OpenTelemetry's and the Prometheus client libraries' where
+# The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
+# is read off when somebody asks. Names of metrics are OpenTelemetry's and the Prometheus client libraries' where
 # they have any.
 
 LABELS = ("server", "mcp_method_name", "gen_ai_tool_name", "mcp_protocol_version", "error_type")
@@ -11539,14 +11535,13 @@ class Overview:
         """All that a caller may see, as JSON."""
         mount, sees_all = self._mount, caller is None or caller.sees_all
         view = mount.catalog.view(None, (), caller and caller.limits)
-        shown = {one.name for member in view.members for one in (member, *member.members)}
         sessions = [session for session in mount.sessions.values() if sees_all or session.caller == caller]
         return dump({
             "name": "mcpproxy", "version": __version__, "status": self.health(False)["status"], "mcp": "/mcp",
             "isGuarded": mount.settings.is_guarded, "isFile": mount.catalog.is_file,
             "shared": all(server.is_for_all for server in mount.servers.values()),
             "servers": [self._about_server(name, server, sees_all) for name, server in mount.servers.items()
-                        if name in shown or sees_all],
+                        if name in view.names or sees_all],
             "sessions": [self._about_session(session) for session in sessions[-MAX_SESSIONS_SHOWN:]],
             "calls": [self._about_call(*call) for call in reversed(mount.recent) if sees_all or call[4] == caller]})
 
@@ -11601,10 +11596,10 @@ class Overview:
             server.read_listings()
         for name, _, tool, *_ in counters.unsettled:
             if name in servers and tool not in servers[name].tool_names:
-                instances |= {name: one for one in reversed(servers[name].instances.values()) if one.connection}
-        if instances:
+                instances[name] = next((one for one in servers[name].instances.values() if one.connection), None)
+        if any(instances.values()):
             await asyncio.wait({asyncio.ensure_future(asyncio.gather(*(
-                one.tools.get(refresh=True) for one in instances.values()), return_exceptions=True))},
+                one.tools.get(refresh=True) for one in instances.values() if one), return_exceptions=True))},
                 timeout=LISTS_SECONDS)
         counters.settle({name: server.tool_names for name, server in servers.items()}, {
             name for name, server in servers.items() if server.state == "starting" and not server.tool_names})
@@ -11686,7 +11681,7 @@ class Admission:
             self.route = routes.get(RESOURCE_METADATA) if resource else None
             self.place, self.path = resource or (self.place, self.path)
         self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and what it passed
-        self.objection: HTTPError | None = None          # of a guard, to whom an open route says less
+        self.objection: HTTPError | None = None          # of a guard; an open route then says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
@@ -11896,7 +11891,7 @@ def rebase_references(schema: object, pointer: str, are_named: bool = False) -> 
         if name == "$ref" and isinstance(value, str) and re.match("#(?:/|$)", value):
             return pointer + value[1:]
         return value if name in DATA_KEYWORDS else rebase_references(value, pointer, name in NAMING_KEYWORDS)
-    return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
+    return {name: rebased(name, value) for name, value in schema.items() if name not in ("$schema", "$id")}
 
 
 # ============================================================================
@@ -11944,7 +11939,7 @@ def check_can_be_parsed(body: bytes, principal: object) -> None:
     if size > LARGE_BODY and body.count(b'"') - body.count(b'\\"') < MANY_STRINGS:
         size = size_of(_STRING.sub(b"", body))             # it is in the text of few, as in one of CSV
     if size > budget.limit:
-        raise HTTPError("the body is of more values than can be held", status=413)
+        raise HTTPError("the body has more values than can be held", status=413)
     if not budget.has_room(principal, size):
         raise try_later("too much is held already, most of it for you")
 
@@ -11974,8 +11969,8 @@ class Application:
         route = admission.route
         self._allow_page(admission)
         try:
-            # A client that takes / for the URL of MCP is told where that is. And all are, with or without a key: who is
-            # asked for one here would look for OAuth.
+            # A client that takes / for the URL of MCP is told where that is, with or without a key: asked for one here,
+            # it would look for OAuth.
             if route is None or admission.path == "/" and (head.method == "POST" or is_stream_wanted(head)):
                 raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
             try:
@@ -12259,7 +12254,7 @@ class Endpoints(Application):
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.caller, admission.variables,
-                                          reply.connection.principal, False, admission.way,
+                                          reply.connection.principal, is_streamable=False, way=admission.way,
                                           headers=admission.head.headers)
         endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
@@ -12871,9 +12866,8 @@ class Proxy:
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
         budget.limit = settings.max_buffered_mb * 1024 * 1024
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
-        self.issuer = None
-        if settings.oauth_issuer:
-            self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew())
+        self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew()) if (
+            settings.oauth_issuer) else None
         overview = Overview(self.mount, self.reaper.census)
         self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer, overview)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
@@ -12924,18 +12918,18 @@ class Proxy:
 
     def reload(self) -> None:
         """Reads the files again: of servers, of keys, and the certificate. One that cannot be used changes nothing."""
-        if not (self.settings.mcp_config or self.settings.auth_keys_file or self.http.tls):
+        settings = self.settings
+        if not (settings.mcp_config or settings.auth_keys_file or self.http.tls):
             return log.info("= SIGHUP: nothing to read again")
         self._config_seen = self._stat_config()
         try:
-            settings = self.settings
             for path in filter(None, (settings.mcp_config, settings.auth_keys_file, settings.tls_cert,
                                       settings.tls_key)):
                 if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                     raise SettingsError(f"{path}: is a pipe or a device, which cannot be read again")
-            catalog = load_catalog(self.settings, self.environment)
-            keys = load_keys(self.settings, catalog)
-            tls = self.http.tls and tls_context(self.settings)
+            catalog = load_catalog(settings, self.environment)
+            keys = load_keys(settings, catalog)
+            tls = self.http.tls and tls_context(settings)
         except SettingsError as error:
             return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
         if self._is_stopping or self.mount.is_draining:
@@ -13165,13 +13159,13 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
     if not any(re.fullmatch("-[a-z]*c", word) for word in command):             # sh -c
         lines = [f"word {number} of the command is passed as it is, because no shell reads it; where one is needed, "
                  "write sh -c '...'" for number, word in enumerate(command, 1) if _SHELL_WORD.fullmatch(word)]
-    names = {field.name.upper() for field in dataclasses.fields(Settings)}
+    names, is_alone = {field.name.upper() for field in dataclasses.fields(Settings)}, not settings.mcp_config
     for given in sorted(environment.keys() - names):
         near = difflib.get_close_matches(given, names - {"HOST", "PORT"}, 1, 0.87)
         lines += [f"{given} is no setting; was {near[0]} meant?"] if near else []
     without_effect = (
-        ("with SHARED_SESSION=true", settings.shared_session, "PREWARM"),
-        ("with SHARED_SESSION=false", not settings.shared_session, "REQUIRE_SESSION SESSION_SECRET"),
+        ("with SHARED_SESSION=true", is_alone and settings.shared_session, "PREWARM"),
+        ("with SHARED_SESSION=false", is_alone and not settings.shared_session, "REQUIRE_SESSION SESSION_SECRET"),
         ("with STATELESS=true", settings.stateless, "REQUIRE_SESSION SESSION_SECRET"),
         ("with AUTH_KEY", settings.auth_key and not settings.metrics_port, "ALLOWED_HOSTS"),
         ("with AUTH_KEYS_FILE", settings.auth_keys_file and not settings.metrics_port, "ALLOWED_HOSTS"),
@@ -13179,8 +13173,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("without OAUTH_ISSUER", not settings.oauth_issuer, "OAUTH_AUDIENCE OAUTH_SCOPES OAUTH_JWKS_URL "
                                                             "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
         ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
-        ("with SANDBOX=off", settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"),
-        ("without MCP_CONFIG", not settings.mcp_config, "WATCH"),
+        ("with SANDBOX=off", is_alone and settings.sandbox == "off", "SANDBOX_READ SANDBOX_WRITE"),
+        ("without MCP_CONFIG", is_alone, "WATCH"),
         ("on a server at a URL", is_url(command), " ".join(SANDBOX_SETTINGS).upper()))
     for name, shape, meant in (
             ("ALLOWED_ORIGINS", r"\*|null|[a-z][a-z0-9+.-]*://[^/*A-Z]+", "an origin as browsers send it: https://a.b"),
@@ -13220,7 +13214,7 @@ def argument_parser():
 
 
 def base_url(settings: Settings, addresses: list[tuple[str, int]]) -> str:
-    """Where the proxy is for who is at this machine."""
+    """The proxy's URL, as seen from this machine."""
     host, port = addresses[0]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
@@ -13228,7 +13222,7 @@ def base_url(settings: Settings, addresses: list[tuple[str, int]]) -> str:
 
 def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]]) -> str:
     """What is served, and where: printed when the proxy has started."""
-    in_brackets = [(f"[{host}]" if ":" in host else host, port) for host, port in addresses]
+    listening = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
     base = base_url(settings, addresses)
     key = ' -H "Authorization: Bearer <your key>"' if settings.is_guarded else ""
     mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
@@ -13237,7 +13231,7 @@ def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]
     if settings.mcp_config:
         mode = f"as one, and each at {base}/servers/<name>/mcp"
     return (f"mcpproxy {__version__} serves {name} ({mode})\n"
-            f"  listening on     {', '.join(f'{host}:{port}' for host, port in in_brackets)}\n"
+            f"  listening on     {listening}\n"
             f"  MCP, any client  {base}/mcp\n"
             f"  plain HTTP       {base}/tools\n"
             f"  in a browser     {base}/\n"

@@ -2748,6 +2748,11 @@ def finite(number):
     return max(-sys.float_info.max, min(float(number), sys.float_info.max))
 
 
+def test_json_may_begin_with_a_byte_order_mark():
+    text = json.dumps(request(1, "ping"))
+    assert mcpproxy.decode_json(text.encode("utf-8-sig")) == text
+
+
 def test_json_any_bytes_are_a_message_or_refused():
     for _, data in mutations(SEEDS_JSON, PIECES_JSON):
         with contextlib.suppress(ProxyError):
@@ -12298,8 +12303,9 @@ def test_several_servers_one_that_floods_is_ended(several, line):
     with several(a=FAKE, flood=["yes", line], loud=["sh", "-c", "yes >&2"], SERVER_ERA="legacy") as proxy:
         until(lambda: "server flood is ended: it floods stdout" in proxy.log(), "the end of the flood")
         assert text_of(ask_joint(proxy, "tools/call", {"name": "a__echo", "arguments": {"text": "x"}})) == "x"
-        lines = re.findall("wrote junk|nobody waits for|from the server", proxy.log())
-        assert len(lines) <= 200 * proxy.log().count("is ended: it floods")
+        # So many within a second, which may begin anywhere.
+        lines = re.findall(r"(?m)^\S+ (\S+)\.\d+ .*(?:wrote junk|nobody waits for|from the server)", proxy.log())
+        assert max(collections.Counter(lines).values(), default=0) <= 400
 
 
 def test_several_servers_are_given_their_time_to_end_each(several, tmp_path):
@@ -12611,7 +12617,7 @@ MISSING = [case("sampling", SAMPLING, {}, {"sampling": {}}),
            case("form", FORM, {"sampling": {}}, {"elicitation": {"form": {}}}),
            case("form of a client that knows URLs", FORM, {"elicitation": {"url": {}}}, {"elicitation": {"form": {}}}),
            case("url", URL, {"elicitation": {}}, {"elicitation": {"url": {}}}),
-           case("roots", ROOTS, {"elicitation": {}}, {"roots": {}})]
+           case("roots", ROOTS, {"elicitation": {}}, {"roots": {}})]          # which no call fails for
 
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["shared", "own"])
@@ -12621,7 +12627,7 @@ def each_mode(request):
         yield proxy
 
 
-@pytest.mark.parametrize("question, capabilities, missing", MISSING)
+@pytest.mark.parametrize("question, capabilities, missing", MISSING[:-1])
 def test_exchange_that_needs_more_than_a_modern_client_can_is_refused(each_mode, question, capabilities, missing):
     with ModernClient(each_mode, capabilities=capabilities) as client:
         mark = os.urandom(4).hex()
@@ -13925,6 +13931,15 @@ def test_conversation_no_call_fails_because_its_client_has_no_roots():
     ''', server="legacy", client=("modern", {}))
 
 
+def test_conversation_error_without_an_id_is_that_of_the_call_that_its_link_names():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < ($CALL) {"id":null,"error":{"code":-32600,"message":"why"}}
+        client < {"id":1,"error":{"code":-32600,"message":"why"}}
+    ''', server="legacy", client="legacy")
+
+
 def test_conversation_question_goes_to_the_call_that_its_link_names():
     conversation('''
         ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
@@ -14991,6 +15006,23 @@ async def test_conversation_call_ends_at_a_server_that_was_taken_out_while_its_c
     assert town.told(client)[-1]["result"] == {"content": []} and link.is_open
     await town.pass_time()
     assert not link.is_open
+
+
+@in_town
+async def test_conversation_question_of_a_server_that_ended_before_it_was_ready_is_taken_back():
+    town, say = Town("legacy", ["a"]), Town.say
+    client = await town.client("legacy")
+
+    def greet_ask_and_end(link, message):
+        say(town, link, message)
+        if "protocolVersion" in message.get("result", {}):
+            say(town, link, {"id": 0, **QUESTION})
+            link.is_open = False
+            link.end()
+    town.say = greet_ask_and_end
+    await town.die("a")
+    assert [message["method"] for message in town.told(client)][:2] == ["elicitation/create", "notifications/cancelled"]
+    assert not client.client.questions
 
 
 @in_town
@@ -17090,6 +17122,24 @@ def test_connection_that_is_one_too_many_takes_the_place_of_an_idle_one_of_whoev
         return server._make_room(types.SimpleNamespace(get_extra_info=lambda _: (address, 1)))
     assert not finds_room("10.0.0.1") and not ended
     assert finds_room("10.0.0.4") and ended == ["10.0.0.1"]
+
+
+@pytest.mark.parametrize("sent, has_work", [
+    (b"", False), (HEALTHZ[:30], False), (HEALTHZ, True), (b"nonsense\r\n\r\n", False),
+    (b"POST /mcp HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{", False)])
+def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
+    async def is_idle():
+        admission = types.SimpleNamespace(caller=None, headers=(), is_old=False)
+        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100, admit=lambda *_: admission,
+                                            handle=lambda *_: None, refuse=lambda _, reply: reply.send(400, []))
+        transport = types.SimpleNamespace(abort=None, is_closing=lambda: False, get_write_buffer_size=lambda: 0,
+                                          pause_reading=lambda: None, resume_reading=lambda: None,
+                                          write=lambda _: None, can_write_eof=lambda: False)
+        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
+                                             mcpproxy.HTTPServer(application, 15))
+        connection.data_received(sent)
+        return connection.is_idle
+    assert asyncio.run(is_idle()) is not has_work
 
 
 # ============================================================================
@@ -19605,13 +19655,14 @@ def test_endpoint_openapi_is_made_once_for_each_list_of_tools(fake):
 
 
 def test_endpoint_openapi_leaves_alone_what_is_no_reference():
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {
-        "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"}, "node": {"$ref": "#node"},
-        "default": {"$ref": "#"}}, "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "a:b", "type": "object",
+              "properties": {"$id": {"type": "string"}, "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"},
+                             "node": {"$ref": "#node"}, "default": {"$ref": "#"}},
+              "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
     rebased = mcpproxy.rebase_references(schema, "#/p")
     assert rebased == {"type": "object", "properties": {
-        "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"}, "node": {"$ref": "#node"},
-        "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
+        "$id": {"type": "string"}, "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"},
+        "node": {"$ref": "#node"}, "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
@@ -22508,6 +22559,21 @@ def test_load_connection_is_closed_behind_an_answer_that_was_waited_for_when_the
         (tmp_path / "gate").touch()
         assert "result" in waiting.response("POST").json() and waiting.is_closed() and is_healthy(proxy)
         proxy.process.terminate()
+        assert proxy.stop() == 0
+
+
+def test_load_call_that_waits_for_its_client_may_finish_too():
+    with running_proxy(FAKE, SHUTDOWN_GRACE=60) as proxy:
+        asks = {"name": "inquire", "arguments": {"rounds": [[FORM]]}}
+        message, headers = modern_request(1, "tools/call", asks, capabilities={"elicitation": {}})
+        asked = proxy.request("POST", "/mcp", message, headers).json()["result"]
+        proxy.process.terminate()
+        until(lambda: proxy.request("POST", "/mcp", *modern_request(2, "tools/list")).status == 503, "the drain")
+        asks["inputResponses"] = dict.fromkeys(asked["inputRequests"], ACCEPTED)
+        asks["requestState"] = asked["requestState"]
+        message, headers = modern_request(3, "tools/call", asks, capabilities={"elicitation": {}})
+        answer = proxy.request("POST", "/mcp", message, headers).json()
+        assert json.loads(text_of(answer)) == [ACCEPTED] and proxy.process.wait(PATIENCE) == 0
         assert proxy.stop() == 0
 
 
