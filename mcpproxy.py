@@ -4742,7 +4742,8 @@ class Link:
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
         """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers of its own,
-        the proxies that it came through)."""
+        the proxies that it came through). An answer to what was asked in the course of a request has that one's id
+        there, and no method."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes) -> None:
@@ -5727,9 +5728,9 @@ class Post(RemoteFetch):
 class Aside(Ask):
     """A message to a remote server that has no answer."""
 
-    def __init__(self, link: "RemoteLink", line: bytes, is_repeated: bool = True):
-        super().__init__(link.post_head(line, None), line, link.limit)
-        self.session, self.is_repeated = link.session, is_repeated
+    def __init__(self, link: "RemoteLink", line: bytes, about: tuple | None = None, is_repeated: bool = True):
+        super().__init__(link.post_head(line, about), line, link.limit)
+        self.session, self.about, self.is_repeated = link.session, about, is_repeated
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):                    # it was taken; nothing is to come
@@ -5853,6 +5854,7 @@ WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an ar
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
+SET_LEVEL_SECONDS = 2.0          # for a server to set the level of log messages, while other requests wait
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
@@ -5873,10 +5875,11 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
+        self._asides: collections.deque[tuple] = collections.deque()         # what has no answer, as write() takes it
         self.backlog = 0                       # how many bytes they have
         self._is_telling = False               # is one of these asides on its way?
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
+        self._setting: tuple[int, list] | None = None        # (id of what sets the log level, what waits for that)
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
@@ -5893,7 +5896,8 @@ class RemoteLink(Link):
     # What the connection calls.
 
     def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False) -> None:
-        if about and about[1] == "initialize":
+        method = about[1] if about else ""
+        if method == "initialize":
             self._initialize = line, about
             self._post(line, about)
         elif line == INITIALIZED:
@@ -5901,15 +5905,30 @@ class RemoteLink(Link):
             self._spawn(self._open())
         elif self._held is not None:
             self._held.append((line, about, is_repeated))
-        elif about is None and not self._is_telling:
-            self._is_telling, aside = True, Aside(self, line, is_repeated)
+        elif not method and not self._is_telling:
+            self._is_telling, aside = True, Aside(self, line, about, is_repeated)
             aside.send(self._client)
             self._spawn(self._tell_all(aside))
-        elif about is None:
-            self._asides.append((line, is_repeated))
+        elif not method:
+            self._asides.append((line, about, is_repeated))
             self.backlog += len(line)
+        elif self._setting:
+            self._setting[1].append((line, about, is_repeated))
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
+            if method == "logging/setLevel":   # other requests would overtake it, and what is said of them be lost
+                self._setting = about[0], []
+                asyncio.get_running_loop().call_later(SET_LEVEL_SECONDS, self._write_later)
+
+    def _write_held(self, held: collections.abc.Iterable[tuple]) -> None:
+        """Writes what waited, but for requests that nobody waits for any more."""
+        for line, about, is_repeated in held:
+            if about is None or self.awaits(about[0]):
+                self.write(line, about, is_repeated)
+
+    def _write_later(self) -> None:
+        (_, later), self._setting = self._setting or (0, ()), None
+        self._write_held(later)
 
     @property
     def is_clogged(self) -> bool:
@@ -6009,9 +6028,9 @@ class RemoteLink(Link):
         """Sends what has no answer, one after the other, because their order counts; the first was sent."""
         await self._tell(first)
         while self._asides and self.on_end:
-            line, is_repeated = self._asides.popleft()
+            line, about, is_repeated = self._asides.popleft()
             self.backlog -= len(line)
-            await self._tell(Aside(self, line, is_repeated))
+            await self._tell(Aside(self, line, about, is_repeated))
         self._is_telling = False
 
     async def _tell(self, aside: Aside) -> None:
@@ -6019,9 +6038,11 @@ class RemoteLink(Link):
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
-                return self._renew(aside.session, aside.body)
+                return self._renew(aside.session, aside.body, aside.about)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
+                if aside.about:                # the request in whose course it was asked will not end without it
+                    self.on_refused(aside.about[0], refusal(head, body))
         except OSError as error:
             problem = str(error)
             if isinstance(error, ConnectionError) and not self._client.connections:
@@ -6044,6 +6065,8 @@ class RemoteLink(Link):
         fetch = self._running.pop(number, None)
         if fetch:
             fetch.abort_later()
+        if self._setting and self._setting[0] == number:
+            self._write_later()
 
     def _receive(self, data: bytes, number: int | None) -> None:
         if b"\n" in data or b"\r" in data:
@@ -6112,9 +6135,7 @@ class RemoteLink(Link):
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
         await self._tell(Aside(self, INITIALIZED))
         held, self._held = self._held, None
-        for line, about, is_repeated in held:
-            if about is None or self.awaits(about[0]):
-                self.write(line, about, is_repeated)
+        self._write_held(held)
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
 
@@ -6127,7 +6148,7 @@ class RemoteLink(Link):
             self.write(line, about, True)
 
     def _begin_session(self, *first: tuple) -> None:
-        self._held = [*first, *((line, None, is_repeated) for line, is_repeated in self._asides)]
+        self._held = [*first, *self._asides]
         self._asides.clear()
         self.backlog = 0
         self._spawn(self._open_another())
@@ -6464,10 +6485,10 @@ class ServerConnection(Holder):
                 self.cancel(server_id, "timed out")
                 request.on_failure(ServerError("the MCP server took too long", status=504))
 
-    def send_if_possible(self, line: bytes, principal: object = None) -> None:
+    def send_if_possible(self, line: bytes, principal: object = None, about: tuple | None = None) -> None:
         """Writes a message to which nobody awaits a response."""
         with contextlib.suppress(ServerError):
-            self.send(line, None, principal)
+            self.send(line, about, principal)
 
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once it has had calls of several
@@ -6915,7 +6936,8 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
             principal = question.client.principal if question.client else None
             if told is not message:
                 response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
-            connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
+            about = question.call and (question.call.server_id, "", None, (), "")
+            connection.send_if_possible(response.with_id(message.raw_id)[0], principal, about)
 
     # Who is asked: of the calls that it may belong to, the newest that can be, and best one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)

@@ -9403,6 +9403,28 @@ def test_remote_server_is_told_which_requests_are_one_client_s(kind):
 
 
 @over_a_link
+async def test_remote_server_gets_requests_when_it_has_set_the_level_of_log_messages_or_takes_long():
+    far = FarLink()
+    await far.greet()
+    for is_set in True, False:
+        far.connection.request("logging/setLevel", {"level": "debug"})
+        far.connection.request("ping", {})
+        setting = await far.taken("logging/setLevel")
+        assert not [fetch for fetch in far.sent if fetch.body and b"ping" in fetch.body]
+        if is_set:
+            respond(setting, body=result_for(setting, {}))
+        await far.taken("ping")
+
+
+def test_remote_refusal_of_an_answer_is_the_end_of_the_call_in_which_it_was_asked():
+    with Remote() as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        far.script["POST"].append(http_response(413))
+        error = client.call("tools/call", {"name": "ask", "arguments": {}})["error"]
+        assert (error["code"], error["data"]["status"]) == (-32000, 413)
+        assert "hi" in client.tool("ask", text="hi")
+
+
+@over_a_link
 async def test_remote_stream_that_is_resumed_takes_a_place_like_its_call():
     far = FarLink()
     await far.greet()
