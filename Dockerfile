@@ -39,7 +39,7 @@ EXPOSE 8000
 ENV HOME=/home/mcp HOST=0.0.0.0 PORT=8000
 
 # With no proxy: what http_proxy names is not for this.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import http.client as http, os, ssl, sys; at = ('127.0.0.1', int(os.environ['PORT'])); link = http.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if os.environ.get('TLS_CERT') else http.HTTPConnection(*at, timeout=4); link.request('GET', '/healthz'); sys.exit(link.getresponse().status != 200)"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python3", "-c", "import http.client as http, os, ssl, sys; at = ('127.0.0.1', int(os.environ['PORT'] or 8000)); link = http.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if os.environ.get('TLS_CERT') else http.HTTPConnection(*at, timeout=4); link.request('GET', '/healthz'); sys.exit(link.getresponse().status != 200)"]
 
 # -s: no warning where another init is process 1 already (docker run --init).
 ENTRYPOINT ["tini", "-s", "--", "python3", "/usr/local/bin/mcpproxy.pyc"]
