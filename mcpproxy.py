@@ -947,8 +947,8 @@ class LineSplitter:
         return self._size if self._size <= self._limit else 0
 
     def feed(self, data: bytes) -> None:
-        *lines, rest = data.split(b"\n") if b"\n" in data else (data,)     # to split is slow, and most of a
-        for line in lines:                                                  # screenshot has no line end in it
+        *lines, rest = data.split(b"\n") if data.find(b"\n") >= 0 else (data,)       # to split is slow, and most of
+        for line in lines:                                                            # a screenshot has no line end
             size = self._size + len(line)
             if self._parts:
                 line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
@@ -1480,7 +1480,8 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 
 
 # A server's response is not even parsed where its id stands at the head or the tail (TypeScript servers write it
-# last): the payload needs no look then, be it a screenshot of 8 MB.
+# last): the payload needs no look then, be it a screenshot of 8 MB. (In what every line passes, bytes are looked for
+# with find(), because `in` first makes an error of its left side's being no number, and that takes longer.)
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
 _ANSWER = rb'"(result|error)":[ \t]*+(?!null)'
@@ -1553,10 +1554,10 @@ def error_type(response: ResponseLine | Message) -> str:
 
 def find_response(line: bytes) -> ResponseLine | None:
     """A line that plainly is a response. None: it has to be parsed, to find out or to take something out."""
-    if b"\r" in line or line[-1:] != b"}":
+    if line.find(b"\r") >= 0 or line[-1:] != b"}":
         return None
     searched = line if len(line) < 512 else line[-_TAIL_LENGTH:]
-    if b"null" in searched and _NULL.search(searched):
+    if searched.find(b"null") >= 0 and _NULL.search(searched):
         return None
     head = _RESPONSE_HEAD.match(line)
     if head:
@@ -10320,7 +10321,8 @@ class Exchange(ClientRequest):
                 response = response.parsed()
             # For most a look is enough, and the call of a function too much.
             if not response.is_result or self.method == "tools/call" and (
-                    type(response) is not ResponseLine or len(response.line) > LARGE or b'"isError"' in response.line):
+                    type(response) is not ResponseLine or len(response.line) > LARGE
+                    or response.line.find(b'"isError"') >= 0):
                 self.problem = error_type(response)
             elif self.method == "tools/list" and isinstance(response, ResponseLine) and (
                     len(response.line) <= MAX_LISTING):
