@@ -4742,9 +4742,9 @@ class Link:
                     self.last_words[-1].strip() if self.last_words else "")
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
-        """Sends a line. `about` says what it is where it is a request: (server id, method, name, headers of its own,
-        the proxies that it came through). An answer to what was asked in the course of a request has that one's id
-        there, and no method."""
+        """Sends a line. `about` says what it is where it is a request to a remote server: (server id, method, name,
+        headers of its own, the proxies that it came through). An answer to what was asked in the course of a request
+        has that one's id there, and no method."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes) -> None:
@@ -10245,13 +10245,10 @@ class Exchange(ClientRequest):
         connection.has_served = True
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
-        task = message.params.get("taskId") if self.names_tasks else None
-        name = self.own_name or (task if isinstance(task, str) else None)
-        headers = self._headers_for(connection, message) if connection.link.is_remote else ()
+        about = self._about(number, connection, message) if connection.link.is_remote else None
         connection.pending[number] = self              # before it is sent, for who looks whose it is
         try:
-            connection.send(message.changed(changes), (number, self.method, name, headers, self.client.way),
-                            self.client.principal)
+            connection.send(message.changed(changes), about, self.client.principal)
         except Exception:
             del connection.pending[number]
             raise
@@ -10261,6 +10258,12 @@ class Exchange(ClientRequest):
         self.message = None
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
+
+    def _about(self, number: int, connection: ServerConnection, message: Message) -> tuple:
+        """What a remote server is told beside the message, see Link.write()."""
+        task = message.params.get("taskId") if self.names_tasks else None
+        name = self.own_name or (task if isinstance(task, str) else None)
+        return number, self.method, name, self._headers_for(connection, message), self.client.way
 
     def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
         """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
