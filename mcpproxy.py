@@ -11449,7 +11449,7 @@ class PostOutlet(Outlet, Holder):
             self.principal = self._client.principal
             budget.set(self, self.held + len(self._answers[-1]))
         else:
-            return self.reply.send(status, payload, (*JSON_HEADERS, *headers, *self._session_header()))
+            return self.reply.send(status, payload, JSON_HEADERS + headers + self._session_header())
         self._one_less()
 
     def close(self) -> None:
@@ -11480,9 +11480,8 @@ class PostOutlet(Outlet, Holder):
 
     def _session_header(self) -> tuple:
         """The header of the answer that opens a session."""
-        session = self._session
-        opens = (session and (session.version or self._stream) and self.exchange
-                 and self.exchange.method == "initialize")
+        session, call = self._session, self.exchange
+        opens = call and call.method == "initialize" and session and (session.version or self._stream)
         return ((SESSION_ID_HEADER, session.sealed_id),) if opens else ()
 
     def _gone(self) -> None:
