@@ -1409,7 +1409,7 @@ def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
 def check_lookalikes(members: dict, known: frozenset[str], code: int = INVALID_PARAMS) -> None:
     """Refuses a name that differs from a known one in case alone: Go's encoding/json, for one, takes it for that, and
     what was checked here would be another thing there."""
-    if not members.keys() <= known:
+    if not known.issuperset(members):
         folded = set(map(str.casefold, known))
         for name in members:
             if name not in known and name.casefold() in folded:
@@ -1657,9 +1657,10 @@ def check_parameters(message: Message) -> None:
     if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
     check_lookalikes(message.params, PARAMETERS)
-    check_lookalikes(message.meta, META)
-    if RELATED_TASK_KEY in message.meta:
-        check_lookalikes(members_of(message.meta[RELATED_TASK_KEY]), PARAMETERS)
+    if message.meta:
+        check_lookalikes(message.meta, META)
+        if RELATED_TASK_KEY in message.meta:
+            check_lookalikes(members_of(message.meta[RELATED_TASK_KEY]), PARAMETERS)
     if "ref" in message.params:
         check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
