@@ -8515,10 +8515,9 @@ class Server:
         waited for something."""
         if client.is_ended or self not in self.pool.servers:
             raise no_such_session() if client.is_ended else try_later("the MCP server was stopped")
-        variables, owner, instance = client.variables, self._owner_for(client), self.used_by(client)
-        if instance and instance.state is CLOSED:
-            instance = None
-        if instance is None:
+        variables, owner = client.variables, self._owner_for(client)
+        instance = self.instances.get(owner)
+        if instance is None or instance.state is CLOSED:
             spare = self._adopt_spare(client) if client.is_session and not variables else None
             instance = spare or self.make_instance(owner, variables if owner != () else {}, client.principal)
         if client.is_session and client.id not in instance.sessions:
@@ -9856,7 +9855,7 @@ class ClientRequest(PendingRequest, Holder):
         self.token = self.software = None
         meta = message.meta
         if meta:
-            if is_id(meta.get("progressToken")):
+            if "progressToken" in meta and is_id(meta["progressToken"]):
                 self.token = message.raw("params", "_meta", "progressToken")
             if self.size <= SMALL:                    # what the client says of itself, as it was scanned
                 software = meta.get(CLIENT_INFO_KEY)
