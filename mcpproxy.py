@@ -1299,7 +1299,6 @@ class Message(JSONObject):
     def is_result(self) -> bool:
         return "result" in self.members
 
-    @property
     def id_span(self) -> tuple[int, int]:
         """Where the id stands: mostly at the head or the tail of the message, where a look is enough."""
         if self._id_span is None:
@@ -1311,7 +1310,7 @@ class Message(JSONObject):
     @property
     def raw_id(self) -> bytes:
         """The id as it was written."""
-        start, end = self.id_span
+        start, end = self.id_span()
         return self.text[start:end].encode()
 
     def parsed(self) -> "Message":
@@ -1339,7 +1338,7 @@ class Message(JSONObject):
 
     def new_id(self, raw_id: bytes) -> tuple[int, int, str]:
         """The change that gives it another id."""
-        return (*self.id_span, raw_id.decode())
+        return (*self.id_span(), raw_id.decode())
 
 
 def parse_message(text: str, is_servers: bool = False) -> Message:
@@ -3615,8 +3614,8 @@ class Log(logging.Handler):
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
         name = level_name(level)
         if not self.as_json:
-            return f"{self._clock}{millisecond:03} {name:7} {text}".encode("utf-8", "backslashreplace")[
-                :MAX_LOG_LINE] + b"\n"
+            return b"%b\n" % ("%s%03d %-7s %s" % (self._clock, millisecond, name, text)).encode(
+                "utf-8", "backslashreplace")[:MAX_LOG_LINE]
         clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{self._zone[:3]}:{self._zone[3:]}"
         entry = {"time": clock, "level": name, "message": text, **fields}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
@@ -10239,7 +10238,7 @@ class Exchange(ClientRequest):
         extensions = self.envelope and self.envelope.capabilities.get("extensions")
         self.names_tasks = "task" in message.params or self.method.startswith("tasks/") or (
             isinstance(extensions, dict) and TASKS_EXTENSION in extensions)
-        changes = [(*message.id_span, server_id), *self._bridge.restate(self, message, new_meta)]
+        changes = [(*message.id_span(), server_id), *self._bridge.restate(self, message, new_meta)]
         if self.target:
             changes += self.target.changes(message)
         connection.has_served = True
@@ -11103,9 +11102,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def finished(self) -> None:
         """The reply is complete: on to the next request, or the end."""
-        self._reply = None
+        self._reply, rest = None, self._parser.rest
         self.since = time.monotonic()
-        self._received_before = self.received - (0 if self._parser.is_between else len(self._parser.rest))
+        self._received_before = self.received - (0 if not rest or self._parser.is_between else len(rest))
         if self._phase is LINGER:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -11114,7 +11113,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         else:
             self._phase = HEAD
             self._transport.resume_reading()
-            if self._parser.rest or self.is_half_closed:
+            if rest or self.is_half_closed:
                 self._advance_soon()                      # not from within handle(), which was called by it
 
     # Time.
