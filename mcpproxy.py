@@ -1789,14 +1789,14 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
 
 def check_headers(message: Message, headers: dict[str, str], version: str) -> None:
     """MCP 2026-07-28, Streamable HTTP, Server Validation: a balancer may have acted on the headers."""
-    expected = [("mcp-protocol-version", version), ("mcp-method", message.method)]
-    if message.method in NAMED_IN_HEADER:
-        expected.append(("mcp-name", message.params.get(NAMED_IN_HEADER[message.method])))
-    for name, value in expected:
-        if name not in headers:
+    named = NAMED_IN_HEADER.get(message.method)
+    expected = (("mcp-protocol-version", version), ("mcp-method", message.method),
+                ("mcp-name", message.params.get(named)))
+    for name, value in expected if named else expected[:2]:
+        given = headers.get(name)
+        if given is None:
             raise RPCError(f"missing header {name}", code=HEADER_MISMATCH)
-        given = decode_header(headers[name]) if name == "mcp-name" else headers[name]
-        if given != value:
+        if (decode_header(given) if name == "mcp-name" else given) != value:
             raise RPCError(f"the header {name} does not match the body", code=HEADER_MISMATCH)
 
 
@@ -1899,7 +1899,8 @@ def restated_meta(message: Message, new: dict[str, str], keeps_envelope: bool = 
         beside = {**beside, "_meta": as_object(new)}
     elif new or len(kept) < len(message.meta):
         old = message.raw_members("params", "_meta") if kept else {}
-        changes.append((*message.span("params", "_meta"), as_object({name: old[name] for name in kept} | new)))
+        new = {name: old[name] for name in kept} | new if kept else new
+        changes.append((*message.span("params", "_meta"), as_object(new) if new else "{}"))
     return [*changes, message.new_members(beside, "params")] if beside else changes
 
 
@@ -8523,7 +8524,6 @@ class Server:
             instance.sessions[client.id] = client
             instance.levels[client.log_level] += 1
             instance.adjust_log_level()
-        instance.last_used = self.now()
         return instance
 
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
