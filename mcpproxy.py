@@ -10820,15 +10820,15 @@ class Reply:
         if self.is_done:
             return
         self.is_done, self.on_gone = True, None
-        connection = self.connection
-        length = sum(map(len, body))
-        headers += self.headers
+        connection, length, headers = self.connection, sum(map(len, body)), headers + self.headers
         if not connection.keeps_alive:
             headers += ("Connection", "close"),
         elif self.head.version < (1, 1):
             headers += ("Connection", "keep-alive"),
         head = encode_head(status, headers, http_date(int(time.time())), length if status != 204 else None)
-        connection.write([head] if self.head and self.head.method == "HEAD" else [head, *body])
+        if self.head and self.head.method == "HEAD":
+            body, length = [], 0
+        connection.write([head, *body], len(head) + length)
         connection.finished()
 
     @property
@@ -10988,19 +10988,19 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     head = self._parser.next_head()
                 if head is None:
                     return False
-                self._phase, self._reply = BODY, Reply(self, head)
-                self._continues = head.expects_continue
+                self._phase, self._continues = BODY, head.expects_continue
+                self._reply = reply = Reply(self, head)
                 self.keeps_alive = head.keep_alive and not self._server.is_leaving
                 try:
                     if refusal:
-                        self._reply.headers = headers
+                        reply.headers = headers
                         raise refusal
                     if head.admission is None or head.admission.is_old:
                         head.admission = None              # also if it may not pass any more
                         head.admission = self._application.admit(head, self._host)
                         self._parser.keep(head)
-                    self._reply.admission, self._reply.headers = head.admission, head.admission.headers
-                    self.principal = head.admission.caller or self._host
+                    reply.admission = admission = head.admission
+                    reply.headers, self.principal = admission.headers, admission.caller or self._host
                     size = self._parser.length
                     is_large = size and SMALL < size <= self._application.max_body        # over that, it is refused
                     if is_large and not budget.has_room(self.principal, size):
@@ -11065,11 +11065,11 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     # Writing.
 
-    def write(self, parts: list) -> None:
-        """Writes at once."""
+    def write(self, parts: list, size: int | None = None) -> None:
+        """Writes at once; `size` is that of all parts, if it is known."""
         self._flush()
         self._queued += self._is_clogged
-        self._send(parts)
+        self._send(parts, size)
 
     def write_soon(self, parts: list) -> None:
         """Writes more of a stream at the end of this turn of the event loop, so that many events are one chunk."""
@@ -11083,13 +11083,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
             parts, self._soon = self._soon, []
             self._send(encode_chunk(parts) if self._reply.head.version >= (1, 1) else parts)
 
-    def _send(self, parts: list) -> None:
+    def _send(self, parts: list, size: int | None = None) -> None:
         if self._queued > MAX_QUEUED_MESSAGES or (
                 self._is_clogged and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
             log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             self._transport.abort()
             return
-        size = sum(map(len, parts))
+        size = sum(map(len, parts)) if size is None else size
         self.sent += size
         if size < LARGE:
             self._transport.write(b"".join(parts))
