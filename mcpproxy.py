@@ -1273,7 +1273,7 @@ class Message(JSONObject):
         self.members = members
         self.id = members.get("id")                # str, int or float; None: a notification
         self.method = members.get("method")        # None: a response
-        self.params = unique_members_of(members["params"]) if "params" in members else {}
+        self.params = without_repeats(members["params"]) if "params" in members else {}
         self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
         self.kind = (RESPONSE if self.method is None else
                      NOTIFICATION if "id" not in members else REQUEST)
@@ -1353,7 +1353,7 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
             raise ValueError("text behind the message")
         if not isinstance(value, tuple):
             raise RPCError(f"not one JSON-RPC message but {'a batch' if isinstance(value, list) else 'another value'}")
-        members = unique_members_of(value)
+        members = without_repeats(value)
         if None in members.values() or is_servers and "method" not in members:
             text, members = mended(text, members, is_servers)
         try:
@@ -1438,8 +1438,7 @@ def check_message(members: dict) -> None:
 
 def is_id(value: object) -> bool:
     """Is it a string or an integer, as the id of a request or a progress token? 1.0 is an integer in JSON."""
-    return isinstance(value, (str, int)) and not isinstance(value, bool) or (
-        isinstance(value, float) and value.is_integer())
+    return type(value) is int or isinstance(value, str) or isinstance(value, float) and value.is_integer()
 
 
 def as_own_id(value: object) -> object:
