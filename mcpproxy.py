@@ -7632,9 +7632,7 @@ class Instance:
             self.lists[method] = KeptList(self, method)
         return self.lists[method]
 
-    @property
-    def tools(self) -> KeptList:
-        return self.list_of("tools/list")
+    tools = functools.cached_property(lambda self: self.list_of("tools/list"))
 
     # Running.
 
@@ -10154,15 +10152,15 @@ class Exchange(ClientRequest):
         if tools is None or name not in tools:
             return False
         try:
-            self._check_by(tools)
+            self._check_by(tools, name)
         except RPCError:
             if tools is self.instance.tools.fresh:
                 raise
             return False                    # it may be another tool by now
         return True
 
-    def _check_by(self, tools: Items) -> None:
-        view, target, name = self.client.view, self.target, self.own_name
+    def _check_by(self, tools: Items, name: str | None) -> None:
+        view, target = self.client.view, self.target
         if target and target.is_by_hints and view.limits and not view.opens(
                 target.server, "tools", name, tools.get(name, {})):
             raise view.refusal(target.server, "tools", name, self.name)
@@ -10177,7 +10175,7 @@ class Exchange(ClientRequest):
             if self.target and self.target.is_by_hints:
                 raise
         else:                               # otherwise the server has to know what it takes
-            self._check_by(tools)
+            self._check_by(tools, self.own_name)
 
     @property
     def own_name(self) -> str | None:
