@@ -4743,8 +4743,7 @@ class Link:
 
     def write(self, line: bytes, about: tuple | None = None) -> None:
         """Sends a line. `about` says what it is where it is a request to a remote server: (server id, method, name,
-        headers of its own, the proxies that it came through). An answer to what was asked in the course of a request
-        has that one's id there, and no method."""
+        headers of its own, the proxies that it came through)."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes) -> None:
@@ -5729,9 +5728,9 @@ class Post(RemoteFetch):
 class Aside(Ask):
     """A message to a remote server that has no answer."""
 
-    def __init__(self, link: "RemoteLink", line: bytes, about: tuple | None = None, is_repeated: bool = True):
-        super().__init__(link.post_head(line, about), line, link.limit)
-        self.session, self.about, self.is_repeated = link.session, about, is_repeated
+    def __init__(self, link: "RemoteLink", line: bytes, is_repeated: bool = True):
+        super().__init__(link.post_head(line, None), line, link.limit)
+        self.session, self.is_repeated = link.session, is_repeated
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):                    # it was taken; nothing is to come
@@ -5855,7 +5854,6 @@ WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an ar
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
-SET_LEVEL_SECONDS = 2.0          # for a server to set the level of log messages, while other requests wait
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
@@ -5876,11 +5874,10 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        self._asides: collections.deque[tuple] = collections.deque()         # what has no answer, as write() takes it
+        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
         self.backlog = 0                       # how many bytes they have
         self._is_telling = False               # is one of these asides on its way?
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
-        self._setting: tuple[int, list] | None = None        # (id of what sets the log level, what waits for that)
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
@@ -5897,8 +5894,7 @@ class RemoteLink(Link):
     # What the connection calls.
 
     def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False) -> None:
-        method = about[1] if about else ""
-        if method == "initialize":
+        if about and about[1] == "initialize":
             self._initialize = line, about
             self._post(line, about)
         elif line == INITIALIZED:
@@ -5906,30 +5902,15 @@ class RemoteLink(Link):
             self._spawn(self._open())
         elif self._held is not None:
             self._held.append((line, about, is_repeated))
-        elif not method and not self._is_telling:
-            self._is_telling, aside = True, Aside(self, line, about, is_repeated)
+        elif about is None and not self._is_telling:
+            self._is_telling, aside = True, Aside(self, line, is_repeated)
             aside.send(self._client)
             self._spawn(self._tell_all(aside))
-        elif not method:
-            self._asides.append((line, about, is_repeated))
+        elif about is None:
+            self._asides.append((line, is_repeated))
             self.backlog += len(line)
-        elif self._setting:
-            self._setting[1].append((line, about, is_repeated))
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
-            if method == "logging/setLevel":   # other requests would overtake it, and what is said of them be lost
-                self._setting = about[0], []
-                asyncio.get_running_loop().call_later(SET_LEVEL_SECONDS, self._write_later)
-
-    def _write_held(self, held: collections.abc.Iterable[tuple]) -> None:
-        """Writes what waited, but for requests that nobody waits for any more."""
-        for line, about, is_repeated in held:
-            if about is None or self.awaits(about[0]):
-                self.write(line, about, is_repeated)
-
-    def _write_later(self) -> None:
-        (_, later), self._setting = self._setting or (0, ()), None
-        self._write_held(later)
 
     @property
     def is_clogged(self) -> bool:
@@ -6029,9 +6010,9 @@ class RemoteLink(Link):
         """Sends what has no answer, one after the other, because their order counts; the first was sent."""
         await self._tell(first)
         while self._asides and self.on_end:
-            line, about, is_repeated = self._asides.popleft()
+            line, is_repeated = self._asides.popleft()
             self.backlog -= len(line)
-            await self._tell(Aside(self, line, about, is_repeated))
+            await self._tell(Aside(self, line, is_repeated))
         self._is_telling = False
 
     async def _tell(self, aside: Aside) -> None:
@@ -6039,17 +6020,23 @@ class RemoteLink(Link):
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
-                return self._renew(aside.session, aside.body, aside.about)
+                return self._renew(aside.session, aside.body)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
-                if aside.about:                # the request in whose course it was asked will not end without it
-                    self.on_refused(aside.about[0], refusal(head, body))
+                self._answer_instead(aside.body, refusal(head, body))
         except OSError as error:
             problem = str(error)
             if isinstance(error, ConnectionError) and not self._client.connections:
                 self.end(problem)
         if problem and self.on_end:
             log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
+
+    def _answer_instead(self, line: bytes, error: ServerError) -> None:
+        """If the server did not take an answer, what asked would wait for it: maybe it takes an error."""
+        with contextlib.suppress(ProxyError):
+            message = parse_message(decode_json(line))
+            if message.is_result:
+                self.write(b"".join(encode_error(message.raw_id, error)))
 
     # Responses.
 
@@ -6066,8 +6053,6 @@ class RemoteLink(Link):
         fetch = self._running.pop(number, None)
         if fetch:
             fetch.abort_later()
-        if self._setting and self._setting[0] == number:
-            self._write_later()
 
     def _receive(self, data: bytes, number: int | None) -> None:
         if b"\n" in data or b"\r" in data:
@@ -6136,7 +6121,9 @@ class RemoteLink(Link):
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
         await self._tell(Aside(self, INITIALIZED))
         held, self._held = self._held, None
-        self._write_held(held)
+        for line, about, is_repeated in held:
+            if about is None or self.awaits(about[0]):
+                self.write(line, about, is_repeated)
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
 
@@ -6149,7 +6136,7 @@ class RemoteLink(Link):
             self.write(line, about, True)
 
     def _begin_session(self, *first: tuple) -> None:
-        self._held = [*first, *self._asides]
+        self._held = [*first, *((line, None, is_repeated) for line, is_repeated in self._asides)]
         self._asides.clear()
         self.backlog = 0
         self._spawn(self._open_another())
@@ -6486,10 +6473,10 @@ class ServerConnection(Holder):
                 self.cancel(server_id, "timed out")
                 request.on_failure(ServerError("the MCP server took too long", status=504))
 
-    def send_if_possible(self, line: bytes, principal: object = None, about: tuple | None = None) -> None:
+    def send_if_possible(self, line: bytes, principal: object = None) -> None:
         """Writes a message to which nobody awaits a response."""
         with contextlib.suppress(ServerError):
-            self.send(line, about, principal)
+            self.send(line, None, principal)
 
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once it has had calls of several
@@ -6937,8 +6924,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
             principal = question.client.principal if question.client else None
             if told is not message:
                 response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
-            about = question.call and (question.call.server_id, "", None, (), "")
-            connection.send_if_possible(response.with_id(message.raw_id)[0], principal, about)
+            connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
 
     # Who is asked: of the calls that it may belong to, the newest that can be, and best one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)
@@ -8762,9 +8748,9 @@ class Mount:
             raise RPCError(f"there is no server {name}", status=404)
         return server
 
-    def check_open(self, state: object = None) -> None:
-        """Refuses what would be new when the proxy is about to end; a call that is parked under this state is not."""
-        if self.is_draining and not (isinstance(state, str) and state in self.parked):
+    def check_open(self) -> None:
+        """Refuses what would be new when the proxy is about to end."""
+        if self.is_draining:
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
@@ -8832,6 +8818,7 @@ class Mount:
 
     def visit(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
               name: str | None = None) -> Visitor:
+        self.check_open()
         return Visitor(self, view, caller, variables, principal, name)
 
     def make_room_for(self, call: PendingRequest) -> None:
@@ -8872,15 +8859,14 @@ class Mount:
                 session.end()
 
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
-        """Lets balancers notice for a while; then takes no new calls, and gives those that run, or wait for their
-        clients, some time to finish."""
+        """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
         self.is_leaving = True
         await asyncio.sleep(delay)
         self.is_draining = True
         for server in self.servers.values():
             server.spares_wanted = 0
         deadline = self.now() + seconds
-        while (self.calls or self.parked) and self.now() < deadline:
+        while self.calls and self.now() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -9702,7 +9688,7 @@ class Dialogue:
                 heir.begin_dialogue().questions[str(question.id)] = question
             elif heir:
                 heir.ask(question, None)
-            elif is_answered and message and message.method == "roots/list" and question.client:
+            elif message and message.method == "roots/list" and question.client:
                 question.call, question.send = None, question.client.stream.send
             else:
                 question.take_back()
@@ -10065,8 +10051,7 @@ class Exchange(ClientRequest):
         if self.instance is None and not self.answerer:
             self._pick()
         connection = self.instance and self.instance.connection
-        if client.mount.is_draining:
-            client.mount.check_open(self.message.params.get("requestState"))
+        client.mount.check_open()
         if self.id in client.calls:
             raise RPCError("a request with this id is running")
         if len(client.calls) >= RUNNING_CALLS:
@@ -11120,7 +11105,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         reply = self._reply if self._phase is REPLY else None
         read = self.sent - self._transport.get_write_buffer_size()
         if self._is_clogged and read > self._read:
-            self._stalled_since, self._read = now, read
+            self.since, self._stalled_since, self._read = now, now, read
             self._count()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # of what was written nothing is read
@@ -11885,11 +11870,15 @@ def openapi_operation(path: str, name: str, tool: dict) -> dict:
     pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
     result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
                                                "isError": {"type": "boolean"}}, "required": ["content"]}
+
+    def part(schema: object, place: str) -> object:
+        if isinstance(schema, dict):           # references would be relative to a URI of its own
+            schema = {keyword: value for keyword, value in schema.items() if keyword != "$id"}
+        return rebase_references(schema, pointer + place)
     if isinstance(tool.get("outputSchema"), dict):
-        place = "/responses/200/content/application~1json/schema/properties/structuredContent"
-        result["properties"]["structuredContent"] = rebase_references(tool["outputSchema"], pointer + place)
-    schema = rebase_references(tool.get("inputSchema", {"type": "object"}),
-                               pointer + "/requestBody/content/application~1json/schema")
+        result["properties"]["structuredContent"] = part(
+            tool["outputSchema"], "/responses/200/content/application~1json/schema/properties/structuredContent")
+    schema = part(tool.get("inputSchema", {"type": "object"}), "/requestBody/content/application~1json/schema")
     is_required = isinstance(schema, dict) and bool(schema.get("required"))
     error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
     return {
@@ -11913,7 +11902,7 @@ def rebase_references(schema: object, pointer: str, are_named: bool = False) -> 
         if name == "$ref" and isinstance(value, str) and re.match("#(?:/|$)", value):
             return pointer + value[1:]
         return value if name in DATA_KEYWORDS else rebase_references(value, pointer, name in NAMING_KEYWORDS)
-    return {name: rebased(name, value) for name, value in schema.items() if name not in ("$schema", "$id")}
+    return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
 
 
 # ============================================================================

@@ -9402,26 +9402,12 @@ def test_remote_server_is_told_which_requests_are_one_client_s(kind):
         assert len({visit.headers["x-mcpproxy-for"] for visit in far.got("tools/call")}) == 4
 
 
-@over_a_link
-async def test_remote_server_gets_requests_when_it_has_set_the_level_of_log_messages_or_takes_long():
-    far = FarLink()
-    await far.greet()
-    for is_set in True, False:
-        far.connection.request("logging/setLevel", {"level": "debug"})
-        far.connection.request("ping", {})
-        setting = await far.taken("logging/setLevel")
-        assert not [fetch for fetch in far.sent if fetch.body and b"ping" in fetch.body]
-        if is_set:
-            respond(setting, body=result_for(setting, {}))
-        await far.taken("ping")
-
-
-def test_remote_refusal_of_an_answer_is_the_end_of_the_call_in_which_it_was_asked():
+def test_remote_server_that_does_not_take_an_answer_gets_an_error_in_its_place():
     with Remote() as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         far.script["POST"].append(http_response(413))
-        error = client.call("tools/call", {"name": "ask", "arguments": {}})["error"]
-        assert (error["code"], error["data"]["status"]) == (-32000, 413)
-        assert "hi" in client.tool("ask", text="hi")
+        assert json.loads(client.tool("ask", text="hi")) == ["hi", None]
+        assert "answered HTTP 413" in far.replies[far.got("answer")[-1].id]["error"]["message"]
+        assert len(far.got("answer")) == 2
 
 
 @over_a_link
@@ -13938,6 +13924,19 @@ def test_conversation_question_for_roots_outlives_a_call_that_happened_to_run():
                 server > {"id":"q","result":{"roots":[]}}
                 server < {"method":"notifications/cancelled","params":{"requestId":"r"}}
         client < {"method":"notifications/cancelled","params":{"requestId":$R}}
+    ''', server="legacy", client="legacy", settings={"shared_session": False})
+
+
+def test_conversation_question_for_roots_outlives_a_call_that_is_cancelled():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":"q","method":"roots/list"}
+        client < {"id":$Q,"method":"roots/list"}
+        client > {"method":"notifications/cancelled","params":{"requestId":1}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$CALL}}
+        client > {"id":$Q,"result":{"roots":[]}}
+                server > {"id":"q","result":{"roots":[]}}
     ''', server="legacy", client="legacy", settings={"shared_session": False})
 
 
@@ -19677,14 +19676,22 @@ def test_endpoint_openapi_is_made_once_for_each_list_of_tools(fake):
 
 
 def test_endpoint_openapi_leaves_alone_what_is_no_reference():
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "a:b", "type": "object",
-              "properties": {"$id": {"type": "string"}, "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"},
-                             "node": {"$ref": "#node"}, "default": {"$ref": "#"}},
-              "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {
+        "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"}, "node": {"$ref": "#node"},
+        "default": {"$ref": "#"}}, "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
     rebased = mcpproxy.rebase_references(schema, "#/p")
     assert rebased == {"type": "object", "properties": {
-        "$id": {"type": "string"}, "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"},
-        "node": {"$ref": "#node"}, "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
+        "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"}, "node": {"$ref": "#node"},
+        "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
+
+
+def test_endpoint_openapi_has_no_schema_with_a_uri_of_its_own_but_what_that_names_in_itself():
+    tree = {"$id": "tree", "items": {"$ref": "tree"}}
+    operation = mcpproxy.openapi_operation("/tools/x", "x", {"inputSchema": {
+        "$id": "a:b", "properties": {"$id": {"$ref": "#"}, "tree": tree}}})
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema.keys() == {"properties"} and schema["properties"]["tree"] == tree
+    assert schema["properties"]["$id"]["$ref"].startswith("#/paths/~1tools~1x/")
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
@@ -22581,21 +22588,6 @@ def test_load_connection_is_closed_behind_an_answer_that_was_waited_for_when_the
         (tmp_path / "gate").touch()
         assert "result" in waiting.response("POST").json() and waiting.is_closed() and is_healthy(proxy)
         proxy.process.terminate()
-        assert proxy.stop() == 0
-
-
-def test_load_call_that_waits_for_its_client_may_finish_too():
-    with running_proxy(FAKE, SHUTDOWN_GRACE=60) as proxy:
-        asks = {"name": "inquire", "arguments": {"rounds": [[FORM]]}}
-        message, headers = modern_request(1, "tools/call", asks, capabilities={"elicitation": {}})
-        asked = proxy.request("POST", "/mcp", message, headers).json()["result"]
-        proxy.process.terminate()
-        until(lambda: proxy.request("POST", "/mcp", *modern_request(2, "tools/list")).status == 503, "the drain")
-        asks["inputResponses"] = dict.fromkeys(asked["inputRequests"], ACCEPTED)
-        asks["requestState"] = asked["requestState"]
-        message, headers = modern_request(3, "tools/call", asks, capabilities={"elicitation": {}})
-        answer = proxy.request("POST", "/mcp", message, headers).json()
-        assert json.loads(text_of(answer)) == [ACCEPTED] and proxy.process.wait(PATIENCE) == 0
         assert proxy.stop() == 0
 
 
