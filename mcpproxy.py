@@ -756,22 +756,23 @@ class RequestParser:
 
     def next_head(self) -> HTTPHead | None:
         """The next request's head, or None when bytes are missing."""
-        end = self.rest.find(b"\r\n\r\n", self._searched)
+        rest, head, (before, behind) = self.rest, self._last, self._shape
+        if head and rest.startswith(before):                                   # a client mostly says the same again
+            start = len(before)
+            end = rest.find(behind, start, start + 15 + len(behind))
+            if end > 0 and rest[start:end].isdigit():
+                self.length, self.rest, self._searched = int(rest[start:end]), rest[end + len(behind):], 0
+                return head
+        end = rest.find(b"\r\n\r\n", self._searched)
         if end < 0 or end > MAX_HEAD_BYTES:
             self._check_unfinished_head()
             return None
-        raw, head, (before, behind) = self.rest[:end], self._last, self._shape
-        self.rest, self._searched = self.rest[end + 4:], 0
-        if head and raw.startswith(before) and raw.endswith(behind):           # a client mostly says the same again
-            length = raw[len(before):len(raw) - len(behind)]
-            if length.isdigit() and len(length) < 16:
-                self.length = int(length)
-                return head
-        return self._look_up(raw)
+        self.rest, self._searched = rest[end + 4:], 0
+        return self._look_up(rest[:end])
 
     def _look_up(self, raw: bytes) -> HTTPHead:
         match = _LENGTH.search(raw)
-        self._shape = (raw[:match.start(1)], raw[match.end(1):]) if match else (raw, None)
+        self._shape = (raw[:match.start(1)], raw[match.end(1):] + b"\r\n\r\n") if match else (raw, None)
         known = self._known.get(self._shape)
         self._last, head = known if match else None, known or self._parse(raw)
         self.length = int(match[1]) if known and match else head.content_length
@@ -807,10 +808,10 @@ class RequestParser:
 
     def next_body(self, limit: int) -> bytes | None:
         """The body that belongs to the last head, or None when bytes are missing; 413 when it is over `limit`."""
-        length = self.length
-        if self._reader is None and length is not None and len(self.rest) >= length <= limit:
-            body, self.rest = self.rest[:length], self.rest[length:]          # all of it is there: no copy
-            return body
+        length, rest = self.length, self.rest
+        if self._reader is None and length is not None and len(rest) >= length <= limit:
+            self.rest = rest[length:]                                          # all of it is there: no copy
+            return rest[:length]
         self._reader = self._reader or self._read_body(limit)
         self._at, self._lines_left = 0, LINES_A_TURN              # `_at`: how much of `rest` was used
         self.is_interrupted = next(self._reader, None)
@@ -1310,6 +1311,8 @@ class Message(JSONObject):
     @property
     def raw_id(self) -> bytes:
         """The id as it was written."""
+        if type(self.id) is int and self.id > 0:
+            return b"%d" % self.id                 # there is one way to write it
         start, end = self.id_span()
         return self.text[start:end].encode()
 
@@ -3709,7 +3712,7 @@ class Counters:
 
     def __init__(self):
         self.calls: dict[tuple, list] = {}         # by (server, method, tool, revision, error): see find()
-        self.unsettled: dict[tuple, list] = {}     # the same, where it is not known (yet) whether there is such a tool
+        self.unsettled: set[tuple] = set()         # those of which it is not known (yet) whether there is such a tool
         self.refused: collections.Counter = collections.Counter({503: 0})          # HTTP requests, by status
         self.connections: set = set()              # of HTTP
         self.gone_received = self.gone_sent = 0    # bytes of those that are gone
@@ -3719,12 +3722,13 @@ class Counters:
             HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION, RESOURCE_NOT_FOUND, URL_ELICITATION_REQUIRED))}}
 
     def find(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
-        """The numbers for a call whose labels are in neither of the books yet; all but the method may be empty, and the
+        """The numbers for a call whose labels are not in the book yet; all but the method may be empty, and the
         error is if there was none. `tools` are those that the server has. The numbers are: how many took up to each of
         DURATIONS but not up to the one before, how many took longer, and how many seconds they took together."""
         tool = labels[2]
         if tool and tool not in tools and len(tool) <= MAX_LABEL_VALUE and len(self.unsettled) < MAX_UNSETTLED:
-            return self.unsettled.setdefault(labels, [0] * (len(DURATIONS) + 2))
+            self.unsettled.add(labels)
+            return self.calls.setdefault(labels, [0] * (len(DURATIONS) + 2))
         return self._settled(labels, tools)
 
     def _settled(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
@@ -3734,7 +3738,7 @@ class Counters:
         tool = self._bounded("tool", tool, MAX_TOOLS) if is_name else tool and OTHER
         revision = revision if revision in ("", MODERN_VERSION, *LEGACY_VERSIONS) else OTHER
         labels = server, method, tool, revision, self._bounded("error", error, MAX_CODES)
-        if labels not in self.calls and len(self.calls) >= MAX_CALL_SERIES:
+        if labels not in self.calls and len(self.calls) - len(self.unsettled) >= MAX_CALL_SERIES:
             labels = server, method, tool and OTHER, revision, error and OTHER
         return self.calls.setdefault(labels, [0] * (len(DURATIONS) + 2))
 
@@ -3757,8 +3761,10 @@ class Counters:
         """Counts what was kept apart, now that the tools of each server are as well known as can be; `waiting` are the
         servers that will still say which they have."""
         for labels in [labels for labels in self.unsettled if labels[0] not in waiting]:
+            self.unsettled.remove(labels)
+            numbers = self.calls.pop(labels)
             into = self._settled(labels, tools.get(labels[0], ()))
-            into[:] = map(sum, zip(into, self.unsettled.pop(labels)))
+            into[:] = map(sum, zip(into, numbers))
 
 
 def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
@@ -9741,9 +9747,7 @@ def record(call: "Exchange", outcome: str, payload: list) -> None:
     own_name = name if call.target is None or name == "-" else call.own_name
     labels = (place, method, own_name if method == "tools/call" else "",
               MODERN_VERSION if call.envelope else client.version or "", problem)
-    counters = mount.counters
-    numbers = counters.calls.get(labels) or counters.unsettled.get(labels) or counters.find(
-        labels, server.tool_names if server else ())
+    numbers = mount.counters.calls.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
     fields = client.label, method, name, call.id, outcome, call.size, size, seconds * 1000
@@ -11066,8 +11070,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._send(encode_chunk(parts) if self._reply.head.version >= (1, 1) else parts)
 
     def _send(self, parts: list, size: int | None = None) -> None:
-        if self._queued > MAX_QUEUED_MESSAGES or (
-                self._is_clogged and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
+        if self._is_clogged and (self._queued > MAX_QUEUED_MESSAGES
+                                 or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
             log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             self._transport.abort()
             return
@@ -11619,7 +11623,8 @@ class Overview:
         running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
         transports = collections.Counter(session.transport for session in mount.sessions.values())
         yield ("mcp_server_operation_duration_seconds", "histogram", "How long requests of clients took.",
-               [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()])
+               [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()
+                if labels not in counters.unsettled])
         for name, kind, about, value_of in (
                 ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
                 ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
