@@ -6523,7 +6523,7 @@ class ServerConnection(Holder):
         if message.text is not text:
             log.debug("! server %(server)s wrote what is no JSON-RPC but is meant as such: %(text)s",
                       server=self.name, text=self._redact(text[:200]))
-        if message.kind is RESPONSE:           # an error may have no id (JSON-RPC 2.0 §5); a link may know whose it is
+        if message.kind is RESPONSE:           # an error's id may be null (JSON-RPC 2.0 §5); a link may know whose
             self._resolve(cause if message.id is None and cause is not None else as_own_id(message.id), message)
         elif message.kind is REQUEST:
             if self.era is MODERN:

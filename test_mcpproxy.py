@@ -8841,11 +8841,12 @@ def test_remote_server_that_does_not_come_to_an_end_is_given_up(far_kind, what):
             visit.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n{")
         elif what in ("a stream", "comments"):
             visit.open()
-        while not visit.is_over():
-            if what == "comments":
-                visit.chunk(b": still here\n\n")
-            elif what != "nothing":
-                visit.write(b"x" if what != "a stream" else b"")
+        with contextlib.suppress(OSError):               # that it is hung up on may be seen by a write
+            while not visit.is_over():
+                if what == "comments":
+                    visit.chunk(b": still here\n\n")
+                elif what != "nothing":
+                    visit.write(b"x" if what != "a stream" else b"")
         far.left.append(visit)
     # The handshake has to be done within as much, also on a machine that is busy with other tests.
     with Remote(far_kind) as far, running_proxy(far.url, REQUEST_TIMEOUT=2) as proxy, StreamableClient(proxy) as client:
@@ -8853,7 +8854,7 @@ def test_remote_server_that_does_not_come_to_an_end_is_given_up(far_kind, what):
         began, call = time.monotonic(), client.start("echo")
         far.wait_for("tools/call")
         assert client.tool("echo", text="meanwhile") == "meanwhile"
-        assert call.answer()["error"]["code"] == -32000 and 0.5 < time.monotonic() - began < 6
+        assert call.answer()["error"]["code"] == -32000 and 0.5 < time.monotonic() - began < 12
         until(lambda: far.left, "the hanging up")
         assert client.tool("echo", text="after") == "after"
 
