@@ -5865,6 +5865,12 @@ DOUBT_SECONDS = 10.0             # before it is looked again whether a server sp
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
 
 
+def way_of(headers: dict[str, str]) -> str:
+    """The ids of the proxies that a request came through; `headers` are its own, by name in lower case."""
+    way = headers.get(WAY_HEADER.lower())
+    return ", ".join(PROXY_ID.findall(way)[-MAX_WAY:]) if way else ""
+
+
 class RemoteLink(Link):
     """An MCP server that is reached by a URL."""
 
@@ -7012,9 +7018,9 @@ def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> 
 
 
 def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
-    for method, (_, _, kind) in LISTS.items():
-        if message.method == f"notifications/{kind}/list_changed" and method in instance.lists:
-            instance.lists[method].is_old = True
+    for (method, _), kept in instance.lists.items():
+        if message.method == f"notifications/{LISTS[method][2]}/list_changed":
+            kept.is_old = True
     tell_all(instance, message)
 
 
@@ -7430,11 +7436,11 @@ class Items(dict):
 
 
 class KeptList:
-    """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so."""
+    """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so. By
+    `way`, see way_of(), because a remote proxy does not list to others what it has from them."""
 
-    def __init__(self, instance, method: str):
-        self.instance = instance
-        self.method = method
+    def __init__(self, instance, method: str, way: str):
+        self.instance, self.method, self.way = instance, method, way
         self.is_old = False                        # did it change since?
         self.is_missed = False                     # was somebody given an answer without it?
         self.last: Items | None = None             # what it listed last, though it may have changed since
@@ -7498,8 +7504,8 @@ class KeptList:
         finally:
             self._listing = None
 
-    async def read(self, way: str = "") -> Items:
-        """Reads all pages; what was read for another proxy, which `way` names, is not kept."""
+    async def read(self) -> Items:
+        """Reads all pages."""
         connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
         items.hearing = hearing(self.instance)
         cursor, seen, (kind, _, capability) = None, set(), PAGED[self.method]
@@ -7507,7 +7513,7 @@ class KeptList:
             return items
         for _ in range(MAX_PAGES):
             params = None if cursor is None else {"cursor": cursor}
-            page = await connection.request(self.method, params, way=way).response
+            page = await connection.request(self.method, params, way=self.way).response
             if not isinstance(page.members.get("result"), tuple):
                 if not page.is_result and page.error_code == METHOD_NOT_FOUND:
                     return items                # it has none
@@ -7546,7 +7552,7 @@ SILENCES = 3                     # time-outs in a row without a line from a serv
 PING_SECONDS = 5.0               # for the answer
 UNASKED_LEVEL = "info"           # of log messages for a client that asked for none, when others did
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-KNOWN_WAYS = 16                  # of those who wait for a server to start
+KNOWN_WAYS = 16                  # of those who wait for a server to start, or whom a remote one listed something
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
 SLOW_START = 10.0                # every so many seconds the log says what a start waits for
@@ -7585,7 +7591,7 @@ class Instance:
         self.last_used = server.now()
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
-        self.lists: dict[str, KeptList] = {}        # by method
+        self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self.failed_at = 0.0
@@ -7619,10 +7625,11 @@ class Instance:
         """Does it serve one client alone? Without a key or variables, visitors are anybody: all can say a name."""
         return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
-    def list_of(self, method: str) -> KeptList:
-        if method not in self.lists:
-            self.lists[method] = KeptList(self, method)
-        return self.lists[method]
+    def list_of(self, method: str, way: str = "") -> KeptList:
+        if len(self.lists) > KNOWN_WAYS:
+            del self.lists[next(key for key in self.lists if key[1])]
+        key = method, way if self.server.config.url else ""
+        return self.lists.setdefault(key, KeptList(self, *key))
 
     tools = functools.cached_property(lambda self: self.list_of("tools/list"))
 
@@ -7640,6 +7647,7 @@ class Instance:
     def check_up(self) -> None:
         """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
         if self.failure and self.state is not STARTING and self.connection is None:
+            self.is_missed = True          # it may be back before the others have answered
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
             raise self.failure.reworded(str(self.failure))
@@ -7940,7 +7948,6 @@ class Client(Holder):
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
     software = ""                                   # its name/version, by its own word, when its session opened
-    way = ""                                        # the ids of the proxies that its requests come through
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns: asyncio.Lock | None = None               # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
@@ -7969,6 +7976,11 @@ class Client(Holder):
         return f"client {next(self._serials)}"
 
     @property
+    def way(self) -> str:
+        """As way_of() its last request."""
+        return way_of(self.headers)
+
+    @property
     def is_apart(self) -> bool:
         """May it be told what others at the same URL are not? Caches go by the URL; and a server that calls its
         answer public knows nothing of keys, of other servers, or of servers that clients have to themselves."""
@@ -7995,7 +8007,7 @@ class Client(Holder):
             if before and self.is_session:
                 self._move_topics(before, server)
         instance.last_used = self.mount.now()
-        if self.way and instance.connection is None:
+        if instance.connection is None and self.way:
             instance.tell_way(self.way)
         return instance
 
@@ -8760,7 +8772,7 @@ class Mount:
             raise try_later("the proxy is shutting down")
 
     def open_session(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
-                     is_streamable: bool = True, way: str = "", name: str | None = None,
+                     is_streamable: bool = True, name: str | None = None,
                      headers: dict[str, str] | None = None) -> Session:
         """A session for a new client, once there is room for it and what it uses; `headers` are its request's."""
         self.check_open()
@@ -8770,7 +8782,7 @@ class Mount:
             if not others:
                 raise try_later("too many sessions")
         session = Session(self, view, caller, variables, principal, is_streamable, name)
-        session.way, session.headers = way, headers or {}
+        session.headers = headers or {}
         connection = session.only_instance.connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
@@ -8781,7 +8793,7 @@ class Mount:
                  **(connection.link.fields if connection else {}))
         return session
 
-    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object, way: str,
+    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object,
                        headers: dict[str, str]) -> str:
         """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
         its servers are shared: another process opened it, or this one before it was started again."""
@@ -8798,7 +8810,7 @@ class Mount:
             view = self.catalog.view(view.place, tuple(map(tuple, wanted)), caller and caller.limits)
         if not view.is_for_all:
             return NOBODYS_NAME
-        self.open_session(view, caller, {}, principal, way=way, name=name, headers=headers).restore(sealed_id, facts)
+        self.open_session(view, caller, {}, principal, name=name, headers=headers).restore(sealed_id, facts)
         return name
 
     def delete_session(self, session: Session) -> None:
@@ -8972,15 +8984,10 @@ async def ask_servers(client: Client, known, ask,
 
 async def gather_lists(client: Client, method: str, members=None,
                        way: str = "") -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
-    """What the servers list by a method; those that are missing tell the client when they are back. With a `way`,
-    remote servers are told who asks: what is kept of one may have been listed by that proxy itself."""
-    def is_asked(instance: Instance) -> bool:
-        return bool(way and instance.connection and instance.connection.link.is_remote)
-    found, missing = await ask_servers(
-        client, lambda instance: None if is_asked(instance) else instance.list_of(method).fresh,
-        lambda instance: instance.list_of(method).read(way) if is_asked(instance) else instance.list_of(method).get(),
-        members)
-    miss(client, missing, method)
+    """What the servers list by a method; those that are missing tell the client when they are back."""
+    found, missing = await ask_servers(client, lambda instance: instance.list_of(method, way).fresh,
+                                       lambda instance: instance.list_of(method, way).get(), members)
+    miss(client, missing, method, way)
     return found, missing
 
 
@@ -9008,7 +9015,7 @@ async def have_started(client: Client, missing: collections.abc.Iterable[str], w
             start.cancel()
 
 
-def miss(client: Client, missing: dict[str, str], method: str | None = None) -> None:
+def miss(client: Client, missing: dict[str, str], method: str | None = None, way: str = "") -> None:
     """Remembers that a client was given an answer without these servers."""
     for name in missing:
         with contextlib.suppress(ProxyError):
@@ -9016,7 +9023,7 @@ def miss(client: Client, missing: dict[str, str], method: str | None = None) -> 
             if instance.connection is None:
                 instance.is_missed = True
             elif method:
-                instance.list_of(method).is_missed = True
+                instance.list_of(method, way).is_missed = True
 
 
 async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Identity]], dict[str, str]]:
@@ -9867,7 +9874,12 @@ class ClientRequest(PendingRequest, Holder):
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         client = self.client
-        return (client.identity, self.http_headers.get(ASKER_HEADER.lower(), self)) if client.way else client.identity
+        return (client.identity, self.http_headers.get(ASKER_HEADER.lower(), self)) if self.way else client.identity
+
+    @property
+    def way(self) -> str:
+        """See way_of()."""
+        return way_of(self.http_headers)
 
     @property
     def can_be_asked(self) -> bool:
@@ -10248,7 +10260,7 @@ class Exchange(ClientRequest):
         """What a remote server is told beside the message, see Link.write()."""
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
-        return number, self.method, name, self._headers_for(connection, message), self.client.way
+        return number, self.method, name, self._headers_for(connection, message), self.way
 
     def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
         """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
@@ -10623,7 +10635,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     if message.params.get("cursor") is not None:
         raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
     client, view = exchange.client, exchange.client.view
-    found, missing = await gather_lists(client, exchange.method, way=client.way)
+    found, missing = await gather_lists(client, exchange.method, way=exchange.way)
     now, shown = client.mount.now(), shown_of(view, found)
     # What no server has so far may be there with the next configuration.
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
@@ -10689,7 +10701,7 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
     client, tasks = exchange.client, []
 
     async def ask(instance: Instance) -> tuple[Instance, Items]:
-        return instance, await KeptList(instance, exchange.method).read()
+        return instance, await KeptList(instance, exchange.method, exchange.way).read()
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
         one.name).used_by(client)]
     found, missing = await ask_servers(client, lambda instance: None, ask, asked)
@@ -11697,7 +11709,6 @@ class Admission:
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
-        self.way = ", ".join(PROXY_ID.findall(head.headers.get(WAY_HEADER.lower(), ""))[-MAX_WAY:])
         self.media_type = media_type(head)
 
     def _find_place(self, routes: dict) -> tuple[str | None, str]:
@@ -12075,7 +12086,7 @@ class Application:
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _check_way(self, admission: Admission) -> None:
-        if self.mount.id in admission.way.split(", "):
+        if self.mount.id in way_of(admission.head.headers):
             raise HTTPError("requests go round in a circle: this one came through this proxy before", status=508)
 
     # Requests.
@@ -12270,7 +12281,7 @@ class Endpoints(Application):
         """A session, and the stream that it lives as long as."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.caller, admission.variables,
-                                          reply.connection.principal, is_streamable=False, way=admission.way,
+                                          reply.connection.principal, is_streamable=False,
                                           headers=admission.head.headers)
         endpoint = f"{admission.base}/messages?session_id={session.id}"
         if given:
@@ -12348,8 +12359,7 @@ class Endpoints(Application):
             if admission.session_id and not self.settings.session_secret:
                 self._session(admission)          # that one is over is told with 404, whatever the request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
-                                             reply.connection.principal, way=admission.way,
-                                             headers=admission.head.headers)
+                                             reply.connection.principal, headers=admission.head.headers)
         else:
             client = self._client(admission, reply)
         if message.kind is not REQUEST:
@@ -12459,7 +12469,7 @@ class Endpoints(Application):
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
             session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
-                                                   admission.way, admission.head.headers)
+                                                   admission.head.headers)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
         if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
@@ -12471,7 +12481,7 @@ class Endpoints(Application):
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:
         visitor = self.mount.visit(admission.view, admission.caller, admission.variables, reply.connection.principal,
                                    admission.name)
-        visitor.way, visitor.headers = admission.way, admission.head.headers
+        visitor.headers = admission.head.headers
         return visitor
 
     def _client(self, admission: Admission, reply: Reply) -> Client:

@@ -9746,14 +9746,32 @@ def test_remote_server_is_told_which_proxies_were_on_the_way(far_kind):
                                      {**ACCEPT, "X-Mcpproxy-Via": "another"}).json()) == "x"
 
 
+@EACH_REMOTE
+def test_remote_server_is_told_the_way_of_each_request_of_a_session(configured, far_kind):
+    """One that waited for the proxy itself was on the way of the handshake, and is not on that of what follows."""
+    first, later = "a" * 16, "b" * 16
+    with Remote(far_kind) as far, configured(far={"url": far.url}) as proxy:
+        session = {}
+        for number, way in enumerate([first, later, f"{first}, {later}", later]):
+            answer = proxy.request("POST", "/mcp", [initialize(), request(1, "tools/list")][number > 0],
+                                   {**ACCEPT, **session, "X-Mcpproxy-Via": way})
+            session = session or {"Mcp-Session-Id": answer.headers["mcp-session-id"]}
+        proxy.request("POST", "/mcp", tool_call(1, "far__echo"), {**ACCEPT, **session, "X-Mcpproxy-Via": first})
+        lists, (call,) = far.got("tools/list"), far.got("tools/call")
+        ways = [visit.headers["x-mcpproxy-via"].split(", ")[:-1] for visit in [*lists, call]]
+        assert [way for way in ways if way] == [[later], [first, later], [first]]       # what it lists is kept by way
+
+
 @contextlib.contextmanager
-def cycle_of(configured, count, path):
-    """So many proxies, each with a good server, and with the next proxy at a path of it."""
+def cycle_of(configured, count, path, seconds=0):
+    """So many proxies, each with a good server that takes some seconds to start, and with the next proxy at a path of
+    it."""
+    good = command_of(fake_server(f"import time; time.sleep({seconds})") if seconds else FAKE)
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(configured(good=command_of(FAKE))) for _ in range(count)]
         for place, proxy in enumerate(proxies):
             url = f"http://127.0.0.1:{proxies[(place + 1) % count].port}{path}"
-            proxy.path.write_text(json.dumps({"mcpServers": {"next": {"url": url}, "good": command_of(FAKE)}}))
+            proxy.path.write_text(json.dumps({"mcpServers": {"next": {"url": url}, "good": good}}))
             proxy.process.send_signal(signal.SIGHUP)
             until(lambda: "configuration read again" in proxy.log(), "the configuration")
         yield proxies
@@ -9770,9 +9788,10 @@ def test_remote_proxies_in_a_cycle_say_so_soon(configured, count):
             assert text_of(ask_joint(proxy, "tools/call", {"name": "good__echo", "arguments": {"text": "x"}})) == "x"
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(configured, count):
-    with cycle_of(configured, count, "/mcp") as proxies, contextlib.ExitStack() as stack:
+# One that waits long for the start of all servers asks in the words of both eras.
+@pytest.mark.parametrize("count, seconds", [(2, 0), (3, 0), (3, mcpproxy.PROBE_SECONDS + 2)])
+def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(configured, count, seconds):
+    with cycle_of(configured, count, "/mcp", seconds) as proxies, contextlib.ExitStack() as stack:
         for proxy in proxies:
             # Those that start at once wait for each other, are told so, and try again, at most 30 s later.
             until(lambda: "server next is ready" in proxy.log(), "the next one", 90)
@@ -9780,7 +9799,7 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
         def has_each_once(proxy):
             began = time.monotonic()
             names = names_of(ask_joint(proxy, "tools/list"))
-            assert time.monotonic() - began < 1.5
+            assert time.monotonic() - began < 1.5 + seconds
             echoes = {name.removesuffix("good__echo") for name in names if name.endswith("good__echo")}
             assert len(echoes) <= count
             return echoes == {"next__" * depth for depth in range(count)}
@@ -14912,11 +14931,11 @@ class Town:
         self.inhabited.append(self)
 
     def catalog(self, names):
-        """`names` are those of servers; "g.a" is a, of the group g, and "a=x" is a with the command x."""
-        servers = {}
-        for group, name, command in (re.fullmatch(r"(?:(\w+)\.)?(\w+)(?:=(\w+))?", one).groups() for one in names):
+        """`names` are those of servers; "g.a" is a, of the group g, "a=x" is a with the command x, "a@" is remote."""
+        servers, pattern = {}, re.compile(r"(?:(\w+)\.)?(\w+)(?:=(\w+))?(@?)")
+        for group, name, command, at in (pattern.fullmatch(one).groups() for one in names):
             servers[name] = mcpproxy.ServerConfig(name, self.settings, command=(command or "",), group=group,
-                                                  prefix=self.prefix)
+                                                  prefix=self.prefix, url=at and f"http://{name}/")
         return mcpproxy.Catalog(servers, is_file=True)
 
     def server(self, config, pool):
@@ -15845,6 +15864,69 @@ async def test_conversation_call_that_waited_for_a_server_that_did_not_start_is_
     assert "it is broken" in str(town.told(client))
 
 
+@in_town
+async def test_conversation_server_that_is_back_before_a_list_without_it_is_answered_tells_of_itself():
+    town = Town("legacy", ["a", "b"])
+    client = await town.client("legacy")
+    town.broken, town.slow["a"] = "b", 1.5             # b has failed, and is back before a has started
+    await town.reload(["a=x", "b=x"])
+    town.told(client)
+    town.broken = None
+    client.say(request(2, "tools/list"))
+    await asyncio.sleep(20)
+    told = town.told(client)
+    answer, = [message for message in told if message.get("id") == 2]
+    assert names_of(answer) == ["a__t"] and TOOLS_CHANGED in [message.get("method") for message in told], told
+    assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == ["a__t", "b__t"]
+
+
+@in_town
+async def test_conversation_list_that_is_late_for_another_proxy_is_kept_for_it_and_tells_of_itself():
+    town = Town("legacy", ["a@", "b@"])                # they may list other things to each
+    client, other = await town.client("legacy"), await town.client("legacy")
+    client.client.headers, town.answers["a", "tools/list"] = {"x-mcpproxy-via": "f" * 16}, None
+
+    def lists_at(name):
+        return [line for line in town.links[name][0].lines if line.get("method") == "tools/list"]
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS + 1)
+    answer, = town.told(client)
+    town.say(town.links["a"][0], {"id": lists_at("a")[0]["id"], "result": {"tools": [{"name": "late"}]}})
+    await asyncio.sleep(0.1)
+    told, = town.told(client)
+    assert names_of(answer) == ["b__t"] and told["method"] == TOOLS_CHANGED
+    for number in 2, 3:
+        assert names_of((await town.say_to(client, number, "tools/list"))[-1]) == ["a__late", "b__t"]
+    assert len(lists_at("a")) == len(lists_at("b")) == 1
+    await town.say_to(other, 1, "tools/list")
+    town.say(town.links["b"][0], notification(TOOLS_CHANGED))
+    await town.say_to(client, 4, "tools/list")
+    assert (len(lists_at("a")), len(lists_at("b"))) == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["tools/list", "resources/list", "tasks/list", "tools/call"])
+@in_town
+async def test_conversation_request_of_another_proxy_is_told_with_its_way(method):
+    town, told = Town("legacy", ["a@", "b@"]), []
+    town.can = {**town.can, "tasks": {"list": {}}}
+    client = await town.client("legacy")
+    for name in "ab":
+        town.links[name][0].is_remote, town.links[name][0].write = True, lambda line, about=None: told.append(about)
+    client.client.headers = {"x-mcpproxy-via": "f" * 16}
+    await town.say_to(client, 1, method, {"name": "a__x"})
+    assert [way for _, asked, *_, way in filter(None, told) if asked == method][:1] == ["f" * 16]
+
+
+@in_town
+async def test_conversation_lists_for_other_proxies_are_not_kept_without_bound():
+    town = Town("legacy", ["a@", "b@"])
+    client = await town.client("legacy")
+    for number in range(100):
+        client.client.headers = {"x-mcpproxy-via": f"{number:016x}"}
+        assert names_of((await town.say_to(client, number + 1, "tools/list"))[-1]) == ["a__t", "b__t"]
+    assert all(len(instance.lists) < 20 for instance in client.client._instances.values())
+
+
 @pytest.mark.parametrize("bob", ["modern", "legacy"])
 @in_town
 async def test_conversation_what_comes_soon_after_a_call_of_another_is_nobodys(bob):
@@ -16003,7 +16085,7 @@ async def test_conversation_question_goes_to_nobody_where_another_proxy_has_call
     await town.pass_time()
     for number, one in (1, "1"), (2, whose):
         client = await town.client("modern", None, key, {})
-        client.client.way, client.client.headers = "f" * 16, {"x-mcpproxy-for": one} if one else {}
+        client.client.headers = {"x-mcpproxy-via": "f" * 16, **({"x-mcpproxy-for": one} if one else {})}
         client.say(request(number, "tools/call", {"name": "a__t"}))
         await asyncio.sleep(0.1)
     link = town.links["a"][0]
@@ -19705,7 +19787,7 @@ def test_endpoint_documents_of_tools_are_kept_while_they_are_small(monkeypatch, 
         monkeypatch.setattr(mcpproxy, "openapi_document", lambda *about: b"x" * 2 * size)
         for place in None, "a", "b":
             await endpoints.openapi(types.SimpleNamespace(
-                view=town.mount.catalog.view(place), caller=None, variables={}, way="", base="", name=None,
+                view=town.mount.catalog.view(place), caller=None, variables={}, base="", name=None,
                 head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
                     connection=types.SimpleNamespace(principal="ann")))
         assert len(endpoints.documents) == kept
