@@ -1411,16 +1411,16 @@ def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
 def check_lookalikes(members: dict, known: frozenset[str], code: int = INVALID_PARAMS) -> None:
     """Refuses a name that differs from a known one in case alone: Go's encoding/json, for one, takes it for that, and
     what was checked here would be another thing there."""
-    if not known.issuperset(members):
-        folded = set(map(str.casefold, known))
-        for name in members:
-            if name not in known and name.casefold() in folded:
-                raise RPCError(f"{name[:80]!r} may be taken for another name", code=code)
+    folded = set(map(str.casefold, known))
+    for name in members:
+        if name not in known and name.casefold() in folded:
+            raise RPCError(f"{name[:80]!r} may be taken for another name", code=code)
 
 
 def check_message(members: dict) -> None:
     """Refuses what is JSON but no JSON-RPC 2.0 message as MCP uses them."""
-    check_lookalikes(members, MEMBERS, INVALID_REQUEST)
+    if not MEMBERS.issuperset(members):
+        check_lookalikes(members, MEMBERS, INVALID_REQUEST)
     if members.get("jsonrpc") != "2.0":
         raise RPCError('jsonrpc must be "2.0"')
     # MCP 2025-11-25, Overview, Requests: "Unlike base JSON-RPC, the ID MUST NOT be null."
@@ -1653,19 +1653,21 @@ def our_initialize(is_for_all: bool) -> dict:
 def check_parameters(message: Message) -> None:
     """Refuses a request without an id or without the parameter that names what it is about, a _meta that is none, and
     lookalikes. (A server may do what a request without an id asks for, and no limit would have been looked at.)"""
+    params, meta = message.params, message.meta
     if message.kind is NOTIFICATION and "notifications/" not in message.method:
         raise RPCError("a request must have an id")
-    if "_meta" in message.params and not isinstance(message.params["_meta"], tuple):
+    if "_meta" in params and not isinstance(params["_meta"], tuple):
         raise RPCError("params._meta must be an object", code=INVALID_PARAMS)
-    check_lookalikes(message.params, PARAMETERS)
-    if message.meta:
-        check_lookalikes(message.meta, META)
-        if RELATED_TASK_KEY in message.meta:
-            check_lookalikes(members_of(message.meta[RELATED_TASK_KEY]), PARAMETERS)
-    if "ref" in message.params:
-        check_lookalikes(members_of(message.params["ref"]), PARAMETERS)
+    if not PARAMETERS.issuperset(params):
+        check_lookalikes(params, PARAMETERS)
+    if meta and not META.issuperset(meta):
+        check_lookalikes(meta, META)
+    if RELATED_TASK_KEY in meta:
+        check_lookalikes(members_of(meta[RELATED_TASK_KEY]), PARAMETERS)
+    if "ref" in params:
+        check_lookalikes(members_of(params["ref"]), PARAMETERS)
     required = REQUIRED_PARAMETERS.get(message.method)
-    if required and not isinstance(message.params.get(required), str):
+    if required and not isinstance(params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
 
 
@@ -7994,9 +7996,10 @@ class Client(Holder):
     def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
         """The instance of a server that it uses, the same from the first use on; of a group, one that is not left out
         and may be asked anything."""
-        if server.is_group:
-            server = server.choose(self, left_out)
         instance = self._instances.get(server)
+        if instance is None and server.is_group:
+            server = server.choose(self, left_out)
+            instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
             before, instance = instance, server.instance_for(self)
@@ -8018,7 +8021,8 @@ class Client(Holder):
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
-        return self.by_name(self.view.members[0].name)
+        name = self.view.members[0].name
+        return self.at(self.mount.servers.get(name) or self.mount.server(name))
 
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
@@ -9279,7 +9283,7 @@ class Bridge:
 
     def restate(self, exchange: "Exchange", message: Message, new: dict[str, str]) -> list[tuple[int, int, str]]:
         """What a request needs changed for the server beside its id; the members `new` (name -> JSON) go into _meta."""
-        return restated_meta(message, new)
+        return restated_meta(message, new) if new else []
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         """The server's response."""
@@ -9715,14 +9719,9 @@ class Dialogue:
 # What stays of a call that is over: a line of the log, its place in the counters,
 # and for a while what the overview shows of it. Never an argument of it.
 
-class Outcome:
-    """How an exchange ends, or is interrupted. (Plain texts, because to look into an Enum is slow.)"""
-
-    ANSWERED = "answered"
-    FAILED = "failed"
-    CANCELLED = "cancelled"            # the client said so, or is gone
-    TIMED_OUT = "timed out"
-    PARKED = "waits for input"
+# How an exchange ends, or is interrupted: by names of the module, because to look into a class is slow.
+ANSWERED, FAILED, TIMED_OUT, NEEDS_INPUT = "answered", "failed", "timed out", "waits for input"
+CANCELLED = "cancelled"            # the client said so, or is gone
 
 
 def audit(caller: Caller | None, software: object, method: str | None, name: str | None, trace: dict[str, str] | None,
@@ -9737,18 +9736,17 @@ def audit(caller: Caller | None, software: object, method: str | None, name: str
     return {field: value for field, value in found.items() if value or value == 0 and value is not False}
 
 
-def record(call: "Exchange", outcome: str, payload: list) -> None:
-    """Counts a call that is over, keeps it for the overview, and logs it: one line for request and response, because at
-    full speed a line for each would be a tenth of all work."""
+def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
+    """Counts a call that is over now, keeps it for the overview, and logs it: one line for request and response,
+    because at full speed a line for each would be a tenth of all work."""
     client, method = call.client, call.method
     mount = client.mount
     if log.level <= logging.DEBUG:
         log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
                   id=call.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
-    now, size = mount.now(), sum(map(len, payload))
-    seconds, server = now - call.started, call.instance and call.instance.server
+    size, seconds, server = sum(map(len, payload)), now - call.started, call.instance and call.instance.server
     place = server.name if server else ""
-    problem = "cancelled" if outcome is Outcome.CANCELLED else call.problem
+    problem = "cancelled" if outcome is CANCELLED else call.problem
     # The name of a tool or a prompt; a resource's URI may hold a secret.
     name = call.name if call.name and NAMED_BY[method] == "name" else "-"
     own_name = name if call.target is None or name == "-" else call.own_name
@@ -9921,9 +9919,9 @@ class ClientRequest(PendingRequest, Holder):
     # The end.
 
     def finish(self, payload: list, status: int = 200) -> None:
-        self.end(Outcome.ANSWERED, payload, status)
+        self.end(ANSWERED, payload, status)
 
-    def fail(self, error: ProxyError, outcome: str = Outcome.FAILED) -> None:
+    def fail(self, error: ProxyError, outcome: str = FAILED) -> None:
         # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
         # Messages, 4), and 404 that its session is lost; Python's SDK 1.x gives up the whole session for any. So what
         # was accepted fails with 200, unless credentials were refused, here or further on; so does an unknown method.
@@ -9938,7 +9936,7 @@ class ClientRequest(PendingRequest, Holder):
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
         was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
-        self.fail(ServerError("the MCP server took too long", status=504), Outcome.TIMED_OUT)
+        self.fail(ServerError("the MCP server took too long", status=504), TIMED_OUT)
         if was_at_server:
             self.instance.server.failures += bool(self.group)
             self.instance.on_time_out()
@@ -9946,18 +9944,19 @@ class ClientRequest(PendingRequest, Holder):
     def end(self, outcome: str, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
         """The one way out: for good, or, parked, until the client comes back. Without a payload there is no answer."""
-        before, is_answered, is_parked = self.state, outcome is Outcome.ANSWERED, outcome is Outcome.PARKED
+        before, is_answered, is_parked = self.state, outcome is ANSWERED, outcome is NEEDS_INPUT
         if before is DONE:
             return
         self._become(PARKED if is_parked else DONE)
+        now = self.client.mount.now()
         self.leave_books()
         if before is not WAITING and self.method in MAY_CAUSE:
-            self._cause_no_more()
+            self._cause_no_more(now)
         if not is_answered and not is_parked:
             self._take_back(notification, outcome)
         if self.dialogue and not is_parked:
             self.dialogue.end(is_answered)
-        record(self, outcome, payload)
+        record(self, outcome, payload, now)
         if self.work and not is_answered:
             self.work.cancel()
         if self.on_done and not is_parked:
@@ -9971,13 +9970,13 @@ class ClientRequest(PendingRequest, Holder):
             self.outlet.close()
         self.outlet.exchange = None               # a cycle less: what a call took is free at once
 
-    def _cause_no_more(self) -> None:
+    def _cause_no_more(self, now: float) -> None:
         """What the server says by itself from now on is not told to this client; for a while it may still be about
         this, and so it is nobody else's."""
         self.connection.causes.pop(self, None)
         callers, identity = self.instance.recent_callers, self.client.identity
         callers.pop(identity, None)
-        callers[identity] = self.client.mount.now()
+        callers[identity] = now
         if len(callers) > 2:                      # so there is always the last one beside any one
             del callers[next(iter(callers))]
 
@@ -10023,7 +10022,7 @@ class ClientRequest(PendingRequest, Holder):
         """Ends the client's request with the questions. The call goes on when the client comes back with this state."""
         message = parse_message(self.text)
         self.text, self.digest = None, digest_of(message)
-        self.end(Outcome.PARKED, payload)
+        self.end(NEEDS_INPUT, payload)
         self.client.mount.parked[state] = self
         if self.size > SMALL:
             budget.set(self, self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
@@ -10245,7 +10244,7 @@ class Exchange(ClientRequest):
         about = self._about(number, connection, message) if connection.link.is_remote else None
         connection.pending[number] = self              # before it is sent, for who looks whose it is
         try:
-            connection.send(message.changed(changes), about, self.client.principal)
+            connection.send(message.changed(changes), about, self.principal)
         except Exception:
             del connection.pending[number]
             raise
@@ -10283,7 +10282,7 @@ class Exchange(ClientRequest):
         still wait, that is told the error."""
         if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
             payload, status = (encode_error(self.raw_id, error), error.http_status) if error else ((), 200)
-            self.end(Outcome.CANCELLED, payload, status, notification=notification)
+            self.end(CANCELLED, payload, status, notification=notification)
 
     # From the server.
 
@@ -10377,7 +10376,7 @@ class Exchange(ClientRequest):
     def _start_over(self) -> None:
         if self.state is RUNNING:
             if self.method in MAY_CAUSE:
-                self._cause_no_more()
+                self._cause_no_more(self.client.mount.now())
             self._become(WAITING)
         self.server_id, self.message = None, None
         self._begin_soon()
@@ -10796,6 +10795,7 @@ def http_date(second: int) -> bytes:
 
 # What a connection waits for. CHECK: to be told whether a request may pass, when its head alone does not say.
 HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY LINGER")
+READING = HEAD, BODY                 # what comes of it is looked at
 
 
 class Reply:
@@ -10951,22 +10951,22 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def _advance(self) -> None:
         """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
-        self._advances_soon = False
+        parser, self._advances_soon = self._parser, False
         for _ in range(REQUESTS_A_TURN):
-            if not (self._parser.rest or self._checked) or self._phase not in (HEAD, BODY):
+            if not (parser.rest or self._checked) or self._phase not in READING:
                 break
             if self._is_clogged or self._transport.is_closing() or not self._next_request():
                 break
         else:
             self._advance_soon()
-        if self._phase in (REPLY, CHECK) or self._is_clogged or self._advances_soon:
-            if len(self._parser.rest) > MAX_HEAD_BYTES:
+        if self._phase is REPLY or self._phase is CHECK or self._is_clogged or self._advances_soon:
+            if len(parser.rest) > MAX_HEAD_BYTES:
                 self._transport.pause_reading()        # a client that sends on while it is answered can wait
         elif self.is_half_closed:
             self._transport.close()                    # nothing more can come
         elif self._phase is BODY:
             self._transport.resume_reading()
-        if self._parser.rest or self._phase is BODY or self._is_clogged or self.held:
+        if parser.rest or self._phase is BODY or self._is_clogged or self.held:
             self._count()
 
     def _advance_soon(self) -> None:
@@ -10977,13 +10977,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there; also one that its head alone refuses, because then it is
         known where the next one begins, and the connection can be kept."""
-        refusal = None                 # by the head alone
+        refusal, parser, application = None, self._parser, self._application           # `refusal`: by the head alone
         try:
             if self._phase is HEAD:
                 if self._checked:
                     (head, refusal, headers), self._checked = self._checked, None
                 else:
-                    head = self._parser.next_head()
+                    head = parser.next_head()
                 if head is None:
                     return False
                 self._phase, self._continues = BODY, head.expects_continue
@@ -10995,13 +10995,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
                         raise refusal
                     if head.admission is None or head.admission.is_old:
                         head.admission = None              # also if it may not pass any more
-                        head.admission = self._application.admit(head, self._host)
-                        self._parser.keep(head)
+                        head.admission = application.admit(head, self._host)
+                        parser.keep(head)
                     reply.admission = admission = head.admission
                     reply.headers, self.principal = admission.headers, admission.caller or self._host
-                    size = self._parser.length
-                    is_large = size and SMALL < size <= self._application.max_body        # over that, it is refused
-                    if is_large and not budget.has_room(self.principal, size):
+                    size = parser.length or 0                    # over `max_body`, it is refused
+                    if size > SMALL and size <= application.max_body and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
                     refusal = error
@@ -11010,24 +11009,23 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     reason.task.add_done_callback(functools.partial(self._on_checked, head, reason.headers))
                     return False
             # Other methods mean nothing by a body (RFC 9110 §9.3.1), and anybody may use them.
-            is_post = self._reply.head.method == "POST"
-            body = self._parser.next_body(self._application.max_body if is_post else SMALL)
+            reply = self._reply
+            body = parser.next_body(application.max_body if reply.head.method == "POST" else SMALL)
         except ProxyError as error:
             self.refuse(refusal or error)
             return False
-        reply = self._reply
         if body is not None:
             self._phase = REPLY
             if refusal:
-                self._application.refuse(refusal, reply)
+                application.refuse(refusal, reply)
             else:
-                self._application.handle(reply.admission, body, reply)
+                application.handle(reply.admission, body, reply)
             return True
         if refusal:
             self.refuse(refusal)
-        elif self._parser.is_interrupted:
+        elif parser.is_interrupted:
             self._advance_soon()
-        elif self._continues and not self._parser.rest:
+        elif self._continues and not parser.rest:
             self.write([CONTINUE])
         self._continues = False
         return False
@@ -11065,7 +11063,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def write(self, parts: list, size: int | None = None) -> None:
         """Writes at once; `size` is that of all parts, if it is known."""
-        self._flush()
+        if self._soon:
+            self._flush()
         self._queued += self._is_clogged
         self._send(parts, size)
 
@@ -12336,11 +12335,11 @@ class Endpoints(Application):
         """POST /mcp: a message of either era."""
         check_is_json(admission)
         text = decode_json(body)
-        if is_batch(text):
+        if text[:1] != "{" and is_batch(text):
             return self._post_batch(admission, split_batch(text), reply)
         message = parse_message(text)
         try:
-            if message.kind is REQUEST:
+            if message.kind is REQUEST and not admission.takes_stream:
                 check_accept(admission, is_endless=message.method == "subscriptions/listen")
             if is_modern(message, admission.version):
                 self._post_modern(admission, message, reply)
