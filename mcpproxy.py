@@ -42,38 +42,39 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     24. Server connection      JSON-RPC over one link: handshakes, ids, responses
     25. Streams, questions and outlets      what goes to a client
     26. What servers send      questions and notifications, and whom they concern
-    27. Subscriptions and lists             what a server is asked once for all who want it
-    28. Instances              links that are kept running
-    29. Clients                who sends requests: sessions and visitors
-    30. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    31. Mounts                 what clients meet, at all URLs, and what limits them
-    32. Several servers as one              what all are asked, and which of them a request is for
-    33. Bridges                what happens to a call between two eras
-    34. Dialogues              what a server asks in the course of a call
-    35. Records                what stays of a call that is over
-    36. Client requests        one client request from its coming to its end
-    37. Exchanges              how it gets to a server, and what the server sends in answer
-    38. Joint exchanges        requests that the proxy answers for its servers
+    27. Subscriptions          what a server is asked once for all who want to be told of it
+    28. Lists                  what servers list, kept for all who ask
+    29. Instances              links that are kept running
+    30. Clients                who sends requests: sessions and visitors
+    31. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    32. Mounts                 what clients meet, at all URLs, and what limits them
+    33. Several servers as one              what all are asked, and which of them a request is for
+    34. Bridges                what happens to a call between two eras
+    35. Dialogues              what a server asks in the course of a call
+    36. Records                what stays of a call that is over
+    37. Client requests        one client request from its coming to its end
+    38. Exchanges              how it gets to a server, and what the server sends in answer
+    39. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    39. HTTP connections       one socket each
-    40. HTTP server            the sockets that are listened on, and TLS
-    41. Outlets                a call's messages into an HTTP reply
-    42. Overview               the proxy for whoever operates it: health, metrics, what runs
-    43. Admission              what the head of a request says: who, where to, what for
-    44. OpenAPI                the tools as operations
-    45. The application        what every request passes, and what anybody may ask
-    46. Endpoints              what each method and path means
-    47. Standard streams       the other way in: for one client, on stdin and stdout
-    48. Demo server            a small MCP server to try things with
-    49. The proxy              everything put together
-    50. Command line           arguments and environment into a running proxy
-    51. The page               the overview for people
+    40. HTTP connections       one socket each
+    41. HTTP server            the sockets that are listened on, and TLS
+    42. Outlets                a call's messages into an HTTP reply
+    43. Overview               the proxy for whoever operates it: health, metrics, what runs
+    44. Admission              what the head of a request says: who, where to, what for
+    45. OpenAPI                the tools as operations
+    46. The application        what every request passes, and what anybody may ask
+    47. Endpoints              what each method and path means
+    48. Standard streams       the other way in: for one client, on stdin and stdout
+    49. Demo server            a small MCP server to try things with
+    50. The proxy              everything put together
+    51. Command line           arguments and environment into a running proxy
+    52. The page               the overview for people
 
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 4, 20 to
-                22 and 39 to 46 a request may also be one of HTTP; what answers that is a Reply
+                22 and 40 to 47 a request may also be one of HTTP; what answers that is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -7135,7 +7136,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 27. Subscriptions and lists
+# 27. Subscriptions
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
@@ -7147,10 +7148,6 @@ LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern se
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
-MAX_TTL_MS = 86_400_000          # for which a list is said to be good
-MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
-RELIST_SECONDS = 2.0             # for a server to list something again; then what it listed before is used
-KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
@@ -7381,6 +7378,19 @@ class Listening:
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
 
 
+# ============================================================================
+# 28. Lists
+# ============================================================================
+#
+# What a server lists is read once for all who ask, whole, and kept. Whoever had to be answered without it is told when
+# it is there.
+
+MAX_TTL_MS = 86_400_000          # for which a list is said to be good
+MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
+RELIST_SECONDS = 2.0             # for a server to list something again; then what it listed before is used
+KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
+
+
 class Items(dict):
     """What a server lists of one kind, as json.loads() would give it, by name or URI."""
 
@@ -7445,6 +7455,7 @@ class KeptList:
         self.instance, self.method, self.way = instance, method, way
         self.is_old = False                        # did it change since?
         self.is_missed = False                     # was somebody given an answer without it?
+        self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
         self._is_doubtful = False                  # did the server not list it when it was asked last?
         self._listing: asyncio.Task | None = None
@@ -7454,14 +7465,24 @@ class KeptList:
         that is not among them. If the server does not answer soon, the last ones are used."""
         items, now = self.last, self.instance.server.now()
         if self.fresh is None or refresh and now - items.asked_at >= KEPT_SECONDS:
-            if self._listing is None:
-                self._listing, self._since = asyncio.get_running_loop().create_task(self._list()), now
-                self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
-            listing = self._listing
-            await asyncio.wait([listing], timeout=None if items is None else max(0, self._since + RELIST_SECONDS - now))
+            listing = self._ask(now)
+            patience = None if items is None else max(0, self._asked_at + RELIST_SECONDS - now)
+            await asyncio.wait([listing], timeout=patience)
             if self.last is None:
                 listing.result()                   # which raises what went wrong
         return self.last
+
+    def _ask(self, now: float) -> asyncio.Task:
+        if self._listing is None:
+            self._listing, self._asked_at = asyncio.get_running_loop().create_task(self._list()), now
+            self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._listing
+
+    def tick(self, now: float) -> None:
+        """Called now and then: asks for what somebody was given an answer without; less often the longer it is so."""
+        if self.is_missed and not self.is_asked and now - self._asked_at >= self._pause:
+            self._pause *= 2
+            self._ask(now)
 
     @property
     def is_asked(self) -> bool:
@@ -7495,6 +7516,7 @@ class KeptList:
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
             kind, is_missed, self.is_missed = LISTS[self.method][2], self.is_missed, False
+            self._pause = KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
                 tell_all(self.instance, list_changed(kind))
         except ServerError as error:
@@ -7535,7 +7557,7 @@ class KeptList:
 
 
 # ============================================================================
-# 28. Instances
+# 29. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each new one up as its clients need it. In
@@ -7573,10 +7595,9 @@ class Instance:
     """A server kept running through one link after another, and the clients that use it."""
 
     def __init__(self, server, owner: object, variables: dict[str, str], principal: object):
-        self.server = server
+        self.server, self.variables = server, variables
         self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
         self.principal = principal                  # to whose account it goes
-        self.variables = variables
         self.redact = redactor(variables.values())
         self.state, self.since = NEW, server.now()          # and since when
         self.sessions: dict[str, object] = {}       # that use it, by id
@@ -7649,7 +7670,6 @@ class Instance:
     def check_up(self) -> None:
         """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
         if self.failure and self.state is not STARTING and self.connection is None:
-            self.is_missed = True          # it may be back before the others have answered
             if self.server.now() - self.failed_at >= KEPT_SECONDS:
                 self._wanted.set()
             raise self.failure.reworded(str(self.failure))
@@ -7878,6 +7898,8 @@ class Instance:
         """Called now and then: gives up on what takes too long, and says so of a start."""
         if self.connection:
             self.connection.give_up(now, self.server.settings.request_timeout)
+            for kept in self.lists.values():
+                kept.tick(now)
         if self.state is STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
             self._told_slow += 1
             log.info("= server %(server)s is still starting, %(seconds)d s" + (": %(text)s" if self.words else ""),
@@ -7935,7 +7957,7 @@ class Instance:
 
 
 # ============================================================================
-# 29. Clients
+# 30. Clients
 # ============================================================================
 #
 # Who sends requests. A client stays with the instance of a server that it met when it used the server first.
@@ -8319,7 +8341,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 30. Servers and groups
+# 31. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -8654,7 +8676,7 @@ class Group:
 
 
 # ============================================================================
-# 31. Mounts
+# 32. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -8904,7 +8926,7 @@ class Mount:
 
 
 # ============================================================================
-# 32. Several servers as one
+# 33. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -9238,7 +9260,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 
 
 # ============================================================================
-# 33. Bridges
+# 34. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
@@ -9598,7 +9620,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 34. Dialogues
+# 35. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -9713,7 +9735,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 35. Records
+# 36. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters,
@@ -9773,7 +9795,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 
 # ============================================================================
-# 36. Client requests
+# 37. Client requests
 # ============================================================================
 #
 # One client request from its coming to its end, and the answer to it; where that
@@ -10043,7 +10065,7 @@ class ClientRequest(PendingRequest, Holder):
 
 
 # ============================================================================
-# 37. Exchanges
+# 38. Exchanges
 # ============================================================================
 #
 # How a client's request gets to a server, and what becomes of what that sends. The
@@ -10425,7 +10447,7 @@ class Exchange(ClientRequest):
 
 
 # ============================================================================
-# 38. Joint exchanges
+# 39. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
@@ -10751,7 +10773,7 @@ import threading
 
 
 # ============================================================================
-# 39. HTTP connections
+# 40. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -11151,7 +11173,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 40. HTTP server
+# 41. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -11352,7 +11374,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 41. Outlets
+# 42. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -11514,7 +11536,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 42. Overview
+# 43. Overview
 # ============================================================================
 #
 # The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
@@ -11676,7 +11698,7 @@ class Overview:
 
 
 # ============================================================================
-# 43. Admission
+# 44. Admission
 # ============================================================================
 #
 # What the head of a request says: who sends it, to which place, and what for. It
@@ -11852,7 +11874,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 44. OpenAPI
+# 45. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -11921,7 +11943,7 @@ def rebase_references(schema: object, pointer: str, are_named: bool = False) -> 
 
 
 # ============================================================================
-# 45. The application
+# 46. The application
 # ============================================================================
 #
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
@@ -12222,7 +12244,7 @@ class Probes(Application):
 
 
 # ============================================================================
-# 46. Endpoints
+# 47. Endpoints
 # ============================================================================
 #
 # What each method and path means. To add an endpoint, write a method of
@@ -12583,7 +12605,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 47. Standard streams
+# 48. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -12749,7 +12771,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
 
 # ============================================================================
-# 48. Demo server
+# 49. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration.
@@ -12867,7 +12889,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 49. The proxy
+# 50. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -13122,7 +13144,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 50. Command line
+# 51. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -13466,7 +13488,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 51. The page
+# 52. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

@@ -10147,7 +10147,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 30. Servers and groups
+# 31. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -10489,7 +10489,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 31. Mounts
+# 32. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -11772,7 +11772,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 32. Several servers as one
+# 33. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -12406,7 +12406,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 37. Exchanges
+# 38. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -14925,6 +14925,7 @@ class Town:
                         "resources/list": {"resources": [{"uri": "a:b", "name": "r"}]}, "logging/setLevel": {},
                         "resources/templates/list": {"resourceTemplates": []}, "resources/subscribe": {}}
         self.can, self.acknowledges, self.broken = json.loads(ServerSide.CAN), True, None
+        self.fails = set()                                     # what is answered with an error, as (server, method)
         self.now = asyncio.get_running_loop().time
         self.mount = mcpproxy.Mount(self.catalog(names), self.settings, self.server, self.now)
         self.mount.start()
@@ -14951,7 +14952,9 @@ class Town:
                        "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": can}}
             link.lines.append(message)
             answer = answers.get((name, method), answers.get(method))
-            if answer is not None:
+            if (name, method) in self.fails:
+                loop.call_soon(self.say, link, {"id": message["id"], "error": {"code": -32603, "message": "not now"}})
+            elif answer is not None:
                 loop.call_soon(self.say, link, {"id": message["id"], "result": answer})
             elif method == "subscriptions/listen" and self.acknowledges:
                 loop.call_soon(self.say, link, notification("notifications/subscriptions/acknowledged", {
@@ -15873,7 +15876,8 @@ async def test_conversation_server_that_is_back_before_a_list_without_it_is_answ
     town.told(client)
     town.broken = None
     client.say(request(2, "tools/list"))
-    await asyncio.sleep(20)
+    await asyncio.sleep(mcpproxy.KEPT_SECONDS)
+    await town.pass_time()
     told = town.told(client)
     answer, = [message for message in told if message.get("id") == 2]
     assert names_of(answer) == ["a__t"] and TOOLS_CHANGED in [message.get("method") for message in told], told
@@ -15902,6 +15906,32 @@ async def test_conversation_list_that_is_late_for_another_proxy_is_kept_for_it_a
     town.say(town.links["b"][0], notification(TOOLS_CHANGED))
     await town.say_to(client, 4, "tools/list")
     assert (len(lists_at("a")), len(lists_at("b"))) == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["modern", "legacy"])
+@in_town
+async def test_conversation_server_that_does_not_list_for_a_while_tells_when_it_does(kind):
+    town = Town("legacy", ["a", "b"])
+    if kind == "modern":
+        client = await town.client(kind)
+        await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    else:
+        client = await town.client(kind)
+    town.fails.add(("a", "tools/list"))
+    answer, = await town.say_to(client, 2, "tools/list")
+    assert names_of(answer) == ["b__t"] and "a" in answer["result"]["_meta"]["mcpproxy/unavailable"]
+    for _ in range(100):
+        await asyncio.sleep(10)
+        await town.pass_time()
+    asked = town.heard_by("a").count("tools/list")
+    assert 5 < asked < 10 and not town.told(client)               # ever less often
+    town.fails.clear()
+    for _ in range(100):
+        await asyncio.sleep(10)
+        await town.pass_time()
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
+    assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == ["a__t", "b__t"]
+    assert town.heard_by("a").count("tools/list") == asked + 1
 
 
 @pytest.mark.parametrize("method", ["tools/list", "resources/list", "tasks/list", "tools/call"])
@@ -16963,7 +16993,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 39. HTTP connections
+# 40. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -17247,7 +17277,7 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
 
 
 # ============================================================================
-# 42. Overview
+# 43. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -19189,7 +19219,7 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
 
 
 # ============================================================================
-# 46. Endpoints
+# 47. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -21346,7 +21376,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 47. Standard streams
+# 48. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -21598,7 +21628,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 48. Demo server
+# 49. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -21700,7 +21730,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 49. The proxy
+# 50. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -21821,7 +21851,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 50. Command line
+# 51. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
