@@ -7387,7 +7387,7 @@ class Listening:
 
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
-RELIST_SECONDS = 2.0             # for a server to list something again; then what it listed before is used
+RELIST_SECONDS = 1.5             # for a server to list something again; then what it listed before is used
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
 
 
@@ -7455,6 +7455,7 @@ class KeptList:
         self.instance, self.method, self.way = instance, method, way
         self.is_old = False                        # did it change since?
         self.is_missed = False                     # was somebody given an answer without it?
+        self._is_behind = False                    # or what it listed before, though it was asked for again?
         self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
         self._is_doubtful = False                  # did the server not list it when it was asked last?
@@ -7470,6 +7471,7 @@ class KeptList:
             await asyncio.wait([listing], timeout=patience)
             if self.last is None:
                 listing.result()                   # which raises what went wrong
+            self._is_behind = self._is_behind or not listing.done()
         return self.last
 
     def _ask(self, now: float) -> asyncio.Task:
@@ -7511,12 +7513,12 @@ class KeptList:
         self.is_old = False
         try:
             items = await self.read()
-            self.last, self._is_doubtful = items, False
+            is_missed = self.is_missed or self._is_behind and items.texts != self.last.texts
+            self.last, self._is_doubtful, self.is_missed, self._is_behind = items, False, False, False
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            kind, is_missed, self.is_missed = LISTS[self.method][2], self.is_missed, False
-            self._pause = KEPT_SECONDS
+            kind, self._pause = LISTS[self.method][2], KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
                 tell_all(self.instance, list_changed(kind))
         except ServerError as error:
@@ -8935,7 +8937,8 @@ class Mount:
 RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 KNOWN_ITEMS = 100_000            # of what views show together
-JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough
+JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough. One has, by
+                                 # then, that has listed something before: this is over RELIST_SECONDS
 START_SECONDS = 10.0             # for the start of a server that may have what a client listens for; then the others
                                  # are to be heard
 

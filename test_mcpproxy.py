@@ -15934,6 +15934,25 @@ async def test_conversation_server_that_does_not_list_for_a_while_tells_when_it_
     assert town.heard_by("a").count("tools/list") == asked + 1
 
 
+@pytest.mark.parametrize("later, is_told", [("t", False), ("new", True)])
+@in_town
+async def test_conversation_server_that_lists_a_change_late_tells_of_it_again(later, is_told):
+    town = Town("legacy", ["a", "b"])
+    client, link = await town.client("legacy"), town.links["a"][0]
+    await town.say_to(client, 1, "tools/list")
+    town.answers["a", "tools/list"] = None
+    town.say(link, notification(TOOLS_CHANGED))
+    client.say(request(2, "tools/list"))
+    await asyncio.sleep(mcpproxy.RELIST_SECONDS + 1)
+    told, answer = town.told(client)
+    assert told["method"] == TOOLS_CHANGED and names_of(answer) == ["a__t", "b__t"]
+    tool = {"name": later, "inputSchema": {}}
+    town.say(link, {"id": link.lines[-1]["id"], "result": {"tools": [tool]}})
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED] * is_told
+    assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == [f"a__{later}", "b__t"]
+
+
 @pytest.mark.parametrize("method", ["tools/list", "resources/list", "tasks/list", "tools/call"])
 @in_town
 async def test_conversation_request_of_another_proxy_is_told_with_its_way(method):
