@@ -226,8 +226,8 @@ if __name__ == "__main__":
               "test_real_alerts or test_conformance")
     parts = {"Access, tokens, sandbox, load, processes":
                  "test_access or test_oauth or test_sandbox or test_load or test_process",
-             "Real servers and clients": f"test_real and not ({around})",
-             "Real browsers, balancers and monitoring; conformance": around}
+             "Remote servers; real servers and clients": f"test_remote or test_real and not ({around})",
+             "Standard streams; real browsers, balancers and monitoring; conformance": f"test_stdio or {around}"}
     # Read without a test first, so that pytest rewrites the assertions in here once and not four times.
     subprocess.run([*command, "-k", "nothing"], stdout=subprocess.DEVNULL)
     with contextlib.ExitStack() as stack:
