@@ -10305,9 +10305,10 @@ class Exchange(ClientRequest):
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
         still wait, that is told the error."""
-        if self.method != "initialize" or not notification:      # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
-            payload, status = (encode_error(self.raw_id, error), error.http_status) if error else ((), 200)
-            self.end(CANCELLED, payload, status, notification=notification)
+        if error:
+            self.fail(error, CANCELLED)
+        elif self.method != "initialize" or not notification:    # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
+            self.end(CANCELLED, notification=notification)
 
     # From the server.
 

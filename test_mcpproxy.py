@@ -11217,7 +11217,8 @@ def test_session_that_its_client_deletes_answers_the_calls_that_run(shared, acce
             **ACCEPT, "Accept": accept, "Mcp-Session-Id": client.session}))
         server_id_of(client, mark)
         assert client.delete() == 204
-        assert b'"session unknown or ended"' in http.response().body
+        answer = http.response()               # Python's SDK dies of a 404 while it closes
+        assert answer.status == 200 and b'"session unknown or ended"' in answer.body
 
 
 def test_session_id_is_visible_ascii_and_no_two_are_the_same(fake):
