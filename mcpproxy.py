@@ -6801,6 +6801,9 @@ class Outlet:
     opens_at = float("inf")                # when it is open()ed, if it can be, for an answer that takes long
     transport = ""                         # what the log calls it
 
+    def open(self) -> None:
+        """The answer becomes a stream, where it may be either."""
+
     def send(self, payload: list) -> None:
         """A message before the answer."""
 
@@ -7160,7 +7163,7 @@ class Topic:
         self.instance = instance
         self.uri = uri
         self.subscribers: set = set()          # sessions, and exchanges that listen; each has it in its `topics`
-        self.told: set = set()                 # the sessions among them that were told that they have it
+        self.told: set = set()                 # those among them that were told that they have it
         self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
@@ -7175,7 +7178,7 @@ class Topics(dict[str, Topic]):
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
         """Takes a session, or an exchange that listens, among those who are told of a resource; if it is the first, the
-        server is asked. `is_told`: the session had the resource at another server."""
+        server is asked. `is_told`: it had the resource at another server."""
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
@@ -8042,6 +8045,11 @@ class Client(Holder):
         """Its instance of the server with this name; RPCError when that was taken out of the configuration."""
         return self.at(self.mount.server(name))
 
+    def place_of(self, server: "Server") -> str | None:
+        """The name of what it is shown in the place of a server that it used: that itself, or its group."""
+        before = [name for name, member in self.members.items() if member is server]    # its configuration may be new
+        return next((name for name in (server.name, server.config.group, *before) if name in self.view.names), None)
+
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
@@ -8189,8 +8197,7 @@ class Session(Client):
         self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
-            instance = self._instances.pop(old)
-            place = next((name for name in (old.name, old.config.group) if name in shown), None)
+            instance, place = self._instances.pop(old), self.place_of(old)
             self._move_topics(instance, place and self.mount.server(place))
             if old.is_retired:                             # it ends when its calls are done
                 instance.sessions.pop(self.id, None)
@@ -8485,12 +8492,18 @@ class Server:
                 self.learn_tools(tool["name"] for tool in (tools if isinstance(tools, list) else ())
                                  if isinstance(tool, dict) and isinstance(tool.get("name"), str))
 
+    @property
+    def is_starting(self) -> bool:
+        """Would a call have to wait until it is ready?"""
+        instance = self.instances.get(())
+        return bool(instance and instance.connection is None)
+
     def load(self) -> tuple:
         """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
-        instance, weight = self.instances.get(()), self.config.weight
+        weight = self.config.weight
         calls = len(self.waiting) + sum(not call.is_endless for one in self.instances.values() if one.connection
                                         for call in one.connection.pending.values())
-        return bool(instance and instance.connection is None), calls / weight, self.chosen / weight
+        return self.is_starting, calls / weight, self.chosen / weight
 
     def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
         """Finds out now and then whether a server that could not be used is back; also for the `group` that leaves it
@@ -8648,7 +8661,7 @@ class Group:
         up = [member for member in members if member.is_up]
         first = [member for member in up if not member.config.is_backup] or up or members
         before = client.members.get(self.config.name)
-        if before in first:
+        if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
         own = min(first, key=Server.load)
         if before is None or before is not left_out or not before.is_up:           # or it is for this request alone
@@ -9022,15 +9035,16 @@ async def gather_lists(client: Client, method: str, members=None,
 
 async def have_started(client: Client, missing: collections.abc.Iterable[str], waited: frozenset[str],
                        patience: float | None = None) -> frozenset[str]:
-    """Waits for the first of these servers that has started, or could not, if one is starting; for so many seconds at
-    the most. Returns the names of those of which there may be more to be known now. One whose last start failed is not
-    waited for, nor one that was: where there is no room for all, that would have no end."""
+    """Waits for the first of these servers that has started, or could not, if one is starting, or has just started and
+    still lists what it has; for so many seconds at the most. Returns the names of those of which there may be more to
+    be known now. One whose last start failed is not waited for, nor one that was: where there is no room for all, that
+    would have no end."""
     starts = {}
     for name in missing:
         with contextlib.suppress(ProxyError):
             instance = client.by_name(name)
-            if instance.connection is None and instance.state in (NEW, STARTING) and not (
-                    instance.failure or instance.server.name in waited):
+            is_slow = instance.state in (NEW, STARTING) or any(kept.is_asked for kept in instance.lists.values())
+            if is_slow and not (instance.failure or instance.server.name in waited):
                 start = asyncio.ensure_future(instance.ready())
                 start.add_done_callback(lambda start: start.cancelled() or start.exception())
                 starts[start] = instance.server.name
@@ -10306,6 +10320,7 @@ class Exchange(ClientRequest):
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
         still wait, that is told the error."""
         if error:
+            self.outlet.open()           # Python's SDK 1.x dies of an answer as JSON while it closes
             self.fail(error, CANCELLED)
         elif self.method != "initialize" or not notification:    # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
             self.end(CANCELLED, notification=notification)
@@ -10561,6 +10576,8 @@ class Listener(Exchange):
                 topic = instance.topics.subscribe(self, uri)
                 await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
                 if not (topic.verdict.done() and topic.verdict.result()):
+                    if self in topic.subscribers:
+                        topic.told.add(self)
                     return uri
         return None
 
@@ -10612,12 +10629,18 @@ class Listener(Exchange):
         if server is None:
             shown = self.client.view.names
             gone = [one for one in self._joined if one.server.is_retired or one.server.name not in shown]
-            uris = [topic.uri for topic in self.topics if topic.instance in gone]
+            moving = [(topic.uri, topic.instance.server) for topic in self.topics if topic.instance in gone]
             for instance in gone:
                 self._leave_one(instance)
             self._join_all()
-            for uri in uris:
-                asyncio.get_running_loop().create_task(self._subscribe(uri))
+            for uri, old in moving:
+                place = self.client.place_of(old)
+                if place:                              # also if that takes long to start
+                    with contextlib.suppress(ProxyError):
+                        self._join(instance := self.client.by_name(place))
+                        instance.topics.subscribe(self, uri, is_told=True)
+                else:
+                    asyncio.get_running_loop().create_task(self._subscribe(uri))
         if self.client.view.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))

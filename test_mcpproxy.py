@@ -11217,8 +11217,9 @@ def test_session_that_its_client_deletes_answers_the_calls_that_run(shared, acce
             **ACCEPT, "Accept": accept, "Mcp-Session-Id": client.session}))
         server_id_of(client, mark)
         assert client.delete() == 204
-        answer = http.response()               # Python's SDK dies of a 404 while it closes
+        answer = http.response()
         assert answer.status == 200 and b'"session unknown or ended"' in answer.body
+        assert ("event-stream" in answer.headers["content-type"]) == ("event-stream" in accept)
 
 
 def test_session_id_is_visible_ascii_and_no_two_are_the_same(fake):
@@ -15934,6 +15935,84 @@ async def test_conversation_server_that_does_not_list_for_a_while_tells_when_it_
     assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
     assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == ["a__t", "b__t"]
     assert town.heard_by("a").count("tools/list") == asked + 1
+
+
+@pytest.mark.parametrize("kind", ["modern", "legacy"])
+@pytest.mark.parametrize("place", [None, "g"])
+@in_town
+async def test_conversation_call_goes_to_a_member_that_is_ready_and_not_to_one_that_still_starts(kind, place):
+    town = Town("legacy", ["g.a", "g.b", "c"])
+    town.slow.update(a=300, b=5)
+    client = await town.client(kind, place)            # it was given a member when it came
+    await asyncio.sleep(10)
+    await town.say_to(client, 1, "tools/call", {"name": "t" if place else "g__t"})
+    assert [name for name, _ in town.heard] == ["b"]
+    await asyncio.sleep(300)
+    await town.say_to(client, 2, "tools/call", {"name": "t" if place else "g__t"})
+    assert [name for name, _ in town.heard] == ["b", "b"] or kind == "modern"
+
+
+@pytest.mark.parametrize("kind", ["modern", "legacy"])
+@pytest.mark.parametrize("is_broken", [True, False])
+@in_town
+async def test_conversation_subscription_goes_on_at_a_server_that_starts_slowly_in_the_place_of_another(kind, is_broken):
+    town = Town("legacy", ["a=x", "c"])
+    town.answers["c", "resources/list"] = {"resources": []}
+    client = await town.client(kind)
+    method, params = ("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}) if (
+        kind == "modern") else ("resources/subscribe", {"uri": "a:b"})
+    await town.say_to(client, 1, method, params)
+    town.broken, town.slow["a"] = "a" if is_broken else None, 15
+    await town.reload(["a=y", "c"])
+    await asyncio.sleep(20)
+    town.broken = None
+    await asyncio.sleep(60)
+    assert "resources/subscribe" in town.heard_by("a") and "resources/subscribe" not in town.heard_by("c")
+    town.told(client)
+    town.say(town.links["a"][-1], notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
+
+
+@in_town
+async def test_conversation_subscription_that_was_acknowledged_early_is_asked_for_again():
+    town = Town("legacy", ["a"])
+    del town.answers["resources/subscribe"]
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    await asyncio.sleep(mcpproxy.ACKNOWLEDGE_SECONDS + 1)
+    acknowledged, = town.told(client)
+    assert acknowledged["params"]["notifications"] == {"resourceSubscriptions": ["a:b"]}
+    await town.die("a")
+    assert town.heard_by("a")[-1] == "resources/subscribe" and len(town.links["a"]) == 2
+
+
+@pytest.mark.parametrize("names", [["g.b", "c"], ["g.b", "a"]])
+@in_town
+async def test_conversation_subscription_stays_with_its_group_when_a_member_leaves_that(names):
+    town = Town("legacy", ["g.a"])
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    await town.reload(names)
+    assert town.heard_by("b")[-1] == "resources/subscribe"
+
+
+@pytest.mark.parametrize("seconds", [0.5, mcpproxy.JOINT_SECONDS - 0.05, mcpproxy.JOINT_SECONDS + 0.05, 5])
+@in_town
+async def test_conversation_subscription_waits_for_who_may_list_the_resource_and_starts(seconds):
+    town, say = Town("legacy", ["a", "c"]), Town.say
+    town.answers["c", "resources/list"] = {"resources": []}
+    town.slow["a"] = seconds
+
+    def say_late(link, message):
+        if link in town.links["a"] and "resources" in message.get("result", {}):
+            return asyncio.get_running_loop().call_later(0.1, say, town, link, message)
+        say(town, link, message)
+    town.say = say_late
+    client = await town.client("legacy")
+    client.say(request(1, "resources/subscribe", {"uri": "a:b"}))
+    await asyncio.sleep(30)
+    assert "resources/subscribe" in town.heard_by("a") and "resources/subscribe" not in town.heard_by("c")
 
 
 @pytest.mark.parametrize("later, is_told", [("t", False), ("new", True)])
@@ -24247,6 +24326,29 @@ def test_real_clients_go_on_when_the_server_died_in_a_call(workshop):
             before, died, stuck, after = drive(workshop, proxy, client, "http", steps)
             assert (before, after) == ("before", "after")
             assert "ended with exit code" in died and "took too long" in stuck
+
+
+CLOSES_EARLY = """
+import asyncio, contextlib, sys
+from mcp import ClientSession
+from mcp.client.streamable_http import streamablehttp_client
+
+async def main():
+    async with streamablehttp_client(sys.argv[1]) as (read, write, _), ClientSession(read, write) as session:
+        await session.initialize()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(session.call_tool("sleep", {"seconds": 30}), float(sys.argv[2]))
+    print("closed")
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("client", ["python-1", "python-1.9"])
+def test_real_client_closes_well_though_a_call_runs_that_it_gave_up(workshop, client):
+    with running_proxy(FAKE) as proxy:
+        for seconds in 0.5, mcpproxy.UNDECIDED_SECONDS + 1:
+            assert run(workshop / client / "bin" / "python", "-c", CLOSES_EARLY, f"http://127.0.0.1:{proxy.port}/mcp",
+                       seconds) == "closed\n"
 
 
 @pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
