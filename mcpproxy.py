@@ -141,7 +141,7 @@ import marshal
 import re
 import typing
 from json.decoder import scanstring
-from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 __version__ = "1.0.0"
 
@@ -9540,8 +9540,8 @@ class LegacyClientModernServer(LegacyClientBridge):
             **exchange.capabilities, "extensions": {name: extension for name, extension in extensions.items()
                                                     if name != TASKS_EXTENSION}})
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
-        if client.log_level:
-            new[LOG_LEVEL_KEY] = f'"{client.log_level}"'
+        if client.log_level or client.is_session:          # a legacy server may tell its log unasked, too
+            new[LOG_LEVEL_KEY] = f'"{client.log_level or UNASKED_LEVEL}"'
         return restated_meta(message, new, beside=exchange.dialogue and exchange.dialogue.gathered)
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
@@ -11408,16 +11408,17 @@ class HTTPServer:
 
 UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
 SILENT_SECONDS = 5.0          # the same for a modern one
-RETRY = b"retry: 1000\n"      # ms after which a client may come back for more of a stream
+RETRY = b"retry: 1000\n\n"    # ms after which a client may come back for more of a stream
 
-# Streams must not be kept by a cache nor collected by nginx.
+# Nothing may be kept by a cache, which goes by the URL, where answers also go by the key; nor streams be collected by
+# nginx.
 STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
-JSON_HEADERS = (("Content-Type", JSON_TYPE),)
+JSON_HEADERS = (("Content-Type", JSON_TYPE), ("Cache-Control", "no-store"))
 
 
 def prime(reply: Reply, stream: Stream) -> None:
     """Writes an event without data, whose id lets a client come back for what follows."""
-    reply.write([b"id: ", stream.event_id(stream.take_number()), b"\n", RETRY, b"data: \n\n"])
+    reply.write([b"id: ", stream.event_id(stream.take_number()), b"\ndata: \n\n"])
 
 
 class StreamOutlet(Outlet):
@@ -11507,6 +11508,8 @@ class PostOutlet(Outlet, Holder):
         if self._left:
             return
         budget.set(self, 0)
+        if self._stream and self._session and self._session.version == PRIMING_VERSION and not self.reply.is_done:
+            self.reply.write([RETRY])         # last, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047)
         if self._stream is None and self._answers:
             self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
         elif self._stream is None:
@@ -11913,32 +11916,45 @@ DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
-    paths = {}
+    paths, schemas = {}, {}
     for name, text in tools.items():
         try:
-            tool = scan_plain(text, 0)[0]
+            tool, parts = scan_plain(text, 0)[0], {}
             path = "/tools/" + quote(name, safe="", errors="surrogatepass")
-            paths[path] = dump({"post": openapi_operation(path, name, tool)})
+            operation = dump({"post": openapi_operation(path, name, tool, parts, len(schemas))})
+            schemas.update({part: dump(schema) for part, schema in parts.items()})
+            paths[path] = operation
         except RecursionError:
             log.warning("! the tool %(tool)s is nested too deeply for /openapi.json", tool=name)
     document = {"openapi": '"3.1.0"', "info": dump({"title": title, "version": version}),
                 "servers": dump([{"url": base_path or "/"}]), "paths": as_object(paths)}
+    components = {"schemas": as_object(schemas)} if schemas else {}
     if needs_key:
-        document["components"] = dump({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}})
+        components["securitySchemes"] = dump({"key": {"type": "http", "scheme": "bearer"}})
         document["security"] = '[{"key":[]}]'
+    if components:
+        document["components"] = as_object(components)
     return as_object(document).encode()
 
 
-def openapi_operation(path: str, name: str, tool: dict) -> dict:
-    """How a tool is called at a path."""
+def openapi_operation(path: str, name: str, tool: dict, parts: dict[str, object], taken: int) -> dict:
+    """How a tool is called at a path. What its schemas define by name goes to `parts`, for the components of the
+    document, of which so many are `taken`: many readers, as Open WebUI, follow no other references."""
     pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
     result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
                                                "isError": {"type": "boolean"}}, "required": ["content"]}
 
     def part(schema: object, place: str) -> object:
+        homes, own = {"#": pointer + place}, {}
         if isinstance(schema, dict):           # references would be relative to a URI of its own
             schema = {keyword: value for keyword, value in schema.items() if keyword != "$id"}
-        return rebase_references(schema, pointer + place)
+            for keyword in ("$defs", "definitions"):
+                for one, value in (schema.pop(keyword) if isinstance(schema.get(keyword), dict) else {}).items():
+                    home = re.sub("[^A-Za-z0-9._-]", "_", f"{one}-{taken + len(parts) + len(own)}")
+                    homes[f"#/{keyword}/" + one.replace("~", "~0").replace("/", "~1")] = "#/components/schemas/" + home
+                    own[home] = value
+        parts.update({home: rebase_references(value, homes) for home, value in own.items()})
+        return rebase_references(schema, homes)
     if isinstance(tool.get("outputSchema"), dict):
         result["properties"]["structuredContent"] = part(
             tool["outputSchema"], "/responses/200/content/application~1json/schema/properties/structuredContent")
@@ -11946,26 +11962,29 @@ def openapi_operation(path: str, name: str, tool: dict) -> dict:
     is_required = isinstance(schema, dict) and bool(schema.get("required"))
     error = {"description": "What went wrong", "content": {JSON_TYPE: {"schema": {"type": "object"}}}}
     return {
-        "operationId": name, "summary": tool.get("title") or name, "description": tool.get("description") or "",
+        "operationId": name, "summary": tool.get("title") or name,
+        "description": tool.get("description") or tool.get("title") or name,
         "requestBody": {"required": is_required, "content": {JSON_TYPE: {"schema": schema}}},
         "responses": {"200": {"description": "The CallToolResult", "content": {JSON_TYPE: {"schema": result}}},
                       "default": error}}
 
 
-def rebase_references(schema: object, pointer: str, are_named: bool = False) -> object:
-    """A JSON schema whose references to its own parts still hold when it is part of another document; or an object of
-    such, which `are_named` as somebody likes."""
+def rebase_references(schema: object, homes: dict[str, str], are_named: bool = False) -> object:
+    """A JSON schema whose references to its own parts still hold when these are where `homes` says, in another
+    document; or an object of such, which `are_named` as somebody likes."""
     if isinstance(schema, list):
-        return [rebase_references(item, pointer) for item in schema]
+        return [rebase_references(item, homes) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if are_named:
-        return {name: rebase_references(value, pointer) for name, value in schema.items()}
+        return {name: {} if value is True else rebase_references(value, homes) for name, value in schema.items()}
 
     def rebased(name: str, value: object) -> object:
         if name == "$ref" and isinstance(value, str) and re.match("#(?:/|$)", value):
-            return pointer + value[1:]
-        return value if name in DATA_KEYWORDS else rebase_references(value, pointer, name in NAMING_KEYWORDS)
+            part = re.match("#(?:/(?:[$]defs|definitions)/[^/]*)?", value)[0]
+            home = homes.get(unquote(part))
+            return home + value[len(part):] if home else homes["#"] + value[1:]
+        return value if name in DATA_KEYWORDS else rebase_references(value, homes, name in NAMING_KEYWORDS)
     return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
 
 
@@ -12223,13 +12242,14 @@ class Application:
         self.mount.asked_at = self.mount.now()
         document = dump(self.overview.health(self._sees_all(admission))).encode()
         status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
-        reply.send(status, [document], (*JSON_HEADERS, ("Cache-Control", "no-store"), *more))
+        reply.send(status, [document], (*JSON_HEADERS, *more))
 
     async def metrics(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /metrics: what was counted and measured, for Prometheus."""
         if admission.caller and not admission.caller.sees_all:
             raise HTTPError("a token, or a key with limits, may not see what all do", status=403)
-        reply.send(200, [await self.overview.metrics()], (("Content-Type", METRICS_TYPE),))
+        reply.send(200, [await self.overview.metrics()], (
+            ("Content-Type", METRICS_TYPE), ("Cache-Control", "no-store")))
 
 
 # In the order in which they ask; to add a guard, write a method and add it here.
@@ -13422,9 +13442,8 @@ async def describe(member: ServerConfig, client: Client) -> list[str]:
 
 async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
-    proxy, all_work = Proxy(settings, dict(os.environ)), True
+    proxy, all_work, lines = Proxy(settings, dict(os.environ)), True, [f"sandbox: {abilities()}"]
     try:
-        print("sandbox:", abilities())
         client = proxy.mount.visit(proxy.mount.catalog.view(), None, {})
         members = proxy.mount.catalog.servers.values()
         outcomes = await asyncio.gather(*(asyncio.wait_for(describe(member, client), member.settings.request_timeout)
@@ -13435,9 +13454,12 @@ async def check(settings: Settings) -> bool:
                 is_late = isinstance(outcome, asyncio.TimeoutError)
                 why = "it has not answered in time" if is_late else str(as_told(outcome))
                 outcome = [f"{member.name}: does not work: {why}"]
-            print(*map(printable, outcome), sep="\n")
+            lines += map(printable, outcome)
     finally:
         await proxy.stop()
+    # Whoever reads may have seen enough; the exit status is for others.
+    with contextlib.suppress(OSError), open(1, "w", encoding="utf-8", closefd=False) as output:
+        print(*lines, sep="\n", file=output)
     return all_work
 
 

@@ -11427,8 +11427,10 @@ def test_session_streams_are_primed_for_the_revision_that_knows_it(fake, version
             client.tool("notify", method=TOOLS_CHANGED)
             stream.count(1)
             first = stream.events[0]
-            primes = first["data"] == "" and "id" in first and int(first["retry"]) > 0
-            assert primes == (version == "2025-11-25")
+            primes = first["data"] == "" and "id" in first
+            assert primes == (version == "2025-11-25") and "retry" not in first
+        stream.wait_end()
+        assert ("retry" in stream.events[-1]) == primes
         if primes:
             streams = client.listen(), client.listen()
             first, second = [until(lambda: stream.events, "the event")[0]["id"] for stream in streams]
@@ -12352,6 +12354,18 @@ def test_several_servers_are_checked(tmp_path, broken):
     found = run_program("--config", path, "--check")
     assert found.returncode == broken and "a: fake 1, revision 2025-06-18" in found.stdout and "a__echo" in found.stdout
     assert ("b: does not work: the MCP server ended with exit code 1: no good" in found.stdout) == broken
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_several_servers_are_checked_for_who_does_not_read_all(tmp_path, broken):
+    """As `grep -q` does."""
+    path = write_config(tmp_path / "mcp.json", {"a": (FAKE, {}), **({"b": (BROKEN, {})} if broken else {})})
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, program_now(), "--config", path, "--check"], stdin=subprocess.DEVNULL,
+                          stdout=writing, stderr=subprocess.PIPE, timeout=PATIENCE)
+    os.close(writing)
+    assert done.returncode == broken and b"Error" not in done.stderr
 
 
 def test_several_servers_that_are_checked_end_without_a_traceback_when_they_are_waited_for_no_longer(tmp_path):
@@ -13362,7 +13376,7 @@ def test_conversation_legacy_client_modern_server_call():
         client > {"id":"a","method":"tools/call","params":{"name":"x","_meta":{"progressToken":"t","k":1}}}
                 server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{"progressToken":$CALL,"k":1,
                           ".../protocolVersion":"2026-07-28",".../clientCapabilities":{"roots":{}},
-                          ".../clientInfo":{"name":"test","version":"1"}}}}
+                          ".../clientInfo":{"name":"test","version":"1"},".../logLevel":"info"}}}
                 server < {"method":"notifications/progress","params":{"progressToken":$CALL,"progress":1}}
         client < {"method":"notifications/progress","params":{"progressToken":"t","progress":1}}
                 server < {"id":$CALL,"result":{"resultType":"complete","content":[]}}
@@ -13790,6 +13804,17 @@ def test_conversation_modern_server_is_told_the_log_level_of_a_session_with_each
         client < {"method":"notifications/message","params":{"level":"error","data":"loud"}}
         client > {"id":3,"method":"logging/setLevel","params":{"level":"loud"}}
         client < {"id":3,"error":{"code":-32602,"message":"the server sends no log messages of this level"}}
+    ''', server="modern", client=("legacy", {}))
+
+
+def test_conversation_log_of_a_modern_server_is_heard_unasked_as_that_of_a_legacy_one():
+    """MCP 2025-11-25, Logging: without logging/setLevel, "the server MAY decide which messages to send"."""
+    conversation('''
+        client > {"id":2,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":{".../logLevel":"info",
+                          ".../protocolVersion":"2026-07-28",".../clientCapabilities":{},".../clientInfo":$INFO}}}
+                server < {"method":"notifications/message","params":{"level":"info","data":"hello"}}
+        client < {"method":"notifications/message","params":{"level":"info","data":"hello"}}
     ''', server="modern", client=("legacy", {}))
 
 
@@ -19871,6 +19896,13 @@ def test_endpoint_tool_of_a_modern_server_that_asks_fails(modern_server):
     assert response.error() == (502, -32000)
 
 
+def test_endpoint_answers_are_not_for_caches(fake):
+    """They go by the URL; what is answered goes by the key and the session, too."""
+    for path in ("/tools", "/openapi.json", "/", "/metrics", "/healthz", "/readyz", "/nothing", "/mcp"):
+        answer = fake.request("GET", path, None, {**ACCEPT, "Mcp-Session-Id": "ended"} if path == "/mcp" else {})
+        assert answer.headers["cache-control"] in ("no-store", "no-cache"), path
+
+
 def test_endpoint_openapi_describes_each_tool(fake):
     document = fake.request("GET", "/openapi.json").json()
     assert document["openapi"].startswith("3.1")
@@ -19892,7 +19924,7 @@ def test_endpoint_openapi_leaves_alone_what_is_no_reference():
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {
         "$schema": {"type": "string"}, "$ref": {"$ref": "#/$defs/tree"}, "node": {"$ref": "#node"},
         "default": {"$ref": "#"}}, "$defs": {"tree": {"$anchor": "node", "default": {"$ref": "#/x"}}}}
-    rebased = mcpproxy.rebase_references(schema, "#/p")
+    rebased = mcpproxy.rebase_references(schema, {"#": "#/p"})
     assert rebased == {"type": "object", "properties": {
         "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"}, "node": {"$ref": "#node"},
         "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
@@ -19901,10 +19933,39 @@ def test_endpoint_openapi_leaves_alone_what_is_no_reference():
 def test_endpoint_openapi_has_no_schema_with_a_uri_of_its_own_but_what_that_names_in_itself():
     tree = {"$id": "tree", "items": {"$ref": "tree"}}
     operation = mcpproxy.openapi_operation("/tools/x", "x", {"inputSchema": {
-        "$id": "a:b", "properties": {"$id": {"$ref": "#"}, "tree": tree}}})
+        "$id": "a:b", "properties": {"$id": {"$ref": "#"}, "tree": tree}}}, {}, 0)
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema.keys() == {"properties"} and schema["properties"]["tree"] == tree
     assert schema["properties"]["$id"]["$ref"].startswith("#/paths/~1tools~1x/")
+
+
+def test_endpoint_openapi_has_what_schemas_define_by_name_where_every_reader_looks():
+    """Open WebUI follows references into the components alone, and takes no boolean for a schema."""
+    tree = {"type": "object", "properties": {"more": {"items": {"$ref": "#/$defs/a%20tree/properties/leaf"}},
+                                             "leaf": True, "whole": {"$ref": "#"}}}
+    schema = {"$defs": {"a tree": tree, "~/": {"$ref": "#/$defs/~0~1"}}, "definitions": {"a tree": {"type": "string"}},
+              "properties": {"a": {"$ref": "#/$defs/a%20tree"}, "b": {"$ref": "#/definitions/a tree"},
+                             "c": {"$ref": "#/properties/a"}}}
+    tools = {name: json.dumps({"name": name, "inputSchema": schema, "outputSchema": schema}) for name in "xy"}
+    document = json.loads(mcpproxy.openapi_document(tools, "t", "1", "", False))
+    assert len(document["components"]["schemas"]) == 2 * 2 * 3
+
+    def found(reference):
+        value = document
+        for step in urllib.parse.unquote(reference).removeprefix("#/").split("/"):
+            value = value[step.replace("~1", "/").replace("~0", "~")]
+        return value
+    for name in "xy":
+        operation = document["paths"][f"/tools/{name}"]["post"]
+        assert operation["description"] == name
+        for place in (operation["requestBody"]["content"]["application/json"]["schema"],
+                      operation["responses"]["200"]["content"]["application/json"]["schema"]["properties"][
+                          "structuredContent"]):
+            a, b, c = (place["properties"][key]["$ref"] for key in "abc")
+            assert a.startswith("#/components/schemas/") and found(b) == {"type": "string"} and found(c) == {"$ref": a}
+            leaf = found(a)["properties"]["more"]["items"]["$ref"]
+            assert leaf == a + "/properties/leaf" and found(leaf) == {} and found(
+                found(a)["properties"]["whole"]["$ref"]) == place
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
