@@ -7523,6 +7523,7 @@ class KeptList:
                 self.instance.server.check_rules(items)
             kind, self._pause = LISTS[self.method][2], KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
+                items.asked_at = self.instance.server.now()        # whoever is told asks now, and shall get this
                 tell_all(self.instance, list_changed(kind))
         except ServerError as error:
             if self.last is None:
@@ -10634,16 +10635,26 @@ class Listener(Exchange):
                 self._leave_one(instance)
             self._join_all()
             for uri, old in moving:
-                place = self.client.place_of(old)
-                if place:                              # also if that takes long to start
-                    with contextlib.suppress(ProxyError):
-                        self._join(instance := self.client.by_name(place))
-                        instance.topics.subscribe(self, uri, is_told=True)
-                else:
-                    asyncio.get_running_loop().create_task(self._subscribe(uri))
+                self._follow(uri, self.client.place_of(old))
         if self.client.view.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
+
+    def _follow(self, uri: str, place: str | None) -> None:
+        """Listens to a resource at the server in the place of its own, also if that takes long to start; if it does not
+        have it, or there is none, at another."""
+        def on_verdict(verdict: asyncio.Future) -> None:
+            if isinstance(verdict.result(), RPCError):
+                asyncio.get_running_loop().create_task(self._subscribe(uri))
+            elif verdict.result():
+                topic.verdict.add_done_callback(on_verdict)            # the next one, of a server that starts again
+        try:
+            instance = self.client.by_name(place)
+            self._join(instance)
+            topic = instance.topics.subscribe(self, uri, is_told=True)
+            topic.verdict.add_done_callback(on_verdict)
+        except ProxyError:
+            asyncio.get_running_loop().create_task(self._subscribe(uri))
 
     def end_subscription(self) -> None:
         """Ends it, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
@@ -11981,9 +11992,10 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 
     def rebased(name: str, value: object) -> object:
         if name == "$ref" and isinstance(value, str) and re.match("#(?:/|$)", value):
-            part = re.match("#(?:/(?:[$]defs|definitions)/[^/]*)?", value)[0]
-            home = homes.get(unquote(part))
-            return home + value[len(part):] if home else homes["#"] + value[1:]
+            text = unquote(value)
+            part = re.match("#(?:/(?:[$]defs|definitions)/[^/]*)?", text)[0]
+            part = part if part in homes else "#"
+            return homes[part] + quote(text[len(part):], safe="/~$!&'()*+,;=:@?")
         return value if name in DATA_KEYWORDS else rebase_references(value, homes, name in NAMING_KEYWORDS)
     return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
 

@@ -16000,6 +16000,24 @@ async def test_conversation_subscription_goes_on_at_a_server_that_starts_slowly_
 
 
 @in_town
+async def test_conversation_subscription_goes_to_another_server_if_its_own_has_the_resource_no_more():
+    town = Town("legacy", ["a=x", "c"])
+    town.answers["c", "resources/list"] = {"resources": []}
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    town.answers["c", "resources/list"] = town.answers.pop("resources/list")
+    town.answers["a", "resources/list"] = {"resources": []}
+    town.fails.add(("a", "resources/subscribe"))
+    await town.reload(["a=y", "c=y"])
+    await asyncio.sleep(10)
+    assert "resources/subscribe" in town.heard_by("a") and "resources/subscribe" in town.heard_by("c")
+    town.told(client)
+    town.say(town.links["c"][-1], notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
+
+
+@in_town
 async def test_conversation_subscription_that_was_acknowledged_early_is_asked_for_again():
     town = Town("legacy", ["a"])
     del town.answers["resources/subscribe"]
@@ -16057,6 +16075,27 @@ async def test_conversation_server_that_lists_a_change_late_tells_of_it_again(la
     await asyncio.sleep(0.1)
     assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED] * is_told
     assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == [f"a__{later}", "b__t"]
+
+
+@in_town
+async def test_conversation_server_that_lists_slowly_and_never_the_same_is_not_asked_for_ever():
+    """Its client asks again whenever it is told of a change."""
+    town, say, names = Town("legacy", ["a", "b"]), Town.say, iter(range(1000))
+    town.can = {"tools": {}}
+
+    def say_late(link, message):
+        if link in town.links["a"] and "tools" in message.get("result", {}):
+            message["result"] = {"tools": [{"name": f"t{next(names)}", "inputSchema": {}}]}
+            return asyncio.get_running_loop().call_later(20, say, town, link, message)
+        say(town, link, message)
+    town.say = say_late
+    client, told = await town.client("legacy"), 1
+    for number in range(1, 300):
+        if told:
+            client.say(request(number, "tools/list"))
+        await town.pass_time()
+        told = [message for message in town.told(client) if message.get("method") == TOOLS_CHANGED]
+    assert next(names) < 4
 
 
 @pytest.mark.parametrize("method", ["tools/list", "resources/list", "tasks/list", "tools/call"])
