@@ -7485,7 +7485,7 @@ class KeptList:
 
     def tick(self, now: float) -> None:
         """Called now and then: asks for what somebody was given an answer without; less often the longer it is so."""
-        if self.is_missed and not self.is_asked and now - self._asked_at >= self._pause:
+        if (self.is_missed or self._is_behind) and not self.is_asked and now - self._asked_at >= self._pause:
             self._pause *= 2
             self._ask(now)
 
@@ -7530,7 +7530,7 @@ class KeptList:
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self.last.asked_at, self._is_doubtful = self.instance.server.now(), True
+            self.last.asked_at, self._is_doubtful, self._is_behind = self.instance.server.now(), True, True
         finally:
             self._listing = None
 
@@ -7580,9 +7580,9 @@ RESTART_DELAY = 0.1              # seconds, doubling with each death in the last
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 SILENCES = 3                     # time-outs in a row without a line from a server, until it is asked whether it lives
 PING_SECONDS = 5.0               # for the answer
-UNASKED_LEVEL = "info"           # of log messages for a client that asked for none, when others did
+UNASKED_LEVEL = "info"           # of log messages for a client that asked for none, when others did, or a server asks
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-KNOWN_WAYS = 16                  # of those who wait for a server to start, or whom a remote one listed something
+KNOWN_WAYS = 16                  # of those who wait for a server to start; and lists, which a remote one has for each
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
 SLOW_START = 10.0                # every so many seconds the log says what a start waits for
@@ -8616,11 +8616,12 @@ class Server:
         call that asks its client something, or waits for a list, the instance itself may not know."""
         self.keep_spares()
         for instance in list(self.instances.values()):
-            instance.tick(now)
             is_visitors = instance.owner != () and not instance.is_private
             is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
             if (is_stale or self.is_retired and instance not in busy) and not instance.is_used:
                 self.end(instance)
+            else:
+                instance.tick(now)
 
     async def close(self) -> None:
         """Ends all instances; returns when no process is left."""
@@ -9044,8 +9045,9 @@ async def have_started(client: Client, missing: collections.abc.Iterable[str], w
     for name in missing:
         with contextlib.suppress(ProxyError):
             instance = client.by_name(name)
-            is_slow = instance.state in (NEW, STARTING) or any(kept.is_asked for kept in instance.lists.values())
-            if is_slow and not (instance.failure or instance.server.name in waited):
+            is_starting = instance.state in (NEW, STARTING)
+            is_new = instance.state is READY and client.mount.now() - instance.since < JOINT_SECONDS
+            if (is_starting or is_new) and not (instance.failure or instance.server.name in waited):
                 start = asyncio.ensure_future(instance.ready())
                 start.add_done_callback(lambda start: start.cancelled() or start.exception())
                 starts[start] = instance.server.name

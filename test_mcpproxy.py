@@ -16078,6 +16078,47 @@ async def test_conversation_server_that_lists_a_change_late_tells_of_it_again(la
 
 
 @in_town
+async def test_conversation_server_that_does_not_list_again_for_a_while_tells_when_it_does():
+    town = Town("legacy", ["a", "b"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/list")
+    town.fails.add(("a", "tools/list"))
+    town.say(town.links["a"][0], notification(TOOLS_CHANGED))
+    *_, answer = await town.say_to(client, 2, "tools/list")
+    assert names_of(answer) == ["a__t", "b__t"]
+    town.fails.clear()
+    town.answers["a", "tools/list"] = {"tools": [{"name": "new", "inputSchema": {}}]}
+    for _ in range(10):
+        await town.pass_time()
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
+    assert names_of((await town.say_to(client, 3, "tools/list"))[-1]) == ["a__new", "b__t"]
+
+
+@in_town
+async def test_conversation_server_that_was_taken_out_ends_though_it_never_lists():
+    town = Town("legacy", ["a", "b"], request_timeout=60)
+    client, town.answers["a", "tools/list"] = await town.client("legacy"), None
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS + 1)
+    await town.reload(["b"])
+    for _ in range(100):
+        await town.pass_time()
+    assert not town.links["a"][0].is_open
+
+
+@in_town
+async def test_conversation_call_with_an_unknown_name_is_refused_soon_also_while_a_server_does_not_list():
+    town = Town("legacy", ["a", "b"], prefix="")
+    town.answers["a", "tools/list"] = None
+    client = await town.client("legacy")
+    await asyncio.sleep(100)
+    client.say(request(1, "tools/call", {"name": "unknown"}))
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS + 0.1)
+    answer, = town.told(client)
+    assert "unknown" in str(answer) or "not answered" in str(answer)
+
+
+@in_town
 async def test_conversation_server_that_lists_slowly_and_never_the_same_is_not_asked_for_ever():
     """Its client asks again whenever it is told of a change."""
     town, say, names = Town("legacy", ["a", "b"]), Town.say, iter(range(1000))
