@@ -15980,7 +15980,7 @@ async def test_conversation_call_goes_to_a_member_that_is_ready_and_not_to_one_t
 @pytest.mark.parametrize("kind", ["modern", "legacy"])
 @pytest.mark.parametrize("is_broken", [True, False])
 @in_town
-async def test_conversation_subscription_goes_on_at_a_server_that_starts_slowly_in_the_place_of_another(kind, is_broken):
+async def test_conversation_subscription_goes_on_at_a_server_that_starts_slowly_in_place_of_another(kind, is_broken):
     town = Town("legacy", ["a=x", "c"])
     town.answers["c", "resources/list"] = {"resources": []}
     client = await town.client(kind)
