@@ -443,15 +443,16 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-FORK_SERVERS = {}
+FORK_SERVERS, FORK_LOCK = {}, threading.Lock()
 
 
 def start_copy(arguments, environment, stderr):
     """The program as a Forked, with or without ssl as it would decide itself."""
     has_ssl = "https:" in str(environment) or any(environment.get(name) for name in (
         "TLS_CERT", "MCP_CONFIG", "OAUTH_ISSUER"))
-    if has_ssl not in FORK_SERVERS:
-        FORK_SERVERS[has_ssl] = ForkServer(has_ssl)
+    with FORK_LOCK:                    # a farm starts several at once
+        if has_ssl not in FORK_SERVERS:
+            FORK_SERVERS[has_ssl] = ForkServer(has_ssl)
     return FORK_SERVERS[has_ssl].start(arguments, environment, stderr)
 
 
@@ -27813,6 +27814,17 @@ def test_real_balancer_keeps_each_session_at_one_replica(farm, kind):
         stream = clients[0].listen()
         clients[0].tool("notify", method=TOOLS_CHANGED)
         stream.wait_for(TOOLS_CHANGED)
+
+
+def test_real_balancer_keeps_the_sessions_of_a_replica_that_stalls_for_a_moment(own_farm):
+    """Those of HTTP+SSE would be lost at another one; nginx takes connections for failed calls alone."""
+    with SSEClient(own_farm) as client:
+        pid = client.tool("pid")
+        home, = [proxy for proxy in own_farm.replicas if int(pid) in proxy.children()]
+        home.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.7)
+        home.process.send_signal(signal.SIGCONT)
+        assert client.tool("pid") == pid
 
 
 @pytest.mark.parametrize("kind", [Client, ModernClient])
