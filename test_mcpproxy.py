@@ -27716,6 +27716,7 @@ defaults
     timeout client 1h
     timeout server 1h
     log global
+    option log-health-checks
 frontend front
     bind 127.0.0.1:FRONT
     default_backend mcp
@@ -27821,9 +27822,12 @@ def test_real_balancer_keeps_the_sessions_of_a_replica_that_stalls_for_a_moment(
     with SSEClient(own_farm) as client:
         pid = client.tool("pid")
         home, = [proxy for proxy in own_farm.replicas if int(pid) in proxy.children()]
+        name = f"mcp/r{own_farm.replicas.index(home)}"
         home.process.send_signal(signal.SIGSTOP)
-        time.sleep(1.7)
-        home.process.send_signal(signal.SIGCONT)
+        try:
+            until(lambda: own_farm.name == "nginx" or f"check for server {name} failed" in own_farm.told(), "the check")
+        finally:
+            home.process.send_signal(signal.SIGCONT)
         assert client.tool("pid") == pid
 
 
