@@ -7658,7 +7658,7 @@ class Instance:
         if len(self.lists) > KNOWN_WAYS:
             del self.lists[next(key for key in self.lists if key[1])]
         key = method, way if self.server.config.url else ""
-        return self.lists.setdefault(key, KeptList(self, *key))
+        return self.lists.get(key) or self.lists.setdefault(key, KeptList(self, *key))
 
     tools = functools.cached_property(lambda self: self.list_of("tools/list"))
 
@@ -8054,8 +8054,7 @@ class Client(Holder):
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
-        name = self.view.members[0].name
-        return self.at(self.mount.servers.get(name) or self.mount.server(name))
+        return self.by_name(self.view.members[0].name)
 
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
@@ -11125,8 +11124,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def write(self, parts: list, size: int | None = None) -> None:
         """Writes at once; `size` is that of all parts, if it is known."""
-        if self._soon:
-            self._flush()
+        self._flush()
         self._queued += self._is_clogged
         self._send(parts, size)
 
@@ -12256,7 +12254,7 @@ class Application:
         self.mount.asked_at = self.mount.now()
         document = dump(self.overview.health(self._sees_all(admission))).encode()
         status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
-        reply.send(status, [document], (*JSON_HEADERS, *more))
+        reply.send(status, [document], JSON_HEADERS + more)
 
     async def metrics(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /metrics: what was counted and measured, for Prometheus."""
@@ -12418,11 +12416,11 @@ class Endpoints(Application):
         """POST /mcp: a message of either era."""
         check_is_json(admission)
         text = decode_json(body)
-        if text[:1] != "{" and is_batch(text):
+        if is_batch(text):
             return self._post_batch(admission, split_batch(text), reply)
         message = parse_message(text)
         try:
-            if message.kind is REQUEST and not admission.takes_stream:
+            if message.kind is REQUEST:
                 check_accept(admission, is_endless=message.method == "subscriptions/listen")
             if is_modern(message, admission.version):
                 self._post_modern(admission, message, reply)
