@@ -13675,7 +13675,7 @@ async function loadTools() {
     if (text === listed || listed && !answer.ok) return
     listed = answer.ok && text
     put("tools", answer.ok ? said.tools.map(showToolOrWhy) : [bad(said.error.message)], "none")
-  } catch (error) { put("tools", [bad(error.message)]) }
+  } catch (error) { put("tools", [bad(error.message)]), seen = listed = null }        // to be asked for again
 }
 function fieldOf([name, schema], isRequired) {
   const kind = Array.isArray(schema?.enum) ? "enum" : schema?.type, value = schema?.default ?? "", required = isRequired
