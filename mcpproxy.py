@@ -114,13 +114,13 @@ Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a number              Counters (15), and for /metrics a row of Overview's families (42)
-    a kind of link        a subclass of Link (19), as RemoteLink (23); made in Proxy._new_server (49)
+    a number              Counters (15), and for /metrics a row of Overview._families (43)
+    a kind of link        a subclass of Link (19), as RemoteLink (23); made in Proxy._new_server (50)
     a notification        a row of NOTIFICATION_ROUTES (26)
-    a choice of servers   pick() and find_targets() (32)
-    a method              where the eras say it differently, a row of a Bridge's `intercepted` (33)
-    a guard               a method of Application and its place in GUARDS (45)
-    a URL                 a method of Endpoints and a row of ROUTES (46)
+    a choice of servers   pick() and find_targets() (33)
+    a method              where the eras say it differently, a row of a Bridge's `intercepted` (34)
+    a guard               a method of Application and its place in GUARDS (46)
+    a URL                 a method of Endpoints and a row of ROUTES (47)
 """
 
 import os

@@ -22303,6 +22303,13 @@ def test_file_contents_name_the_sections():
     assert re.findall(r"^    (\d+)\. +(\S.*?)  ", contents, re.MULTILINE) == BANNERS
 
 
+def test_file_says_in_which_section_to_add_something():
+    named = re.findall(r"(\w+)(?:\(\)|`)? \((\d+)\)", mcpproxy.__doc__.partition("\nWhere to add something")[2])
+    sections = ["", *re.split(r"^# \d+\. ", SOURCE, flags=re.MULTILINE)[1:]]
+    assert len(named) > 10 and [(name, number) for name, number in named if not re.search(
+        rf"^ *(class|def|async def) {name}\b|^ *{name} = ", sections[int(number)], re.MULTILINE)] == []
+
+
 def test_file_raises_no_error_that_it_keeps():
     """Each time it is raised, it would keep the frames of all that raised it, and what they hold."""
     kept = {target.id for node in TREE.body if isinstance(node, ast.Assign) for target in node.targets
