@@ -6324,8 +6324,8 @@ class ServerConnection(Holder):
         self.is_greeted = False                            # is the handshake made?
         self.mirrors = False                               # do headers repeat arguments of its tools?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
-        # Clients' calls that are running and may cause what the server sends, the oldest first, and whose they are.
-        self.causes: dict[PendingRequest, object] = {}
+        # Clients' calls that are running and may cause what the server sends, the oldest first. (A set has no order.)
+        self.causes: dict[PendingRequest, None] = {}
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
         self._withdrawn = 0                               # requests that it may answer all the same
@@ -6912,7 +6912,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
-        return list(connection.causes) if len(set(connection.causes.values())) == 1 else [], None
+        return list(connection.causes) if len({call.asker for call in connection.causes}) == 1 else [], None
     if len(instance.sessions) > 1:
         return [], None
     # No call that can have caused it is running. There are only this session, and calls that wait for their clients.
@@ -9734,8 +9734,7 @@ class Dialogue:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now.
         And many ask for roots when they start, whatever call comes then: that question the session keeps."""
-        causes = self.exchange.connection.causes
-        heirs = [call for call, asker in causes.items() if asker == self.exchange.asker]
+        heirs = [call for call in self.exchange.connection.causes if call.asker == self.exchange.asker]
         for question in list(self.questions.values()):
             message = question.message
             heir = next((call for call in reversed(heirs) if question.client or call.can_be_asked and not (
@@ -10079,7 +10078,7 @@ class ClientRequest(PendingRequest, Holder):
         self.started = retry.started                # the time of people is not the server's
         self._take_on(message, retry.outlet)
         self._enter_books()
-        self.connection.causes[self] = self.asker
+        self.connection.causes[self] = None
         self.touch()
 
 
@@ -10291,7 +10290,7 @@ class Exchange(ClientRequest):
             raise
         self.server_id = number
         if self.method in MAY_CAUSE:
-            connection.causes[self] = self.asker
+            connection.causes[self] = None
         self.message = None
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
