@@ -11771,6 +11771,9 @@ class Admission:
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
         self.version = head.headers.get("mcp-protocol-version")
         self.media_type = media_type(head)
+        accept = head.headers.get("accept", "")
+        self.takes_json, self.takes_stream = is_accepted(accept, JSON_TYPE), is_accepted(accept, EVENT_STREAM_TYPE)
+        self.trace = trace_of(head.headers)
 
     def _find_place(self, routes: dict) -> tuple[str | None, str]:
         """(the server that is met by itself, or None; the path there). A reverse proxy may or may not have taken its
@@ -11859,20 +11862,12 @@ class Admission:
             raise RPCError("client must be 1 to 64 of A-Z a-z 0-9 . _ -", code=INVALID_PARAMS)
         return name
 
-    def accepts(self, wanted: str) -> bool:
-        """Does it take this media type?"""
-        return is_accepted(self.head.headers.get("accept", ""), wanted)
 
-    takes_json = functools.cached_property(lambda self: self.accepts(JSON_TYPE))
-    takes_stream = functools.cached_property(lambda self: self.accepts(EVENT_STREAM_TYPE))
-
-    @functools.cached_property
-    def trace(self) -> dict[str, str]:
-        """Its trace context, as members (name -> JSON) for a message's _meta. MCP 2026-07-28, Overview, _meta."""
-        headers = self.head.headers
-        if not _TRACEPARENT.fullmatch(headers.get("traceparent", "")):
-            return {}
-        return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
+def trace_of(headers: dict[str, str]) -> dict[str, str]:
+    """A request's trace context, as members (name -> JSON) for a message's _meta. MCP 2026-07-28, Overview, _meta."""
+    if not _TRACEPARENT.fullmatch(headers.get("traceparent", "")):
+        return {}
+    return {name: dump(headers[name]) for name in ("traceparent", "tracestate", "baggage") if name in headers}
 
 
 @functools.lru_cache(maxsize=32)          # clients differ little in this
@@ -12448,7 +12443,7 @@ class Endpoints(Application):
                 check_parameters(message)
             return reply.send(202, [])
         exchange = new_exchange(client, message, PostOutlet(admission, reply, client), None, admission.trace)
-        if client.is_session and is_initialize:
+        if is_initialize and client.is_session:
             if self.settings.session_secret and client.view.is_for_all:
                 try:
                     client.announce(message)
@@ -12510,7 +12505,7 @@ class Endpoints(Application):
 
     def get(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
-        if not admission.accepts(EVENT_STREAM_TYPE):
+        if not admission.takes_stream:
             raise HTTPError(f"a GET is answered with {EVENT_STREAM_TYPE} alone", status=406)
         # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
         is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
