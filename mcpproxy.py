@@ -2925,6 +2925,16 @@ class Target(typing.NamedTuple):
         return changes
 
 
+class once(functools.cached_property):
+    """A property that is worked out once, and kept as an attribute like others. (The original asks for __dict__, by
+    which CPython 3.11 makes one: from then on, no attribute of the object is found quickly.)"""
+
+    def __get__(self, instance, owner=None):
+        value = self.func(instance)
+        setattr(instance, self.attrname, value)
+        return value
+
+
 class View:
     """What one URL shows: which servers, and what of them."""
 
@@ -2949,7 +2959,7 @@ class View:
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
         self._known = functools.lru_cache(KNOWN_NAMES)(self._direct)
 
-    @functools.cached_property
+    @once
     def is_by_client(self) -> bool:
         """May what is answered here depend on who asks?"""
         return any(one.when and (one.when.header or one.when.key) or not one.settings.shared_session
@@ -7660,7 +7670,7 @@ class Instance:
         key = method, way if self.server.config.url else ""
         return self.lists.get(key) or self.lists.setdefault(key, KeptList(self, *key))
 
-    tools = functools.cached_property(lambda self: self.list_of("tools/list"))
+    tools = once(lambda self: self.list_of("tools/list"))
 
     # Running.
 
@@ -8000,7 +8010,7 @@ class Client(Holder):
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
 
-    @functools.cached_property
+    @once
     def serial(self) -> str:
         """What tells it apart from all others, also from those that come when it is gone."""
         return f"client {next(self._serials)}"
@@ -8072,7 +8082,7 @@ class Client(Holder):
         if call:
             call.cancel(notification)
 
-    @functools.cached_property
+    @once
     def redact(self):
         """Takes the values of its variables out of a text for the log."""
         return redactor(self.variables.values())
@@ -8097,7 +8107,7 @@ class Visitor(Client):
     def choose_log_level(self, level: object, has_logs: bool) -> None:
         raise RPCError("a log level needs a session")
 
-    @functools.cached_property
+    @once
     def user(self) -> tuple:
         """Those with the same are one user."""
         return self.caller, self.name, frozenset(self.variables.items())
@@ -8151,7 +8161,7 @@ class Session(Client):
         self.info = message.raw("params", "clientInfo") if "clientInfo" in message.params else None
         self.software = client_name(message.params.get("clientInfo"))
 
-    @functools.cached_property
+    @once
     def sealed_id(self) -> str:
         """Its Mcp-Session-Id: the same from the first time that it is told."""
         secret, version = self.mount.settings.session_secret, self.version or self.offered
@@ -11822,19 +11832,19 @@ class Admission:
         parts = urlsplit(self.resources[0])
         return f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{RESOURCE_METADATA}{parts.path}"'
 
-    @functools.cached_property
+    @once
     def key(self) -> str | None:
         """The key that it brings; None when none is asked for."""
         return given_key(self.head) if self._settings.is_guarded else None
 
-    @functools.cached_property
+    @once
     def view(self) -> View:
         """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
         wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
         wanted += [field for field in self.head.fields if field[0] == TOOLS_HEADER]
         return self._catalog.view(self.place, tuple(wanted), self.caller and self.caller.limits)
 
-    @functools.cached_property
+    @once
     def variables(self) -> dict[str, str]:
         """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
         head = self.head
@@ -11854,7 +11864,7 @@ class Admission:
         self.view.check_variables(variables)
         return variables
 
-    @functools.cached_property
+    @once
     def name(self) -> str | None:
         """What tells apart clients without a session that come with the same key."""
         name = self.head.query_value("client")
