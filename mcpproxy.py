@@ -6808,7 +6808,7 @@ class Outlet:
     exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
     asks = False                           # can a question of the server's be sent this way, and be answered?
     is_heard = True                        # is somebody there now?
-    opens_at = float("inf")                # when it is open()ed, if it can be, for an answer that takes long
+    patience = float("inf")                # after how long it is open()ed, if it can be, for an answer that takes long
     transport = ""                         # what the log calls it
 
     def open(self) -> None:
@@ -8064,7 +8064,7 @@ class Client(Holder):
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
-        return self.by_name(self.view.members[0].name)
+        return self.at(self.mount.server(self.view.members[0].name))
 
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
@@ -11475,7 +11475,7 @@ class PostOutlet(Outlet, Holder):
         # sits in between cuts connections that are silent for long.
         reply.leaves_on_eof = era is MODERN
         if self._takes_stream:
-            self.opens_at = client.mount.now() + (SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS)
+            self.patience = SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS
 
     @property
     def is_heard(self) -> bool:
@@ -11486,7 +11486,7 @@ class PostOutlet(Outlet, Holder):
         """Makes the reply a stream, if the client takes one."""
         if self._stream is not None or not self._takes_stream:
             return
-        self.opens_at, session = float("inf"), self._session
+        self.patience, session = float("inf"), self._session
         self._stream = session.open_stream() if session else Stream()
         if not self.reply.is_done:        # otherwise the client is gone, but it may come back for what is kept
             self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
@@ -12352,7 +12352,7 @@ class Endpoints(Application):
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON, and tells those who watch."""
         for call in [*self.mount.calls, *self.mount.subscriptions]:
-            if call.outlet.opens_at <= now:
+            if call.started + call.outlet.patience <= now:
                 call.outlet.open()
         if self._watchers and now - self._told_at >= WATCH_PAUSE:
             self._told_at = now
