@@ -5259,8 +5259,7 @@ class HTTPClient:
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
         self._waiting: collections.deque[Fetch] = collections.deque()
-        self._places: collections.Counter = collections.Counter()          # that are taken, by principal, and
-        self._taken = 0                                                    # in all
+        self._places: collections.Counter = collections.Counter()          # that are taken, by principal
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
 
@@ -5294,7 +5293,7 @@ class HTTPClient:
 
     def _next(self, opening: int = 0) -> Fetch | None:
         """The first that waits and has a place, beside connections that are being made, which may be anybody's."""
-        free, places = MAX_FETCHES - self._taken - opening, self._places
+        free, places = MAX_FETCHES - self._places.total() - opening, self._places
         return next((fetch for fetch in self._waiting if fetch.is_endless or (
             free > -EXTRA_FETCHES if fetch.is_extra else places[fetch.whose] + opening < 3 * free)), None)
 
@@ -5303,13 +5302,11 @@ class HTTPClient:
         if not fetch.is_endless:
             connection.placed = fetch
             self._places[fetch.whose] += 1
-            self._taken += 1
         connection.send(fetch)
 
     def _vacate(self, connection: ClientConnection) -> None:
         fetch, connection.placed = connection.placed, None
         if fetch:
-            self._taken -= 1
             self._places[fetch.whose] -= 1
             if not self._places[fetch.whose]:
                 del self._places[fetch.whose]
