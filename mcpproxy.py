@@ -6084,8 +6084,7 @@ class RemoteLink(Link):
 
     def on_end_of_post(self, post: Post, head: ResponseHead, body: bytes) -> None:
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
-        if self._running.get(post.number) is post:
-            del self._running[post.number]
+        self._running.pop(post.number, None)
         has_answer = post.is_stream or is_answer(head, body, post.number)
         if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
                 not has_answer or _NOT_MINE.search(body)):
@@ -6110,8 +6109,7 @@ class RemoteLink(Link):
 
     def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:
         """A POST has not been answered."""
-        if self._running.get(post.number) is post:
-            del self._running[post.number]
+        self._running.pop(post.number, None)
         if post.is_stream and self.awaits(post.number):
             self._resume(post)
         else:
