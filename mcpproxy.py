@@ -4745,8 +4745,7 @@ class Link:
     told_usage = ""         # what it used, for the log
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
-    is_clogged = False      # does what is written wait here for the server to read?
-    backlog = 0             # bytes that wait then
+    backlog = 0             # bytes of what was written that wait here for the server to read
     hearing: int | None = 0              # how often what belongs to no request could not come; None: it cannot now
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
@@ -4914,12 +4913,6 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         if number == 1 or number == 0 and self.is_open:       # it will read nothing more
             self._end_soon()
 
-    def pause_writing(self) -> None:
-        self.is_clogged = True
-
-    def resume_writing(self) -> None:
-        self.is_clogged = False
-
     def process_exited(self) -> None:
         self.exit_code = self._transport.get_returncode()
         self._reaper.census.reaped(self.usage)
@@ -4996,7 +4989,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     @property
     def backlog(self) -> int:
-        return self._stdin.get_write_buffer_size() if self.is_clogged else 0
+        return self._stdin.get_write_buffer_size()
 
     # The end.
 
@@ -5934,10 +5927,6 @@ class RemoteLink(Link):
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
-    @property
-    def is_clogged(self) -> bool:
-        return bool(self._asides)
-
     def cancel(self, number: int, line: bytes) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
             self.write(line)
@@ -6421,8 +6410,8 @@ class ServerConnection(Holder):
         link = self.link
         if not link.is_open:
             raise self.failure()
-        if link.is_clogged or self._waiting:
-            self._queue(len(line), principal, link.backlog, cancelled is not None)
+        if (backlog := link.backlog) or self._waiting:
+            self._queue(len(line), principal, backlog, cancelled is not None)
         if principal is not None:
             self.has_served = True
         if cancelled is None:

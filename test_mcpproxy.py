@@ -9914,7 +9914,6 @@ def test_connection_survives_any_line(monkeypatch):
 
 def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it_alone():
     class Deaf(Wire):
-        is_clogged = True
         backlog = property(lambda self: sum(map(len, self.lines)))
 
     async def run():
@@ -9935,7 +9934,7 @@ def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it
 
 def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_has_to_say():
     class Deaf(Wire):
-        is_clogged, was_ended = True, False
+        was_ended = False
         backlog = property(lambda self: sum(map(len, self.lines)))
 
         def stop(self):
