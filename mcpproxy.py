@@ -5066,7 +5066,7 @@ class Fetch:
     principal: object = None         # whom it is for, as far as is known,
     whose: object = None             # and as it was when it was sent
     size = 0                         # bytes of what came that it holds itself
-    waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
+    waits_in: collections.deque | None = None        # the queue for a connection, since it was sent
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5100,7 +5100,7 @@ class Fetch:
             self.is_over = True
             if self.connection:
                 self.connection.close()
-            elif self in self.waits_in:
+            elif self.waits_in and self in self.waits_in:
                 self.waits_in.remove(self)
 
 
@@ -5410,18 +5410,13 @@ class Ask(Fetch):
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
         self._over = asyncio.get_running_loop().create_future()
-        self._is_sent = False
-
-    def send(self, client: HTTPClient) -> None:
-        if not (self._is_sent or self.is_over):
-            self._is_sent = True
-            client.send(self)
 
     async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
-        """Sends it, and waits for the answer: OSError when there is none in that time, ConnectionError when the server
-        cannot be reached."""
+        """Sends it, if that was not done, and waits for the answer: OSError when there is none in that time,
+        ConnectionError when the server cannot be reached."""
         try:
-            self.send(client)
+            if self.waits_in is None and not self.is_over:
+                client.send(self)
             async with asyncio.timeout(seconds):
                 return await self._over
         except TimeoutError:
@@ -5919,7 +5914,7 @@ class RemoteLink(Link):
             self._held.append((line, about, is_repeated))
         elif about is None and not self._is_telling:
             self._is_telling, aside = True, Aside(self, line, is_repeated)
-            aside.send(self._client)
+            self._client.send(aside)
             self._spawn(self._tell_all(aside))
         elif about is None:
             self._asides.append((line, is_repeated))
