@@ -5751,7 +5751,6 @@ class Listen(RemoteFetch, Ask):
         super().__init__(link, number, link.get_head(last_id))
         self.last_id, self.retry, self.tries = last_id, retry, tries
         self.is_extra = number is None         # what is missing of an answer is one more request of somebody's
-        self._opened_at = float("inf")
 
     def again(self) -> "Listen":
         """The next one, which goes on where this one ended."""
@@ -5774,10 +5773,8 @@ class Listen(RemoteFetch, Ask):
 
     def on_head(self, head: ResponseHead) -> None:
         super().on_head(head)
-        if self.is_stream:
-            self._opened_at = asyncio.get_running_loop().time()
-            # One that goes on where the last one was cut brings what came between.
-            self.link.gaps += self.number is None and not self.last_id
+        if self.is_stream and self.number is None and not self.last_id:          # otherwise it brings what came between
+            self.link.gaps += 1
 
     def on_part(self, data: bytes) -> None:
         self.tries = 0
@@ -5786,6 +5783,8 @@ class Listen(RemoteFetch, Ask):
     async def heard(self, client: HTTPClient) -> tuple[int, str, bool]:
         """Hears it to its end: the HTTP status if it was no stream, otherwise 0; the end, a predicate of the server's;
         and was that reached?"""
+        now = asyncio.get_running_loop().time
+        began = now()
         try:
             head, _ = await self.answer(client)
             return 0 if self.is_stream else head.status, f"answered HTTP {head.status}", True
@@ -5793,7 +5792,7 @@ class Listen(RemoteFetch, Ask):
             return 0, str(error), not isinstance(error, ConnectionError)
         finally:
             # What stands between may cut each stream that is silent for a minute, and most are.
-            if self.is_stream and asyncio.get_running_loop().time() - self._opened_at >= LASTING_SECONDS:
+            if self.is_stream and now() - began >= LASTING_SECONDS:
                 self.tries = 0
 
 
