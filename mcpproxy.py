@@ -5908,13 +5908,13 @@ class RemoteLink(Link):
             self._post(line, about)
         elif line == INITIALIZED:
             self._held = self._held or []      # a server may refuse what comes before this
-            self._spawn(self._open())
+            asyncio.create_task(self._open())
         elif self._held is not None:
             self._held.append((line, about, is_repeated))
         elif about is None and not self._is_telling:
             self._is_telling, aside = True, Aside(self, line, is_repeated)
             self._client.send(aside)
-            self._spawn(self._tell_all(aside))
+            asyncio.create_task(self._tell_all(aside))
         elif about is None:
             self._asides.append((line, is_repeated))
             self.backlog += len(line)
@@ -5934,7 +5934,7 @@ class RemoteLink(Link):
     def tell_way(self, way: str) -> None:
         if self.on_end and self.is_open:
             self.way = way
-            self._spawn(self._tell_way())
+            asyncio.create_task(self._tell_way())
 
     async def _tell_way(self) -> None:
         with contextlib.suppress(OSError):     # only that it is refused is of interest
@@ -5969,9 +5969,6 @@ class RemoteLink(Link):
                 await Ask(self._request_head("DELETE", self._session_headers())).answer(self._client, DELETE_SECONDS)
         self._client.close()
         self.end()
-
-    def _spawn(self, work: collections.abc.Coroutine) -> None:
-        asyncio.get_running_loop().create_task(work)
 
     def end(self, reason: str = "") -> None:
         """No more lines will come, because it `reason`, a predicate."""
@@ -6072,7 +6069,7 @@ class RemoteLink(Link):
         if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
                 not has_answer or _NOT_MINE.search(body)):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
-            self._spawn(self._doubt())
+            asyncio.create_task(self._doubt())
         if post.session and is_of_lost_session(head, body, post.number):
             if post.is_repeated:
                 self._refuse(post, refusal(head, body))
@@ -6114,7 +6111,7 @@ class RemoteLink(Link):
         """There is no answer."""
         if post.about[1] == "initialize" and self._held is None and not self._endpoint and (
                 error.data and error.data["status"] in (400, 404, 405)):
-            self._spawn(self._fall_back(post, error))
+            asyncio.create_task(self._fall_back(post, error))
         else:
             self.on_refused(post.number, error)
 
@@ -6142,7 +6139,7 @@ class RemoteLink(Link):
         self._held = [*first, *((line, None, is_repeated) for line, is_repeated in self._asides)]
         self._asides.clear()
         self.backlog = 0
-        self._spawn(self._open_another())
+        asyncio.create_task(self._open_another())
 
     async def _open_another(self) -> None:
         self.session = None
@@ -6168,7 +6165,7 @@ class RemoteLink(Link):
 
     def _listen(self, listen: Listen) -> None:
         self._running[listen.number] = listen
-        self._spawn(self._follow(listen))
+        asyncio.create_task(self._follow(listen))
 
     async def _follow(self, listen: Listen) -> None:
         """Hears a stream, and what goes on where it was cut, until that is in vain."""
