@@ -7608,7 +7608,6 @@ class Instance:
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
         self.failure: ServerError | None = None     # why the last start failed, if it did
-        self.failed_at = 0.0
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
@@ -7661,7 +7660,7 @@ class Instance:
     def check_up(self) -> None:
         """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
         if self.failure and self.state is not STARTING and self.connection is None:
-            if self.server.now() - self.failed_at >= KEPT_SECONDS:
+            if self.server.now() - self.since >= KEPT_SECONDS:
                 self._wanted.set()
             raise self.failure.reworded(str(self.failure))
 
@@ -7722,7 +7721,7 @@ class Instance:
             self.server.on_error(reason := self.redact(str(error)), self.words, is_ready, is_ours)
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=reason)
-                self.failure, self.failed_at = error, self.server.now()
+                self.failure = error
                 self._settle_start(error)
             if self.is_private:
                 break
@@ -8014,7 +8013,7 @@ class Client(Holder):
             server = server.choose(self, left_out)
             instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
-                not instance.failure or self.mount.now() - instance.failed_at >= KEPT_SECONDS):
+                not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
