@@ -7441,7 +7441,6 @@ class KeptList:
         self._is_behind = False                    # or what it listed before, though it was asked for again?
         self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
-        self._is_doubtful = False                  # did the server not list it when it was asked last?
         self._listing: asyncio.Task | None = None
 
     async def get(self, refresh: bool = False) -> Items:
@@ -7485,19 +7484,18 @@ class KeptList:
         if self.is_old or self.last is None:
             return None
         capability = LISTS[self.method][2], "listChanged"
-        if member_at(self.instance.identity.capabilities, capability) is True and not self._is_doubtful and (
+        if member_at(self.instance.identity.capabilities, capability) is True and (
                 self.instance.connection is None or None is not self.last.hearing == hearing(self.instance)):
             return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
-        good_for = 0 if self._is_doubtful else self.last.ttl_ms / 1000         # that was said of an older answer
-        return self.last if age < max(KEPT_SECONDS, good_for) else None
+        return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
 
     async def _list(self) -> None:
         self.is_old = False
         try:
             items = await self.read()
             is_missed = self.is_missed or self._is_behind and items.texts != self.last.texts
-            self.last, self._is_doubtful, self.is_missed, self._is_behind = items, False, False, False
+            self.last, self.is_missed, self._is_behind = items, False, False
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
@@ -7510,7 +7508,8 @@ class KeptList:
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self.last.asked_at, self._is_doubtful, self._is_behind = self.instance.server.now(), True, True
+            self.last.asked_at, self.last.hearing, self._is_behind = self.instance.server.now(), None, True
+            self.last.ttl_ms = 0                   # that was said of an older answer
         finally:
             self._listing = None
 
