@@ -7491,6 +7491,8 @@ class KeptList:
         return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
 
     async def _list(self) -> None:
+        if self.is_old and self.last:              # who else asks meanwhile waits for the new one
+            self.last.asked_at, self.last.hearing = float("-inf"), None
         self.is_old = False
         try:
             items = await self.read()

@@ -15686,6 +15686,22 @@ async def test_conversation_listener_uses_its_own_legacy_server_from_the_first_t
 
 
 @in_town
+async def test_conversation_all_who_ask_for_a_changed_list_get_the_new_one():
+    town = Town("legacy", ["a", "b"])
+    clients = [await town.client("modern") for _ in range(2)]
+    for client in clients:
+        await town.say_to(client, 1, "tools/list")
+    del town.answers["tools/list"]
+    town.say(town.links["a"][0], notification("notifications/tools/list_changed", {}))
+    assert [await town.say_to(client, 2, "tools/list") for client in clients] == [[], []]
+    asked = town.links["a"][0].lines[-1]
+    town.say(town.links["a"][0], {"id": asked["id"], "result": {"tools": [{"name": "new", "inputSchema": {}}]}})
+    await asyncio.sleep(0.1)
+    for client in clients:
+        assert [tool["name"] for tool in town.told(client)[0]["result"]["tools"]] == ["a__new", "b__t"]
+
+
+@in_town
 async def test_conversation_slips_of_a_reload_are_told_once():
     town = Town("legacy", ["a"])
     await town.say_to(await town.client("modern"), 1, "tools/list")
