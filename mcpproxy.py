@@ -1268,7 +1268,7 @@ REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RES
 class Message(JSONObject):
     """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
 
-    __slots__ = ("members", "kind", "method", "id", "params", "meta", "_id_span")
+    __slots__ = ("members", "kind", "method", "id", "params", "meta")
 
     def __init__(self, text: str, members: dict):
         self.text = text
@@ -1279,7 +1279,7 @@ class Message(JSONObject):
         self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
         self.kind = (RESPONSE if self.method is None else
                      NOTIFICATION if "id" not in members else REQUEST)
-        self._id_span = self._walked = None
+        self._walked = None
 
     @property
     def plain_params(self) -> dict:
@@ -1303,11 +1303,9 @@ class Message(JSONObject):
 
     def id_span(self) -> tuple[int, int]:
         """Where the id stands: mostly at the head or the tail of the message, where a look is enough."""
-        if self._id_span is None:
-            text = self.text
-            match = _ID_AT_HEAD.match(text) or _ID_AT_TAIL.search(text, max(0, len(text) - _TAIL_LENGTH))
-            self._id_span = match.span(1) if match else self.span("id")
-        return self._id_span
+        text = self.text
+        match = _ID_AT_HEAD.match(text) or _ID_AT_TAIL.search(text, max(0, len(text) - _TAIL_LENGTH))
+        return match.span(1) if match else self.span("id")
 
     @property
     def raw_id(self) -> bytes:
