@@ -226,7 +226,6 @@ MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, in characters
-MAX_URI_PARTS = 1_000                # of one that changed: places where what it is a part of may end
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
@@ -1675,9 +1674,8 @@ def wholes_of(uri: object) -> list[str]:
     ResourceUpdatedNotification: "This might be a sub-resource of the one that the client actually subscribed to." """
     if not isinstance(uri, str):
         return []
-    ends = [end for match in itertools.islice(re.finditer("[/?#]", uri[:MAX_URI]), MAX_URI_PARTS)
-            for end in ((match.start(), match.end()) if match[0] == "/" else (match.start(),))]
-    return [uri, *(uri[:end] for end in ends if end < len(uri))]
+    ends = re.finditer("(?=[/?#])|(?<=/)", uri[:MAX_URI])          # before each of these, and behind a slash
+    return [uri, *(uri[:end.start()] for end in ends if end.start() < len(uri))]
 
 
 MAX_TEMPLATE_PARTS = 24          # of a resource template
