@@ -12284,7 +12284,6 @@ class Probes(Application):
 # session that it names, and without a session it is HTTP+SSE.
 
 MAX_WATCHERS = 20                # of the overview
-WATCH_PAUSE = 1.0                # seconds until they are told again
 KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together
 
 
@@ -12313,17 +12312,17 @@ class Endpoints(Application):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
         self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
-        self._told_at = 0.0
 
     def tick(self, now: float) -> None:
-        """Called now and then: makes answers streams that took too long to be JSON, and tells those who watch."""
+        """Called now and then: makes answers streams that took too long to be JSON."""
         for call in [*self.mount.calls, *self.mount.subscriptions]:
             if call.started + call.outlet.patience <= now:
                 call.outlet.open()
-        if self._watchers and now - self._told_at >= WATCH_PAUSE:
-            self._told_at = now
-            for watcher in list(self._watchers):
-                self._tell(watcher)
+
+    def tell_watchers(self) -> None:
+        """The same, less often: what can be seen of the proxy, if it is something else."""
+        for watcher in list(self._watchers):
+            self._tell(watcher)
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
@@ -12925,8 +12924,7 @@ class DemoServer:
 
 TICK = 0.25                    # how often time is looked at, in seconds
 LOOK = 3.0                     # and what orphans there are
-MEASURE = 1.0                  # and what servers use
-WATCH_SECONDS = 1.0            # and whether the file of servers is another one
+MEASURE = 1.0                  # and what servers use, what the overview shows, and whether the file is another one
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
 
 
@@ -13037,9 +13035,9 @@ class Proxy:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
         looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
-                  (MEASURE, lambda now: give_back())]
+                  (MEASURE, lambda now: self.endpoints.tell_watchers()), (MEASURE, lambda now: give_back())]
         if self.settings.watch:
-            looks.append((WATCH_SECONDS, lambda now: self._stat_config() == self._config_seen or self.reload()))
+            looks.append((MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()))
         last = {look: 0.0 for _, look in looks}
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
