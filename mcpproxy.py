@@ -11895,10 +11895,12 @@ NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas depen
 DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 
-def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
-    """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
+@functools.lru_cache(maxsize=8)           # it takes 20 ms for a hundred tools, and some ask again and again
+def openapi_document(tools: tuple[tuple[str, str], ...], title: str, version: str, base_path: str,
+                     needs_key: bool) -> bytes:
+    """An OpenAPI 3.1 description of tools, given as (name, text): one operation each."""
     paths, schemas = {}, {}
-    for name, text in tools.items():
+    for name, text in tools:
         try:
             tool, parts = scan_plain(text, 0)[0], {}
             path = "/tools/" + quote(name, safe="", errors="surrogatepass")
@@ -12284,7 +12286,6 @@ class Probes(Application):
 # session that it names, and without a session it is HTTP+SSE.
 
 MAX_WATCHERS = 20                # of the overview
-KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together
 
 
 def encode_call(name: str, arguments: str) -> Message:
@@ -12311,7 +12312,6 @@ class Endpoints(Application):
                  overview: Overview | None = None):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
-        self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON."""
@@ -12574,14 +12574,8 @@ class Endpoints(Application):
         tools = await tools_at(client)
         identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
-        about = tools, name, version, admission.base, self.settings.is_guarded
-        kept = self.documents.pop(client.view, None)
-        if not kept or kept[0] != about:
-            kept = about, openapi_document(*about)
-        self.documents[client.view] = kept
-        while len(self.documents) > 1 and sum(len(text) for _, text in self.documents.values()) > KEPT_DOCUMENT_BYTES:
-            del self.documents[next(iter(self.documents))]
-        self.send_json(reply, kept[1])
+        self.send_json(reply, openapi_document(
+            tuple(tools.items()), name, version, admission.base, self.settings.is_guarded))
 
     # For those who look at the overview.
 
@@ -13010,7 +13004,6 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
-        self.endpoints.documents.clear()
         self.mount.reload(catalog, keys.callers)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))

@@ -20047,7 +20047,7 @@ def test_endpoint_openapi_has_what_schemas_define_by_name_where_every_reader_loo
               "properties": {"a": {"$ref": "#/$defs/a%20tree"}, "b": {"$ref": "#/definitions/a tree"},
                              "c": {"$ref": "#/properties/a"}}}
     tools = {name: json.dumps({"name": name, "inputSchema": schema, "outputSchema": schema}) for name in "xy"}
-    document = json.loads(mcpproxy.openapi_document(tools, "t", "1", "", False))
+    document = json.loads(mcpproxy.openapi_document(tuple(tools.items()), "t", "1", "", False))
     assert len(document["components"]["schemas"]) == 2 * 2 * 3
 
     def found(reference):
@@ -20068,21 +20068,10 @@ def test_endpoint_openapi_has_what_schemas_define_by_name_where_every_reader_loo
                 found(a)["properties"]["whole"]["$ref"]) == place
 
 
-@pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
-def test_endpoint_documents_of_tools_are_kept_while_they_are_small(monkeypatch, size, kept):
-    @in_town
-    async def ask_at_three_places():
-        town = Town("legacy", ["a", "b"])
-        endpoints = mcpproxy.Endpoints(town.settings, town.mount, overview=types.SimpleNamespace())
-        endpoints.send_json = lambda reply, body: None
-        monkeypatch.setattr(mcpproxy, "openapi_document", lambda *about: b"x" * 2 * size)
-        for place in None, "a", "b":
-            await endpoints.openapi(types.SimpleNamespace(
-                view=town.mount.catalog.view(place), caller=None, variables={}, base="", name=None,
-                head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
-                    connection=types.SimpleNamespace(principal="ann")))
-        assert len(endpoints.documents) == kept
-    ask_at_three_places()
+def test_endpoint_document_of_tools_is_made_once_for_all_who_are_shown_the_same():
+    about = (("x", "{}"),), "t", "1", "/servers/a", False
+    made = mcpproxy.openapi_document(*about)
+    assert mcpproxy.openapi_document(*about) is made and mcpproxy.openapi_document(*about[:-1], True) is not made
 
 
 # Has a tool whose schema nobody gets through, and lists its tools slowly.
