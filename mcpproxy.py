@@ -12270,9 +12270,6 @@ class Probes(Application):
         self.counters = Counters()             # its own requests are not counted
         self.guards = Application._check_origin, Application._check_host       # no key, and no other proxy before it
 
-    def _sees_all(self, admission: Admission) -> bool:
-        return False                           # who asks here is not known
-
 
 # ============================================================================
 # 47. Endpoints
