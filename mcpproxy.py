@@ -12597,13 +12597,10 @@ class Endpoints(Application):
 
     def _tell(self, watcher: Reply) -> None:
         admission = watcher.admission
-        try:
-            text = self.overview.summary(admission.caller)
-        except RPCError:                       # its key opens nothing that is configured now
-            text = ""
-        if not text or admission.is_old:       # it has to come again
+        if admission.is_old:                   # it has to come again
             del self._watchers[watcher]
             return watcher.close()
+        text = self.overview.summary(admission.caller)
         if text != self._watchers[watcher]:
             self._watchers[watcher] = text
             watcher.write(encode_event([text.encode()]))
