@@ -11571,7 +11571,6 @@ class Overview:
         self._mount = mount
         self._census = census or Census()
         self._started_at, self._clock_at = time.time(), mount.now()
-        self._metrics: asyncio.Task[bytes] | None = None
 
     def _wall(self, moment: float) -> float:
         """A moment of the mount's clock in seconds since 1970."""
@@ -11643,14 +11642,8 @@ class Overview:
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 
-    def metrics(self) -> asyncio.Future[bytes]:
-        """What Prometheus reads: made once for all who ask meanwhile."""
-        if self._metrics is None or self._metrics.done():
-            self._metrics = asyncio.get_running_loop().create_task(self._read_metrics())
-        return asyncio.shield(self._metrics)
-
-    async def _read_metrics(self) -> bytes:
-        """Once it is known which tools there are."""
+    async def metrics(self) -> bytes:
+        """What Prometheus reads, once it is known which tools there are."""
         servers, counters, instances = self._mount.servers, self._mount.counters, {}
         for server in servers.values():
             server.read_listings()

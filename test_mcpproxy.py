@@ -16787,15 +16787,6 @@ async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
 
 
 @in_town
-async def test_conversation_metrics_are_made_once_for_all_who_ask_at_a_time():
-    town = Town("legacy", ["a"])
-    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
-    overview = mcpproxy.Overview(town.mount, census)
-    one, other = await asyncio.gather(overview.metrics(), overview.metrics())
-    assert one is other and b"mcpproxy_server_up" in one and await overview.metrics() is not one
-
-
-@in_town
 async def test_conversation_joint_listener_hears_the_member_of_a_group_that_claims_its_key():
     town = Town("legacy", ["g.a", "g.b", "c"])
     catalog = town.catalog(["g.a", "g.b", "c"])
