@@ -11710,8 +11710,7 @@ class Overview:
 # 44. Admission
 # ============================================================================
 #
-# What the head of a request says: who sends it, to which place, and what for. It
-# is found out once for a head that comes again.
+# What the head of a request says, which is found out once for a head that comes again.
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
 OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
@@ -11720,7 +11719,7 @@ _TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0
 
 
 class Admission:
-    """What the head of a request says of who sends it, and what for: found out once for a head that comes again."""
+    """Who sends a request, to which place, and what for."""
 
     def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: dict):
         self.head, self._settings, self._catalog = head, settings, catalog
@@ -12268,8 +12267,7 @@ class Probes(Application):
 # 47. Endpoints
 # ============================================================================
 #
-# What each method and path means. To add an endpoint, write a method of
-# Endpoints that takes (admission, body, reply) and add a Route to ROUTES.
+# What each method and path means: a Route of ROUTES, to methods that take (admission, body, reply).
 #
 # /mcp and /sse are one endpoint, so that one URL serves every client: a POST is
 # Streamable HTTP, of the era that the message claims; a GET is the stream of the
@@ -12783,9 +12781,8 @@ class StandardStreams(asyncio.BaseProtocol):
 # 49. Demo server
 # ============================================================================
 #
-# A small MCP server, so that there is something to serve without configuration.
-# It runs as a child process like any other server (`mcpproxy.py --demo-server`)
-# and shows what a stdio server is: lines in, lines out.
+# A small MCP server, so that there is something to serve without configuration. It runs as a child process like any
+# other (`mcpproxy.py --demo-server`) and shows what a stdio server is: lines in, lines out.
 
 DEMO_COMMAND = [sys.executable, os.path.abspath(__file__), "--demo-server"]
 
