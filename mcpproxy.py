@@ -6893,7 +6893,8 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
-        return list(connection.causes) if len({call.asker for call in connection.causes}) == 1 else [], None
+        asker = next(iter(connection.causes)).asker
+        return list(connection.causes) if all(call.asker == asker for call in connection.causes) else [], None
     if len(instance.sessions) > 1:
         return [], None
     # No call that can have caused it is running. There are only this session, and calls that wait for their clients.
@@ -7493,11 +7494,11 @@ class KeptList:
         try:
             items = await self.read()
             is_missed = self.is_missed or self._is_behind and items.texts != self.last.texts
-            self.last, self.is_missed, self._is_behind = items, False, False
+            self.last, self.is_missed, self._is_behind = items, False, self.is_old        # it changed meanwhile, maybe
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            kind, self._pause = LISTS[self.method][2], KEPT_SECONDS
+            kind, self._pause = LISTS[self.method][2], self._pause if self._is_behind else KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
                 items.asked_at = self.instance.server.now()        # whoever is told asks now, and shall get this
                 tell_all(self.instance, list_changed(kind))
@@ -8675,6 +8676,7 @@ class Group:
 
 NOBODYS_NAME = "-"               # of a session
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
+GOODBYE_SECONDS = 0.5            # for a client to close, after it has ended its session
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
 LONGEST_CALL = 86_400            # seconds, "regardless of progress notifications". MCP 2025-11-25, Lifecycle, Timeouts
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
@@ -8832,8 +8834,13 @@ class Mount:
         return name
 
     def delete_session(self, session: Session) -> None:
-        """Its client needs it no more: it is not opened again here."""
-        session.leave()
+        """Its client needs it no more: it is not opened again here. Whoever may still wait for a call is told so when
+        the client has closed: until then, Python's SDK 1.x takes an answer for a fault, or dies of it."""
+        self.sessions.pop(session.id, None)
+        if session.calls:
+            asyncio.get_running_loop().call_later(GOODBYE_SECONDS, session.leave)
+        else:
+            session.leave()
         if self.settings.session_secret:
             self.deleted[session.id] = None
             if len(self.deleted) > MAX_DELETED:
@@ -10297,7 +10304,6 @@ class Exchange(ClientRequest):
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
         still wait, that is told the error."""
         if error:
-            self.outlet.open()           # Python's SDK 1.x dies of an answer as JSON while it closes
             self.fail(error, CANCELLED)
         elif self.method != "initialize" or not notification:    # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
             self.end(CANCELLED, notification=notification)
@@ -11887,7 +11893,7 @@ NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas depen
 DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 
-@functools.lru_cache(maxsize=8)           # it takes 20 ms for a hundred tools, and some ask again and again
+@functools.lru_cache(maxsize=4)           # it takes 20 ms for a hundred tools, and some ask again and again
 def openapi_document(tools: tuple[tuple[str, str], ...], title: str, version: str, base_path: str,
                      needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of tools, given as (name, text): one operation each."""
@@ -12988,6 +12994,7 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
+        openapi_document.cache_clear()
         self.mount.reload(catalog, keys.callers)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
