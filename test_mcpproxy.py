@@ -9924,7 +9924,7 @@ def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it
         link, megabyte = Deaf(), b"x" * 1_000_000
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
                                                on_notification=None, is_ones_own=False)
-        for principal, number in ("a", 67), ("b", 33), ("c", 22), (None, 5):
+        for principal, number in ("a", 68), ("b", 33), ("c", 22), (None, 5):
             for _ in range(number):
                 connection.send(megabyte, None, principal)
             if principal:
@@ -9948,11 +9948,11 @@ def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_
         link = Deaf()
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
                                                on_notification=None, is_ones_own=False)
-        for _ in range(67):
+        for _ in range(68):
             connection.send_if_possible(b"x" * 1_000_000)
         assert not link.was_ended
         connection.send_if_possible(b"x" * 1_000_000)
-        assert link.was_ended and len(link.lines) == 67
+        assert link.was_ended and len(link.lines) == 68
     asyncio.run(run())
 
 
