@@ -1003,11 +1003,11 @@ class EventParser(LineSplitter):
             data, kind, self._data, self._type, self.last_id = self._data, self._type, [], b"", self._id
             return self._on_event(kind or b"message", b"\n".join(data)) if data else None
         if line.startswith(b"data: "):         # what is large is copied once
-            return self._add(line[6:])
+            return self._add(line[6:], line)
         name, _, value = line.removeprefix(BOM).partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
-            self._add(value)
+            self._add(value, value)
         elif name == b"event":
             self._type = value
         elif name == b"id" and b"\0" not in value:
@@ -1015,22 +1015,18 @@ class EventParser(LineSplitter):
         elif name == b"retry" and value.isdigit() and len(value) < 10:
             self.retry = int(value) / 1000
 
-    def _add(self, value: bytes) -> None:
-        self._event_size += len(value) + EVENT_LINE
-        if self._event_size > self._limit + EVENT_LINE:          # of many lines: each is within the limit
-            if self._data:
-                self._on_too_large(self._data[0][:KEPT_ENDS], value[-KEPT_ENDS:])
-            self._data.clear()
-        else:
+    def _add(self, value: bytes, tail: bytes, missing: int = 0) -> None:
+        was_whole = self._event_size <= self._limit + EVENT_LINE
+        self._event_size += len(value) + missing + EVENT_LINE
+        if self._event_size <= self._limit + EVENT_LINE:
             self._data.append(value)
+        elif was_whole:                        # one line over the limit, or many within it; what follows is nothing
+            self._on_too_large((self._data or [value])[0][:KEPT_ENDS], tail[-KEPT_ENDS:])
+            self._data.clear()
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
-        if not head.startswith(b"data:"):
-            return                             # it says nothing; without one that does, the rest is nothing either
-        if self._event_size <= self._limit + EVENT_LINE:                # otherwise that was told
-            self._on_too_large(self._data[0][:KEPT_ENDS] if self._data else head[5:].removeprefix(b" "), tail)
-        self._event_size = self._limit + EVENT_LINE + 1
-        self._data.clear()
+        if head.startswith(b"data:"):          # others say nothing
+            self._add(head[5:].removeprefix(b" "), tail, self._limit + 1)
 
 
 # ============================================================================
