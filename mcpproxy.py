@@ -9568,8 +9568,7 @@ class LegacyClientModernServer(LegacyClientBridge):
                 gathered(key, '{"action":"cancel"}')
             else:
                 # There is no way to tell the server of an error, so the call fails with it.
-                error = response.raw("error").encode()
-                exchange.finish([b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (exchange.raw_id, error)])
+                exchange.finish(response.with_id(exchange.raw_id))
         question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
         exchange.begin_dialogue().ask_session(question)
 
