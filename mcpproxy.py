@@ -10257,17 +10257,14 @@ class Exchange(ClientRequest):
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
     def _about(self, number: int, connection: ServerConnection, message: Message) -> tuple:
-        """What a remote server is told beside the message, see Link.write()."""
+        """What a remote server is told beside the message, see Link.write(): with headers of its own, for whose it is,
+        and in a tools/call for the arguments that they repeat."""
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
-        return number, self.method, name, self._headers_for(connection, message), self.way
-
-    def _headers_for(self, connection: ServerConnection, message: Message) -> tuple[tuple[str, str], ...]:
-        """Its own headers for a remote server: whose it is, and in a tools/call the arguments that it repeats."""
         whose = self.client.serial if self.client.owner is None else self.asker
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
-            return asker,
+            return number, self.method, name, (asker,), self.way
         tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
         if self.target and self.target.override and isinstance(arguments or {}, dict):
             override = self.target.override
@@ -10275,8 +10272,9 @@ class Exchange(ClientRequest):
         own = mirror(tools.mirrored.get(self.own_name, {}) if tools else {}, arguments)
         # "Intermediate servers that do not recognize an Mcp-Param-{Name} header MUST forward it."
         given = self.http_headers.items() if self.envelope else ()
-        return asker, *own, *((name, value) for name, value in given
-                       if name.startswith("mcp-param-") and value.isascii() and name not in dict(own))
+        forwarded = [(header, value) for header, value in given
+                     if header.startswith("mcp-param-") and value.isascii() and header not in dict(own)]
+        return number, self.method, name, (asker, *own, *forwarded), self.way
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
