@@ -10908,7 +10908,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self.is_half_closed = False         # will the client send nothing more?
         self._advances_soon = False         # is it planned to go on with what is there?
         self.since = time.monotonic()       # the beginning of what is waited for
-        self.received = self._received_before = 0           # bytes, and what they were then
+        self.received = 0                   # bytes
         self.keeps_alive = True
         server.connections.add(self)
 
@@ -10922,10 +10922,10 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def data_received(self, data: bytes) -> None:
         if self._phase is LINGER:
             return
-        if self.received == self._received_before:
-            self.since = time.monotonic()
-        elif self._phase is BODY:
+        if self._phase is BODY:
             self.since = min(time.monotonic(), self.since + len(data) / BODY_RATE)
+        elif self._phase is HEAD and not self._parser.rest:
+            self.since = time.monotonic()
         self.received += len(data)
         self._parser.feed(data)
         self._advance()
@@ -11118,7 +11118,6 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """The reply is complete: on to the next request, or the end."""
         self._reply, rest = None, self._parser.rest
         self.since = time.monotonic()
-        self._received_before = self.received - (0 if not rest or self._parser.is_between else len(rest))
         if self._phase is LINGER:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
