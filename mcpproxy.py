@@ -10294,8 +10294,8 @@ class Exchange(ClientRequest):
         try:
             if self.group:
                 self.instance.server.failures = 0
-            if self.group or self.method == "resources/read":
-                self._remember_state(response)
+            if self.envelope and (self.group or self.method == "resources/read") and is_input_required(response):
+                self.remember_state(response.parsed().result.get("requestState"))
             if not response.is_result:
                 if self._ask_next():
                     return None
@@ -10337,14 +10337,8 @@ class Exchange(ClientRequest):
         except ServerError as error:
             self.fail(error)
 
-    def _remember_state(self, response: ResponseLine | Message) -> None:
-        """A response may ask for input: the request that comes with it is for the same server."""
-        state = response.parsed().result.get("requestState") if self.target and self.envelope and (
-            is_input_required(response)) else None
-        self.remember_state(state)
-
     def remember_state(self, state: object) -> None:
-        """The same for one of ours: when that is used up, it is not to reach another member of the group."""
+        """The request that comes back with this is for the same server, also where the state was ours and is used."""
         if isinstance(state, str) and self.target:
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
