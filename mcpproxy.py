@@ -12283,7 +12283,7 @@ class Endpoints(Application):
                 call.outlet.open()
 
     def tell_watchers(self) -> None:
-        """The same, less often: what can be seen of the proxy, if it is something else."""
+        """Called less often: tells those who watch the overview, if it is another one by now."""
         for watcher in list(self._watchers):
             self._tell(watcher)
 
