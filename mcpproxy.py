@@ -4866,7 +4866,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._transport = transport
         self._pid = transport.get_pid()
         self._reaper.census.servers[self._pid] = self.usage
-        self.fields = {"pid": str(self._pid)}
+        self.fields = {"pid": self._pid}
         self._stdin = transport.get_pipe_transport(0)
         Output(transport.get_pipe_transport(1), self._stdout.feed)
         for number in (0, 1):
@@ -12455,7 +12455,7 @@ class Endpoints(Application):
         session = self._session(admission)
         stream, after = session.stream, None
         last_event_id = admission.head.headers.get("last-event-id")
-        if last_event_id is not None:
+        if last_event_id:                      # an empty one is that of a client that has seen none
             stream, after = session.find_event(last_event_id)
             if stream is None or stream.is_over(after):
                 # After a stream that ends without a word, SDKs ask for the next one for ever. So it is what tells a

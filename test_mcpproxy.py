@@ -6068,7 +6068,8 @@ def test_log_line_as_json_holds_any_id():
             proxy.request("POST", "/mcp", b'{"jsonrpc":"2.0","id":%b,"method":"ping"}' % request_id, ACCEPT)
         assert is_healthy(proxy)
         until(lambda: proxy.log().count('"ping"') >= 2, "the lines of the log")
-        assert all(json.loads(line) for line in proxy.log().splitlines())
+        lines = [json.loads(line) for line in proxy.log().splitlines()]
+        assert {type(line["pid"]) for line in lines if "pid" in line} == {int}
 
 
 def test_log_secrets_are_taken_out_in_every_form_and_quickly():
@@ -11541,6 +11542,13 @@ def test_session_general_stream_is_replayed_from_the_event(fake):
         assert [message["params"]["number"] for message in again.count(3)] == [2, 3, 4]
         client.tool("notify", method=RESOURCES_CHANGED, params={"number": 5})
         assert len(again.count(4)) == 4
+
+
+def test_session_stream_is_opened_as_new_by_an_event_id_that_is_empty(fake):
+    with StreamableClient(fake) as client:
+        stream = client.send(None, {"Last-Event-ID": ""}, "GET")
+        client.tool("notify", method=TOOLS_CHANGED)
+        stream.wait_for(TOOLS_CHANGED)
 
 
 def test_session_event_id_that_is_none_of_its_own_is_refused(fake):
