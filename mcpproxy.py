@@ -1674,18 +1674,35 @@ def wholes_of(uri: object) -> list[str]:
     return [uri, *(uri[:end.start()] for end in ends if end.start() < len(uri))]
 
 
+MAX_TEMPLATE_PARTS = 24          # of a resource template
+
+
 @functools.lru_cache(maxsize=1_024)
-def fits_template(template: str):
-    """A function that takes a URI, and finds whether a resource template stands for it. RFC 6570, §3.2: {name} has no
-    slash in it, {+name}, {/name*} and {?name} may be anything. Each but the last takes no more than it must, and gives
-    nothing back, so that the time grows by the length of the URI alone."""
-    start, *rest = re.split(r"\{([^{}]*)\}", template[:MAX_URI], maxsplit=24)
-    parts = []
-    for name, literal in zip(rest[::2], rest[1::2]):
-        is_one_step = name[:1].isalnum() and not name.endswith("*")
-        parts.append(("[^/?#]+?" if is_one_step else ".*?") + re.escape(literal))
-    pattern = re.escape(start) + "".join(f"(?>{part})" for part in parts[:-1]) + "".join(parts[-1:])
-    return re.compile(pattern, re.DOTALL).fullmatch
+def template_parts(template: str) -> tuple[str, ...]:
+    """A resource template's literals and {expressions}."""
+    return tuple(part for part in re.split(r"(\{[^{}]*\})", template[:MAX_URI]) if part)
+
+
+def fits_template(uri: str, template: str) -> bool:
+    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
+    and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
+    parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
+    if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
+        return False                       # the end tells for most
+    for part in parts:
+        if not part.startswith("{"):
+            ends = {end + len(part) for end in ends if uri.startswith(part, end)}
+        elif not (part[1:2].isalnum() and part[-2] != "*"):
+            ends = set(range(min(ends), len(uri) + 1))
+        else:
+            before, ends, is_inside = ends, set(), False
+            for at in range(min(before), len(uri)):
+                is_inside = (is_inside or at in before) and uri[at] not in "/?#"
+                if is_inside:
+                    ends.add(at + 1)
+        if not ends:
+            return False
+    return len(uri) in ends
 
 
 def negotiate(requested: object) -> str:
@@ -5041,7 +5058,7 @@ class Fetch:
     principal: object = None         # whom it is for, as far as is known,
     whose: object = None             # and as it was when it was sent
     size = 0                         # bytes of what came that it holds itself
-    waits_in: collections.deque | None = None        # the queue for a connection, since it was sent
+    waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5075,7 +5092,7 @@ class Fetch:
             self.is_over = True
             if self.connection:
                 self.connection.close()
-            elif self.waits_in and self in self.waits_in:
+            elif self in self.waits_in:
                 self.waits_in.remove(self)
 
 
@@ -5385,13 +5402,18 @@ class Ask(Fetch):
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
         self._over = asyncio.get_running_loop().create_future()
+        self._is_sent = False
+
+    def send(self, client: HTTPClient) -> None:
+        if not (self._is_sent or self.is_over):
+            self._is_sent = True
+            client.send(self)
 
     async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
-        """Sends it, if that was not done, and waits for the answer: OSError when there is none in that time,
-        ConnectionError when the server cannot be reached."""
+        """Sends it, and waits for the answer: OSError when there is none in that time, ConnectionError when the server
+        cannot be reached."""
         try:
-            if self.waits_in is None and not self.is_over:
-                client.send(self)
+            self.send(client)
             async with asyncio.timeout(seconds):
                 return await self._over
         except TimeoutError:
@@ -5888,7 +5910,7 @@ class RemoteLink(Link):
             self._held.append((line, about, is_repeated))
         elif about is None and not self._is_telling:
             self._is_telling, aside = True, Aside(self, line, is_repeated)
-            self._client.send(aside)
+            aside.send(self._client)
             asyncio.create_task(self._tell_all(aside))
         elif about is None:
             self._asides.append((line, is_repeated))
@@ -7029,19 +7051,24 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
     if instance.is_crowded and not instance.is_private:      # they are told of what they asked for, not of each part
-        news = [(parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri}).decode()),
-                 set(topic.subscribers)) for topic in topics]
-    else:
-        private = instance.sessions.values() if instance.is_private else ()
-        news = [(message, set().union(private, *(topic.subscribers for topic in topics)))]
-    for message, subscribers in news:
-        payload = message.payload
-        if subscribers and instance.is_news(payload[0]):
-            for subscriber in subscribers:
-                if subscriber in instance.listeners:
-                    subscriber.hear(message)
-                else:
-                    subscriber.stream.send(payload)
+        for topic in topics:
+            line = encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri})
+            if instance.is_news(line):
+                _tell_subscribers(instance, parse_message(line.decode()), set(topic.subscribers))
+        return
+    subscribers = set(instance.sessions.values()) if instance.is_private else set()
+    subscribers.update(*(topic.subscribers for topic in topics))
+    if subscribers and instance.is_news(message.payload[0]):
+        _tell_subscribers(instance, message, subscribers)
+
+
+def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
+    payload = message.payload
+    for subscriber in subscribers:
+        if subscriber in instance.listeners:
+            subscriber.hear(message)
+        else:
+            subscriber.stream.send(payload)
 
 
 def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -8010,7 +8037,7 @@ class Client(Holder):
     @property
     def only_instance(self) -> Instance:
         """The one that its requests go to if it is shown one server."""
-        return self.at(self.mount.server(self.view.members[0].name))
+        return self.by_name(self.view.members[0].name)
 
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
@@ -9229,7 +9256,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
             if uri in has[number]:
                 return [Target(member.name)], missing
     for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
-        if any(fits_template(template)(uri) for template in itertools.islice(templates, MAX_TEMPLATES)):
+        if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
@@ -10280,6 +10307,7 @@ class Exchange(ClientRequest):
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
         still wait, that is told the error."""
         if error:
+            self.outlet.open()           # Python's SDK 1.x dies of an answer as JSON, if it closes slowly
             self.fail(error, CANCELLED)
         elif self.method != "initialize" or not notification:    # MCP 2025-11-25, Cancellation: "MUST NOT be cancelled"
             self.end(CANCELLED, notification=notification)
@@ -11546,6 +11574,7 @@ class Overview:
         self._mount = mount
         self._census = census or Census()
         self._started_at, self._clock_at = time.time(), mount.now()
+        self._metrics: asyncio.Task[bytes] | None = None
 
     def _wall(self, moment: float) -> float:
         """A moment of the mount's clock in seconds since 1970."""
@@ -11617,8 +11646,14 @@ class Overview:
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 
-    async def metrics(self) -> bytes:
-        """What Prometheus reads, once it is known which tools there are."""
+    def metrics(self) -> asyncio.Future[bytes]:
+        """What Prometheus reads: made once for all who ask meanwhile."""
+        if self._metrics is None or self._metrics.done():
+            self._metrics = asyncio.get_running_loop().create_task(self._read_metrics())
+        return asyncio.shield(self._metrics)
+
+    async def _read_metrics(self) -> bytes:
+        """Once it is known which tools there are."""
         servers, counters, instances = self._mount.servers, self._mount.counters, {}
         for server in servers.values():
             server.read_listings()
@@ -11862,12 +11897,10 @@ NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas depen
 DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 
-@functools.lru_cache(maxsize=4)           # it takes 20 ms for a hundred tools, and some ask again and again
-def openapi_document(tools: tuple[tuple[str, str], ...], title: str, version: str, base_path: str,
-                     needs_key: bool) -> bytes:
-    """An OpenAPI 3.1 description of tools, given as (name, text): one operation each."""
+def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
+    """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
     paths, schemas = {}, {}
-    for name, text in tools:
+    for name, text in tools.items():
         try:
             tool, parts = scan_plain(text, 0)[0], {}
             path = "/tools/" + quote(name, safe="", errors="surrogatepass")
@@ -12249,6 +12282,7 @@ class Probes(Application):
 # session that it names, and without a session it is HTTP+SSE.
 
 MAX_WATCHERS = 20                # of the overview
+KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together
 
 
 def encode_call(name: str, arguments: str) -> Message:
@@ -12275,6 +12309,7 @@ class Endpoints(Application):
                  overview: Overview | None = None):
         super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
+        self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
     def tick(self, now: float) -> None:
         """Called now and then: makes answers streams that took too long to be JSON."""
@@ -12537,8 +12572,14 @@ class Endpoints(Application):
         tools = await tools_at(client)
         identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
-        self.send_json(reply, openapi_document(
-            tuple(tools.items()), name, version, admission.base, self.settings.is_guarded))
+        about = tools, name, version, admission.base, self.settings.is_guarded
+        kept = self.documents.pop(client.view, None)
+        if not kept or kept[0] != about:
+            kept = about, openapi_document(*about)
+        self.documents[client.view] = kept
+        while len(self.documents) > 1 and sum(len(text) for _, text in self.documents.values()) > KEPT_DOCUMENT_BYTES:
+            del self.documents[next(iter(self.documents))]
+        self.send_json(reply, kept[1])
 
     # For those who look at the overview.
 
@@ -12963,7 +13004,7 @@ class Proxy:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
-        openapi_document.cache_clear()
+        self.endpoints.documents.clear()
         self.mount.reload(catalog, keys.callers)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
