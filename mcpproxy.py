@@ -1656,10 +1656,11 @@ def check_parameters(message: Message) -> None:
         check_lookalikes(params, PARAMETERS)
     if meta and not META.issuperset(meta):
         check_lookalikes(meta, META)
-    if RELATED_TASK_KEY in meta:
-        check_lookalikes(members_of(meta[RELATED_TASK_KEY]), PARAMETERS)
-    if "ref" in params:
-        check_lookalikes(members_of(params["ref"]), PARAMETERS)
+    try:
+        for inside in meta.get(RELATED_TASK_KEY), params.get("ref"):
+            check_lookalikes(unique_members_of(inside), PARAMETERS)
+    except ValueError as error:
+        raise RPCError(str(error), code=INVALID_PARAMS) from None
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
@@ -3072,7 +3073,9 @@ class Catalog:
         members, globs = self.offered, []
         if place is not None:
             members = {place: self.places[place]} if place in self.places else {}
-        if limits and members:
+        if not members:
+            raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
+        if limits:
             everywhere = tuple(members)
             members = {name: member for name, member in members.items() if limits.of(member.names)}
             if not members:
@@ -3091,8 +3094,6 @@ class Catalog:
                 if unknown:
                     raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
                 members = {name: member for name, member in members.items() if name in parts}
-        if not members:
-            raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
         return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits, self)
 
 

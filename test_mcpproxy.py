@@ -2778,6 +2778,16 @@ def test_rpc_names_that_some_readers_take_for_others_are_refused(params, word):
         mcpproxy.check_parameters(mcpproxy.parse_message(json.dumps(request(1, method, params))))
 
 
+@pytest.mark.parametrize("params", [
+    '"_meta":{"io.modelcontextprotocol/related-task":{"taskId":"others","taskId":"own"}}',
+    '"ref":{"type":"ref/prompt","name":"others","name":"own"}'])
+def test_rpc_what_a_request_is_about_is_named_once(params):
+    message = mcpproxy.parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"x","params":{{{params}}}}}')
+    with pytest.raises(RPCError, match="is there twice") as refused:
+        mcpproxy.check_parameters(message)
+    assert refused.value.code == -32602
+
+
 @pytest.mark.parametrize("error, expected", [
     ('{"code":-32602,"message":"x"}', "-32602"), ('{"code":7.0}', "7"), ("{}", "_OTHER"), ('{"code":"E7"}', "_OTHER"),
     ('{"code":true}', "_OTHER"), ('{"code":1e999}', "_OTHER")])
@@ -5424,6 +5434,14 @@ def test_views_enforce_rules_in_calls_too(place):
         with pytest.raises(RPCError):
             view.direct("tools/call", start + hidden)
     assert view.direct("prompts/get", start + "other").server == "a"            # prompts are not chosen among
+
+
+def test_views_at_a_place_that_was_taken_out_say_so_whatever_the_client_chooses():
+    catalog = mcpproxy.Catalog(config_of(a={}), is_file=True)
+    for wanted in ((), (("server", "a"),)):
+        with pytest.raises(RPCError, match="there is no server gone") as refused:
+            catalog.view("gone", wanted)
+        assert (refused.value.http_status, refused.value.code) == (404, -32601)
 
 
 def test_views_narrow_down_by_names_as_they_are_there():
