@@ -6,7 +6,7 @@
     $ MCP_SERVER_CONFIG="uvx mcp-server-fetch" SHARED_SESSION=false AUTH_KEY=secret python3 mcpproxy.py
 
 It starts a program that speaks MCP on stdin and stdout and offers it over HTTP to many clients at
-once. Python 3.11+, standard library only. Copy it, read it, change it.
+once; several as one too, and remote ones. Python 3.11+, standard library only. Copy it, read it, change it.
 
      clients                       mcpproxy                        MCP server
      of any revision -- HTTP, SSE --> (this file) -- stdin, stdout --> one for all, or one for each
@@ -26,7 +26,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     10. Access                 who may come in, and what a client may set
     11. Tokens                 what an OAuth token says, and who has signed it
     12. Views                  which servers and tools a URL shows, and under which names
-    13. Configuration file     several servers, as desktop clients write them; and of keys
+    13. Configuration file     the file of several servers, as desktop clients write it; and that of keys
 
     The moving parts: what is alive while the proxy runs.
     14. Logs                   what happened, a line each
@@ -73,8 +73,8 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 4, 20 to
-                22 and 40 to 47 a request may also be one of HTTP; what answers that is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 20
+                to 23 and 40 to 47 these words may be HTTP's too; what answers our clients is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -89,9 +89,9 @@ Words
     joint       of several servers as one
     caller      who brings a key or a token; None: somebody without one
     principal   who is answerable for what a request takes: its caller, or without one the address it comes from
-    client      a session, which has an Mcp-Session-Id or a ?session_id=; or a visitor, without one
+    client      a session, known by its Mcp-Session-Id or ?session_id=, or on stdin; or a visitor, without one
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
-    outlet      where the messages of an exchange go: into the reply to a POST, or a session's stream
+    outlet      where the messages of an exchange go: into the reply to a POST, a session's stream, or stdout
     payload     an encoded message on its way out: a list of bytes that are written one after another
 
 The life of a call
@@ -118,12 +118,12 @@ Where to add something, with the section:
     a kind of link        a subclass of Link (19), as RemoteLink (23); made in Proxy._new_server (50)
     a notification        a row of NOTIFICATION_ROUTES (26)
     a choice of servers   pick() and find_targets() (33)
-    a method              where the eras say it differently, a row of a Bridge's `intercepted` (34)
+    a method              METHODS (1), to be counted by its name; where the eras say it differently, a row of a
+                          Bridge's `intercepted` (34)
     a guard               a method of Application and its place in GUARDS (46)
     a URL                 a method of Endpoints and a row of ROUTES (47)
 """
 
-import os
 import sys
 
 if sys.version_info < (3, 11):
@@ -137,7 +137,6 @@ import fnmatch
 import functools
 import itertools
 import json
-import marshal
 import re
 import typing
 from json.decoder import scanstring
@@ -220,7 +219,7 @@ CHALLENGE_HEADER = "WWW-Authenticate"
 # RFC 5424 severities, mildest first. MCP 2025-11-25, Logging, Log Levels.
 LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
-# What limits a request's head. nginx takes 8 KiB a line and 32 KiB in all, node 16 KiB in all.
+# What limits a request: its head (nginx takes 8 KiB a line and 32 KiB in all, node 16 KiB in all), and what is in it.
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
@@ -552,7 +551,7 @@ _SINGLETONS = frozenset("""authorization content-length content-type expect host
 REASONS = {
     100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
     403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable",
-    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
     415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
     504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected",          # the last: RFC 5842
@@ -736,8 +735,8 @@ class RequestParser:
     _parse = staticmethod(parse_head)
 
     def __init__(self, known: dict[tuple, HTTPHead] | None = None):
-        self.rest = b""                   # bytes that were not looked at yet
-        self.is_interrupted = False       # did next_body() stop before all bytes were looked at?
+        self.rest = b""                   # bytes that were not used yet
+        self.is_interrupted = False       # did next_body() stop for the others' turn, and not for want of bytes?
         self._searched = 0                # how far `rest` was searched for the end of a head
         self._known = {} if known is None else known      # parsed heads of all connections, by their shape
         self._shape = b"", b""            # of the last head: what is before the body's length in it, and what is behind
@@ -1038,7 +1037,7 @@ class EventParser(LineSplitter):
 # anew. It is parsed once, to be understood; to change a member, the place where
 # it stands in the text is looked for, and another text put there.
 #
-# Where a member stands is found in one of four ways, the cheapest first. All but
+# Where a member stands is found in one of five ways, the cheapest first. All but
 # the last give up where a look is not proof, and the next is tried:
 #
 #     a response's id     at the head or the tail of a server's line, by a pattern; the line is not even
@@ -1046,12 +1045,13 @@ class EventParser(LineSplitter):
 #     a request's id      likewise, in the text of a parsed message (Message.id_span)
 #     any member          its name is searched; when the name is in the text once only, and was not written
 #                         with escapes, it is the one (find_only_member)
+#     any member          that comes first in an object whose own name is in the text once only (JSONObject.span)
 #     any member          the object around it is walked, from its first name on; once for each object
 #                         (walk_members)
 #
-# They agree, because a name that is there twice in one object is refused before:
-# two readers could each take another one. (To note all places while parsing was
-# tried: 2 to 5 µs for a small message, twice the time for a large one.)
+# They agree where no name is there twice in one object. In a message, its params and their _meta that is refused,
+# because two readers could each take another one; deeper, one way may find the first and another the last. (To note
+# all places while parsing was tried: 2 to 5 µs for a small message, twice the time for a large one.)
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
@@ -1075,7 +1075,7 @@ def _finite(number: str) -> float:
 def _scanner(hook, parse_float=None):
     """A function (text, at) -> (the value that starts at text[at], its end). `hook` makes an object of its pairs."""
     # Python's scanner knows NaN and Infinity, which JSON does not. Python also refuses to read integers of more
-    # than 4,300 digits; nobody needs their value, so they are then read as floats.
+    # than 4,300 digits; nobody needs their value, so all integers of such a text are read as floats.
     options = {"object_pairs_hook": hook, "parse_constant": _no_such_constant, "parse_float": parse_float}
     scan = json.JSONDecoder(**options).scan_once
     scan_huge = json.JSONDecoder(**options, parse_int=parse_float or float).scan_once
@@ -1268,7 +1268,7 @@ class Message(JSONObject):
     def __init__(self, text: str, members: dict):
         self.text = text
         self.members = members
-        self.id = members.get("id")                # str, int or float; None: a notification
+        self.id = members.get("id")                # str, int or float; None: a notification, or an error without one
         self.method = members.get("method")        # None: a response
         self.params = without_repeats(members["params"]) if "params" in members else {}
         self.meta = unique_members_of(self.params["_meta"]) if "_meta" in self.params else {}
@@ -1339,8 +1339,8 @@ class Message(JSONObject):
 
 
 def parse_message(text: str, is_servers: bool = False) -> Message:
-    """The one message that `text` is; RPCError with the code that says what it is instead. What SDKs forgive a server
-    is mended, so that the message's text is another then."""
+    """The one message that `text` is; RPCError with the code that says what it is instead. What SDKs forgive, most of
+    it a server, is mended; the message's text is another then."""
     try:
         start = 0 if text[:1] == "{" else _WHITESPACE.match(text).end()
         is_shallow = len(text) < 4 * SPARE_DEPTH or len(text) < LARGE and (
@@ -1468,7 +1468,7 @@ def encode_end_of_subscription(raw_id: bytes) -> list[bytes]:
 
 
 def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
-    """The payload of an error response. MCP 2025-11-25, Transports: without an id when it could not be read."""
+    """The payload of an error response. MCP 2025-11-25, Overview, Error Responses: no id when none could be read."""
     raw_id = raw_id or error.raw_id
     member = b'"id":%b,' % raw_id if raw_id else b""
     return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.as_object()).encode())]
@@ -1836,8 +1836,9 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
 
 
 def misuses_headers(schema: object) -> bool:
-    """Does a tool's inputSchema name a header where it may not, or in a way that it may not? MCP 2026-07-28, Streamable
-    HTTP, Schema Extension."""
+    """Does a tool's inputSchema name a header where it may not, or in a way that it may not? Then mirrored_parameters()
+    finds fewer than there are. (An object or a boolean is the schema of an argument that is called x-mcp-header.) MCP
+    2026-07-28, Streamable HTTP, Schema Extension."""
     def number_in(value: object) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         is_named = isinstance(value, dict) and not isinstance(value.get("x-mcp-header", {}), dict | bool)
@@ -2276,7 +2277,7 @@ OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 CLEAN = "PATH", "LANG", "LANGUAGE", "LC_*", "HOME", "TMPDIR"          # what CLEAN_ENV leaves
 
-# Query parameters that are ours; every other one is a variable for the server.
+# Query parameters that are ours. Every other one is a variable for the server, see Admission.variables.
 QUERY_PARAMETERS = frozenset({"auth_key", "session_id", "server", "tools", "client"})
 
 
@@ -2334,7 +2335,7 @@ class Grant:
     def is_for(self, servers: tuple[str, ...]) -> bool:
         return self.servers is None or bool({*servers} & {*self.servers})
 
-    def takes(self, tool: str, is_read_only: bool = True) -> bool:
+    def takes(self, tool: str, is_read_only: bool) -> bool:
         return (self.tools is None or is_chosen(tool, self.tools)) and (is_read_only or not self.read_only)
 
     def sets(self, variable: str) -> bool:
@@ -2540,7 +2541,7 @@ MAX_KEYS = 100                   # of one issuer
 MAX_TRIES = 8                    # of those that a token may mean, because it names none
 LEEWAY = 60                      # seconds between two clocks
 JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
-PADDING = bytes.fromhex("003031300d060960864801650304020105000420")     # RFC 8017 §9.2: a zero, and who made the hash
+PADDING = bytes.fromhex("003031300d060960864801650304020105000420")     # RFC 8017 §9.2: a zero, and which hash it is
 P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
 P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
 P256_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -2856,7 +2857,7 @@ class ServerConfig:
     rules: Rules = Rules()
     group: str | None = None                   # that it stands in for
     when: When | None = None                   # the calls there that are its own
-    weight: float = 1.0                        # of its share of the others
+    weight: float = 1.0                        # of its share of the calls that are nobody's own
     is_backup: bool = False                    # is it used only when no other is up?
     members: "tuple[ServerConfig, ...]" = ()
 
@@ -2942,7 +2943,7 @@ class View:
         self.offer = members, self.grants      # of two views with the same one, the servers' lists are the same
         self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
         self.names = {one.name for one in (*members, *self.servers)}         # of all of these, and of groups
-        self.globs = globs                     # of all of which a tool has to be chosen, by its name as it is here
+        self.globs = globs                     # a tool has to be chosen by each of these, by its name as it is here
         self.is_joint = is_joint               # several as one, with prefixes
         self.wanted = wanted                   # how its client narrowed it down
         is_group = any(member.members for member in members)
@@ -3028,12 +3029,12 @@ class View:
 
     def check_variables(self, variables: dict[str, str]) -> None:
         """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
-        for (name, value), member in itertools.product(variables.items(), self.members):
-            if not (member.settings.shared_session or may_set(name, value, member.settings.allowed_env)):
+        own = [member for member in self.members if not member.settings.shared_session]
+        for (name, value), member in itertools.product(variables.items(), own):
+            if not may_set(name, value, member.settings.allowed_env):
                 raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
                                code=INVALID_PARAMS)
-            if self.limits and not (member.settings.shared_session or any(
-                    grant.sets(name) for grant in self.limits.of(member.names))):
+            if self.limits and not any(grant.sets(name) for grant in self.limits.of(member.names)):
                 raise self.limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
 
     def unknown(self, kind: str, name: str) -> RPCError:
@@ -3066,7 +3067,7 @@ class Catalog:
 
     def view(self, place: str | None = None, wanted: tuple = (), limits: Limits | None = None) -> View:
         """What there is at a place: the name of a server, or None for all as one. `wanted` is how a client narrows
-        it down: ("server", "tools" or TOOLS_HEADER, value) pairs. RPCError when there is no such place or server."""
+        it down: ("server" or "tools" or TOOLS_HEADER, text) pairs. RPCError when there is no such place or server."""
         return (self._known if is_short(wanted) else self._view)(place, wanted, limits)
 
     def _view(self, place: str | None, wanted: tuple, limits: Limits | None) -> View:
@@ -3290,7 +3291,7 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     try:
         own_settings = check_settings(dataclasses.replace(settings, **own))
     except SettingsError as error:
-        key, _, rule = str(error).partition(" ")           # which are said of a variable
+        key, _, rule = str(error).partition(" ")           # it begins with the name of the variable
         raise SettingsError(f"{key.lower()}: {rule}") from None
     overrides = {}
     for tool, changes in given.get("overrides", {}).items():
@@ -3349,7 +3350,7 @@ def check_keys(given: object, keys: dict) -> None:
 
 def expanded(value: object, key: str, environment: dict[str, str], is_later: bool = False) -> object:
     """A value with variables in the place of ${NAME} in all its strings; where more will be known later, those that are
-    not set stay."""
+    not set stay. What looks alike and is none (a ${} in a default, an editor's) is found too, to be refused."""
     def replace(match: re.Match) -> str:
         if match[0] == "$${":
             return "${"
@@ -3463,10 +3464,13 @@ def parse_grant(name: str, entry: dict, servers: tuple[str, ...], known: dict) -
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
 #
-# Two measures against memory, before asyncio is imported. CPython keeps the syntax
-# tree of the file that it runs, which is more than all the rest: so the program
-# starts again as its compiled code. And asyncio imports ssl if it can, an eighth of
-# what remains: where no TLS is needed, that import is made to fail.
+# Two measures against memory, before asyncio is imported. CPython keeps the syntax tree of a file that it runs from its
+# source, which is more than all the rest: so that is started again as compiled code. And asyncio imports ssl if it can,
+# an eighth of what remains: where no TLS is needed, that import is made to fail.
+
+import marshal
+import os
+
 
 def start_compiled() -> None:
     """Puts the same program in the place of this one, with its code in a file in memory. execve(2), memfd_create(2)."""
@@ -3850,7 +3854,7 @@ class Budget:
             at_end_of_turn(lambda: self.held > self.limit and self._free(0, list(self._holders), self._totals()))
 
     def has_room(self, principal: object, size: int) -> bool:
-        """May so much more be held for a principal? Others, who hold more, give for it."""
+        """May so much more be held for a principal? Others, who hold more, give for it; of its own, what is spare."""
         if self.held + size <= self.limit:
             return True
         totals = self._totals()
@@ -3881,8 +3885,8 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """Those of whoever has most: one of them has to go for one more of a principal's. None, if that one would then
-    have as many itself."""
+    """Those of whoever has most: one of them has to go for one more of a principal's. Nothing, if the principal would
+    then have as many."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -3986,8 +3990,8 @@ class Census:
             usage.on_looked_at()
 
     def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
-        """By what was known of it, its parent, or its session; when the proxy got it as an orphan, by its control group
-        or its environment; otherwise it is of the only server there is."""
+        """By what was known of it, its parent, or its session; an orphan's by its control group or its environment;
+        otherwise one that the proxy got is of the only server there is."""
         start, server = before.get(pid, (b"", None))
         if pid in self.servers:
             return pid
@@ -4323,8 +4327,8 @@ OF_A_FILE = rights("EXECUTE", "READ_FILE", "WRITE_FILE", "TRUNCATE", "IOCTL_DEV"
 ALL_READ = "/usr /lib /lib32 /lib64 /libx32 /bin /sbin /etc /opt /proc".split()
 ALL_USE = [f"/dev/{name}" for name in "null zero full random urandom tty ptmx pts".split()]
 
-# linux/audit.h; asm/unistd.h of each machine: the calls that SANDBOX_NET=false refuses. socketpair() stays, but for
-# two types alone: sockets of datagrams can be connected to others. By pidfd_getfd(2) another's sockets could be had.
+# linux/audit.h; asm/unistd.h of each machine: the calls that SANDBOX_NET=false refuses. socketpair() stays for two
+# types, and no more: sockets of datagrams can be connected to others. By pidfd_getfd(2) another's sockets could be had.
 MACHINES = {"x86_64": (0xC000003E, {"socket": 41, "socketpair": 53}),
             "aarch64": (0xC00000B7, {"socket": 198, "socketpair": 199})}
 EVERYWHERE = {"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438}
@@ -4636,8 +4640,8 @@ class Cell:
             transport.close()
 
     def close(self) -> None:
-        """Gives back what it has; all processes that are known have got their SIGKILL. Called in a thread: it may take
-        long."""
+        """Gives back what it has; all processes that are known have got their SIGKILL. It may take long: so where
+        servers run, it is called in a thread."""
         deadline = time.monotonic() + UID_SECONDS
         while self._uid is not None and any([kill(pid, signal.SIGKILL) for pid in processes_of(self._uid)]):
             if time.monotonic() > deadline:            # it cannot be killed, so its user is not given again
@@ -4762,7 +4766,7 @@ class Link:
         self.write(line)
 
     def on_answered(self, number: int) -> None:
-        """The answer to a request came, wherever."""
+        """Nobody waits for the answer to a request any more: it came, wherever, or is not wanted."""
 
     def tell_way(self, way: str) -> None:
         """Tells a server that is starting through which proxies those came that wait for it."""
@@ -4888,7 +4892,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._stdin = transport.get_pipe_transport(0)
         Output(transport.get_pipe_transport(1), self._stdout.feed)
         for number in (0, 1):
-            # Not on other systems than Linux, where this user's pipes hold enough already, or when it is closed again.
+            # It fails on other systems than Linux, if this user's pipes hold too much already, or if it is closed.
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 pipe = transport.get_pipe_transport(number).get_extra_info("pipe")
                 fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -5039,10 +5043,10 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
-MAX_FETCHES = 256                # of one client at a time, and for one principal three times what is left then
+MAX_FETCHES = 256                # of one HTTPClient at a time, and for one principal three times what is left then
 EXTRA_FETCHES = 4                # beside these: for initialize, ping, what has no answer, a session's stream and end
 MAX_INTERIM = 100                # 1xx before one response
-KEPT_CONNECTIONS = 8             # of one client, on which nothing is sent now
+KEPT_CONNECTIONS = 8             # of one HTTPClient, on which nothing is sent now
 REUSE_SECONDS = 4.0              # for which such a one can be used again: node closes it after 5
 ANSWERED_SECONDS = 5.0           # for a stream to end that has nothing more to say
 
@@ -5364,13 +5368,13 @@ OUTAGE_SECONDS = 5.0             # between two tries to read them otherwise
 KNOWN_SECONDS = 3600.0           # after which a JWT is verified again
 INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a token
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
-BAD_LEAST, BAD_MOST, BAD_SHARE = 0.01, 1.0, 16   # to make one with a wrong signature costs nothing: after it, a pause
-                                 # of so many times what it took, within these
+BAD_LEAST, BAD_MOST, BAD_SHARE = 0.01, 1.0, 16   # a wrong signature costs nothing to make: after one there is a pause
+                                 # of BAD_SHARE times what the check took, from BAD_LEAST to BAD_MOST seconds
 KNOWN_TOKENS = 10_000            # that are remembered
 QUESTIONS = 8                    # about tokens, that are asked at a time
 QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
 CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's
-TURNS = 4                        # of them that may run at a time, for one address
+TURNS = 4                        # of them that may run at a time, for one address, or one subject that was in
 CHECK_SECONDS = 60.0             # that one may wait and run
 
 
@@ -5553,7 +5557,7 @@ class Issuer:
 
     @property
     def _is_out(self) -> bool:
-        """Could its keys not be read when that was tried last?"""
+        """Could its keys not be read when that was tried last? (So it is while they are being read.)"""
         return self._tried_at > self._read_at
 
     async def _signer(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
@@ -5758,8 +5762,8 @@ class Listen(RemoteFetch, Ask):
 
     @property
     def pause(self) -> float:
-        """For how long to wait before it. MCP 2025-11-25, Transports, Listening for Messages: what the server says MUST
-        be respected; so only what is added to that has a limit."""
+        """For how long to wait before it. MCP 2025-11-25, Transports, Sending Messages to the Server, 6: what it says
+        MUST be respected, and is for an hour at most; RESUME_LIMIT is for what is added to that."""
         if self.number is None and not self.tries:
             return 0
         first = RESUME_SECONDS if self.retry is None else min(RESUME_MOST, max(RESUME_LEAST, self.retry))
@@ -5812,7 +5816,8 @@ def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
 
 def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
     """Does the server say that it has forgotten the session? In the field that is also said by 400, with words about
-    it; but where it answers that a parameter is wrong, that may have such a name."""
+    it; but where it answers that a parameter is wrong, that may have such a name. Or it does not know the revision
+    that was agreed on: what is there now is another server."""
     return head.status == 404 and b"-32601" not in body or head.status == 400 and (
         b"session" in body.lower() and not (b"-32602" in body and is_answer(head, body, number))
         or _NOT_MINE.search(body) is not None)
@@ -5850,8 +5855,8 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # key; so it is told which requests are one client's, and asks nobody what is for somebody else.
 
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
-ASKER_HEADER = "X-Mcpproxy-For"  # the same for two requests of a proxy if they are one client's there
-WAY_KEY = "mcpproxy/via"         # the same in _meta of a list_changed, as an array
+ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that a proxy gives to all of one client's
+WAY_KEY = "mcpproxy/via"         # the ids of WAY_HEADER in _meta of a list_changed, as an array
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
@@ -6395,7 +6400,7 @@ class ServerConnection(Holder):
     def send(self, line: bytes, about: tuple | None = None, principal: object = None,
              cancelled: int | None = None) -> None:
         """Writes one message, a client's with its principal, or one that takes the request with the id `cancelled`
-        back. ServerError when the server does not read, and most of what waits for it is that principal's."""
+        back. ServerError when the server does not read, and that principal has more than its share of what waits."""
         link = self.link
         if not link.is_open:
             raise self.failure()
@@ -6477,8 +6482,8 @@ class ServerConnection(Holder):
             self.send(line, None, principal)
 
     def failure(self) -> ServerError:
-        """Why nothing more will come from this server, with what it said last; once it has had calls of several
-        clients, that may be anybody's secret, and is for the log alone."""
+        """Why nothing more will come from this server, with what it said last; once one that is not one client's own
+        has had a call, that may be anybody's secret, and is for the log alone."""
         is_secretive = self.has_served and not self._is_ones_own
         words = [] if is_secretive else list(self.link.last_words)
         data = {"exitCode": self.link.exit_code, **self.link.excess, **({} if is_secretive else {"stderr": words})}
@@ -6776,7 +6781,7 @@ class Question(Holder):
 
 
 class Outlet:
-    """Where the messages of an exchange go: into the answer to a POST, or to a session's stream."""
+    """Where the messages of an exchange go: into the answer to a POST, a session's stream, or stdout."""
 
     exchange: "Exchange | None" = None     # whose outlet it is, while that is on its way
     asks = False                           # can a question of the server's be sent this way, and be answered?
@@ -6810,7 +6815,7 @@ class Outlet:
 #                         to the one session there is, unless another client's call is just over; otherwise it is
 #                         refused. No call fails for it but one that alone can be the cause,
 #                         and none for roots
-#     a log message       to the same call, if its client wants that level, or session; otherwise to nobody
+#     a log message       to the newest of them, if its client wants that level, or to that session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
 #     progress            names its call, or a task's that was answered; what names none is dropped
@@ -6819,7 +6824,7 @@ KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance,
 MAX_NAMED = 2 * 1024             # of at most so many characters: what has a longer id is nobody's
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
 
-# MCP 2025-11-25, Client Features: sampling, elicitation and roots are asked for while a client's request is served.
+# MCP 2025-11-25, Sampling and Elicitation, User Interaction Model: "nested inside other MCP server features".
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
 
 NOBODYS = RPCError("nothing says whose this is: calls of several clients are running, or none that can have caused it")
