@@ -7179,7 +7179,7 @@ class Topics(dict[str, Topic]):
             budget.set(subscriber, subscriber.held + TOPIC_BYTES + len(uri))
         if is_told:
             topic.told.add(subscriber)
-        if is_first and self.get(uri) is topic:          # there may be no room for it
+        if is_first:
             if self.instance.listening:
                 self.instance.listening.renew()
             elif self.instance.connection:
@@ -7207,7 +7207,8 @@ class Topics(dict[str, Topic]):
                 await asyncio.wait([before.response], timeout=TAKE_BACK_SECONDS)
                 self._taken_back.pop(topic.uri, None)
                 ask_again()
-            return asyncio.ensure_future(wait())
+            asyncio.ensure_future(wait())
+            return
         connection.has_served = True
         connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
@@ -7361,7 +7362,7 @@ class Listening:
                 if self._current or not is_deaf or self.instance.listening is not self:
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
-        self._is_outdated, self._was_deaf = True, self._current is None      # a remote server may not take one request
+        self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         if self._asking_again:                 # who subscribed meanwhile did not wait for it; one goes on
@@ -7374,8 +7375,8 @@ class Listening:
 # 28. Lists
 # ============================================================================
 #
-# What a server lists is read once for all who ask, whole, and kept. Whoever had to be answered without it is told when
-# it is there.
+# What a server lists is read once for all whom the proxy itself answers, whole, and kept. (A list request to one server
+# that is shown as it is goes there, see new_exchange().) Whoever was answered without a list is told when it is there.
 
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
@@ -7566,11 +7567,11 @@ class KeptList:
 #                |  v        |
 #                PAUSED <----+      (any of them --> CLOSED)
 
-RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute
+RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute; of a remote server times 4
 DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
 SILENCES = 3                     # time-outs in a row without a line from a server, until it is asked whether it lives
 PING_SECONDS = 5.0               # for the answer
-UNASKED_LEVEL = "info"           # of log messages for a client that asked for none, when others did, or a server asks
+UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a server to start; and lists, which a remote one has for each
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
@@ -7592,19 +7593,19 @@ class Instance:
 
     def __init__(self, server, owner: object, variables: dict[str, str], principal: object):
         self.server, self.variables = server, variables
-        self.owner = owner                          # whom it is for, see Server; a tuple is many callers, or all
+        self.owner = owner                          # whom it is for, see Server; a tuple is visitors, or all
         self.principal = principal                  # to whose account it goes
         self.redact = redactor(variables.values())
         self.state, self.since = NEW, server.now()          # and since when
         self.sessions: dict[str, object] = {}       # that use it, by id
-        self.listeners: set = set()                 # exchanges of modern clients that listen at a legacy server
+        self.listeners: set = set()                 # exchanges of modern clients, for which the proxy itself listens
         self.topics = Topics(self)
         self.owners = Owners()
         self.recent_callers: dict[object, float] = {}        # whose calls that may cause something ended last, and when
         self.identity: Identity | None = None
         self.tries_legacy_first = False             # because it died when it was last asked in legacy
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
-        self.log_level: str | None = None           # what a legacy server was told last
+        self.log_level: str | None = None           # that is wanted of it: a legacy server was told it
         self.connection: ServerConnection | None = None       # while READY
         self.listening: Listening | None = None     # at a modern server
         self.last_used = server.now()
@@ -7777,7 +7778,7 @@ class Instance:
                     speaks[era] = False
                 elif era is LEGACY or link.is_remote or isinstance(error, RefusedAsModern):
                     self.tries_legacy_first = era is LEGACY
-                    break                       # it died: no other words will help
+                    break                       # it died, refused or is not reached: no other words help
         if isinstance(failure, HandshakeRefused):
             speaks.clear()
         raise failure
@@ -7924,7 +7925,7 @@ class Instance:
         if asked:
             self._asked_levels[asked] = now
         self._asked_levels = {level: when for level, when in self._asked_levels.items() if when > now - LEVEL_SECONDS}
-        levels = {*self._asked_levels, *+self.levels}
+        levels = {*self._asked_levels, *+self.levels}          # + leaves out what no session has any more
         if not self.log_level and levels <= {None}:
             return
         level = min((level or UNASKED_LEVEL for level in levels), key=LOG_LEVELS.index, default=self.log_level)
@@ -8011,8 +8012,8 @@ class Client(Holder):
         return None if self.identity is self else self.identity
 
     def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
-        """The instance of a server that it uses, the same from the first use on; of a group, one that is not left out
-        and may be asked anything."""
+        """The instance of a server that it uses, the same until it has ended, and a moment longer if it failed; of a
+        group, one that is not left out and may be asked anything."""
         instance = self._instances.get(server)
         if instance is None and server.is_group:
             server = server.choose(self, left_out)
@@ -8075,7 +8076,7 @@ class Visitor(Client):
     """A caller without a session."""
 
     is_session = False
-    capabilities: dict = {}                         # nobody can ask it anything,
+    capabilities: dict = {}                         # a modern one has them in each request; no other can be asked,
     info = version = log_level = None               # and it has said nothing of itself
 
     @property
@@ -8098,7 +8099,7 @@ class Visitor(Client):
 
 
 class Session(Client):
-    """A client with an Mcp-Session-Id, or over HTTP+SSE a ?session_id=."""
+    """A client with an Mcp-Session-Id, or over HTTP+SSE a ?session_id=; or the legacy one on stdin."""
 
     is_session = True
 
@@ -8110,7 +8111,7 @@ class Session(Client):
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
         self.transport = "streamable-http" if is_streamable else "sse"
         self.is_followed = False                    # did its client come again?
-        self.is_homeless = False                    # is its server configured no more? Then it ends after its calls
+        self.is_homeless = False                    # is there no server for it any more? Then it ends after its calls
         self.capabilities: dict = {}
         self.info: str | None = None                # clientInfo, as JSON; see also `software`
         self.version: str | None = None             # the revision that was negotiated
@@ -8356,7 +8357,7 @@ MAX_LISTING = 256 * 1024         # of so many bytes each
 
 
 class Pool:
-    """The processes of all servers together, and how many there may be."""
+    """The processes of all servers together (one at a URL counts as one), and how many there may be."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -8378,8 +8379,8 @@ class Pool:
                    for server in self.servers) >= self.limit
 
     def who_ends(self, principal: object) -> Instance | None:
-        """The instance that has to end for one more process of a principal's, if one has to: a spare one, one that is
-        nobody's and idle, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
+        """The instance that has to end for one more process of a principal's, if one has to: a spare one, an idle
+        one of visitors, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
         if not self.is_full:
             return None
         running = [instance for server in self.servers for instance in server.instances.values()
@@ -8395,8 +8396,8 @@ class Pool:
 class Server:
     """One configured MCP server: how links to it are made, and its instances.
 
-    An instance is kept under whom it is for, its owner: (), all clients; (key, name, variables), the visitors that are
-    one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
+    An instance is kept under whom it is for, its owner: (), all clients; (caller, name, variables), the visitors that
+    are one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
 
     is_group = False
 
@@ -8654,7 +8655,7 @@ class Group:
         if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
         own = min(first, key=Server.load)
-        if before is None or before is not left_out or not before.is_up:           # or it is for this request alone
+        if before is None or before is not left_out or not before.is_up:           # else for this request alone
             own.chosen += client.is_session        # a call of others counts when it is sent
             client.members[self.config.name] = own
             if before and client.is_session:
@@ -8946,8 +8947,8 @@ class Mount:
 RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 KNOWN_ITEMS = 100_000            # of what views show together
-JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough. One has, by
-                                 # then, that has listed something before: this is over RELIST_SECONDS
+JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough. It is
+                                 # over RELIST_SECONDS, so that of a slow one at least the last list is there
 START_SECONDS = 10.0             # for the start of a server that may have what a client listens for; then the others
                                  # are to be heard
 
@@ -9131,7 +9132,7 @@ def pick(client: Client, message: Message) -> Target | None:
         return view.direct(method, params["name"])
     if not view.is_joint:
         return Target(view.members[0].name)
-    if method == "resources/unsubscribe" and client.is_session:        # one that refused it may be the first to have it
+    if method == "resources/unsubscribe" and client.is_session:        # the first to list it may have refused it
         joined = {name for topic in client.topics if topic.uri == params.get("uri")
                   for name in (topic.instance.server.name, topic.instance.server.config.group)}
         return next((Target(one.name) for one in view.members if one.name in joined), None)
@@ -9284,7 +9285,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 # answers, and where a modern server asks a legacy client, the client's answers are gathered and the call is made again.
 
 ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
-SUBSCRIPTIONS = 1_000            # of one client
+SUBSCRIPTIONS = 1_000            # of one session, or in one subscriptions/listen
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
 REPEAT_SECONDS = 0.1             # more each time, before it gets the call again without having asked for anything
 
@@ -9356,7 +9357,7 @@ class LegacyClientBridge(Bridge):
             raise RPCError("subscriptions need a session")
         if len(client.topics) >= SUBSCRIPTIONS:
             raise try_later("too many subscriptions")
-        if instance.server.is_retired:         # it would be its last one, who waited for it until it had started
+        if instance.server.is_retired:         # while this waited for its start: it ends when this call is done
             raise try_later("the configuration has changed")
 
         topic = instance.topics.subscribe(client, uri)
@@ -9592,7 +9593,7 @@ class LegacyClientModernServer(LegacyClientBridge):
                 exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         if method == "elicitation/create" and params.get("mode") == "url":
-            params = {**params, "elicitationId": os.urandom(16).hex()}     # required until 2025-11-25
+            params = {**params, "elicitationId": os.urandom(16).hex()}     # 2025-11-25 requires it, 2026-07-28 has none
 
         def on_response(_: Question, response: Message) -> None:
             if "result" in response.members:
@@ -9771,20 +9772,20 @@ def audit(caller: Caller | None, software: object, method: str | None, name: str
 
 
 def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
-    """Counts a call that is over now, keeps it for the overview, and logs it: one line for request and response,
-    because at full speed a line for each would be a tenth of all work."""
+    """Counts a call that is over now, or parked, keeps it for the overview, and logs it: one line for request and
+    response, because at full speed a line for each would be a tenth of all work."""
     client, method = call.client, call.method
     mount = client.mount
     if log.level <= logging.DEBUG:
         log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
                   id=call.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
     size, seconds, server = sum(map(len, payload)), now - call.started, call.instance and call.instance.server
-    place = server.name if server else ""
+    server_name = server.name if server else ""
     problem = "cancelled" if outcome is CANCELLED else call.problem
     # The name of a tool or a prompt; a resource's URI may hold a secret.
     name = call.name if call.name and NAMED_BY[method] == "name" else "-"
     own_name = name if call.target is None or name == "-" else call.own_name
-    labels = (place, method, own_name if method == "tools/call" else "",
+    labels = (server_name, method, own_name if method == "tools/call" else "",
               MODERN_VERSION if call.envelope else client.version or "", problem)
     numbers = mount.counters.calls.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
@@ -9795,7 +9796,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
         about = audit(client.caller, software, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
                       era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
-                      session=client.is_session and client.label, server=place, id=call.id, outcome=outcome,
+                      session=client.is_session and client.label, server=server_name, id=call.id, outcome=outcome,
                       error_type=problem, ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
             "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
@@ -9820,8 +9821,8 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 #     for the      at the       for the
 #     server       server       client
 #
-# It goes back to WAITING where several servers may have a resource, and one refused it; or where a remote one refused
-# its headers.
+# It goes back to WAITING where several servers may have a resource, and one refused it; where a member of a group
+# failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
 
 RUNNING_CALLS = 1_000            # of one client at a time
 
@@ -9851,7 +9852,7 @@ class ClientRequest(PendingRequest, Holder):
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on?
-        self.has_begun = False                        # was anything of the answer told?
+        self.has_begun = False                        # was its client told or asked anything?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
         self.digest = 0                               # digest: what was parsed of a large one takes many times its size
@@ -9956,9 +9957,9 @@ class ClientRequest(PendingRequest, Holder):
         self.end(ANSWERED, payload, status)
 
     def fail(self, error: ProxyError, outcome: str = FAILED) -> None:
-        # To a legacy client, an HTTP status says that its request was not accepted (MCP 2025-11-25, Transports, Sending
-        # Messages, 4), and 404 that its session is lost; Python's SDK 1.x gives up the whole session for any. So what
-        # was accepted fails with 200, unless credentials were refused, here or further on; so does an unknown method.
+        # To a legacy client, 404 says that its session is lost (MCP 2025-11-25, Transports, Session Management, 4), and
+        # Python's SDK 1.x gives it up for any error status. So in a session, or with STATELESS, what was accepted fails
+        # with 200, unless credentials were refused, here or further on; and an unknown method does so everywhere.
         is_refused = member_at(error.data, ("status",)) in (401, 403) or error.http_status in (401, 403)
         is_accepted = self.method != "initialize" and self.client.calls.get(self.id) is self and (
             self.client.is_session or self.client.mount.settings.stateless)
@@ -10176,8 +10177,8 @@ class Exchange(ClientRequest):
         self.instance, self.target, self.group = self.client.at(server), target, group
 
     def _is_checked(self, connection: ServerConnection) -> bool:
-        """Does a modern tools/call repeat in headers what it has to, and is it known what is to be repeated for a
-        remote server? Only the server's list of tools tells."""
+        """Does a modern tools/call repeat in headers what it has to, may its caller use a tool with such hints, and is
+        it known what is to be repeated for a remote server? Only the server's list of tools tells."""
         is_by_hints = self.target and self.target.is_by_hints
         if self.headers is None and not is_by_hints and not (connection.mirrors and self.method == "tools/call"):
             return True
@@ -10244,7 +10245,7 @@ class Exchange(ClientRequest):
     def begin(self, connection: ServerConnection) -> None:
         """Sends the request, or does what is done in its place."""
         if self.state is DONE:
-            return                          # cancelled in the meantime
+            return                          # a subscription that was ended; what is cancelled does not come here
         self.state, self.connection = RUNNING, connection
         self._bridge = BRIDGES[MODERN if self.envelope else LEGACY, connection.era]
         intercept = self._bridge.intercepted.get(self.method)
@@ -10416,8 +10417,8 @@ class Exchange(ClientRequest):
             self.fail(error)
 
     def _goes_elsewhere(self, error: ServerError) -> bool:
-        """A member of a group failed. Another one is asked, once, if nothing can happen twice by that, and nothing of
-        the answer was told."""
+        """A member of a group failed. Another one is asked, once, if nothing can happen twice by that, and the client
+        was told and asked nothing."""
         failed = self.instance.server
         failed.failures += 1
         if self.state is DONE or self.is_repeated or self.has_begun or not (
@@ -10519,7 +10520,7 @@ class Listener(Exchange):
                 self._leave()
 
     async def _settle(self, wanted: dict) -> None:
-        """Joins the listeners of its server; of several of all that are up, and of the others when they are."""
+        """Joins the listeners of its server; of several those of all, also where one has not started yet."""
         self.client.mount.make_room_for(self)
         self.early, self.on_done = self.early or [], self._leave
         if self.instance:
@@ -10643,8 +10644,8 @@ class Listener(Exchange):
             asyncio.get_running_loop().create_task(self._subscribe(uri))
 
     def end_subscription(self) -> None:
-        """Ends it, with the proxy or for another one. MCP 2026-07-28, Subscriptions, Graceful Closure."""
-        self._take_back(None, "the server ends")
+        """Ends it, with its key, place or proxy, or for another. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        self._take_back(None, "the subscription is over")
         self.finish(encode_end_of_subscription(self.raw_id))
 
     def _leave_one(self, instance: Instance) -> None:
@@ -10814,8 +10815,8 @@ import threading
 #     refuse(error, reply)               sends the reply that an error stands for
 #
 #     HEAD [--> CHECK] --> BODY --> REPLY --> HEAD       (the connection is kept)
-#       |         |          |
-#       +---------+----------+----> LINGER               (the request was not read to its end)
+#       |                    |
+#       +--------------------+----> LINGER               (the request was not read to its end)
 #
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
@@ -10841,7 +10842,7 @@ def http_date(second: int) -> bytes:
 
 # What a connection waits for. CHECK: to be told whether a request may pass, when its head alone does not say.
 HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY LINGER")
-READING = HEAD, BODY                 # what comes of it is looked at
+READING = HEAD, BODY                 # in these, what the client sends is looked at
 
 
 class Reply:
@@ -11576,9 +11577,8 @@ MAX_SESSIONS_SHOWN = 100
 class Overview:
     """The proxy as seen from outside."""
 
-    def __init__(self, mount: Mount, census: Census | None = None):
-        self._mount = mount
-        self._census = census or Census()
+    def __init__(self, mount: Mount, census: Census):
+        self._mount, self._census = mount, census
         self._started_at, self._clock_at = time.time(), mount.now()
         self._metrics: asyncio.Task[bytes] | None = None
 
@@ -11594,7 +11594,7 @@ class Overview:
                       "name": identity.name[:MAX_LABEL], "version": identity.release[:MAX_LABEL]}
         return facts | ({"error": server.last_error} if server.last_error and with_error else {})
 
-    def health(self, with_errors: bool) -> dict:
+    def readiness(self, with_errors: bool) -> dict:
         """Which servers can be used."""
         mount = self._mount
         return {"status": "draining" if mount.is_leaving else "ready" if mount.is_ready else "not ready",
@@ -11606,7 +11606,7 @@ class Overview:
         view = mount.catalog.view(None, (), caller and caller.limits)
         sessions = [session for session in mount.sessions.values() if sees_all or session.caller == caller]
         return dump({
-            "name": "mcpproxy", "version": __version__, "status": self.health(False)["status"], "mcp": "/mcp",
+            "name": "mcpproxy", "version": __version__, "status": self.readiness(False)["status"], "mcp": "/mcp",
             "isGuarded": mount.settings.is_guarded, "isFile": mount.catalog.is_file,
             "shared": all(server.is_for_all for server in mount.servers.values()),
             "servers": [self._about_server(name, server, sees_all) for name, server in mount.servers.items()
@@ -11886,7 +11886,7 @@ def check_accept(admission: Admission, is_endless: bool = False) -> None:
 
 
 def check_version(admission: Admission) -> None:
-    """Refuses a legacy request whose MCP-Protocol-Version we do not know. A session that was opened at one
+    """Refuses a legacy request whose MCP-Protocol-Version is no legacy revision. A session that was opened at one
     revision takes every known one, because clients in the field mix them up."""
     if admission.version is not None and admission.version not in LEGACY_VERSIONS:
         raise RPCError("unsupported MCP-Protocol-Version")
@@ -11994,8 +11994,8 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 class Work(Holder):
-    """What an endpoint has to wait for before it can reply: it ends when the client leaves, and holds a body of `size`
-    until then."""
+    """What an endpoint has to wait for before it can reply: it ends when the client leaves, and a body of `size` counts
+    as held while it runs."""
 
     def __init__(self, application: "Application", work, size: int, reply: Reply):
         self._application, self._reply, self.principal = application, reply, reply.connection.principal
@@ -12021,7 +12021,7 @@ def check_can_be_parsed(body: bytes, principal: object) -> None:
         return sum(size * text.count(sign) for sign, size in VALUE_BYTES.items())
     size = size_of(body)
     if size > LARGE_BODY and body.count(b'"') - body.count(b'\\"') < MANY_STRINGS:
-        size = size_of(_STRING.sub(b"", body))             # it is in the text of few, as in one of CSV
+        size = size_of(_STRING.sub(b"", body))             # a few long strings: their commas are no values
     if size > budget.limit:
         raise HTTPError("the body has more values than can be held", status=413)
     if not budget.has_room(principal, size):
@@ -12097,7 +12097,7 @@ class Application:
             if not admission.headers:
                 raise HTTPError("pages of this origin may not call; name it in ALLOWED_ORIGINS", status=403)
         elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            # Browsers send no Origin with images, links and frames. W3C, Fetch Metadata Request Headers, §2.4.
+            # Browsers send no Origin with images, links and frames. W3C, Fetch Metadata Request Headers, §2.3.
             raise HTTPError("pages of other sites may not call like this", status=403)
 
     def _check_host(self, admission: Admission) -> None:
@@ -12230,7 +12230,7 @@ class Application:
     def ready(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /readyz: can a server be used?"""
         self.mount.asked_at = self.mount.now()
-        document = dump(self.overview.health(self._sees_all(admission))).encode()
+        document = dump(self.overview.readiness(self._sees_all(admission))).encode()
         status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
         reply.send(status, [document], JSON_HEADERS + more)
 
@@ -12311,9 +12311,9 @@ class Endpoints(Application):
     nothing_here = ("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
                     "{0}/openapi.json")
 
-    def __init__(self, settings: Settings, mount: Mount, keys: Keys = Keys(), issuer: Issuer | None = None,
-                 overview: Overview | None = None):
-        super().__init__(ROUTES, settings, mount, overview or Overview(mount), keys, issuer)
+    def __init__(self, settings: Settings, mount: Mount, overview: Overview, keys: Keys = Keys(),
+                 issuer: Issuer | None = None):
+        super().__init__(ROUTES, settings, mount, overview, keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
         self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
@@ -12943,7 +12943,7 @@ class Proxy:
         self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew()) if (
             settings.oauth_issuer) else None
         overview = Overview(self.mount, self.reaper.census)
-        self.endpoints = Endpoints(settings, self.mount, load_keys(settings, catalog), self.issuer, overview)
+        self.endpoints = Endpoints(settings, self.mount, overview, load_keys(settings, catalog), self.issuer)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self.probes = HTTPServer(Probes(settings, self.mount, overview), settings.heartbeat)
         self._ticker: asyncio.Task | None = None
@@ -13016,8 +13016,8 @@ class Proxy:
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 
     async def start(self, listens: bool = True) -> list[tuple[str, int]]:
-        """Listens, unless it is for one client on stdin and stdout, and starts the shared servers; returns the
-        addresses."""
+        """Listens, unless requests come by stdin or through a router, and starts the shared servers and spare ones;
+        returns the addresses."""
         if not self.settings.mcp_config:
             server, = self.mount.servers.values()
             await try_out(Sandbox(server.name, self.settings, self.reaper))
@@ -13460,7 +13460,7 @@ def open_standard_streams() -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Lets this process have as many open sockets as it may: the usual 1,024 are too few for 1,000 sessions."""
+    """Lets this process have more open sockets, at most 65,536: the usual 1,024 are too few for 1,000 sessions."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
     if soft < wanted:
@@ -13601,7 +13601,7 @@ function showCall(one) {
 }
 function show() {
   put("servers", now.servers.map(showServer), "none"), put("calls", now.calls.map(showCall), "none yet")
-  put("sessions", now.sessions.map(showSession), "none; clients without a session leave calls alone")
+  put("sessions", now.sessions.map(showSession), "none; of clients without a session only calls are seen")
   const state = pretty(now.servers.map(one => [one.name, one.state, one.restarts])), isNew = state !== seen
   const places = new Set(["/mcp", ...now.servers.map(one => one.path)])
   if ([...$("what").options].map(one => one.value).join() !== [...places].join())
