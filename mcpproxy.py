@@ -2389,6 +2389,13 @@ class Caller:
         """May it see what others do? Not with limits; and not with a token, for anybody may get one."""
         return not (self.limits or self.is_token)
 
+    def under(self, scopes: dict[str, Grant] | None) -> "Caller":
+        """The same by a token, where scopes open this now. Of one that had no limits it is not known which it has."""
+        old = self.limits or Limits(self.name, ())
+        grants = tuple(grant for name, grant in (scopes or {}).items() if name in old.has)
+        return dataclasses.replace(self, limits=None if scopes is None else dataclasses.replace(
+            old, grants=grants, scopes=tuple(scopes.items())))
+
 
 def digest_of_key(key: str) -> bytes:
     """What is kept of a key or a token, so that it need not be kept itself."""
@@ -5618,8 +5625,10 @@ class Issuer:
                 if not is_safe_url(found.get("jwks_uri")):
                     raise ValueError("its jwks_uri is no https URL")
                 return found["jwks_uri"]
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 failure = failure or error
+            except ValueError as error:                # it was found, which says more
+                failure = error
         raise failure
 
     # Others. RFC 7662.
@@ -7493,9 +7502,9 @@ class KeptList:
         """The items if they are what the server would say now."""
         if self.is_old or self.last is None:
             return None
-        capability = LISTS[self.method][2], "listChanged"
+        capability, heard = (LISTS[self.method][2], "listChanged"), self.last.hearing
         if member_at(self.instance.identity.capabilities, capability) is True and (
-                self.instance.connection is None or None is not self.last.hearing == hearing(self.instance)):
+                self.instance.connection is None or heard is not None and heard == hearing(self.instance)):
             return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
         return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
@@ -8746,10 +8755,10 @@ class Mount:
                             reason=str(error))
             server.keep_spares()
 
-    def reload(self, catalog: Catalog, callers: tuple[Caller, ...]) -> None:
+    def reload(self, catalog: Catalog, keys: Keys) -> None:
         """Takes another configuration: what did not change goes on, what did ends when its calls are done; what came by
         a key that is gone ends at once."""
-        self._adopt_callers({caller: caller for caller in callers})
+        self._adopt_keys(keys)
         before, self.servers = self.servers, {}
         catalog.leaving = {session.view.place for session in self.sessions.values()} - {None, *catalog.places}
         for name, config in catalog.servers.items():
@@ -8774,10 +8783,12 @@ class Mount:
             if not call.is_done:               # with its session
                 call.adopt(catalog, view)
 
-    def _adopt_callers(self, callers: dict[Caller, Caller]) -> None:
-        """Takes other keys. What tokens may use is seen when they come again."""
+    def _adopt_keys(self, keys: Keys) -> None:
+        callers = {caller: caller for caller in keys.callers}
+
         def now(client: Client) -> Caller | None:
-            return client.caller if client.caller and client.caller.is_token else callers.get(client.caller)
+            caller = client.caller
+            return caller.under(keys.scopes) if caller and caller.is_token else callers.get(caller)
         for session in list(self.sessions.values()):
             if session.caller and not now(session):
                 session.end()
@@ -10106,14 +10117,15 @@ class Exchange(ClientRequest):
             raise RPCError("a request with this id is running")
         if len(client.calls) >= RUNNING_CALLS:
             raise try_later("too many running calls")
+        is_plain = self.headers is None and self.target is None          # so it is for most calls
+        is_checked = connection and (is_plain and not connection.link.is_remote or self._is_checked(connection))
         self._enter_books()
         if log.level <= logging.DEBUG:
             log.debug("< %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=self.method,
                       id=self.id, body=client.redact(self.message.text))
-        is_plain = self.headers is None and self.target is None          # so it is for most calls
+        if is_checked:
+            return self.begin(connection)
         try:
-            if connection and (is_plain and not connection.link.is_remote or self._is_checked(connection)):
-                return self.begin(connection)
             if self.method == "initialize" and self.instance and self.instance.is_private:
                 check_introduction(self.message, is_kept=True)
                 self.instance.start(self.message.plain_params)
@@ -12122,11 +12134,12 @@ class Application:
         settings, wanted, scopes = self.settings, self.settings.oauth_scopes.split(), self.keys.scopes
 
         def refuse(problem: str, error: str = "", status: int = 401, has: tuple[str, ...] = ()):
+            named = self._enough([*dict.fromkeys([*wanted, *has])], admission.place)
             parameters = [admission.challenge, *([f'error="{error}", error_description="{problem}"'] if error else []),
-                          *([f'scope="{" ".join(dict.fromkeys([*wanted, *has]))}"'] if wanted else [])]
+                          *([f'scope="{" ".join(named)}"'] if wanted else [])]
             raise HTTPError(problem, status=status, headers=((CHALLENGE_HEADER, ", ".join(parameters)),))
         if not text:
-            refuse("missing token: send Authorization: Bearer <token>")
+            refuse("wrong key" if admission.key else "missing token: send Authorization: Bearer <token>")
         verdict = self.issuer.check(text, admission.host)
         if verdict.error:
             refuse(f"the token is not good: {verdict.error}", "invalid_token")
@@ -12141,6 +12154,15 @@ class Application:
                             tuple(dict.fromkeys([*wanted, *has])), admission.challenge)
         admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), limits)
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
+
+    def _enough(self, scopes: list[str], place: str | None) -> list[str]:
+        """These, and where they open nothing of a place, the first that does. MCP 2025-11-25, Scope Selection Strategy:
+        clients ask for what a challenge names, and for no more."""
+        catalog = self.mount.catalog
+        members = [catalog.places[place]] if place in catalog.places else catalog.offered.values()
+        opening = [name for name, grant in (self.keys.scopes or {}).items()
+                   if any(grant.is_for(member.names) for member in members)]
+        return scopes if not {*scopes}.isdisjoint(opening) else [*scopes, *opening[:1]]
 
     def _check_way(self, admission: Admission) -> None:
         if self.mount.id in way_of(admission.head.headers):
@@ -12183,7 +12205,9 @@ class Application:
     def _audited(self, admission: Admission, message: Message | None, error: ProxyError) -> dict:
         """What the log has of a request that became no call."""
         method = message.method if message else "tools/call" if admission.path.startswith("/tools/") else None
-        name = message.params.get("name") if message and NAMED_BY.get(method) == "name" else None
+        name = admission.path.removeprefix("/tools/") if not message and method else None
+        if message and NAMED_BY.get(method) == "name":
+            name = message.params.get("name")
         session = (admission.session_id or dict(admission.head.query).get("session_id", "")).partition(".")[0]
         is_legacy = not message or not is_modern(message, admission.version)
         return audit(admission.caller, client_name(message.meta.get(CLIENT_INFO_KEY)) if message else None, method,
@@ -12526,7 +12550,8 @@ class Endpoints(Application):
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
         if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
-            self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)          # if there is any
+            view = self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)   # if there is any
+            view.check_variables(session.variables)
             session.caller = caller
             session.adopt(self.mount.catalog)
         return session
@@ -13011,7 +13036,7 @@ class Proxy:
         self.endpoints.keys, self.http.tls = keys, tls
         self.http.heads.clear()                            # what they were taken for keeps the old configuration
         self.endpoints.documents.clear()
-        self.mount.reload(catalog, keys.callers)
+        self.mount.reload(catalog, keys)
         gc.collect()                                       # views and what they show refer to each other
         log.info("= configuration read again: %(servers)s", servers=", ".join(catalog.servers))
 

@@ -15039,7 +15039,7 @@ class Town:
         await asyncio.sleep(1)
 
     async def reload(self, names):
-        self.mount.reload(self.catalog(names), ())
+        self.mount.reload(self.catalog(names), mcpproxy.Keys())
         await self.pass_time()
 
     async def pass_time(self):
@@ -15684,7 +15684,7 @@ async def test_conversation_joint_listener_that_ended_before_all_had_answered_li
     town = Town("modern", ["a", "b"])
     client = await town.client("modern")
     town.slow["d"] = 30
-    town.mount.reload(town.catalog(["a", "d"]), ())
+    town.mount.reload(town.catalog(["a", "d"]), mcpproxy.Keys())
     client.client.view = town.mount.catalog.view(None)
     client.say(request(7, "subscriptions/listen", {"notifications": {"toolsListChanged": True, "taskIds": ["a__1"]}}))
     await asyncio.sleep(0.1)
@@ -15775,7 +15775,7 @@ async def test_conversation_slips_of_a_reload_are_told_once():
         patch.setattr(mcpproxy.log, "warning", lambda text, **fields: told.append(fields.get("rules")))
         for _ in range(3):
             config = dataclasses.replace(town.catalog(["a"]).servers["a"], rules=mcpproxy.Rules(tools=("t", "mirorr")))
-            town.mount.reload(mcpproxy.Catalog({"a": config}, is_file=True), ())
+            town.mount.reload(mcpproxy.Catalog({"a": config}, is_file=True), mcpproxy.Keys())
             town.say(town.links["a"][-1], notification("notifications/tools/list_changed", {}))
             await town.say_to(await town.client("modern"), 2, "tools/list")
     assert [rules for rules in told if rules] == ["mirorr"]
@@ -16866,7 +16866,7 @@ async def test_conversation_joint_listener_hears_the_member_of_a_group_that_clai
     catalog = town.catalog(["g.a", "g.b", "c"])
     claiming = {name: dataclasses.replace(catalog.servers[name], when=mcpproxy.When(key=key))
                 for name, key in (("a", "ann"), ("b", "bob"))}
-    town.mount.reload(mcpproxy.Catalog({**catalog.servers, **claiming}, is_file=True), ())
+    town.mount.reload(mcpproxy.Catalog({**catalog.servers, **claiming}, is_file=True), mcpproxy.Keys())
     for number, (key, own, others) in enumerate((("ann", "a", "b"), ("bob", "b", "a")), 1):
         client = await town.client("modern")
         client.client.caller = mcpproxy.Caller(key, b"")
@@ -16884,7 +16884,7 @@ async def test_conversation_says_that_the_member_of_a_group_which_claims_a_resou
     town = Town("legacy", ["g.a", "g.b", "c"], max_processes=2, shared_session=False)
     catalog = town.catalog(["g.a", "g.b", "c"])
     claiming = dataclasses.replace(catalog.servers["b"], when=mcpproxy.When(key="ann"))
-    town.mount.reload(mcpproxy.Catalog({**catalog.servers, "b": claiming}, is_file=True), ())
+    town.mount.reload(mcpproxy.Catalog({**catalog.servers, "b": claiming}, is_file=True), mcpproxy.Keys())
     client = await town.client("legacy")
     client.client.caller = mcpproxy.Caller("ann", b"")
     town.answers |= {"resources/list": {"resources": []}, "resources/templates/list": {"resourceTemplates": []}}
@@ -19290,6 +19290,13 @@ def test_audit_of_calls_that_run_when_the_proxy_ends():
     assert len(lines) == 1 and lines[0]["outcome"] in ("cancelled", "failed")
 
 
+def test_audit_names_the_tool_of_a_refused_call_without_mcp(recorded):
+    for name, body in ("unknown", {}), ("good", b"{"):
+        with audited(recorded) as lines:
+            recorded.request("POST", f"/tools/{name}", body, {**AUDIT_KEY, "Content-Type": "application/json"})
+        assert (lines[0]["method"], lines[0]["tool"], lines[0]["outcome"]) == ("tools/call", name, "refused")
+
+
 def test_audit_names_what_is_in_the_body_and_not_in_headers(recorded):
     wrong = {"Mcp-Name": "other", "Mcp-Method": "prompts/get", "X-Mcp-Tool": "other"}
     with StreamableClient(recorded, headers={**AUDIT_KEY, **wrong}) as client, audited(recorded) as lines:
@@ -20584,6 +20591,8 @@ def test_oauth_keys_work_beside_it(served):
     assert get_tools(served.proxy, path="/tools?auth_key=plain-secret").status == 200
     assert get_tools(served.proxy, **brings_token(served.token()), **{"X-API-Key": "wrong"}).status == 200
     assert get_tools(served.proxy, "wrong", **{"X-API-Key": "plain-secret"}).status == 401
+    for path, headers in ("/tools", {"X-API-Key": "wrong"}), ("/tools?auth_key=wrong", {}):
+        assert get_tools(served.proxy, path=path, **headers).json()["error"]["message"] == "wrong key"
 
 
 @pytest.mark.parametrize("audience, opens", [
@@ -20707,9 +20716,9 @@ SCOPES = {"a.look": {"servers": ["a"], "tools": ["look"]}, "a.read": {"servers":
 def scoped(issues, keys):
     """A proxy of servers a, b and c whose tokens open what SCOPES say; its issuer."""
     @contextlib.contextmanager
-    def start(scopes=SCOPES, **settings):
+    def start(scopes=SCOPES, servers=None, **settings):
         text = json.dumps({"free": {"key": "free-secret"}, "scopes": scopes})
-        with keys(text, PUBLIC_URL=PUBLIC, OAUTH_ISSUER=issues.url, **settings) as proxy:
+        with keys(text, servers, PUBLIC_URL=PUBLIC, OAUTH_ISSUER=issues.url, **settings) as proxy:
             issues.proxy = proxy
             yield issues
     return start
@@ -20776,6 +20785,16 @@ def test_oauth_read_only_scope_steps_up_to_one_that_is_not(scoped):
         assert challenge["scope"] == "safe b.all"
 
 
+def test_oauth_read_only_scope_steps_up_over_http_sse_too(scoped):
+    with scoped() as issuer, session_of("sse", issuer.proxy, issuer.token(scope="safe")) as client:
+        assert names_of(client.call("tools/list")) == ["b__look", "b__read_a"]
+        message = client.message(7, "tools/call", {"name": "b__write_a", "arguments": {}})
+        challenge = challenge_of(client.post(message, 403))
+        assert challenge["scope"] == "safe b.all"
+        comes_with(client, issuer.token(scope=challenge["scope"]))
+        assert text_of(client.deliver(message).answer()) == "b write_a"
+
+
 def test_oauth_tools_and_places_step_up(scoped):
     with scoped() as issuer:
         token = issuer.token(scope="a.look", aud=[PUBLIC + path + "/mcp" for path in ("", "/servers/b", "/servers/c")])
@@ -20805,6 +20824,56 @@ def test_oauth_missing_scope_for_all_does_not_lose_those_that_a_token_has(scoped
         answer = get_tools(issuer.proxy, issuer.token(scope="a.look b.all"))
         assert answer.status == 403
         assert {*challenge_of(answer)["scope"].split()} == {"mcp", "a.look", "b.all"}
+
+
+def test_oauth_challenge_names_enough_to_open_something(scoped):
+    """SDKs ask for what the first challenge names, and give up where that is not enough."""
+    with scoped(OAUTH_SCOPES="mcp") as issuer:
+        for path, enough in ("/tools", "mcp a.look"), ("/servers/b/tools", "mcp b.all"), ("/servers/c/tools", "mcp"):
+            token = functools.partial(issuer.token, aud=PUBLIC + path)
+            assert challenge_of(get_tools(issuer.proxy, path=path))["scope"] == enough
+            assert challenge_of(get_tools(issuer.proxy, token(scope="other"), path))["scope"] == enough
+            assert get_tools(issuer.proxy, token(scope=enough), path).status == (403 if enough == "mcp" else 200)
+        assert challenge_of(get_tools(issuer.proxy, issuer.token(scope="b.all")))["scope"] == "mcp b.all"
+    with scoped({"mcp": {"servers": ["b"]}, **SCOPES}, OAUTH_SCOPES="mcp") as issuer:
+        assert challenge_of(get_tools(issuer.proxy))["scope"] == "mcp"
+
+
+@EACH_SESSION_KIND
+def test_oauth_session_with_a_variable_does_nothing_for_a_token_that_may_not_set_it(scoped, kind):
+    scopes = {"all": {"env": ["A_TOKEN"]}, "read": {"tools": ["read_*"], "env": []}}
+    with scoped(scopes, {"a": kept("a", shared_session=False)}) as issuer:
+        wide, narrow = issuer.token(scope="all"), issuer.token(scope="read")
+        with CLIENTS[kind](issuer.proxy, headers={**brings_token(wide), "X-MCP-Env-A-TOKEN": "t"},
+                           path="/sse" if kind == "sse" else "/mcp") as client:
+            assert client.tool("a__look", variable="A_TOKEN") == "t"
+            comes_with(client, narrow)
+            client.headers.pop("X-MCP-Env-A-TOKEN", None)
+            answer = client.post(tool_call(7, "a__write_a"), 403)
+            assert limit_of(answer.json()) == (-32602, "env", "oauth:alice")
+            comes_with(client, wide)
+            assert client.tool("a__write_a") == "a write_a"
+
+
+def test_oauth_listener_ends_when_scopes_open_something_else(scoped):
+    with scoped() as issuer, ModernClient(issuer.proxy, headers=brings_token(issuer.token(scope="a.look"))) as client:
+        stream = client.listen(7, toolsListChanged=True)
+        issuer.proxy.change(json.dumps({"scopes": {**SCOPES, "a.look": {"servers": ["a"]}}}))
+        assert stream.answer(7)["result"]["resultType"] == "complete"
+        stream = client.listen(8, toolsListChanged=True)
+        issuer.proxy.change(json.dumps({"new": {"key": "new-secret"}, "scopes": {**SCOPES, "a.look": {
+            "servers": ["a"]}}}))
+        assert client.tool("a__look") == "a look" and not [one for one in stream.messages() if "result" in one]
+
+
+@EACH_SESSION_KIND
+def test_oauth_session_hears_at_once_that_scopes_open_something_else(scoped, kind):
+    with scoped() as issuer, session_of(kind, issuer.proxy, issuer.token(scope="a.look")) as client:
+        stream = client.listen()
+        assert client.tool("a__look") == "a look"
+        issuer.proxy.change(json.dumps({"scopes": {"a.look": {"servers": ["a"]}}}))
+        stream.wait_for(TOOLS_CHANGED)
+        assert client.tool("a__write_a") == "a write_a"
 
 
 @EACH_SESSION_KIND
@@ -21159,6 +21228,15 @@ async def assert_unusable(issues, one, capfd):
     await asyncio.sleep(0)
     log = capfd.readouterr().err
     assert "cannot be read" in log and "Traceback" not in log, log
+
+
+@asked
+async def test_oauth_issuer_that_is_found_last_and_cannot_be_used_is_told_why(issues, one, capfd):
+    del issues.answers[ISSUER_PATHS[0]]
+    issues.answers[ISSUER_PATHS[2]] = {**issues.found, "issuer": "https://another.example"}
+    assert (await one.worth(issues.token())).http_status == 503
+    await asyncio.sleep(0)
+    assert "another issuer's" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("told", LIES.values(), ids=LIES)
