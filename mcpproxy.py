@@ -9981,8 +9981,10 @@ class ClientRequest(PendingRequest, Holder):
 
     def time_out(self) -> None:
         """It shows no sign of life, or its client does not come back."""
-        was_at_server = self.state is RUNNING and self.server_id and not (self.dialogue and self.dialogue.questions)
-        self.fail(ServerError("the MCP server took too long", status=504), TIMED_OUT)
+        is_asked = self.dialogue and self.dialogue.questions          # then it is the client who is waited for
+        was_at_server = self.state is RUNNING and self.server_id and not is_asked
+        who = "client did not answer" if is_asked else "MCP server took too long"
+        self.fail(ServerError(f"the {who}", status=504), TIMED_OUT)
         if was_at_server:
             self.instance.server.failures += bool(self.group)
             self.instance.on_time_out()
@@ -10002,7 +10004,8 @@ class ClientRequest(PendingRequest, Holder):
             self._take_back(notification, outcome)
         if self.dialogue and not is_parked:
             self.dialogue.end(is_answered)
-        record(self, outcome, payload, now)
+        if before is not PARKED:                  # that request was answered, and is recorded
+            record(self, outcome, payload, now)
         if self.work and not is_answered:
             self.work.cancel()
         if self.on_done and not is_parked:
@@ -11185,11 +11188,11 @@ class HTTPConnection(asyncio.Protocol, Holder):
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([HEARTBEAT])
             elif (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
-                    and not reply.is_stream and reply.head.version >= (1, 1)):
+                    and (reply.is_stream or reply.head.version >= (1, 1))):
                 # It may be waiting or be gone. Only writing tells: if it is gone, the second write fails. An interim
-                # response is something that every client has to be able to read over.
+                # response is something that every client has to be able to read over, as a comment in a stream is.
                 self._probes += 1
-                self.write([CONTINUE])
+                reply.write([HEARTBEAT]) if reply.is_stream else self.write([CONTINUE])
         elif not self._is_clogged and self._phase is not CHECK:        # which takes no time of the client's
             is_between = self._parser.is_between
             seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(
@@ -13052,9 +13055,13 @@ class Proxy:
         if listens and self.settings.metrics_port:
             await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
-        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        self.tick()
         self.mount.start()
         return addresses
+
+    def tick(self) -> None:
+        """Begins to look at the time."""
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
@@ -13449,6 +13456,7 @@ async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
     proxy, all_work, lines = Proxy(settings, dict(os.environ)), True, [f"sandbox: {abilities()}"]
     try:
+        proxy.tick()                   # so that limits hold, and a slow start is told
         client = proxy.mount.visit(proxy.mount.catalog.view(), None, {})
         members = proxy.mount.catalog.servers.values()
         outcomes = await asyncio.gather(*(asyncio.wait_for(describe(member, client), member.settings.request_timeout)
@@ -13589,7 +13597,7 @@ tabindex="0" role="region" aria-label="configuration"></pre><p><button id="copy"
 aria-label="calls"></div></section></div></main>
 <script>
 const $ = id => document.getElementById(id), base = location.pathname.replace(/\/?$/, "/")
-let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null, watcher = null
+let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null, watcher = null, tools = new Map()
 // What comes from elsewhere is text here, and never markup.
 function el(tag, { dataset, ...properties } = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties)
@@ -13601,6 +13609,7 @@ const row = (...parts) => el("div", { className: "row" }, ...parts), pretty = va
 const isSelected = id => !getSelection().isCollapsed && getSelection().containsNode($(id), true)
 const put = (id, items, none) => isSelected(id) || $(id).replaceChildren(...items.length ? items : [soft(none)])
 const bearer = text => text ? { Authorization: `Bearer ${text}` } : {}, json = { "Content-Type": "application/json" }
+const exact = (_, value, text) => /^-?[1-9]\d{15,}$/.test(text?.source) && JSON.rawJSON?.(text.source) || value
 const ask = (path, more) => fetch(base + path, { ...more, headers: { ...more && json, ...bearer(key) } })
 const clock = moment => new Date(moment * 1000).toLocaleTimeString()
 const bytes = n => n < 1000 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`
@@ -13641,7 +13650,8 @@ const quoted = text => /^[\w.:/@-]+$/.test(text) ? text : `'${text.replaceAll("'
 const url = () => location.origin + base.slice(0, -1) + $("what").value
 const given = () => now.isGuarded && ($("show-key").checked && key || "<your key>")
 const flag = name => given() ? ` ${name} ${quoted(`Authorization: ${bearer(given()).Authorization}`)}` : ""
-const short = () => $("what").value.split("/")[2] || (now.isFile ? "all" : now.servers[0].name.replace(/\W+/g, "-"))
+const short = () => ($("what").value.split("/")[2] || (now.isFile ? "all" : now.servers[0].name))
+  .replace(/^\W+/, "").replace(/\W+/g, "-") || "mcp"
 const entry = (list, server) => pretty({ [list]: { [short()]: server } })
 const remote = () => ({ url: url(), ...given() && { headers: bearer(given()) } })
 const RECIPES = {
@@ -13666,8 +13676,9 @@ async function loadTools() {
   try {
     const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text)
     if (text === listed || listed && !answer.ok) return
-    listed = answer.ok && text
-    put("tools", answer.ok ? said.tools.map(showToolOrWhy) : [bad(said.error.message)], "none")
+    listed = answer.ok && text             // what stays as it was keeps what is written in its form
+    tools = new Map(said.tools?.map(pretty).map((one, at) => [one, tools.get(one) || showToolOrWhy(said.tools[at])]))
+    put("tools", answer.ok ? [...tools.values()] : [bad(said.error.message)], "none")
   } catch (error) { put("tools", [bad(error.message)]), seen = listed = null }        // to be asked for again
 }
 function fieldOf([name, schema], isRequired) {
@@ -13681,7 +13692,7 @@ function fieldOf([name, schema], isRequired) {
     el("option", { value: at, selected: one === schema.default }, String(one))))
   const isLeftOut = () => !isRequired && (kind === "boolean" ? !input.checked && value !== true : input.value === "")
   const read = () => isLeftOut() ? undefined : kind === "boolean" ? input.checked : kind === "string" ? input.value :
-    kind === "enum" ? schema.enum[input.value] : Number(input.value)
+    kind === "enum" ? schema.enum[input.value] : exact("", Number(input.value), { source: input.value })
   return { name, read, made: el("label", {}, name, isRequired && " *", " ", input, soft(schema.description)) }
 }
 function showToolOrWhy(tool) {                   // what a server says of one may be anything
@@ -13699,11 +13710,11 @@ function showTool(tool) {
     event.preventDefault(), result.replaceChildren(soft("it runs"))
     try {
       const simple = Object.fromEntries(fields.map(one => [one.name, one.read()]))           // undefined is left out
-      const body = JSON.stringify({ ...simple, ...JSON.parse(more.value || "{}") })
+      const body = JSON.stringify({ ...simple, ...JSON.parse(more.value || "{}", exact) })
       const answer = await ask(`tools/${encodeURIComponent(tool.name)}`, { method: "POST", body })
-      const said = await answer.json(), structured = said.structuredContent && pre(pretty(said.structuredContent))
-      const parts = [said.error && bad(`${said.error.message} (${said.error.code})`), said.isError &&
-        bad("the tool failed"), ...(said.content || []).map(showContent), structured].filter(Boolean)
+      const { error, isError, content, structuredContent: structured } = JSON.parse(await answer.text(), exact)
+      const parts = [error && bad(`${error.message} (${error.code})`), isError && bad("the tool failed"),
+        ...(content || []).map(showContent), structured && pre(pretty(structured))].filter(Boolean)
       result.replaceChildren(...parts.length ? parts : [soft("it is done, and gave nothing")])
     } catch (error) { result.replaceChildren(bad(error.message)) }
   })
@@ -13720,7 +13731,7 @@ function showContent(one) {
 }
 function forget() {
   for (const id of ["servers", "sessions", "calls", "tools"]) $(id).replaceChildren()
-  now = seen = listed = null, $("status").textContent = "closed", sessionStorage.removeItem("key")
+  now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
   $("wrong").textContent = key && "This key is not right.", $("key").focus()
 }
 // One stream brings all that changes.

@@ -12410,6 +12410,12 @@ def test_several_servers_that_are_checked_end_without_a_traceback_when_they_are_
     assert program.returncode == 128 + signal.SIGINT and "Traceback" not in said, said
 
 
+def test_several_servers_that_are_checked_are_held_to_their_limits():
+    program = "held = b'x' * 200_000_000; import time; time.sleep(4)\n" + LISTING_SERVER % ({}, "")
+    found = run_program("--check", "--", sys.executable, "-c", program, LIMIT_MEMORY_MB="100")
+    assert found.returncode == 1 and "are more than LIMIT_MEMORY_MB allows" in found.stdout
+
+
 def test_several_servers_that_are_checked_can_say_nothing_to_the_terminal_or_for_each_other():
     program = LISTING_SERVER % ({"tools/list": {"tools": [{"name": "t\x1b]0;x\x07\nb: fine", "inputSchema": {}}]}}, "")
     found = run_program("--check", "--", sys.executable, "-c", program)
@@ -14067,7 +14073,7 @@ def test_conversation_question_that_is_not_answered_in_time_is_the_end_of_the_ca
                 server > {"method":"notifications/cancelled","params":{"requestId":$CALL,"reason":"timed out"}}
         client < {"method":"notifications/cancelled","params":{"requestId":$Q}}
                 server > {"id":"q","error":{"code":-32000,"message":"the client did not answer"}}
-        client < {"id":1,"error":{"code":-32000,"message":"the MCP server took too long"}}
+        client < {"id":1,"error":{"code":-32000,"message":"the client did not answer"}}
     ''', server="legacy", client="legacy")
 
 
@@ -14643,7 +14649,7 @@ def test_conversation_call_that_is_over_while_its_client_is_asked_is_not_made_ag
         {taken_back}''', server="modern", client="legacy")
     conversation(text % f'''600 s pass
         {taken_back}
-        client < {{"id":1,"error":{{"code":-32000,"message":"the MCP server took too long"}}}}''',
+        client < {{"id":1,"error":{{"code":-32000,"message":"the client did not answer"}}}}''',
                  server="modern", client="legacy")
 
 
@@ -19151,6 +19157,14 @@ def test_audit_of_a_call_that_a_modern_server_asks_in():
         assert lines[0]["outcome"] == "answered" and "state-Xy7" not in proxy.log()
 
 
+def test_audit_of_a_call_whose_client_does_not_come_back_has_one_line():
+    with running_proxy(FAKE, LOG_FORMAT="json", REQUEST_TIMEOUT=0.5) as proxy, ModernClient(proxy) as client:
+        park(client)
+        until(lambda: "notifications/cancelled" in client.tool("seen"), "the end of the call")
+        lines = [line for line in map(json.loads, proxy.log().splitlines()) if line.get("tool", "seen") != "seen"]
+        assert [line["outcome"] for line in lines] == ["waits for input"]
+
+
 def test_audit_leaves_out_the_time_of_people():
     with running_proxy(FAKE, LOG_FORMAT="json") as proxy, ModernClient(proxy) as client:
         message, state, (key,) = park(client)
@@ -22953,6 +22967,15 @@ def test_load_a_caller_without_a_session_that_hangs_up_ends_its_call(settings, l
         http.send(encode_http("POST", "/mcp", message, headers))
         until(lambda: '"sleep"' in other.tool("seen"), "the call")
         leave(http)
+        until(lambda: "notifications/cancelled" in other.tool("seen"), "its end", 8)
+
+
+def test_load_a_caller_without_a_session_that_hangs_up_before_its_answer_is_a_stream_ends_its_call():
+    with running_proxy(FAKE, STATELESS="true", HEARTBEAT=60) as proxy, SSEClient(proxy) as other, HTTP(proxy) as http:
+        began = time.monotonic()
+        http.send(encode_http("POST", "/mcp", tool_call(1, "sleep", {"seconds": 60}), ACCEPT))
+        until(lambda: '"sleep"' in other.tool("seen") and time.monotonic() > began + 1.6, "the call")
+        http.close()
         until(lambda: "notifications/cancelled" in other.tool("seen"), "its end", 8)
 
 
@@ -27247,6 +27270,41 @@ def test_real_page_tells_how_to_connect(browser, several):
         page.call("Emulation.setFocusEmulationEnabled", enabled=True)
         page.click("#copy")
         page.until("navigator.clipboard.readText().then(text => text == document.querySelector('#recipe').textContent)")
+
+
+def test_real_page_names_the_server_for_clients_as_their_commands_take_it(browser):
+    with running_proxy(FAKE) as proxy, browser.visit(proxy) as page:
+        until_state(page, "ready")
+        for name, taken in ("@scope/server-x", "scope-server-x"), ("--", "mcp"), ("a.b", "a-b"):
+            text = page.js(f"now.servers[0].name = {json.dumps(name)}, RECIPES['Claude Code']()")
+            assert text == f"claude mcp add --transport http {taken} http://127.0.0.1:{proxy.port}/mcp"
+
+
+def test_real_page_takes_and_shows_large_integers_as_they_are(browser):
+    large = 2**63 - 1
+    schema = {"type": "object", "properties": {"id": {"type": "integer"}, "ids": {"type": "array"}}}
+    given = {"get": {"result": {"content": [], "structuredContent": {"id": large}}}}
+    with running_proxy(puppet([{"name": "put", "inputSchema": schema}], given)) as proxy, browser.visit(proxy) as page:
+        page.until_text(json.dumps({"id": large, "ids": [-large]}),
+                        call_by_form(page, "put", id=large, json=json.dumps({"ids": [-large]})))
+        page.until_text(f'"id": {large}', call_by_form(page, "get"))
+
+
+def test_real_page_keeps_what_is_filled_in_when_another_server_goes(browser, several, tmp_path):
+    full = tmp_path / "full"
+    mortal = fake_server(f"import os, sys\nif os.path.exists({str(full)!r}): sys.exit('full')")
+    with several(a=FAKE, b=mortal) as proxy, browser.visit(proxy) as page:
+        until_state(page, "ready", "b")
+        pid = int(text_of(ask_joint(proxy, "tools/call", {"name": "b__pid"})))
+        tool, result = tool_on(page, "a__echo"), call_by_form(page, "a__echo", json='{"text": "heard"}')
+        page.until_text("heard", result)
+        page.fill(f"{tool} [name=json]", '{"text": "typed"}')
+        full.touch()
+        os.kill(pid, signal.SIGKILL)
+        page.until("!document.querySelector('#tools .tool[data-name=b__echo]')", "the tools of a alone")
+        assert page.js(f"document.querySelector({json.dumps(tool)}).querySelector('[name=json]').value") == (
+            '{"text": "typed"}')
+        assert "heard" in page.text(result)
 
 
 def test_real_page_leaves_alone_what_somebody_selects_or_fills_in_while_it_changes(browser):
