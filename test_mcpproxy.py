@@ -5491,6 +5491,11 @@ def test_views_show_a_changed_tool_with_all_else_as_it_was():
         '"b":{}}},"annotations":{"k":1,"readOnlyHint":true},"description":"new"}')
 
 
+def test_views_tool_that_requires_nothing_is_not_listed_as_one_that_does():
+    rules = mcpproxy.Rules(overrides={"t": mcpproxy.Override(defaults={"a": 1})})
+    text = '{"name":"t","inputSchema":{"type":"object"}}'
+    assert json.loads(rules.restated(mcpproxy.JSONObject(text), "t", "t")) == json.loads(text)
+
 
 def test_views_large_results_keep_head_and_tail():
     text = "é" * 4000 + "middle" * 1000 + "z" * 4000
@@ -14971,6 +14976,138 @@ def test_conversation_subscription_of_a_modern_client_at_a_modern_server_is_its_
     ''', server="modern", ann="modern", bob="modern")
 
 
+def test_conversation_request_of_a_server_that_is_not_valid_is_refused_to_it_and_is_no_answer_to_a_call():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"id":$CALL,"method":"roots/list","params":[1]}
+                server > {"id":$CALL,"error":{"code":-32602,"message":"params must be an object"}}
+                server < {"id":$CALL,"result":{}}
+        client < {"id":1,"result":{}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_call_that_its_server_takes_back_as_if_it_were_its_own_goes_on():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x"}}
+                server < {"method":"notifications/cancelled","params":{"requestId":$CALL}}
+                server < {"id":$CALL,"result":{}}
+        client < {"id":1,"result":{}}
+    ''', server="legacy", client="legacy")
+
+
+def test_conversation_question_while_another_client_waits_for_what_can_cause_none_is_nobodys():
+    conversation('''
+        bob > {"id":1,"method":"tools/list"}
+                server > {"id":$BOB,"method":"tools/list"}
+                server < {"id":"q","method":"sampling/createMessage","params":{}}
+                server > {"id":"q","error":{"code":-32600,"message":$NOBODYS}}
+    ''', server="legacy", ann="legacy", bob="visitor")
+
+
+def test_conversation_listen_goes_on_without_a_resource_that_is_refused_by_the_proxy():
+    conversation(f'''
+        client > {{"id":1,"method":"subscriptions/listen","params":{{"notifications":{{"resourceSubscriptions":[
+                       "a:{"x" * 8_191}","a:b"]}}}}}}
+                server > {{"id":$SUB,"method":"resources/subscribe","params":{{"uri":"a:b"}}}}
+                server < {{"id":$SUB,"result":{{}}}}
+        client < {{"method":"notifications/subscriptions/acknowledged","params":{{"_meta":{{".../subscriptionId":1}},
+                       "notifications":{{"resourceSubscriptions":["a:b"]}}}}}}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_server_that_is_to_be_modern_and_speaks_another_revision_is_refused():
+    conversation('''
+                server starts
+        client > {"id":1,"method":"tools/list"}
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"supportedVersions":["2030-01-01"],"capabilities":{}}}
+                server is stopped
+        client < 502 {"id":1,"error":{"code":-32000,"message":"the MCP server does not speak 2026-07-28"}}
+                server starts
+                server > {"id":$ID2,"method":"server/discover","params":$DISCOVER}
+    ''', server="new", settings={"server_era": "modern"}, client="modern")
+
+
+def test_conversation_modern_server_is_listened_to_no_longer_when_nothing_is_wanted_of_it():
+    conversation('''
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],
+                                   "capabilities":{"resources":{"subscribe":true}}}}
+                server > {"id":$L,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L},"notifications":{"resourceSubscriptions":["a:b"]}}}
+        client < {"id":1,"result":{}}
+        client > {"id":2,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+        client < {"id":2,"result":{}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L,"reason":"nobody listens"}}
+    ''', server="new", settings={"server_era": "modern"}, client="legacy")
+
+
+def test_conversation_server_that_runs_a_call_is_not_ended_for_one_more():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],"capabilities":{}}}
+                server > {"id":$CALL,"method":"tools/call","params":{"name":"x","_meta":$META}}
+        bob > {"id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{}}}
+        bob < 503 {"id":1,"error":{"code":-32000,"message":"too many processes"}}
+                server < {"id":$CALL,"result":{"resultType":"complete","content":[]}}
+        ann < {"id":1,"result":{"resultType":"complete","content":[]}}
+    ''', server="new", settings={"server_era": "modern", "shared_session": False, "max_processes": 1}, ann="modern",
+        bob="legacy")
+
+
+def test_conversation_log_message_of_a_server_that_has_not_answered_yet_goes_to_the_one_session():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+        client > {"id":1,"method":"ping"}
+                server < {"method":"notifications/message","params":{"level":"error","data":"x"}}
+        client < {"method":"notifications/message","params":{"level":"error","data":"x"}}
+    ''', server="new", settings={"server_era": "legacy"}, client="legacy")
+
+
+def test_conversation_task_of_another_client_is_nothing_to_listen_to_at_a_modern_server():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x","task":{}}}
+                server > {"id":$ANN,"method":"tools/call","params":$PARAMS}
+                server < {"id":$ANN,"result":{"resultType":"complete","task":{"taskId":"t"}}}
+        ann < {"id":1,"result":$TASK}
+        bob > {"id":1,"method":"subscriptions/listen","params":{"notifications":{"taskIds":["t"]}}}
+        bob < {"id":1,"error":{"code":-32602,"message":"the task is unknown"}}
+    ''', server="modern", ann="legacy", bob="modern")
+
+
+def test_conversation_subscription_at_a_modern_server_that_has_none_is_refused():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],"capabilities":{"resources":{}}}}
+        client > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+        client < {"id":1,"error":{"code":-32601,"message":"the server has no subscriptions"}}
+    ''', server="new", settings={"server_era": "modern"}, client="legacy")
+
+
+def test_conversation_log_level_that_a_legacy_server_does_not_know_is_refused_in_its_own_words():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"initialize","params":$INITIALIZE}
+                server < {"id":$ID,"result":{"protocolVersion":"2025-06-18","capabilities":{}}}
+                server > {"method":"notifications/initialized"}
+        client > {"id":1,"method":"logging/setLevel","params":{"level":"error"}}
+                server > {"id":$LEVEL,"method":"logging/setLevel","params":{"level":"error"}}
+                server < {"id":$LEVEL,"error":{"code":-32601,"message":"what?"}}
+        client < {"id":1,"error":{"code":-32601,"message":"what?"}}
+    ''', server="new", settings={"server_era": "legacy"}, client="legacy")
+
+
+
 # Several servers in memory, whose configuration changes while they are at work.
 
 class Town:
@@ -15093,6 +15230,132 @@ def in_town(test):
 
 
 QUESTION = {"method": "elicitation/create", "params": {"message": "?", "requestedSchema": {"type": "object"}}}
+
+
+@in_town
+async def test_conversation_call_at_a_server_of_its_own_that_is_configured_anew_is_answered():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    (_, call), = town.heard
+    town.mount.reload(town.catalog(["a=x", "c"]), mcpproxy.Keys())
+    await asyncio.sleep(1)
+    town.told(client)
+    town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
+    assert town.told(client) == [{"jsonrpc": "2.0", "id": 1, "result": {"content": []}}]
+
+
+@in_town
+async def test_conversation_joint_request_for_what_no_server_has_is_for_an_unknown_method():
+    town = Town("legacy", ["a", "c"])
+    town.can = {"tools": {}}
+    client = await town.client("legacy")
+    for method, params in ("tasks/get", {"taskId": "t"}), ("tasks/list", {}), ("resources/read", {"uri": "x:y"}):
+        answer, = await town.say_to(client, 1, method, params)
+        assert answer["error"]["code"] == -32601, answer
+
+
+@in_town
+async def test_conversation_joint_task_is_nothing_for_a_client_that_does_not_say_that_it_knows_any():
+    town = Town("legacy", ["a", "c"])
+    town.can = {"tools": {}, "tasks": {}}
+    client = await town.client("modern")
+    client.capabilities = {}
+    answer, = await town.say_to(client, 1, "tasks/get", {"taskId": "t"})
+    assert answer["error"]["code"] == -32021
+
+
+@in_town
+async def test_conversation_listen_at_a_server_that_is_configured_anew_ends():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    town.mount.reload(town.catalog(["a=x", "c"]), mcpproxy.Keys())
+    assert "result" in town.told(client)[-1]
+
+
+@in_town
+async def test_conversation_server_that_did_not_start_is_started_again_for_a_call_that_does_not_wait_for_it():
+    town = Town("legacy", ["a", "c"])
+    town.broken = "a"
+    client = await town.client("modern")
+    await asyncio.sleep(600)
+    tries = len(town.links["a"])
+    town.broken = None
+    assert "it is broken" in str(await town.say_to(client, 1, "tools/call", {"name": "a__t"}))
+    await asyncio.sleep(1)
+    assert len(town.links["a"]) == tries + 1
+    await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    assert [name for name, _ in town.heard] == ["a"]
+
+
+@in_town
+async def test_conversation_list_for_which_no_server_is_there_yet_comes_with_the_first_that_is():
+    town = Town("legacy", ["a", "c"])
+    town.slow = {"a": 3.5, "c": 60}
+    client = await town.client("modern")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(3.8)
+    assert "a__t" in str(town.told(client))
+
+
+@in_town
+async def test_conversation_listen_that_ended_while_it_waited_for_its_server_is_not_sent():
+    town = Town("modern", ["a"], max_sessions=2)
+    town.slow["a"] = 5
+    for principal in "eve", "ann", "ann":
+        side = await town.client("modern", "a")
+        side.client.principal = principal
+        side.say(request(1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+    await asyncio.sleep(10)
+    assert town.heard_by("a").count("subscriptions/listen") == 3           # one is the proxy's own
+
+
+@in_town
+async def test_conversation_state_of_a_modern_server_that_is_no_text_is_passed_on_as_it_is():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("modern")
+    town.answers["resources/read"] = {"resultType": "input_required", "requestState": 5, **ASKED}
+    answer, = await town.say_to(client, 1, "resources/read", {"uri": "a:b"})
+    assert answer["result"]["requestState"] == 5
+
+
+@in_town
+async def test_conversation_question_of_a_server_that_refused_a_call_is_not_about_it_when_it_runs_at_another():
+    town = Town("legacy", ["a", "c"])
+    client, _ = await town.client("legacy"), await town.client("legacy")
+    await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    (link,), (other,) = town.links["a"], town.links["c"]
+    town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32002, "message": "no"}})
+    await asyncio.sleep(0.1)
+    assert other.lines[-1]["method"] == "resources/read"
+    town.say(link, {"id": "q", **QUESTION})
+    assert link.lines[-1]["id"] == "q" and "error" in link.lines[-1] and not town.told(client)
+
+
+@in_town
+async def test_conversation_subscription_does_not_wait_for_a_server_whose_last_start_failed():
+    town = Town("legacy", ["a", "c"])
+    town.broken, town.slow["a"] = "a", 60
+    client = await town.client("legacy")
+    await asyncio.sleep(65)
+    town.told(client)
+    client.say(request(1, "resources/subscribe", {"uri": "x:y"}))
+    await asyncio.sleep(5)
+    assert town.told(client) == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+
+
+@in_town
+async def test_conversation_slip_in_a_configuration_that_is_read_again_is_told():
+    town, told = Town("legacy", ["a"]), []
+    await town.say_to(await town.client("modern"), 1, "tools/list")
+    config = town.catalog(["a"]).servers["a"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcpproxy.log, "warning", lambda text, **fields: told.append(fields))
+        for _ in range(2):
+            town.mount.reload(mcpproxy.Catalog({"a": dataclasses.replace(
+                config, rules=mcpproxy.Rules(tools=("t", "nothing*")))}, is_file=True), mcpproxy.Keys())
+    assert told == [{"server": "a", "rules": "nothing*"}]
 
 
 @in_town
