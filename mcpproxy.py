@@ -4286,6 +4286,14 @@ def remove_tree(base: str, name: str) -> None:
         os.close(at)
 
 
+def is_below(path: str, folders: list[str]) -> bool:
+    """Is a path within one of these folders, whatever links are on the way to it?"""
+    above = os.path.dirname(path)
+    where = os.path.realpath(above) + "/"
+    return any(where.startswith(folder.rstrip("/") + "/") for folder in folders) or (
+        above != path and is_below(above, folders))
+
+
 def kill(pid: int, number: int) -> bool:
     """Sends a signal to a process, or to a group when negative; False when there is nobody of ours."""
     try:
@@ -4381,6 +4389,9 @@ def landlock(attributes, rules):                     # landlock_create_ruleset(2
     system_call(446, ruleset, 0)
     os.close(ruleset)
 
+def reach(home):
+    os.stat(home + "/.")
+
 def become(uid, gid):
     os.setgroups([])
     os.setresgid(gid, gid, gid)
@@ -4391,7 +4402,7 @@ def seccomp(program):                                # PR_SET_SECCOMP, SECCOMP_M
     program = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(code)))
     prctl(22, 2, ctypes.addressof(program))
 
-def main(report, is_strict, unset, ignored, steps, program):
+def main(report, is_strict, unset, late, ignored, steps, program):
     os.set_inheritable(report, False)                # it closes when this becomes the server
     for number, (name, *arguments) in enumerate(steps):
         try:
@@ -4402,6 +4413,7 @@ def main(report, is_strict, unset, ignored, steps, program):
                 sys.exit(126)
     for name in unset:                               # which Python has set, in the locale C
         os.environ.pop(name, None)
+    os.environ.update(late)
     for number in ignored:                           # signals that Python ignores; what is ignored would stay so
         libc.signal(number, None)
     os.write(report, b"done")
@@ -4412,13 +4424,15 @@ def main(report, is_strict, unset, ignored, steps, program):
         sys.exit(126)
 """
 
+_OF_LOADERS = re.compile("LD_|GCONV_PATH|.*LOCPATH")           # ld.so(8), iconv(1), setlocale(3)
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
 REASONS_AGAINST = {              # by step and errno
     ("landlock", errno.ENOSYS): "this kernel has no Landlock, or hides it: it takes Linux 6.2, and not gVisor",
     ("landlock", errno.EOPNOTSUPP): "Landlock is off in this kernel: lsm= at boot has to name it",
     ("seccomp", errno.EINVAL): "this kernel has no seccomp filters, or hides them",
-    ("become", errno.EPERM): "only root may become another user"}
+    ("become", errno.EPERM): "only root may become another user",
+    ("reach", errno.EACCES): "RUN_AS_USER cannot get there; set TMPDIR to a directory where it can"}
 
 
 def landlock_abi() -> int:
@@ -4487,6 +4501,7 @@ class Sandbox:
             steps += self._landlock(cell)
         if cell.user:
             steps.append(("run_as_user", "become", *cell.user))
+            steps += [("private_home", "reach", cell.home)] if cell.home else []
         if not settings.sandbox_net:
             if os.uname().machine in MACHINES:
                 steps.append(("sandbox_net", "seccomp", socket_filter().hex()))
@@ -4508,10 +4523,14 @@ class Sandbox:
         usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
         allowed = [(path, READ) for path in (*ALL_READ, *usual)] + [(path, DEVICE) for path in ALL_USE]
         allowed = [one for one in allowed if os.path.exists(one[0])]
+        given = {name: [os.path.abspath(os.path.expanduser(path)) for path in getattr(self.settings, name).split(":")
+                        if path] for name in ("sandbox_read", "sandbox_write")}
+        writable = [os.path.realpath(path) for path in given["sandbox_write"]]
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
-            for path in filter(None, getattr(self.settings, name).split(":")):
-                path = os.path.abspath(os.path.expanduser(path))
-                if os.path.exists(path):
+            for path in given[name]:
+                if is_below(path, writable):
+                    continue               # it is open anyway; and what a run before has put there may be a link by now
+                elif os.path.exists(path):
                     allowed.append((path, right))
                 else:
                     self.refuse(name, f"{path} does not exist")
@@ -4620,8 +4639,10 @@ class Cell:
         steps = self.sandbox.steps(self)
         output, report = os.pipe()
         try:
+            # What tells a loader where code is would do so to CONFINE too, and a run before may have put some there.
+            late = {name: environment.pop(name) for name in list(environment) if _OF_LOADERS.match(name)}
             plan = (report, self.sandbox.settings.sandbox != "try", [] if "LC_CTYPE" in environment else ["LC_CTYPE"],
-                    [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
+                    late, [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
                     program and os.path.abspath(program))
             # Isolated from what the server's environment and directory say to Python.
             await spawn(sys.executable, "-I", "-S", "-c", f"{CONFINE}main{plan!r}", *command, start_new_session=True,
@@ -4678,21 +4699,6 @@ async def try_out(sandbox: Sandbox) -> None:
     finally:
         census.starting -= 1
         cell.close()
-
-
-def abilities() -> str:
-    """What this machine can do of all this, in words."""
-    try:
-        found = [f"Landlock (ABI {landlock_abi()})"]
-    except OSError as error:
-        found = [f"no Landlock: {why_refused('landlock', error.errno)}"]
-    has_filters = False
-    if hasattr(libc(), "prctl") and os.uname().machine in MACHINES:
-        import ctypes
-        libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # where there is seccomp, it would read address 0
-        has_filters = ctypes.get_errno() == errno.EFAULT
-    return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
-                      "can become other users" if os.geteuid() == 0 else "cannot become other users"])
 
 
 # ============================================================================
@@ -12878,6 +12884,8 @@ class DemoServer:
             elif method and "id" in message:
                 self._cancelled[message["id"]] = threading.Event()
                 threading.Thread(target=self._answer, args=(message["id"], method, params), daemon=True).start()
+        with self._lock:
+            os._exit(0)                    # Python's own end aborts where a thread has just begun to write
 
     def _write(self, **members) -> None:
         with self._lock:
@@ -13006,7 +13014,7 @@ class Proxy:
             if getattr(own, name) != getattr(self.settings, name):
                 log.warning("! server %(server)s: %(name)s has no effect with sandbox off", server=config.name,
                             name=name)
-        if own.sandbox != "off" and not config.url and os.geteuid() == 0 and not own.run_as_user:
+        if own.sandbox != "off" and not config.url and os.geteuid() == 0 and own.run_as_user in ("", "0", "root"):
             log.warning("! server %(server)s: for root a sandbox is half a sandbox: set RUN_AS_USER too",
                         server=config.name)
 
@@ -13450,6 +13458,21 @@ async def describe(member: ServerConfig, client: Client) -> list[str]:
         else:
             lines += [f"  {kind} ({len(names)}): {', '.join(names)}"] if names else []
     return lines
+
+
+def abilities() -> str:
+    """What this machine can do of a sandbox, in words."""
+    try:
+        found = [f"Landlock (ABI {landlock_abi()})"]
+    except OSError as error:
+        found = [f"no Landlock: {why_refused('landlock', error.errno)}"]
+    has_filters = False
+    if hasattr(libc(), "prctl") and os.uname().machine in MACHINES:
+        import ctypes
+        libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # where there is seccomp, it would read address 0
+        has_filters = ctypes.get_errno() == errno.EFAULT
+    return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
+                      "can become other users" if os.geteuid() == 0 else "cannot become other users"])
 
 
 async def check(settings: Settings) -> bool:

@@ -7184,6 +7184,31 @@ def test_sandbox_file_outside_stays_as_it_is_and_unread(free, confined, secret, 
 
 
 @with_landlock
+def test_sandbox_follows_no_link_that_a_server_may_have_made(place, secret):
+    """What is given below what it may write, it can have put a link in the place of, for its next start."""
+    (place / "w").mkdir()
+    (place / "w").chmod(0o777)
+    for name in "conf", "cache":
+        (place / "w" / name).symlink_to(secret.parent)
+    (place / "link").symlink_to(place / "w")
+    for given in ({"SANDBOX_READ": place / "w/conf"}, {"SANDBOX_READ": place / "link/conf"},
+                  {"SANDBOX_WRITE": f"{place}/w:{place}/w/cache"}, {"SANDBOX_READ": place / "w/conf/secret"}):
+        with sandboxed(place, **{"SANDBOX": "on", "SANDBOX_WRITE": place / "w", **given}) as proxy:
+            assert use(proxy, "read", path=str(secret)) == "EACCES", given
+            assert use(proxy, "write_file", path=f"{place}/w/own", megabytes=1) == "ok after 1 MB"
+
+
+@with_landlock
+def test_sandbox_is_made_before_anything_that_the_environment_names_is_loaded(several, place, secret):
+    env = {"LD_DEBUG": "statistics", "LD_DEBUG_OUTPUT": f"{secret.parent}/loaded"}
+    with several(a=(hostile(), {"env": env, "sandbox": "on"}), b=(hostile(), {"env": env})) as proxy:
+        assert about(proxy, at="/servers/a")["environ"]["LD_DEBUG"] == "statistics"
+        assert about(proxy, at="/servers/b")
+        loaders = {pid for pid in servers_of(proxy) if f"loaded.{pid}" in os.listdir(secret.parent)}
+        assert len(loaders) == 1, "the one without a sandbox"
+
+
+@with_landlock
 def test_sandbox_has_what_programs_need_and_what_is_given(confined):
     place, outcomes = confined.place, {}
     #   path                                reads      writes
@@ -7425,6 +7450,17 @@ def test_sandbox_user_gets_into_its_home_whatever_the_umask_of_the_proxy_is(plac
         for name in "HOME", "TMPDIR":
             path = f"{about(proxy)['environ'][name]}/file"
             assert use(proxy, "write_file", path=path, megabytes=1) == "ok after 1 MB"
+
+
+def test_sandbox_home_that_its_user_cannot_reach_ends_the_start(place):
+    needs_nobody()
+    closed = place / "closed"
+    closed.mkdir()
+    closed.chmod(0o700)
+    settings = {"RUN_AS_USER": "60001", "PRIVATE_HOME": "true", "TMPDIR": closed}
+    program = run_hostile(place, program_of(place, ""), **settings)
+    assert_one_line(program, 1)
+    assert "PRIVATE_HOME cannot be given: RUN_AS_USER cannot get there; set TMPDIR" in program.stderr
 
 
 def test_sandbox_users_of_a_range_are_given_to_one_at_a_time(place):
@@ -7759,6 +7795,7 @@ def test_sandbox_setting_that_cannot_be_used_ends_the_start(place):
 @as_root
 @pytest.mark.parametrize("kind, settings, warns", [
     case("root", "command", {"SANDBOX": "on"}, True), case("root, in a file", "file", {"SANDBOX": "on"}, True),
+    case("root by its number", "command", {"SANDBOX": "on", "RUN_AS_USER": "0"}, True),
     case("nobody", "command", {"SANDBOX": "on", "RUN_AS_USER": "nobody"}, False)])
 def test_sandbox_of_root_is_warned_of(place, kind, settings, warns):
     with beside(kind, place, **settings) as (proxy, *_):
@@ -22323,6 +22360,13 @@ def test_demo_survives_a_number_of_5000_digits(demo):
     body = b'{"a":%s,"b":1}' % (b"9" * 5000)
     for _ in range(2):
         assert demo.request("POST", "/tools/add", body, {"Content-Type": "application/json"}).status == 200
+
+
+def test_demo_ends_well_while_it_answers():
+    lines = "".join(json.dumps(request(number, "tools/list")) + "\n" for number in range(200))
+    done = subprocess.run([sys.executable, PROXY, "--demo-server"], input=lines, capture_output=True, text=True,
+                          timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_demo_lists_what_it_has(demo_client):
