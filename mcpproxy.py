@@ -5992,6 +5992,13 @@ class RemoteLink(Link):
         """No more lines will come, because it `reason`, a predicate."""
         if self.on_end:
             self.how_it_ended = reason and f": it {reason}"
+            error = ServerError(f"the MCP server ended{self.how_it_ended}")
+            error.is_unsent = True             # what waits for a connection, or for a session
+            waiting = [number for number, fetch in self._running.items()
+                       if isinstance(fetch, Post) and fetch in fetch.waits_in]
+            for number in [*waiting, *(about[0] for _, about, _ in self._held or () if about)]:
+                self._drop(number)
+                self.on_refused(number, error)
         super().end()
 
     # Requests.
@@ -6085,7 +6092,7 @@ class RemoteLink(Link):
         self._running.pop(post.number, None)
         has_answer = post.is_stream or is_answer(head, body, post.number)
         if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
-                not has_answer or _NOT_MINE.search(body)):
+                not has_answer or _NOT_MINE.search(body) or b"session" in body.lower()):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._doubt())
         if post.session and is_of_lost_session(head, body, post.number):
@@ -9175,6 +9182,8 @@ async def find_targets(client: Client, message: Message,
         raise unknown_task()
     candidates = view.candidates(name) if isinstance(name, str) else []
     is_extensions = not is_call and method != "completion/complete"
+    if is_extensions and any(one.start_of_names for one in candidates):        # one without could have every name
+        candidates = [one for one in candidates if one.start_of_names]
     if not isinstance(name, str) or is_extensions and len(candidates) != 1:
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
     if is_extensions:
@@ -9285,10 +9294,16 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
         return await find_by_uri(client, uri, patience, waited | started)
-    targets = [Target(member.name) for member, (identity, *_) in found if identity.has("resources")]
+    identities = {member.name: identity for member, (identity, *_) in found}
+    for name in missing:                           # one that could not list them may have it all the same
+        with contextlib.suppress(ProxyError):
+            instance = client.by_name(name)
+            identities[name] = instance.connection and instance.identity
+    targets = [Target(member.name) for member in client.view.members
+               if identities.get(member.name) and identities[member.name].has("resources")]
     if not targets:
         raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
-    return targets, missing
+    return targets, {name: why for name, why in missing.items() if not identities.get(name)}
 
 
 # ============================================================================

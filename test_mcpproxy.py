@@ -9214,6 +9214,21 @@ def test_remote_server_that_is_replaced_by_one_of_the_other_era_is_used_as_that(
             until(lambda: "result" in client.start("echo", text="x").answer(), "the other era", 30)
 
 
+def test_remote_server_of_the_other_era_that_answers_requests_for_want_of_a_session_is_used_as_that():
+    with Remote("modern") as far:
+        old = far.legacy
+
+        def legacy(visit):
+            if visit.method == "initialize" or visit.headers.get("mcp-session-id") in far.sessions:
+                return old(visit)
+            visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {"code": -32600, "message": "no session id"}})
+        far.legacy = legacy
+        with running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+            assert client.tool("echo", text="x") == "x"
+            far.kind = "legacy"
+            until(lambda: "result" in client.start("echo", text="x").answer(), "the other era", 30)
+
+
 def test_remote_server_gets_no_line_of_a_client_s_as_a_header():
     evil = "x\r\nContent-Length: 0\r\n\r\nDELETE /admin HTTP/1.1\r\nHost: h\r\nX: y"
     with Remote("modern") as far, running_proxy(far.url) as proxy:
@@ -9522,6 +9537,38 @@ async def test_remote_messages_leave_in_the_order_in_which_they_were_written():
     far.connection.send(mcpproxy.encode_request(None, "notifications/x", {}))
     far.connection.request("tools/list", {})
     assert [json.loads(fetch.body)["method"] for fetch in far.sent if fetch.body] == ["notifications/x", "tools/list"]
+
+
+class Waiting(mcpproxy.PendingRequest):
+    """A request that keeps the error that it ends with."""
+
+    def on_failure(self, error):
+        self.error = error
+
+
+@over_a_link
+async def test_remote_server_that_cannot_be_reached_got_nothing_of_what_waits_for_a_connection():
+    link = FarLink()
+    await link.greet()
+    waiting, fetches = [Waiting() for _ in range(3)], []
+    for one in waiting:
+        link.connection.send_request(one, "tools/call", {"name": "t"})
+        fetches.append(await link.taken("tools/call"))
+    fetches[1].waits_in = collections.deque([fetches[1]])
+    fetches[0].on_failure("cannot be reached: no", is_connected=False)
+    assert [one.error.is_unsent for one in waiting] == [True, True, False]
+    assert {str(one.error) for one in waiting[1:]} == {"the MCP server ended: it cannot be reached: no"}
+
+
+@over_a_link
+async def test_remote_server_whose_session_is_opened_again_got_nothing_of_what_waits_for_it():
+    link, one = FarLink(), Waiting()
+    await link.greet()
+    link.connection.request("tools/list", None)
+    respond(await link.taken("tools/list"), 404)                  # the session is lost
+    link.connection.send_request(one, "tools/call", {"name": "t"})
+    (await link.taken("initialize")).on_failure("cannot be reached: no", is_connected=False)
+    assert one.error.is_unsent
 
 
 @over_a_link
@@ -15380,6 +15427,32 @@ async def test_conversation_subscription_does_not_wait_for_a_server_whose_last_s
     client.say(request(1, "resources/subscribe", {"uri": "x:y"}))
     await asyncio.sleep(5)
     assert town.told(client) == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+
+
+@in_town
+async def test_conversation_resource_that_is_not_listed_is_asked_of_a_server_that_could_not_list_it():
+    town = Town("legacy", ["a", "c"])
+    town.fails = {("c", "resources/list"), ("a", "resources/read")}
+    town.answers["c", "resources/read"] = {"contents": [{"uri": "x:y", "text": "of c"}]}
+    client = await town.client("legacy")
+    answer, = await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    assert answer["result"]["contents"][0]["text"] == "of c"
+    town.fails.add(("c", "resources/read"))
+    answer, = await town.say_to(client, 2, "resources/read", {"uri": "x:y"})
+    assert answer["error"] == {"code": -32603, "message": "not now"}          # of the one that was asked last
+
+
+@in_town
+async def test_conversation_extension_s_method_goes_by_a_name_beside_a_server_without_a_prefix():
+    town = Town("legacy", ["a", "c"])
+    servers = town.catalog(["a", "c"]).servers
+    servers["c"] = dataclasses.replace(servers["c"], prefix="")
+    town.mount.reload(mcpproxy.Catalog(servers, is_file=True), mcpproxy.Keys())
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "custom/run", {"name": "a__thing"})
+    await town.say_to(client, 2, "custom/run", {"name": "thing"})
+    assert [line["params"]["name"] for name in "ac" for line in town.links[name][-1].lines
+            if line.get("method") == "custom/run"] == ["thing", "thing"]
 
 
 @in_town
