@@ -485,6 +485,12 @@ def is_user(text: str) -> bool:
     return not text or bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", text))
 
 
+def users_in(text: str) -> float:
+    """How many users a range of numbers has; no end of them where it is none."""
+    numbers = re.fullmatch("([0-9]+)-([0-9]+)", text)
+    return int(numbers[2]) - int(numbers[1]) + 1 if numbers else float("inf")
+
+
 def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     for rule, fits, names in (
@@ -7680,7 +7686,7 @@ class Instance:
         """Starts the server, unless that was done; `initialize` is what a legacy one is told."""
         if self._runner is None and self.state is NEW:
             if self.owner is not self:                 # a spare one is only started where there is room
-                self.server.pool.make_room(self.principal)
+                self.server.pool.make_room(self.principal, self.server)
             self.is_told_ours = not initialize
             initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
@@ -8385,9 +8391,9 @@ class Pool:
         self.limit = limit
         self.servers: set[Server] = set()
 
-    def make_room(self, principal: object) -> None:
-        """Sees to it that one more process can be started for a principal; ServerError when it cannot."""
-        other = self.who_ends(principal)
+    def make_room(self, principal: object, server: "Server") -> None:
+        """Sees to it that one more process of a server's can be started for a principal; ServerError when it cannot."""
+        other = self.who_ends(principal, server)
         if other:
             for session in list(other.sessions.values()):
                 session.on_closed(try_later("others need the room"))
@@ -8395,22 +8401,28 @@ class Pool:
                 listener.end_subscription()
             other.server.end(other)
 
-    @property
-    def is_full(self) -> bool:
-        return sum(len(server.ending) + sum(instance.has_process for instance in server.instances.values())
-                   for server in self.servers) >= self.limit
+    def who_fill(self, server: "Server") -> set["Server"]:
+        """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
+        together with it. None while there is room."""
+        sharing = {one for one in self.servers if one.settings.run_as_user == server.settings.run_as_user}
+        for limit, servers in (self.limit, self.servers), (users_in(server.settings.run_as_user), sharing):
+            if sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
+                   for one in servers) >= limit:
+                return servers
+        return set()
 
-    def who_ends(self, principal: object) -> Instance | None:
-        """The instance that has to end for one more process of a principal's, if one has to: a spare one, an idle
-        one of visitors, or one of whoever has most. ServerError when there is none, or enough of them are ending."""
-        if not self.is_full:
+    def who_ends(self, principal: object, server: "Server") -> Instance | None:
+        """The instance that has to end for one more process of a server's for a principal, if one has to: a spare one,
+        an idle one of visitors, or one of whoever has most. ServerError when there is none, or enough are ending."""
+        servers = self.who_fill(server)
+        if not servers:
             return None
-        running = [instance for server in self.servers for instance in server.instances.values()
+        running = [instance for one in servers for instance in one.instances.values()
                    if instance.has_process and instance.owner != ()]
         spares = [instance for instance in running if instance.owner is instance]
         idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
         others = spares or idle or who_gives(running, principal)
-        if not others or sum(len(server.ending) for server in self.servers) >= max(1, self.limit // 10):
+        if not others or sum(len(one.ending) for one in self.servers) >= max(1, self.limit // 10):
             raise try_later("too many processes")
         return min(others, key=lambda instance: (instance.is_used, instance.last_used))
 
@@ -8542,7 +8554,7 @@ class Server:
 
     async def _try_start(self) -> None:
         """Starts a spare instance, to see whether that works."""
-        if self.pool.is_full:
+        if self.pool.who_fill(self):
             raise try_later("too many processes")
         spare = self._new_spare()
         try:
@@ -8583,7 +8595,7 @@ class Server:
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
                       principal: object = None) -> Instance:
         """A new instance; ServerError when there would be no room for its process."""
-        self.pool.who_ends(principal)
+        self.pool.who_ends(principal, self)
         instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
 
@@ -8610,7 +8622,7 @@ class Server:
         if self.now() < self._spares_pause:
             return
         for _ in range(self.spares_wanted - len(spares)):
-            if self.pool.is_full:
+            if self.pool.who_fill(self):
                 break
             self._new_spare().start()
 

@@ -7502,6 +7502,16 @@ asyncio.run(run())
 """
 
 
+def test_sandbox_user_of_a_range_is_given_by_an_idle_process_of_visitors(place):
+    needs_nobody()
+    with sandboxed(place, SHARED_SESSION="false", RUN_AS_USER="60001-60001") as proxy:
+        assert about(proxy)["uids"][0] == 60001
+        until(lambda: proxy.request("POST", "/mcp", initialize(), ACCEPT).status == 200, "a session")
+        refused = proxy.request("POST", "/tools/about", {})
+        assert refused.status == 503 and refused.headers["retry-after"]
+        assert len(servers_of(proxy)) == 1
+
+
 def test_sandbox_what_a_server_has_is_given_back_once_when_it_cannot_start(tmp_path):
     program = tmp_path / "program"
     program.write_bytes(b"\0")
