@@ -1662,14 +1662,20 @@ def check_parameters(message: Message) -> None:
         check_lookalikes(params, PARAMETERS)
     if meta and not META.issuperset(meta):
         check_lookalikes(meta, META)
-    try:
-        for inside in meta.get(RELATED_TASK_KEY), params.get("ref"):
-            check_lookalikes(unique_members_of(inside), PARAMETERS)
-    except ValueError as error:
-        raise RPCError(str(error), code=INVALID_PARAMS) from None
+    if RELATED_TASK_KEY in meta or "ref" in params:
+        check_references(meta.get(RELATED_TASK_KEY), params.get("ref"))
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
+
+
+def check_references(*references: object) -> None:
+    """Refuses lookalikes, and a name that is there twice, in objects that name what a request is about."""
+    try:
+        for reference in references:
+            check_lookalikes(unique_members_of(reference), PARAMETERS)
+    except ValueError as error:
+        raise RPCError(str(error), code=INVALID_PARAMS) from None
 
 
 def wholes_of(uri: object) -> list[str]:
