@@ -5883,7 +5883,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
 ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that a proxy gives to all of one client's
-WAY_KEY = "mcpproxy/via"         # the ids of WAY_HEADER in _meta of a list_changed, as an array
+WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
@@ -6282,6 +6282,7 @@ class PendingRequest:
     is_endless = False         # is it a subscription, for which no time is too long?
     is_running = False         # is the server at work on it, and its client there?
     is_parked = False          # does it wait for its client?
+    is_waiting = False         # or for a server that it was not sent to yet?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -6519,9 +6520,8 @@ class ServerConnection(Holder):
         """Why nothing more will come from this server, with what it said last; once one that is not one client's own
         has had a call, that may be anybody's secret, and is for the log alone."""
         is_secretive = self.has_served and not self._is_ones_own
-        words = [] if is_secretive else list(self.link.last_words)
+        said, words = ("", []) if is_secretive else (self.link.last_word, list(self.link.last_words))
         data = {"exitCode": self.link.exit_code, **self.link.excess, **({} if is_secretive else {"stderr": words})}
-        said = "" if is_secretive else self.link.last_word
         return ServerError(f"the MCP server ended{self.link.how_it_ended}" + (f": {said}" if said else ""),
                            data=None if self.link.is_remote else data)
 
@@ -7064,13 +7064,13 @@ def tell_all(instance, message: Message) -> None:
     payload = plain.payload                    # one for all, though each may keep it
 
     def with_way(client) -> Message:
-        return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.id]}})
+        return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.told_id]}})
     for session in list(instance.sessions.values()):
-        if session.mount.id not in way and not session.listens:
+        if session.mount.told_id not in way and not session.listens:
             session.stream.send(with_way(session).payload if session.way else payload)
     for listener in list(instance.listeners):
         client = listener.client
-        if client.mount.id not in way:
+        if client.mount.told_id not in way:
             listener.hear(with_way(client) if client.way else plain)
 
 
@@ -7782,7 +7782,7 @@ class Instance:
                                           on_notification=functools.partial(pass_on, self),
                                           is_ones_own=self.is_ones_own)
             connection.on_closed = functools.partial(self._forget, connection)
-            link.way = ", ".join(self._ways)
+            link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
             link.on_renewed = functools.partial(self._put_back, connection)
             self._link = link
             try:
@@ -8005,7 +8005,8 @@ class Client(Holder):
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns: asyncio.Lock | None = None               # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
-    is_ended = False                                # a session
+    is_ended = False                                # a session; and is there no server for it any more? Then it
+    is_homeless = False                             # begins nothing, and ends after its calls
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
     _serials = itertools.count()
 
@@ -8145,7 +8146,6 @@ class Session(Client):
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
         self.transport = "streamable-http" if is_streamable else "sse"
         self.is_followed = False                    # did its client come again?
-        self.is_homeless = False                    # is there no server for it any more? Then it ends after its calls
         self.capabilities: dict = {}
         self.info: str | None = None                # clientInfo, as JSON; see also `software`
         self.version: str | None = None             # the revision that was negotiated
@@ -8219,6 +8219,8 @@ class Session(Client):
             return self.end() if error.data else None      # its key opens the place no more, or sets too much
         self.view = view
         self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
+        for call in [call for call in self.calls.values() if call.is_waiting] if view.limits != before.limits else ():
+            call.fail(try_later("what its caller may use has changed"))       # it was let in by what that was before
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8751,7 +8753,10 @@ class Mount:
 
     def __init__(self, catalog: Catalog, settings: Settings, new_server, now):
         self.settings = settings
-        self.id = os.urandom(8).hex()              # by which other proxies know this one
+        # By which other proxies know this one; and in what clients are told, for with the former they could have any
+        # start that waits refused as a circle.
+        self.id = os.urandom(8).hex()
+        self.told_id = digest_of_key(self.id).hex()[:16]
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
@@ -9954,6 +9959,10 @@ class ClientRequest(PendingRequest, Holder):
         return self.state is PARKED
 
     @property
+    def is_waiting(self) -> bool:
+        return self.state is WAITING and not self.is_endless
+
+    @property
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         client = self.client
@@ -10155,6 +10164,8 @@ class Exchange(ClientRequest):
             self._pick()
         connection = self.instance and self.instance.connection
         client.mount.check_open()
+        if client.is_homeless:                 # it is shown what was there before, by the limits of then
+            raise no_such_session()
         if self.id in client.calls:
             raise RPCError("a request with this id is running")
         if len(client.calls) >= RUNNING_CALLS:
@@ -10224,6 +10235,8 @@ class Exchange(ClientRequest):
 
     def aim(self, target: Target, left_out: Server | None = None) -> None:
         """Sends it to a server, or to one of a group."""
+        if target.server not in self.client.view.names:        # its session is shown less than when it was looked for
+            raise try_later("the configuration has changed")
         server = self.client.mount.server(target.server)
         group = server if server.is_group else None
         if group:
@@ -12594,8 +12607,10 @@ class Endpoints(Application):
         if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
             view = self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)   # if there is any
             view.check_variables(session.variables)
-            session.caller = caller
+            before, session.caller = session.view, caller
             session.adopt(self.mount.catalog)
+            for call in [call for call in session.calls.values() if call.is_endless]:
+                call.adopt(self.mount.catalog, before)
         return session
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:

@@ -15465,6 +15465,56 @@ async def test_conversation_extension_s_method_goes_by_a_name_beside_a_server_wi
             if line.get("method") == "custom/run"] == ["thing", "thing"]
 
 
+LESS = mcpproxy.Caller("ann", b"ann", mcpproxy.Limits("ann", (mcpproxy.Grant(("a",)),)))
+
+
+@in_town
+async def test_conversation_call_that_waits_does_not_begin_when_its_caller_may_use_less():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 5
+    client = await town.client("legacy")
+    assert not await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    client.client.caller = LESS
+    client.client.adopt(town.mount.catalog)
+    refused, = [answer for answer in town.told(client) if answer.get("id") == 1]
+    assert refused["error"] == {"code": -32000, "message": "what its caller may use has changed"}
+    await asyncio.sleep(6)
+    assert [name for name, _ in town.heard] == ["a"]                       # whose call goes on
+    call = mcpproxy.new_exchange(client.client, mcpproxy.parse_message(json.dumps(tool_call(3, "a__t"))), client)
+    with pytest.raises(mcpproxy.ServerError, match="has changed"):
+        call.aim(mcpproxy.Target("c"))
+
+
+@in_town
+async def test_conversation_session_that_no_server_is_for_any_more_finishes_its_calls_and_begins_none():
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    client.client.is_homeless = True
+    answer, = await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    assert answer["error"]["message"] == "session unknown or ended"
+    (name, call), = town.heard
+    town.say(town.links[name][0], {"id": call["id"], "result": {"content": []}})
+    assert [told["id"] for told in town.told(client)] == [1]
+    await town.pass_time()
+    assert client.client.is_ended
+
+
+@in_town
+async def test_conversation_clients_learn_nothing_by_which_they_could_pass_for_another_proxy():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy")
+    client.client.headers = {"x-mcpproxy-via": "0" * 16}
+    town.say(town.links["a"][0], notification(TOOLS_CHANGED))
+    await asyncio.sleep(0.1)
+    told, = town.told(client)
+    assert told["params"]["_meta"]["mcpproxy/via"] == [town.mount.told_id] != [town.mount.id]
+    town.say(town.links["a"][0], notification(TOOLS_CHANGED, told["params"]))
+    await asyncio.sleep(0.1)
+    assert not town.told(client)                                           # it came round in a circle
+
+
 @in_town
 async def test_conversation_slip_in_a_configuration_that_is_read_again_is_told():
     town, told = Town("legacy", ["a"]), []
@@ -21261,6 +21311,23 @@ def test_oauth_listener_ends_when_scopes_open_something_else(scoped):
         issuer.proxy.change(json.dumps({"new": {"key": "new-secret"}, "scopes": {**SCOPES, "a.look": {
             "servers": ["a"]}}}))
         assert client.tool("a__look") == "a look" and not [one for one in stream.messages() if "result" in one]
+
+
+def test_oauth_listener_of_a_session_hears_no_more_than_its_last_token_may(scoped):
+    """HTTP+SSE allows modern requests in a session."""
+    with scoped() as issuer, session_of("sse", issuer.proxy, issuer.token(scope="a.look b.all")) as client:
+        def touch(name):
+            told = notification("notifications/resources/updated", {"uri": f"{name}://1"})
+            issuer.proxy.request("POST", f"/tools/{name}__look", {"notify": told}, {"X-API-Key": "free-secret"})
+        message, _ = modern_request(7, "subscriptions/listen", {"notifications": {
+            "resourceSubscriptions": ["a://1", "b://1"]}})
+        client.post(message, 202)
+        client.stream.wait_for("notifications/subscriptions/acknowledged")
+        comes_with(client, issuer.token(scope="a.look"))
+        assert names_of(client.call("tools/list")) == ["a__look"]
+        touch("b"), touch("a")
+        told = client.stream.wait_for("notifications/resources/updated")
+        assert told["params"]["uri"] == "a://1"
 
 
 @EACH_SESSION_KIND
