@@ -2391,6 +2391,7 @@ class Caller:
     name: str                                  # of a token's subject: with a colon, which no key's has
     digest: bytes                              # SHA-256 of the key, or of the token's issuer and subject
     limits: Limits | None = dataclasses.field(default=None, compare=False)
+    scopes: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)         # that its token has
 
     @property
     def is_token(self) -> bool:
@@ -2402,11 +2403,11 @@ class Caller:
         return not (self.limits or self.is_token)
 
     def under(self, scopes: dict[str, Grant] | None) -> "Caller":
-        """The same by a token, where scopes open this now. Of one that had no limits it is not known which it has."""
-        old = self.limits or Limits(self.name, ())
-        grants = tuple(grant for name, grant in (scopes or {}).items() if name in old.has)
+        """The same by a token, where scopes open this now."""
+        old, has = self.limits or Limits(self.name, ()), [name for name in scopes or () if name in self.scopes]
         return dataclasses.replace(self, limits=None if scopes is None else dataclasses.replace(
-            old, grants=grants, scopes=tuple(scopes.items())))
+            old, grants=tuple(scopes[name] for name in has), scopes=tuple(scopes.items()),
+            has=tuple(dict.fromkeys([*old.has, *has]))))
 
 
 def digest_of_key(key: str) -> bytes:
@@ -4302,8 +4303,8 @@ def is_below(path: str, folders: list[str]) -> bool:
     """Is a path within one of these folders, whatever links are on the way to it?"""
     above = os.path.dirname(path)
     where = os.path.realpath(above) + "/"
-    return any(where.startswith(folder.rstrip("/") + "/") for folder in folders) or (
-        above != path and is_below(above, folders))
+    return above != path and (any(where.startswith(folder.rstrip("/") + "/") for folder in folders)
+                              or is_below(above, folders))
 
 
 def kill(pid: int, number: int) -> bool:
@@ -4425,7 +4426,8 @@ def main(report, is_strict, unset, late, ignored, steps, program):
                 sys.exit(126)
     for name in unset:                               # which Python has set, in the locale C
         os.environ.pop(name, None)
-    os.environ.update(late)
+    for name in late:
+        os.environ[name] = os.environ.pop("MCPPROXY_" + name)
     for number in ignored:                           # signals that Python ignores; what is ignored would stay so
         libc.signal(number, None)
     os.write(report, b"done")
@@ -4565,10 +4567,10 @@ class Cell:
         self.variables: dict[str, str] = {}
         self.directory = self.home = self.cgroup = self.user = self._uid = None
 
-    def _open(self) -> None:
+    async def _open(self) -> None:
         settings, reaper = self.sandbox.settings, self.sandbox.reaper
         if settings.run_as_user:
-            self._take_user(settings.run_as_user)
+            await self._take_user(settings.run_as_user)
         if settings.private_home or settings.sandbox != "off":
             # Short, because a path of a Unix socket may have 107 characters, and browsers put theirs deep below.
             directory = f"{reaper.homes}/{self._number[:8]}"
@@ -4584,16 +4586,17 @@ class Cell:
             self.variables.update(HOME=self.home, TMPDIR=f"{directory}/tmp")
         self._make_cgroup()
 
-    def _take_user(self, text: str) -> None:
-        """A user by name or number, or one of a range that nothing else runs as."""
+    async def _take_user(self, text: str) -> None:
+        """A user by name or number, or one of a range that nothing else runs as; some process may just be ending."""
         import pwd
         first, dash, last = text.partition("-") if text[0].isdigit() else (None, "", "")
         if dash:
-            taken = self.sandbox.reaper.uids
-            free = (uid for uid in range(int(first), int(last) + 1) if uid not in taken and not processes_of(uid))
-            uid = next(free, None)
-            if uid is None:
-                raise try_later("all users of RUN_AS_USER are taken")
+            taken, deadline = self.sandbox.reaper.uids, time.monotonic() + UID_SECONDS
+            users = range(int(first), int(last) + 1)
+            while (uid := next((one for one in users if one not in taken and not processes_of(one)), None)) is None:
+                if time.monotonic() > deadline:
+                    raise try_later("all users of RUN_AS_USER are taken")
+                await asyncio.sleep(0.1)
             taken.add(uid)
             self._uid = first = uid
         try:
@@ -4638,7 +4641,7 @@ class Cell:
     async def start(self, spawn, command: list[str], environment: dict[str, str], directory: str | None) -> None:
         """Starts CONFINE by spawn(), as asyncio's subprocess_exec; returns when it has become the server, or, without a
         command, when all steps were taken. OSError when there is no such program, ServerError when a step failed."""
-        self._open()
+        await self._open()
         given = self.sandbox.given
         environment = {**{name: value for name, value in environment.items()           # these lead out of the home
                           if not (self.home and name.startswith("XDG_")) or name in given},
@@ -4652,7 +4655,8 @@ class Cell:
         output, report = os.pipe()
         try:
             # What tells a loader where code is would do so to CONFINE too, and a run before may have put some there.
-            late = {name: environment.pop(name) for name in list(environment) if _OF_LOADERS.match(name)}
+            late = [name for name in environment if _OF_LOADERS.match(name)]
+            environment.update({OUR_PREFIX + name: environment.pop(name) for name in late})
             plan = (report, self.sandbox.settings.sandbox != "try", [] if "LC_CTYPE" in environment else ["LC_CTYPE"],
                     late, [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
                     program and os.path.abspath(program))
@@ -4696,21 +4700,6 @@ class Cell:
             except OSError:                            # something still writes, or has not ended yet
                 time.sleep(0.05)
         self.sandbox.reaper.uids.discard(self._uid)
-
-
-async def try_out(sandbox: Sandbox) -> None:
-    """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
-    if not sandbox.is_on:
-        return
-    cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
-    census.starting += 1                         # or another proxy with that reaper would take it for an orphan
-    try:
-        await cell.start(asyncio.create_subprocess_exec, [], {}, None)
-    except ServerError as error:
-        raise StartError(str(error)) from None
-    finally:
-        census.starting -= 1
-        cell.close()
 
 
 # ============================================================================
@@ -6008,7 +5997,8 @@ class RemoteLink(Link):
             error.is_unsent = True             # what waits for a connection, or for a session
             waiting = [number for number, fetch in self._running.items()
                        if isinstance(fetch, Post) and fetch in fetch.waits_in]
-            for number in [*waiting, *(about[0] for _, about, _ in self._held or () if about)]:
+            held = [about[0] for _, about, is_repeated in self._held or () if about and not is_repeated]
+            for number in waiting + held:
                 self._drop(number)
                 self.on_refused(number, error)
         super().end()
@@ -6104,7 +6094,7 @@ class RemoteLink(Link):
         self._running.pop(post.number, None)
         has_answer = post.is_stream or is_answer(head, body, post.number)
         if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
-                not has_answer or _NOT_MINE.search(body) or b"session" in body.lower()):
+                not has_answer or is_of_lost_session(head, body, post.number)):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._doubt())
         if post.session and is_of_lost_session(head, body, post.number):
@@ -8411,9 +8401,9 @@ class Pool:
 
     def who_fill(self, server: "Server") -> set["Server"]:
         """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
-        together with it. None while there is room."""
-        sharing = {one for one in self.servers if one.settings.run_as_user == server.settings.run_as_user}
-        for limit, servers in (self.limit, self.servers), (users_in(server.settings.run_as_user), sharing):
+        together with it. Nobody while there is room."""
+        sharing = {one for one in self.servers if one.users == server.users}
+        for limit, servers in (self.limit, self.servers), (users_in(server.users), sharing):
             if sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
                    for one in servers) >= limit:
                 return servers
@@ -8447,6 +8437,7 @@ class Server:
         self.name, self.settings = config.name, config.settings
         self.config = config
         self.max_result = config.settings.max_result_kb * 1024        # bytes; 0: any
+        self.users = "" if config.url else config.settings.run_as_user
         self.pool = pool
         pool.servers.add(self)
         self.is_retired = False                    # out of the configuration: ends when its calls are done
@@ -12203,11 +12194,9 @@ class Application:
         has = tuple(name for name in scopes or () if name in verdict.scopes)
         if not verdict.scopes.issuperset(wanted):
             refuse(f"the token lacks one of the scopes {' '.join(wanted)}", "insufficient_scope", 403, has)
-        limits, subject = None, f"oauth:{verdict.subject}"
-        if scopes is not None:
-            limits = Limits(subject, tuple(scopes[name] for name in has), tuple(scopes.items()),
-                            tuple(dict.fromkeys([*wanted, *has])), admission.challenge)
-        admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), limits)
+        subject = f"oauth:{verdict.subject}"
+        admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), Limits(
+            subject, (), has=tuple(wanted), challenge=admission.challenge), verdict.scopes).under(scopes)
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _enough(self, scopes: list[str], place: str | None) -> list[str]:
@@ -12604,7 +12593,8 @@ class Endpoints(Application):
                                                    admission.head.headers)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
-        if caller is not session.caller and caller.limits != session.caller.limits:        # a token with other scopes
+        if caller is not session.caller and (caller.limits, caller.scopes) != (
+                session.caller.limits, session.caller.scopes):                             # a token with other scopes
             view = self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)   # if there is any
             view.check_variables(session.variables)
             before, session.caller = session.view, caller
@@ -13012,6 +13002,21 @@ MEASURE = 1.0                  # and what servers use, what the overview shows, 
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
 
 
+async def try_out(sandbox: Sandbox) -> None:
+    """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
+    if not sandbox.is_on:
+        return
+    cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
+    census.starting += 1                         # or another proxy with that reaper would take it for an orphan
+    try:
+        await cell.start(asyncio.create_subprocess_exec, [], {}, None)
+    except ServerError as error:
+        raise StartError(str(error)) from None
+    finally:
+        census.starting -= 1
+        cell.close()
+
+
 class Proxy:
     """One running mcpproxy. Several in one process share a `reaper`, because all their servers are children of that
     process; whoever made it closes it. Servers are told apart by name there, so no two may have the same."""
@@ -13111,12 +13116,11 @@ class Proxy:
         if listens and self.settings.metrics_port:
             await self.probes.start(self.settings.host, self.settings.metrics_port)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
-        self.tick()
+        self.watch_time()
         self.mount.start()
         return addresses
 
-    def tick(self) -> None:
-        """Begins to look at the time."""
+    def watch_time(self) -> None:
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     async def _tick(self) -> None:
@@ -13527,7 +13531,9 @@ async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
     proxy, all_work, lines = Proxy(settings, dict(os.environ)), True, [f"sandbox: {abilities()}"]
     try:
-        proxy.tick()                   # so that limits hold, and a slow start is told
+        for server in proxy.mount.servers.values():
+            server.spares_wanted = 0
+        proxy.watch_time()             # so that limits hold, and a slow start is told
         client = proxy.mount.visit(proxy.mount.catalog.view(), None, {})
         members = proxy.mount.catalog.servers.values()
         outcomes = await asyncio.gather(*(asyncio.wait_for(describe(member, client), member.settings.request_timeout)

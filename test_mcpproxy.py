@@ -7199,10 +7199,17 @@ def test_sandbox_follows_no_link_that_a_server_may_have_made(place, secret):
 
 
 @with_landlock
+def test_sandbox_may_be_open_to_all_writing(place, secret):
+    with sandboxed(place, SANDBOX="on", SANDBOX_WRITE="/") as proxy:
+        assert use(proxy, "write_file", path=f"{secret.parent}/own", megabytes=1) == "ok after 1 MB"
+
+
+@with_landlock
 def test_sandbox_is_made_before_anything_that_the_environment_names_is_loaded(several, place, secret):
     env = {"LD_DEBUG": "statistics", "LD_DEBUG_OUTPUT": f"{secret.parent}/loaded"}
     with several(a=(hostile(), {"env": env, "sandbox": "on"}), b=(hostile(), {"env": env})) as proxy:
-        assert about(proxy, at="/servers/a")["environ"]["LD_DEBUG"] == "statistics"
+        environ = about(proxy, at="/servers/a")["environ"]
+        assert environ["LD_DEBUG"] == "statistics" and not any(name.startswith("MCPPROXY_LD") for name in environ)
         assert about(proxy, at="/servers/b")
         loaders = {pid for pid in servers_of(proxy) if f"loaded.{pid}" in os.listdir(secret.parent)}
         assert len(loaders) == 1, "the one without a sandbox"
@@ -7506,10 +7513,17 @@ def test_sandbox_user_of_a_range_is_given_by_an_idle_process_of_visitors(place):
     needs_nobody()
     with sandboxed(place, SHARED_SESSION="false", RUN_AS_USER="60001-60001") as proxy:
         assert about(proxy)["uids"][0] == 60001
-        until(lambda: proxy.request("POST", "/mcp", initialize(), ACCEPT).status == 200, "a session")
+        assert proxy.request("POST", "/mcp", initialize(), ACCEPT).status == 200
         refused = proxy.request("POST", "/tools/about", {})
         assert refused.status == 503 and refused.headers["retry-after"]
         assert len(servers_of(proxy)) == 1
+
+
+def test_sandbox_users_of_a_range_are_no_limit_of_remote_servers(several, place):
+    needs_nobody()
+    with Remote() as far, several(here=hostile(), far=(far.url, {}), RUN_AS_USER="60001-60001") as proxy:
+        assert about(proxy, at="/servers/here")["uids"][0] == 60001
+        assert "echo" in names_of(ask_joint(proxy, "tools/list", path="/servers/far/mcp"))
 
 
 def test_sandbox_what_a_server_has_is_given_back_once_when_it_cannot_start(tmp_path):
@@ -9231,7 +9245,7 @@ def test_remote_server_of_the_other_era_that_answers_requests_for_want_of_a_sess
         def legacy(visit):
             if visit.method == "initialize" or visit.headers.get("mcp-session-id") in far.sessions:
                 return old(visit)
-            visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {"code": -32600, "message": "no session id"}})
+            visit.respond(400, {"jsonrpc": "2.0", "id": visit.id, "error": {"code": -32600, "message": "no session"}})
         far.legacy = legacy
         with running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
             assert client.tool("echo", text="x") == "x"
@@ -12513,6 +12527,13 @@ def test_several_servers_that_are_checked_are_held_to_their_limits():
     program = "held = b'x' * 200_000_000; import time; time.sleep(4)\n" + LISTING_SERVER % ({}, "")
     found = run_program("--check", "--", sys.executable, "-c", program, LIMIT_MEMORY_MB="100")
     assert found.returncode == 1 and "are more than LIMIT_MEMORY_MB allows" in found.stdout
+
+
+def test_several_servers_that_are_checked_have_no_spare_processes(tmp_path):
+    starts = tmp_path / "starts"
+    program = f"print('x', file=open({str(starts)!r}, 'a')); import time; time.sleep(2)\n" + LISTING_SERVER % ({}, "")
+    found = run_program("--check", "--", sys.executable, "-c", program, SHARED_SESSION="false", PREWARM="3")
+    assert found.returncode == 0 and starts.read_text() == "x\n"
 
 
 def test_several_servers_that_are_checked_can_say_nothing_to_the_terminal_or_for_each_other():
@@ -21328,6 +21349,16 @@ def test_oauth_listener_of_a_session_hears_no_more_than_its_last_token_may(scope
         touch("b"), touch("a")
         told = client.stream.wait_for("notifications/resources/updated")
         assert told["params"]["uri"] == "a://1"
+
+
+@pytest.mark.parametrize("before", [None, {"other": {"servers": ["b"]}}])
+def test_oauth_session_goes_on_when_its_token_has_a_scope_that_opens_something_now(scoped, before):
+    with scoped() as issuer:
+        issuer.proxy.change(json.dumps({"scopes": before} if before else {}))
+        with session_of("http", issuer.proxy, issuer.token(scope="a.look other")) as client:
+            assert names_of(client.call("tools/list"))
+            issuer.proxy.change(json.dumps({"scopes": SCOPES}))
+            assert names_of(client.call("tools/list")) == ["a__look"]
 
 
 @EACH_SESSION_KIND
