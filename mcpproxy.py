@@ -3927,7 +3927,8 @@ def try_later(why: str) -> ServerError:
 # children when the proxy itself is killed with SIGKILL, and a server that was just being started then.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
-STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, START, PAGES = 0, 1, 2, 3, 11, 12, 19, 21
+STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
+MAX_PROC = 1024 * 1024           # bytes that are read of a file there: what is said to be an environment may be endless
 
 
 class Usage:
@@ -4025,7 +4026,7 @@ class Census:
         if parent not in (1, os.getpid()):
             return None
         for file, mark in ("cgroup", b"/mcpproxy-%b\n"), ("environ", b"MCPPROXY_TAG=%b\0"):
-            text = read_file(f"/proc/{pid}/{file}")
+            text = next(filter(None, read_proc(pid, file)), b"")
             for server, usage in self.servers.items():
                 if mark % usage.tag.encode() in text:
                     return server
@@ -4083,17 +4084,18 @@ class Reaper:
         trap '' HUP INT TERM
         while read -r _; do :; done
         for round in 1 2 3 4 5; do
-            found=$(grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
+            found=$(ulimit -v 1048576; grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
             command -v grep > /dev/null || for path in /proc/[0-9]*/environ; do
                 while IFS= read -r line || [ -n "$line" ]; do
-                    case $line in *"MCPPROXY_TAG=$1-"*) found="$found $path"; break;; esac
-                done < "$path"
+                    case $line in *"MCPPROXY_TAG=$1-"*) found="$found $path"; break;; esac; done < "$path"
             done
             [ -n "$found" ] || break
-            for path in $found; do
-                pid=${path#/proc/}; pid=${pid%/environ}
+            for path in $found; do pid=${path#/proc/}; pid=${pid%/environ}
                 kill -s KILL -- "-$pid" "$pid" 2>/dev/null
             done
+        done
+        for path in /proc/[0-9]*; do           # and where that is endless, or a thread's; as read_proc()
+            head -qc 1048576 $path/environ $path/task/*/environ | grep -q "MCPPROXY_TAG=$1-" && kill -9 ${path#/proc/}
         done
         shift
         rm -rf -- "$1" || { chmod -R u+rwx "$1"; rm -rf -- "$1"; }
@@ -4117,6 +4119,8 @@ class Reaper:
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         self._sweep: asyncio.TimerHandle | None = None
+        with contextlib.suppress(OSError):
+            os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
         self._start_watcher()
 
     def _start_watcher(self) -> None:
@@ -4170,7 +4174,7 @@ class Reaper:
         if ended and not self.census.servers and self.census.gets_orphans:
             found += self._strangers()
         for pid in list_processes() if marks else ():
-            environment = read_file(f"/proc/{pid}/environ")
+            environment = next(filter(None, read_proc(pid, "environ")), b"")
             if any(mark in environment for mark in marks):
                 found.append(pid)
         for pid in {*found} - self.census.servers.keys():
@@ -4221,9 +4225,22 @@ def descendants_of(pid: int) -> set[tuple[int, bytes]]:
     return found
 
 
+def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
+    """What a file of /proc says of a process, and then of its threads: the first may end before the others do."""
+    yield read_file(f"/proc/{pid}/{name}", MAX_PROC)
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            yield read_file(f"/proc/{pid}/task/{task}/{name}", MAX_PROC)
+
+
 def process_stat(pid: int) -> list[bytes]:
     """What the system says of a process: see STATE and the others; each is empty of one that is gone."""
-    return read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split() or [b""] * (PAGES + 1)
+    stats = (text.rpartition(b")")[2].split() for text in read_proc(pid, "stat"))
+    stat = next(stats) or [b""] * (PAGES + 1)
+    if stat[STATE] == b"Z" and stat[THREADS] != b"1":          # its other threads run
+        alive = next((one for one in stats if one and one[STATE] not in (b"Z", b"X")), stat)
+        stat[STATE], stat[PAGES] = alive[STATE], alive[PAGES]
+    return stat
 
 
 def cgroups_around() -> list[str]:
@@ -4253,19 +4270,13 @@ def processes_of(uid: int) -> list[int]:
     return found
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, most: int = -1) -> bytes:
     """A small file's bytes; none when it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return file.read()
+            return file.read(most)
     except OSError:
         return b""
-
-
-def write_file(path: str, text: str) -> None:
-    """Writes to a file of the kernel's; OSError when that refuses it."""
-    with open(path, "w") as file:
-        file.write(text)
 
 
 def remove_tree(base: str, name: str) -> None:
@@ -4297,14 +4308,6 @@ def remove_tree(base: str, name: str) -> None:
             os.rmdir(here, dir_fd=at)
     finally:
         os.close(at)
-
-
-def is_below(path: str, folders: list[str]) -> bool:
-    """Is a path within one of these folders, whatever links are on the way to it?"""
-    above = os.path.dirname(path)
-    where = os.path.realpath(above) + "/"
-    return above != path and (any(where.startswith(folder.rstrip("/") + "/") for folder in folders)
-                              or is_below(above, folders))
 
 
 def kill(pid: int, number: int) -> bool:
@@ -4449,6 +4452,12 @@ REASONS_AGAINST = {              # by step and errno
     ("reach", errno.EACCES): "RUN_AS_USER cannot get there; set TMPDIR to a directory where it can"}
 
 
+def write_file(path: str, text: str) -> None:
+    """Writes to a file of the kernel's; OSError when that refuses it."""
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def landlock_abi() -> int:
     """Which version of Landlock there is; OSError when there is none. LANDLOCK_CREATE_RULESET_VERSION."""
     if not hasattr(libc(), "syscall"):
@@ -4477,6 +4486,14 @@ def socket_filter() -> bytes:
                (RETURN, 0, 0, REFUSE | errno.EACCES),
                (RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("=HBBI", *step) for step in program)
+
+
+def is_below(path: str, folders: list[str]) -> bool:
+    """Is a path within one of these folders, whatever links are on the way to it?"""
+    above = os.path.dirname(path)
+    where = os.path.realpath(above) + "/"
+    return above != path and (any(where.startswith(folder.rstrip("/") + "/") for folder in folders)
+                              or is_below(above, folders))
 
 
 class Sandbox:
@@ -4774,6 +4791,10 @@ class Link:
         """Sends a line. `about` says what it is where it is a request to a remote server: (server id, method, name,
         headers of its own, the proxies that it came through)."""
         raise NotImplementedError
+
+    def tell(self, line: bytes, principal: object) -> None:
+        """Sends a principal's line to which nothing is answered."""
+        self.write(line)
 
     def cancel(self, number: int, line: bytes) -> None:
         """Takes a request back; `line` says so."""
@@ -5253,6 +5274,20 @@ def target_of(url: SplitResult) -> str:
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
+_lookups: dict[tuple[str, int], asyncio.Future] = {}          # of hosts, that are not answered yet
+
+
+async def look_up(host: str, port: int) -> None:
+    """Waits until a host's name has been looked up, once for all who want that: each lookup takes a thread, for long if
+    nobody answers, and those of other hosts shall not wait."""
+    lookup = _lookups.get((host, port))
+    if lookup is None:
+        lookup = _lookups[host, port] = asyncio.ensure_future(asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM))
+        lookup.add_done_callback(lambda done: (_lookups.pop((host, port)), done.cancelled() or done.exception()))
+    await asyncio.shield(lookup)
+
+
 class HTTPClient:
     """The connections to one server."""
 
@@ -5320,9 +5355,10 @@ class HTTPClient:
         try:
             # Not wait_for(), which before Python 3.12 takes turns of its own, in which the connection may end unheard.
             async with asyncio.timeout(CONNECT_SECONDS):
+                host, port = self._url.hostname, port_of(self._url)
+                await look_up(host, port)
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self), self._url.hostname, port_of(self._url), ssl=self._tls,
-                    happy_eyeballs_delay=ADDRESS_SECONDS)
+                    lambda: ClientConnection(self), host, port, ssl=self._tls, happy_eyeballs_delay=ADDRESS_SECONDS)
         except TimeoutError:
             reason = "it takes too long"
         except (OSError, UnicodeError, AssertionError) as error:       # ssl.SSLError is one; asyncio's race can fail
@@ -5902,9 +5938,9 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        self._asides: collections.deque[tuple] = collections.deque()         # (line, is_repeated) of what has no answer
+        # (line, is_repeated) of what has no answer, by principal: of each of these, one is on its way.
+        self._asides: dict[object, collections.deque[tuple]] = {}
         self.backlog = 0                       # how many bytes they have
-        self._is_telling = False               # is one of these asides on its way?
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self.session: str | None = None
@@ -5921,7 +5957,8 @@ class RemoteLink(Link):
 
     # What the connection calls.
 
-    def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False) -> None:
+    def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False,
+              principal: object = None) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
             self._post(line, about)
@@ -5929,16 +5966,19 @@ class RemoteLink(Link):
             self._held = self._held or []      # a server may refuse what comes before this
             asyncio.create_task(self._open())
         elif self._held is not None:
-            self._held.append((line, about, is_repeated))
-        elif about is None and not self._is_telling:
-            self._is_telling, aside = True, Aside(self, line, is_repeated)
+            self._held.append((line, about, is_repeated, principal))
+        elif about is None and principal not in self._asides:
+            self._asides[principal], aside = collections.deque(), Aside(self, line, is_repeated)
             aside.send(self._client)
-            asyncio.create_task(self._tell_all(aside))
+            asyncio.create_task(self._tell_all(principal, aside))
         elif about is None:
-            self._asides.append((line, is_repeated))
+            self._asides[principal].append((line, is_repeated))
             self.backlog += len(line)
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
+
+    def tell(self, line: bytes, principal: object) -> None:
+        self.write(line, principal=principal)
 
     def cancel(self, number: int, line: bytes) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
@@ -5997,7 +6037,7 @@ class RemoteLink(Link):
             error.is_unsent = True             # what waits for a connection, or for a session
             waiting = [number for number, fetch in self._running.items()
                        if isinstance(fetch, Post) and fetch in fetch.waits_in]
-            held = [about[0] for _, about, is_repeated in self._held or () if about and not is_repeated]
+            held = [about[0] for _, about, is_repeated, *_ in self._held or () if about and not is_repeated]
             for number in waiting + held:
                 self._drop(number)
                 self.on_refused(number, error)
@@ -6035,14 +6075,15 @@ class RemoteLink(Link):
         post = self._running[about[0]] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
-    async def _tell_all(self, first: Aside) -> None:
-        """Sends what has no answer, one after the other, because their order counts; the first was sent."""
+    async def _tell_all(self, principal: object, first: Aside) -> None:
+        """Sends what has no answer, a principal's one after the other, for their order counts; the first was sent."""
+        asides = self._asides[principal]
         await self._tell(first)
-        while self._asides and self.on_end:
-            line, is_repeated = self._asides.popleft()
+        while asides and self.on_end:
+            line, is_repeated = asides.popleft()
             self.backlog -= len(line)
             await self._tell(Aside(self, line, is_repeated))
-        self._is_telling = False
+        del self._asides[principal]
 
     async def _tell(self, aside: Aside) -> None:
         problem = ""
@@ -6148,9 +6189,9 @@ class RemoteLink(Link):
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
         await self._tell(Aside(self, INITIALIZED))
         held, self._held = self._held, None
-        for line, about, is_repeated in held:
+        for line, about, *more in held:
             if about is None or self.awaits(about[0]):
-                self.write(line, about, is_repeated)
+                self.write(line, about, *more)
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
 
@@ -6163,8 +6204,10 @@ class RemoteLink(Link):
             self.write(line, about, True)
 
     def _begin_session(self, *first: tuple) -> None:
-        self._held = [*first, *((line, None, is_repeated) for line, is_repeated in self._asides)]
-        self._asides.clear()
+        self._held = [*first]
+        for principal, asides in self._asides.items():
+            self._held += [(line, None, is_repeated, principal) for line, is_repeated in asides]
+            asides.clear()
         self.backlog = 0
         asyncio.create_task(self._open_another())
 
@@ -6272,7 +6315,7 @@ class PendingRequest:
     is_endless = False         # is it a subscription, for which no time is too long?
     is_running = False         # is the server at work on it, and its client there?
     is_parked = False          # does it wait for its client?
-    is_waiting = False         # or for a server that it was not sent to yet?
+    is_waiting = False         # or is it at no server, though it may go to one yet?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -6434,7 +6477,7 @@ class ServerConnection(Holder):
         if principal is not None:
             self.has_served = True
         if cancelled is None:
-            link.write(line, about)
+            link.write(line, about) if about else link.tell(line, principal)
         else:
             link.cancel(cancelled, line)
 
@@ -8206,11 +8249,13 @@ class Session(Client):
             view.check_variables(self.variables)
         except RPCError as error:
             self.is_homeless = True
-            return self.end() if error.data else None      # its key opens the place no more, or sets too much
+            if error.data:                                 # its key opens the place no more, or sets too much
+                return self.end()
+            return self._drop_waiting(no_such_session())
         self.view = view
         self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
-        for call in [call for call in self.calls.values() if call.is_waiting] if view.limits != before.limits else ():
-            call.fail(try_later("what its caller may use has changed"))       # it was let in by what that was before
+        if view.grants != before.grants:
+            self._drop_waiting(try_later("what its caller may use has changed"))
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8222,6 +8267,11 @@ class Session(Client):
         is_told = self.version and not self.listens        # one that listens is told by that
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
+
+    def _drop_waiting(self, error: ProxyError) -> None:
+        """Calls that are at no server were let in by what their caller might use before."""
+        for call in [call for call in self.calls.values() if call.is_waiting]:
+            call.fail(error)
 
     def choose_log_level(self, level: object, has_logs: bool) -> None:
         """It wants log messages of this level from now on; RPCError when there are none."""
@@ -8682,9 +8732,10 @@ class Group:
             raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
 
         # The member that the client is at, if that is good enough; otherwise whoever has least to do.
-        up = [member for member in members if member.is_up]
-        first = [member for member in up if not member.config.is_backup] or up or members
         before = client.members.get(self.config.name)
+        mine = before and not before.is_for_all and before.used_by(client)         # whatever fails for others there
+        up = [member for member in members if member.is_up or member is before and mine and mine.connection]
+        first = [member for member in up if not member.config.is_backup] or up or members
         if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
         own = min(first, key=Server.load)
@@ -9951,7 +10002,8 @@ class ClientRequest(PendingRequest, Holder):
 
     @property
     def is_waiting(self) -> bool:
-        return self.state is WAITING and not self.is_endless
+        is_sent = self.connection and self.server_id in self.connection.pending
+        return self.state in (WAITING, RUNNING) and not (is_sent or self.is_endless)
 
     @property
     def asker(self) -> object:
@@ -10614,7 +10666,9 @@ class Listener(Exchange):
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
             targets = () if self.instance else (await find_by_uri(self.client, uri, START_SECONDS))[0]
-            for instance in [self.instance] if self.instance else (self.client.by_name(one.server) for one in targets):
+            names = self.client.view.names             # maybe fewer than when it was looked for
+            for instance in [self.instance] if self.instance else (
+                    self.client.by_name(one.server) for one in targets if one.server in names):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
@@ -12356,7 +12410,8 @@ class Probes(Application):
 # session that it names, and without a session it is HTTP+SSE.
 
 MAX_WATCHERS = 20                # of the overview
-KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together
+KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together,
+KEPT_DOCUMENTS = 100             # and how many
 
 
 def encode_call(name: str, arguments: str) -> Message:
@@ -12655,7 +12710,8 @@ class Endpoints(Application):
         if not kept or kept[0] != about:
             kept = about, openapi_document(*about)
         self.documents[client.view] = kept
-        while len(self.documents) > 1 and sum(len(text) for _, text in self.documents.values()) > KEPT_DOCUMENT_BYTES:
+        while len(self.documents) > KEPT_DOCUMENTS or len(self.documents) > 1 and (
+                sum(len(text) for _, text in self.documents.values()) > KEPT_DOCUMENT_BYTES):
             del self.documents[next(iter(self.documents))]
         self.send_json(reply, kept[1])
 

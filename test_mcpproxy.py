@@ -7970,6 +7970,40 @@ def test_process_takes_a_child_along_that_left_its_group():
         until(lambda: not is_alive(child), "the child's end")
 
 
+# A child that leaves its session, and whose first thread ends: /proc/PID/stat says that it is a zombie.
+LEADERLESS = """if os.fork() == 0:
+    import ctypes, threading, platform
+    os.setsid()
+    for number in 0, 1, 2: os.close(number)
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    with open(%r, "w") as file: file.write(str(os.getpid()))
+    ctypes.CDLL(None).syscall(93 if platform.machine() == "aarch64" else 60, 0)"""
+
+
+@pytest.mark.parametrize("end", ["its session", signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_process_whose_first_thread_has_ended_ends_with_its_server(tmp_path, end):
+    path = tmp_path / "pid"
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+        with SSEClient(proxy) as client:
+            client.start("run", text=LEADERLESS % str(path))
+            pid = until(lambda: path.exists() and int(path.read_text() or 0), "the child")
+            until(lambda: b"Z" in mcpproxy.read_file(f"/proc/{pid}/stat").split(), "the end of its first thread")
+            stat = mcpproxy.process_stat(pid)
+            assert stat[mcpproxy.STATE] == b"S" and int(stat[mcpproxy.PAGES])
+            if end != "its session":
+                proxy.stop(end)
+        until(lambda: mcpproxy.process_stat(pid)[mcpproxy.STATE] in (b"", b"Z"), "its end")
+
+
+def test_process_environment_is_read_no_further_than_it_is_long_for_most():
+    environment = {f"A{number}": "x" * 100_000 for number in range(15)}
+    with subprocess.Popen(["sleep", "60"], env=environment) as program:
+        until(lambda: mcpproxy.read_file(f"/proc/{program.pid}/environ"), "its environment")
+        texts = list(mcpproxy.read_proc(program.pid, "environ"))
+        program.kill()
+    assert {len(text) for text in texts} == {mcpproxy.MAX_PROC}
+
+
 def test_process_that_is_stubborn_does_not_survive_a_proxy_that_is_killed():
     with running_proxy([sys.executable, "-c", FAKE_SERVER + "\ntime.sleep(99)"]) as proxy:
         with SSEClient(proxy) as client:
@@ -9511,6 +9545,39 @@ def test_remote_server_that_does_not_take_an_answer_gets_an_error_in_its_place()
         assert json.loads(client.tool("ask", text="hi")) == ["hi", None]
         assert "answered HTTP 413" in far.replies[far.got("answer")[-1].id]["error"]["message"]
         assert len(far.got("answer")) == 2
+
+
+@over_a_link
+async def test_remote_server_is_told_what_has_no_answer_by_each_principal_in_its_order():
+    link, told = FarLink(), lambda: [json.loads(fetch.body)["method"] for fetch in link.sent if fetch.body]
+    await link.greet()
+    link.sent.clear()
+    for principal, method in ("ann", "a1"), ("ann", "a2"), ("bob", "b1"):
+        link.connection.send(mcpproxy.encode_request(None, method), None, principal)
+    await asyncio.sleep(1)
+    assert told() == ["a1", "b1"] and link.backlog
+    respond(link.sent.pop(0), 202)
+    await asyncio.sleep(1)
+    assert told() == ["b1", "a2"] and not link.backlog
+
+
+def test_remote_server_whose_name_nobody_looks_up_takes_one_thread():
+    async def run():
+        asked, silence = [], asyncio.get_running_loop().create_future()
+
+        async def getaddrinfo(host, *_, **__):
+            asked.append(host)
+            return await asyncio.shield(silence) if host == "silent.example" else []
+        asyncio.get_running_loop().getaddrinfo = getaddrinfo
+        clients = [mcpproxy.HTTPClient(f"http://{host}.example/mcp") for host in ("silent", "silent", "other")]
+        asking = [asyncio.ensure_future(mcpproxy.Ask(one.head("GET", ())).answer(one)) for one in clients for _ in "xy"]
+        done, waiting = await asyncio.wait(asking, timeout=0.2)
+        assert asked.count("silent.example") == 1 and len(waiting) == 4 and all(task.exception() for task in done)
+        for client in clients:
+            client.close()
+        await asyncio.wait(asking)
+        silence.cancel()
+    asyncio.run(run())
 
 
 @over_a_link
@@ -15486,6 +15553,51 @@ async def test_conversation_extension_s_method_goes_by_a_name_beside_a_server_wi
             if line.get("method") == "custom/run"] == ["thing", "thing"]
 
 
+@in_town
+async def test_conversation_session_stays_at_its_own_process_whatever_fails_for_others_at_that_server():
+    town = Town("legacy", ["g.a", "g.b"], shared_session=False)
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    (name, _), = town.heard
+    town.mount.servers[name].failures = 3
+    await town.say_to(client, 2, "tools/call", {"name": "t"})
+    assert [one for one, _ in town.heard] == [name] * 2
+    await town.say_to(await town.client("legacy", "g"), 1, "tools/call", {"name": "t"})
+    assert town.heard[-1][0] != name
+
+
+@in_town
+async def test_conversation_call_that_asked_its_client_is_not_made_again_when_its_caller_may_use_less():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    (_, call), = town.heard
+    town.say(town.links["c"][0], asks_for_input(call, **ASKED))
+    await asyncio.sleep(0.1)
+    question, = [told for told in town.told(client) if told.get("method") == QUESTION["method"]]
+    client.client.caller = LESS
+    client.client.adopt(town.mount.catalog)
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "accept", "content": {}}})
+    await asyncio.sleep(0.1)
+    answer, = [told for told in town.told(client) if told.get("id") == 1]
+    assert answer["error"]["message"] == "what its caller may use has changed" and len(town.heard) == 1
+
+
+@in_town
+async def test_conversation_call_that_waits_goes_on_when_its_token_comes_by_another_url():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 5
+    client = await town.client("legacy")
+    client.client.caller = LESS
+    client.client.adopt(town.mount.catalog)
+    await town.say_to(client, 1, "tools/list")
+    (one,), town.mount.servers["a"].instances[()].connection = town.links["a"], None       # it is starting, say
+    assert not await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    client.client.caller = dataclasses.replace(LESS, limits=dataclasses.replace(LESS.limits, challenge="another"))
+    client.client.adopt(town.mount.catalog)
+    assert not [told for told in town.told(client) if told.get("id") == 2]
+
+
 LESS = mcpproxy.Caller("ann", b"ann", mcpproxy.Limits("ann", (mcpproxy.Grant(("a",)),)))
 
 
@@ -20609,19 +20721,20 @@ def test_endpoint_openapi_has_what_schemas_define_by_name_where_every_reader_loo
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
-def test_endpoint_documents_of_tools_are_kept_while_they_are_small(monkeypatch, size, kept):
+def test_endpoint_documents_of_tools_are_kept_while_they_are_small_and_few(monkeypatch, size, kept):
     @in_town
     async def ask_at_three_places():
         town = Town("legacy", ["a", "b"])
         endpoints = mcpproxy.Endpoints(town.settings, town.mount, overview=types.SimpleNamespace())
         endpoints.send_json = lambda reply, body: None
         monkeypatch.setattr(mcpproxy, "openapi_document", lambda *about: b"x" * 2 * size)
-        for place in None, "a", "b":
+        many = [(None, ("tools", str(number))) for number in range(200 * (kept > 1))]
+        for place, *wanted in [(None,), ("a",), ("b",), *many]:
             await endpoints.openapi(types.SimpleNamespace(
-                view=town.mount.catalog.view(place), caller=None, variables={}, base="", name=None,
+                view=town.mount.catalog.view(place, tuple(wanted)), caller=None, variables={}, base="", name=None,
                 head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
                     connection=types.SimpleNamespace(principal="ann")))
-        assert len(endpoints.documents) == kept
+        assert len(endpoints.documents) == (mcpproxy.KEPT_DOCUMENTS if kept > 1 else kept)
     ask_at_three_places()
 
 
