@@ -4229,8 +4229,8 @@ def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
     """What a file of /proc says of a process, and then of its threads: the first may end before the others do."""
     yield read_file(f"/proc/{pid}/{name}", MAX_PROC)
     with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            yield read_file(f"/proc/{pid}/task/{task}/{name}", MAX_PROC)
+        tasks = os.listdir(f"/proc/{pid}/task")
+        yield from (read_file(f"/proc/{pid}/task/{task}/{name}", MAX_PROC) for task in tasks if len(tasks) > 1)
 
 
 def process_stat(pid: int) -> list[bytes]:
@@ -4793,7 +4793,7 @@ class Link:
         raise NotImplementedError
 
     def tell(self, line: bytes, principal: object) -> None:
-        """Sends a principal's line to which nothing is answered."""
+        """Sends a remote server a principal's line to which nothing is answered."""
         self.write(line)
 
     def cancel(self, number: int, line: bytes) -> None:
@@ -6477,7 +6477,7 @@ class ServerConnection(Holder):
         if principal is not None:
             self.has_served = True
         if cancelled is None:
-            link.write(line, about) if about else link.tell(line, principal)
+            link.tell(line, principal) if about is None and link.is_remote else link.write(line, about)
         else:
             link.cancel(cancelled, line)
 

@@ -8001,7 +8001,7 @@ def test_process_environment_is_read_no_further_than_it_is_long_for_most():
         until(lambda: mcpproxy.read_file(f"/proc/{program.pid}/environ"), "its environment")
         texts = list(mcpproxy.read_proc(program.pid, "environ"))
         program.kill()
-    assert {len(text) for text in texts} == {mcpproxy.MAX_PROC}
+    assert [len(text) for text in texts] == [mcpproxy.MAX_PROC]
 
 
 def test_process_that_is_stubborn_does_not_survive_a_proxy_that_is_killed():
