@@ -4082,7 +4082,7 @@ class Reaper:
 
     SCRIPT = """
         trap '' HUP INT TERM
-        while read -r _; do :; done
+        while read -r line; do is_over=$line; done           # said by close(), when all is gone
         for round in 1 2 3 4 5; do
             found=$(ulimit -v 1048576; grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
             command -v grep > /dev/null || for path in /proc/[0-9]*/environ; do
@@ -4094,7 +4094,7 @@ class Reaper:
                 kill -s KILL -- "-$pid" "$pid" 2>/dev/null
             done
         done
-        for path in /proc/[0-9]*; do           # and where that is endless, or a thread's; as read_proc()
+        [ "$is_over" ] || for path in /proc/[0-9]*; do       # and where that is endless, or a thread's; as read_proc()
             head -qc 1048576 $path/environ $path/task/*/environ | grep -q "MCPPROXY_TAG=$1-" && kill -9 ${path#/proc/}
         done
         shift
@@ -4192,8 +4192,8 @@ class Reaper:
         with contextlib.suppress(OSError):
             os.rmdir(self.homes)
         if self._watcher:
-            self._watcher.stdin.close()
-            self._watcher.wait()
+            with contextlib.suppress(OSError):
+                self._watcher.communicate(b"over\n")
 
 
 def libc():
