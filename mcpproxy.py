@@ -485,10 +485,10 @@ def is_user(text: str) -> bool:
     return not text or bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", text))
 
 
-def users_in(text: str) -> float:
-    """How many users a range of numbers has; no end of them where it is none."""
+def users_of(text: str) -> range:
+    """The users of a range of numbers; empty where it is none."""
     numbers = re.fullmatch("([0-9]+)-([0-9]+)", text)
-    return int(numbers[2]) - int(numbers[1]) + 1 if numbers else float("inf")
+    return range(int(numbers[1]), int(numbers[2]) + 1) if numbers else range(0)
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -4561,7 +4561,7 @@ class Sandbox:
             for path in given[name]:
                 if is_below(path, writable):
                     continue               # it is open anyway; and what a run before has put there may be a link by now
-                elif os.path.exists(path):
+                if os.path.exists(path):
                     allowed.append((path, right))
                 else:
                     self.refuse(name, f"{path} does not exist")
@@ -4606,23 +4606,22 @@ class Cell:
     async def _take_user(self, text: str) -> None:
         """A user by name or number, or one of a range that nothing else runs as; some process may just be ending."""
         import pwd
-        first, dash, last = text.partition("-") if text[0].isdigit() else (None, "", "")
-        if dash:
+        users, number = users_of(text), text if text[0].isdigit() else None
+        if users:
             taken, deadline = self.sandbox.reaper.uids, time.monotonic() + UID_SECONDS
-            users = range(int(first), int(last) + 1)
             while (uid := next((one for one in users if one not in taken and not processes_of(one)), None)) is None:
                 if time.monotonic() > deadline:
                     raise try_later("all users of RUN_AS_USER are taken")
                 await asyncio.sleep(0.1)
             taken.add(uid)
-            self._uid = first = uid
+            self._uid = number = uid
         try:
-            found = pwd.getpwnam(text) if first is None else pwd.getpwuid(int(first))
+            found = pwd.getpwnam(text) if number is None else pwd.getpwuid(int(number))
         except KeyError:
-            if first is None:
+            if number is None:
                 return self.sandbox.refuse("run_as_user", f"there is no user {text}")
             found = None
-        self.user = (found.pw_uid, found.pw_gid) if found else (int(first), int(first))
+        self.user = (found.pw_uid, found.pw_gid) if found else (int(number), int(number))
         self.variables["HOME"] = found.pw_dir if found else "/"
 
     def _make_cgroup(self) -> None:
@@ -8452,9 +8451,9 @@ class Pool:
     def who_fill(self, server: "Server") -> set["Server"]:
         """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
         together with it. Nobody while there is room."""
-        sharing = {one for one in self.servers if one.users == server.users}
-        for limit, servers in (self.limit, self.servers), (users_in(server.users), sharing):
-            if sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
+        sharing = {one for one in self.servers if server.users and one.users == server.users}
+        for limit, servers in (self.limit, self.servers), (len(server.users), sharing):
+            if servers and sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
                    for one in servers) >= limit:
                 return servers
         return set()
@@ -8487,7 +8486,7 @@ class Server:
         self.name, self.settings = config.name, config.settings
         self.config = config
         self.max_result = config.settings.max_result_kb * 1024        # bytes; 0: any
-        self.users = "" if config.url else config.settings.run_as_user
+        self.users = users_of("" if config.url else config.settings.run_as_user)      # of which each process gets one
         self.pool = pool
         pool.servers.add(self)
         self.is_retired = False                    # out of the configuration: ends when its calls are done
@@ -8868,9 +8867,10 @@ class Mount:
             caller = client.caller
             return caller.under(keys.scopes) if caller and caller.is_token else callers.get(caller)
         for session in list(self.sessions.values()):
-            if session.caller and not now(session):
+            caller = now(session)
+            if session.caller and not caller:
                 session.end()
-            session.caller = now(session)
+            session.caller = caller
         for call in list(self.subscriptions):
             before, caller = call.client.caller, now(call.client)
             if not call.client.is_session and before and (not caller or caller.limits != before.limits):
