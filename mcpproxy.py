@@ -4083,23 +4083,22 @@ class Reaper:
     SCRIPT = """
         trap '' HUP INT TERM
         while read -r line; do is_over=$line; done           # said by close(), when all is gone
+        tag="MCPPROXY_TAG=$1-"
         for round in 1 2 3 4 5; do
-            found=$(ulimit -v 1048576; grep -ls "MCPPROXY_TAG=$1-" /proc/[0-9]*/environ)
+            found=$(ulimit -v 1048576; grep -ls "$tag" /proc/[0-9]*/environ)
             command -v grep > /dev/null || for path in /proc/[0-9]*/environ; do
                 while IFS= read -r line || [ -n "$line" ]; do
-                    case $line in *"MCPPROXY_TAG=$1-"*) found="$found $path"; break;; esac; done < "$path"
+                    case $line in *"$tag"*) found="$found $path"; break;; esac; done < "$path"
             done
             [ -n "$found" ] || break
-            for path in $found; do pid=${path#/proc/}; pid=${pid%/environ}
-                kill -s KILL -- "-$pid" "$pid" 2>/dev/null
-            done
+            for path in $found; do pid=${path#/proc/}; pid=${pid%/*}; kill -s KILL -- "-$pid" "$pid"; done
         done
-        [ "$is_over" ] || for path in /proc/[0-9]*; do       # and where that is endless, or a thread's; as read_proc()
-            head -qc 1048576 $path/environ $path/task/*/environ | grep -q "MCPPROXY_TAG=$1-" && kill -9 ${path#/proc/}
-        done
-        shift
-        rm -rf -- "$1" || { chmod -R u+rwx "$1"; rm -rf -- "$1"; }
-        shift
+        # It may also be in what is endless, or a thread's: see read_proc(). Each is looked at only where one has it.
+        has_tag() { head -qc 1048576 "$@" | grep -q "$tag"; }
+        [ "$is_over" ] || { sleep 0.2; has_tag /proc/[0-9]*/environ /proc/[0-9]*/task/*/environ; [ $? = 1 ]; } ||
+            for path in /proc/[0-9]*; do has_tag $path/environ $path/task/*/environ && kill -9 ${path#/proc/}; done
+        rm -rf -- "$2" || { chmod -R u+rwx "$2"; rm -rf -- "$2"; }
+        shift 2
         for prefix do
             for round in 1 2 3 4 5 6 7 8 9 10; do        # what dies is still in its control group
                 rmdir "$prefix"-*/* "$prefix"-*

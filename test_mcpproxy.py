@@ -8223,6 +8223,16 @@ def test_process_nothing_survives_sigkill(shared):
         assert time.monotonic() - began < 2 and not is_alive(child)
 
 
+def test_process_each_is_looked_at_after_sigkill_only_where_one_is_left(tmp_path):
+    """Two programs for each process of the machine took seconds of a busy one."""
+    (tmp_path / "head").write_text(f"#!/bin/sh\necho >> {tmp_path}/looks\nexec {shutil.which('head')} \"$@\"\n")
+    (tmp_path / "head").chmod(0o755)
+    with running_proxy(FAKE, PATH=f"{tmp_path}:{os.environ['PATH']}") as proxy, SSEClient(proxy) as client:
+        client.tool("echo", text="x")
+        proxy.stop(signal.SIGKILL)
+        assert (tmp_path / "looks").read_text() == "\n"
+
+
 def test_process_nothing_deaf_survives_sigkill():
     """A server that notices neither the end of its stdin nor SIGTERM, with a child that does not either."""
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
