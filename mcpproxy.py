@@ -4794,8 +4794,8 @@ class Link:
         """Sends a remote server a principal's line to which nothing is answered."""
         self.write(line)
 
-    def cancel(self, number: int, line: bytes) -> None:
-        """Takes a request back; `line` says so."""
+    def cancel(self, number: int, line: bytes, principal: object) -> None:
+        """Takes a request of a principal's back; `line` says so."""
         self.write(line)
 
     def on_answered(self, number: int) -> None:
@@ -5978,9 +5978,9 @@ class RemoteLink(Link):
     def tell(self, line: bytes, principal: object) -> None:
         self.write(line, principal=principal)
 
-    def cancel(self, number: int, line: bytes) -> None:
+    def cancel(self, number: int, line: bytes, principal: object) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
-            self.write(line)
+            self.tell(line, principal)
         self._drop(number)
 
     def _drop(self, number: int | None) -> None:
@@ -6477,7 +6477,7 @@ class ServerConnection(Holder):
         if cancelled is None:
             link.tell(line, principal) if about is None and link.is_remote else link.write(line, about)
         else:
-            link.cancel(cancelled, line)
+            link.cancel(cancelled, line, principal)
 
     def _queue(self, size: int, principal: object, backlog: int, has_to_go: bool) -> None:
         waiting, shares = self._waiting, self._shares
@@ -7678,6 +7678,7 @@ class Instance:
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
+        self.failures = 0                           # of a group's calls in a row
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -8086,6 +8087,8 @@ class Client(Holder):
             instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
+            if self.is_homeless:                       # it would set variables that nobody takes any more
+                raise no_such_session()
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
@@ -8267,9 +8270,11 @@ class Session(Client):
             self.stream.send(list_changed(kind).payload)
 
     def _drop_waiting(self, error: ProxyError) -> None:
-        """Calls that are at no server were let in by what their caller might use before."""
-        for call in [call for call in self.calls.values() if call.is_waiting]:
-            call.fail(error)
+        """Calls that are at no server were let in by what their caller might use before; the others go to no other."""
+        for call in list(self.calls.values()):
+            call.is_repeated = True
+            if call.is_waiting:
+                call.fail(error)
 
     def choose_log_level(self, level: object, has_logs: bool) -> None:
         """It wants log messages of this level from now on; RPCError when there are none."""
@@ -8520,6 +8525,16 @@ class Server:
         return self.failures < FAILURES and not (
             instance and instance.connection is None and (instance.failure or instance.identity))
 
+    def is_up_for(self, client: Client) -> bool:
+        """Can a call of this client be expected to work? If it has a process to itself, whatever fails for others."""
+        mine = None if self.is_for_all else self.used_by(client)
+        return mine.failures < FAILURES if mine and mine.connection else self.is_up
+
+    def count(self, instance: Instance, has_failed: bool) -> None:
+        """A call of its group's was answered by this instance, or failed there."""
+        for one in self, instance:
+            one.failures = one.failures + 1 if has_failed else 0
+
     @property
     def state(self) -> str:
         """For who looks after the proxy: ready, starting, down, or on demand."""
@@ -8723,7 +8738,7 @@ class Group:
         claiming = [member for member in self.members if self._claims(member, client, message, headers)]
         members = [member for member in claiming or self.members if member is not left_out]
         if claiming and members:
-            return next((member for member in members if member.is_up), members[0])
+            return next((member for member in members if member.is_up_for(client)), members[0])
         is_call = message is not None and message.method in ("tools/call", "prompts/get")
         members = [member for member in members if not member.config.when] or ([] if is_call else members)
         if not members:
@@ -8731,13 +8746,12 @@ class Group:
 
         # The member that the client is at, if that is good enough; otherwise whoever has least to do.
         before = client.members.get(self.config.name)
-        mine = before and not before.is_for_all and before.used_by(client)         # whatever fails for others there
-        up = [member for member in members if member.is_up or member is before and mine and mine.connection]
+        up = [member for member in members if member.is_up_for(client)]
         first = [member for member in up if not member.config.is_backup] or up or members
         if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
         own = min(first, key=Server.load)
-        if before is None or before is not left_out or not before.is_up:           # else for this request alone
+        if before is None or before is not left_out or not before.is_up_for(client):     # else for this request alone
             own.chosen += client.is_session        # a call of others counts when it is sent
             client.members[self.config.name] = own
             if before and client.is_session:
@@ -9947,7 +9961,7 @@ class ClientRequest(PendingRequest, Holder):
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
-        self.is_repeated = False                      # was it refused or lost once, and goes on?
+        self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
         self.has_begun = False                        # was its client told or asked anything?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
@@ -10076,7 +10090,8 @@ class ClientRequest(PendingRequest, Holder):
         who = "client did not answer" if is_asked else "MCP server took too long"
         self.fail(ServerError(f"the {who}", status=504), TIMED_OUT)
         if was_at_server:
-            self.instance.server.failures += bool(self.group)
+            if self.group:
+                self.instance.server.count(self.instance, has_failed=True)
             self.instance.on_time_out()
 
     def end(self, outcome: str, payload: list = (), status: int = 200, headers: tuple = (),
@@ -10437,7 +10452,7 @@ class Exchange(ClientRequest):
                                                     else response.text))
         try:
             if self.group:
-                self.instance.server.failures = 0
+                self.instance.server.count(self.instance, has_failed=False)
             if self.envelope and (self.group or self.method == "resources/read") and is_input_required(response):
                 self.remember_state(response.parsed().result.get("requestState"))
             if not response.is_result:
@@ -10529,7 +10544,7 @@ class Exchange(ClientRequest):
         """A member of a group failed. Another one is asked, once, if nothing can happen twice by that, and the client
         was told and asked nothing."""
         failed = self.instance.server
-        failed.failures += 1
+        failed.count(self.instance, has_failed=True)
         if self.state is DONE or self.is_repeated or self.has_begun or not (
                 self.server_id is None or error.is_unsent or self._is_safe()):
             return False

@@ -9571,6 +9571,17 @@ async def test_remote_server_is_told_what_has_no_answer_by_each_principal_in_its
     assert told() == ["b1", "a2"] and not link.backlog
 
 
+@over_a_link
+async def test_remote_server_is_told_what_one_principal_takes_back_apart_from_others():
+    link = FarLink()
+    await link.greet()
+    link.sent.clear()
+    for number, principal in enumerate((1, 1, 2)):
+        link.connection.send(b"%d" % number, None, principal, cancelled=number)
+    await asyncio.sleep(1)
+    assert [fetch.body for fetch in link.sent if fetch.body] == [b"0", b"2"]
+
+
 def test_remote_server_whose_name_nobody_looks_up_takes_one_thread():
     async def run():
         asked, silence = [], asyncio.get_running_loop().create_future()
@@ -15577,6 +15588,32 @@ async def test_conversation_session_stays_at_its_own_process_whatever_fails_for_
 
 
 @in_town
+async def test_conversation_session_leaves_its_own_process_when_that_fails():
+    """Remote servers that answer with errors of HTTP, say: the connection goes on."""
+    town = Town("legacy", ["g.a", "g.b"], shared_session=False)
+    client = await town.client("legacy", "g")
+    for number in range(1, 5):
+        await town.say_to(client, number, "tools/call", {"name": "t"})
+        client.client.calls[number].on_failure(mcpproxy.ServerError("it answered HTTP 500"))
+    assert [one == town.heard[0][0] for one, _ in town.heard] == [True] * 3 + [False]
+
+
+@in_town
+async def test_conversation_running_call_goes_to_no_other_server_when_its_caller_may_use_less():
+    town = Town("legacy", ["g.a", "g.b"])
+    town.answers["tools/list"] = {"tools": [{"name": "t", "inputSchema": {}, "annotations": {"readOnlyHint": True}}]}
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "tools/list")
+    await town.say_to(client, 2, "tools/call", {"name": "t"})
+    (name, _), = town.heard
+    client.client.caller = LESS
+    client.client.adopt(town.mount.catalog)
+    await town.die(name)
+    answer, = town.told(client)
+    assert "ended" in answer["error"]["message"] and len(town.heard) == 1
+
+
+@in_town
 async def test_conversation_call_that_asked_its_client_is_not_made_again_when_its_caller_may_use_less():
     town = Town("modern", ["a", "c"])
     client = await town.client("legacy")
@@ -15642,6 +15679,17 @@ async def test_conversation_session_that_no_server_is_for_any_more_finishes_its_
     assert [told["id"] for told in town.told(client)] == [1]
     await town.pass_time()
     assert client.client.is_ended
+
+
+@in_town
+async def test_conversation_session_with_variables_that_nobody_takes_any_more_has_no_process_started():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy", None, None, {"X_TOKEN": "x"})
+    await town.reload(["a", "c=anew"])
+    client.client.is_homeless = True
+    town.told(client)
+    answer, = await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    assert answer["error"]["message"] == "session unknown or ended" and len(town.links["c"]) == 1
 
 
 @in_town
