@@ -5910,6 +5910,7 @@ WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.t
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
+ASIDES = 128                     # of these are on their way at a time: others need places too
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
@@ -5936,8 +5937,8 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        # (line, is_repeated) of what has no answer, by principal: of each of these, one is on its way.
-        self._asides: dict[object, collections.deque[tuple]] = {}
+        # (line, is_repeated) of what has no answer, in queues by principal: of each, one is on its way.
+        self._asides: dict[int | None, collections.deque[tuple]] = {}
         self.backlog = 0                       # how many bytes they have
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
@@ -5956,27 +5957,27 @@ class RemoteLink(Link):
     # What the connection calls.
 
     def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False,
-              principal: object = None) -> None:
+              queue: int | None = None) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
             self._post(line, about)
         elif line == INITIALIZED:
             self._held = self._held or []      # a server may refuse what comes before this
             asyncio.create_task(self._open())
-        elif self._held is not None:
-            self._held.append((line, about, is_repeated, principal))
-        elif about is None and principal not in self._asides:
-            self._asides[principal], aside = collections.deque(), Aside(self, line, is_repeated)
-            aside.send(self._client)
-            asyncio.create_task(self._tell_all(principal, aside))
-        elif about is None:
-            self._asides[principal].append((line, is_repeated))
+        elif about is None and queue in self._asides:
+            self._asides[queue].append((line, is_repeated))
             self.backlog += len(line)
+        elif self._held is not None:
+            self._held.append((line, about, is_repeated, queue))
+        elif about is None:
+            self._asides[queue], aside = collections.deque(), Aside(self, line, is_repeated)
+            aside.send(self._client)
+            asyncio.create_task(self._tell_all(queue, aside))
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
     def tell(self, line: bytes, principal: object) -> None:
-        self.write(line, principal=principal)
+        self.write(line, queue=hash(principal) % ASIDES)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
@@ -6073,22 +6074,27 @@ class RemoteLink(Link):
         post = self._running[about[0]] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
-    async def _tell_all(self, principal: object, first: Aside) -> None:
-        """Sends what has no answer, a principal's one after the other, for their order counts; the first was sent."""
-        asides = self._asides[principal]
-        await self._tell(first)
+    async def _tell_all(self, queue: int | None, first: Aside) -> None:
+        """Sends what has no answer, of a queue one after the other, for their order counts; the first was sent."""
+        asides = self._asides[queue]
+        await self._tell(first, asides)
         while asides and self.on_end:
             line, is_repeated = asides.popleft()
             self.backlog -= len(line)
-            await self._tell(Aside(self, line, is_repeated))
-        del self._asides[principal]
+            if self._held is None:
+                await self._tell(Aside(self, line, is_repeated), asides)
+            else:
+                self._held.append((line, None, is_repeated, queue))          # for a session
+        del self._asides[queue]
 
-    async def _tell(self, aside: Aside) -> None:
+    async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> None:
         problem = ""
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
-                return self._renew(aside.session, aside.body)
+                asides.appendleft((aside.body, True))
+                self.backlog += len(aside.body)
+                return self._renew(aside.session)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
                 self._answer_instead(aside.body, refusal(head, body))
@@ -6140,7 +6146,8 @@ class RemoteLink(Link):
             if post.is_repeated:
                 self._refuse(post, refusal(head, body))
             else:
-                self._renew(post.session, post.body, post.about)
+                self._renew(post.session)
+                self.write(post.body, post.about, True)
         elif self._endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
             if answer and answer.id == post.number:
@@ -6193,21 +6200,12 @@ class RemoteLink(Link):
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
 
-    def _renew(self, session: str, line: bytes, about: tuple | None = None) -> None:
-        """The server has forgotten this session: the message goes to another one, which is opened if there is none.
-        MCP 2025-11-25, Transports, Session Management, 4."""
+    def _renew(self, session: str) -> None:
+        """The server has forgotten this session: another one is opened, unless that was done. MCP 2025-11-25,
+        Transports, Session Management, 4."""
         if self._held is None and session == self.session:
-            self._begin_session((line, about, True))
-        else:
-            self.write(line, about, True)
-
-    def _begin_session(self, *first: tuple) -> None:
-        self._held = [*first]
-        for principal, asides in self._asides.items():
-            self._held += [(line, None, is_repeated, principal) for line, is_repeated in asides]
-            asides.clear()
-        self.backlog = 0
-        asyncio.create_task(self._open_another())
+            self._held = []
+            asyncio.create_task(self._open_another())
 
     async def _open_another(self) -> None:
         self.session = None
@@ -6252,7 +6250,7 @@ class RemoteLink(Link):
             if is_in_vain and not is_reached:
                 return self.end(reason)
             if number is None and status == 404 and listen.tries and self.session and self._held is None:
-                return self._begin_session()   # it had a stream before
+                return self._renew(self.session)         # it had a stream before
             if not self.awaits(number) if number is not None else 400 <= status < 500 and status != 429:
                 return                         # MCP 2025-11-25: 405, if it has none
             listen = self._running[number] = listen.again()
