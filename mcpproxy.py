@@ -4798,6 +4798,10 @@ class Link:
         """Takes a request of a principal's back; `line` says so."""
         self.write(line)
 
+    def has_sent(self, number: int) -> bool:
+        """Is a request on its way to the server, or there? It may wait for a connection, or for a session."""
+        return True
+
     def on_answered(self, number: int) -> None:
         """Nobody waits for the answer to a request any more: it came, wherever, or is not wanted."""
 
@@ -5709,7 +5713,17 @@ class Issuer:
 # Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
 # belongs to it, so that it is known here whose a question is. Other streams are asked for with a GET. What becomes of
 # the answers is the business of the RemoteLink that sends these requests.
+#
+# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
+# header, and refuses what has it already. Two that wait for each other to start would send nothing on; so a server that
+# is starting is also told the way of whoever waits for it. To one proxy all clients of another look like one, with one
+# key; so it is told which requests are one client's, and asks nobody what is for somebody else.
 
+WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
+ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that a proxy gives to all of one client's
+WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
+PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
+MAX_WAY = 32                     # of these are passed on
 SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
@@ -5720,6 +5734,12 @@ RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # whatever it says
 LASTING_SECONDS = 10.0           # a stream that was open for so long was not in vain, even if nothing came on it
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
+
+
+def way_of(headers: dict[str, str]) -> str:
+    """The ids of the proxies that a request came through; `headers` are its own, by name in lower case."""
+    way = headers.get(WAY_HEADER.lower())
+    return ", ".join(PROXY_ID.findall(way)[-MAX_WAY:]) if way else ""
 
 
 class RemoteFetch(Fetch):
@@ -5899,27 +5919,11 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # are asked for again where they were; and a session that it has forgotten is opened again in place, so that nobody
 # notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
 #
-# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
-# header, and refuses what has it already. Two that wait for each other to start would send nothing on; so a server that
-# is starting is also told the way of whoever waits for it. To one proxy all clients of another look like one, with one
-# key; so it is told which requests are one client's, and asks nobody what is for somebody else.
-
-WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
-ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that a proxy gives to all of one client's
-WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
-PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
-MAX_WAY = 32                     # of these are passed on
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 ASIDES = 128                     # of these are on their way at a time: others need places too
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
-
-
-def way_of(headers: dict[str, str]) -> str:
-    """The ids of the proxies that a request came through; `headers` are its own, by name in lower case."""
-    way = headers.get(WAY_HEADER.lower())
-    return ", ".join(PROXY_ID.findall(way)[-MAX_WAY:]) if way else ""
 
 
 class RemoteLink(Link):
@@ -5983,6 +5987,11 @@ class RemoteLink(Link):
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
             self.tell(line, principal)
         self._drop(number)
+
+    def has_sent(self, number: int) -> bool:
+        fetch = self._running.get(number)
+        is_held = any(about and about[0] == number for _, about, *_ in self._held or ())
+        return not (is_held or isinstance(fetch, Post) and fetch in fetch.waits_in)
 
     def _drop(self, number: int | None) -> None:
         fetch = self._running.pop(number, None)
@@ -8250,11 +8259,11 @@ class Session(Client):
             self.is_homeless = True
             if error.data:                                 # its key opens the place no more, or sets too much
                 return self.end()
-            return self._drop_waiting(no_such_session())
+            return self._keep_calls(no_such_session())
         self.view = view
         self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
         if view.grants != before.grants:
-            self._drop_waiting(try_later("what its caller may use has changed"))
+            self._keep_calls(try_later("what its caller may use has changed"))
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8267,12 +8276,10 @@ class Session(Client):
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
 
-    def _drop_waiting(self, error: ProxyError) -> None:
-        """Calls that are at no server were let in by what their caller might use before; the others go to no other."""
+    def _keep_calls(self, error: ProxyError) -> None:
+        """Its calls were let in by what their caller might use before."""
         for call in list(self.calls.values()):
-            call.is_repeated = True
-            if call.is_waiting:
-                call.fail(error)
+            call.stay(error)
 
     def choose_log_level(self, level: object, has_logs: bool) -> None:
         """It wants log messages of this level from now on; RPCError when there are none."""
@@ -9358,7 +9365,11 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
                 items = client.by_name(member.name).list_of(method).known
                 if items is not None and uri in items:
                     return [Target(member.name)], {}
-    found, missing = await gather_resources(client)
+    failure = None
+    try:
+        found, missing = await gather_resources(client)
+    except ServerError as error:                   # none could list what it has
+        failure, found, missing = error, [], error.data[UNAVAILABLE_KEY]
     await take_turn(client)
     for number in (1, 2):
         for member, has in found:
@@ -9378,7 +9389,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
     targets = [Target(member.name) for member in client.view.members
                if identities.get(member.name) and identities[member.name].has("resources")]
     if not targets:
-        raise RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
+        raise failure or RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
     return targets, {name: why for name, why in missing.items() if not identities.get(name)}
 
 
@@ -10013,8 +10024,16 @@ class ClientRequest(PendingRequest, Holder):
 
     @property
     def is_waiting(self) -> bool:
-        is_sent = self.connection and self.server_id in self.connection.pending
+        connection, number = self.connection, self.server_id
+        is_sent = connection and number in connection.pending and connection.link.has_sent(number)
         return self.state in (WAITING, RUNNING) and not (is_sent or self.is_endless)
+
+    def stay(self, error: ProxyError) -> None:
+        """Its caller may not use the same any more: it fails with this error if it is at no server, or goes on where it
+        is, and is not sent again; as a legacy client's would be, with its answers."""
+        self.is_repeated, self.others, self.text = True, (), self.envelope and self.text
+        if self.is_waiting:
+            self.fail(error)
 
     @property
     def asker(self) -> object:
@@ -10669,7 +10688,9 @@ class Listener(Exchange):
     def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
-                self._join(self.client.by_name(member.name))
+                instance = self.client.by_name(member.name)
+                self._join(instance)
+                instance.start()                       # or nothing would be heard of it
 
     def _join(self, instance: Instance) -> None:
         instance.listeners.add(self)
@@ -10730,11 +10751,12 @@ class Listener(Exchange):
         of several with those that there are now."""
         caller = self.client.caller
         try:
-            self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
+            shown = self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
+            shown.check_variables(self.client.variables)
         except RPCError:
             return self.end_subscription()
         server = self.instance and self.instance.server
-        if server and (server.is_retired or server.name not in self.client.view.names):
+        if server and (server.is_retired or server.name not in shown.names) or self.client.is_homeless:
             return self.end_subscription()
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
