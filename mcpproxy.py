@@ -33,48 +33,49 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     15. Counters               how often it happened, and how long it took
     16. Shares                 who gives when there is no more room
     17. Processes              whose each is, what it uses, and what would outlive its server
-    18. Sandbox                what a server is kept from
-    19. Links                  what a server is spoken to through: a process, and its end
-    20. HTTP client            requests of ours, and the connections for them
-    21. Issuer of tokens       who is asked what a token is worth
-    22. Requests to remote servers          a message to a URL, and what comes back
-    23. Remote servers         the other kind of link: a URL
-    24. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    25. Streams, questions and outlets      what goes to a client
-    26. What servers send      questions and notifications, and whom they concern
-    27. Subscriptions          what a server is asked once for all who want to be told of it
-    28. Lists                  what servers list, kept for all who ask
-    29. Instances              links that are kept running
-    30. Clients                who sends requests: sessions and visitors
-    31. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    32. Mounts                 what clients meet, at all URLs, and what limits them
-    33. Several servers as one              what all are asked, and which of them a request is for
-    34. Bridges                what happens to a call between two eras
-    35. Dialogues              what a server asks in the course of a call
-    36. Records                what stays of a call that is over
-    37. Client requests        one client request from its coming to its end
-    38. Exchanges              how it gets to a server, and what the server sends in answer
-    39. Joint exchanges        requests that the proxy answers for its servers
+    18. Confinement            what a process can forbid itself, for good
+    19. Sandbox                what a server is kept from, and what it has for itself
+    20. Links                  what a server is spoken to through: a process, and its end
+    21. HTTP client            requests of ours, and the connections for them
+    22. Issuer of tokens       who is asked what a token is worth
+    23. Requests to remote servers          a message to a URL, and what comes back
+    24. Remote servers         the other kind of link: a URL
+    25. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    26. Streams, questions and outlets      what goes to a client
+    27. What servers send      questions and notifications, and whom they concern
+    28. Subscriptions          what a server is asked once for all who want to be told of it
+    29. Lists                  what servers list, kept for all who ask
+    30. Instances              links that are kept running
+    31. Clients                who sends requests: sessions and visitors
+    32. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    33. Mounts                 what clients meet, at all URLs, and what limits them
+    34. Several servers as one              what all are asked, and which of them a request is for
+    35. Bridges                what happens to a call between two eras
+    36. Dialogues              what a server asks in the course of a call
+    37. Records                what stays of a call that is over
+    38. Client requests        one client request from its coming to its end
+    39. Exchanges              how it gets to a server, and what the server sends in answer
+    40. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    40. HTTP connections       one socket each
-    41. HTTP server            the sockets that are listened on, and TLS
-    42. Outlets                a call's messages into an HTTP reply
-    43. Overview               the proxy for whoever operates it: health, metrics, what runs
-    44. Admission              what the head of a request says: who, where to, what for
-    45. OpenAPI                the tools as operations
-    46. The application        what every request passes, and what anybody may ask
-    47. Endpoints              what each method and path means
-    48. Standard streams       the other way in: for one client, on stdin and stdout
-    49. Demo server            a small MCP server to try things with
-    50. The proxy              everything put together
-    51. Command line           arguments and environment into a running proxy
-    52. The page               the overview for people
+    41. HTTP connections       one socket each
+    42. HTTP server            the sockets that are listened on, and TLS
+    43. Outlets                a call's messages into an HTTP reply
+    44. Overview               the proxy for whoever operates it: health, metrics, what runs
+    45. Admission              what the head of a request says: who, where to, what for
+    46. OpenAPI                the tools as operations
+    47. The application        what every request passes, and what anybody may ask
+    48. Endpoints              what each method and path means
+    49. Standard streams       the other way in: for one client, on stdin and stdout
+    50. Demo server            a small MCP server to try things with
+    51. The proxy              everything put together
+    52. Command line           arguments and environment into a running proxy
+    53. The page               the overview for people
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 20
-                to 23 and 40 to 47 these words may be HTTP's too; what answers our clients is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 21
+                to 24 and 41 to 48 these words may be HTTP's too; what answers our clients is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -114,14 +115,14 @@ Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a number              Counters (15), and for /metrics a row of Overview._families (43)
-    a kind of link        a subclass of Link (19), as RemoteLink (23); made in Proxy._new_server (50)
-    a notification        a row of NOTIFICATION_ROUTES (26)
-    a choice of servers   pick() and find_targets() (33)
+    a number              Counters (15), and for /metrics a row of Overview._families (44)
+    a kind of link        a subclass of Link (20), as RemoteLink (24); made in Proxy._new_server (51)
+    a notification        a row of NOTIFICATION_ROUTES (27)
+    a choice of servers   pick() and find_targets() (34)
     a method              METHODS (1), to be counted by its name; where the eras say it differently, a row of a
-                          Bridge's `intercepted` (34)
-    a guard               a method of Application and its place in GUARDS (46)
-    a URL                 a method of Endpoints and a row of ROUTES (47)
+                          Bridge's `intercepted` (35)
+    a guard               a method of Application and its place in GUARDS (47)
+    a URL                 a method of Endpoints and a row of ROUTES (48)
 """
 
 import sys
@@ -4127,6 +4128,7 @@ class Reaper:
         try:
             self._watcher = subprocess.Popen(
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce, self.homes, *self.cgroups],
+                env={**os.environ, "MCPPROXY_TAG": ""},          # or a proxy before this one would end it first
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             self.census.ours = {self._watcher.pid}
         except OSError as error:
@@ -4319,10 +4321,10 @@ def kill(pid: int, number: int) -> bool:
 
 
 # ============================================================================
-# 18. Sandbox
+# 18. Confinement
 # ============================================================================
 #
-# What a server is kept from, with no privilege or namespace: by what Linux lets a process forbid itself, for good.
+# What Linux lets a process forbid itself, for good, with no privilege or namespace.
 #
 #     landlock(7)     files. A ruleset names what is forbidden wherever no rule allows it, each rule allows some of that
 #                     beneath a path, and a process restricts itself to it. It is asked when a file is opened.
@@ -4398,7 +4400,7 @@ def landlock(attributes, rules):                     # landlock_create_ruleset(2
     attributes = struct.pack("=QQQ", *attributes)
     ruleset = system_call(444, attributes, len(attributes), 0)
     for path, allowed in rules:
-        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        at = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         system_call(445, ruleset, 1, struct.pack("=Qi", allowed, at), 0)
         os.close(at)
     system_call(446, ruleset, 0)
@@ -4426,7 +4428,7 @@ def main(report, is_strict, unset, late, ignored, steps, program):
             os.write(report, b"%d %d\\n" % (number, getattr(error, "errno", 0) or 0))
             if is_strict:
                 sys.exit(126)
-    for name in unset:                               # which Python has set, in the locale C
+    for name in unset:                               # which Python needs, or has set, in the locale C
         os.environ.pop(name, None)
     for name in late:
         os.environ[name] = os.environ.pop("MCPPROXY_" + name)
@@ -4440,21 +4442,12 @@ def main(report, is_strict, unset, late, ignored, steps, program):
         sys.exit(126)
 """
 
-_OF_LOADERS = re.compile("LD_|GCONV_PATH|.*LOCPATH")           # ld.so(8), iconv(1), setlocale(3)
-UID_SECONDS = 5.0                # for what runs as a user of a range to die
-TASKS = 32                       # of a process, threads included, that a control group allows for
 REASONS_AGAINST = {              # by step and errno
     ("landlock", errno.ENOSYS): "this kernel has no Landlock, or hides it: it takes Linux 6.2, and not gVisor",
     ("landlock", errno.EOPNOTSUPP): "Landlock is off in this kernel: lsm= at boot has to name it",
     ("seccomp", errno.EINVAL): "this kernel has no seccomp filters, or hides them",
     ("become", errno.EPERM): "only root may become another user",
     ("reach", errno.EACCES): "RUN_AS_USER cannot get there; set TMPDIR to a directory where it can"}
-
-
-def write_file(path: str, text: str) -> None:
-    """Writes to a file of the kernel's; OSError when that refuses it."""
-    with open(path, "w") as file:
-        file.write(text)
 
 
 def landlock_abi() -> int:
@@ -4487,6 +4480,30 @@ def socket_filter() -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in program)
 
 
+def why_refused(step: str, number: int) -> str:
+    """What it means that a step failed with this errno."""
+    return REASONS_AGAINST.get((step, number)) or f"{step}: {os.strerror(number)}"
+
+
+# ============================================================================
+# 19. Sandbox
+# ============================================================================
+#
+# What a server is kept from, by the steps that CONFINE takes before it becomes the server, and what it has for itself:
+# a home, a user, a control group.
+
+LIBRARIES = "LD_LIBRARY_PATH"
+_OF_LOADERS = re.compile("LD_|GCONV_PATH|.*LOCPATH")           # ld.so(8), iconv(1), setlocale(3)
+UID_SECONDS = 5.0                # for what runs as a user of a range to die
+TASKS = 32                       # of a process, threads included, that a control group allows for
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes to a file of the kernel's; OSError when that refuses it."""
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def is_below(path: str, folders: list[str]) -> bool:
     """Is a path within one of these folders, whatever links are on the way to it?"""
     above = os.path.dirname(path)
@@ -4509,6 +4526,19 @@ class Sandbox:
         if self.settings.sandbox != "try":
             raise ServerError(f"{text} (SANDBOX=try starts the server all the same)")
         log.warning("! server %(server)s: %(problem)s", server=self.server, problem=text)
+
+    def paths(self, name: str) -> list[str]:
+        return [os.path.abspath(os.path.expanduser(path)) for path in getattr(self.settings, name).split(":") if path]
+
+    @property
+    def writable(self) -> list[str]:
+        """What a server may write beside what is its own, without links."""
+        return [os.path.realpath(path) for path in self.paths("sandbox_write")]
+
+    def own_libraries(self) -> str:
+        """Where the proxy's own Python may need libraries from; but not what a server may have put there."""
+        return ":".join(path for path in os.environ.get(LIBRARIES, "").split(":")
+                        if os.path.isabs(path) and not is_below(f"{path}/x", self.writable))
 
     def steps(self, cell: "Cell") -> list[tuple]:
         """What a process does to itself before it becomes the server: (the setting, a function of CONFINE, its
@@ -4552,27 +4582,18 @@ class Sandbox:
         # The Python that runs this file, for the demo server; and what names are resolved with.
         usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
         allowed = [(path, READ) for path in (*ALL_READ, *usual)] + [(path, DEVICE) for path in ALL_USE]
-        allowed = [one for one in allowed if os.path.exists(one[0])]
-        given = {name: [os.path.abspath(os.path.expanduser(path)) for path in getattr(self.settings, name).split(":")
-                        if path] for name in ("sandbox_read", "sandbox_write")}
-        writable = [os.path.realpath(path) for path in given["sandbox_write"]]
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
-            for path in given[name]:
-                if is_below(path, writable):
-                    continue               # it is open anyway; and what a run before has put there may be a link by now
-                if os.path.exists(path):
+            for path in self.paths(name):
+                if os.path.exists(path) or is_below(path, self.writable):
                     allowed.append((path, right))
                 else:
                     self.refuse(name, f"{path} does not exist")
-        allowed.append((cell.directory, WRITE))
-        rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE)) for path, right in allowed]
+        # What is below others is open anyway, and may be a link by now, put there by a run before, or a neighbour.
+        allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, self.writable)]
+        rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE))
+                 for path, right in (*allowed, (cell.directory, WRITE)) if os.path.exists(path)]
         scopes, since = LANDLOCK_SCOPES
         return [("sandbox", "landlock", (known, 0, scopes if abi >= since else 0), rules)]
-
-
-def why_refused(step: str, number: int) -> str:
-    """What it means that a step failed with this errno."""
-    return REASONS_AGAINST.get((step, number)) or f"{step}: {os.strerror(number)}"
 
 
 class Cell:
@@ -4671,9 +4692,11 @@ class Cell:
         try:
             # What tells a loader where code is would do so to CONFINE too, and a run before may have put some there.
             late = [name for name in environment if _OF_LOADERS.match(name)]
+            unset = [name for name in (LIBRARIES, "LC_CTYPE") if name not in environment]
             environment.update({OUR_PREFIX + name: environment.pop(name) for name in late})
-            plan = (report, self.sandbox.settings.sandbox != "try", [] if "LC_CTYPE" in environment else ["LC_CTYPE"],
-                    late, [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
+            environment[LIBRARIES] = self.sandbox.own_libraries()
+            plan = (report, self.sandbox.settings.sandbox != "try", unset, late,
+                    [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
                     program and os.path.abspath(program))
             # Isolated from what the server's environment and directory say to Python.
             await spawn(sys.executable, "-I", "-S", "-c", f"{CONFINE}main{plan!r}", *command, start_new_session=True,
@@ -4718,7 +4741,7 @@ class Cell:
 
 
 # ============================================================================
-# 19. Links
+# 20. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -4896,7 +4919,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
         self._reaper.census.starting += 1
         spawn = functools.partial(asyncio.get_running_loop().subprocess_exec, lambda: self)
-        environment = {**self._environment, "MCPPROXY_TAG": self._tag}
+        environment = {"MCPPROXY_TAG": "", **self._environment, "MCPPROXY_TAG": self._tag}     # first; see MAX_PROC
         try:
             if self._cell:
                 await self._cell.start(spawn, self._command, environment, self._directory)
@@ -5072,7 +5095,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 
 # ============================================================================
-# 20. HTTP client
+# 21. HTTP client
 # ============================================================================
 #
 # Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
@@ -5405,7 +5428,7 @@ class HTTPClient:
 
 
 # ============================================================================
-# 21. Issuer of tokens
+# 22. Issuer of tokens
 # ============================================================================
 #
 # Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
@@ -5707,7 +5730,7 @@ class Issuer:
 
 
 # ============================================================================
-# 22. Requests to remote servers
+# 23. Requests to remote servers
 # ============================================================================
 #
 # Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
@@ -5911,7 +5934,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 
 
 # ============================================================================
-# 23. Remote servers
+# 24. Remote servers
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. A modern server answers messages, and
@@ -6298,7 +6321,7 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 24. Server connection
+# 25. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
@@ -6698,7 +6721,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 25. Streams, questions and outlets
+# 26. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, a server's questions, and the ways that the messages of a call take.
@@ -6875,7 +6898,7 @@ class Outlet:
 
 
 # ============================================================================
-# 26. What servers send
+# 27. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -7200,7 +7223,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 27. Subscriptions
+# 28. Subscriptions
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
@@ -7444,7 +7467,7 @@ class Listening:
 
 
 # ============================================================================
-# 28. Lists
+# 29. Lists
 # ============================================================================
 #
 # What a server lists is read once for all whom the proxy itself answers, whole, and kept. (A list request to one server
@@ -7626,7 +7649,7 @@ class KeptList:
 
 
 # ============================================================================
-# 29. Instances
+# 30. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each new one up as its clients need it. In
@@ -8026,7 +8049,7 @@ class Instance:
 
 
 # ============================================================================
-# 30. Clients
+# 31. Clients
 # ============================================================================
 #
 # Who sends requests. A client stays with the instance of a server that it met when it used the server first.
@@ -8424,7 +8447,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 31. Servers and groups
+# 32. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -8460,7 +8483,7 @@ class Pool:
     def who_fill(self, server: "Server") -> set["Server"]:
         """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
         together with it. Nobody while there is room."""
-        sharing = {one for one in self.servers if server.users and one.users == server.users}
+        sharing = {one for one in self.servers if server.users and one.users == server.users and not one.is_retired}
         for limit, servers in (self.limit, self.servers), (len(server.users), sharing):
             if servers and sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
                    for one in servers) >= limit:
@@ -8783,7 +8806,7 @@ class Group:
 
 
 # ============================================================================
-# 32. Mounts
+# 33. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -9045,7 +9068,7 @@ class Mount:
 
 
 # ============================================================================
-# 33. Several servers as one
+# 34. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -9394,7 +9417,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 
 
 # ============================================================================
-# 34. Bridges
+# 35. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
@@ -9753,7 +9776,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 35. Dialogues
+# 36. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -9867,7 +9890,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 36. Records
+# 37. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters,
@@ -9927,7 +9950,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 
 # ============================================================================
-# 37. Client requests
+# 38. Client requests
 # ============================================================================
 #
 # One client request from its coming to its end, and the answer to it; where that
@@ -10214,7 +10237,7 @@ class ClientRequest(PendingRequest, Holder):
 
 
 # ============================================================================
-# 38. Exchanges
+# 39. Exchanges
 # ============================================================================
 #
 # How a client's request gets to a server, and what becomes of what that sends. The
@@ -10595,7 +10618,7 @@ class Exchange(ClientRequest):
 
 
 # ============================================================================
-# 39. Joint exchanges
+# 40. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
@@ -10944,7 +10967,7 @@ import threading
 
 
 # ============================================================================
-# 40. HTTP connections
+# 41. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -11342,7 +11365,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 41. HTTP server
+# 42. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -11543,7 +11566,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 42. Outlets
+# 43. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -11708,7 +11731,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 43. Overview
+# 44. Overview
 # ============================================================================
 #
 # The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
@@ -11869,7 +11892,7 @@ class Overview:
 
 
 # ============================================================================
-# 44. Admission
+# 45. Admission
 # ============================================================================
 #
 # What the head of a request says, which is found out once for a head that comes again.
@@ -12039,7 +12062,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 45. OpenAPI
+# 46. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -12125,7 +12148,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 
 
 # ============================================================================
-# 46. The application
+# 47. The application
 # ============================================================================
 #
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
@@ -12434,7 +12457,7 @@ class Probes(Application):
 
 
 # ============================================================================
-# 47. Endpoints
+# 48. Endpoints
 # ============================================================================
 #
 # What each method and path means: a Route of ROUTES, to methods that take (admission, body, reply).
@@ -12796,7 +12819,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 48. Standard streams
+# 49. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -12962,7 +12985,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
 
 # ============================================================================
-# 49. Demo server
+# 50. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration. It runs as a child process like any
@@ -13081,7 +13104,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 50. The proxy
+# 51. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -13353,7 +13376,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 51. Command line
+# 52. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -13717,7 +13740,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 52. The page
+# 53. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

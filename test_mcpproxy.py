@@ -6398,7 +6398,7 @@ def test_process_that_ends_with_another_one_takes_none_of_its_seconds(monkeypatc
 
 
 # ============================================================================
-# 18. Sandbox
+# 19. Sandbox
 # ============================================================================
 #
 # A hostile server, and what becomes of it. Each attack is made with the setting that is meant for it and without, where
@@ -7877,7 +7877,7 @@ def test_sandbox_nothing_of_it_is_there_by_default(free):
 
 
 # ============================================================================
-# 19. Links
+# 20. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -8254,7 +8254,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 23. Remote servers
+# 24. Remote servers
 # ============================================================================
 
 #
@@ -10038,7 +10038,7 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
 
 
 # ============================================================================
-# 24. Server connection
+# 25. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -10368,7 +10368,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 31. Servers and groups
+# 32. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -10710,7 +10710,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 32. Mounts
+# 33. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -12004,7 +12004,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 33. Several servers as one
+# 34. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -12663,7 +12663,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 38. Exchanges
+# 39. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -17913,7 +17913,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 40. HTTP connections
+# 41. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -18197,7 +18197,7 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
 
 
 # ============================================================================
-# 43. Overview
+# 44. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -20154,7 +20154,7 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
 
 
 # ============================================================================
-# 47. Endpoints
+# 48. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -22446,7 +22446,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 48. Standard streams
+# 49. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -22698,7 +22698,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 49. Demo server
+# 50. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -22807,7 +22807,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 50. The proxy
+# 51. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -22928,7 +22928,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 51. Command line
+# 52. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
