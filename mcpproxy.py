@@ -32,50 +32,51 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     14. Logs                   what happened, a line each
     15. Counters               how often it happened, and how long it took
     16. Shares                 who gives when there is no more room
-    17. Processes              whose each is, what it uses, and what would outlive its server
-    18. Confinement            what a process can forbid itself, for good
-    19. Sandbox                what a server is kept from, and what it has for itself
-    20. Links                  what a server is spoken to through: a process, and its end
-    21. HTTP client            requests of ours, and the connections for them
-    22. Issuer of tokens       who is asked what a token is worth
-    23. Requests to remote servers          a message to a URL, and what comes back
-    24. Remote servers         the other kind of link: a URL
-    25. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    26. Streams, questions and outlets      what goes to a client
-    27. What servers send      questions and notifications, and whom they concern
-    28. Subscriptions          what a server is asked once for all who want to be told of it
-    29. Lists                  what servers list, kept for all who ask
-    30. Instances              links that are kept running
-    31. Clients                who sends requests: sessions and visitors
-    32. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    33. Mounts                 what clients meet, at all URLs, and what limits them
-    34. Several servers as one              what all are asked, and which of them a request is for
-    35. Bridges                what happens to a call between two eras
-    36. Dialogues              what a server asks in the course of a call
-    37. Records                what stays of a call that is over
-    38. Client requests        one client request from its coming to its end
-    39. Exchanges              how it gets to a server, and what the server sends in answer
-    40. Joint exchanges        requests that the proxy answers for its servers
+    17. Linux                  what it says of processes
+    18. Processes              whose each is, what it uses, and what would outlive its server
+    19. Confinement            what a process can forbid itself, for good
+    20. Sandbox                what a server is kept from, and what it has for itself
+    21. Links                  what a server is spoken to through: a process, and its end
+    22. HTTP client            requests of ours, and the connections for them
+    23. Issuer of tokens       who is asked what a token is worth
+    24. Requests to remote servers          a message to a URL, and what comes back
+    25. Remote servers         the other kind of link: a URL
+    26. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    27. Streams, questions and outlets      what goes to a client
+    28. What servers send      questions and notifications, and whom they concern
+    29. Subscriptions          what a server is asked once for all who want to be told of it
+    30. Lists                  what servers list, kept for all who ask
+    31. Instances              links that are kept running
+    32. Clients                who sends requests: sessions and visitors
+    33. Servers and groups     what was configured: whose instances there are, and which stands in for which
+    34. Mounts                 what clients meet, at all URLs, and what limits them
+    35. Several servers as one              what all are asked, and which of them a request is for
+    36. Bridges                what happens to a call between two eras
+    37. Dialogues              what a server asks in the course of a call
+    38. Records                what stays of a call that is over
+    39. Client requests        one client request from its coming to its end
+    40. Exchanges              how it gets to a server, and what the server sends in answer
+    41. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    41. HTTP connections       one socket each
-    42. HTTP server            the sockets that are listened on, and TLS
-    43. Outlets                a call's messages into an HTTP reply
-    44. Overview               the proxy for whoever operates it: health, metrics, what runs
-    45. Admission              what the head of a request says: who, where to, what for
-    46. OpenAPI                the tools as operations
-    47. The application        what every request passes, and what anybody may ask
-    48. Endpoints              what each method and path means
-    49. Standard streams       the other way in: for one client, on stdin and stdout
-    50. Demo server            a small MCP server to try things with
-    51. The proxy              everything put together
-    52. Command line           arguments and environment into a running proxy
-    53. The page               the overview for people
+    42. HTTP connections       one socket each
+    43. HTTP server            the sockets that are listened on, and TLS
+    44. Outlets                a call's messages into an HTTP reply
+    45. Overview               the proxy for whoever operates it: health, metrics, what runs
+    46. Admission              what the head of a request says: who, where to, what for
+    47. OpenAPI                the tools as operations
+    48. The application        what every request passes, and what anybody may ask
+    49. Endpoints              what each method and path means
+    50. Standard streams       the other way in: for one client, on stdin and stdout
+    51. Demo server            a small MCP server to try things with
+    52. The proxy              everything put together
+    53. Command line           arguments and environment into a running proxy
+    54. The page               the overview for people
 
 Words
 
-    message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 21
-                to 24 and 41 to 48 these words may be HTTP's too; what answers our clients is a Reply
+    message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 22
+                to 25 and 42 to 49 these words may be HTTP's too; what answers our clients is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -115,14 +116,14 @@ Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a number              Counters (15), and for /metrics a row of Overview._families (44)
-    a kind of link        a subclass of Link (20), as RemoteLink (24); made in Proxy._new_server (51)
-    a notification        a row of NOTIFICATION_ROUTES (27)
-    a choice of servers   pick() and find_targets() (34)
+    a number              Counters (15), and for /metrics a row of Overview._families (45)
+    a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (52)
+    a notification        a row of NOTIFICATION_ROUTES (28)
+    a choice of servers   pick() and find_targets() (35)
     a method              METHODS (1), to be counted by its name; where the eras say it differently, a row of a
-                          Bridge's `intercepted` (35)
-    a guard               a method of Application and its place in GUARDS (47)
-    a URL                 a method of Endpoints and a row of ROUTES (48)
+                          Bridge's `intercepted` (36)
+    a guard               a method of Application and its place in GUARDS (48)
+    a URL                 a method of Endpoints and a row of ROUTES (49)
 """
 
 import sys
@@ -3921,15 +3922,151 @@ def try_later(why: str) -> ServerError:
 
 
 # ============================================================================
-# 17. Processes
+# 17. Linux
+# ============================================================================
+#
+# What it says of processes, where there is a /proc, and what Python has no function for.
+
+# Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
+STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
+MAX_PROC = 6 * 1024 * 1024       # bytes that are read of a file there: an environment may seem endless. execve(2)
+
+
+def libc():
+    """The C library, for what Python has no function for; None where it cannot be had."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        return None
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of a process, where the system can say. proc_tid_children(5)."""
+    try:
+        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in read_file(f"/proc/{pid}/task/{task}/children").split()]
+    except OSError:
+        return []
+
+
+def descendants_of(pid: int) -> set[tuple[int, bytes]]:
+    """(process id, time of its start) of what descends from a process."""
+    found, parents = set(), [pid]
+    while parents:
+        for child in children_of(parents.pop()):
+            if (one := (child, process_stat(child)[START])) not in found:
+                found.add(one)
+                parents.append(child)
+    return found
+
+
+def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
+    """What a file of /proc says of a process, and then of its threads: the first may end before the others do."""
+    yield read_file(f"/proc/{pid}/{name}", MAX_PROC)
+    with contextlib.suppress(OSError):
+        tasks = os.listdir(f"/proc/{pid}/task")
+        yield from (read_file(f"/proc/{pid}/task/{task}/{name}", MAX_PROC) for task in tasks if len(tasks) > 1)
+
+
+def process_stat(pid: int) -> list[bytes]:
+    """What the system says of a process: see STATE and the others; each is empty of one that is gone."""
+    stats = (text.rpartition(b")")[2].split() for text in read_proc(pid, "stat"))
+    stat = next(stats) or [b""] * (PAGES + 1)
+    if stat[STATE] == b"Z" and stat[THREADS] != b"1":          # its other threads run
+        alive = next((one for one in stats if one and one[STATE] not in (b"Z", b"X")), stat)
+        stat[STATE], stat[PAGES] = alive[STATE], alive[PAGES]
+    return stat
+
+
+def cgroups_around() -> list[str]:
+    """Our control group and the one above it, as directories; none where there is no cgroup v2. cgroups(7)."""
+    mounts = [line.split() for line in read_file("/proc/self/mounts").decode(errors="replace").splitlines()]
+    root = next((fields[1] for fields in mounts if fields[2] == "cgroup2"), None)
+    own = re.search("^0::(.*)$", read_file("/proc/self/cgroup").decode(errors="replace"), re.MULTILINE)
+    paths = [os.path.normpath(root + own[1]), os.path.normpath(root + os.path.dirname(own[1]))] if root and own else []
+    return [*dict.fromkeys(paths)]
+
+
+def list_processes() -> list[int]:
+    """The ids of all processes that can be seen; none where there is no /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def processes_of(uid: int) -> list[int]:
+    """What runs as a user; a zombie does not."""
+    found = []
+    for pid in list_processes():
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid and process_stat(pid)[STATE] != b"Z":
+                found.append(pid)
+    return found
+
+
+def read_file(path: str, most: int = -1) -> bytes:
+    """A small file's bytes; none when it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(most)
+    except OSError:
+        return b""
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes to a file of the kernel's; OSError when that refuses it."""
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def remove_tree(base: str, name: str) -> None:
+    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
+    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
+    into, and a link is followed nowhere."""
+    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
+    try:
+        while found:
+            here = found.pop()
+            try:
+                if os.geteuid():                       # root needs no rights, and must not be led to others' files
+                    os.chmod(here, 0o700, dir_fd=at)
+                folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except NotADirectoryError:                 # it was exchanged for another thing as it was moved
+                os.unlink(here, dir_fd=at)
+                continue
+            try:
+                for entry in list(os.scandir(folder)):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=folder)
+                        continue
+                    if os.geteuid():
+                        os.chmod(entry.name, 0o700, dir_fd=folder)
+                    found.append(f"{name}.{next(numbers)}")
+                    os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
+            finally:
+                os.close(folder)
+            os.rmdir(here, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def kill(pid: int, number: int) -> bool:
+    """Sends a signal to a process, or to a group when negative; False when there is nobody of ours."""
+    try:
+        os.kill(pid, number)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+# ============================================================================
+# 18. Processes
 # ============================================================================
 #
 # Whose each process is, what it uses, and what could outlive a server: a child that left its process group, all
 # children when the proxy itself is killed with SIGKILL, and a server that was just being started then.
-
-# Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
-STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
-MAX_PROC = 1024 * 1024           # bytes that are read of a file there: what is said to be an environment may be endless
 
 
 class Usage:
@@ -4095,7 +4232,7 @@ class Reaper:
             for path in $found; do pid=${path#/proc/}; pid=${pid%/*}; kill -s KILL -- "-$pid" "$pid"; done
         done
         # It may also be in what is endless, or a thread's: see read_proc(). Each is looked at only where one has it.
-        has_tag() { head -qc 1048576 "$@" | grep -q "$tag"; }
+        has_tag() { head -qc 6291456 "$@" | grep -q "$tag"; }
         [ "$is_over" ] || { sleep 0.2; has_tag /proc/[0-9]*/environ /proc/[0-9]*/task/*/environ; [ $? = 1 ]; } ||
             for path in /proc/[0-9]*; do has_tag $path/environ $path/task/*/environ && kill -9 ${path#/proc/}; done
         rm -rf -- "$2" || { chmod -R u+rwx "$2"; rm -rf -- "$2"; }
@@ -4128,7 +4265,7 @@ class Reaper:
         try:
             self._watcher = subprocess.Popen(
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce, self.homes, *self.cgroups],
-                env={**os.environ, "MCPPROXY_TAG": ""},          # or a proxy before this one would end it first
+                env={name: os.environ[name] for name in os.environ.keys() - {"MCPPROXY_TAG"}},       # of another proxy
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             self.census.ours = {self._watcher.pid}
         except OSError as error:
@@ -4197,131 +4334,8 @@ class Reaper:
                 self._watcher.communicate(b"over\n")
 
 
-def libc():
-    """The C library, for what Python has no function for; None where it cannot be had."""
-    try:
-        import ctypes
-        return ctypes.CDLL(None, use_errno=True)
-    except (ImportError, OSError):
-        return None
-
-
-def children_of(pid: int) -> list[int]:
-    """The children of a process, where the system can say. proc_tid_children(5)."""
-    try:
-        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
-                for child in read_file(f"/proc/{pid}/task/{task}/children").split()]
-    except OSError:
-        return []
-
-
-def descendants_of(pid: int) -> set[tuple[int, bytes]]:
-    """(process id, time of its start) of what descends from a process."""
-    found, parents = set(), [pid]
-    while parents:
-        for child in children_of(parents.pop()):
-            if (one := (child, process_stat(child)[START])) not in found:
-                found.add(one)
-                parents.append(child)
-    return found
-
-
-def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
-    """What a file of /proc says of a process, and then of its threads: the first may end before the others do."""
-    yield read_file(f"/proc/{pid}/{name}", MAX_PROC)
-    with contextlib.suppress(OSError):
-        tasks = os.listdir(f"/proc/{pid}/task")
-        yield from (read_file(f"/proc/{pid}/task/{task}/{name}", MAX_PROC) for task in tasks if len(tasks) > 1)
-
-
-def process_stat(pid: int) -> list[bytes]:
-    """What the system says of a process: see STATE and the others; each is empty of one that is gone."""
-    stats = (text.rpartition(b")")[2].split() for text in read_proc(pid, "stat"))
-    stat = next(stats) or [b""] * (PAGES + 1)
-    if stat[STATE] == b"Z" and stat[THREADS] != b"1":          # its other threads run
-        alive = next((one for one in stats if one and one[STATE] not in (b"Z", b"X")), stat)
-        stat[STATE], stat[PAGES] = alive[STATE], alive[PAGES]
-    return stat
-
-
-def cgroups_around() -> list[str]:
-    """Our control group and the one above it, as directories; none where there is no cgroup v2. cgroups(7)."""
-    mounts = [line.split() for line in read_file("/proc/self/mounts").decode(errors="replace").splitlines()]
-    root = next((fields[1] for fields in mounts if fields[2] == "cgroup2"), None)
-    own = re.search("^0::(.*)$", read_file("/proc/self/cgroup").decode(errors="replace"), re.MULTILINE)
-    paths = [os.path.normpath(root + own[1]), os.path.normpath(root + os.path.dirname(own[1]))] if root and own else []
-    return [*dict.fromkeys(paths)]
-
-
-def list_processes() -> list[int]:
-    """The ids of all processes that can be seen; none where there is no /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-
-
-def processes_of(uid: int) -> list[int]:
-    """What runs as a user; a zombie does not."""
-    found = []
-    for pid in list_processes():
-        with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid == uid and process_stat(pid)[STATE] != b"Z":
-                found.append(pid)
-    return found
-
-
-def read_file(path: str, most: int = -1) -> bytes:
-    """A small file's bytes; none when it cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(most)
-    except OSError:
-        return b""
-
-
-def remove_tree(base: str, name: str) -> None:
-    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
-    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
-    into, and a link is followed nowhere."""
-    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
-    try:
-        while found:
-            here = found.pop()
-            try:
-                if os.geteuid():                       # root needs no rights, and must not be led to others' files
-                    os.chmod(here, 0o700, dir_fd=at)
-                folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
-            except NotADirectoryError:                 # it was exchanged for another thing as it was moved
-                os.unlink(here, dir_fd=at)
-                continue
-            try:
-                for entry in list(os.scandir(folder)):
-                    if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.name, dir_fd=folder)
-                        continue
-                    if os.geteuid():
-                        os.chmod(entry.name, 0o700, dir_fd=folder)
-                    found.append(f"{name}.{next(numbers)}")
-                    os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
-            finally:
-                os.close(folder)
-            os.rmdir(here, dir_fd=at)
-    finally:
-        os.close(at)
-
-
-def kill(pid: int, number: int) -> bool:
-    """Sends a signal to a process, or to a group when negative; False when there is nobody of ours."""
-    try:
-        os.kill(pid, number)
-        return True
-    except (ProcessLookupError, PermissionError):
-        return False
-
-
 # ============================================================================
-# 18. Confinement
+# 19. Confinement
 # ============================================================================
 #
 # What Linux lets a process forbid itself, for good, with no privilege or namespace.
@@ -4486,7 +4500,7 @@ def why_refused(step: str, number: int) -> str:
 
 
 # ============================================================================
-# 19. Sandbox
+# 20. Sandbox
 # ============================================================================
 #
 # What a server is kept from, by the steps that CONFINE takes before it becomes the server, and what it has for itself:
@@ -4496,12 +4510,6 @@ LIBRARIES = "LD_LIBRARY_PATH"
 _OF_LOADERS = re.compile("LD_|GCONV_PATH|.*LOCPATH")           # ld.so(8), iconv(1), setlocale(3)
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
-
-
-def write_file(path: str, text: str) -> None:
-    """Writes to a file of the kernel's; OSError when that refuses it."""
-    with open(path, "w") as file:
-        file.write(text)
 
 
 def is_below(path: str, folders: list[str]) -> bool:
@@ -4741,7 +4749,7 @@ class Cell:
 
 
 # ============================================================================
-# 20. Links
+# 21. Links
 # ============================================================================
 #
 # A link is what a server is spoken to through: lines out, lines in, and one end.
@@ -4919,7 +4927,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._stdout = LineSplitter(self._limit, self.on_line, self.on_too_long)
         self._reaper.census.starting += 1
         spawn = functools.partial(asyncio.get_running_loop().subprocess_exec, lambda: self)
-        environment = {"MCPPROXY_TAG": "", **self._environment, "MCPPROXY_TAG": self._tag}     # first; see MAX_PROC
+        environment = {**self._environment, "MCPPROXY_TAG": self._tag}
         try:
             if self._cell:
                 await self._cell.start(spawn, self._command, environment, self._directory)
@@ -5095,7 +5103,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 
 # ============================================================================
-# 21. HTTP client
+# 22. HTTP client
 # ============================================================================
 #
 # Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
@@ -5428,7 +5436,7 @@ class HTTPClient:
 
 
 # ============================================================================
-# 22. Issuer of tokens
+# 23. Issuer of tokens
 # ============================================================================
 #
 # Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
@@ -5730,7 +5738,7 @@ class Issuer:
 
 
 # ============================================================================
-# 23. Requests to remote servers
+# 24. Requests to remote servers
 # ============================================================================
 #
 # Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
@@ -5934,7 +5942,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 
 
 # ============================================================================
-# 24. Remote servers
+# 25. Remote servers
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. A modern server answers messages, and
@@ -6321,7 +6329,7 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 25. Server connection
+# 26. Server connection
 # ============================================================================
 #
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
@@ -6721,7 +6729,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 26. Streams, questions and outlets
+# 27. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, a server's questions, and the ways that the messages of a call take.
@@ -6898,7 +6906,7 @@ class Outlet:
 
 
 # ============================================================================
-# 27. What servers send
+# 28. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
@@ -7223,7 +7231,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 28. Subscriptions
+# 29. Subscriptions
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
@@ -7467,7 +7475,7 @@ class Listening:
 
 
 # ============================================================================
-# 29. Lists
+# 30. Lists
 # ============================================================================
 #
 # What a server lists is read once for all whom the proxy itself answers, whole, and kept. (A list request to one server
@@ -7649,7 +7657,7 @@ class KeptList:
 
 
 # ============================================================================
-# 30. Instances
+# 31. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each new one up as its clients need it. In
@@ -8049,7 +8057,7 @@ class Instance:
 
 
 # ============================================================================
-# 31. Clients
+# 32. Clients
 # ============================================================================
 #
 # Who sends requests. A client stays with the instance of a server that it met when it used the server first.
@@ -8447,7 +8455,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 32. Servers and groups
+# 33. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -8806,7 +8814,7 @@ class Group:
 
 
 # ============================================================================
-# 33. Mounts
+# 34. Mounts
 # ============================================================================
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
@@ -9068,7 +9076,7 @@ class Mount:
 
 
 # ============================================================================
-# 34. Several servers as one
+# 35. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -9417,7 +9425,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 
 
 # ============================================================================
-# 35. Bridges
+# 36. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
@@ -9776,7 +9784,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 36. Dialogues
+# 37. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -9890,7 +9898,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 37. Records
+# 38. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters,
@@ -9950,7 +9958,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 
 # ============================================================================
-# 38. Client requests
+# 39. Client requests
 # ============================================================================
 #
 # One client request from its coming to its end, and the answer to it; where that
@@ -10237,7 +10245,7 @@ class ClientRequest(PendingRequest, Holder):
 
 
 # ============================================================================
-# 39. Exchanges
+# 40. Exchanges
 # ============================================================================
 #
 # How a client's request gets to a server, and what becomes of what that sends. The
@@ -10618,7 +10626,7 @@ class Exchange(ClientRequest):
 
 
 # ============================================================================
-# 40. Joint exchanges
+# 41. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
@@ -10967,7 +10975,7 @@ import threading
 
 
 # ============================================================================
-# 41. HTTP connections
+# 42. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -11365,7 +11373,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 42. HTTP server
+# 43. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -11566,7 +11574,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 43. Outlets
+# 44. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -11731,7 +11739,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 44. Overview
+# 45. Overview
 # ============================================================================
 #
 # The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
@@ -11892,7 +11900,7 @@ class Overview:
 
 
 # ============================================================================
-# 45. Admission
+# 46. Admission
 # ============================================================================
 #
 # What the head of a request says, which is found out once for a head that comes again.
@@ -12062,7 +12070,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 46. OpenAPI
+# 47. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -12148,7 +12156,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 
 
 # ============================================================================
-# 47. The application
+# 48. The application
 # ============================================================================
 #
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
@@ -12457,7 +12465,7 @@ class Probes(Application):
 
 
 # ============================================================================
-# 48. Endpoints
+# 49. Endpoints
 # ============================================================================
 #
 # What each method and path means: a Route of ROUTES, to methods that take (admission, body, reply).
@@ -12819,7 +12827,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 49. Standard streams
+# 50. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -12985,7 +12993,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
 
 # ============================================================================
-# 50. Demo server
+# 51. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration. It runs as a child process like any
@@ -13104,7 +13112,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 51. The proxy
+# 52. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in the opposite one.
@@ -13376,7 +13384,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 52. Command line
+# 53. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -13740,7 +13748,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 53. The page
+# 54. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

@@ -6378,7 +6378,7 @@ def test_shares_of_processes():
 
 
 # ============================================================================
-# 17. Processes
+# 18. Processes
 # ============================================================================
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -6398,7 +6398,7 @@ def test_process_that_ends_with_another_one_takes_none_of_its_seconds(monkeypatc
 
 
 # ============================================================================
-# 19. Sandbox
+# 20. Sandbox
 # ============================================================================
 #
 # A hostile server, and what becomes of it. Each attack is made with the setting that is meant for it and without, where
@@ -7877,7 +7877,7 @@ def test_sandbox_nothing_of_it_is_there_by_default(free):
 
 
 # ============================================================================
-# 20. Links
+# 21. Links
 # ============================================================================
 
 def split(pieces, limit):
@@ -7962,12 +7962,15 @@ def test_process_takes_its_grandchildren_along(command):
         until(lambda: not servers_of(proxy), "the end of all of them")
 
 
-def test_process_takes_a_child_along_that_left_its_group():
-    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
+@pytest.mark.parametrize("more", [0, 15], ids=["few variables", "many"])
+def test_process_takes_a_child_along_that_left_its_group(more):
+    variables = {f"MORE_{number}": "x" * 100_000 for number in range(more)}
+    with running_proxy(FAKE, SHARED_SESSION="false", **variables) as proxy, SSEClient(proxy) as other:
         with SSEClient(proxy) as client:
             child = int(client.tool("leave"))
             assert os.getsid(child) == child
         until(lambda: not is_alive(child), "the child's end")
+        assert other.tool("echo", text="hello") == "hello"
 
 
 # A child that leaves its session, and whose first thread ends: /proc/PID/stat says that it is a zombie.
@@ -7995,7 +7998,8 @@ def test_process_whose_first_thread_has_ended_ends_with_its_server(tmp_path, end
         until(lambda: mcpproxy.process_stat(pid)[mcpproxy.STATE] in (b"", b"Z"), "its end")
 
 
-def test_process_environment_is_read_no_further_than_it_is_long_for_most():
+def test_process_environment_is_read_no_further_than_it_can_be_long(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "MAX_PROC", 1_000_000)
     environment = {f"A{number}": "x" * 100_000 for number in range(15)}
     with subprocess.Popen(["sleep", "60"], env=environment) as program:
         until(lambda: mcpproxy.read_file(f"/proc/{program.pid}/environ"), "its environment")
@@ -8254,7 +8258,7 @@ def test_process_nothing_survives_sigkill_while_servers_start():
 
 
 # ============================================================================
-# 24. Remote servers
+# 25. Remote servers
 # ============================================================================
 
 #
@@ -10038,7 +10042,7 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
 
 
 # ============================================================================
-# 25. Server connection
+# 26. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -10368,7 +10372,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 32. Servers and groups
+# 33. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -10710,7 +10714,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 33. Mounts
+# 34. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -12004,7 +12008,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 34. Several servers as one
+# 35. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -12663,7 +12667,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 39. Exchanges
+# 40. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -17913,7 +17917,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 41. HTTP connections
+# 42. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -18197,7 +18201,7 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
 
 
 # ============================================================================
-# 44. Overview
+# 45. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -20154,7 +20158,7 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
 
 
 # ============================================================================
-# 48. Endpoints
+# 49. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -22446,7 +22450,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 49. Standard streams
+# 50. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -22698,7 +22702,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 50. Demo server
+# 51. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -22807,7 +22811,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 51. The proxy
+# 52. The proxy
 # ============================================================================
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
@@ -22928,7 +22932,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 52. Command line
+# 53. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
