@@ -3719,6 +3719,9 @@ def start_logging(level: str, as_json: bool) -> None:
     log.setLevel(level.upper())
     log.as_json = as_json
     logging.getLogger("asyncio").handlers = [log]
+    if log.descriptor == 2:
+        with contextlib.suppress(OSError):       # a terminal that can be written to may have less room than for a line
+            log.descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 # ============================================================================
@@ -4249,18 +4252,23 @@ class Reaper:
         self.nonce = os.urandom(8).hex()
         self.census = Census()
         # Of sandboxed servers: the directory of their homes, and how the paths of their control groups may begin;
-        self.homes = os.path.join(tempfile.gettempdir(), f"mcpproxy-{os.urandom(4).hex()}")
+        try:
+            place = tempfile.gettempdir()
+        except OSError:                       # who wants a home there will be told
+            place = "/tmp"
+        self.homes = os.path.join(place, f"mcpproxy-{os.urandom(4).hex()}")
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
         # and users that are taken, or never given: all that runs as one is killed in the end, so not root, nor ours.
         self.uids = {0, os.getuid()}
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
+        self._closer.submit(int)              # so it has its thread; later there may be none to be had
         self._sweep: asyncio.TimerHandle | None = None
         with contextlib.suppress(OSError):
             os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
         self._start_watcher()
 
-    def _start_watcher(self) -> None:
+    def _start_watcher(self, is_told: bool = False) -> None:
         self._watcher: subprocess.Popen | None = None
         try:
             self._watcher = subprocess.Popen(
@@ -4269,8 +4277,9 @@ class Reaper:
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             self.census.ours = {self._watcher.pid}
         except OSError as error:
-            log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
-                        reason=error.strerror)
+            if not is_told:
+                log.warning("! no shell (%(reason)s): servers may survive if this program is killed with SIGKILL",
+                            reason=error.strerror)
 
     def new_tag(self) -> str:
         return f"{self.nonce}-{os.urandom(8).hex()}"
@@ -4286,6 +4295,8 @@ class Reaper:
             log.warning("! the shell that ends servers if this program is killed has ended, and is started again")
             self._watcher.stdin.close()
             self._start_watcher()
+        elif not self._watcher:
+            self._start_watcher(is_told=True)
 
     def _strangers(self) -> set[int]:
         """Our children that are nothing of ours: servers have left them behind, and process 1 gets everybody's. While
@@ -4303,15 +4314,19 @@ class Reaper:
 
     def sweep(self) -> None:
         """Kills what is left of ended servers now. Reads /proc once: 20 µs a process."""
-        ended, self._ended = self._ended, []
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
+        processes = list_processes() if self._ended else []
+        if self._ended and not processes and os.path.exists("/proc/self"):          # it takes a descriptor
+            self._sweep = asyncio.get_running_loop().call_later(1, self.sweep)
+            return
+        ended, self._ended = self._ended, []
         marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag, _, _ in ended]
         found = [pid for _, left, _ in ended for pid, start in left if process_stat(pid)[START] == start]
         if ended and not self.census.servers and self.census.gets_orphans:
             found += self._strangers()
-        for pid in list_processes() if marks else ():
+        for pid in processes:
             environment = next(filter(None, read_proc(pid, "environ")), b"")
             if any(mark in environment for mark in marks):
                 found.append(pid)
@@ -5319,6 +5334,10 @@ async def look_up(host: str, port: int) -> None:
             host, port, type=socket.SOCK_STREAM))
         lookup.add_done_callback(lambda done: (_lookups.pop((host, port)), done.cancelled() or done.exception()))
     await asyncio.shield(lookup)
+
+
+def is_looking_up() -> bool:
+    return bool(_lookups)
 
 
 class HTTPClient:
@@ -11853,7 +11872,6 @@ class Overview:
 
     def _families(self) -> collections.abc.Iterator[tuple]:
         """See exposition()."""
-        import platform
         mount, counters, census = self._mount, self._mount.counters, self._census
         running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
         transports = collections.Counter(session.transport for session in mount.sessions.values())
@@ -11888,7 +11906,7 @@ class Overview:
                 ("received_bytes_total", "counter", "Bytes that came by HTTP.", [({}, counters.received)]),
                 ("sent_bytes_total", "counter", "Bytes that went by HTTP.", [({}, counters.sent)]),
                 ("build_info", "gauge", "What runs here.", [
-                    ({"version": __version__, "python": platform.python_version()}, 1)])):
+                    ({"version": __version__, "python": sys.version.split()[0]}, 1)])):
             yield f"mcpproxy_{name}", kind, about, samples
         pages = process_stat(os.getpid())[PAGES]
         yield ("process_resident_memory_bytes", "gauge", "Memory of the proxy itself.",
@@ -13146,6 +13164,7 @@ class Proxy:
         self.settings = settings
         self.environment = environment
         self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
+        self._slip = ""                                  # why it could not be read again
         catalog = load_catalog(settings, environment)
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
         budget.limit = settings.max_buffered_mb * 1024 * 1024
@@ -13196,11 +13215,11 @@ class Proxy:
         """What tells whether the file of servers is another one."""
         try:
             found = os.stat(self.settings.mcp_config)
-            return found.st_mtime_ns, found.st_size, found.st_ino
+            return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
         except OSError:
             return ()
 
-    def reload(self) -> None:
+    def reload(self, is_asked: bool = True) -> None:
         """Reads the files again: of servers, of keys, and the certificate. One that cannot be used changes nothing."""
         settings = self.settings
         if not (settings.mcp_config or settings.auth_keys_file or self.http.tls):
@@ -13215,7 +13234,11 @@ class Proxy:
             keys = load_keys(settings, catalog)
             tls = self.http.tls and tls_context(settings)
         except SettingsError as error:
-            return log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
+            if is_asked or str(error) != self._slip:
+                log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
+            self._slip = str(error)
+            return
+        self._slip = ""
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
@@ -13250,10 +13273,13 @@ class Proxy:
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
                   (MEASURE, lambda now: self.endpoints.tell_watchers()), (MEASURE, lambda now: give_back())]
         if self.settings.watch:
-            looks.append((MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()))
-        last = {look: 0.0 for _, look in looks}
+            looks += [(MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()),
+                      (LOOK, lambda now: self._slip and self.reload(is_asked=False))]
+        last, now = {look: 0.0 for _, look in looks}, time.monotonic()
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
+            if time.monotonic() - now > 1:                 # the program was stopped: first, what came meanwhile is read
+                await asyncio.sleep(TICK)
             now = time.monotonic()
             for period, look in looks:
                 if now - last[look] > period:
@@ -13569,6 +13595,9 @@ async def running(settings: Settings, on_signal):
         await proxy.stop()
         # All is done: one more, while Python ends, is not to make another end of a good one.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    if is_looking_up():
+        log.flush()
+        os._exit(0)                            # Python would wait for the threads that do
 
 
 async def run(settings: Settings) -> None:
@@ -13583,7 +13612,8 @@ async def run(settings: Settings) -> None:
                 log.say(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
                     " ".join(line.split()) for line in text.splitlines()))
             else:
-                os.write(1, text.encode())          # and nothing is left to be flushed at the end, to a full disk
+                # And nothing is left to be flushed at the end, to a full disk.
+                os.write(1, text.encode("utf-8", "backslashreplace"))
                 if os.isatty(1):
                     telling = asyncio.create_task(tell_servers(proxy.mount, base_url(settings, addresses)))
         except OSError as error:
@@ -13607,12 +13637,13 @@ async def run(settings: Settings) -> None:
 
 async def serve_stdio(settings: Settings) -> None:
     """One run for one client on stdin and stdout: until it is gone, or SIGTERM or SIGINT."""
-    is_over = asyncio.Event()
+    is_over, blocks = asyncio.Event(), os.get_blocking(1)
     async with running(settings, is_over.set) as proxy:
         client = StandardStreams(proxy.mount, settings, is_over)
         await proxy.start(listens=False)
         await client.start()
         await is_over.wait()
+    os.set_blocking(1, blocks)                 # others have the same open file
 
 
 async def describe(member: ServerConfig, client: Client) -> list[str]:
@@ -13712,6 +13743,7 @@ def main() -> None:
     if sys.argv[1:] == ["--demo-server"]:
         return DemoServer().run()
     open_standard_streams()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where it is ignored, nobody learns how servers end
     signal.signal(signal.SIGHUP, lambda *_: None)          # one that comes before the file was read changes nothing
     flags, command = split_arguments(sys.argv[1:])
     # Also what is wrong with the settings is said in the form that they ask for.
