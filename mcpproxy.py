@@ -1648,7 +1648,7 @@ OUR_ENVELOPE = {VERSION_KEY: MODERN_VERSION, CLIENT_INFO_KEY: OUR_INFO, CAPABILI
 
 def our_initialize(is_for_all: bool) -> dict:
     """The params of the proxy's own `initialize`. Roots are one client's, so a server for all is not told of them."""
-    capabilities = SHARED_CAPABILITIES if is_for_all else {**SHARED_CAPABILITIES, "roots": {}}
+    capabilities = SHARED_CAPABILITIES if is_for_all else {**SHARED_CAPABILITIES, "roots": {"listChanged": True}}
     return {"protocolVersion": LEGACY_VERSIONS[0], "capabilities": capabilities, "clientInfo": OUR_INFO}
 
 
@@ -1849,14 +1849,19 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
     return found
 
 
+SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+SCHEMA_DATA = frozenset({"default", "const", "enum", "examples"})            # values, which are no schemas
+
+
 def misuses_headers(schema: object) -> bool:
     """Does a tool's inputSchema name a header where it may not, or in a way that it may not? Then mirrored_parameters()
-    finds fewer than there are. (An object or a boolean is the schema of an argument that is called x-mcp-header.) MCP
-    2026-07-28, Streamable HTTP, Schema Extension."""
-    def number_in(value: object) -> int:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        is_named = isinstance(value, dict) and not isinstance(value.get("x-mcp-header", {}), dict | bool)
-        return is_named + sum(map(number_in, inner))
+    finds fewer than there are. MCP 2026-07-28, Streamable HTTP, Schema Extension."""
+    def number_in(value: object, is_map: bool = False) -> int:             # a map has schemas by names of any kind
+        if not isinstance(value, dict):
+            return sum(map(number_in, value if isinstance(value, list) else ()))
+        return (not is_map and "x-mcp-header" in value) + sum(
+            number_in(inner, not is_map and name in SCHEMA_MAPS) for name, inner in value.items()
+            if is_map or name not in SCHEMA_DATA)
     try:
         return number_in(schema) != len(mirrored_parameters(schema))
     except RecursionError:
@@ -2123,7 +2128,8 @@ def merged(one: dict, other: dict) -> dict:
 
 def without_session(capabilities: str) -> str:
     """What is left of capabilities (JSON) for a legacy client that has no session."""
-    return as_object({name: without_members(one, "subscribe", "listChanged") if one[:1] == "{" else one
+    unfit = "subscribe", "listChanged", "list"               # of tasks: nobody knows whose they are
+    return as_object({name: without_members(one, *unfit) if one[:1] == "{" else one
                       for name, one in JSONObject(capabilities).raw_members().items() if name != "logging"})
 
 
@@ -2248,6 +2254,14 @@ def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
     if members_of(response.members.get("result")).get("cacheScope") != "public":
         return response
     return with_member(response, '"private"', "result", "cacheScope")
+
+
+def with_known_versions(discovered: ResponseLine | Message) -> ResponseLine | Message:
+    """What a modern server says of itself, without revisions that the proxy does not speak."""
+    discovered = discovered.parsed()
+    versions = strings_of(members_of(discovered.members.get("result")).get("supportedVersions"))
+    known = [version for version in versions if version in (MODERN_VERSION, *LEGACY_VERSIONS)]
+    return discovered if known == versions else with_member(discovered, dump(known), "result", "supportedVersions")
 
 
 def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
@@ -9317,6 +9331,8 @@ async def find_targets(client: Client, message: Message,
     is_extensions = not is_call and method != "completion/complete"
     if is_extensions and any(one.start_of_names for one in candidates):        # one without could have every name
         candidates = [one for one in candidates if one.start_of_names]
+    if not isinstance(name, str) and method == "completion/complete":
+        raise RPCError("ref has neither a name nor a uri", status=200, code=INVALID_PARAMS)
     if not isinstance(name, str) or is_extensions and len(candidates) != 1:
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
     if is_extensions:
@@ -9603,8 +9619,12 @@ class ModernClientModernServer(Bridge):
     intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
-        if exchange.method in CACHEABLE and exchange.client.is_apart:
-            response = as_private(response)
+        if exchange.method in CACHEABLE and response.is_result:
+            response = as_private(response) if exchange.client.is_apart else response
+            if exchange.method == "server/discover":
+                response = with_known_versions(response)
+            elif exchange.method == "tools/list" and exchange.connection.mirrors:
+                response = without_misused(response, exchange.instance.server)
         payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
         exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
@@ -9878,7 +9898,10 @@ class Dialogue:
 
     def resume(self, retry: "Exchange", message: Message) -> None:
         """The client is back, and answers what it was asked: the parked call takes the place of `retry`."""
-        exchange, given = self.exchange, members_of(message.params.get("inputResponses"))
+        exchange, given = self.exchange, message.params.get("inputResponses", ())
+        if not isinstance(given, tuple):
+            raise RPCError("inputResponses must be an object", code=INVALID_PARAMS)
+        given = members_of(given)
         keys = self.questions.keys() & given.keys()
         if not all(isinstance(given[key], tuple) for key in keys):
             raise RPCError("an input response must be an object", code=INVALID_PARAMS)
@@ -10872,10 +10895,15 @@ def answer(exchange: Exchange, members: dict[str, str], missing: dict[str, str] 
     exchange.finish(encode_result(exchange.raw_id, as_object(members).encode()))
 
 
-async def answer_list(exchange: Exchange, message: Message) -> None:
-    """What all servers list, on one page. MCP 2025-11-25, Pagination: an unknown cursor is -32602."""
+def check_cursor(message: Message) -> None:
+    """MCP 2025-11-25, Pagination, and Tasks, Protocol Errors: an unknown cursor is -32602."""
     if message.params.get("cursor") is not None:
         raise RPCError("the cursor is unknown: all is on one page", status=200, code=INVALID_PARAMS)
+
+
+async def answer_list(exchange: Exchange, message: Message) -> None:
+    """What all servers list, on one page."""
+    check_cursor(message)
     client, view = exchange.client, exchange.client.view
     found, missing = await gather_lists(client, exchange.method, way=exchange.way)
     now, shown = client.mount.now(), shown_of(view, found)
@@ -10939,7 +10967,8 @@ async def answer_level(exchange: Exchange, message: Message) -> None:
 
 
 async def answer_tasks(exchange: Exchange, message: Message) -> None:
-    """The client's tasks at all servers."""
+    """The client's tasks at all servers, or at all of a group."""
+    check_cursor(message)
     client, tasks = exchange.client, []
 
     async def ask(instance: Instance) -> tuple[Instance, Items]:
@@ -10952,8 +10981,8 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
     for member, (instance, items) in found:
         for own, text in items.texts.items():
             if instance.is_ones_own or instance.owners.get(("task", own)) == client.identity:
-                task = JSONObject(text)
-                tasks.append(task.with_text(dump(f"{member.name}__{own}"), "taskId").decode())
+                tasks.append(JSONObject(text).with_text(dump(f"{member.name}__{own}"), "taskId").decode()
+                             if client.view.is_joint else text)
     answer(exchange, {"tasks": f"[{','.join(tasks)}]"}, missing)
 
 
@@ -10976,9 +11005,10 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     if view.is_plain and not (envelope and "requestState" in message.params):
         return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
     exchange = kind(client, None, message, outlet, envelope, trace, headers)
-    if method in LISTS and (view.is_joint or method == "tools/list"):
+    # Of a group, the next page might be asked of another server, which does not know the cursor.
+    if method in LISTS and (view.has_choice or method == "tools/list"):
         exchange.answerer = answer_list
-    elif view.is_joint:
+    elif view.is_joint or method == "tasks/list" and view.has_choice and not envelope:
         exchange.answerer = kind.listen if kind is Listener else JOINT.get(method)
     return exchange
 
