@@ -13869,6 +13869,7 @@ const row = (...parts) => el("div", { className: "row" }, ...parts), pretty = va
 const isSelected = id => !getSelection().isCollapsed && getSelection().containsNode($(id), true)
 const put = (id, items, none) => isSelected(id) || $(id).replaceChildren(...items.length ? items : [soft(none)])
 const bearer = text => text ? { Authorization: `Bearer ${text}` } : {}, json = { "Content-Type": "application/json" }
+const worded = one => typeof one === "string" ? one : JSON.stringify(one)
 const exact = (_, value, text) => /^-?[1-9]\d{15,}$/.test(text?.source) && JSON.rawJSON?.(text.source) || value
 const ask = (path, more) => fetch(base + path, { ...more, headers: { ...more && json, ...bearer(key) } })
 const clock = moment => new Date(moment * 1000).toLocaleTimeString()
@@ -13934,7 +13935,7 @@ await client.connect(new StreamableHTTPClientTransport(new URL("${url()}"),
 // Tools. A form has a field for each simple part of the schema, and one for the rest.
 async function loadTools() {
   try {
-    const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text)
+    const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text, exact)
     if (text === listed || listed && !answer.ok) return
     listed = answer.ok && text             // what stays as it was keeps what is written in its form
     tools = new Map(said.tools?.map(pretty).map((one, at) => [one, tools.get(one) || showToolOrWhy(said.tools[at])]))
@@ -13942,15 +13943,16 @@ async function loadTools() {
   } catch (error) { put("tools", [bad(error.message)]), seen = listed = null }        // to be asked for again
 }
 function fieldOf([name, schema], isRequired) {
-  const kind = Array.isArray(schema?.enum) ? "enum" : schema?.type, value = schema?.default ?? "", required = isRequired
-  const number = { type: "number", value, required, min: schema?.minimum, max: schema?.maximum }
-  const properties = { enum: {}, boolean: { type: "checkbox", checked: value === true }, string: { value },
+  const kind = Array.isArray(schema?.enum) ? "enum" : schema?.type, usual = schema?.default, required = isRequired
+  const value = worded(usual ?? "")
+  const number = { type: "number", value, required, min: worded(schema?.minimum), max: worded(schema?.maximum) }
+  const properties = { enum: {}, boolean: { type: "checkbox", checked: usual === true }, string: { value },
     number: { ...number, step: "any" }, integer: number }[kind]
   if (!properties) return name
   const input = el(kind === "enum" ? "select" : "input", { name, ...properties })
   if (kind === "enum") input.append(...isRequired ? [] : [el("option", { value: "" })], ...schema.enum.map((one, at) =>
-    el("option", { value: at, selected: one === schema.default }, String(one))))
-  const isLeftOut = () => !isRequired && (kind === "boolean" ? !input.checked && value !== true : input.value === "")
+    el("option", { value: at, selected: worded(one) === worded(usual) }, worded(one))))
+  const isLeftOut = () => !isRequired && (kind === "boolean" ? !input.checked && usual !== true : input.value === "")
   const read = () => isLeftOut() ? undefined : kind === "boolean" ? input.checked : kind === "string" ? input.value :
     kind === "enum" ? schema.enum[input.value] : exact("", Number(input.value), { source: input.value })
   return { name, read, made: el("label", {}, name, isRequired && " *", " ", input, soft(schema.description)) }

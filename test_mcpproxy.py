@@ -27953,6 +27953,14 @@ def test_real_page_takes_and_shows_large_integers_as_they_are(browser):
         page.until_text(f'"id": {large}', call_by_form(page, "get"))
 
 
+def test_real_page_gives_large_integers_of_a_schema_as_they_are(browser):
+    large = 2**63 - 1
+    schema = {"type": "object", "required": ["id", "who"], "properties": {
+        "id": {"type": "integer", "default": large}, "who": {"enum": [large, 3], "default": large}}}
+    with running_proxy(puppet([{"name": "put", "inputSchema": schema}])) as proxy, browser.visit(proxy) as page:
+        page.until_text(json.dumps({"id": large, "who": large}), call_by_form(page, "put"))
+
+
 def test_real_page_keeps_what_is_filled_in_when_another_server_goes(browser, several, tmp_path):
     full = tmp_path / "full"
     mortal = fake_server(f"import os, sys\nif os.path.exists({str(full)!r}): sys.exit('full')")
