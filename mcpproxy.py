@@ -9441,8 +9441,8 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
         for member, has in found:
             if uri in has[number]:
                 return [Target(member.name)], missing
-    for member, (_, _, templates) in found if len(uri) <= MAX_URI else ():
-        if any(fits_template(uri, template) for template in itertools.islice(templates, MAX_TEMPLATES)):
+    for member, (_, _, templates) in found:
+        if any(fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES)):
             return [Target(member.name)], missing
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
@@ -9768,12 +9768,12 @@ class LegacyClientModernServer(LegacyClientBridge):
         for key, request in wanted.items():
             if exchange.is_done:                              # a question could not be asked
                 return
-            self._ask_client(exchange, key, request, gathered)
+            self._ask_client(exchange, key, request, response, gathered)
         if not wanted:                                        # "the client MAY retry the original request immediately"
             asyncio.get_running_loop().call_later(REPEAT_SECONDS * (dialogue.rounds - 1), self._repeat, exchange, {},
                                                   state)
 
-    def _ask_client(self, exchange: "Exchange", key: str, request: object, gathered) -> None:
+    def _ask_client(self, exchange: "Exchange", key: str, request: object, response: Message, gathered) -> None:
         request = request if isinstance(request, dict) else {}
         method, params = request.get("method"), request.get("params", {})
         if not (isinstance(method, str) and isinstance(params, dict)):
@@ -9781,8 +9781,9 @@ class LegacyClientModernServer(LegacyClientBridge):
         if not exchange.outlet.asks or method not in INPUT_REQUESTS or missing_capabilities(
                 exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
+        members = response.raw_members("result", "inputRequests", key, "params") if params else {}
         if method == "elicitation/create" and params.get("mode") == "url":
-            params = {**params, "elicitationId": os.urandom(16).hex()}     # 2025-11-25 requires it, 2026-07-28 has none
+            members["elicitationId"] = f'"{os.urandom(16).hex()}"'         # 2025-11-25 requires it, 2026-07-28 has none
 
         def on_response(_: Question, response: Message) -> None:
             if "result" in response.members:
@@ -9792,7 +9793,9 @@ class LegacyClientModernServer(LegacyClientBridge):
             else:
                 # There is no way to tell the server of an error, so the call fails with it.
                 exchange.finish(response.with_id(exchange.raw_id))
-        question = Question(lambda raw_id: [encode_request(int(raw_id), method, params)], on_response)
+        asked = dump(method).encode(), as_object(members).encode()
+        question = Question(lambda raw_id: [b'{"jsonrpc":"2.0","id":%b,"method":%b,"params":%b}' % (raw_id, *asked)],
+                            on_response)
         exchange.begin_dialogue().ask_session(question)
 
     def _repeat(self, exchange: "Exchange", answers: dict[str, str], state: str | None) -> None:
