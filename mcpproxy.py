@@ -9727,7 +9727,7 @@ class LegacyClientModernServer(LegacyClientBridge):
             **exchange.capabilities, "extensions": {name: extension for name, extension in extensions.items()
                                                     if name != TASKS_EXTENSION}})
         new[CLIENT_INFO_KEY] = client.info or dump(OUR_INFO)
-        if client.log_level or client.is_session:          # a legacy server may tell its log unasked, too
+        if client.is_session:                              # a legacy server may tell its log unasked, too
             new[LOG_LEVEL_KEY] = f'"{client.log_level or UNASKED_LEVEL}"'
         return restated_meta(message, new, beside=exchange.dialogue and exchange.dialogue.gathered)
 
@@ -9762,7 +9762,6 @@ class LegacyClientModernServer(LegacyClientBridge):
                 return
             answers[key] = text
             budget.set(exchange, exchange.held + len(text))
-            exchange.touch()
             if len(answers) == len(wanted):
                 self._repeat(exchange, answers, state)
         for key, request in wanted.items():

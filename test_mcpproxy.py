@@ -1244,7 +1244,7 @@ def keys(several, tmp_path):
                 proxy.process.send_signal(signal.SIGHUP)
                 return until(lambda: re.search(r"(configuration (?:read again|stays).*)\n", proxy.log()[before:]),
                              "the file read again")[1]
-            proxy.change = change
+            proxy.change, proxy.keys = change, path
             yield proxy
     return start
 
@@ -2178,6 +2178,29 @@ def test_http_response_head_is_encoded():
     assert mcpproxy.encode_head(200, (("X", "y"),), DATE, 5) == (
         b"HTTP/1.1 200 OK\r\nX: y\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 5\r\n\r\n")
     assert b"Content-Length" not in mcpproxy.encode_head(204, (), DATE, None)
+
+
+def test_http_date_is_in_greenwich_wherever_the_proxy_is(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert mcpproxy.http_date(784_111_777) == b"Sun, 06 Nov 1994 08:49:37 GMT"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("version, options", [
+    ("1.0", {b"Connection: close"}), ("1.1", {b"Transfer-Encoding: chunked"})])
+def test_http_stream_ends_with_its_connection_where_there_are_no_chunks(version, options):
+    written = []
+    connection = types.SimpleNamespace(keeps_alive=True, counters=types.SimpleNamespace(streams=0),
+                                       write=written.extend)
+    head = mcpproxy.parse_head(f"GET / HTTP/{version}\r\nHost: a\r\nConnection: keep-alive".encode())
+    reply = mcpproxy.Reply(connection, head)
+    reply.start_stream(())
+    lines = written[0].split(b"\r\n")
+    assert options == {line for line in lines if line.startswith((b"Connection", b"Transfer"))}
 
 
 @pytest.mark.parametrize("name, value", [
@@ -3368,7 +3391,10 @@ def test_protocol_arguments_are_repeated_in_headers():
 @pytest.mark.parametrize("properties, is_misuse", [
     ({}, False), ({"a": {"type": "string", "x-mcp-header": "A"}}, False),
     ({"a": {"properties": {"b": {"type": "integer", "x-mcp-header": "B"}}}}, False),
-    ({"x-mcp-header": {"type": "string"}}, False),
+    ({"x-mcp-header": {"type": "string"}}, False), ({"a": {"properties": {"x-mcp-header": True}}}, False),
+    *(({"a": {word: {"x-mcp-header": "A"}}}, False) for word in ("default", "const", "examples")),
+    ({"a": {"enum": [{"x-mcp-header": "A"}]}}, False), ({"a": {"x-mcp-header": True}}, True),
+    ({"a": {"x-mcp-header": {}}}, True), ({"default": {"x-mcp-header": {}}}, True),
     ({"a": {"type": "string", "x-mcp-header": ""}}, True), ({"a": {"type": "string", "x-mcp-header": "A B"}}, True),
     ({"a": {"type": "string", "x-mcp-header": 1}}, True), ({"a": {"type": "number", "x-mcp-header": "A"}}, True),
     ({"a": {"items": {"type": "string", "x-mcp-header": "A"}}}, True),
@@ -3377,6 +3403,20 @@ def test_protocol_arguments_are_repeated_in_headers():
 def test_protocol_headers_are_named_only_where_they_may(properties, is_misuse):
     """MCP 2026-07-28, Streamable HTTP, Schema Extension."""
     assert mcpproxy.misuses_headers({"type": "object", "properties": properties}) == is_misuse
+
+
+@pytest.mark.parametrize("versions, told", [
+    (["2027-01-01", "2026-07-28"], ["2026-07-28"]), (["2026-07-28", "2025-11-25"], ["2026-07-28", "2025-11-25"])])
+def test_protocol_revisions_that_the_proxy_does_not_speak_are_told_to_nobody(versions, told):
+    said = {"jsonrpc": "2.0", "id": 1, "result": {"supportedVersions": versions, "capabilities": {}}}
+    found = mcpproxy.with_known_versions(mcpproxy.find_response(json.dumps(said).encode()))
+    assert found.result["supportedVersions"] == told and found.result["capabilities"] == {}
+
+
+def test_protocol_callers_without_a_session_are_offered_no_list_of_tasks():
+    """MCP 2025-11-25, Tasks, Security: who cannot be told apart has none."""
+    left = mcpproxy.without_session('{"tasks":{"list":{},"cancel":{}},"tools":{"listChanged":true},"logging":{}}')
+    assert json.loads(left) == {"tasks": {"cancel": {}}, "tools": {}}
 
 
 def test_protocol_schema_that_nobody_gets_through_misuses_no_header():
@@ -4057,6 +4097,14 @@ def test_access_tls_serves_everything(tls_proxy, certificate, version):
         assert len(text_of(answer)) == 3_000_000
         http.send(encode_http("GET", "/mcp", None, headers))
         assert http.head().headers["content-type"] == "text/event-stream"
+
+
+def test_access_tls_client_that_says_goodbye_is_told_the_same(tls_proxy, certificate):
+    with tls_client(tls_proxy, certificate) as http:
+        assert http.request("GET", "/healthz").status == 200
+        http.socket.unwrap().close()
+    with tls_client(tls_proxy, certificate) as http:
+        assert http.request("GET", "/healthz").status == 200
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
@@ -5846,6 +5894,16 @@ def test_configuration_that_cannot_be_used_is_refused_with_file_server_and_key(g
     assert "\n" not in " ".join(str(refused.value).split())
 
 
+@pytest.mark.parametrize("depth", [600, 2_000, 100_000])          # which step of the reading gives up differs by Python
+def test_configuration_that_is_nested_too_deeply_is_at_most_refused(depth):
+    text = "[" * depth + "]" * depth
+    servers = '{"mcpServers":{"a":{"command":"x","overrides":{"t":{"fixed":{"a":%s}}}}}}' % text
+    with contextlib.suppress(SettingsError):
+        mcpproxy.parse_config(servers, Settings(mcp_config="f"), {})
+    with pytest.raises(SettingsError):
+        mcpproxy.keys_of(Settings(auth_keys_file="f"), text, ())
+
+
 A_KEY = {"key": "one"}
 
 
@@ -6052,6 +6110,20 @@ def test_log_lines_name_what_they_are_about():
                         r"<> GET /tools from 127[\d.:]+, \d+ bytes out", f"process {pid} ended with exit code 0"):
             until(lambda pattern=pattern: re.search(pattern, proxy.log()), pattern)
         assert proxy.log().count(" WARNING ") == 1                # that there is no key
+
+
+def test_log_goes_to_a_terminal_and_does_not_wait_until_that_is_read():
+    """A terminal that can be written to may have less room than for a line."""
+    reader, terminal = os.openpty()
+    code = ("import mcpproxy\nmcpproxy.start_logging('INFO', False)\nfor number in range(3000):\n"
+            "    mcpproxy.log.info('x' * 100)\n    mcpproxy.log.flush()\nprint(mcpproxy.log.dropped)")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=terminal, timeout=PATIENCE, cwd=os.path.dirname(PROXY))
+        assert 0 < int(done.stdout) < 3000 and b"INFO    xxx" in os.read(reader, 1000)
+    finally:
+        os.close(reader)
+        os.close(terminal)
 
 
 def test_log_of_a_server_that_does_not_start_is_a_line_for_each_try():
@@ -7198,6 +7270,43 @@ def test_sandbox_follows_no_link_that_a_server_may_have_made(place, secret):
             assert use(proxy, "write_file", path=f"{place}/w/own", megabytes=1) == "ok after 1 MB"
 
 
+CELL_WITH_A_LINK = """
+import asyncio, mcpproxy, os, sys
+
+class Sandbox(mcpproxy.Sandbox):
+    def steps(self, cell):
+        os.rename(cell.directory, cell.directory + "-away")
+        os.symlink(os.path.dirname(sys.argv[1]), cell.directory)
+        return super().steps(cell)
+
+async def run():
+    reaper = mcpproxy.Reaper()
+    sandbox = Sandbox("x", mcpproxy.Settings(sandbox="on", sandbox_write=sys.argv[2]), reaper)
+    server = mcpproxy.ServerProcess(["cat", sys.argv[1]], dict(os.environ), sandbox, str, 1000)
+    server.on_line = print
+    try:
+        await server.start()
+        await asyncio.sleep(0.5)
+    except mcpproxy.ServerError as error:
+        print(error)
+    await server.stop()
+    reaper.close()
+asyncio.run(run())
+"""
+
+
+@with_landlock
+@pytest.mark.parametrize("writable", ["", "temporary"])
+def test_sandbox_follows_no_link_in_the_place_of_a_private_directory(place, secret, writable):
+    """Another server, of the same user, that may write there puts it there when it sees the directory made."""
+    temporary = place / "temporary"
+    (secret.parent / "home").mkdir()
+    found = subprocess.run([sys.executable, "-c", CELL_WITH_A_LINK, secret, temporary if writable else ""], cwd=HERE,
+                           env={**os.environ, "TMPDIR": str(temporary)}, capture_output=True, text=True)
+    assert not found.stderr and SECRET.split()[0] not in found.stdout
+    assert writable or "SANDBOX cannot be given" in found.stdout
+
+
 @with_landlock
 def test_sandbox_may_be_open_to_all_writing(place, secret):
     with sandboxed(place, SANDBOX="on", SANDBOX_WRITE="/") as proxy:
@@ -7213,6 +7322,20 @@ def test_sandbox_is_made_before_anything_that_the_environment_names_is_loaded(se
         assert about(proxy, at="/servers/b")
         loaders = {pid for pid in servers_of(proxy) if f"loaded.{pid}" in os.listdir(secret.parent)}
         assert len(loaders) == 1, "the one without a sandbox"
+
+
+@pytest.mark.parametrize("own, given", [("/opt/lib:/w/lib:lib::", "/opt/lib"), ("", "")])
+def test_sandbox_is_made_with_the_libraries_of_the_proxy_s_own_python_that_no_server_may_write(monkeypatch, own, given):
+    monkeypatch.setenv("LD_LIBRARY_PATH", own)
+    assert mcpproxy.Sandbox("x", mcpproxy.Settings(sandbox_write="/w"), None).own_libraries() == given
+
+
+def test_sandbox_server_has_the_libraries_that_it_would_have_without(several, place):
+    a = hostile(), {"env": {"LD_LIBRARY_PATH": "/opt/its"}, "private_home": True}
+    b = hostile(), {"clean_env": True, "private_home": True}
+    with several(a=a, b=b, TMPDIR=place / "temporary", LD_LIBRARY_PATH="/opt/ours") as proxy:
+        assert about(proxy, at="/servers/a")["environ"]["LD_LIBRARY_PATH"] == "/opt/its"
+        assert "LD_LIBRARY_PATH" not in about(proxy, at="/servers/b")["environ"]
 
 
 @with_landlock
@@ -7517,6 +7640,18 @@ def test_sandbox_user_of_a_range_is_given_by_an_idle_process_of_visitors(place):
         refused = proxy.request("POST", "/tools/about", {})
         assert refused.status == 503 and refused.headers["retry-after"]
         assert len(servers_of(proxy)) == 1
+
+
+def test_sandbox_users_of_a_range_that_are_all_taken_do_not_keep_a_server_from_being_configured_anew(several, place):
+    needs_nobody()
+    servers = {name: (hostile(), {"run_as_user": "60001-60002"}) for name in "ab"}
+    with several(**servers, TMPDIR=place / "temporary") as proxy:
+        pids = {name: about(proxy, at=f"/servers/{name}")["pid"] for name in "ab"}
+        write_config(proxy.path, {**servers, "a": (hostile(), {"run_as_user": "60001-60002", "env": {"X": "1"}})})
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "configuration read again" in proxy.log(), "the new configuration")
+        until(lambda: proxy.log().count("server a is ready") == 2, "the new server, whom nobody has asked for")
+        assert about(proxy, at="/servers/b")["pid"] == pids["b"] and "too many processes" not in proxy.log()
 
 
 def test_sandbox_users_of_a_range_are_no_limit_of_remote_servers(several, place):
@@ -8006,6 +8141,82 @@ def test_process_environment_is_read_no_further_than_it_can_be_long(monkeypatch)
         texts = list(mcpproxy.read_proc(program.pid, "environ"))
         program.kill()
     assert [len(text) for text in texts] == [mcpproxy.MAX_PROC]
+
+
+def raising(error):
+    def function(*_, **__):
+        raise error
+    return function
+
+
+@pytest.fixture
+def reaper():
+    reaper = mcpproxy.Reaper()
+    yield reaper
+    reaper.close()
+
+
+def test_process_leftovers_are_looked_for_where_there_is_no_temporary_directory(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", raising(FileNotFoundError("no usable one")))
+    reaper = mcpproxy.Reaper()
+    reaper.close()
+    assert reaper.homes.startswith("/tmp/")
+
+
+def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
+    closed = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+
+    async def run():
+        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
+        reaper.sweep()
+    asyncio.run(run())
+    assert closed.wait(PATIENCE)
+
+
+def test_process_leftovers_are_looked_for_again_when_processes_could_not_be_listed(reaper, monkeypatch):
+    closed = threading.Event()
+
+    async def run():
+        monkeypatch.setattr(mcpproxy, "list_processes", list)          # no descriptor is free
+        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
+        reaper.sweep()
+        await asyncio.sleep(0)
+        assert not closed.is_set()
+        monkeypatch.undo()
+        await asyncio.sleep(2)
+    with asyncio.Runner(loop_factory=instant_loop) as runner:
+        runner.run(run())
+    assert closed.wait(PATIENCE)
+
+
+def test_process_that_ends_servers_is_started_when_it_can_be(monkeypatch, capfd):
+    monkeypatch.setattr(subprocess, "Popen", raising(OSError(errno.EMFILE, "too many")))
+    reaper = mcpproxy.Reaper()
+    reaper.tick()
+    monkeypatch.undo()
+    reaper.tick()
+    mcpproxy.log.flush()
+    assert capfd.readouterr().err.count("no shell") == 1 and reaper._watcher.poll() is None
+    reaper.close()
+
+
+def test_process_that_ends_servers_is_not_taken_for_another_proxy_s_server(monkeypatch):
+    monkeypatch.setenv("MCPPROXY_TAG", "of-another")
+    monkeypatch.setenv("OTHER", "stays")
+    reaper = mcpproxy.Reaper()
+    environment = until(lambda: mcpproxy.read_file(f"/proc/{reaper._watcher.pid}/environ"), "its environment")
+    reaper.close()
+    assert b"OTHER=stays" in environment and b"MCPPROXY_TAG" not in environment
+
+
+def test_process_is_told_how_it_ended_though_a_parent_of_the_proxy_ignores_that():
+    ignoring = ("import os, signal, sys\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+                "os.execv(sys.executable, sys.argv[1:])")
+    program = [sys.executable, "-c", ignoring, sys.executable, PROXY, "--check", "--", sys.executable, "-c", "exit(7)"]
+    done = subprocess.run(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert b"exit code 7" in done.stdout
 
 
 def test_process_that_is_stubborn_does_not_survive_a_proxy_that_is_killed():
@@ -8821,6 +9032,86 @@ def test_remote_stream_of_a_session_that_does_not_go_on_where_it_was_has_a_gap()
         assert asyncio.run(asyncio.wait_for(run(far), 20)) == 1
 
 
+def link_in_memory(**members):
+    """A RemoteLink that is spoken to by no one."""
+    link = mcpproxy.RemoteLink("far", "http://127.0.0.1:1/", {}, "ab" * 8, 1 << 20)
+    link.__dict__.update(members)
+    return link
+
+
+def told_of(name, calls):
+    """A method of a link in whose place is only kept that it was called."""
+    return lambda *arguments, **_: calls.append((name, *arguments))
+
+
+@pytest.mark.parametrize("result, end", [
+    ({"protocolVersion": "2025-06-18"}, "2025-06-18"), ({"protocolVersion": "2030-01-01"}, None),
+    (None, "has forgotten its session, and opens no other: it takes too long")])
+def test_remote_session_that_is_opened_again_has_the_revision_of_then_and_its_time(result, end):
+    async def answer():
+        await asyncio.sleep(1 if result else 10_000)
+        return types.SimpleNamespace(result=result)
+
+    async def run():
+        request = types.SimpleNamespace(result=answer)
+        link = link_in_memory(_initialize=(b'{"params":{}}', None), request=lambda *_: request, session="s",
+                              revision="2025-03-26", end=told_of("end", calls), write=told_of("write", calls),
+                              on_renewed=told_of("on_renewed", calls), _drop=told_of("drop", calls))
+        await link._open_another()
+        return link
+    calls = []
+    with asyncio.Runner(loop_factory=instant_loop) as runner:
+        link = runner.run(run())
+    assert link.session is None and calls[0] == ("drop", None)
+    if result:
+        assert link.revision == end and [name for name, *_ in calls] == ["drop", "write", "on_renewed"]
+    else:
+        assert calls[1:] == [("end", end)]
+
+
+@pytest.mark.parametrize("revision, number", [("2025-06-18", 1), ("2026-07-28", 0)])
+def test_remote_answer_that_was_cut_is_asked_for_again_where_the_revision_knows_that(revision, number):
+    async def run():
+        link = link_in_memory(revision=revision, _listen=heard.append, on_refused=lambda *what: refused.append(what))
+        link._resume(types.SimpleNamespace(is_stream=True, number=7, about=(7, "tools/call", "x", (), ""),
+                                           events=types.SimpleNamespace(last_id="e", retry=9.0)))
+    heard, refused = [], []
+    asyncio.run(run())
+    assert (len(heard), len(refused)) == (number, 1 - number)
+    assert not heard or (heard[0].last_id, heard[0].retry, heard[0].pause) == ("e", 9.0, 9.0)
+
+
+def test_remote_link_ends_that_cannot_be_reached_with_what_has_no_answer():
+    async def run():
+        link = link_in_memory(end=ends.append, on_end=len)
+        await link._tell(mcpproxy.Aside(link, b"{}"))
+    ends = []
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert "cannot be reached" in ends[0]
+
+
+def test_remote_header_that_is_none_is_refused_before_anything_is_sent():
+    link = mcpproxy.RemoteLink("far", "http://127.0.0.1:1/", {"X-Key": "a\nb"}, "ab" * 8, 1 << 20)
+    with pytest.raises(mcpproxy.ServerError, match="X-Key cannot have this value"):
+        asyncio.run(link.start())
+
+
+@pytest.mark.parametrize("status, method, count", [(404, "initialize", 2), (429, "GET", 3)])
+def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_later(status, method, count):
+    async def run(far):
+        link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
+        connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
+                                               on_notification=None, is_ones_own=False)
+        await connection.initialize(mcpproxy.our_initialize(True))
+        await asyncio.to_thread(until, lambda: far.streams, "the stream")
+        far.script["GET"].append(http_response(status))
+        far.streams[-1].hang_up()
+        await asyncio.to_thread(until, lambda: len(far.got(method)) == count and len(far.streams) == 2, "the next one")
+        await link.stop()
+    with Remote("legacy") as far:
+        asyncio.run(asyncio.wait_for(run(far), 20))
+
+
 def test_remote_modern_server_without_a_method_is_no_server_without_a_session():
     """It says 404 to that, too."""
     with Remote("modern") as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
@@ -9573,6 +9864,61 @@ async def test_remote_server_is_told_what_has_no_answer_by_each_principal_in_its
     respond(link.sent.pop(0), 202)
     await asyncio.sleep(1)
     assert told() == ["b1", "a2"] and not link.backlog
+
+
+@over_a_link
+async def test_remote_session_that_was_lost_changes_no_order_of_what_a_principal_says():
+    link, said = FarLink(), []
+    await link.greet()
+    link.sent.clear()
+    for principal, method in (1, "a1"), (1, "a2"), (2, "b1"), (2, "b2"), (1, "a3"):
+        link.connection.send(mcpproxy.encode_request(None, method), None, principal)
+    of_a, of_b = await link.taken("a1"), await link.taken("b1")
+    respond(of_a, 404)
+    greet(await link.taken("initialize"), "two")
+    link.connection.send(mcpproxy.encode_request(None, "a4"), None, 1)
+    respond(await link.taken("notifications/initialized"), 202)
+    respond(of_b, 404)                                         # late: the other session is there
+    for _ in range(30):
+        await asyncio.sleep(1)
+        for fetch in [fetch for fetch in link.sent if fetch.body]:
+            link.sent.remove(fetch)
+            said.append(json.loads(fetch.body)["method"])
+            respond(fetch, 202)
+            await asyncio.sleep(1)
+    assert [[method for method in said if method[0] == whose] for whose in "ab"] == [
+        ["a1", "a2", "a3", "a4"], ["b1", "b2"]] and not link.backlog
+
+
+@over_a_link
+async def test_remote_server_leaves_places_to_calls_however_many_it_is_slow_to_hear():
+    link = FarLink()
+    await link.greet()
+    await asyncio.sleep(1)
+    link.sent.clear()
+    for principal in range(1_000):
+        link.connection.send(mcpproxy.encode_request(None, "notifications/x"), None, principal)
+    assert len(link.sent) == mcpproxy.ASIDES < mcpproxy.MAX_FETCHES
+
+
+@over_a_link
+async def test_remote_request_that_waits_for_another_session_is_not_sent_yet():
+    link = FarLink()
+    await link.greet()
+    link.connection.send_request(Waiting(), "tools/call", {"name": "t"})
+    first = await link.taken("tools/call")
+    assert link.has_sent(first.number)
+    respond(first, 404)
+    greeting = await link.taken("initialize")
+    assert not link.has_sent(first.number)
+    greet(greeting, "two")
+    respond(await link.taken("notifications/initialized"), 202)
+    await link.taken("tools/call")
+    assert link.has_sent(first.number)
+    link.connection.send_request(Waiting(), "tools/call", {"name": "t"})
+    waiting = await link.taken("tools/call")
+    waiting.waits_in = collections.deque([waiting])
+    assert not link.has_sent(waiting.number)
 
 
 @over_a_link
@@ -12295,6 +12641,25 @@ def test_several_servers_are_read_again(several):
         proxy.path.unlink()
         until(lambda: proxy.log().count("the configuration stays as it was") > 1, "the refusal of none")
         assert client.tool("d__echo", text="x") == "x"
+
+
+def test_several_servers_are_read_again_when_what_kept_them_from_it_is_gone(keys):
+    with keys({"ann": {}}, WATCH="true") as proxy:
+        refused = proxy.change('{"ann": {')
+        write_config(proxy.path, {"a": (FAKE, {}), "new": (FAKE, {})})
+        until(lambda: proxy.log().count("configuration stays as it was") == 2, "the refusal")
+        with open(proxy.keys, "w") as file:
+            json.dump({"ann": {"key": "ann-secret"}}, file)
+        until(lambda: "configuration read again: a, new" in proxy.log(), "the new configuration")
+        assert "stays as it was" in refused and proxy.log().count("configuration stays as it was") == 2
+
+
+def test_several_servers_are_read_again_when_they_may_be_read():
+    """chmod(1) changes neither time nor size."""
+    with tempfile.NamedTemporaryFile() as file:
+        proxy = types.SimpleNamespace(settings=types.SimpleNamespace(mcp_config=file.name))
+        before = mcpproxy.Proxy._stat_config(proxy)
+        until(lambda: os.chmod(file.name, 0o644) or mcpproxy.Proxy._stat_config(proxy) != before, "another one")
 
 
 def test_several_servers_without_prefixes_have_the_first_of_two_names(several):
@@ -15314,6 +15679,110 @@ def test_conversation_log_level_that_a_legacy_server_does_not_know_is_refused_in
     ''', server="new", settings={"server_era": "legacy"}, client="legacy")
 
 
+def test_conversation_log_level_of_a_modern_server_without_a_log_is_refused_by_the_proxy():
+    conversation('''
+                server starts
+                server > {"id":$ID,"method":"server/discover","params":$DISCOVER}
+                server < {"id":$ID,"result":{"supportedVersions":["2026-07-28"],"capabilities":{}}}
+        client > {"id":1,"method":"logging/setLevel","params":{"level":"error"}}
+        client < {"id":1,"error":{"code":-32601,"message":"the server sends no log messages of this level"}}
+    ''', server="new", settings={"server_era": "modern"}, client="legacy")
+
+
+def test_conversation_unsubscription_from_what_nobody_has_is_for_a_legacy_server_to_answer():
+    conversation('''
+        client > {"id":1,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+                server > {"id":$CALL,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+                server < {"id":$CALL,"error":{"code":-32602,"message":"which?"}}
+        client < {"id":1,"error":{"code":-32602,"message":"which?"}}
+    ''', server="legacy", client="legacy")
+    conversation('''
+        client > {"id":1,"method":"resources/unsubscribe","params":{"uri":"a:b"}}
+        client < {"id":1,"result":{}}
+    ''', server="modern", client="legacy")
+
+
+def test_conversation_subscription_that_a_server_ends_with_no_word_of_its_id_ends():
+    conversation('''
+        client > {"id":1,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}
+                server > {"id":$SUB,"method":"subscriptions/listen","params":$PARAMS}
+                server < {"id":$SUB,"result":{"resultType":"complete"}}
+        client < {"id":1,"result":{"resultType":"complete"}}
+    ''', server="modern", client="modern")
+
+
+def test_conversation_modern_server_is_asked_for_its_log_by_who_has_a_session_alone():
+    conversation('''
+        ann > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"x","_meta":{
+                         ".../protocolVersion":"2026-07-28",".../clientCapabilities":$CAN,".../clientInfo":$WHO,
+                         ".../logLevel":"info"}}}
+                server < {"id":$ANN,"result":{"resultType":"complete","content":[]}}
+        ann < {"id":1,"result":{"content":[]}}
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{
+                         ".../protocolVersion":"2026-07-28",".../clientCapabilities":$CANNOT,".../clientInfo":$PROXY}}}
+                server < {"id":$BOB,"result":{"resultType":"complete","content":[]}}
+        bob < {"id":1,"result":{"content":[]}}
+    ''', server="modern", ann="legacy", bob="visitor")
+
+
+def test_conversation_cancelled_call_whose_server_wanted_input_holds_nothing_any_more():
+    before = mcpproxy.budget.held
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":$PARAMS}
+                server < {"id":$CALL,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                          "a":{"method":"elicitation/create","params":{}},
+                          "b":{"method":"elicitation/create","params":{}}}}}
+        client < {"id":$A,"method":"elicitation/create","params":{}}
+        client < {"id":$B,"method":"elicitation/create","params":{}}
+        client > {"method":"notifications/cancelled","params":{"requestId":1}}
+        client < {"method":"notifications/cancelled","params":{"requestId":$A}}
+        client < {"method":"notifications/cancelled","params":{"requestId":$B}}
+    ''', server="modern", client="legacy")
+    assert mcpproxy.budget.held == before
+
+
+def test_conversation_call_fails_that_cannot_be_made_again_with_its_answers(monkeypatch):
+    send = mcpproxy.ServerConnection.send
+
+    def send_no_answers(connection, line, *rest):
+        if b"inputResponses" in line:
+            raise mcpproxy.ServerError("the MCP server does not read")
+        send(connection, line, *rest)
+    monkeypatch.setattr(mcpproxy.ServerConnection, "send", send_no_answers)
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":$PARAMS}
+                server < {"id":$CALL,"result":{"resultType":"input_required","requestState":"s","inputRequests":{
+                          "a":{"method":"elicitation/create","params":{}}}}}
+        client < {"id":$A,"method":"elicitation/create","params":{}}
+        client > {"id":$A,"result":{"action":"decline"}}
+        client < {"id":1,"error":{"code":-32000,"message":"the MCP server does not read"}}
+    ''', server="modern", client="legacy")
+
+
+def test_conversation_call_goes_on_whose_server_takes_its_question_back_at_once():
+    conversation('''
+        client > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$CALL,"method":"tools/call","params":$PARAMS}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"?","requestedSchema":{}}}
+                server < {"method":"notifications/cancelled","params":{"requestId":"q"}}
+        1 s pass
+                server < {"id":$CALL,"result":{"content":[]}}
+        client < {"id":1,"result":$RESULT}
+    ''', server="legacy", client="modern")
+
+
+def test_conversation_handshake_that_says_too_much_is_refused():
+    conversation('''
+        bob > {"id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{},
+                   "clientInfo":{"name":"%s"}}}
+        bob < 400 {"id":1,"error":{"code":-32602,"message":$LARGE}}
+    ''' % ("x" * 70_000), server="legacy", bob="visitor")
+
+
 
 # Several servers in memory, whose configuration changes while they are at work.
 
@@ -15563,6 +16032,123 @@ async def test_conversation_resource_that_is_not_listed_is_asked_of_a_server_tha
     town.fails.add(("c", "resources/read"))
     answer, = await town.say_to(client, 2, "resources/read", {"uri": "x:y"})
     assert answer["error"] == {"code": -32603, "message": "not now"}          # of the one that was asked last
+
+
+@in_town
+async def test_conversation_resource_is_asked_of_servers_of_which_none_could_list_any():
+    for names in ["a"], ["a", "c"]:
+        town = Town("legacy", names)
+        town.fails = {(name, f"resources/{what}") for name in "ac" for what in ("list", "templates/list")}
+        town.answers["resources/read"] = {"contents": [{"uri": "x:y", "text": "here"}]}
+        client = await town.client("legacy")
+        answer, = await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+        assert answer["result"]["contents"][0]["text"] == "here"
+        town.can = {"tools": {}}
+        for name in names:
+            await town.die(name)
+        answer, = await town.say_to(await town.client("legacy"), 2, "resources/read", {"uri": "x:y"})
+        assert answer["error"]
+
+
+@in_town
+async def test_conversation_resource_with_a_long_name_is_the_server_s_whose_template_it_begins_like():
+    town = Town("legacy", ["a", "c"])
+    for name in "ac":
+        town.answers[name, "resources/templates/list"] = {"resourceTemplates": [
+            {"uriTemplate": name * 2 + "://{+x}", "name": "x"}]}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/read", {"uri": "cc://" + "x" * 5_000})
+    assert "resources/read" in town.heard_by("c") and "resources/read" not in town.heard_by("a")
+
+
+@in_town
+@pytest.mark.parametrize("params", [{}, {"ref": 5}, {"ref": {"type": "ref/prompt"}}])
+async def test_conversation_completion_of_nothing_lacks_a_parameter(params):
+    town = Town("modern", ["a", "c"])
+    client = await town.client("modern")
+    answer, = await town.say_to(client, 1, "completion/complete", {
+        "argument": {"name": "x", "value": ""}, **params})
+    assert answer["error"]["code"] == -32602
+
+
+@in_town
+async def test_conversation_group_lists_all_on_one_page():
+    """The next might be asked of another member."""
+    town = Town("modern", ["g.a", "g.b"])
+    town.can = {"prompts": {}}
+    town.answers["prompts/list"] = {"prompts": [{"name": "p"}], "nextCursor": "2"}
+    client = await town.client("modern", "g")
+    answer, = await town.say_to(client, 1, "prompts/list")
+    assert "nextCursor" not in answer["result"] and answer["result"]["prompts"][0]["name"] == "p"
+
+
+@in_town
+async def test_conversation_group_lists_the_tasks_of_all_its_members():
+    town = Town("legacy", ["g.a", "g.b"])
+    town.can = {**town.can, "tasks": {"list": {}}}
+    for name in "ab":
+        town.answers[name, "tasks/list"] = {"tasks": [{"taskId": name, "status": "working"}, {"taskId": "other's"}]}
+    client = await town.client("legacy", "g")
+    for name in "ab":
+        town.mount.servers[name].instances[()].owners.remember(("task", name), client.client)
+    answer, = await town.say_to(client, 1, "tasks/list")
+    assert [task["taskId"] for task in answer["result"]["tasks"]] == ["a", "b"]
+    answer, = await town.say_to(client, 2, "tasks/list", {"cursor": "unknown"})
+    assert answer["error"]["code"] == -32602
+
+
+@in_town
+async def test_conversation_question_of_a_modern_server_is_passed_on_as_it_was_written():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    (_, call), = town.heard
+    params = '{"message":"?","requestedSchema":{"type":"object","properties":{"n":{"type":"number","maximum":1e400}}}}'
+    asked = '{"q":{"method":"elicitation/create","params":%s}}' % params
+    result = '{"resultType":"input_required","inputRequests":%s}' % asked
+    town.links["a"][0].on_line(f'{{"jsonrpc":"2.0","id":{call["id"]},"result":{result}}}'.encode())
+    await asyncio.sleep(0.1)
+    question, = town.told(client)
+    assert question["params"]["requestedSchema"]["properties"]["n"]["maximum"] == float("inf")
+
+
+@in_town
+async def test_conversation_call_is_not_made_again_with_answers_when_its_caller_may_use_less():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    (_, call), = town.heard
+    client.client.caller = LESS
+    client.client.adopt(town.mount.catalog)
+    town.say(town.links["c"][0], asks_for_input(call, **ASKED))
+    await asyncio.sleep(0.1)
+    answer, = [told for told in town.told(client) if "id" in told]
+    assert answer["id"] == 1 and answer["error"] and len(town.heard) == 1
+
+
+@in_town
+async def test_conversation_listener_ends_when_nobody_takes_its_client_s_variables_any_more():
+    town = Town("modern", ["a", "c"], shared_session=False, allowed_env="X_TOKEN")
+    client = await town.client("modern", None, None, {"X_TOKEN": "x"})
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await asyncio.sleep(5)
+    town.told(client)
+    town.settings = dataclasses.replace(town.settings, allowed_env="OTHER")
+    await town.reload(["a", "c"])
+    answer, = town.told(client)
+    assert answer["id"] == 1 and answer["result"]["resultType"] == "complete"
+
+
+@in_town
+async def test_conversation_listener_hears_a_server_of_its_own_that_is_configured_anew():
+    town = Town("modern", ["a", "c"], shared_session=False)
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await asyncio.sleep(5)
+    assert len(town.links["c"]) == 1
+    await town.reload(["a", "c=anew"])
+    await asyncio.sleep(5)
+    assert len(town.links["c"]) == 2 and "subscriptions/listen" in town.heard_by("c")
 
 
 @in_town
@@ -17492,6 +18078,16 @@ async def test_conversation_metrics_are_made_once_for_all_who_ask_at_a_time():
     overview = mcpproxy.Overview(town.mount, census)
     one, other = await asyncio.gather(overview.metrics(), overview.metrics())
     assert one is other and b"mcpproxy_server_up" in one and await overview.metrics() is not one
+
+
+@in_town
+async def test_conversation_metrics_have_a_call_that_waits_for_several_servers():
+    town = Town("legacy", ["a", "c"])
+    town.answers[("c", "tools/list")] = None
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/list")
+    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    assert b'mcpproxy_calls_in_flight{server=""} 1\n' in await mcpproxy.Overview(town.mount, census).metrics()
 
 
 @in_town
@@ -20141,6 +20737,44 @@ def test_overview_is_watched_by_others_too_however_often_one_does(altered, keys)
             200, 200, 200, 503, 200, 503, 503]
 
 
+class Watcher(types.SimpleNamespace):
+    """A Reply to who watches."""
+
+    __hash__ = object.__hash__
+
+
+@in_town
+async def test_overview_is_told_to_who_watches_once_for_each_change_and_until_there_are_other_keys():
+    town, told, overview = Town("legacy", ["a"]), [], types.SimpleNamespace(summary=lambda caller: overview.text)
+    endpoints = mcpproxy.Endpoints(town.settings, town.mount, overview)
+    admission = endpoints.admit(mcpproxy.parse_head(b"GET /?watch=1 HTTP/1.1\r\nHost: a"), "b")
+    reply = Watcher(admission=admission, start_stream=len, write=lambda parts: told.append(b"".join(parts)),
+                    close=lambda: told.append(b"closed"))
+    overview.text = "1"
+    endpoints.look(admission, b"", reply)
+    for overview.text in "112":
+        endpoints.tell_watchers()
+    endpoints.admit_anew()
+    for _ in range(2):
+        endpoints.tell_watchers()
+    assert told == [*(b"event: message\ndata: %b\n\n" % text for text in (b"1", b"2")), b"closed"]
+
+
+@in_town
+async def test_overview_says_how_a_server_is_called_and_what_one_says_while_it_starts():
+    town = Town("legacy", ["a", "g.b"])
+    town.slow["b"] = 60
+    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    await asyncio.sleep(1)
+    overview = mcpproxy.Overview(town.mount, census)
+    await town.reload(["a", "g.b=x"])
+    a, b = json.loads(overview.summary(None))["servers"]
+    assert (a["path"], a["state"], b["path"], b["state"]) == ("/servers/a/mcp", "ready", "/servers/b/mcp", "starting")
+    assert "words" in b and "words" not in a
+    town.mount.is_leaving = True
+    assert overview.readiness(False)["status"] == "draining"
+
+
 @in_town
 async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_read_before_the_body_came():
     settings = Settings(oauth_issuer="https://i.example", public_url="http://127.0.0.1")
@@ -20155,6 +20789,31 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
     reply = types.SimpleNamespace(admission=admission, head=head, about={}, send=lambda *what: sent.append(what))
     endpoints.handle(admission, b"{}", reply)
     assert admission.view.members[0].command == ("x",) and reply.admission.view.members[0].command == ("y",) and sent
+
+
+def test_access_token_may_do_what_scopes_open_since_the_keys_were_read_again():
+    caller = mcpproxy.Caller("oauth:ann", b"", None, frozenset({"read"}))
+    scopes = {"read": mcpproxy.Grant(read_only=True), "write": mcpproxy.Grant()}
+    limited = caller.under(scopes)
+    assert limited.limits.grants == (scopes["read"],) and limited.limits.has == ("read",)
+    assert limited.under(None).limits is None
+
+
+@in_town
+async def test_oauth_call_goes_on_when_its_session_comes_with_a_token_that_has_other_scopes():
+    town, before = Town("legacy", ["a", "c"]), mcpproxy.Caller("oauth:s", b"s")
+    client = await town.client("legacy")
+    session = client.client
+    session.caller = before
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    (_, call), = town.heard
+    admission = types.SimpleNamespace(caller=dataclasses.replace(before, scopes=frozenset({"x"})), place=None,
+                                      session_id=session.id, head=types.SimpleNamespace(headers={}))
+    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    assert endpoints._session(admission) is session and session.caller is admission.caller
+    town.told(client)
+    town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
+    assert town.told(client) == [{"jsonrpc": "2.0", "id": 1, "result": {"content": []}}]
 
 
 # ============================================================================
@@ -20462,6 +21121,90 @@ async def test_endpoint_answers_of_a_batch_are_in_its_stream_and_held_no_more(is
     assert b"x" * 5_000 in told
 
 
+def reply_to(sent, **members):
+    """A Reply of which is kept what it sent."""
+    return types.SimpleNamespace(is_done=False, send=lambda *what: sent.append(what), close=lambda: sent.append("end"),
+                                 start_stream=lambda headers: sent.append("stream"), write=sent.extend, **members)
+
+
+@pytest.mark.parametrize("body, text", [
+    (b"[1]", "another value"), (b"[]", "an empty batch"), (b'[{"jsonrpc":"2.0","id":1}]', "method")])
+@in_town
+async def test_endpoint_says_what_is_wrong_with_a_batch_without_a_message(body, text):
+    town, sent = Town("legacy", ["a"]), []
+    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    head = mcpproxy.parse_head(b"POST /mcp HTTP/1.1\r\nHost: a\r\nContent-Type: application/json")
+    reply = types.SimpleNamespace(head=head, admission=None, about={}, send=lambda *what: sent.append(what),
+                                  connection=types.SimpleNamespace(principal="b", since=0))
+    endpoints.handle(endpoints.admit(head, "b"), body, reply)
+    (status, payload, _), = sent
+    assert status == 400 and text in json.loads(b"".join(payload))["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [
+    '{"jsonrpc":"2.0","method":"notifications/x"}', '[{"jsonrpc":"2.0","method":"notifications/x"}]'])
+@in_town
+async def test_endpoint_takes_one_message_from_http_sse_in_a_revision_that_has_batches(body):
+    town, sent = Town("legacy", ["a"]), []
+    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    session = town.mount.open_session(town.mount.catalog.view(), None, {}, "b", is_streamable=False)
+    session.version = "2025-03-26"
+    head = mcpproxy.parse_head(f"POST /messages?session_id={session.id} HTTP/1.1\r\nHost: a".encode())
+    reply = types.SimpleNamespace(head=head, admission=None, about={}, send=lambda *what: sent.append(what))
+    endpoints.handle(endpoints.admit(head, "b"), body.encode(), reply)
+    assert [status for status, *_ in sent] == [202]
+
+
+@in_town
+async def test_endpoint_answers_a_batch_with_a_stream_to_who_takes_nothing_else_whatever_the_answers_are():
+    town, sent = Town("legacy", ["a"]), []
+    side = await town.client("visitor")
+    takes = types.SimpleNamespace(takes_json=False, takes_stream=True)
+    outlet = mcpproxy.PostOutlet(takes, reply_to(sent), side.client, batch=2)
+    outlet.finish([b"1"], 502)
+    outlet.finish([b"2"], 502)
+    assert sent[0] == "stream" and sent[-1] == "end" and {b"1", b"2"} <= {*sent}
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@in_town
+async def test_endpoint_answers_who_takes_json_and_has_cancelled_all_with_nothing(batch):
+    town, sent = Town("legacy", ["a"]), []
+    side = await town.client("visitor")
+    takes = types.SimpleNamespace(takes_json=True, takes_stream=False)
+    outlet = mcpproxy.PostOutlet(takes, reply_to(sent), side.client, batch=batch)
+    for _ in range(batch or 1):
+        outlet.close()
+    assert sent == [(202, [])]
+
+
+@in_town
+async def test_endpoint_batch_whose_answers_take_too_much_is_refused_whole():
+    town, sent = Town("legacy", ["a"]), []
+    side = await town.client("visitor")
+    takes = types.SimpleNamespace(takes_json=True, takes_stream=False)
+    outlet = mcpproxy.PostOutlet(takes, reply_to(sent), side.client, batch=2)
+    outlet.finish([b"x" * 5_000], 200)
+    mcpproxy.budget.set(outlet, 0)
+    outlet.give()
+    (status, _, headers), = sent
+    assert status == 503 and ("Retry-After", "5") in headers
+
+
+@pytest.mark.parametrize("is_opening", [False, True])
+@in_town
+async def test_endpoint_session_is_over_whose_client_hung_up_before_it_knew_of_it(is_opening):
+    town, sent = Town("legacy", ["a"]), []
+    await town.client("legacy")
+    session, = town.mount.sessions.values()
+    reply = reply_to(sent)
+    outlet = mcpproxy.PostOutlet(types.SimpleNamespace(takes_json=True, takes_stream=True), reply, session)
+    outlet.exchange = types.SimpleNamespace(method="initialize") if is_opening else None
+    reply.on_gone()
+    await asyncio.sleep(1)
+    assert (session.id in town.mount.sessions) is not is_opening
+
+
 def test_endpoint_takes_a_batch_of_a_client_of_http_sse_apart(fake):
     with SSEClient(fake, handshake=False) as client:
         client.call("initialize", initialize(version="2025-03-26")["params"])
@@ -20691,6 +21434,12 @@ def test_endpoint_tool_call_that_is_none_is_refused(fake, path, body, status, co
     assert code in (None, response.json()["error"]["code"])
 
 
+@pytest.mark.parametrize("arguments", ['{}},"x":{"y":1', '{},"_meta":{}', '{},"_meta":{}},"x":{"y":1'])
+def test_endpoint_tool_call_with_more_beside_its_arguments_is_refused(arguments):
+    with pytest.raises(RPCError, match="must be a JSON object"):
+        mcpproxy.encode_call("x", arguments)
+
+
 def test_endpoint_tools_want_the_key_and_take_variables():
     with running_proxy(FAKE, AUTH_KEY="secret", SHARED_SESSION="false") as proxy:
         assert {proxy.request(method, path).status for method, path in (
@@ -20780,6 +21529,12 @@ def test_endpoint_openapi_has_what_schemas_define_by_name_where_every_reader_loo
             leaf = found(a)["properties"]["more"]["items"]["$ref"]
             assert leaf == a + "/properties/leaf" and found(leaf) == {} and found(
                 found(a)["properties"]["whole"]["$ref"]) == place
+
+
+@pytest.mark.parametrize("tool, schema", [({}, {"type": "object"}), ({"inputSchema": True}, True)])
+def test_endpoint_openapi_takes_a_tool_whose_schema_is_missing_or_no_object(tool, schema):
+    body = mcpproxy.openapi_operation("/tools/x", "x", tool, {}, 0)["requestBody"]
+    assert body == {"required": False, "content": {"application/json": {"schema": schema}}}
 
 
 @pytest.mark.parametrize("size, kept", [(1, 3), (4_000_000, 1)])
@@ -22645,6 +23400,48 @@ def test_stdio_ends_with_its_client_whatever_is_going_on(moment, way):
         assert client.leave() == 0 and time.monotonic() - began < 15
 
 
+def test_stdio_ends_when_its_server_has_died_that_was_the_session_s_own():
+    with StdioClient("--", *FAKE, SHARED_SESSION="false") as client:
+        client.post(tool_call(1, "die"))
+        assert client.process.wait(PATIENCE) == 0
+
+
+def test_stdio_leaves_its_stdout_as_it_was():
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w"):
+        subprocess.run([sys.executable, program_now(), "--stdio", "--", *FAKE], stdin=subprocess.DEVNULL, stdout=writer,
+                       stderr=subprocess.DEVNULL, timeout=PATIENCE)
+        assert os.get_blocking(writer)
+
+
+def test_stdio_ends_when_nobody_reads_any_more():
+    with subprocess.Popen([sys.executable, program_now(), "--stdio", "--", *FAKE], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        program.stdout.close()
+        assert program.wait(PATIENCE) == 0
+
+
+def test_stdio_handshake_that_failed_may_be_made_again(tmp_path):
+    script, answers = f'[ -e {tmp_path}/ready ] && exec "$@"; exit 1', []
+    with subprocess.Popen([sys.executable, program_now(), "--stdio", "--", "sh", "-c", script, "sh", *FAKE],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        def shakes_hands():
+            program.stdin.write(json.dumps(initialize(len(answers))).encode() + b"\n")
+            program.stdin.flush()
+            answers.append(json.loads(program.stdout.readline()))
+            return "result" in answers[-1]
+        assert not shakes_hands()
+        (tmp_path / "ready").touch()
+        until(shakes_hands, "a handshake")
+        program.stdin.close()
+
+
+def test_stdio_takes_one_handshake():
+    with StdioClient("--", *FAKE) as client:
+        assert client.call("initialize", initialize()["params"])["error"]["code"] == -32600
+        assert client.call("ping")["result"] == {}
+
+
 def test_stdio_gives_a_slow_reader_all_answers():
     lines = [initialize(), *(tool_call(number, "big", {"size": 20_000}) for number in range(1, 200))]
     with subprocess.Popen([sys.executable, program_now(), "--stdio", "--", *FAKE], stdin=subprocess.PIPE,
@@ -22813,6 +23610,34 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 # ============================================================================
 # 52. The proxy
 # ============================================================================
+
+def test_proxy_that_was_stopped_for_a_while_takes_first_what_came_meanwhile():
+    with running_proxy(FAKE, REQUEST_TIMEOUT=1) as proxy, StreamableClient(proxy) as client:
+        call = client.start("sleep", seconds=0.5)
+        see(client, lambda message: message.get("params", {}).get("name") == "sleep", "the call")
+        proxy.process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)                                        # longer than a call may take
+        proxy.process.send_signal(signal.SIGCONT)
+        assert text_of(call.answer()) == "slept"
+
+
+def test_proxy_ends_though_nobody_looks_up_the_name_of_a_remote_server():
+    silent = ("import mcpproxy, socket, time\nlook_up = socket.getaddrinfo\n"
+              "socket.getaddrinfo = lambda host, *rest, **more: "
+              "time.sleep(60) if host == 'far.example' else look_up(host, *rest, **more)\nmcpproxy.main()")
+    with subprocess.Popen([sys.executable, "-c", silent, "--port", "0", "--", "http://far.example/mcp"], cwd=HERE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        assert b"mcpproxy" in program.stdout.readline()
+        program.terminate()
+        assert program.wait(PATIENCE) == 0
+
+
+def test_proxy_serves_a_program_whose_name_is_no_utf_8(tmp_path):
+    program = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.symlink(sys.executable, program)
+    with running_proxy([program, "-c", FAKE_SERVER]) as proxy, StreamableClient(proxy) as client:
+        assert client.tool("echo", text="x") == "x"
+
 
 @pytest.mark.parametrize("settings", [{}, {"AUTH_KEY": KEY}, {"HOST": "0.0.0.0"}], ids=["plain", "key", "any address"])
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
