@@ -8097,14 +8097,27 @@ def test_process_takes_its_grandchildren_along(command):
         until(lambda: not servers_of(proxy), "the end of all of them")
 
 
-@pytest.mark.parametrize("more", [0, 15], ids=["few variables", "many"])
-def test_process_takes_a_child_along_that_left_its_group(more):
-    variables = {f"MORE_{number}": "x" * 100_000 for number in range(more)}
-    with running_proxy(FAKE, SHARED_SESSION="false", **variables) as proxy, SSEClient(proxy) as other:
+def test_process_takes_a_child_along_that_left_its_group():
+    with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
         with SSEClient(proxy) as client:
             child = int(client.tool("leave"))
             assert os.getsid(child) == child
         until(lambda: not is_alive(child), "the child's end")
+
+
+def test_process_takes_an_orphan_along_however_long_its_environment_is():
+    variables = {f"MORE_{number}": "x" * 100_000 for number in range(15)}
+    orphan = ("if os.fork() == 0:\n    os.setsid()\n    os.fork() and os._exit(0)\n    os.closerange(0, 100)\n"
+              "    os.execvp('sleep', ['sleep', '1000'])")
+
+    def orphans():
+        return [pid for pid in proxy.children() if mcpproxy.read_file(f"/proc/{pid}/cmdline") == b"sleep\x001000\x00"]
+    with running_proxy(FAKE, SHARED_SESSION="false", **variables) as proxy, SSEClient(proxy) as other:
+        assert other.tool("echo", text="hello") == "hello"
+        with SSEClient(proxy) as client:
+            client.start("run", text=orphan)
+            until(orphans, "the orphan")
+        until(lambda: not orphans(), "the orphan's end")
         assert other.tool("echo", text="hello") == "hello"
 
 
