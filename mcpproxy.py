@@ -6868,12 +6868,13 @@ class Question(Holder):
         self.message = message                   # a legacy server's request
         self.call = None                         # the exchange that it belongs to, if there is one
         self.missing: dict | None = None         # what its client lacks to answer it
-        self.client = None                       # the session that is asked, and
-        self.send = None                         # the way that the question took there
+        self.client = None                       # the session that is asked,
+        self.send = None                         # the way that the question took there,
+        self.asked_at = float("inf")             # and when
 
     def ask(self, client, send) -> None:
         """Sends it to a session; `send` is the way that it takes."""
-        self.client, self.send = client, send
+        self.client, self.send, self.asked_at = client, send, client.mount.now()
         payload = self._encode(b"%d" % self.id)
         self.hold(len(payload[0]), client.principal)
         send(payload)
@@ -6899,6 +6900,11 @@ class Question(Holder):
     def refuse(self, error: ProxyError) -> None:
         """Responds for the client, as if it had said so itself."""
         self.respond(parse_message(encode_error(b"0", error)[0].decode()))
+
+    def time_out(self) -> None:
+        """It belongs to no call that would, and nobody answers it."""
+        self.take_back()
+        self.refuse(ServerError("the client did not answer", status=504))
 
     def take_back(self, payload: list | None = None) -> None:
         """Tells the client that was asked, if one was, that there is nothing to answer any more."""
@@ -9078,6 +9084,9 @@ class Mount:
             return
         self._looked_at, idle = now, self.settings.session_idle
         for session in list(self.sessions.values()):
+            for question in list(session.questions.values()):              # MCP 2025-11-25, Lifecycle, Timeouts
+                if question.call is None and now - question.asked_at >= self.settings.request_timeout:
+                    question.time_out()
             if session.is_homeless and not session.calls:
                 session.end()
             elif session.calls or session.stream.is_attached:

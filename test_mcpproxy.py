@@ -16165,6 +16165,22 @@ async def test_conversation_listener_hears_a_server_of_its_own_that_is_configure
 
 
 @in_town
+async def test_conversation_question_of_no_call_is_taken_back_when_nobody_answers_it():
+    town = Town("legacy", ["a"], request_timeout=60)
+    client = await town.client("legacy")
+    town.say(town.links["a"][0], {"id": 7, **QUESTION})
+    question, = town.told(client)
+    await asyncio.sleep(50)
+    await town.pass_time()
+    assert not town.told(client)
+    await asyncio.sleep(10)
+    await town.pass_time()
+    assert [told["params"] for told in town.told(client)] == [{"requestId": question["id"]}]
+    answer = town.links["a"][0].lines[-1]
+    assert answer["id"] == 7 and answer["error"]["message"] == "the client did not answer"
+
+
+@in_town
 async def test_conversation_extension_s_method_goes_by_a_name_beside_a_server_without_a_prefix():
     town = Town("legacy", ["a", "c"])
     servers = town.catalog(["a", "c"]).servers
