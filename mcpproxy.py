@@ -226,7 +226,7 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
-MAX_URI = 2 * 1024                   # of a resource that is subscribed to, in characters
+MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
@@ -1849,8 +1849,9 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
     return found
 
 
-SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-SCHEMA_DATA = frozenset({"default", "const", "enum", "examples"})            # values, which are no schemas
+# JSON Schema 2020-12: what has schemas by name, and what has values in it that are none.
+NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
+DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
 
 def misuses_headers(schema: object) -> bool:
@@ -1860,8 +1861,8 @@ def misuses_headers(schema: object) -> bool:
         if not isinstance(value, dict):
             return sum(map(number_in, value if isinstance(value, list) else ()))
         return (not is_map and "x-mcp-header" in value) + sum(
-            number_in(inner, not is_map and name in SCHEMA_MAPS) for name, inner in value.items()
-            if is_map or name not in SCHEMA_DATA)
+            number_in(inner, not is_map and name in NAMING_KEYWORDS) for name, inner in value.items()
+            if is_map or name not in DATA_KEYWORDS)
     try:
         return number_in(schema) != len(mirrored_parameters(schema))
     except RecursionError:
@@ -2126,9 +2127,9 @@ def merged(one: dict, other: dict) -> dict:
     return result
 
 
-def without_session(capabilities: str) -> str:
-    """What is left of capabilities (JSON) for a legacy client that has no session."""
-    unfit = "subscribe", "listChanged", "list"               # of tasks: nobody knows whose they are
+def without_session(capabilities: str, is_anybody: bool) -> str:
+    """What is left of capabilities (JSON) for a legacy client that has no session; and maybe no key."""
+    unfit = "subscribe", "listChanged", *(["list"] if is_anybody else [])          # of tasks: nobody knows whose
     return as_object({name: without_members(one, *unfit) if one[:1] == "{" else one
                       for name, one in JSONObject(capabilities).raw_members().items() if name != "logging"})
 
@@ -2152,11 +2153,11 @@ class Identity:
         info = info if isinstance(info, dict) else {}
         self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
 
-    def initialize_result(self, version: str, has_session: bool) -> bytes:
+    def initialize_result(self, version: str, has_session: bool, is_anybody: bool) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
         new = {"protocolVersion": f'"{version}"'}
         if not has_session:
-            new["capabilities"] = without_session(self._told["capabilities"])
+            new["capabilities"] = without_session(self._told["capabilities"], is_anybody)
         if "protocolVersion" in self._members and self.era is LEGACY:
             return as_object(self._members | new).encode()
         info = self.info or dump({"name": "unnamed", "version": "0"})
@@ -2761,7 +2762,7 @@ def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
-KNOWN_NAMES = 4_096              # of tools and prompts, that a view remembers
+KNOWN_NAMES, FEW_NAMES = 4_096, 64       # of tools and prompts, that a view remembers; or one that a client chose
 KNOWN_NAME = 128                 # characters of the longest of these
 KNOWN_CHOICE = 1_024             # characters of the longest choice of servers and tools that is remembered
 MAX_GLOBS = 100                  # in one client's choice
@@ -2987,7 +2988,7 @@ class View:
         self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
-        self._known = functools.lru_cache(KNOWN_NAMES)(self._direct)
+        self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
     def is_by_client(self) -> bool:
@@ -3938,11 +3939,16 @@ def try_later(why: str) -> ServerError:
     return ServerError(why, status=503, headers=(("Retry-After", "5"),))
 
 
+def other_limits() -> ServerError:
+    """The answer to what was let in, and would not be now."""
+    return try_later("what its caller may use has changed")
+
+
 # ============================================================================
 # 17. Linux
 # ============================================================================
 #
-# What it says of processes, where there is a /proc, and what Python has no function for.
+# What it says of processes, where there is a /proc, and what is done to processes and to files of others.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
 STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
@@ -4238,6 +4244,7 @@ class Reaper:
     SCRIPT = """
         trap '' HUP INT TERM
         while read -r line; do is_over=$line; done           # said by close(), when all is gone
+        unset tag                                            # what is exported would be in the programs' environment
         tag="MCPPROXY_TAG=$1-"
         for round in 1 2 3 4 5; do
             found=$(ulimit -v 1048576; grep -ls "$tag" /proc/[0-9]*/environ)
@@ -4250,6 +4257,7 @@ class Reaper:
         done
         # It may also be in what is endless, or a thread's: see read_proc(). Each is looked at only where one has it.
         has_tag() { head -qc 6291456 "$@" | grep -q "$tag"; }
+        # What was killed is gone by then.
         [ "$is_over" ] || { sleep 0.2; has_tag /proc/[0-9]*/environ /proc/[0-9]*/task/*/environ; [ $? = 1 ]; } ||
             for path in /proc/[0-9]*; do has_tag $path/environ $path/task/*/environ && kill -9 ${path#/proc/}; done
         rm -rf -- "$2" || { chmod -R u+rwx "$2"; rm -rf -- "$2"; }
@@ -4276,7 +4284,8 @@ class Reaper:
         self.uids = {0, os.getuid()}
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
-        self._closer.submit(int)              # so it has its thread; later there may be none to be had
+        with contextlib.suppress(RuntimeError):
+            self._closer.submit(int)          # so it has its thread; later there may be none to be had
         self._sweep: asyncio.TimerHandle | None = None
         with contextlib.suppress(OSError):
             os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
@@ -4545,8 +4554,10 @@ def is_below(path: str, folders: list[str]) -> bool:
     """Is a path within one of these folders, whatever links are on the way to it?"""
     above = os.path.dirname(path)
     where = os.path.realpath(above) + "/"
-    return above != path and (any(where.startswith(folder.rstrip("/") + "/") for folder in folders)
-                              or is_below(above, folders))
+    if above == path or any(where.startswith(folder.rstrip("/") + "/") for folder in folders):
+        return above != path
+    target = os.path.join(above, os.readlink(path)) if os.path.islink(path) and os.path.exists(path) else "/"
+    return is_below(above, folders) or is_below(target, folders)
 
 
 class Sandbox:
@@ -4619,14 +4630,15 @@ class Sandbox:
         # The Python that runs this file, for the demo server; and what names are resolved with.
         usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
         allowed = [(path, READ) for path in (*ALL_READ, *usual)] + [(path, DEVICE) for path in ALL_USE]
+        writable = self.writable
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
             for path in self.paths(name):
-                if os.path.exists(path) or is_below(path, self.writable):
+                if os.path.exists(path) or is_below(path, writable):
                     allowed.append((path, right))
                 else:
                     self.refuse(name, f"{path} does not exist")
         # What is below others is open anyway, and may be a link by now, put there by a run before, or a neighbour.
-        allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, self.writable)]
+        allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, writable)]
         rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE))
                  for path, right in (*allowed, (cell.directory, WRITE)) if os.path.exists(path)]
         scopes, since = LANDLOCK_SCOPES
@@ -5350,8 +5362,11 @@ async def look_up(host: str, port: int) -> None:
     await asyncio.shield(lookup)
 
 
-def is_looking_up() -> bool:
-    return bool(_lookups)
+def end_lookups(status: int) -> None:
+    """Ends the program with this status, where Python would wait for threads that look up names."""
+    if _lookups:
+        log.flush()
+        os._exit(status)
 
 
 class HTTPClient:
@@ -5507,12 +5522,13 @@ class NotYet(Exception):
 class Verdict(typing.NamedTuple):
     """What is known of a token."""
 
-    good_until: float                          # of the clock; what is said here holds for so long
+    good_until: float                          # of the clock; what is said here holds for so long,
     error: str | None = None                   # why it is refused
     subject: str = ""
     audience: frozenset[str] = frozenset()
     scopes: frozenset[str] = frozenset()
     key: PublicKey | None = None               # that has signed it
+    expires: float = float("inf")              # in seconds since 1970: the clock stands still while a machine sleeps
 
 
 class Ask(Fetch):
@@ -5597,7 +5613,7 @@ class Issuer:
         if self._keys and now - self._read_at > KEYS_SECONDS:
             self._read_soon()
         verdict = self._verdicts.get(digest) or self._refused.get(digest)
-        if verdict and now < verdict.good_until:
+        if verdict and now < verdict.good_until and time.time() < verdict.expires:
             return verdict
         if digest in self._checks:
             raise NotYet(self._checks[digest][0])
@@ -5640,7 +5656,7 @@ class Issuer:
             # MCP 2025-11-25, Authorization, Canonical Server URI: "SHOULD accept uppercase scheme and host components".
             audience |= {re.sub("^[^/]*//[^/]*", lambda start: start[0].lower(), one) for one in audience}
             left = min(max(claims["exp"] - time.time(), 1), INTROSPECTED_SECONDS if token is None else KNOWN_SECONDS)
-            verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key)
+            verdict = Verdict(self._now() + left, None, claims["sub"], audience, scopes, key, claims["exp"] + LEEWAY)
         except TimeoutError:
             raise try_later("it takes too long to find out what the token is worth") from None
         except TokenError as error:
@@ -5984,7 +6000,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
 #
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
-ASIDES = 128                     # of these are on their way at a time: others need places too
+ASIDES = 128                     # of these are on their way at a time: calls need places too
 DELETE_SECONDS = 2.0             # for the end of a session
 DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
@@ -6005,8 +6021,9 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        # (line, is_repeated) of what has no answer, in queues by principal: of each, one is on its way.
-        self._asides: dict[int | None, collections.deque[tuple]] = {}
+        # (line, is_repeated) of what has no answer, by principal: of each of these, one is on its way, or has no place.
+        self._asides: dict[object, collections.deque[tuple]] = {}
+        self._places = asyncio.Semaphore(ASIDES)
         self.backlog = 0                       # how many bytes they have
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
@@ -6025,27 +6042,29 @@ class RemoteLink(Link):
     # What the connection calls.
 
     def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False,
-              queue: int | None = None) -> None:
+              principal: object = None) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
             self._post(line, about)
         elif line == INITIALIZED:
             self._held = self._held or []      # a server may refuse what comes before this
             asyncio.create_task(self._open())
-        elif about is None and queue in self._asides:
-            self._asides[queue].append((line, is_repeated))
+        elif about is None and principal in self._asides:
+            self._asides[principal].append((line, is_repeated))
             self.backlog += len(line)
         elif self._held is not None:
-            self._held.append((line, about, is_repeated, queue))
+            self._held.append((line, about, is_repeated, principal))
+            self.backlog += len(line)
         elif about is None:
-            self._asides[queue], aside = collections.deque(), Aside(self, line, is_repeated)
-            aside.send(self._client)
-            asyncio.create_task(self._tell_all(queue, aside))
+            asides = self._asides[principal] = collections.deque([(line, is_repeated)])
+            self.backlog += len(line)
+            first = self._next_aside(asides) if len(self._asides) <= ASIDES else None
+            asyncio.create_task(self._tell_all(principal, first))
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
     def tell(self, line: bytes, principal: object) -> None:
-        self.write(line, queue=hash(principal) % ASIDES)
+        self.write(line, principal=principal)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
@@ -6054,8 +6073,9 @@ class RemoteLink(Link):
 
     def has_sent(self, number: int) -> bool:
         fetch = self._running.get(number)
-        is_held = any(about and about[0] == number for _, about, *_ in self._held or ())
-        return not (is_held or isinstance(fetch, Post) and fetch in fetch.waits_in)
+        if fetch is None:                      # it is held, or taken, with HTTP+SSE
+            return self._endpoint is not None and self._held is None
+        return not isinstance(fetch, Post) or fetch.connection is not None
 
     def _drop(self, number: int | None) -> None:
         fetch = self._running.pop(number, None)
@@ -6147,18 +6167,26 @@ class RemoteLink(Link):
         post = self._running[about[0]] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
-    async def _tell_all(self, queue: int | None, first: Aside) -> None:
-        """Sends what has no answer, of a queue one after the other, for their order counts; the first was sent."""
-        asides = self._asides[queue]
-        await self._tell(first, asides)
-        while asides and self.on_end:
-            line, is_repeated = asides.popleft()
-            self.backlog -= len(line)
-            if self._held is None:
-                await self._tell(Aside(self, line, is_repeated), asides)
-            else:
-                self._held.append((line, None, is_repeated, queue))          # for a session
-        del self._asides[queue]
+    def _next_aside(self, asides: collections.deque) -> Aside:
+        """Sends the next of these."""
+        line, is_repeated = asides.popleft()
+        self.backlog -= len(line)
+        aside = Aside(self, line, is_repeated)
+        aside.send(self._client)
+        return aside
+
+    async def _tell_all(self, principal: object, sent: Aside | None) -> None:
+        """Sends what has no answer, a principal's one after the other, for their order counts; one may be sent."""
+        asides = self._asides[principal]
+        while sent or asides and self.on_end:
+            async with self._places:
+                if sent or self._held is None:
+                    await self._tell(sent or self._next_aside(asides), asides)
+                    sent = None
+            if self._held is not None:                     # they wait for a session
+                self._held += [(line, None, is_repeated, principal) for line, is_repeated in asides]
+                asides.clear()
+        del self._asides[principal]
 
     async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> None:
         problem = ""
@@ -6268,6 +6296,7 @@ class RemoteLink(Link):
         await self._tell(Aside(self, INITIALIZED))
         held, self._held = self._held, None
         for line, about, *more in held:
+            self.backlog -= len(line)
             if about is None or self.awaits(about[0]):
                 self.write(line, about, *more)
         if self.is_open and not self._endpoint:          # it may have been stopped since
@@ -6322,7 +6351,7 @@ class RemoteLink(Link):
                 self.on_refused(number, ServerError(f"the MCP server cut its answer off, and then {reason}"))
             if is_in_vain and not is_reached:
                 return self.end(reason)
-            if number is None and status == 404 and listen.tries and self.session and self._held is None:
+            if number is None and status == 404 and listen.tries and self.session:
                 return self._renew(self.session)         # it had a stream before
             if not self.awaits(number) if number is not None else 400 <= status < 500 and status != 429:
                 return                         # MCP 2025-11-25: 405, if it has none
@@ -7755,7 +7784,7 @@ class Instance:
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
-        self.failures = 0                           # of a group's calls in a row
+        self.failures, self.failed_at = 0, 0.0      # of a group's calls in a row, and when the last one failed
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -8333,7 +8362,7 @@ class Session(Client):
         self.view = view
         self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
         if view.grants != before.grants:
-            self._keep_calls(try_later("what its caller may use has changed"))
+            self._keep_calls(other_limits())
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8530,7 +8559,8 @@ class Pool:
     def who_fill(self, server: "Server") -> set["Server"]:
         """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
         together with it. Nobody while there is room."""
-        sharing = {one for one in self.servers if server.users and one.users == server.users and not one.is_retired}
+        sharing = {one for one in self.servers if server.users and one.users == server.users and not (
+            one.is_retired and not any(instance.is_used for instance in one.instances.values()))}      # it ends soon
         for limit, servers in (self.limit, self.servers), (len(server.users), sharing):
             if servers and sum(len(one.ending) + sum(instance.has_process for instance in one.instances.values())
                    for one in servers) >= limit:
@@ -8601,14 +8631,18 @@ class Server:
             instance and instance.connection is None and (instance.failure or instance.identity))
 
     def is_up_for(self, client: Client) -> bool:
-        """Can a call of this client be expected to work? If it has a process to itself, whatever fails for others."""
+        """Can a call of this client be expected to work? If it has a process to itself, whatever fails for others; one
+        that failed is tried again after a while."""
         mine = None if self.is_for_all else self.used_by(client)
-        return mine.failures < FAILURES if mine and mine.connection else self.is_up
+        if not (mine and mine.connection):
+            return self.is_up
+        return mine.failures < FAILURES or self.now() - mine.failed_at >= LONGEST_PROBE_PAUSE
 
     def count(self, instance: Instance, has_failed: bool) -> None:
         """A call of its group's was answered by this instance, or failed there."""
         for one in self, instance:
             one.failures = one.failures + 1 if has_failed else 0
+        instance.failed_at = self.now()
 
     @property
     def state(self) -> str:
@@ -8959,10 +8993,10 @@ class Mount:
             if session.caller and not caller:
                 session.end()
             session.caller = caller
-        for call in list(self.subscriptions):
+        for call in [*self.calls, *self.subscriptions]:
             before, caller = call.client.caller, now(call.client)
             if not call.client.is_session and before and (not caller or caller.limits != before.limits):
-                call.end_subscription()
+                call.end_subscription() if call.is_endless else call.stay(other_limits())
 
     @property
     def is_ready(self) -> bool:
@@ -9003,13 +9037,14 @@ class Mount:
                  **(connection.link.fields if connection else {}))
         return session
 
-    def unseal_session(self, sealed_id: str, view: View, caller: Caller | None, principal: object,
+    def unseal_session(self, sealed_id: str, view_now, caller: Caller | None, principal: object,
                        headers: dict[str, str]) -> str:
         """The name of the session with this id. One that is not known here is opened again, if its id is genuine and
         its servers are shared: another process opened it, or this one before it was started again."""
         name, secret = sealed_id.partition(".")[0], self.settings.session_secret
         if name in self.sessions:
             return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
+        view = view_now()                          # RPCError where there is nothing any more
         _, facts = unseal(secret, sealed_id) or (None, None)
         if not facts or name in self.deleted or (
                 facts["whose"], facts["place"]) != (whose(secret, caller), view.place) or not (
@@ -9450,9 +9485,10 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
         for member, has in found:
             if uri in has[number]:
                 return [Target(member.name)], missing
-    for member, (_, _, templates) in found:
-        if any(fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES)):
-            return [Target(member.name)], missing
+    likely = [member.name for member, (_, _, templates) in found if any(
+        fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES))]
+    if likely and len(uri) <= MAX_URI:
+        return [Target(likely[0])], missing
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
         return await find_by_uri(client, uri, patience, waited | started)
@@ -9463,6 +9499,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
             identities[name] = instance.connection and instance.identity
     targets = [Target(member.name) for member in client.view.members
                if identities.get(member.name) and identities[member.name].has("resources")]
+    targets.sort(key=lambda target: target.server not in likely)           # of a longer one, the rest may fit no more
     if not targets:
         raise failure or RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
     return targets, {name: why for name, why in missing.items() if not identities.get(name)}
@@ -9534,7 +9571,8 @@ class LegacyClientBridge(Bridge):
         version = identity.version if is_answered else negotiate(message.params.get("protocolVersion"))
         if client.is_session:
             client.introduce(message, version)
-        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(version, client.is_session)))
+        exchange.finish(encode_result(exchange.raw_id, identity.initialize_result(
+            version, client.is_session, client.owner is None)))
 
     def set_level(self, exchange: "Exchange", message: Message) -> bool | None:
         """Remembers which log messages the client wants; the server is told the most verbose level of all."""
@@ -9757,6 +9795,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         exchange.connection.causes.pop(exchange, None)        # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
+        if exchange.text is None and exchange.is_repeated:
+            raise other_limits()                              # see stay()
         if dialogue.rounds > ROUNDS or exchange.text is None:
             raise ServerError("the MCP server asked for input too often, or where it may not")
         result, answers = response.result, {}
@@ -10840,20 +10880,20 @@ class Listener(Exchange):
         except RPCError:
             return self.end_subscription()
         server = self.instance and self.instance.server
-        if server and (server.is_retired or server.name not in shown.names) or self.client.is_homeless:
+        is_over = server and (server.is_retired or server.name not in shown.names)
+        if is_over or self.client.variables and shown.is_for_all:
             return self.end_subscription()
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
         if server is None:
-            shown = self.client.view.names
-            gone = [one for one in self._joined if one.server.is_retired or one.server.name not in shown]
+            gone = [one for one in self._joined if one.server.is_retired or one.server.name not in shown.names]
             moving = [(topic.uri, topic.instance.server) for topic in self.topics if topic.instance in gone]
             for instance in gone:
                 self._leave_one(instance)
             self._join_all()
             for uri, old in moving:
                 self._follow(uri, self.client.place_of(old))
-        if self.client.view.offer != view.offer:
+        if shown.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
 
@@ -10950,7 +10990,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
         capabilities.pop("tasks", None)                # SEP-2663; see Identity.discover_result()
     capabilities = dump(capabilities)
     members = {"capabilities": capabilities if client.is_session or not is_initialize else
-               without_session(capabilities)}
+               without_session(capabilities, client.owner is None)}
     instructions = [f"# {member.name}\n\n{identity.instructions}" for member, identity in found
                     if identity.instructions]
     if instructions:
@@ -10986,7 +11026,7 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
         return instance, await KeptList(instance, exchange.method, exchange.way).read()
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
         one.name).used_by(client)]
-    found, missing = await ask_servers(client, lambda instance: None, ask, asked)
+    found, missing = await ask_servers(client, lambda instance: None, ask, asked or client.view.members)
     if not any(instance.identity.has("tasks") for _, (instance, _) in found):
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
     for member, (instance, items) in found:
@@ -12134,10 +12174,6 @@ def check_version(admission: Admission) -> None:
 #
 # The tools as operations, for clients that know no MCP.
 
-# JSON Schema 2020-12: what has schemas by name, and what has values in it that are none.
-NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
-DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
-
 
 def openapi_document(tools: dict[str, str], title: str, version: str, base_path: str, needs_key: bool) -> bytes:
     """An OpenAPI 3.1 description of tools, given as texts by name: one operation each."""
@@ -12768,8 +12804,8 @@ class Endpoints(Application):
         caller = admission.caller
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
-            session_id = self.mount.unseal_session(session_id, admission.view, caller, caller or admission.host,
-                                                   admission.head.headers)
+            session_id = self.mount.unseal_session(session_id, lambda: admission.view, caller,
+                                                   caller or admission.host, admission.head.headers)
         session = self.mount.find_session(session_id, admission.place, caller, is_streamable)
         session.headers = admission.head.headers
         if caller is not session.caller and (caller.limits, caller.scopes) != (
@@ -12787,6 +12823,13 @@ class Endpoints(Application):
                                    admission.name)
         visitor.headers = admission.head.headers
         return visitor
+
+    def _admits_still(self, admission: Admission, client: Client) -> bool:
+        """May a request that has waited do now what it might when it came?"""
+        with contextlib.suppress(NotYet):
+            return admission.keys is self.keys or (
+                self.admit(admission.head, admission.host).view.grants == client.view.grants)
+        return False
 
     def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
@@ -12815,8 +12858,11 @@ class Endpoints(Application):
         if len(message.text) > SMALL:             # what was parsed of it takes many times its size
             message, body = None, message.text
         client = self._visit(admission, reply)
-        if not client.view.candidates(name) or name not in await tools_at(client, name) and (
-                name not in await tools_at(client, name, refresh=True)):
+        is_there = bool(client.view.candidates(name)) and (
+            name in await tools_at(client, name) or name in await tools_at(client, name, refresh=True))
+        if not self._admits_still(admission, client):
+            raise other_limits()
+        if not is_there:
             raise client.view.closed("tools", name, 403) or RPCError(f"there is no tool {name}", status=404,
                                                                      code=INVALID_PARAMS)
         exchange = new_exchange(client, message or parse_message(body), ToolOutlet(reply), None, admission.trace)
@@ -13620,7 +13666,7 @@ async def tell_servers(mount: Mount, base: str) -> None:
 @contextlib.asynccontextmanager
 async def running(settings: Settings, on_signal):
     """A Proxy, which is stopped in the end. SIGTERM and SIGINT are for `on_signal`."""
-    loop = asyncio.get_running_loop()
+    loop, blocks = asyncio.get_running_loop(), os.get_blocking(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     # A host name that cannot be looked up keeps a thread busy for long, and those of other servers shall not wait.
@@ -13634,11 +13680,10 @@ async def running(settings: Settings, on_signal):
         yield proxy
     finally:
         await proxy.stop()
+        os.set_blocking(1, blocks)             # others have the same open file
         # All is done: one more, while Python ends, is not to make another end of a good one.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    if is_looking_up():
-        log.flush()
-        os._exit(0)                            # Python would wait for the threads that do
+    end_lookups(0)
 
 
 async def run(settings: Settings) -> None:
@@ -13678,13 +13723,12 @@ async def run(settings: Settings) -> None:
 
 async def serve_stdio(settings: Settings) -> None:
     """One run for one client on stdin and stdout: until it is gone, or SIGTERM or SIGINT."""
-    is_over, blocks = asyncio.Event(), os.get_blocking(1)
+    is_over = asyncio.Event()
     async with running(settings, is_over.set) as proxy:
         client = StandardStreams(proxy.mount, settings, is_over)
         await proxy.start(listens=False)
         await client.start()
         await is_over.wait()
-    os.set_blocking(1, blocks)                 # others have the same open file
 
 
 async def describe(member: ServerConfig, client: Client) -> list[str]:
@@ -13743,6 +13787,7 @@ async def check(settings: Settings) -> bool:
     # Whoever reads may have seen enough; the exit status is for others.
     with contextlib.suppress(OSError), open(1, "w", encoding="utf-8", closefd=False) as output:
         print(*lines, sep="\n", file=output)
+    end_lookups(int(not all_work))
     return all_work
 
 
@@ -13962,7 +14007,7 @@ function fieldOf([name, schema], isRequired) {
   if (!properties) return name
   const input = el(kind === "enum" ? "select" : "input", { name, ...properties })
   if (kind === "enum") input.append(...isRequired ? [] : [el("option", { value: "" })], ...schema.enum.map((one, at) =>
-    el("option", { value: at, selected: worded(one) === worded(usual) }, worded(one))))
+    el("option", { value: at, selected: pretty(one) === pretty(usual) }, worded(one))))
   const isLeftOut = () => !isRequired && (kind === "boolean" ? !input.checked && usual !== true : input.value === "")
   const read = () => isLeftOut() ? undefined : kind === "boolean" ? input.checked : kind === "string" ? input.value :
     kind === "enum" ? schema.enum[input.value] : exact("", Number(input.value), { source: input.value })

@@ -3405,6 +3405,10 @@ def test_protocol_headers_are_named_only_where_they_may(properties, is_misuse):
     assert mcpproxy.misuses_headers({"type": "object", "properties": properties}) == is_misuse
 
 
+def test_protocol_schema_that_nobody_gets_through_misuses_no_header():
+    assert not mcpproxy.misuses_headers(functools.reduce(lambda inner, _: {"items": inner}, range(5_000), {}))
+
+
 @pytest.mark.parametrize("versions, told", [
     (["2027-01-01", "2026-07-28"], ["2026-07-28"]), (["2026-07-28", "2025-11-25"], ["2026-07-28", "2025-11-25"])])
 def test_protocol_revisions_that_the_proxy_does_not_speak_are_told_to_nobody(versions, told):
@@ -3415,12 +3419,10 @@ def test_protocol_revisions_that_the_proxy_does_not_speak_are_told_to_nobody(ver
 
 def test_protocol_callers_without_a_session_are_offered_no_list_of_tasks():
     """MCP 2025-11-25, Tasks, Security: who cannot be told apart has none."""
-    left = mcpproxy.without_session('{"tasks":{"list":{},"cancel":{}},"tools":{"listChanged":true},"logging":{}}')
-    assert json.loads(left) == {"tasks": {"cancel": {}}, "tools": {}}
-
-
-def test_protocol_schema_that_nobody_gets_through_misuses_no_header():
-    assert not mcpproxy.misuses_headers(functools.reduce(lambda inner, _: {"items": inner}, range(5_000), {}))
+    capabilities = '{"tasks":{"list":{},"cancel":{}},"tools":{"listChanged":true},"logging":{}}'
+    assert json.loads(mcpproxy.without_session(capabilities, is_anybody=True)) == {"tasks": {"cancel": {}}, "tools": {}}
+    of_a_key = json.loads(mcpproxy.without_session(capabilities, is_anybody=False))
+    assert of_a_key == {"tasks": {"list": {}, "cancel": {}}, "tools": {}}
 
 
 @pytest.mark.parametrize("result, expected", [
@@ -6469,6 +6471,80 @@ def test_process_that_ends_with_another_one_takes_none_of_its_seconds(monkeypatc
     assert sum(seconds) == pytest.approx(sum(took)) and seconds[order[1]] == pytest.approx(known[order[1]])
 
 
+def raising(error):
+    def function(*_, **__):
+        raise error
+    return function
+
+
+@pytest.fixture
+def new_reaper():
+    """Makes a Reaper in this process, which is the parent of others' orphans only as long."""
+    with contextlib.ExitStack() as stack:
+        def new_reaper():
+            reaper = mcpproxy.Reaper()
+            stack.callback(reaper.close)
+            return reaper
+        yield new_reaper
+    mcpproxy.libc().prctl(36, 0, 0, 0, 0)                      # PR_SET_CHILD_SUBREAPER
+
+
+@pytest.fixture
+def reaper(new_reaper):
+    return new_reaper()
+
+
+def test_process_leftovers_are_looked_for_where_there_is_no_temporary_directory(new_reaper, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", raising(FileNotFoundError("no usable one")))
+    assert new_reaper().homes.startswith("/tmp/")
+
+
+def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
+    closed = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+
+    async def run():
+        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
+        reaper.sweep()
+    asyncio.run(run())
+    assert closed.wait(PATIENCE)
+
+
+def test_process_leftovers_are_looked_for_again_when_processes_could_not_be_listed(reaper, monkeypatch):
+    closed = threading.Event()
+
+    async def run():
+        monkeypatch.setattr(mcpproxy, "list_processes", list)          # no descriptor is free
+        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
+        reaper.sweep()
+        await asyncio.sleep(0)
+        assert not closed.is_set()
+        monkeypatch.undo()
+        await asyncio.sleep(2)
+    with asyncio.Runner(loop_factory=instant_loop) as runner:
+        runner.run(run())
+    assert closed.wait(PATIENCE)
+
+
+def test_process_that_ends_servers_is_started_when_it_can_be(new_reaper, monkeypatch, capfd):
+    monkeypatch.setattr(subprocess, "Popen", raising(OSError(errno.EMFILE, "too many")))
+    reaper = new_reaper()
+    reaper.tick()
+    monkeypatch.undo()
+    reaper.tick()
+    mcpproxy.log.flush()
+    assert capfd.readouterr().err.count("no shell") == 1 and reaper._watcher.poll() is None
+
+
+def test_process_that_ends_servers_is_not_taken_for_another_proxy_s_server(new_reaper, monkeypatch):
+    monkeypatch.setenv("MCPPROXY_TAG", "of-another")
+    monkeypatch.setenv("OTHER", "stays")
+    reaper = new_reaper()
+    environment = until(lambda: mcpproxy.read_file(f"/proc/{reaper._watcher.pid}/environ"), "its environment")
+    assert b"OTHER=stays" in environment and b"MCPPROXY_TAG" not in environment
+
+
 # ============================================================================
 # 20. Sandbox
 # ============================================================================
@@ -7263,8 +7339,10 @@ def test_sandbox_follows_no_link_that_a_server_may_have_made(place, secret):
     for name in "conf", "cache":
         (place / "w" / name).symlink_to(secret.parent)
     (place / "link").symlink_to(place / "w")
+    (place / "current").symlink_to(place / "w/conf")
     for given in ({"SANDBOX_READ": place / "w/conf"}, {"SANDBOX_READ": place / "link/conf"},
-                  {"SANDBOX_WRITE": f"{place}/w:{place}/w/cache"}, {"SANDBOX_READ": place / "w/conf/secret"}):
+                  {"SANDBOX_WRITE": f"{place}/w:{place}/w/cache"}, {"SANDBOX_READ": place / "w/conf/secret"},
+                  {"SANDBOX_READ": place / "current"}):
         with sandboxed(place, **{"SANDBOX": "on", "SANDBOX_WRITE": place / "w", **given}) as proxy:
             assert use(proxy, "read", path=str(secret)) == "EACCES", given
             assert use(proxy, "write_file", path=f"{place}/w/own", megabytes=1) == "ok after 1 MB"
@@ -8154,74 +8232,8 @@ def test_process_environment_is_read_no_further_than_it_can_be_long(monkeypatch)
         texts = list(mcpproxy.read_proc(program.pid, "environ"))
         program.kill()
     assert [len(text) for text in texts] == [mcpproxy.MAX_PROC]
-
-
-def raising(error):
-    def function(*_, **__):
-        raise error
-    return function
-
-
-@pytest.fixture
-def reaper():
-    reaper = mcpproxy.Reaper()
-    yield reaper
-    reaper.close()
-
-
-def test_process_leftovers_are_looked_for_where_there_is_no_temporary_directory(monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_get_default_tempdir", raising(FileNotFoundError("no usable one")))
-    reaper = mcpproxy.Reaper()
-    reaper.close()
-    assert reaper.homes.startswith("/tmp/")
-
-
-def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
-    closed = threading.Event()
-    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
-
-    async def run():
-        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
-        reaper.sweep()
-    asyncio.run(run())
-    assert closed.wait(PATIENCE)
-
-
-def test_process_leftovers_are_looked_for_again_when_processes_could_not_be_listed(reaper, monkeypatch):
-    closed = threading.Event()
-
-    async def run():
-        monkeypatch.setattr(mcpproxy, "list_processes", list)          # no descriptor is free
-        reaper.ended("tag", None, types.SimpleNamespace(close=closed.set))
-        reaper.sweep()
-        await asyncio.sleep(0)
-        assert not closed.is_set()
-        monkeypatch.undo()
-        await asyncio.sleep(2)
-    with asyncio.Runner(loop_factory=instant_loop) as runner:
-        runner.run(run())
-    assert closed.wait(PATIENCE)
-
-
-def test_process_that_ends_servers_is_started_when_it_can_be(monkeypatch, capfd):
-    monkeypatch.setattr(subprocess, "Popen", raising(OSError(errno.EMFILE, "too many")))
-    reaper = mcpproxy.Reaper()
-    reaper.tick()
     monkeypatch.undo()
-    reaper.tick()
-    mcpproxy.log.flush()
-    assert capfd.readouterr().err.count("no shell") == 1 and reaper._watcher.poll() is None
-    reaper.close()
-
-
-def test_process_that_ends_servers_is_not_taken_for_another_proxy_s_server(monkeypatch):
-    monkeypatch.setenv("MCPPROXY_TAG", "of-another")
-    monkeypatch.setenv("OTHER", "stays")
-    reaper = mcpproxy.Reaper()
-    environment = until(lambda: mcpproxy.read_file(f"/proc/{reaper._watcher.pid}/environ"), "its environment")
-    reaper.close()
-    assert b"OTHER=stays" in environment and b"MCPPROXY_TAG" not in environment
+    assert f"head -qc {mcpproxy.MAX_PROC} " in mcpproxy.Reaper.SCRIPT
 
 
 def test_process_is_told_how_it_ended_though_a_parent_of_the_proxy_ignores_that():
@@ -8455,7 +8467,8 @@ def test_process_each_is_looked_at_after_sigkill_only_where_one_is_left(tmp_path
     """Two programs for each process of the machine took seconds of a busy one."""
     (tmp_path / "head").write_text(f"#!/bin/sh\necho >> {tmp_path}/looks\nexec {shutil.which('head')} \"$@\"\n")
     (tmp_path / "head").chmod(0o755)
-    with running_proxy(FAKE, PATH=f"{tmp_path}:{os.environ['PATH']}") as proxy, SSEClient(proxy) as client:
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    with running_proxy(FAKE, PATH=path, tag="in the environment") as proxy, SSEClient(proxy) as client:
         client.tool("echo", text="x")
         proxy.stop(signal.SIGKILL)
         assert (tmp_path / "looks").read_text() == "\n"
@@ -9920,18 +9933,18 @@ async def test_remote_request_that_waits_for_another_session_is_not_sent_yet():
     await link.greet()
     link.connection.send_request(Waiting(), "tools/call", {"name": "t"})
     first = await link.taken("tools/call")
+    assert not link.has_sent(first.number)             # it waits for a connection
+    first.connection = "one"
     assert link.has_sent(first.number)
     respond(first, 404)
     greeting = await link.taken("initialize")
-    assert not link.has_sent(first.number)
+    assert not link.has_sent(first.number) and link.backlog == len(first.body)
+    link.connection.send(b"x" * 1_000, None, 1)
+    assert link.backlog == len(first.body) + 1_000
     greet(greeting, "two")
     respond(await link.taken("notifications/initialized"), 202)
-    await link.taken("tools/call")
-    assert link.has_sent(first.number)
-    link.connection.send_request(Waiting(), "tools/call", {"name": "t"})
-    waiting = await link.taken("tools/call")
-    waiting.waits_in = collections.deque([waiting])
-    assert not link.has_sent(waiting.number)
+    (await link.taken("tools/call")).connection = "one"
+    assert link.has_sent(first.number) and not link.backlog
 
 
 @over_a_link
@@ -12667,8 +12680,8 @@ def test_several_servers_are_read_again_when_what_kept_them_from_it_is_gone(keys
         assert "stays as it was" in refused and proxy.log().count("configuration stays as it was") == 2
 
 
-def test_several_servers_are_read_again_when_they_may_be_read():
-    """chmod(1) changes neither time nor size."""
+def test_several_servers_file_is_another_one_when_others_may_read_it():
+    """chmod(1) changes neither its time nor its size."""
     with tempfile.NamedTemporaryFile() as file:
         proxy = types.SimpleNamespace(settings=types.SimpleNamespace(mcp_config=file.name))
         before = mcpproxy.Proxy._stat_config(proxy)
@@ -12908,8 +12921,9 @@ def test_several_servers_that_come_later_get_the_log_level(several):
         assert '"level": "error"' in client.tool("late__seen")
 
 
-def test_several_servers_one_that_is_taken_out_still_gets_answers(several):
-    with several(a=FAKE, b=FAKE) as proxy, StreamableClient(
+@pytest.mark.parametrize("secret", ["", "s" * 32], ids=["ids", "sealed ids"])
+def test_several_servers_one_that_is_taken_out_still_gets_answers(several, secret):
+    with several(a=FAKE, b=FAKE, SESSION_SECRET=secret) as proxy, StreamableClient(
             proxy, path="/servers/b/mcp", capabilities=ALL_CAPABILITIES) as client, ModernClient(proxy) as modern:
         parked = park_at(modern, "b__inquire")
         call = client.start("ask", method=ELICIT, params={"message": "?"})
@@ -16072,6 +16086,9 @@ async def test_conversation_resource_with_a_long_name_is_the_server_s_whose_temp
     client = await town.client("legacy")
     await town.say_to(client, 1, "resources/read", {"uri": "cc://" + "x" * 5_000})
     assert "resources/read" in town.heard_by("c") and "resources/read" not in town.heard_by("a")
+    town.fails.add(("c", "resources/read"))                    # what comes later may be another's
+    await town.say_to(client, 2, "resources/read", {"uri": "cc://" + "x" * 5_000})
+    assert "resources/read" in town.heard_by("a")
 
 
 @in_town
@@ -16106,6 +16123,9 @@ async def test_conversation_group_lists_the_tasks_of_all_its_members():
         town.mount.servers[name].instances[()].owners.remember(("task", name), client.client)
     answer, = await town.say_to(client, 1, "tasks/list")
     assert [task["taskId"] for task in answer["result"]["tasks"]] == ["a", "b"]
+    other = await town.client("legacy", "g")
+    answer, = await town.say_to(other, 1, "tasks/list")
+    assert answer["result"] == {"tasks": []}
     answer, = await town.say_to(client, 2, "tasks/list", {"cursor": "unknown"})
     assert answer["error"]["code"] == -32602
 
@@ -16126,7 +16146,7 @@ async def test_conversation_question_of_a_modern_server_is_passed_on_as_it_was_w
 
 
 @in_town
-async def test_conversation_call_is_not_made_again_with_answers_when_its_caller_may_use_less():
+async def test_conversation_client_is_asked_nothing_for_a_call_when_its_caller_may_use_less():
     town = Town("modern", ["a", "c"])
     client = await town.client("legacy")
     await town.say_to(client, 1, "tools/call", {"name": "c__t"})
@@ -16136,17 +16156,33 @@ async def test_conversation_call_is_not_made_again_with_answers_when_its_caller_
     town.say(town.links["c"][0], asks_for_input(call, **ASKED))
     await asyncio.sleep(0.1)
     answer, = [told for told in town.told(client) if "id" in told]
-    assert answer["id"] == 1 and answer["error"] and len(town.heard) == 1
+    assert answer["id"] == 1 and "has changed" in answer["error"]["message"] and len(town.heard) == 1
 
 
 @in_town
-async def test_conversation_listener_ends_when_nobody_takes_its_client_s_variables_any_more():
+async def test_conversation_waiting_call_of_a_visitor_does_not_begin_when_its_key_may_use_less():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 5
+    ann = dataclasses.replace(LESS, limits=None)
+    client = await town.client("modern", None, ann, {})
+    assert not await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    town.mount.reload(town.mount.catalog, mcpproxy.Keys((LESS,)))
+    answer, = town.told(client)
+    assert answer["id"] == 1 and answer["error"]["message"] == "what its caller may use has changed"
+    await asyncio.sleep(10)
+    assert [name for name, _ in town.heard] == ["a"]           # whose call goes on
+
+
+@in_town
+@pytest.mark.parametrize("change", [{"allowed_env": "OTHER"}, {"shared_session": True}])
+async def test_conversation_listener_ends_when_nobody_takes_its_client_s_variables_any_more(change):
     town = Town("modern", ["a", "c"], shared_session=False, allowed_env="X_TOKEN")
     client = await town.client("modern", None, None, {"X_TOKEN": "x"})
     await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
     await asyncio.sleep(5)
     town.told(client)
-    town.settings = dataclasses.replace(town.settings, allowed_env="OTHER")
+    town.settings = dataclasses.replace(town.settings, **change)
     await town.reload(["a", "c"])
     answer, = town.told(client)
     assert answer["id"] == 1 and answer["result"]["resultType"] == "complete"
@@ -16215,6 +16251,22 @@ async def test_conversation_session_leaves_its_own_process_when_that_fails():
         await town.say_to(client, number, "tools/call", {"name": "t"})
         client.client.calls[number].on_failure(mcpproxy.ServerError("it answered HTTP 500"))
     assert [one == town.heard[0][0] for one, _ in town.heard] == [True] * 3 + [False]
+    server = town.mount.servers[town.heard[0][0]]
+    assert not server.is_up_for(client.client)
+    await asyncio.sleep(31)
+    assert server.is_up_for(client.client)                     # it is tried again
+
+
+@pytest.mark.parametrize("is_used, is_full", [(True, True), (False, False)])
+def test_conversation_room_for_a_server_that_is_configured_anew_is_that_of_the_one_before(is_used, is_full):
+    """Of a range of users: when that one ends soon, its user is waited for; otherwise somebody has to give one."""
+    class Stub(types.SimpleNamespace):
+        __hash__ = object.__hash__
+    pool, users = mcpproxy.Pool(10), range(1, 2)
+    instances = {(): types.SimpleNamespace(has_process=True, is_used=is_used)}
+    pool.servers = {Stub(users=users, ending={}, instances=instances, is_retired=True)}
+    new = types.SimpleNamespace(users=users, ending={}, instances={}, is_retired=False)
+    assert bool(pool.who_fill(new)) == is_full
 
 
 @in_town
@@ -16225,10 +16277,10 @@ async def test_conversation_running_call_goes_to_no_other_server_when_its_caller
     await town.say_to(client, 1, "tools/list")
     await town.say_to(client, 2, "tools/call", {"name": "t"})
     (name, _), = town.heard
-    client.client.caller = LESS
+    client.client.caller = mcpproxy.Caller("ann", b"ann", mcpproxy.Limits("ann", (mcpproxy.Grant(("g",), ("u",)),)))
     client.client.adopt(town.mount.catalog)
     await town.die(name)
-    answer, = town.told(client)
+    answer, = [told for told in town.told(client) if "id" in told]
     assert "ended" in answer["error"]["message"] and len(town.heard) == 1
 
 
@@ -22878,6 +22930,18 @@ async def test_oauth_introspection_is_not_believed_beyond_its_exp(issues, one):
 
 @asked
 @introspects
+async def test_oauth_introspection_is_not_believed_beyond_its_exp_where_the_machine_has_slept(issues, one, monkeypatch):
+    """While it sleeps, the clock by which the proxy counts stands still."""
+    now = time.time()
+    issues.knows(**{"opaque-1": {"exp": now + 1_000}})
+    assert await one.is_good("opaque-1")
+    known = issues.asked.copy()
+    monkeypatch.setattr(time, "time", lambda: now + 2_000)
+    assert not await one.is_good("opaque-1") and issues.asked != known
+
+
+@asked
+@introspects
 async def test_oauth_introspection_that_takes_longer_than_the_rest_of_a_token_s_time_is_told(issues, one):
     def slowly(_):
         time.sleep(1.3)
@@ -23650,15 +23714,17 @@ def test_proxy_that_was_stopped_for_a_while_takes_first_what_came_meanwhile():
         assert text_of(call.answer()) == "slept"
 
 
-def test_proxy_ends_though_nobody_looks_up_the_name_of_a_remote_server():
+@pytest.mark.parametrize("flags, status", [([], 0), (["--check", "--request-timeout", "1"], 1)], ids=["run", "check"])
+def test_proxy_ends_though_nobody_looks_up_the_name_of_a_remote_server(flags, status):
     silent = ("import mcpproxy, socket, time\nlook_up = socket.getaddrinfo\n"
               "socket.getaddrinfo = lambda host, *rest, **more: "
               "time.sleep(60) if host == 'far.example' else look_up(host, *rest, **more)\nmcpproxy.main()")
-    with subprocess.Popen([sys.executable, "-c", silent, "--port", "0", "--", "http://far.example/mcp"], cwd=HERE,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
-        assert b"mcpproxy" in program.stdout.readline()
-        program.terminate()
-        assert program.wait(PATIENCE) == 0
+    command = [sys.executable, "-c", silent, "--port", "0", *flags, "--", "http://far.example/mcp"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        assert (b"sandbox" if flags else b"mcpproxy") in program.stdout.readline()
+        if not flags:
+            program.terminate()
+        assert program.wait(PATIENCE) == status
 
 
 def test_proxy_serves_a_program_whose_name_is_no_utf_8(tmp_path):
