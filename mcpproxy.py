@@ -3066,7 +3066,7 @@ class View:
 
     def check_variables(self, variables: dict[str, str]) -> None:
         """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
-        own = [member for member in self.members if not member.settings.shared_session]
+        own = [server for server in self.servers if not server.settings.shared_session]
         for (name, value), member in itertools.product(variables.items(), own):
             if not may_set(name, value, member.settings.allowed_env):
                 raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
@@ -8766,6 +8766,9 @@ class Server:
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
                       principal: object = None) -> Instance:
         """A new instance; ServerError when there would be no room for its process."""
+        for name, value in (variables or {}).items():          # of one that asked before the configuration was another
+            if not may_set(name, value, self.settings.allowed_env):
+                raise RPCError(f"clients may not set the variable {name} like this", code=INVALID_PARAMS)
         self.pool.who_ends(principal, self)
         instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
@@ -8863,7 +8866,7 @@ class Group:
         if before is None or before is not left_out or not before.is_up_for(client):     # else for this request alone
             own.chosen += client.is_session        # a call of others counts when it is sent
             client.members[self.config.name] = own
-            if before and client.is_session:
+            if before in self.members and client.is_session:
                 client.move(before, own)
         return own
 
@@ -8978,6 +8981,10 @@ class Mount:
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
         for session in list(self.sessions.values()):
             session.adopt(catalog)
+        for call in [call for call in self.calls if call.instance and call.client.view.limits]:
+            server = call.instance.server
+            if not server.is_retired and server.name not in call.client.view.names:          # it left its group
+                call.stay(other_limits())
         for call, view in views.items():
             if not call.is_done:               # with its session
                 call.adopt(catalog, view)
@@ -8985,18 +8992,23 @@ class Mount:
     def _adopt_keys(self, keys: Keys) -> None:
         callers = {caller: caller for caller in keys.callers}
 
-        def now(client: Client) -> Caller | None:
-            caller = client.caller
+        def now(caller: Caller | None) -> Caller | None:
             return caller.under(keys.scopes) if caller and caller.is_token else callers.get(caller)
+
+        def is_another(caller: Caller | None) -> bool:
+            return caller is not None and (now(caller) is None or now(caller).limits != caller.limits)
         for session in list(self.sessions.values()):
-            caller = now(session)
+            caller = now(session.caller)
             if session.caller and not caller:
                 session.end()
             session.caller = caller
         for call in [*self.calls, *self.subscriptions]:
-            before, caller = call.client.caller, now(call.client)
-            if not call.client.is_session and before and (not caller or caller.limits != before.limits):
+            if not call.client.is_session and is_another(call.client.caller):
                 call.end_subscription() if call.is_endless else call.stay(other_limits())
+        for server in self.servers.values():
+            for instance in [one for one in server.instances.values() if not (one.is_private or one.is_used)]:
+                if instance.owner and is_another(instance.owner[0]):               # with a visitor's variables
+                    server.end(instance)
 
     @property
     def is_ready(self) -> bool:

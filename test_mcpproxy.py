@@ -5486,6 +5486,18 @@ def test_views_enforce_rules_in_calls_too(place):
     assert view.direct("prompts/get", start + "other").server == "a"            # prompts are not chosen among
 
 
+def test_views_of_a_group_take_the_variables_that_each_of_its_servers_allows():
+    given = {name: {"command": "x", "group": "g", "allowed_env": allowed} for name, allowed in (
+        ("a", "DATABASE_URL,X_TOKEN"), ("b", "X_TOKEN"))}
+    settings = Settings(mcp_config="x.json", shared_session=False)
+    servers = mcpproxy.parse_config(json.dumps({"mcpServers": given}), settings, {})
+    for place in "g", None:
+        view = mcpproxy.Catalog(servers, is_file=True).view(place)
+        view.check_variables({"X_TOKEN": "x"})
+        with pytest.raises(mcpproxy.RPCError, match="DATABASE_URL"):
+            view.check_variables({"DATABASE_URL": "x"})
+
+
 def test_views_at_a_place_that_was_taken_out_say_so_whatever_the_client_chooses():
     catalog = mcpproxy.Catalog(config_of(a={}), is_file=True)
     for wanted in ((), (("server", "a"),)):
@@ -16175,6 +16187,61 @@ async def test_conversation_waiting_call_of_a_visitor_does_not_begin_when_its_ke
 
 
 @in_town
+async def test_conversation_process_of_visitors_ends_with_their_key():
+    town = Town("legacy", ["a"], shared_session=False)
+    ann, bob = (mcpproxy.Caller(name, name.encode(), None) for name in ("ann", "bob"))
+    for caller in ann, bob:
+        client = await town.client("modern", None, caller, {"A_TOKEN": caller.name})
+        await town.say_to(client, 1, "tools/list")
+    town.mount.reload(town.mount.catalog, mcpproxy.Keys((bob,)))
+    await asyncio.sleep(1)
+    assert [owner[0] for owner in town.mount.servers["a"].instances] == [bob]
+
+
+@in_town
+async def test_conversation_server_is_not_started_with_a_variable_that_it_does_not_allow_whoever_wants_that():
+    town = Town("legacy", ["a"], shared_session=False, allowed_env="A_TOKEN")
+    town.mount.servers["a"].make_instance("ann", {"A_TOKEN": "1"})
+    with pytest.raises(mcpproxy.RPCError, match="B_TOKEN"):
+        town.mount.servers["a"].make_instance("bob", {"A_TOKEN": "1", "B_TOKEN": "1"})
+    assert "bob" not in town.mount.servers["a"].instances
+
+
+@in_town
+async def test_conversation_call_that_waits_for_a_server_that_leaves_its_group_goes_by_what_its_key_opens():
+    town = Town("legacy", ["h.a", "h.c"])
+    await asyncio.sleep(1)
+    town.slow["a"] = town.slow["c"] = 30
+    await asyncio.gather(town.die("a"), town.die("c"))
+    ann = mcpproxy.Caller("ann", b"ann", mcpproxy.Limits("ann", (mcpproxy.Grant(("h",)),)))
+    client = await town.client("legacy", "h")
+    client.client.caller = ann
+    client.client.adopt(town.mount.catalog)
+    town.told(client)
+    client.say(request(1, "tools/call", {"name": "t"}))
+    await asyncio.sleep(0.1)
+    name = client.client.members["h"].name
+    town.mount.reload(town.catalog([one if one == name else f"h.{one}" for one in "ac"]), mcpproxy.Keys((ann,)))
+    await asyncio.sleep(60)
+    answer, = [told for told in town.told(client) if told.get("id") == 1]
+    assert answer["error"]["message"] == "what its caller may use has changed" and not town.heard
+
+
+@in_town
+async def test_conversation_subscription_stays_at_a_server_that_leaves_its_group():
+    town = Town("legacy", ["g.a"])
+    town.answers["b", "resources/list"] = {"resources": []}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    await town.reload(["a", "g.b"])
+    await town.say_to(client, 2, "tools/list")                 # which goes to the group, too
+    assert "resources/unsubscribe" not in town.heard_by("a")
+    town.told(client)
+    town.say(town.links["a"][-1], notification("notifications/resources/updated", {"uri": "a:b"}))
+    assert [told["method"] for told in town.told(client)] == ["notifications/resources/updated"]
+
+
+@in_town
 @pytest.mark.parametrize("change", [{"allowed_env": "OTHER"}, {"shared_session": True}])
 async def test_conversation_listener_ends_when_nobody_takes_its_client_s_variables_any_more(change):
     town = Town("modern", ["a", "c"], shared_session=False, allowed_env="X_TOKEN")
@@ -16815,7 +16882,7 @@ async def test_conversation_answers_go_to_the_server_that_asked_and_not_to_the_o
 @in_town
 async def test_conversation_call_at_a_server_that_was_taken_out_goes_on_for_its_own_user_alone():
     town = Town("legacy", ["a=x"], shared_session=False)
-    one, other = {"A": "1"}, {"A": "2"}
+    one, other = {"A_TOKEN": "1"}, {"A_TOKEN": "2"}
     client = await town.client("modern", "a", None, one)
     await town.say_to(client, 1, "tools/call", {"name": "t"})
     link, = town.links["a"]
