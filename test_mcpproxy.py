@@ -28465,11 +28465,11 @@ def test_real_page_has_a_form_for_each_schema(page_of_schemas, name):
 def test_real_page_shows_all_tools_beside_one_that_cannot_be_shown(browser):
     odd = {"toString": 1, "valueOf": 1}
     tools = [{"name": name, "description": about, "inputSchema": {"type": "object", "properties": {
-        "a": {"type": "string", "default": default}}}} for name, about, default in (
+        "a": {"type": "string", "description": said, "default": odd}}}} for name, about, said in (
         ("one", odd, ""), ("two", "", odd), ("three", "", ""))]
     with running_proxy(puppet(tools)) as proxy, browser.visit(proxy) as page:
         page.click(f"{tool_on(page, 'three')} [type=submit]")
-        page.until_text("{", f"{tool_on(page, 'three')} .result")
+        page.until_text("valueOf", f"{tool_on(page, 'three')} .result")
         assert "one: " in page.text("#tools") and "two: " in page.text("#tools")
 
 
