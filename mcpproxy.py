@@ -9497,8 +9497,9 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
         for member, has in found:
             if uri in has[number]:
                 return [Target(member.name)], missing
-    likely = [member.name for member, (_, _, templates) in found if any(
-        fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES))]
+    fitting = (member.name for member, (_, _, templates) in found if any(
+        fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES)))
+    likely = [*itertools.islice(fitting, 1 if len(uri) <= MAX_URI else None)]
     if likely and len(uri) <= MAX_URI:
         return [Target(likely[0])], missing
     started = patience != 0 and await have_started(client, missing, waited, patience)
