@@ -8370,6 +8370,8 @@ class Session(Client):
             if old.is_retired:                             # it ends when its calls are done
                 instance.sessions.pop(self.id, None)
             else:
+                for call in [one for one in self.calls.values() if one.instance is instance and view.limits]:
+                    call.stay(other_limits())              # the server left its group, which may be all that is open
                 instance.leave(self)
         is_told = self.version and not self.listens        # one that listens is told by that
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
@@ -8981,10 +8983,6 @@ class Mount:
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
         for session in list(self.sessions.values()):
             session.adopt(catalog)
-        for call in [call for call in self.calls if call.instance and call.client.view.limits]:
-            server = call.instance.server
-            if not server.is_retired and server.name not in call.client.view.names:          # it left its group
-                call.stay(other_limits())
         for call, view in views.items():
             if not call.is_done:               # with its session
                 call.adopt(catalog, view)
