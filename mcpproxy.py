@@ -1955,8 +1955,8 @@ def input_required(requests: dict[str, Message], state: str, server_info: str | 
 # 9. Results
 # ============================================================================
 #
-# What a result of the one era is in the other; what a server said of itself in
-# its handshake, which is a result too; and results that are too large.
+# What a result of the one era is in the other; what a server said of itself in its handshake, which is a result too;
+# results that are too large; and what names a task.
 
 class Additions:
     """What every result of a method has for a modern client; the server's info (JSON) too, in its _meta."""
@@ -2274,6 +2274,23 @@ def next_cursor(page: Message, era: Era, seen: set[str]) -> str | None:
         return None
     seen.add(cursor)
     return cursor
+
+
+# Task ids of several servers as one.
+
+def with_tasks(message: Message, rename) -> Message:
+    """The message with other task ids; `rename` makes one of another, as strings. MCP 2025-11-25, Tasks; SEP-2663."""
+    result, places = members_of(message.members.get("result")), []
+    for top, inside in ("params", message.params), ("result", result):
+        if isinstance(inside.get("taskId"), str):
+            places.append((top, "taskId"))
+        related = members_of(members_of(inside.get("_meta")).get(RELATED_TASK_KEY))
+        if isinstance(related.get("taskId"), str):
+            places.append((top, "_meta", RELATED_TASK_KEY, "taskId"))
+    if isinstance(members_of(result.get("task")).get("taskId"), str):
+        places.append(("result", "task", "taskId"))
+    changes = [(*message.span(*place), dump(rename(message.value(*place)))) for place in places]
+    return parse_message(message.changed(changes).decode(), is_servers=True) if changes else message
 
 
 # ============================================================================
@@ -3013,6 +3030,14 @@ class View:
         """Does it take the server's list to say what its caller may use?"""
         return bool(self.grants) and kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
+    def terms(self, place: str, kind: str, own: str | None) -> tuple | None:
+        """By what a call goes of what the server at a place calls `own`, or of whatever it has; None if it is not
+        here."""
+        member = self.by_name.get(place)
+        rules = member.rules if member and kind == "tools" else None
+        return member and (self.grants and self.grants[place],
+                           rules and (rules.shown(own), rules.overrides.get(own)) if own else rules)
+
     def candidates(self, name: str) -> list[ServerConfig]:
         """The servers that may have a tool or prompt of this name."""
         return [member for member in self.members if not self.is_joint or name.startswith(member.start_of_names)]
@@ -3133,23 +3158,6 @@ class Catalog:
                     raise RPCError(f"there is no server {unknown[0]} here, but {', '.join(members)}", status=404)
                 members = {name: member for name, member in members.items() if name in parts}
         return View(place, tuple(members.values()), tuple(globs), self.is_file and place is None, wanted, limits, self)
-
-
-# Task ids of several servers as one.
-
-def with_tasks(message: Message, rename) -> Message:
-    """The message with other task ids; `rename` makes one of another, as strings. MCP 2025-11-25, Tasks; SEP-2663."""
-    result, places = members_of(message.members.get("result")), []
-    for top, inside in ("params", message.params), ("result", result):
-        if isinstance(inside.get("taskId"), str):
-            places.append((top, "taskId"))
-        related = members_of(members_of(inside.get("_meta")).get(RELATED_TASK_KEY))
-        if isinstance(related.get("taskId"), str):
-            places.append((top, "_meta", RELATED_TASK_KEY, "taskId"))
-    if isinstance(members_of(result.get("task")).get("taskId"), str):
-        places.append(("result", "task", "taskId"))
-    changes = [(*message.span(*place), dump(rename(message.value(*place)))) for place in places]
-    return parse_message(message.changed(changes).decode(), is_servers=True) if changes else message
 
 
 # ============================================================================
@@ -6900,6 +6908,7 @@ class Question(Holder):
         self.client = None                       # the session that is asked,
         self.send = None                         # the way that the question took there,
         self.asked_at = float("inf")             # and when
+        self.patience = float("inf")             # for how long, if it belongs to no call
 
     def ask(self, client, send) -> None:
         """Sends it to a session; `send` is the way that it takes."""
@@ -7115,6 +7124,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     # What it is asked: tasks/get and the like name a task of the client's own, the rest may name one of the server's.
     told = outward(client, instance, message) if client and not message.method.startswith("tasks/") else message
     question = connection.questions[message.id] = Question(told.with_id, on_response, told)
+    question.patience = instance.server.settings.request_timeout
     if connection.flood.count <= LOGGED_QUESTIONS:
         log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
                  method=message.method, id=question.id)
@@ -8080,13 +8090,13 @@ class Instance:
 
     # The clients together, as the server sees them.
 
-    def leave(self, session) -> None:
-        """Takes back what the server does for this client alone."""
+    def leave(self, session, is_over: bool = True) -> None:
+        """Takes back what the server does for this client alone; if it is not over, its calls are done first."""
         if self.sessions.pop(session.id, None):
             self.levels[session.log_level] -= 1
         self.topics.leave(session)
         self.adjust_log_level()
-        if self.is_private:
+        if self.is_private and is_over:
             self.server.end(self)
 
     def adjust_log_level(self, asked: str | None = None) -> None:
@@ -8221,6 +8231,21 @@ class Client(Holder):
         """The one that its requests go to if it is shown one server."""
         return self.by_name(self.view.members[0].name)
 
+    def adopt(self, catalog: Catalog) -> RPCError | None:
+        """The configuration is another one: it goes by that, and so do its calls that are at no server yet. Returns why
+        there is nothing for it any more, if so."""
+        before, problem = self.view, None
+        try:
+            view = catalog.view(before.place, before.wanted, self.caller and self.caller.limits)
+            view.check_variables(self.variables)
+            self.view = view
+        except RPCError as error:
+            problem = error
+        for call in list(self.calls.values()):
+            if problem or call.is_changed(before):
+                call.stay(no_such_session() if problem and self.is_session else other_limits())
+        return problem
+
     def notify(self, message: Message) -> None:
         """Passes its notification, as extensions may have some, to the modern servers that it is shown and uses."""
         check_parameters(message)
@@ -8349,20 +8374,12 @@ class Session(Client):
             self.end(error)
 
     def adopt(self, catalog: Catalog) -> None:
-        """The configuration is another one: what it used of servers that are gone, it uses of those in their place."""
-        before = self.view
-        try:
-            view = catalog.view(self.view.place, self.view.wanted, self.caller and self.caller.limits)
-            view.check_variables(self.variables)
-        except RPCError as error:
-            self.is_homeless = True
-            if error.data:                                 # its key opens the place no more, or sets too much
-                return self.end()
-            return self._keep_calls(no_such_session())
-        self.view = view
-        self.is_homeless = bool(self.variables) and view.is_for_all           # nobody takes them any more
-        if view.grants != before.grants:
-            self._keep_calls(other_limits())
+        """The same; and what it used of servers that are gone, it uses of those in their place."""
+        before, problem = self.view, super().adopt(catalog)
+        # Nobody takes its variables any more, where all have one process.
+        self.is_homeless = problem is not None or bool(self.variables) and self.view.is_for_all
+        if problem:
+            return self.end() if problem.data else None    # its key opens the place no more, or sets too much
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8370,17 +8387,10 @@ class Session(Client):
             if old.is_retired:                             # it ends when its calls are done
                 instance.sessions.pop(self.id, None)
             else:
-                for call in [one for one in self.calls.values() if one.instance is instance and view.limits]:
-                    call.stay(other_limits())              # the server left its group, which may be all that is open
-                instance.leave(self)
+                instance.leave(self, is_over=False)
         is_told = self.version and not self.listens        # one that listens is told by that
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
-
-    def _keep_calls(self, error: ProxyError) -> None:
-        """Its calls were let in by what their caller might use before."""
-        for call in list(self.calls.values()):
-            call.stay(error)
 
     def choose_log_level(self, level: object, has_logs: bool) -> None:
         """It wants log messages of this level from now on; RPCError when there are none."""
@@ -8817,7 +8827,9 @@ class Server:
         for instance in list(self.instances.values()):
             is_visitors = instance.owner != () and not instance.is_private
             is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
-            if (is_stale or self.is_retired and instance not in busy) and not instance.is_used:
+            is_left = self.is_retired or instance.is_private and instance.owner is not instance and (
+                not instance.sessions)
+            if (is_stale or is_left and instance not in busy) and not instance.is_used:
                 self.end(instance)
             else:
                 instance.tick(now)
@@ -8981,8 +8993,9 @@ class Mount:
         self._adopt(catalog)
         self.start()
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
-        for session in list(self.sessions.values()):
-            session.adopt(catalog)
+        visitors = {call.client for call in self.calls if not call.client.is_session}
+        for client in [*self.sessions.values(), *visitors]:
+            client.adopt(catalog)
         for call, view in views.items():
             if not call.is_done:               # with its session
                 call.adopt(catalog, view)
@@ -9000,12 +9013,16 @@ class Mount:
             if session.caller and not caller:
                 session.end()
             session.caller = caller
-        for call in [*self.calls, *self.subscriptions]:
-            if not call.client.is_session and is_another(call.client.caller):
-                call.end_subscription() if call.is_endless else call.stay(other_limits())
+        for call in [call for call in (*self.subscriptions, *self.calls) if not call.client.is_session]:
+            if call.is_endless and is_another(call.client.caller):
+                call.end_subscription()
+            elif call.client.caller and now(call.client.caller) is None:
+                call.stay(other_limits())
+            call.client.caller = now(call.client.caller) or call.client.caller
         for server in self.servers.values():
             for instance in [one for one in server.instances.values() if not (one.is_private or one.is_used)]:
-                if instance.owner and is_another(instance.owner[0]):               # with a visitor's variables
+                caller = instance.owner and instance.owner[0]                      # a visitor's
+                if caller and (is_another(caller) if instance.variables else now(caller) is None):
                     server.end(instance)
 
     @property
@@ -9110,8 +9127,9 @@ class Mount:
     def tick(self, now: float) -> None:
         """Called now and then: ends the calls that take too long, and the sessions that nobody uses."""
         calls = [*self.calls, *self.parked.values()]
+        busy = {call.instance for call in calls}
         for server in list(self._pool.servers):
-            server.tick(now, {call.instance for call in calls} if server.is_retired else ())
+            server.tick(now, busy)
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
         for group in self.groups.values():
@@ -9130,7 +9148,7 @@ class Mount:
         self._looked_at, idle = now, self.settings.session_idle
         for session in list(self.sessions.values()):
             for question in list(session.questions.values()):              # MCP 2025-11-25, Lifecycle, Timeouts
-                if question.call is None and now - question.asked_at >= self.settings.request_timeout:
+                if question.call is None and now - question.asked_at >= question.patience:
                     question.time_out()
             if session.is_homeless and not session.calls:
                 session.end()
@@ -10171,6 +10189,21 @@ class ClientRequest(PendingRequest, Holder):
             self.fail(error)
 
     @property
+    def own_name(self) -> str | None:
+        """The name that the server has for the tool or prompt."""
+        return self.target and self.target.name or self.name
+
+    def is_changed(self, before: View) -> bool:
+        """Does it go by something else now than in the view that its client had before?"""
+        view, instance, kind = self.client.view, self.instance, self.method.partition("/")[0]
+        places = [self.target.server if self.target else before.members[0].name] if instance else before.by_name
+        own = self.own_name if instance else None
+        if view.limits and instance and instance.server.name not in view.names:
+            return True                               # it left its group, which may be all that is open
+        return any(before.terms(place, kind, own) != view.terms(place, kind, own) for place in places
+                   if view.limits or place in view.by_name)
+
+    @property
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         client = self.client
@@ -10487,11 +10520,6 @@ class Exchange(ClientRequest):
                 raise
         else:                               # otherwise the server has to know what it takes
             self._check_by(tools, self.own_name)
-
-    @property
-    def own_name(self) -> str | None:
-        """The name that the server has for the tool or prompt."""
-        return self.target and self.target.name or self.name
 
     async def _begin_when_ready(self) -> None:
         try:
@@ -12835,13 +12863,6 @@ class Endpoints(Application):
         visitor.headers = admission.head.headers
         return visitor
 
-    def _admits_still(self, admission: Admission, client: Client) -> bool:
-        """May a request that has waited do now what it might when it came?"""
-        with contextlib.suppress(NotYet):
-            return admission.keys is self.keys or (
-                self.admit(admission.head, admission.host).view.grants == client.view.grants)
-        return False
-
     def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
         Hosted clients never send the id back that they were given."""
@@ -12855,9 +12876,23 @@ class Endpoints(Application):
 
     # Tools without MCP.
 
+    async def _tools(self, admission: Admission, client: Client, name: str | None = None,
+                     refresh: bool = False) -> dict[str, str]:
+        """See tools_at(); RPCError where its caller may not use now what it might when the request came."""
+        tools, view = await tools_at(client, name, refresh), client.view
+        with contextlib.suppress(NotYet):
+            if admission.keys is not self.keys:
+                view = self.admit(admission.head, admission.host).view
+            if view.offer == client.view.offer:
+                return tools
+            if view.grants == client.view.grants:
+                client.view = view
+                return await self._tools(admission, client, name)
+        raise other_limits()
+
     async def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
-        tools = await tools_at(self._visit(admission, reply))
+        tools = await self._tools(admission, self._visit(admission, reply))
         self.send_json(reply, b'{"tools":[%b]}' % ",".join(tools.values()).encode())
 
     async def call_tool(self, admission: Admission, body: bytes, reply: Reply) -> None:
@@ -12869,11 +12904,8 @@ class Endpoints(Application):
         if len(message.text) > SMALL:             # what was parsed of it takes many times its size
             message, body = None, message.text
         client = self._visit(admission, reply)
-        is_there = bool(client.view.candidates(name)) and (
-            name in await tools_at(client, name) or name in await tools_at(client, name, refresh=True))
-        if not self._admits_still(admission, client):
-            raise other_limits()
-        if not is_there:
+        if not client.view.candidates(name) or name not in await self._tools(admission, client, name) and (
+                name not in await self._tools(admission, client, name, refresh=True)):
             raise client.view.closed("tools", name, 403) or RPCError(f"there is no tool {name}", status=404,
                                                                      code=INVALID_PARAMS)
         exchange = new_exchange(client, message or parse_message(body), ToolOutlet(reply), None, admission.trace)
@@ -12883,7 +12915,7 @@ class Endpoints(Application):
     async def openapi(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /openapi.json: the tools as operations."""
         client = self._visit(admission, reply)
-        tools = await tools_at(client)
+        tools = await self._tools(admission, client)
         identity = None if client.view.is_joint else client.only_instance.identity
         name, version = (identity.name, identity.release) if identity else ("mcpproxy", __version__)
         about = tools, name, version, admission.base, self.settings.is_guarded

@@ -12355,6 +12355,24 @@ def test_mount_request_that_began_with_a_key_that_is_gone_is_not_served(keys):
         assert http.response().status == 401
 
 
+def test_mount_list_that_was_waited_for_is_for_whoever_may_see_it_then(keys, tmp_path):
+    (command, more), go = kept("a"), tmp_path / "go"
+    slow = ["sh", "-c", f'while ! test -e {go}; do sleep 0.05; done; exec "$@"', "-", *command], more
+    with keys({"ann": {}, "bob": {}, "eve": {}}, {"a": slow, "b": kept("b")}) as proxy, contextlib.ExitStack() as stack:
+        waiting = {}
+        for path, name in itertools.product(("/tools", "/openapi.json"), ("ann", "bob", "eve")):
+            waiting[path, name] = stack.enter_context(HTTP(proxy))
+            waiting[path, name].send(encode_http("GET", f"/servers/a{path}", None, brings(name)))
+        assert proxy.request("GET", "/servers/b/tools", None, brings("eve")).status == 200          # so they were read
+        write_config(proxy.path, {"a": slow, "b": kept("b", tools=["look"])})
+        proxy.change({"bob": {"tools": ["look"]}, "eve": {}})
+        go.touch()
+        answers = {asked: http.response() for asked, http in waiting.items()}
+        assert {name: answer.status for (_, name), answer in answers.items()} == {"ann": 401, "bob": 503, "eve": 200}
+        for (_, name), answer in answers.items():
+            assert (b"write_a" in answer.body) == (name == "eve")
+
+
 @MODES
 def test_mount_keys_of_one_person_are_two_owners(keys, shared):
     limits = {"servers": ["a"]}
@@ -15838,6 +15856,7 @@ class Town:
                         "resources/templates/list": {"resourceTemplates": []}, "resources/subscribe": {}}
         self.can, self.acknowledges, self.broken = json.loads(ServerSide.CAN), True, None
         self.fails = set()                                     # what is answered with an error, as (server, method)
+        self.rules = {}                                        # by server
         self.now = asyncio.get_running_loop().time
         self.mount = mcpproxy.Mount(self.catalog(names), self.settings, self.server, self.now)
         self.mount.start()
@@ -15847,8 +15866,9 @@ class Town:
         """`names` are those of servers; "g.a" is a, of the group g, "a=x" is a with the command x, "a@" is remote."""
         servers, pattern = {}, re.compile(r"(?:(\w+)\.)?(\w+)(?:=(\w+))?(@?)")
         for group, name, command, at in (pattern.fullmatch(one).groups() for one in names):
-            servers[name] = mcpproxy.ServerConfig(name, self.settings, command=(command or "",), group=group,
-                                                  prefix=self.prefix, url=at and f"http://{name}/")
+            servers[name] = mcpproxy.ServerConfig(
+                name, self.settings, command=(command or "",), group=group, prefix=self.prefix,
+                url=at and f"http://{name}/", rules=self.rules.get(name, mcpproxy.Rules()))
         return mcpproxy.Catalog(servers, is_file=True)
 
     def server(self, config, pool):
@@ -15908,7 +15928,8 @@ class Town:
     async def client(self, kind, place=None, *who):
         """A client of this kind that has shaken hands; what it says next is said at this place."""
         side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
-            catalog=types.SimpleNamespace(view=lambda: self.mount.catalog.view(place)),
+            catalog=types.SimpleNamespace(
+                view=lambda: self.mount.catalog.view(place, (), who[0].limits if who and who[0] else None)),
             visit=lambda view, caller, *rest: self.mount.visit(view, *(who or (None, {}))),
             open_session=self.mount.open_session), kind)
         if side.client.is_session:
@@ -16186,6 +16207,104 @@ async def test_conversation_waiting_call_of_a_visitor_does_not_begin_when_its_ke
     assert [name for name, _ in town.heard] == ["a"]           # whose call goes on
 
 
+RULES = {"tools": mcpproxy.Rules(tools=("other",)),
+         "fixed": mcpproxy.Rules(overrides={"t": mcpproxy.Override(fixed={"raw": False})})}
+
+
+@in_town
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("place", [None, "c"])
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+async def test_conversation_waiting_call_does_not_begin_by_rules_that_the_file_has_no_more(kind, place, rules):
+    town = Town("legacy", ["a", "c"])
+    client = await town.client(kind, place)
+    await asyncio.sleep(1)
+    town.slow["a"] = town.slow["c"] = 5
+    await asyncio.gather(town.die("a"), town.die("c"))
+    names = ["t"] if place else ["c__t", "a__t"]
+    for number, name in enumerate(names, 1):
+        assert not [told for told in await town.say_to(client, number, "tools/call", {"name": name}) if "id" in told]
+    town.rules["c"] = RULES[rules]
+    await town.reload(["a", "c"])
+    answer, = [told for told in town.told(client) if "id" in told]
+    assert answer["id"] == 1 and answer["error"]["message"] == "what its caller may use has changed"
+    await asyncio.sleep(20)
+    assert [name for name, _ in town.heard] == ["a"] * (place is None)
+
+
+@in_town
+async def test_conversation_call_whose_client_was_asked_is_not_made_again_by_rules_that_the_file_has_no_more():
+    town = Town("modern", ["a", "c"])
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    (_, call), = town.heard
+    town.say(town.links["c"][0], asks_for_input(call, **ASKED))
+    await asyncio.sleep(0.1)
+    question, = town.told(client)
+    town.rules["c"] = RULES["tools"]
+    await town.reload(["a", "c"])
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "accept"}})
+    await asyncio.sleep(1)
+    answer, = [told for told in town.told(client) if told.get("id") == 1]
+    assert answer["error"]["message"] == "what its caller may use has changed" and len(town.heard) == 1
+
+
+@in_town
+async def test_conversation_list_is_waited_for_though_another_server_comes():
+    town = Town("legacy", ["a", "c"])
+    client = await town.client("modern")
+    await asyncio.sleep(1)
+    town.slow["a"] = town.slow["c"] = 5
+    await asyncio.gather(town.die("a"), town.die("c"))
+    assert not await town.say_to(client, 1, "tools/list")
+    await town.reload(["a", "c", "d"])
+    await asyncio.sleep(10)
+    answer, = town.told(client)
+    assert {"a__t", "c__t"} <= {tool["name"] for tool in answer["result"]["tools"]}
+
+
+@in_town
+async def test_conversation_process_of_a_session_s_own_that_leaves_its_group_finishes_its_call():
+    town = Town("legacy", ["g.a", "c"], shared_session=False)
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    (_, call), = town.heard
+    await town.reload(["a", "g.c"])
+    await town.pass_time()
+    link = town.links["a"][0]
+    assert link.is_open and not [told for told in town.told(client) if "id" in told]
+    town.say(link, {"id": call["id"], "result": {"content": []}})
+    assert [told["id"] for told in town.told(client) if "id" in told] == [1]
+    await town.pass_time()
+    assert not link.is_open and not town.mount.servers["a"].instances
+
+
+@in_town
+async def test_conversation_process_of_visitors_stays_when_their_key_opens_more():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("modern", None, LESS, {}, "ann", "ada")
+    await town.say_to(client, 1, "tools/list")
+    before = list(town.mount.servers["a"].instances)
+    more = dataclasses.replace(LESS, limits=mcpproxy.Limits("ann", (mcpproxy.Grant(("a", "c")),)))
+    town.mount.reload(town.mount.catalog, mcpproxy.Keys((more,)))
+    await asyncio.sleep(1)
+    assert before and list(town.mount.servers["a"].instances) == before
+
+
+@in_town
+async def test_conversation_question_of_no_call_is_open_for_as_long_as_its_server_s_calls():
+    town = Town("legacy", ["a"])
+    town.settings = dataclasses.replace(town.settings, request_timeout=1000)
+    await town.reload(["a"])
+    client = await town.client("legacy", "a")
+    town.say(town.links["a"][-1], {"id": "q", **QUESTION})
+    question, = town.told(client)
+    for seconds, told in (990, []), (20, ["notifications/cancelled"]):
+        await asyncio.sleep(seconds)
+        town.mount.tick(town.now())
+        assert [message["method"] for message in town.told(client)] == told
+
+
 @in_town
 async def test_conversation_process_of_visitors_ends_with_their_key():
     town = Town("legacy", ["a"], shared_session=False)
@@ -16208,15 +16327,17 @@ async def test_conversation_server_is_not_started_with_a_variable_that_it_does_n
 
 
 @in_town
-async def test_conversation_call_that_waits_for_a_server_that_leaves_its_group_goes_by_what_its_key_opens():
+@pytest.mark.parametrize("kind", ["legacy", "modern", "visitor"])
+async def test_conversation_call_that_waits_for_a_server_that_leaves_its_group_goes_by_what_its_key_opens(kind):
     town = Town("legacy", ["h.a", "h.c"])
     await asyncio.sleep(1)
     town.slow["a"] = town.slow["c"] = 30
     await asyncio.gather(town.die("a"), town.die("c"))
     ann = mcpproxy.Caller("ann", b"ann", mcpproxy.Limits("ann", (mcpproxy.Grant(("h",)),)))
-    client = await town.client("legacy", "h")
-    client.client.caller = ann
-    client.client.adopt(town.mount.catalog)
+    client = await town.client(kind, "h", ann, {})
+    if client.client.is_session:
+        client.client.caller = ann
+        client.client.adopt(town.mount.catalog)
     town.told(client)
     client.say(request(1, "tools/call", {"name": "t"}))
     await asyncio.sleep(0.1)
