@@ -4865,14 +4865,10 @@ class Link:
         return next((line for line in reversed(self.last_words) if not _TRAILER.match(line)),
                     self.last_words[-1].strip() if self.last_words else "")
 
-    def write(self, line: bytes, about: tuple | None = None) -> None:
-        """Sends a line. `about` says what it is where it is a request to a remote server: (server id, method, name,
-        headers of its own, the proxies that it came through)."""
+    def write(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
+        """Sends a line, a client's with its principal. `about` says what it is where it is a request to a remote
+        server: (server id, method, name, headers of its own, the proxies that it came through)."""
         raise NotImplementedError
-
-    def tell(self, line: bytes, principal: object) -> None:
-        """Sends a remote server a principal's line to which nothing is answered."""
-        self.write(line)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
         """Takes a request of a principal's back; `line` says so."""
@@ -5037,7 +5033,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     # What the rest of the proxy calls.
 
-    def write(self, line: bytes, about: tuple | None = None) -> None:
+    def write(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
         """Sends a line, with all others of this turn of the event loop."""
         if not self._soon:
             at_end_of_turn(self._flush)
@@ -6049,8 +6045,8 @@ class RemoteLink(Link):
 
     # What the connection calls.
 
-    def write(self, line: bytes, about: tuple | None = None, is_repeated: bool = False,
-              principal: object = None) -> None:
+    def write(self, line: bytes, about: tuple | None = None, principal: object = None,
+              is_repeated: bool = False) -> None:
         if about and about[1] == "initialize":
             self._initialize = line, about
             self._post(line, about)
@@ -6061,7 +6057,7 @@ class RemoteLink(Link):
             self._asides[principal].append((line, is_repeated))
             self.backlog += len(line)
         elif self._held is not None:
-            self._held.append((line, about, is_repeated, principal))
+            self._held.append((line, about, principal, is_repeated))
             self.backlog += len(line)
         elif about is None:
             asides = self._asides[principal] = collections.deque([(line, is_repeated)])
@@ -6071,12 +6067,9 @@ class RemoteLink(Link):
         elif not is_repeated or self.awaits(about[0]):
             self._post(line, about, is_repeated)
 
-    def tell(self, line: bytes, principal: object) -> None:
-        self.write(line, principal=principal)
-
     def cancel(self, number: int, line: bytes, principal: object) -> None:
         if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
-            self.tell(line, principal)
+            self.write(line, None, principal)
         self._drop(number)
 
     def has_sent(self, number: int) -> bool:
@@ -6137,7 +6130,7 @@ class RemoteLink(Link):
             error.is_unsent = True             # what waits for a connection, or for a session
             waiting = [number for number, fetch in self._running.items()
                        if isinstance(fetch, Post) and fetch in fetch.waits_in]
-            held = [about[0] for _, about, is_repeated, *_ in self._held or () if about and not is_repeated]
+            held = [about[0] for _, about, _, is_repeated in self._held or () if about and not is_repeated]
             for number in waiting + held:
                 self._drop(number)
                 self.on_refused(number, error)
@@ -6192,7 +6185,7 @@ class RemoteLink(Link):
                     await self._tell(sent or self._next_aside(asides), asides)
                     sent = None
             if self._held is not None:                     # they wait for a session
-                self._held += [(line, None, is_repeated, principal) for line, is_repeated in asides]
+                self._held += [(line, None, principal, is_repeated) for line, is_repeated in asides]
                 asides.clear()
         del self._asides[principal]
 
@@ -6256,7 +6249,7 @@ class RemoteLink(Link):
                 self._refuse(post, refusal(head, body))
             else:
                 self._renew(post.session)
-                self.write(post.body, post.about, True)
+                self.write(post.body, post.about, is_repeated=True)
         elif self._endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
             if answer and answer.id == post.number:
@@ -6583,7 +6576,7 @@ class ServerConnection(Holder):
         if principal is not None:
             self.has_served = True
         if cancelled is None:
-            link.tell(line, principal) if about is None and link.is_remote else link.write(line, about)
+            link.write(line, about, principal)
         else:
             link.cancel(cancelled, line, principal)
 

@@ -10494,7 +10494,7 @@ class Wire(mcpproxy.Link):
     def __init__(self):
         self.lines = []
 
-    def write(self, line, about=None):
+    def write(self, line, about=None, principal=None):
         self.lines.append(line)
 
 
@@ -13625,7 +13625,7 @@ class ServerSide(mcpproxy.Link):
         servers[name], self.heard = self, self.conversation.heard[name]
         self.heard.put_nowait((200, "starts"))
 
-    def write(self, line, about=None):
+    def write(self, line, about=None, principal=None):
         message = json.loads(line)
         greeting = self.conversation.greetings.get(message.get("method"))
         if greeting is None:
@@ -15877,7 +15877,7 @@ class Town:
     def link(self, name):
         link, loop = Wire(), asyncio.get_running_loop()
 
-        def write(line, about=None):
+        def write(line, about=None, principal=None):
             message, can = json.loads(line), self.can
             method, params = message.get("method"), message.get("params", {})
             answers = {"initialize": {"protocolVersion": "2025-06-18", "capabilities": can}, **self.answers,
@@ -16941,7 +16941,7 @@ async def test_conversation_modern_server_that_refuses_to_be_listened_to_is_aske
     def listens():
         return [line for line in link.lines if line["method"] == "subscriptions/listen"]
 
-    def write(line, about=None, before=link.write):
+    def write(line, about=None, principal=None, before=link.write):
         before(line, about)
         if b'"subscriptions/listen"' in line:
             refusal = {"id": json.loads(line)["id"], "error": {"code": -1, "message": "not yet"}}
@@ -17243,7 +17243,7 @@ async def test_conversation_server_that_tells_of_a_change_whenever_it_lists_is_a
     client, link = await town.client("legacy"), town.links["a"][0]
     write = link.write
 
-    def tell_and_write(line, about=None):
+    def tell_and_write(line, about=None, principal=None):
         if json.loads(line).get("method") == "tools/list":
             town.say(link, notification("notifications/tools/list_changed", {}))
         write(line, about)
@@ -17720,7 +17720,7 @@ async def test_conversation_request_of_another_proxy_is_told_with_its_way(method
     town.can = {**town.can, "tasks": {"list": {}}}
     client = await town.client("legacy")
     for name in "ab":
-        town.links[name][0].is_remote, town.links[name][0].write = True, lambda line, about=None: told.append(about)
+        town.links[name][0].is_remote, town.links[name][0].write = True, lambda line, about=None, *_: told.append(about)
     client.client.headers = {"x-mcpproxy-via": "f" * 16}
     await town.say_to(client, 1, method, {"name": "a__x"})
     assert [way for _, asked, *_, way in filter(None, told) if asked == method][:1] == ["f" * 16]
@@ -17911,7 +17911,7 @@ async def test_conversation_client_that_is_the_only_one_has_the_same_name_with_a
     await town.pass_time()
     clients, told = [await town.client("modern") for _ in range(2)], []
     town.links["a"][0].is_remote = True
-    town.links["a"][0].write = lambda line, about=None: told.extend(about[3] if about else ())
+    town.links["a"][0].write = lambda line, about=None, *_: told.extend(about[3] if about else ())
     for number, client in enumerate([*clients, *clients]):
         client.say(request(number, "tools/call", {"name": "a__t"}))
         await asyncio.sleep(0.1)
@@ -20934,7 +20934,7 @@ class Slow(mcpproxy.Link):
     def __init__(self, words):
         self.last_words, self.lines = words, []
 
-    def write(self, line, about=None):
+    def write(self, line, about=None, principal=None):
         self.lines.append(json.loads(line))
 
     def stop(self):
