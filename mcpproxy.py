@@ -5164,7 +5164,7 @@ REUSE_SECONDS = 4.0              # for which such a one can be used again: node 
 ANSWERED_SECONDS = 5.0           # for a stream to end that has nothing more to say
 
 
-class Fetch:
+class Fetch(Holder):
     """One request and its response."""
 
     connection: "ClientConnection | None" = None
@@ -5214,17 +5214,16 @@ class Fetch:
                 self.waits_in.remove(self)
 
 
-class ClientConnection(asyncio.Protocol, Holder):
+class ClientConnection(asyncio.Protocol):
     """One socket, and the fetch that it is busy with."""
 
     def __init__(self, client: "HTTPClient"):
         self._client = client
-        self._fetch: Fetch | None = None
+        self.fetch: Fetch | None = None
         self._head: ResponseHead | None = None
         self._parser = ResponseParser()
         self._uses = self._interim = 0
         self.used_at = 0.0
-        self.placed: Fetch | None = None       # for which it takes a place
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -5235,60 +5234,47 @@ class ClientConnection(asyncio.Protocol, Holder):
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     @property
-    def principal(self) -> object:
-        return self._fetch and self._fetch.principal
-
-    @property
     def is_good(self) -> bool:
         """Can it be used again? What came while nothing was asked is its end, most likely."""
         return time.monotonic() - self.used_at < REUSE_SECONDS and not self._poll.poll(0)
 
     def send(self, fetch: Fetch) -> None:
-        self._fetch, self._head, fetch.connection, self._interim = fetch, None, self, 0
+        self.fetch, self._head, fetch.connection, self._interim = fetch, None, self, 0
         self._uses += 1
         # Given an empty part, a transport of Python 3.12.1 or 3.13.0 never ends.
         self._transport.writelines(list(filter(None, (fetch.head, fetch.body))))
 
     def data_received(self, data: bytes) -> None:
-        fetch = self._fetch
+        fetch = self.fetch
         if fetch is None:
             return self.close()                # nothing was asked
         self._parser.feed(data)
         try:
             if self._head or self._read_head(fetch):
                 self._read_body(fetch)
-            size = self._parser.size + self._fetch.size if self._fetch else 0
-            if size > SMALL or self.held:
-                budget.set(self, size)
+            size = self._parser.size + fetch.size if self.fetch is fetch else 0
+            if size > SMALL or fetch.held:
+                budget.set(fetch, size)
         except HTTPError as error:
-            self._fail("sent an answer that is larger than MAX_MESSAGE_MB" if error.http_status == 413 else
+            self._fail(fetch, "sent an answer that is larger than MAX_MESSAGE_MB" if error.http_status == 413 else
                        f"sent an answer that is not HTTP: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
-        fetch, head, parser = self._fetch, self._head, self._parser
+        fetch, head, parser = self.fetch, self._head, self._parser
         self._client.forget(self)
         parser.is_ended = True
         if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
             self._read_body(fetch)
         elif fetch and not head and fetch.is_safe and self._uses > 1 and not parser.rest:
-            self._fetch = fetch.connection = None
+            fetch.connection = None
             self._client.send(fetch)           # it was idle, and was closed just as we used it again
         elif fetch:
-            self._fail("cut its answer off" if head else "closed the connection without an answer")
+            self._fail(fetch, "cut its answer off" if head else "closed the connection without an answer")
 
     def close(self) -> None:
-        self._fetch = None
         self._parser.clear()                   # what it reads a body with is a cycle
         self._client.forget(self)
         self._transport.abort()
-
-    def give(self) -> None:
-        if self._fetch:
-            self._fetch.give()
-
-    def hang_up(self) -> None:
-        """Whoever waits for an answer waits no longer."""
-        self._fetch.abort() if self._fetch else self.close()
 
     def _read_head(self, fetch: Fetch) -> bool:
         while self._head is None:
@@ -5317,16 +5303,13 @@ class ClientConnection(asyncio.Protocol, Holder):
                 fetch.on_part(part)
         if body is not None and not fetch.is_over:
             fetch.is_over, head = True, self._head
-            self._fetch = None
-            budget.set(self, 0)                # whoever takes it counts it
             if head.keep_alive and not parser.rest and not self._transport.get_write_buffer_size():
                 self._client.release(self)
             else:
                 self.close()
             fetch.on_end(head, body)
 
-    def _fail(self, reason: str) -> None:
-        fetch = self._fetch
+    def _fail(self, fetch: Fetch, reason: str) -> None:
         self.close()
         if not fetch.is_over:
             fetch.is_over = True
@@ -5424,13 +5407,15 @@ class HTTPClient:
     def _send_on(self, connection: ClientConnection, fetch: Fetch) -> None:
         self._waiting.remove(fetch)
         if not fetch.is_endless:
-            connection.placed = fetch
             self._places[fetch.whose] += 1
         connection.send(fetch)
 
     def _vacate(self, connection: ClientConnection) -> None:
-        fetch, connection.placed = connection.placed, None
+        """Its fetch is over, or will be sent on another one; what came of it is now counted by whoever takes it."""
+        fetch, connection.fetch = connection.fetch, None
         if fetch:
+            budget.set(fetch, 0)
+        if fetch and not fetch.is_endless:
             self._places[fetch.whose] -= 1
             if not self._places[fetch.whose]:
                 del self._places[fetch.whose]
@@ -5472,7 +5457,6 @@ class HTTPClient:
     def forget(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
         self._vacate(connection)
-        budget.set(connection, 0)
         if connection in self._idle:
             self._idle.remove(connection)
         self._go_on()
@@ -5484,7 +5468,7 @@ class HTTPClient:
         for fetch in list(self._waiting):
             fetch.abort()
         for connection in list(self.connections):
-            connection.hang_up()
+            connection.fetch.abort() if connection.fetch else connection.close()
 
 
 # ============================================================================

@@ -9858,9 +9858,9 @@ def test_remote_client_leaves_places_to_others(monkeypatch, is_endless, running)
             ask.principal = name
             assert (await ask.answer(client, PATIENCE))[0].status == 200
         async with asyncio.timeout(PATIENCE):
-            while sum(connection.principal == "ann" for connection in client.connections) < running:
+            while sum(one.fetch is not None and one.fetch.principal == "ann" for one in client.connections) < running:
                 await asyncio.sleep(0.01)
-        assert sum(connection.principal == "ann" for connection in client.connections) == running
+        assert sum(one.fetch is not None and one.fetch.principal == "ann" for one in client.connections) == running
         client.close()
         server.close()
         await server.wait_closed()
