@@ -4397,25 +4397,17 @@ class Reaper:
 # takes the steps that it is given, one after the other, and becomes the server. To do this between fork and exec of the
 # proxy itself (preexec_fn) is not safe where there are threads. A step that fails ends it, and the start.
 
-# linux/landlock.h: the rights on files, and the version of the interface (ABI) from which on they are known.
-LANDLOCK_RIGHTS = {
-    "EXECUTE": (1 << 0, 1), "WRITE_FILE": (1 << 1, 1), "READ_FILE": (1 << 2, 1), "READ_DIR": (1 << 3, 1),
-    "REMOVE_DIR": (1 << 4, 1), "REMOVE_FILE": (1 << 5, 1), "MAKE_CHAR": (1 << 6, 1), "MAKE_DIR": (1 << 7, 1),
-    "MAKE_REG": (1 << 8, 1), "MAKE_SOCK": (1 << 9, 1), "MAKE_FIFO": (1 << 10, 1), "MAKE_BLOCK": (1 << 11, 1),
-    "MAKE_SYM": (1 << 12, 1), "REFER": (1 << 13, 2), "TRUNCATE": (1 << 14, 3), "IOCTL_DEV": (1 << 15, 5)}
+# linux/landlock.h: the rights on files, and the version of the interface (ABI) from which on some are known.
+LANDLOCK_RIGHTS = (
+    EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR, MAKE_REG, MAKE_SOCK,
+    MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV) = [1 << bit for bit in range(16)]
+LANDLOCK_SINCE = {REFER: 2, TRUNCATE: 3, IOCTL_DEV: 5}
 LANDLOCK_SCOPES = 0b11, 6                # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and _SIGNAL, and from which ABI on
 LANDLOCK_ABI = 3                         # the least of use: before, whatever can be read can be emptied. Linux 6.2
-
-
-def rights(*names: str) -> int:
-    """These rights together."""
-    return sum(LANDLOCK_RIGHTS[name][0] for name in names)
-
-
-READ = rights("EXECUTE", "READ_FILE", "READ_DIR")
-WRITE = sum(bit for bit, _ in LANDLOCK_RIGHTS.values()) - rights("MAKE_CHAR", "MAKE_BLOCK", "IOCTL_DEV")
-DEVICE = rights("READ_FILE", "READ_DIR", "WRITE_FILE", "TRUNCATE", "IOCTL_DEV")
-OF_A_FILE = rights("EXECUTE", "READ_FILE", "WRITE_FILE", "TRUNCATE", "IOCTL_DEV")          # others are of directories
+READ = EXECUTE | READ_FILE | READ_DIR
+WRITE = sum(LANDLOCK_RIGHTS) - (MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
+DEVICE = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | IOCTL_DEV
+OF_A_FILE = EXECUTE | READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV          # others are of directories
 ALL_READ = "/usr /lib /lib32 /lib64 /libx32 /bin /sbin /etc /opt /proc".split()
 ALL_USE = [f"/dev/{name}" for name in "null zero full random urandom tty ptmx pts".split()]
 
@@ -4634,7 +4626,7 @@ class Sandbox:
         if abi < LANDLOCK_ABI:
             self.refuse("sandbox", f"Landlock of this kernel (ABI {abi}) lets files be emptied that may only be read; "
                                    "it takes Linux 6.2")
-        known = sum(bit for bit, since in LANDLOCK_RIGHTS.values() if since <= abi)
+        known = sum(right for right in LANDLOCK_RIGHTS if LANDLOCK_SINCE.get(right, 1) <= abi)
         # The Python that runs this file, for the demo server; and what names are resolved with.
         usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
         allowed = [(path, READ) for path in (*ALL_READ, *usual)] + [(path, DEVICE) for path in ALL_USE]
