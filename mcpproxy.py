@@ -4471,7 +4471,7 @@ def seccomp(program):                                # PR_SET_SECCOMP, SECCOMP_M
     program = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(code)))
     prctl(22, 2, ctypes.addressof(program))
 
-def main(report, is_strict, unset, late, ignored, steps, program):
+def main(report, is_strict, prefix, ignored, steps, program):
     os.set_inheritable(report, False)                # it closes when this becomes the server
     for number, (name, *arguments) in enumerate(steps):
         try:
@@ -4480,15 +4480,12 @@ def main(report, is_strict, unset, late, ignored, steps, program):
             os.write(report, b"%d %d\\n" % (number, getattr(error, "errno", 0) or 0))
             if is_strict:
                 sys.exit(126)
-    for name in unset:                               # which Python needs, or has set, in the locale C
-        os.environ.pop(name, None)
-    for name in late:
-        os.environ[name] = os.environ.pop("MCPPROXY_" + name)
     for number in ignored:                           # signals that Python ignores; what is ignored would stay so
         libc.signal(number, None)
     os.write(report, b"done")
+    environment = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
     try:
-        program and os.execve(program, sys.argv[1:], os.environ)
+        program and os.execve(program, sys.argv[1:], environment)
     except OSError as error:
         os.write(report, b"\\n-1 %d" % error.errno)
         sys.exit(126)
@@ -4545,7 +4542,6 @@ def why_refused(step: str, number: int) -> str:
 # a home, a user, a control group.
 
 LIBRARIES = "LD_LIBRARY_PATH"
-_OF_LOADERS = re.compile("LD_|GCONV_PATH|.*LOCPATH")           # ld.so(8), iconv(1), setlocale(3)
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
 TASKS = 32                       # of a process, threads included, that a control group allows for
 
@@ -4740,11 +4736,9 @@ class Cell:
         output, report = os.pipe()
         try:
             # What tells a loader where code is would do so to CONFINE too, and a run before may have put some there.
-            late = [name for name in environment if _OF_LOADERS.match(name)]
-            unset = [name for name in (LIBRARIES, "LC_CTYPE") if name not in environment]
-            environment.update({OUR_PREFIX + name: environment.pop(name) for name in late})
+            environment = {OUR_PREFIX + name: value for name, value in environment.items()}
             environment[LIBRARIES] = self.sandbox.own_libraries()
-            plan = (report, self.sandbox.settings.sandbox != "try", unset, late,
+            plan = (report, self.sandbox.settings.sandbox != "try", OUR_PREFIX,
                     [int(signal.SIGPIPE), int(signal.SIGXFSZ)], [step for _, *step in steps],
                     program and os.path.abspath(program))
             # Isolated from what the server's environment and directory say to Python.
