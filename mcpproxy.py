@@ -5744,11 +5744,10 @@ class Issuer:
                                  (("Content-Type", "application/x-www-form-urlencoded"), *known))
                 if said.get("active") is not True:
                     await asyncio.sleep(QUESTION_PAUSE)
+                    raise TokenError("it is not active")
         except OSError as error:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
             raise try_later("whoever knows the tokens cannot be reached") from None
-        if said.get("active") is not True:
-            raise TokenError("it is not active")
         # What need not be said there is what it is here.
         usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS,
                  "sub": said.get("username") or said.get("client_id")}
@@ -6316,7 +6315,9 @@ class RemoteLink(Link):
                 return                         # all was said
             del self._running[number]
             if self._endpoint and number is None:
-                return self._on_end_of_sse(reason)
+                if self._endpoint.done():
+                    return self.end("ended its stream")
+                return self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
             is_in_vain = listen.tries >= RESUMES
             if number is not None and (status or is_in_vain):
                 self.on_refused(number, ServerError(f"the MCP server cut its answer off, and then {reason}"))
@@ -6353,12 +6354,6 @@ class RemoteLink(Link):
             self._endpoint = None
             raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
         self._client.target = target_of(where)
-
-    def _on_end_of_sse(self, reason: str) -> None:
-        if self._endpoint.done():
-            self.end("ended its stream")
-        else:
-            self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
 
 
 # ============================================================================
