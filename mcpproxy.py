@@ -4139,8 +4139,7 @@ class Census:
         self.spent: collections.Counter = collections.Counter()           # seconds of CPU of what has ended, by server
         self.killed: collections.Counter = collections.Counter()          # processes, by (server, limit)
         self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
-        self._others: set[int] = set()                          # processes that are no server's
-        self._strays: set[int] = set()                          # our orphans that could have been of several
+        self._others: set[int] = set()                          # processes that are no server's, as far as can be told
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
         # The parent of orphans below it: prctl(2), PR_SET_CHILD_SUBREAPER.
@@ -4153,14 +4152,13 @@ class Census:
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
         pids = {*list_processes()}
         self._others &= pids
-        self._strays &= pids
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
         before, self._whose = self._whose, {}
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
             server = self._server_of(pid, stat, before)
             if server in self.servers:
                 self._whose[pid] = stat[START], server
-            elif not self.starting and int(stat[PARENT]) != os.getpid():
+            elif not self.starting:
                 self._others.add(pid)
         for server, usage in self.servers.items():
             mine = [pid for pid, (_, whose) in self._whose.items() if whose == server and found[pid][STATE] != b"Z"]
@@ -4201,9 +4199,7 @@ class Census:
                     return server
         if parent != os.getpid() or not self.gets_orphans or self.starting or pid in self.ours:
             return None
-        if len(self.servers) > 1:
-            self._strays.add(pid)              # nor will it be of the one that is left
-        return next(iter(self.servers)) if pid not in self._strays else None
+        return next(iter(self.servers)) if len(self.servers) == 1 else None          # nor later of the one that is left
 
     def reaped(self, usage: Usage | None = None) -> None:
         """Its process has ended, maybe between two looks. The system adds up what children that ended have taken. None:
