@@ -4151,6 +4151,8 @@ class Census:
         """Reads /proc. What was found to be another's is not read again; each of the rest takes 20 µs."""
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
         pids = {*list_processes()}
+        if not pids:                           # there is no descriptor for it
+            return
         self._others &= pids
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
         before, self._whose = self._whose, {}
@@ -4286,6 +4288,7 @@ class Reaper:
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
         # and users that are taken, or never given: all that runs as one is killed in the end, so not root, nor ours.
         self.uids = {0, os.getuid()}
+        self.patience = 2.0, 3.0, 1.0         # seconds, with a server that is to end, after each step of that
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         with contextlib.suppress(RuntimeError):
@@ -4300,7 +4303,8 @@ class Reaper:
         try:
             self._watcher = subprocess.Popen(
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce, self.homes, *self.cgroups],
-                env={name: os.environ[name] for name in os.environ.keys() - {"MCPPROXY_TAG"}},       # of another proxy
+                # Without the tag of another proxy, and without what a server may have put there for a loader.
+                env={name: value for name, value in os.environ.items() if not name.startswith(("MCPPROXY_TAG", "LD_"))},
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             self.census.ours = {self._watcher.pid}
         except OSError as error:
@@ -4576,9 +4580,15 @@ class Sandbox:
         return [os.path.realpath(path) for path in self.paths("sandbox_write")]
 
     def own_libraries(self) -> str:
-        """Where the proxy's own Python may need libraries from; but not what a server may have put there."""
-        return ":".join(path for path in os.environ.get(LIBRARIES, "").split(":")
-                        if os.path.isabs(path) and not is_below(f"{path}/x", self.writable))
+        """Where the proxy's own Python is loaded from, if it takes LD_LIBRARY_PATH to find that; but not where a server
+        may put another."""
+        loaded, is_root, found = read_file("/proc/self/maps").decode(errors="replace"), os.geteuid() == 0, []
+        for path in os.environ.get(LIBRARIES, "").split(":"):
+            if os.path.isabs(path) and os.path.isdir(path) and f" {os.path.realpath(path)}/libpython" in loaded:
+                about = os.stat(path)
+                if not (is_below(f"{path}/x", self.writable) or is_root and (about.st_uid or about.st_mode & 0o022)):
+                    found.append(path)
+        return ":".join(found)
 
     def steps(self, cell: "Cell") -> list[tuple]:
         """What a process does to itself before it becomes the server: (the setting, a function of CONFINE, its
@@ -5097,7 +5107,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         descendants = descendants_of(self._pid)
         self._flush()
         self._stdin.close()                    # MCP, stdio, Shutdown
-        for number, seconds in (0, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0):          # 0 is no signal
+        for number, seconds in zip((0, signal.SIGTERM, signal.SIGKILL), self._reaper.patience):         # 0 is no signal
             kill(-self._pid, number)           # its children, too
             if await self._is_gone_within(seconds):
                 break
@@ -13640,6 +13650,19 @@ def printable(text: object) -> str:
     return text if (text := str(text)).isprintable() else repr(text)[1:-1]
 
 
+def write_out(text: str) -> None:
+    """Writes to stdout. A terminal that is stopped, or that nobody reads, must not stop all: it loses this."""
+    output = 1
+    if os.isatty(1):
+        with contextlib.suppress(OSError):     # it may be another user's
+            output = os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        os.write(output, text.encode("utf-8", "backslashreplace"))
+    finally:
+        if output != 1:
+            os.close(output)
+
+
 async def tell_servers(mount: Mount, base: str) -> None:
     """For a terminal: the servers, once it is known what they are, or some of them take long."""
     late = mount.now() + SLOW_START
@@ -13655,7 +13678,7 @@ async def tell_servers(mount: Mount, base: str) -> None:
     widths = [max(map(len, column)) for column in zip(*texts)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
     with contextlib.suppress(OSError):
-        os.write(1, "".join(f"  {line}\n" for line in lines).encode())
+        write_out("".join(f"  {line}\n" for line in lines))
 
 
 @contextlib.asynccontextmanager
@@ -13694,7 +13717,7 @@ async def run(settings: Settings) -> None:
                     " ".join(line.split()) for line in text.splitlines()))
             else:
                 # And nothing is left to be flushed at the end, to a full disk.
-                os.write(1, text.encode("utf-8", "backslashreplace"))
+                write_out(text)
                 if os.isatty(1):
                     telling = asyncio.create_task(tell_servers(proxy.mount, base_url(settings, addresses)))
         except OSError as error:
@@ -13721,6 +13744,7 @@ async def serve_stdio(settings: Settings) -> None:
     is_over = asyncio.Event()
     async with running(settings, is_over.set) as proxy:
         client = StandardStreams(proxy.mount, settings, is_over)
+        proxy.reaper.patience = 1.5, 1.5, 1.0          # SDKs, and other proxies, kill what they started after 4 or 5 s
         await proxy.start(listens=False)
         await client.start()
         await is_over.wait()

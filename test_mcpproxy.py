@@ -6539,6 +6539,18 @@ def test_process_leftovers_are_looked_for_again_when_processes_could_not_be_list
     assert closed.wait(PATIENCE)
 
 
+def test_process_is_known_for_whose_it_is_also_after_a_look_without_a_descriptor(reaper, monkeypatch):
+    census = reaper.census
+    with subprocess.Popen(["sleep", "60"], env={}) as program:
+        census.servers[program.pid] = mcpproxy.Usage("s", "tag", None)
+        census.look()
+        before = census.of(program.pid)
+        monkeypatch.setattr(mcpproxy, "list_processes", list)
+        census.look()
+        program.kill()
+    assert [pid for pid, _ in before] == [program.pid] and census.of(program.pid) == before
+
+
 def test_process_that_ends_servers_is_started_when_it_can_be(new_reaper, monkeypatch, capfd):
     monkeypatch.setattr(subprocess, "Popen", raising(OSError(errno.EMFILE, "too many")))
     reaper = new_reaper()
@@ -6552,9 +6564,10 @@ def test_process_that_ends_servers_is_started_when_it_can_be(new_reaper, monkeyp
 def test_process_that_ends_servers_is_not_taken_for_another_proxy_s_server(new_reaper, monkeypatch):
     monkeypatch.setenv("MCPPROXY_TAG", "of-another")
     monkeypatch.setenv("OTHER", "stays")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/where/a/server/writes")
     reaper = new_reaper()
     environment = until(lambda: mcpproxy.read_file(f"/proc/{reaper._watcher.pid}/environ"), "its environment")
-    assert b"OTHER=stays" in environment and b"MCPPROXY_TAG" not in environment
+    assert b"OTHER=stays" in environment and b"MCPPROXY_TAG" not in environment and b"LD_" not in environment
 
 
 # ============================================================================
@@ -7414,10 +7427,19 @@ def test_sandbox_is_made_before_anything_that_the_environment_names_is_loaded(se
         assert len(loaders) == 1, "the one without a sandbox"
 
 
-@pytest.mark.parametrize("own, given", [("/opt/lib:/w/lib:lib::", "/opt/lib"), ("", "")])
-def test_sandbox_is_made_with_the_libraries_of_the_proxy_s_own_python_that_no_server_may_write(monkeypatch, own, given):
-    monkeypatch.setenv("LD_LIBRARY_PATH", own)
-    assert mcpproxy.Sandbox("x", mcpproxy.Settings(sandbox_write="/w"), None).own_libraries() == given
+@pytest.mark.parametrize("user", [0, 1000])
+def test_sandbox_is_made_with_the_library_of_the_proxy_s_own_python_from_where_no_server_may_write(
+        monkeypatch, tmp_path, user):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/usr/lib:{tmp_path}:/usr/bin:/usr/share:usr/lib::/gone")
+    loaded = "".join(f"7f0 r-xp 0 08:01 9    {path}/libpython3.so.1.0\n" for path in (
+        "/usr/lib", tmp_path, "/usr/share", "/gone"))
+    monkeypatch.setattr(mcpproxy, "read_file", lambda path: loaded.encode())
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    sandbox = mcpproxy.Sandbox("x", mcpproxy.Settings(sandbox_write="/usr/share"), None)
+    assert sandbox.own_libraries() == (f"/usr/lib:{tmp_path}" if user else "/usr/lib")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    assert sandbox.own_libraries() == ""
 
 
 def test_sandbox_server_has_the_libraries_that_it_would_have_without(several, place):
@@ -8448,6 +8470,20 @@ def test_process_sigterm_ends_a_server_in_any_state(before):
     with running_proxy(fake_server(before)) as proxy:
         began = time.monotonic()
         assert proxy.stop() == 0 and time.monotonic() - began < 8
+
+
+def test_process_of_a_proxy_behind_another_is_ended_in_time_for_what_it_has_to_be_removed(place):
+    """The one in front kills what does not end in 5 s, with all that descends from it."""
+    stubborn = ("import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: None)\n" + FAKE_SERVER +
+                "\ntime.sleep(60)")
+    inner = ["env", "PRIVATE_HOME=true", f"TMPDIR={place}/temporary", sys.executable, PROXY, "--stdio", "--",
+             sys.executable, "-c", stubborn]
+    with running_proxy(inner) as proxy, StreamableClient(proxy) as client:
+        assert client.tool("echo", text="x") == "x"
+        homes = [path for path in (place / "temporary").iterdir() if path.name.startswith("mcpproxy-")]
+        assert homes
+        assert proxy.stop() == 0
+        until(lambda: not [path for path in homes if path.exists()], "the end of its homes")
 
 
 def test_process_sigterm_at_any_moment_of_the_start():
@@ -24065,6 +24101,19 @@ def run_copy(*arguments, **environment):
 def assert_one_line(program, status):
     assert program.returncode == status and program.stdout == "", program
     assert program.stderr.count("\n") == 1 and program.stderr.startswith("mcpproxy: "), program.stderr
+
+
+def test_program_does_not_wait_until_a_terminal_is_read_for_what_it_says_at_its_start():
+    reader, terminal = os.openpty()
+    code = ("import mcpproxy, sys\ntry:\n    for number in range(3000):\n        mcpproxy.write_out('x' * 100)\n"
+            "except BlockingIOError:\n    sys.exit(3)")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=terminal,
+                              timeout=PATIENCE, cwd=os.path.dirname(PROXY))
+        assert done.returncode == 3 and os.get_blocking(terminal) and b"xxx" in os.read(reader, 1000)
+    finally:
+        os.close(reader)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("arguments, environment, word", [
