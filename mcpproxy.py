@@ -4828,7 +4828,7 @@ class Link:
     on_end = None           # called once, when no more lines will come
     on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
     request = None          # called with a method and its params for a request of the link's own
-    on_renewed = None       # called when the server has forgotten all that it was told, and knows the client again
+    on_forgotten = None     # called when the server has forgotten all that it was told, and what it had asked
     awaits = None           # called with the id of a request: who waits for its answer, if that is still to come?
 
     is_remote = False       # is the server another machine's?
@@ -5165,7 +5165,8 @@ class Fetch(Holder):
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
     is_endless = False               # is it a subscription? These are counted where they are let in
-    whose: object = None             # its principal, as far as was known when it was sent
+    principal: object = None         # whom it is for, as far as is known,
+    whose: object = None             # and as it was when it was sent
     size = 0                         # bytes of what came that it holds itself
     waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
 
@@ -5802,11 +5803,11 @@ def way_of(headers: dict[str, str]) -> str:
 
 class RemoteFetch(Fetch):
     """A request to a remote server whose response may be a stream of messages; `number` is the id of the request that
-    they belong to."""
+    they belong to, and `session` the one that it is made in."""
 
     def __init__(self, link: "RemoteLink", number: int | None, head: bytes, body: bytes = b""):
         super().__init__(head, body, link.limit)
-        self.link, self.number = link, number
+        self.link, self.number, self.session = link, number, link.session
         self.events: EventParser | None = None
 
     @property
@@ -5829,7 +5830,7 @@ class RemoteFetch(Fetch):
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):
-            self.is_stream, self.events = True, self.link.events_of(self.number)
+            self.is_stream, self.events = True, self.link.events_of(self.number, self.session)
 
     def on_part(self, data: bytes) -> None:
         self.events.feed(data)
@@ -5842,15 +5843,15 @@ class Post(RemoteFetch):
         super().__init__(link, about[0], link.post_head(line, about), line)
         self.about, self.is_repeated = about, is_repeated
         self.is_greeting = about[1] in GREETINGS
-        self.session = None if self.is_greeting else link.session
+        self.session = None if self.is_greeting else self.session
         self.is_safe = about[1] in SAFE_METHODS
         self.is_extra, self.is_endless = about[1] in ("initialize", "ping"), about[1] == "subscriptions/listen"
 
     def on_head(self, head: ResponseHead) -> None:
-        super().on_head(head)
         session = head.headers.get(SESSION_ID_HEADER.lower(), "")
         if self.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
-            self.link.session = session
+            self.session = self.link.session = session
+        super().on_head(head)
 
     def on_end(self, head: ResponseHead, body: bytes) -> None:
         self.link.on_end_of_post(self, head, body)
@@ -5940,6 +5941,12 @@ def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
         return as_own_id(parse_message(decode_json(body), is_servers=True).id) == number
     except RPCError:
         return False
+
+
+def kind_of(line: bytes) -> str | None:
+    """Is a line a request, a notification or a response? None if it is no message."""
+    with contextlib.suppress(RPCError):
+        return parse_message(decode_json(line), is_servers=True).kind
 
 
 def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
@@ -6102,7 +6109,8 @@ class RemoteLink(Link):
             self.how_it_ended = reason and f": it {reason}"
             error = ServerError(f"the MCP server ended{self.how_it_ended}")
             error.is_unsent = True             # what waits for a connection, or for a session
-            waiting = [number for number in self._running if not self.has_sent(number)]
+            waiting = [number for number, fetch in self._running.items()
+                       if isinstance(fetch, Post) and fetch in fetch.waits_in]
             held = [about[0] for _, about, _, is_repeated in self._held or () if about and not is_repeated]
             for number in waiting + held:
                 self._drop(number)
@@ -6167,8 +6175,9 @@ class RemoteLink(Link):
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
-                asides.appendleft((aside.body, True))
-                self.backlog += len(aside.body)
+                if kind_of(aside.body) is not RESPONSE:    # the new one has not asked what the old one had
+                    asides.appendleft((aside.body, True))
+                    self.backlog += len(aside.body)
                 return self._renew(aside.session)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
@@ -6189,10 +6198,15 @@ class RemoteLink(Link):
 
     # Responses.
 
-    def events_of(self, number: int | None) -> EventParser:
-        """What takes in the events of a stream; `number` is the id of the request that it belongs to."""
+    def events_of(self, number: int | None, session: str | None) -> EventParser:
+        """What takes in the events of a stream, which was asked for in this session; `number` is the id of the request
+        that it belongs to."""
         def on_event(kind: bytes, data: bytes) -> None:
-            if kind == b"message" and data:
+            if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
+                # Its answer would be one in another session, where the same id may be that of somebody else's question.
+                self._drop(number)
+                self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
+            elif kind == b"message" and data:
                 self._receive(data, number)
             elif kind == b"endpoint" and self._endpoint and not self._endpoint.done():
                 self._endpoint.set_result(data.decode("utf-8", "replace"))
@@ -6249,7 +6263,9 @@ class RemoteLink(Link):
 
     def _resume(self, post: Post) -> None:
         """The stream ended before the answer: asks for the rest, if it can be asked for."""
-        if post.is_stream and post.events.last_id and self.revision != MODERN_VERSION:
+        # In another session, an event with this id may be of somebody else's request.
+        can_be = post.session == self.session and self.revision != MODERN_VERSION
+        if post.is_stream and post.events.last_id and can_be:
             self._listen(Listen(self, post.number, post.events.last_id, post.events.retry))
         else:
             self._refuse(post, ServerError("the MCP server cut its answer off" if post.is_stream else
@@ -6280,12 +6296,16 @@ class RemoteLink(Link):
         """The server has forgotten this session: another one is opened, unless that was done. MCP 2025-11-25,
         Transports, Session Management, 4."""
         if self._held is None and session == self.session:
-            self._held = []
+            self._held, self.session = [], None
+            self._drop(None)
+            self.on_forgotten()
+            for asides in self._asides.values():
+                for one in [one for one in asides if kind_of(one[0]) is RESPONSE]:
+                    asides.remove(one)
+                    self.backlog -= len(one[0])
             asyncio.create_task(self._open_another())
 
     async def _open_another(self) -> None:
-        self.session = None
-        self._drop(None)
         try:
             async with asyncio.timeout(ASIDE_SECONDS):
                 params = json.loads(self._initialize[0])["params"]
@@ -6296,7 +6316,6 @@ class RemoteLink(Link):
         version = response.result.get("protocolVersion")
         self.revision = version if version in LEGACY_VERSIONS else None
         self.write(INITIALIZED)
-        self.on_renewed()
 
     # Streams.
 
@@ -6323,7 +6342,7 @@ class RemoteLink(Link):
                     return self.end("ended its stream")
                 return self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
             is_in_vain = listen.tries >= RESUMES
-            if number is not None and (status or is_in_vain):
+            if number is not None and (status or is_in_vain or listen.session != self.session):
                 self.on_refused(number, ServerError(f"the MCP server cut its answer off, and then {reason}"))
             if is_in_vain and not is_reached:
                 return self.end(reason)
@@ -7099,6 +7118,13 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
         session.ask(question, session.stream.send)
     else:
         question.refuse(NO_CLIENT_CAN if session or calls else NOBODYS)
+
+
+def drop_questions(connection: ServerConnection) -> None:
+    """The server, or what it has become, waits for no answer any more."""
+    questions, connection.questions = connection.questions, {}
+    for question in questions.values():
+        question.take_back()
 
 
 def remember_named(call, response: Message) -> None:
@@ -7893,7 +7919,7 @@ class Instance:
                                           is_ones_own=self.is_ones_own)
             connection.on_closed = functools.partial(self._forget, connection)
             link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
-            link.on_renewed = functools.partial(self._put_back, connection)
+            link.on_forgotten = functools.partial(self._put_back, connection)
             self._link = link
             try:
                 await link.start()
@@ -7966,6 +7992,7 @@ class Instance:
         may be others."""
         if connection is not self.connection:
             return
+        drop_questions(connection)
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self.topics.ask(topic)
@@ -7996,9 +8023,7 @@ class Instance:
         """A call that comes from now on waits for the next link."""
         if self.connection is connection:
             self.connection = self.listening = None
-        questions, connection.questions = connection.questions, {}
-        for question in questions.values():
-            question.take_back()
+        drop_questions(connection)
 
     async def _pause(self) -> None:
         """Waits before a restart: longer after each death, and after many of them until somebody asks. To ask whether a

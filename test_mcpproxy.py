@@ -9130,24 +9130,25 @@ def test_remote_session_that_is_opened_again_has_the_revision_of_then_and_its_ti
         request = types.SimpleNamespace(result=answer)
         link = link_in_memory(_initialize=(b'{"params":{}}', None), request=lambda *_: request, session="s",
                               revision="2025-03-26", end=told_of("end", calls), write=told_of("write", calls),
-                              on_renewed=told_of("on_renewed", calls), _drop=told_of("drop", calls))
-        await link._open_another()
+                              on_forgotten=told_of("on_forgotten", calls), _drop=told_of("drop", calls))
+        link._renew("s")
+        assert link.session is None and calls == [("drop", None), ("on_forgotten",)]
+        await asyncio.sleep(20_000)
         return link
     calls = []
     with asyncio.Runner(loop_factory=instant_loop) as runner:
         link = runner.run(run())
-    assert link.session is None and calls[0] == ("drop", None)
     if result:
-        assert link.revision == end and [name for name, *_ in calls] == ["drop", "write", "on_renewed"]
+        assert link.revision == end and calls[2:] == [("write", mcpproxy.INITIALIZED)]
     else:
-        assert calls[1:] == [("end", end)]
+        assert calls[2:] == [("end", end)]
 
 
 @pytest.mark.parametrize("revision, number", [("2025-06-18", 1), ("2026-07-28", 0)])
 def test_remote_answer_that_was_cut_is_asked_for_again_where_the_revision_knows_that(revision, number):
     async def run():
         link = link_in_memory(revision=revision, _listen=heard.append, on_refused=lambda *what: refused.append(what))
-        link._resume(types.SimpleNamespace(is_stream=True, number=7, about=(7, "tools/call", "x", (), ""),
+        link._resume(types.SimpleNamespace(is_stream=True, number=7, session=None, about=(7, "tools/call", "x", (), ""),
                                            events=types.SimpleNamespace(last_id="e", retry=9.0)))
     heard, refused = [], []
     asyncio.run(run())
@@ -9176,6 +9177,7 @@ def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_lat
         link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
         connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
                                                on_notification=None, is_ones_own=False)
+        link.on_forgotten = lambda: None
         await connection.initialize(mcpproxy.our_initialize(True))
         await asyncio.to_thread(until, lambda: far.streams, "the stream")
         far.script["GET"].append(http_response(status))
@@ -9745,7 +9747,7 @@ class FarLink(mcpproxy.RemoteLink):
     def __init__(self):
         super().__init__("far", "http://far.example/mcp", {}, "0123456789abcdef", 1_000_000)
         self.sent, self.asked, self.heard = [], [], []
-        self._client.send, self.on_renewed = self.sent.append, lambda: None
+        self._client.send, self.on_forgotten = self.sent.append, lambda: None
         self.connection = mcpproxy.ServerConnection(
             "far", self, now=asyncio.get_running_loop().time, redact=str, is_ones_own=False,
             on_request=lambda connection, message, cause: connection.send_if_possible(
@@ -9813,6 +9815,76 @@ def over_a_link(test):
             runner.run(test(**arguments))
         assert not faults
     return run
+
+
+async def renew(far, *, before_greeting=lambda: None):
+    """The server forgets its session, as a call finds out; it has another one then, in which the call is made again."""
+    call = far.connection.request("tools/call", {"name": "finds out"})
+    respond(await far.taken("tools/call"), 404)
+    await asyncio.sleep(1)
+    before_greeting()
+    greet(await far.taken("initialize"), "two")
+    respond(await far.taken("notifications/initialized"), 202)
+    again = await far.taken("tools/call")
+    respond(again, 200, result_for(again, {}))
+    await call.result()
+
+
+@over_a_link
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_remote_session_is_told_no_answer_to_what_the_one_before_had_asked(is_late):
+    """Many servers count what they ask from 0, in each session: it would be the answer to another client's question."""
+    far = FarLink()
+    await far.greet()
+    for number in range(2):
+        far.connection.send(b'{"jsonrpc":"2.0","id":%d,"result":{}}' % number, None, "ann")
+    far.connection.send(b'{"jsonrpc":"2.0","method":"notifications/x"}', None, "ann")
+    answer = await far.taken("answer")
+    await renew(far, before_greeting=lambda: None if is_late else respond(answer, 404))
+    if is_late:
+        respond(answer, 404)
+    respond(await far.taken("notifications/x"), 202)
+    await asyncio.sleep(60)
+    assert not [fetch for fetch in far.sent if fetch.body and b"result" in fetch.body] and far.backlog == 0
+
+
+@over_a_link
+async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it():
+    far = FarLink()
+    await far.greet()
+    asking, cut, goes_on = (far.connection.request("tools/call", {"name": name}) for name in ("asks", "cut", "goes on"))
+    posts = [await far.taken("tools/call") for _ in range(3)]
+    for post in posts:
+        respond(post, 200, b'id: 1\ndata: {"jsonrpc":"2.0","method":"notifications/x"}\n\n', "text/event-stream",
+                is_whole=False)
+    await renew(far)
+    posts[0].on_part(events({"jsonrpc": "2.0", "id": 0, "method": "elicitation/create", "params": {}}))
+    posts[1].is_over = True
+    posts[1].on_failure("hung up")
+    posts[2].on_part(events(result_for(posts[2], {"is": "answered"})))
+    await asyncio.sleep(60)
+    assert "asked in a session that it has forgotten" in str(asking.response.exception())
+    assert "cut its answer off" in str(cut.response.exception())
+    assert (await goes_on.result()).result == {"is": "answered"}
+    assert not [fetch for fetch in far.sent if fetch.body and b'"id":0' in fetch.body]
+    assert not [fetch for fetch in far.sent if b"Last-Event-ID" in fetch.head]
+
+
+@over_a_link
+async def test_remote_answer_is_not_looked_for_in_another_session():
+    far = FarLink()
+    await far.greet()
+    call = far.connection.request("tools/call", {"name": "cut"})
+    post = await far.taken("tools/call")
+    respond(post, 200, b'id: 1\ndata: {"jsonrpc":"2.0","method":"notifications/x"}\n\n', "text/event-stream")
+    listen = await far.taken("GET")
+    while b"Last-Event-ID: 1" not in listen.head:
+        listen = await far.taken("GET")
+    await renew(far)
+    listen.on_failure("hung up")
+    await asyncio.sleep(60)
+    assert "cut its answer off" in str(call.response.exception())
+    assert not [fetch for fetch in far.sent if b"Last-Event-ID" in fetch.head]
 
 
 @over_a_link
