@@ -5165,8 +5165,7 @@ class Fetch(Holder):
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
     is_endless = False               # is it a subscription? These are counted where they are let in
-    principal: object = None         # whom it is for, as far as is known,
-    whose: object = None             # and as it was when it was sent
+    whose: object = None             # its principal, as far as was known when it was sent
     size = 0                         # bytes of what came that it holds itself
     waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
 
@@ -6109,8 +6108,7 @@ class RemoteLink(Link):
             self.how_it_ended = reason and f": it {reason}"
             error = ServerError(f"the MCP server ended{self.how_it_ended}")
             error.is_unsent = True             # what waits for a connection, or for a session
-            waiting = [number for number, fetch in self._running.items()
-                       if isinstance(fetch, Post) and fetch in fetch.waits_in]
+            waiting = [number for number in self._running if not self.has_sent(number)]
             held = [about[0] for _, about, _, is_repeated in self._held or () if about and not is_repeated]
             for number in waiting + held:
                 self._drop(number)

@@ -10162,7 +10162,7 @@ async def test_remote_server_that_cannot_be_reached_got_nothing_of_what_waits_fo
     for one in waiting:
         link.connection.send_request(one, "tools/call", {"name": "t"})
         fetches.append(await link.taken("tools/call"))
-    fetches[1].waits_in = collections.deque([fetches[1]])
+    fetches[2].connection = types.SimpleNamespace(close=lambda: None)          # the one before waits for one
     fetches[0].on_failure("cannot be reached: no", is_connected=False)
     assert [one.error.is_unsent for one in waiting] == [True, True, False]
     assert {str(one.error) for one in waiting[1:]} == {"the MCP server ended: it cannot be reached: no"}
