@@ -8196,7 +8196,7 @@ class Client(Holder):
             if instance.is_private and self.hello is not None:
                 instance.start(self.hello)
             if before and self.is_session:
-                self._move_topics(before, server)
+                self.move_topics(server, server)
         instance.last_used = self.mount.now()
         if instance.connection is None and self.way:
             instance.tell_way(self.way)
@@ -8368,7 +8368,7 @@ class Session(Client):
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
-            self._move_topics(instance, place and self.mount.server(place))
+            self.move_topics(old, place and self.mount.server(place))
             if old.is_retired:                             # it ends when its calls are done
                 instance.sessions.pop(self.id, None)
             else:
@@ -8388,17 +8388,12 @@ class Session(Client):
             instance.levels[level] += 1
             instance.adjust_log_level()
 
-    def move(self, before: "Server", after: "Server") -> None:
-        """It goes on at another member of a group, and does not come back."""
-        if before in self._instances:
-            self._move_topics(self._instances[before], after, with_unsettled=False)
-
-    def _move_topics(self, before: Instance, server: "Server | Group | None", with_unsettled: bool = True) -> None:
-        """Subscribes at the server in the place of another instance, if it can be used."""
-        for topic in [topic for topic in self.topics if topic.instance is before]:
+    def move_topics(self, before: "Server", server: "Server | Group | None", with_unsettled: bool = True) -> None:
+        """Subscribes at the server in the place of another, or at its next instance, if that can be used."""
+        for topic in [topic for topic in self.topics if topic.instance.server is before]:
             if not (with_unsettled or self in topic.told):
                 continue                               # what it is still to be told would be wrong
-            before.topics.unsubscribe(self, topic)
+            topic.instance.topics.unsubscribe(self, topic)
             if server:
                 with contextlib.suppress(ProxyError):
                     self.at(server).topics.subscribe(self, topic.uri, is_told=True)
@@ -8866,7 +8861,7 @@ class Group:
             own.chosen += client.is_session        # a call of others counts when it is sent
             client.members[self.config.name] = own
             if before in self.members and client.is_session:
-                client.move(before, own)
+                client.move_topics(before, own, with_unsettled=False)
         return own
 
     def _claims(self, member: Server, client: Client, message: Message | None, headers: dict[str, str]) -> bool:
