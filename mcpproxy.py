@@ -7200,11 +7200,11 @@ def tell_all(instance, message: Message) -> None:
         return list_changed(kind, {"_meta": {WAY_KEY: [*way, client.mount.told_id]}})
     for session in list(instance.sessions.values()):
         if session.mount.told_id not in way and not session.listens:
-            session.stream.send(with_way(session).payload if session.way else payload)
+            session.stream.send(with_way(session).payload if way_of(session.headers) else payload)
     for listener in list(instance.listeners):
         client = listener.client
         if client.mount.told_id not in way:
-            listener.hear(with_way(client) if client.way else plain)
+            listener.hear(with_way(client) if way_of(client.headers) else plain)
 
 
 def tell_of_lists(instance) -> None:
@@ -8164,11 +8164,6 @@ class Client(Holder):
         return f"client {next(self._serials)}"
 
     @property
-    def way(self) -> str:
-        """As way_of() its last request."""
-        return way_of(self.headers)
-
-    @property
     def is_apart(self) -> bool:
         """May it be told what others at the same URL are not? Caches go by the URL; and a server that calls its
         answer public knows nothing of keys, of other servers, or of servers that clients have to themselves."""
@@ -8198,8 +8193,8 @@ class Client(Holder):
             if before and self.is_session:
                 self.move_topics(server, server)
         instance.last_used = self.mount.now()
-        if instance.connection is None and self.way:
-            instance.tell_way(self.way)
+        if instance.connection is None and way_of(self.headers):
+            instance.tell_way(way_of(self.headers))
         return instance
 
     def by_name(self, name: str) -> Instance:
@@ -10186,13 +10181,8 @@ class ClientRequest(PendingRequest, Holder):
     @property
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
-        client = self.client
-        return (client.identity, self.http_headers.get(ASKER_HEADER.lower(), self)) if self.way else client.identity
-
-    @property
-    def way(self) -> str:
-        """See way_of()."""
-        return way_of(self.http_headers)
+        identity, headers = self.client.identity, self.http_headers
+        return (identity, headers.get(ASKER_HEADER.lower(), self)) if way_of(headers) else identity
 
     @property
     def can_be_asked(self) -> bool:
@@ -10582,7 +10572,7 @@ class Exchange(ClientRequest):
         whose = self.client.serial if self.client.owner is None else self.asker
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
-            return number, self.method, name, (asker,), self.way
+            return number, self.method, name, (asker,), way_of(self.http_headers)
         tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
         if self.target and self.target.override and isinstance(arguments or {}, dict):
             override = self.target.override
@@ -10592,7 +10582,7 @@ class Exchange(ClientRequest):
         given = self.http_headers.items() if self.envelope else ()
         forwarded = [(header, value) for header, value in given
                      if header.startswith("mcp-param-") and value.isascii() and header not in dict(own)]
-        return number, self.method, name, (asker, *own, *forwarded), self.way
+        return number, self.method, name, (asker, *own, *forwarded), way_of(self.http_headers)
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back, with a notification; or without, it is gone. If one of its connections may
@@ -10975,7 +10965,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     """What all servers list, on one page."""
     check_cursor(message)
     client, view = exchange.client, exchange.client.view
-    found, missing = await gather_lists(client, exchange.method, way=exchange.way)
+    found, missing = await gather_lists(client, exchange.method, way=way_of(exchange.http_headers))
     now, shown = client.mount.now(), shown_of(view, found)
     # What no server has so far may be there with the next configuration.
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)
@@ -11042,7 +11032,7 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
     client, tasks = exchange.client, []
 
     async def ask(instance: Instance) -> tuple[Instance, Items]:
-        return instance, await KeptList(instance, exchange.method, exchange.way).read()
+        return instance, await KeptList(instance, exchange.method, way_of(exchange.http_headers)).read()
     asked = [one for one in client.view.servers if one in client.view.members or client.mount.server(
         one.name).used_by(client)]
     found, missing = await ask_servers(client, lambda instance: None, ask, asked or client.view.members)
