@@ -7787,7 +7787,7 @@ class Instance:
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
-        self._link = Link()                         # the last one that was started
+        self.link = Link()                          # the last one that was started
         self._told_slow = 0                         # how often the log had that it still starts
         self._ways: set[str] = set()                # of those that wait for it through other proxies
 
@@ -7842,7 +7842,7 @@ class Instance:
         """Somebody waits for it through other proxies: it must not wait for one of those itself."""
         if way not in self._ways and len(self._ways) < KNOWN_WAYS:
             self._ways.add(way)
-            self._link.tell_way(way)
+            self.link.tell_way(way)
 
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
@@ -7861,7 +7861,7 @@ class Instance:
         if self._runner:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        await self._link.stop()
+        await self.link.stop()
 
     async def _run(self, initialize: dict) -> None:
         has_run = False
@@ -7879,7 +7879,7 @@ class Instance:
                 await asyncio.wait([connection.closed])
                 error = connection.closed.result()
                 # At once: it takes seconds to end what it left behind.
-                self.server.on_error(self.redact(str(error)), self.words, has_started=True, is_ours=True)
+                self.server.on_error(self.redact(str(error)), self.link.last_word, has_started=True, is_ours=True)
             except ServerError as failure:
                 error = failure
             except asyncio.TimeoutError:
@@ -7892,7 +7892,7 @@ class Instance:
                     await asyncio.shield(connection.link.stop())
             # What a client said in its handshake, or set as a variable, may be wrong.
             is_ours = not self.variables and (self.is_told_ours or not isinstance(error, HandshakeRefused))
-            self.server.on_error(reason := self.redact(str(error)), self.words, is_ready, is_ours)
+            self.server.on_error(reason := self.redact(str(error)), self.link.last_word, is_ready, is_ours)
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=reason)
                 self.failure = error
@@ -7918,7 +7918,7 @@ class Instance:
             connection.on_closed = functools.partial(self._forget, connection)
             link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
             link.on_forgotten = functools.partial(self._put_back, connection)
-            self._link = link
+            self.link = link
             try:
                 await link.start()
                 if era is LEGACY:
@@ -8043,7 +8043,7 @@ class Instance:
         """Tells those who wait for the server that it can be used, or why it cannot."""
         self._wanted.clear()
         self._ways.clear()
-        self._link.way = ""              # what is sent from now on is nobody's who waited
+        self.link.way = ""               # what is sent from now on is nobody's who waited
         settled, self._started = self._started, asyncio.get_running_loop().create_future()
         if error:
             settled.set_exception(error)
@@ -8064,14 +8064,9 @@ class Instance:
             for kept in self.lists.values():
                 kept.tick(now)
         if self.state is STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
-            self._told_slow += 1
-            log.info("= server %(server)s is still starting, %(seconds)d s" + (": %(text)s" if self.words else ""),
-                     server=self.server.name, seconds=int(now - self.since), text=self.words or "-")
-
-    @property
-    def words(self) -> str:
-        """What the server said last beside the protocol."""
-        return self._link.last_word
+            self._told_slow, words = self._told_slow + 1, self.link.last_word
+            log.info("= server %(server)s is still starting, %(seconds)d s" + (": %(text)s" if words else ""),
+                     server=self.server.name, seconds=int(now - self.since), text=words or "-")
 
     # The clients together, as the server sees them.
 
@@ -11907,7 +11902,7 @@ class Overview:
         if instance and instance.state is READY:
             facts["since"] = int(self._wall(instance.since))
         if instance and with_error and server.state == "starting":
-            facts["words"] = instance.words
+            facts["words"] = instance.link.last_word
         if "error" in facts:
             facts["errorAt"] = int(self._wall(server.last_error_at))
         facts["title"] = facts.pop("name", None)
