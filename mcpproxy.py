@@ -6879,7 +6879,7 @@ class Question(Holder):
 
     def __init__(self, encode, on_response, message: Message | None = None):
         self.id = next(self._ids)
-        self._encode = encode                    # makes the payload with an id for the client
+        self.encode = encode                     # makes the payload with an id for the client
         self._on_response = on_response          # called with the question and the client's response
         self.message = message                   # a legacy server's request
         self.call = None                         # the exchange that it belongs to, if there is one
@@ -6888,13 +6888,6 @@ class Question(Holder):
         self.send = None                         # the way that the question took there,
         self.asked_at = float("inf")             # and when
         self.patience = float("inf")             # for how long, if it belongs to no call
-
-    def ask(self, client, send) -> None:
-        """Sends it to a session; `send` is the way that it takes."""
-        self.client, self.send, self.asked_at = client, send, client.mount.now()
-        payload = self._encode(b"%d" % self.id)
-        self.hold(len(payload[0]), client.principal)
-        send(payload)
 
     def hold(self, size: int, principal: object) -> None:
         """It takes so many bytes of a principal's while it is open."""
@@ -8426,7 +8419,10 @@ class Session(Client):
             if question.call and question.call.is_done:
                 return                             # that was one of its own, and ended it
         self.questions[question.id] = question
-        question.ask(self, send)
+        question.client, question.send, question.asked_at = self, send, self.mount.now()
+        payload = question.encode(b"%d" % question.id)
+        question.hold(len(payload[0]), self.principal)
+        send(payload)
 
     def receive(self, message: Message) -> None:
         """The client's response to a question, or its notification on its way to the servers that it uses."""
