@@ -6896,9 +6896,7 @@ class Question(Holder):
             budget.set(self, size)
 
     def give(self) -> None:
-        """It is asked no longer."""
-        self.take_back()
-        self.refuse(try_later("too much is held for this client"))
+        self.withdraw(try_later("too much is held for this client"))
 
     def respond(self, response: Message) -> None:
         """Takes the client's response, whatever its id."""
@@ -6911,10 +6909,10 @@ class Question(Holder):
         """Responds for the client, as if it had said so itself."""
         self.respond(parse_message(encode_error(b"0", error)[0].decode()))
 
-    def time_out(self) -> None:
-        """It belongs to no call that would, and nobody answers it."""
+    def withdraw(self, error: ProxyError) -> None:
+        """It is asked no longer, and has this answer."""
         self.take_back()
-        self.refuse(ServerError("the client did not answer", status=504))
+        self.refuse(error)
 
     def take_back(self, payload: list | None = None) -> None:
         """Tells the client that was asked, if one was, that there is nothing to answer any more."""
@@ -9115,7 +9113,7 @@ class Mount:
         for session in list(self.sessions.values()):
             for question in list(session.questions.values()):              # MCP 2025-11-25, Lifecycle, Timeouts
                 if question.call is None and now - question.asked_at >= question.patience:
-                    question.time_out()
+                    question.withdraw(ServerError("the client did not answer", status=504))
             if session.is_homeless and not session.calls:
                 session.end()
             elif session.calls or session.stream.is_attached:
@@ -9981,8 +9979,7 @@ class Dialogue:
             elif message and message.method == "roots/list" and question.client:
                 question.call, question.send = None, question.client.stream.send
             else:
-                question.take_back()
-                question.refuse(ServerError("the client did not answer"))
+                question.withdraw(ServerError("the client did not answer"))
 
 
 # ============================================================================
