@@ -6844,11 +6844,6 @@ class Stream(Holder):
         """Is nothing to come behind message number `after`?"""
         return self.is_ended and not (self._kept and self._kept[-1][0] > after)
 
-    def take_number(self) -> int:
-        """The number of an event that is no message."""
-        self.last_number += 1
-        return self.last_number
-
     def event_id(self, number: int) -> bytes:
         """The id of an event; it names the stream."""
         return f"{self.name}-{number}".encode() if self.name else b""
@@ -11688,7 +11683,8 @@ JSON_HEADERS = (("Content-Type", JSON_TYPE), ("Cache-Control", "no-store"))
 
 def prime(reply: Reply, stream: Stream) -> None:
     """Writes an event without data, whose id lets a client come back for what follows."""
-    reply.write([b"id: ", stream.event_id(stream.take_number()), b"\ndata: \n\n"])
+    stream.last_number += 1
+    reply.write([b"id: ", stream.event_id(stream.last_number), b"\ndata: \n\n"])
 
 
 class StreamOutlet(Outlet):
