@@ -6958,8 +6958,7 @@ class Outlet:
 #
 #     a question          to the newest of these calls that can be asked, and whose client is there; without a call
 #                         to the one session there is, unless another client's call is just over; otherwise it is
-#                         refused. No call fails for it but one that alone can be the cause,
-#                         and none for roots
+#                         refused. No call fails for it but one that alone can be the cause, and none for roots
 #     a log message       to the newest of them, if its client wants that level, or to that session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
@@ -9981,8 +9980,8 @@ class Dialogue:
 # 38. Records
 # ============================================================================
 #
-# What stays of a call that is over: a line of the log, its place in the counters,
-# and for a while what the overview shows of it. Never an argument of it.
+# What stays of a call that is over: a line of the log, its place in the counters, and for a while what the overview
+# shows of it. Never an argument of it.
 
 # How an exchange ends, or is interrupted: by names of the module, because to look into a class is slow.
 ANSWERED, FAILED, TIMED_OUT, NEEDS_INPUT = "answered", "failed", "timed out", "waits for input"
@@ -10041,11 +10040,9 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # 39. Client requests
 # ============================================================================
 #
-# One client request from its coming to its end, and the answer to it; where that
-# goes is up to its outlet. It begins when its instance is ready, and it has one way
-# out, end(), whatever ends it: so nothing is forgotten at the server, at the client
-# or in the books (the calls of its client and of its mount), and the log has a line
-# of each.
+# One client request from its coming to its end, and the answer to it; where that goes is up to its outlet. It begins
+# when its instance is ready, and it has one way out, end(), whatever ends it: so nothing is forgotten at the server, at
+# the client or in the books (the calls of its client and of its mount), and the log has a line of each.
 #
 #     WAITING <--> RUNNING <--> PARKED        (any of them --> DONE)
 #     for the      at the       for the
@@ -10338,9 +10335,8 @@ class ClientRequest(PendingRequest, Holder):
 # 40. Exchanges
 # ============================================================================
 #
-# How a client's request gets to a server, and what becomes of what that sends. The
-# exchange puts a server id in the place of the client's and takes it out of the
-# response again; what its messages become is up to the bridge.
+# How a client's request gets to a server, and what becomes of what that sends. The exchange puts a server id in the
+# place of the client's and takes it out of the response again; what its messages become is up to the bridge.
 
 
 class Exchange(ClientRequest):
