@@ -8116,7 +8116,7 @@ class Client(Holder):
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
     software = ""                                   # its name/version, by its own word, when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
-    turns: asyncio.Lock | None = None               # see take_turn()
+    turns = once(lambda self: asyncio.Lock())       # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
     is_ended = False                                # a session; and is there no server for it any more? Then it
     is_homeless = False                             # begins nothing, and ends after its calls
@@ -9443,8 +9443,6 @@ async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tup
 
 async def take_turn(client: Client) -> None:
     """Parts of one request that look at all servers do so one after the other, each in a turn of the loop."""
-    if client.turns is None:
-        client.turns = asyncio.Lock()
     async with client.turns:
         await asyncio.sleep(0)
 
