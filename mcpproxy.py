@@ -9655,8 +9655,6 @@ class ModernClientModernServer(Bridge):
             response = as_private(response) if exchange.client.is_apart else response
             if exchange.method == "server/discover":
                 response = with_known_versions(response)
-            elif exchange.method == "tools/list" and exchange.connection.mirrors:
-                response = without_misused(response, exchange.instance.server)
         payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
         exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
@@ -9771,8 +9769,6 @@ class LegacyClientModernServer(LegacyClientBridge):
         elif is_input_required(response):
             self._gather(exchange, response.parsed())
         else:
-            if exchange.method == "tools/list" and exchange.connection.mirrors:
-                response = without_misused(response, exchange.instance.server)
             exchange.finish(result_without(response, exchange.raw_id, exchange.method))
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
@@ -10609,9 +10605,11 @@ class Exchange(ClientRequest):
                     type(response) is not ResponseLine or len(response.line) > LARGE
                     or response.line.find(b'"isError"') >= 0):
                 self.problem = error_type(response)
-            elif self.method == "tools/list" and isinstance(response, ResponseLine) and (
-                    len(response.line) <= MAX_LISTING):
-                self.instance.server.listings.append(response)
+            elif self.method == "tools/list":
+                if isinstance(response, ResponseLine) and len(response.line) <= MAX_LISTING:
+                    self.instance.server.listings.append(response)
+                if self.connection.mirrors:
+                    response = without_misused(response, self.instance.server)
             limit = self.instance.server.max_result
             # In a line no text is shorter than it is.
             if limit and response.is_result and self.method in ("tools/call", "tasks/result") and (
