@@ -12068,11 +12068,6 @@ class Admission:
         return f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{RESOURCE_METADATA}{parts.path}"'
 
     @once
-    def key(self) -> str | None:
-        """The key that it brings; None when none is asked for."""
-        return given_key(self.head) if self._settings.is_guarded else None
-
-    @once
     def view(self) -> View:
         """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
         wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
@@ -12366,16 +12361,18 @@ class Application:
     def _check_key(self, admission: Admission) -> None:
         if not self.settings.is_guarded or admission.head.method == "OPTIONS":
             return                        # a preflight brings no key, and learns nothing
-        admission.caller = find_caller(admission.key, self.keys.callers) if admission.key is not None else None
+        key = given_key(admission.head)
+        admission.caller = find_caller(key, self.keys.callers) if key is not None else None
         if admission.caller is None and self.issuer:
-            self._check_token(admission, given_token(admission.head))
+            self._check_token(admission, key)
         elif admission.caller is None:
             how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"
-            raise HTTPError(f"missing key: {how}" if admission.key is None else "wrong key", status=401,
+            raise HTTPError(f"missing key: {how}" if key is None else "wrong key", status=401,
                             headers=((CHALLENGE_HEADER, 'Bearer realm="mcpproxy"'),))            # RFC 6750 §3
 
-    def _check_token(self, admission: Admission, text: str | None) -> None:
+    def _check_token(self, admission: Admission, key: str | None) -> None:
         """RFC 6750 §3; MCP 2025-11-25, Authorization, Access Token Usage."""
+        text = given_token(admission.head)
         settings, wanted, scopes = self.settings, self.settings.oauth_scopes.split(), self.keys.scopes
 
         def refuse(problem: str, error: str = "", status: int = 401, has: tuple[str, ...] = ()):
@@ -12384,7 +12381,7 @@ class Application:
                           *([f'scope="{" ".join(named)}"'] if wanted else [])]
             raise HTTPError(problem, status=status, headers=((CHALLENGE_HEADER, ", ".join(parameters)),))
         if not text:
-            refuse("wrong key" if admission.key else "missing token: send Authorization: Bearer <token>")
+            refuse("wrong key" if key else "missing token: send Authorization: Bearer <token>")
         verdict = self.issuer.check(text, admission.host)
         if verdict.error:
             refuse(f"the token is not good: {verdict.error}", "invalid_token")
