@@ -12486,15 +12486,12 @@ class Application:
         """GET /healthz: this process is alive, whatever its servers are."""
         reply.send(200, [b'{"status":"ok"}'], JSON_HEADERS)
 
-    def _sees_all(self, admission: Admission) -> bool:
-        """May it know what a server said last? It can be another client's business."""
-        caller = admission.caller
-        return admission.objection is None and (caller.sees_all if caller else not self.settings.is_guarded)
-
     def ready(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /readyz: can a server be used?"""
-        self.mount.asked_at = self.mount.now()
-        document = dump(self.overview.readiness(self._sees_all(admission))).encode()
+        self.mount.asked_at, caller = self.mount.now(), admission.caller
+        # May it know what a server said last? It can be another client's business.
+        sees_all = admission.objection is None and (caller.sees_all if caller else not self.settings.is_guarded)
+        document = dump(self.overview.readiness(sees_all)).encode()
         status, more = (200, ()) if self.mount.is_ready else (503, (("Retry-After", "5"),))
         reply.send(status, [document], JSON_HEADERS + more)
 
