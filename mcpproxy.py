@@ -11190,7 +11190,6 @@ class HTTPConnection(asyncio.Protocol, Holder):
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.principal = self._host = principal_of(host)    # until a key says more; and by the address alone
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._loop = asyncio.get_running_loop()
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
         self.sent = 0                       # bytes
@@ -11280,12 +11279,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def _advance_soon(self) -> None:
         if not self._advances_soon:
             self._advances_soon = True
-            self._loop.call_soon(self._advance)
+            asyncio.get_running_loop().call_soon(self._advance)
 
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there; also one that its head alone refuses, because then it is
         known where the next one begins, and the connection can be kept."""
-        refusal, parser, application = None, self._parser, self._application           # `refusal`: by the head alone
+        parser, application = self._parser, self._application
+        refusal, continues = None, False                   # `refusal`: by the head alone
         try:
             if self._phase is HEAD:
                 if self._checked:
@@ -11294,7 +11294,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     head = parser.next_head()
                 if head is None:
                     return False
-                self._phase, self._continues = BODY, head.expects_continue
+                self._phase, continues = BODY, head.expects_continue
                 self._reply = reply = Reply(self, head)
                 self.keeps_alive = head.keep_alive and not self._server.is_leaving
                 try:
@@ -11333,14 +11333,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self.refuse(refusal)
         elif parser.is_interrupted:
             self._advance_soon()
-        elif self._continues and not parser.rest:
+        elif continues and not parser.rest:
             self.write([CONTINUE])
-        self._continues = False
         return False
 
     def _on_checked(self, head: HTTPHead, headers: tuple, task: asyncio.Task) -> None:
         """What had to be found out of a request is known."""
-        if self._phase is CHECK and not self._transport.is_closing():
+        if not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
             self._phase, self._checked = HEAD, (head, error and as_told(error), headers)
             self.since = time.monotonic()
