@@ -12077,8 +12077,7 @@ class Admission:
     def variables(self) -> dict[str, str]:
         """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
         head = self.head
-        members = [member for member in self.view.members if not member.settings.shared_session]
-        if not members:
+        if self.view.is_for_all:
             # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
@@ -12448,10 +12447,9 @@ class Application:
         if message and NAMED_BY.get(method) == "name":
             name = message.params.get("name")
         session = (admission.session_id or dict(admission.head.query).get("session_id", "")).partition(".")[0]
-        is_legacy = not message or not is_modern(message, admission.version)
         return audit(admission.caller, client_name(message.meta.get(CLIENT_INFO_KEY)) if message else None, method,
                      name if isinstance(name, str) else None, admission.trace,
-                     era=(LEGACY if is_legacy else MODERN) if message else "",
+                     era=(MODERN if is_modern(message, admission.version) else LEGACY) if message else "",
                      transport={"/messages": "sse", "/mcp": "streamable-http", "/sse": "streamable-http"}.get(
                          admission.path, "tools"), session=session and label_of(session), server=admission.place,
                      id=message and message.id, outcome="refused", error_type=str(error.code))
@@ -12698,8 +12696,7 @@ class Endpoints(Application):
         """Several messages. They came with 2025-03-26 and went with 2025-06-18."""
         check_version(admission)
         client = self._client(admission, reply)
-        version = client.version or admission.version or BATCH_VERSION
-        if version != BATCH_VERSION:
+        if (client.version or admission.version or BATCH_VERSION) != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
         messages, errors = [], []
         for text in texts:                     # one that is none spoils no other. JSON-RPC 2.0 §6
@@ -13484,7 +13481,6 @@ def _package_name(word: str) -> str | None:
 #
 # Arguments and environment into settings, settings into a running proxy.
 
-ENDINGS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP         # what ends a program that says nothing of them
 LOOKUPS = 64                   # of names of hosts, at a time
 
 
@@ -13677,7 +13673,7 @@ async def running(settings: Settings, on_signal):
         await proxy.stop()
         os.set_blocking(1, blocks)             # others have the same open file
         # All is done: one more, while Python ends, is not to make another end of a good one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     end_lookups(0)
 
 
