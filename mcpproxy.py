@@ -3772,8 +3772,7 @@ class Counters:
         self.calls: dict[tuple, list] = {}         # by (server, method, tool, revision, error): see find()
         self.unsettled: set[tuple] = set()         # those of which it is not known (yet) whether there is such a tool
         self.refused: collections.Counter = collections.Counter({503: 0})          # HTTP requests, by status
-        self.connections: set = set()              # of HTTP
-        self.gone_received = self.gone_sent = 0    # bytes of those that are gone
+        self.received = self.sent = 0              # bytes, by HTTP
         self.streams = 0                           # that are open
         self._kept: dict[str, set[str]] = {"tool": set(), "error": {"", "cancelled", "tool_error", *map(str, (
             PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR, SERVER_FAILED,
@@ -3805,15 +3804,6 @@ class Counters:
         if value not in kept and len(kept) < limit and len(value) <= MAX_LABEL_VALUE:
             kept.add(value)
         return value if value in kept else OTHER
-
-    @property
-    def received(self) -> int:
-        """Bytes that came by HTTP."""
-        return self.gone_received + sum(connection.received for connection in self.connections)
-
-    @property
-    def sent(self) -> int:
-        return self.gone_sent + sum(connection.sent for connection in self.connections)
 
     def settle(self, tools: dict[str, collections.abc.Container[str]], waiting: set[str]) -> None:
         """Counts what was kept apart, now that the tools of each server are as well known as can be; `waiting` are the
@@ -11192,12 +11182,10 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
-        self.sent = 0                       # bytes
         self._is_clogged = False            # does output wait for the client to read?
         self.is_half_closed = False         # will the client send nothing more?
         self._advances_soon = False         # is it planned to go on with what is there?
         self.since = time.monotonic()       # the beginning of what is waited for
-        self.received = 0                   # bytes
         self.keeps_alive = True
         server.connections.add(self)
 
@@ -11215,7 +11203,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self.since = min(time.monotonic(), self.since + len(data) / BODY_RATE)
         elif self._phase is HEAD and not self._parser.rest:
             self.since = time.monotonic()
-        self.received += len(data)
+        self.counters.received += len(data)
         self._parser.feed(data)
         self._advance()
 
@@ -11231,8 +11219,6 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self.counters.gone_received += self.received
-        self.counters.gone_sent += self.sent
         self._parser.clear()                # a connection is a cycle, and may be collected much later
         budget.set(self, 0)
         reply, self._reply, self._soon = self._reply, None, []
@@ -11244,7 +11230,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def pause_writing(self) -> None:
         self._is_clogged = True
-        self._stalled_since, self._read = time.monotonic(), self.sent - self._transport.get_write_buffer_size()
+        self._stalled_since, self._unread = time.monotonic(), self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_clogged = False
@@ -11370,7 +11356,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def write(self, parts: list, size: int | None = None) -> None:
         """Writes at once; `size` is that of all parts, if it is known."""
-        self._flush()
+        if self._soon:
+            self._flush()
         self._queued += self._is_clogged
         self._send(parts, size)
 
@@ -11393,7 +11380,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._transport.abort()
             return
         size = sum(map(len, parts)) if size is None else size
-        self.sent += size
+        self.counters.sent += size
+        if self._is_clogged:
+            self._unread += size
         if size < LARGE:
             self._transport.write(b"".join(parts))
         else:
@@ -11423,9 +11412,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def tick(self, now: float, heartbeat: float) -> None:
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
-        read = self.sent - self._transport.get_write_buffer_size()
-        if self._is_clogged and read > self._read:
-            self.since, self._stalled_since, self._read = now, now, read
+        unread = self._transport.get_write_buffer_size()
+        if self._is_clogged and unread < self._unread:         # which it would be if the client had read nothing
+            self.since, self._stalled_since, self._unread = now, now, unread
             self._count()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # of what was written nothing is read
@@ -11567,7 +11556,6 @@ class HTTPServer:
 
     def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
-        application.counters.connections = self.connections
         self.is_leaving = False                # are connections to be closed behind the next answer?
         self._servers: list[asyncio.Server] = []
         self.application = application
