@@ -479,18 +479,15 @@ def is_safe_url(url: object) -> bool:
         return False
 
 
-def is_user(text: str) -> bool:
-    """Is it the name or the number of a user, a range of numbers, or nothing?"""
-    numbers = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
-    if numbers:
-        return int(numbers[1]) <= int(numbers[2] or numbers[1])
-    return not text or bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", text))
-
-
 def users_of(text: str) -> range:
     """The users of a range of numbers; empty where it is none."""
-    numbers = re.fullmatch("([0-9]+)-([0-9]+)", text)
+    numbers = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", text)
     return range(int(numbers[1]), int(numbers[2]) + 1) if numbers else range(0)
+
+
+def is_user(text: str) -> bool:
+    """Is it the name or the number of a user, a range of numbers, or nothing?"""
+    return bool(users_of(text) or re.fullmatch("[0-9]{1,9}|[A-Za-z_][A-Za-z0-9_.-]*|", text))
 
 
 def check_settings(settings: Settings) -> Settings:
