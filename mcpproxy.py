@@ -2585,7 +2585,7 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 #     RS256, RFC 7518 §3.3: the signature to the power of the key's exponent is, in full, what the signer has padded.
 #         To build that anew and compare leaves nothing to parse, where forgers would get in (Bleichenbacher, 2006).
 #     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. Points are
-#         X / Z², Y / Z³, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
+#         X / Z, Y / Z, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
 
 MAX_TOKEN = 24 * 1024            # with its 200 groups, one of Entra has 12 KiB
 MAX_KEYS = 100                   # of one issuer
@@ -2598,7 +2598,7 @@ P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
 P256_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 P256_G = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
           0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5, 1)
-INFINITY = (1, 1, 0)
+INFINITY = (0, 1, 0)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -2736,34 +2736,19 @@ def is_signed_by_ecdsa(signed: bytes, signature: bytes, x: int, y: int) -> bool:
     shift, key, total = r * inverse % P256_N, (x, y, 1), INFINITY
     sums = INFINITY, P256_G, key, added(P256_G, key)
     for bit in range(255, -1, -1):                     # both products at once
-        total = added(doubled(total), sums[(hashed >> bit & 1) + 2 * (shift >> bit & 1)])
-    return total[2] % P256_P != 0 and total[0] * pow(total[2], -2, P256_P) % P256_P % P256_N == r
-
-
-def doubled(point: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Twice a point; the curve is y² = x³ - 3x + b."""
-    x, y, z = point
-    zz, yy = z * z % P256_P, y * y % P256_P
-    xyy, slope = x * yy % P256_P, 3 * (x - zz) * (x + zz) % P256_P
-    new = (slope * slope - 8 * xyy) % P256_P
-    return new, (slope * (4 * xyy - new) - 8 * yy * yy) % P256_P, 2 * y * z % P256_P
+        total = added(added(total, total), sums[(hashed >> bit & 1) + 2 * (shift >> bit & 1)])
+    return total[2] != 0 and total[0] * pow(total[2], -1, P256_P) % P256_P % P256_N == r
 
 
 def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The sum of two points."""
+    """The sum of any two points of y² = x³ - 3x + b, also of one and itself, or infinity: Renes, Costello and Batina,
+    Complete addition formulas for prime order elliptic curves, 2016, §3."""
     (x1, y1, z1), (x2, y2, z2) = one, other
-    if not z1 or not z2:
-        return other if not z1 else one
-    zz1, zz2 = z1 * z1 % P256_P, z2 * z2 % P256_P
-    u1, u2 = x1 * zz2 % P256_P, x2 * zz1 % P256_P
-    s1, s2 = y1 * zz2 * z2 % P256_P, y2 * zz1 * z1 % P256_P
-    if u1 == u2:
-        return doubled(one) if s1 == s2 else INFINITY
-    h, slope = u2 - u1, s2 - s1
-    hh = h * h % P256_P
-    hhh, v = h * hh % P256_P, u1 * hh % P256_P
-    new = (slope * slope - hhh - 2 * v) % P256_P
-    return new, (slope * (v - new) - s1 * hhh) % P256_P, h * z1 * z2 % P256_P
+    xx, yy, zz = x1 * x2 % P256_P, y1 * y2 % P256_P, z1 * z2 % P256_P
+    xy, xz, yz = x1 * y2 + x2 * y1, x1 * z2 + x2 * z1, y1 * z2 + y2 * z1
+    s, t, u = 3 * (P256_B * zz - xz) % P256_P, 3 * (P256_B * xz - xx - 3 * zz) % P256_P, 3 * (xx - zz)
+    return ((xy * (yy - s) - yz * t) % P256_P, (u * t + (yy + s) * (yy - s)) % P256_P,
+            (yz * (yy + s) + xy * u) % P256_P)
 
 
 # ============================================================================
