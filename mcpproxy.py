@@ -2114,14 +2114,11 @@ def check_is_legacy(found: Exception | Message) -> None:
         raise RefusedAsModern(f"the MCP server speaks {spoken}, and none of the revisions known here")
 
 
-def merged(one: dict, other: dict) -> dict:
+def merged(one: object, other: object) -> object:
     """Capabilities together: what either has."""
-    result = dict(one)
-    for name, value in other.items():
-        mine = result.get(name)
-        result[name] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else (
-            mine if isinstance(mine, dict) else value if isinstance(value, dict) else mine or value)
-    return result
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {**one, **other, **{name: merged(one[name], other[name]) for name in one if name in other}}
+    return one if isinstance(one, dict) else other if isinstance(other, dict) else one or other
 
 
 def without_session(capabilities: str, is_anybody: bool) -> str:
@@ -2147,8 +2144,7 @@ class Identity:
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
         info = member_at(self._result, path)
         self.info = response.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
-        info = info if isinstance(info, dict) else {}
-        self.name, self.release = str(info.get("name")), str(info.get("version"))              # of the program
+        self.name, self.release = (str(member_at(info, (name,))) for name in ("name", "version"))      # of the program
 
     def initialize_result(self, version: str, has_session: bool, is_anybody: bool) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
