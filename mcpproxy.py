@@ -2353,13 +2353,12 @@ def fits_glob(glob: str):
 def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
     """Is a name chosen by these globs? The last one that fits decides; with ! before it, it leaves the name out. If
     the first has a !, all is chosen that none leaves out; but never what is too long for a name."""
-    is_in = bool(globs) and globs[0].startswith("!")
     if len(name) > MAX_CHOSEN:
         return False
-    for glob in globs:
+    for glob in reversed(globs):
         if fits_glob(glob.removeprefix("!"))(name):
-            is_in = not glob.startswith("!")
-    return is_in
+            return not glob.startswith("!")
+    return bool(globs) and globs[0].startswith("!")
 
 
 @dataclasses.dataclass(frozen=True)
