@@ -2451,11 +2451,10 @@ ID_SECONDS = 30 * 86400          # for which an id is good
 
 def seal(secret: str, name: str, facts: dict) -> str:
     """The id of a session with this name, which says these facts of it; what is too large is left out."""
-    capabilities = dict.fromkeys(facts["capabilities"], {})
-    for shorter in ({}, {"info": None}, {"info": None, "capabilities": capabilities},
-                    {"info": None, "capabilities": capabilities, "wanted": None}):
+    for shorter in {}, {"info": None}, {"capabilities": dict.fromkeys(facts["capabilities"], {})}, {"wanted": None}:
+        facts = {**facts, **shorter}
         try:
-            text = dump({**facts, **shorter}).encode()
+            text = dump(facts).encode()
         except ValueError:                         # 1e999, which is no number here
             continue
         if len(text) <= MAX_FACTS:
