@@ -1382,8 +1382,8 @@ def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
         kept["result"] = ()
     if kept.keys() == members.keys():
         return text, members
-    places = walk_members(text, text.index("{"))
-    return as_object({name: text[slice(*places[name])] if name in places else "{}" for name in kept}), kept
+    written = JSONObject(text).raw_members()
+    return as_object({name: written.get(name, "{}") for name in kept}), kept
 
 
 is_batch = _BATCH_START.match            # is a text an array, if it is JSON at all?
@@ -1662,19 +1662,14 @@ def check_parameters(message: Message) -> None:
     if meta and not META.issuperset(meta):
         check_lookalikes(meta, META)
     if RELATED_TASK_KEY in meta or "ref" in params:
-        check_references(meta.get(RELATED_TASK_KEY), params.get("ref"))
+        try:
+            for reference in meta.get(RELATED_TASK_KEY), params.get("ref"):            # they too name what it is about
+                check_lookalikes(unique_members_of(reference), PARAMETERS)
+        except ValueError as error:
+            raise RPCError(str(error), code=INVALID_PARAMS) from None
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
-
-
-def check_references(*references: object) -> None:
-    """Refuses lookalikes, and a name that is there twice, in objects that name what a request is about."""
-    try:
-        for reference in references:
-            check_lookalikes(unique_members_of(reference), PARAMETERS)
-    except ValueError as error:
-        raise RPCError(str(error), code=INVALID_PARAMS) from None
 
 
 def wholes_of(uri: object) -> list[str]:
