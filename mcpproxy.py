@@ -1830,14 +1830,13 @@ _DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")             
 def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str, ...]]:
     """Header name in lower case -> path of the argument that is repeated in it, for a tool's inputSchema."""
     found = {}
-    properties = schema.get("properties") if isinstance(schema, dict) else None
+    properties = member_at(schema, ("properties",))
     for name, inner in properties.items() if isinstance(properties, dict) else ():
-        if isinstance(inner, dict):
-            header = inner.get("x-mcp-header")
-            if isinstance(header, str) and _HEADER_NAME.fullmatch(header) and inner.get("type") in (
-                    "string", "integer", "boolean"):
-                found["mcp-param-" + header.lower()] = (*path, name)
-            found.update(mirrored_parameters(inner, (*path, name)))
+        header = member_at(inner, ("x-mcp-header",))
+        if isinstance(header, str) and _HEADER_NAME.fullmatch(header) and inner.get("type") in (
+                "string", "integer", "boolean"):
+            found["mcp-param-" + header.lower()] = (*path, name)
+        found.update(mirrored_parameters(inner, (*path, name)))
     return found
 
 
