@@ -1371,6 +1371,11 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
         raise RPCError("nested too deeply", code=PARSE_ERROR) from None
 
 
+def with_member(message: Message, text: str, *path: str) -> Message:
+    """A message with another text for the member at `path`."""
+    return parse_message(message.with_text(text, *path).decode(), is_servers=True)
+
+
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
     """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response a
     null method or error, or a null result beside an error; a result that is not there at all becomes an empty one."""
@@ -1918,8 +1923,7 @@ def without_params(message: Message, *names: str) -> Message:
     """A request without these parameters."""
     if message.params.keys().isdisjoint(names):
         return message
-    params = without_members(message.raw("params"), *names)
-    return parse_message(message.with_text(params, "params").decode())
+    return with_member(message, without_members(message.raw("params"), *names), "params")
 
 
 def digest_of(message: Message) -> int:
@@ -2191,11 +2195,6 @@ def kilobytes(size: int) -> str:
     return f"{max(1, round(size / 1024))} kB"
 
 
-def with_member(response: Message, text: str, *path: str) -> Message:
-    """A server's response with another text for the member at `path`."""
-    return parse_message(response.with_text(text, *path).decode(), is_servers=True)
-
-
 def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
     result, is_cut = members_of(response.members.get("result")), False
@@ -2230,8 +2229,7 @@ def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Mes
     response = response.parsed()
     if members_of(response.members["result"]).get("nextCursor") != "":
         return response
-    page = without_members(response.raw("result"), "nextCursor")
-    return with_member(response, page, "result")
+    return with_member(response, without_members(response.raw("result"), "nextCursor"), "result")
 
 
 def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
