@@ -2020,11 +2020,14 @@ def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions)
     return [response.changed(changes)]
 
 
-def is_input_required(response: ResponseLine | Message) -> bool:
-    """Is it the result that asks for input?"""
-    if isinstance(response, ResponseLine) and b'"input_required"' not in response.line:
-        return False
-    return members_of(response.parsed().members.get("result")).get("resultType") == "input_required"
+def if_it_says(response: ResponseLine | Message, name: str, written: bytes) -> Message | None:
+    """The response, parsed, if its result has a member of this name and this value, a string as JSON; otherwise None.
+    A line that does not hold both is not parsed."""
+    if isinstance(response, ResponseLine) and (
+            response.line.find(written) < 0 or response.line.find(f'"{name}"'.encode()) < 0):
+        return None
+    response = response.parsed()
+    return response if members_of(response.members.get("result")).get(name) == json.loads(written) else None
 
 
 _COMPLETE_FIRST = re.compile(rb'[ \t]*"resultType": ?"complete"(?:, ?|(?=\}))')
@@ -2219,27 +2222,16 @@ def cut_result(response: Message, limit: int) -> Message:
     return with_member(response, as_object(members), "result")
 
 
-_EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
-
-
 def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
     """A page of a legacy server's list as a modern client understands it; see next_cursor()."""
-    if isinstance(response, ResponseLine) and not _EMPTY_CURSOR.search(response.line):
-        return response
-    response = response.parsed()
-    if members_of(response.members["result"]).get("nextCursor") != "":
-        return response
-    return with_member(response, without_members(response.raw("result"), "nextCursor"), "result")
+    page = if_it_says(response, "nextCursor", b'""')
+    return with_member(page, without_members(page.raw("result"), "nextCursor"), "result") if page else response
 
 
 def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
     """A result that no cache may give to others. MCP 2026-07-28, Caching."""
-    if isinstance(response, ResponseLine) and b'"public"' not in response.line:
-        return response
-    response = response.parsed()
-    if members_of(response.members.get("result")).get("cacheScope") != "public":
-        return response
-    return with_member(response, '"private"', "result", "cacheScope")
+    public = if_it_says(response, "cacheScope", b'"public"')
+    return with_member(public, '"private"', "result", "cacheScope") if public else response
 
 
 def with_known_versions(discovered: ResponseLine | Message) -> ResponseLine | Message:
@@ -9724,7 +9716,7 @@ class LegacyClientModernServer(LegacyClientBridge):
             # What it was called before 2026-07-28.
             codes = {INVALID_PARAMS: RESOURCE_NOT_FOUND} if exchange.method == "resources/read" else {}
             exchange.finish(error_with(response.parsed(), exchange.raw_id, codes))
-        elif is_input_required(response):
+        elif if_it_says(response, "resultType", b'"input_required"'):
             self._gather(exchange, response.parsed())
         else:
             exchange.finish(result_without(response, exchange.raw_id, exchange.method))
@@ -10534,8 +10526,10 @@ class Exchange(ClientRequest):
         try:
             if self.group:
                 self.instance.server.count(self.instance, has_failed=False)
-            if self.envelope and (self.group or self.method == "resources/read") and is_input_required(response):
-                self.remember_state(response.parsed().result.get("requestState"))
+            if self.envelope and (self.group or self.method == "resources/read"):
+                asking = if_it_says(response, "resultType", b'"input_required"')
+                if asking:
+                    self.remember_state(asking.result.get("requestState"))
             if not response.is_result:
                 if self._ask_next():
                     return None
