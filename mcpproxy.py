@@ -1938,9 +1938,8 @@ def input_required(requests: dict[str, Message], state: str, server_info: str | 
     asked = {}
     for key, request in requests.items():
         # MCP 2026-07-28, Changelog, Minor changes 11: there is no elicitationId any more.
-        params = request.raw_members("params") if request.params else {}
-        params.pop("elicitationId", None)
-        asked[key] = as_object({"method": dump(request.method), "params": as_object(params)})
+        params = without_members(request.raw("params"), "elicitationId") if request.params else "{}"
+        asked[key] = as_object({"method": dump(request.method), "params": params})
     meta = {"_meta": as_object({SERVER_INFO_KEY: server_info})} if server_info else {}
     return as_object({"resultType": '"input_required"', "inputRequests": as_object(asked), "requestState": dump(state),
                       **meta}).encode()
@@ -2827,8 +2826,7 @@ class Rules:
         if (override.defaults or override.fixed) and members.get("inputSchema", "")[:1] == "{":
             schema = tool.raw_members("inputSchema")
             if schema.get("properties", "")[:1] == "{":
-                schema["properties"] = as_object({name: text for name, text in tool.raw_members(
-                    "inputSchema", "properties").items() if name not in override.fixed})
+                schema["properties"] = without_members(schema["properties"], *override.fixed)
             required = scan_plain(schema.get("required", "[]"), 0)[0]
             if isinstance(required, list) and required:
                 given = override.fixed.keys() | override.defaults.keys()
