@@ -227,9 +227,11 @@ MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
+MAX_TEMPLATE_PARTS = 24              # of a resource template
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
+LINES_A_TURN = 2_000                 # of a chunked body that are read in a row: there may be two for each of its bytes
 KNOWN_HEADS = 2_048                  # heads that are kept parsed; most clients send three, again and again
 KNOWN_HEAD_BYTES = 1024              # of one that is kept
 KNOWN_HEAD_FIELDS = 32               # lines of one that is kept: each takes 150 bytes more than its own
@@ -729,9 +731,6 @@ def body_length(headers: dict[str, str], version: tuple[int, int]) -> int | None
     if not (length.isascii() and length.isdigit()) or len(length) > 15:
         raise HTTPError("malformed Content-Length")
     return int(length)
-
-
-LINES_A_TURN = 2_000                 # of a chunked body that are read in a row: there may be two for each of its bytes
 
 
 class RequestParser:
@@ -1686,9 +1685,6 @@ def wholes_of(uri: object) -> list[str]:
     return [uri, *(uri[:end.start()] for end in ends if end.start() < len(uri))]
 
 
-MAX_TEMPLATE_PARTS = 24          # of a resource template
-
-
 @functools.lru_cache(maxsize=1_024)
 def template_parts(template: str) -> tuple[str, ...]:
     """A resource template's literals and {expressions}."""
@@ -2293,6 +2289,7 @@ MAY_BE_SET = re.compile(r"""
 VALUES = {"place": re.compile(r"(?!-)[\w.,+~= -]*"), "user": re.compile(r"(?!-).*", re.DOTALL),
           "file": re.compile(r"(?![:/])(?!.*\.\.)[\w.@+/-]*")}
 MAX_VARIABLES = 64                # of one client
+MAX_CHOSEN = 1_024                # characters of a name to which globs are compared: that takes time by both lengths
 
 OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET", "SESSION_SECRET"})          # which no server gets
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
@@ -2322,9 +2319,6 @@ def given_key(head: HTTPHead) -> str | None:
     token = given_token(head)
     return token if token is not None else (
         in_utf8(head.headers.get("x-api-key", "")) or head.query_value("auth_key"))
-
-
-MAX_CHOSEN = 1_024               # characters of a name to which globs are compared: that takes time by both lengths
 
 
 @functools.lru_cache(maxsize=1_024)
