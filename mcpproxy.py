@@ -770,10 +770,7 @@ class RequestParser:
         if end < 0 or end > MAX_HEAD_BYTES:
             self._check_unfinished_head()
             return None
-        self.rest, self._searched = rest[end + 4:], 0
-        return self._look_up(rest[:end])
-
-    def _look_up(self, raw: bytes) -> HTTPHead:
+        raw, self.rest, self._searched = rest[:end], rest[end + 4:], 0
         match = _LENGTH.search(raw)
         self._shape = (raw[:match.start(1)], raw[match.end(1):] + b"\r\n\r\n") if match else (raw, None)
         known = self._known.get(self._shape)
