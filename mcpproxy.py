@@ -6136,12 +6136,10 @@ class RemoteLink(Link):
     # Responses.
 
     def events_of(self, number: int | None, session: str | None) -> EventParser:
-        """What takes in the events of a stream, which was asked for in this session; `number` is the id of the request
-        that it belongs to."""
+        """What takes in the events of a stream of this session, and of the request with this id."""
         def on_event(kind: bytes, data: bytes) -> None:
             if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
                 # Its answer would be one in another session, where the same id may be that of somebody else's question.
-                self._drop(number)
                 self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
             elif kind == b"message" and data:
                 self._receive(data, number)
@@ -6200,9 +6198,8 @@ class RemoteLink(Link):
 
     def _resume(self, post: Post) -> None:
         """The stream ended before the answer: asks for the rest, if it can be asked for."""
-        # In another session, an event with this id may be of somebody else's request.
-        can_be = post.session == self.session and self.revision != MODERN_VERSION
-        if post.is_stream and post.events.last_id and can_be:
+        if post.is_stream and post.events.last_id and self.revision != MODERN_VERSION and (
+                post.session == self.session):           # in another, the id may be that of somebody else's event
             self._listen(Listen(self, post.number, post.events.last_id, post.events.retry))
         else:
             self._refuse(post, ServerError("the MCP server cut its answer off" if post.is_stream else
