@@ -226,6 +226,8 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
+SMALL_SELF = 4 * 1024                # in which there cannot be too many values;
+MAX_SELF_VALUES = 1_000              # in that: each takes many times its text
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_TEMPLATE_PARTS = 24              # of a resource template
 MAX_PARTS = 100                      # of a query, and of what Accept lists
@@ -794,6 +796,8 @@ class RequestParser:
                 del self._known[next(iter(self._known))]
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
+        else:
+            self._shape = b"", b""             # it may be large, and kept for as long as the connection
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
@@ -1753,8 +1757,9 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses a message in which a member at one of these paths, which is kept of the client, is too large."""
-    for path in paths if len(message.text) > MAX_SELF else ():
-        if len(message.raw(*path)) > MAX_SELF:
+    for path in paths if len(message.text) > SMALL_SELF else ():
+        text = message.raw(*path)
+        if len(text) > MAX_SELF or sum(map(text.count, "[{,")) > MAX_SELF_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
@@ -3154,7 +3159,7 @@ def within(where: str, *others: type[Exception]):
     try:
         yield
     except (SettingsError, *others) as error:
-        raise SettingsError(f"{where}: {error}") from None
+        raise SettingsError(f"{where}: {'is not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}") from None
 
 
 def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
@@ -3826,7 +3831,8 @@ class Budget:
     def __init__(self, limit: float = float("inf")):
         self.limit = limit               # bytes
         self.held = self.most = 0        # now, and since give_back()
-        self._holders: set[Holder] = set()
+        self._holders: dict[Holder, tuple] = {}                         # and under what they count:
+        self._totals: collections.Counter = collections.Counter()       # by (principal, is_spare)
 
     def set(self, holder: Holder, size: int) -> None:
         """The holder holds so many bytes now. If that is too much in all, room is made at the end of the turn."""
@@ -3835,32 +3841,38 @@ class Budget:
         self.held += size - before
         if self.held > self.most:
             self.most = self.held
-        if not before or not size:
-            (self._holders.add if size else self._holders.discard)(holder)
+        if before:
+            kind = self._holders.pop(holder)
+            self._totals[kind] -= before
+            if not self._totals[kind]:
+                del self._totals[kind]
+        if size:
+            kind = self._holders[holder] = holder.principal, holder.is_spare
+            self._totals[kind] += size
         if self.held > self.limit and not was_over:
-            at_end_of_turn(lambda: self.held > self.limit and self._free(0, list(self._holders), self._totals()))
+            at_end_of_turn(lambda: self.held > self.limit and self._free(0, self._totals.keys()))
 
     def has_room(self, principal: object, size: int) -> bool:
         """May so much more be held for a principal? Others, who hold more, give for it; of its own, what is spare."""
         if self.held + size <= self.limit:
             return True
-        totals = self._totals()
-        mine = totals[principal] + size
-        return self._free(size, [holder for holder in self._holders if totals[holder.principal] > mine or (
-            holder.is_spare and holder.principal == principal)], totals)
+        mine = self._total(principal) + size
+        return self._free(size, {kind for kind in self._totals if self._total(kind[0]) > mine or (
+            kind == (principal, True))})
 
-    def _totals(self) -> collections.Counter:
-        totals = collections.Counter()
-        for holder in self._holders:
-            totals[holder.principal] += holder.held
-        return totals
+    def _total(self, principal: object) -> int:
+        return self._totals.get((principal, False), 0) + self._totals.get((principal, True), 0)
 
-    def _free(self, size: int, holders: list[Holder], totals: collections.Counter) -> bool:
+    def _free(self, size: int, kinds: collections.abc.Set) -> bool:
         """Makes room for so many bytes, and for a tenth of all, so that it is seldom done: takes from whoever holds
-        most, first what can be spared, then the largest. Takes nothing if all that these hold is too little."""
-        if self.held + size - sum(holder.held for holder in holders) > self.limit:
+        most, first what can be spared, then the largest. Takes nothing if all that these hold is too little: there may
+        be so many that to look at each takes long, and to be refused costs a client nothing."""
+        if self.held + size - sum(map(self._totals.get, kinds)) > self.limit:
             return False
-        for holder in sorted(holders, key=lambda one: (totals[one.principal], one.is_spare, one.held), reverse=True):
+        totals = {principal: self._total(principal) for principal, _ in kinds}
+        holders = [(totals[kind[0]], kind[1], holder.held, number, holder)
+                   for number, (holder, kind) in enumerate(self._holders.items()) if kind in kinds]
+        for *_, holder in sorted(holders, reverse=True):
             if self.held + size <= self.limit * 0.9:
                 break
             self.set(holder, 0)
@@ -4755,7 +4767,8 @@ LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_pr
 
 
 # Lines behind the one that says what is wrong, as languages end: where it was, in which version, with which code.
-_TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$")
+_TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$|[]})]+$|"
+                      r"npm (?:notice|\w+!? (?:A complete log|404(?: Note| tarball|$)))|Run '[^']+ --help'")
 
 
 class Link:
@@ -6903,6 +6916,7 @@ class Outlet:
 KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance,
 MAX_NAMED = 2 * 1024             # of at most so many characters: what has a longer id is nobody's
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
+MAX_CAUSES = 1_000               # running calls that are looked at for each; what may be of more is nobody's
 
 # MCP 2025-11-25, Sampling and Elicitation, User Interaction Model: "nested inside other MCP server features".
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
@@ -6980,6 +6994,8 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
+        if len(connection.causes) > MAX_CAUSES:
+            return [], None
         asker = next(iter(connection.causes)).asker
         return list(connection.causes) if all(call.asker == asker for call in connection.causes) else [], None
     if len(instance.sessions) > 1:
@@ -8128,8 +8144,7 @@ class Client(Holder):
         return self.by_name(self.view.members[0].name)
 
     def adopt(self, catalog: Catalog) -> RPCError | None:
-        """The configuration is another one: it goes by that, and so do its calls that are at no server yet. Returns why
-        there is nothing for it any more, if so."""
+        """The configuration is another one: it goes by that, and so does what waits. Returns why it cannot, if so."""
         before, problem = self.view, None
         try:
             view = catalog.view(before.place, before.wanted, self.caller and self.caller.limits)
@@ -8419,6 +8434,14 @@ def label_of(session_id: str) -> str:
 
 def client_name(info: object) -> str:
     """What a client says of itself, a clientInfo as it was scanned, as name/version."""
+    try:
+        return _client_name(info)
+    except TypeError:                              # it has icons, and a list cannot be looked up
+        return _client_name.__wrapped__(info)
+
+
+@functools.lru_cache(maxsize=64)
+def _client_name(info: object) -> str:
     given = members_of(info)
     return "/".join(given[name][:MAX_LABEL] for name in ("name", "version") if isinstance(given.get(name), str))
 
@@ -9889,7 +9912,8 @@ class Dialogue:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now.
         And many ask for roots when they start, whatever call comes then: that question the session keeps."""
-        heirs = [call for call in self.exchange.connection.causes if call.asker == self.exchange.asker]
+        causes = self.exchange.connection.causes
+        heirs = [call for call in causes if call.asker == self.exchange.asker] if len(causes) <= MAX_CAUSES else []
         for question in list(self.questions.values()):
             message = question.message
             heir = next((call for call in reversed(heirs) if question.client or call.can_be_asked and not (
@@ -9918,14 +9942,14 @@ ANSWERED, FAILED, TIMED_OUT, NEEDS_INPUT = "answered", "failed", "timed out", "w
 CANCELLED = "cancelled"            # the client said so, or is gone
 
 
-def audit(caller: Caller | None, software: object, method: str | None, name: str | None, trace: dict[str, str] | None,
-          **fields) -> dict:
+def audit(caller: Caller | None, software: str | None, method: str | None, name: str | None,
+          trace: dict[str, str] | None, **fields) -> dict:
     """What the log has, as JSON, of each request of a client: one line, never with an argument. `software` is
     what the client says it is. What has no value is left out."""
     traced = re.match('"?(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-', (trace or {}).get("traceparent", ""))
     found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
              "sub": caller and caller.is_token and caller.name.partition(":")[2],
-             "client": software if isinstance(software, str) else client_name(software), "method": method,
+             "client": software, "method": method,
              {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
     return {field: value for field, value in found.items() if value or value == 0 and value is not False}
 
@@ -9982,6 +10006,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
 
 RUNNING_CALLS = 1_000            # of one client at a time
+FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
 EXCHANGE_STATES = {
@@ -9997,7 +10022,7 @@ class ClientRequest(PendingRequest, Holder):
 
     __slots__ = tuple("""client instance message envelope method trace headers state connection server_id names_tasks
         dialogue answerer on_done started last_sign id raw_id name size token software problem outlet text held
-        http_headers digest principal target others missing group work is_repeated has_begun _bridge""".split())
+        http_headers digest principal target others missing unknown group work is_repeated has_begun _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
@@ -10006,6 +10031,7 @@ class ClientRequest(PendingRequest, Holder):
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
+        self.unknown: Message | None = None           # what the first of those said that know of no such resource
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
@@ -10040,9 +10066,8 @@ class ClientRequest(PendingRequest, Holder):
         if meta:
             if "progressToken" in meta and is_id(meta["progressToken"]):
                 self.token = message.raw("params", "_meta", "progressToken")
-            if self.size <= SMALL:                    # what the client says of itself, as it was scanned
-                software = meta.get(CLIENT_INFO_KEY)
-                self.software = software if isinstance(software, tuple) else None
+            if self.size <= SMALL:
+                self.software = client_name(meta.get(CLIENT_INFO_KEY))
             if isinstance(meta.get("traceparent"), str):             # it is what the server gets
                 self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
@@ -10203,8 +10228,8 @@ class ClientRequest(PendingRequest, Holder):
         self.client.calls[self.id] = self
         mount = self.client.mount
         (mount.subscriptions if self.is_endless else mount.calls).add(self)
-        if self.size > SMALL:
-            budget.set(self, sys.getsizeof(self.text))
+        if self.size > SMALL or len(self.client.calls) > FEW_CALLS:
+            budget.set(self, sys.getsizeof(self.text) + sum(map(len, self.http_headers.values())))
 
     def give(self) -> None:
         """If what it holds has to go, so has the call."""
@@ -10267,6 +10292,8 @@ class ClientRequest(PendingRequest, Holder):
 #
 # How a client's request gets to a server, and what becomes of what that sends. The exchange puts a server id in the
 # place of the client's and takes it out of the response again; what its messages become is up to the bridge.
+
+UNKNOWN_RESOURCE = RESOURCE_NOT_FOUND, INVALID_PARAMS          # until 2025-11-25, and since
 
 
 class Exchange(ClientRequest):
@@ -10517,9 +10544,12 @@ class Exchange(ClientRequest):
                 if asking:
                     self.remember_state(asking.result.get("requestState"))
             if not response.is_result:
+                response = response.parsed()
+                if self.others and self.unknown is None and response.error_code in UNKNOWN_RESOURCE:
+                    self.unknown = response
                 if self._ask_next():
                     return None
-                response = response.parsed()
+                response = self.unknown or response
                 if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
                     # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
                     self.instance.tools.is_old = True
@@ -10527,7 +10557,7 @@ class Exchange(ClientRequest):
                         self.is_repeated = True
                         return self._start_over()
                 # A resource that nobody knows may be that of a server which cannot be asked.
-                if self.missing and response.error_code in (RESOURCE_NOT_FOUND, INVALID_PARAMS):
+                if self.missing and response.error_code in UNKNOWN_RESOURCE:
                     why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
                     raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
             if self.names_tasks or not response.is_result:
@@ -11398,6 +11428,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
 
+RECORD_BYTES = 16 * 1024       # RFC 8446 §5.1
 HANDSHAKE_SECONDS = 10.0       # for TLS, from the moment that a client is connected
 
 
@@ -11431,8 +11462,11 @@ class TLSTransport(asyncio.Protocol):
                 return self._connection.refuse(HTTPError("this port speaks HTTPS: use https://"))
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = self._context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._incoming.write(data)
-        self._read()
+        for at in range(0, len(data), RECORD_BYTES):       # as in write()
+            self._incoming.write(data[at:at + RECORD_BYTES])
+            self._read()
+            if self._tls is None:
+                break                          # it was closed
 
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()
@@ -11841,11 +11875,11 @@ class Overview:
                 "key": session.caller.name if session.caller else "", "since": int(self._wall(session.opened_at)),
                 "calls": len(session.calls)}
 
-    def _about_call(self, at: float, labels: tuple, name: str, software: object, caller: Caller | None,
+    def _about_call(self, at: float, labels: tuple, name: str, software: str | None, caller: Caller | None,
                     fields: tuple) -> dict:
         label, method, _, _, outcome, size_in, size_out, ms = fields
         return {"at": round(self._wall(at), 3), "server": labels[0], "session": "" if label == "-" else label,
-                "client": software if isinstance(software, str) else client_name(software), "method": method,
+                "client": software or "", "method": method,
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 
@@ -13403,7 +13437,7 @@ def _package_name(word: str) -> str | None:
     """`@a/b` of `@a/b@1`, `jsr:@a/b` and `/x/node_modules/@a/b/cli.js`; None of what may hold more than a name."""
     if not re.fullmatch(r"[\w@./:+~<>=!\[\],*^-]{1,100}", word) or "://" in word:
         return None
-    package = word.rpartition("node_modules/")[2]
+    package = re.split(r"node_modules/(?:\.bin/)?", word)[-1]
     if package != word:
         return "/".join(package.split("/")[:2 if package.startswith("@") else 1])
     if word.startswith(("/", ".", "~")) or os.path.exists(word):
@@ -13882,7 +13916,8 @@ function show() {
   put("servers", now.servers.map(showServer), "none"), put("calls", now.calls.map(showCall), "none yet")
   put("sessions", now.sessions.map(showSession), "none; of clients without a session only calls are seen")
   const state = pretty(now.servers.map(one => [one.name, one.state, one.restarts])), isNew = state !== seen
-  const places = new Set(["/mcp", ...now.servers.map(one => one.path)])
+  const places = new Set(["/mcp", ...now.servers.flatMap(one => one.group ?
+    [`/servers/${one.group}/mcp`, one.path] : [one.path])])
   if ([...$("what").options].map(one => one.value).join() !== [...places].join())
     $("what").replaceChildren(...[...places].map(one => el("option", {}, one)))
   if (isNew && (now.shared || listed)) loadTools()

@@ -2135,6 +2135,13 @@ def test_http_heads_that_differ_in_the_length_of_the_body_alone_are_parsed_once(
             parser.next_head()
 
 
+def test_http_head_that_is_large_is_not_kept_by_its_connection():
+    parser = mcpproxy.RequestParser({})
+    parser.feed(POST + b"X: " + b"x" * 30_000 + b"\r\nContent-Length: 1\r\n\r\nx")
+    parser.keep(parser.next_head())
+    assert sum(map(len, parser._shape)) == 0 and parser.next_body(100) == b"x"
+
+
 def test_http_head_that_comes_again_on_its_connection_is_parsed_once():
     known, heads = {}, []
     parser = mcpproxy.RequestParser(known)
@@ -2852,6 +2859,17 @@ def test_protocol_handshake_that_says_too_much_is_refused_and_told_what_is_too_l
             "protocolVersion": "2025-06-18", "x": "x" * 70_000, **{name: params[name] for name in names}})))
         with pytest.raises(RPCError, match=f"^{large} is too large") if refused else contextlib.nullcontext():
             mcpproxy.check_introduction(message)
+
+
+@pytest.mark.parametrize("values, refused", [("[" * 600 + "]" * 600 + "," + "0," * 1_400 + "0", True),
+                                             ('"%s"' % ("x" * 5_000), False), ("0," * 900 + "0" + " " * 5_000, False)])
+def test_protocol_handshake_with_more_values_than_any_client_has_is_refused(values, refused):
+    """Parsed, each takes many times its text."""
+    message = mcpproxy.parse_message(json.dumps(request(1, "initialize", {
+        "protocolVersion": "2025-06-18", "capabilities": {"experimental": {"x": "VALUES"}}, "clientInfo": {
+            "name": "x", "version": "1"}})).replace('"VALUES"', f"[{values}]"))
+    with pytest.raises(RPCError, match="^capabilities is too large") if refused else contextlib.nullcontext():
+        mcpproxy.check_introduction(message)
 
 
 @pytest.mark.parametrize("capabilities, method, params, missing", [
@@ -4170,6 +4188,16 @@ def test_access_tls_clients_that_have_got_much_and_stay_cost_little(certificate)
             assert len(text_of(http.request("POST", "/mcp", tool_call(1, "big", {"size": 10_000_000}), ACCEPT).json()))
             before = before or memory(proxy)
         assert memory(proxy) - before < 50           # MB; where each keeps all that it got, 80
+
+
+def test_access_tls_clients_that_have_sent_much_and_stay_cost_little(certificate):
+    with running_proxy(FAKE, TLS_CERT=certificate / "both") as proxy, contextlib.ExitStack() as stack:
+        before = 0
+        for number in range(61):
+            http = stack.enter_context(tls_client(proxy, certificate))
+            assert http.request("POST", "/mcp", tool_call(1, "echo", {"text": "x" * 600_000}), ACCEPT).status == 200
+            before = before or memory(proxy)
+        assert memory(proxy) - before < 12           # MB; where each keeps room for all that came at once, 18
 
 
 def test_access_tls_clients_that_say_nothing_count_and_cost_little(altered, certificate):
@@ -5930,7 +5958,8 @@ def test_configuration_of_keys_may_have_what_that_of_servers_may(tmp_path):
 
 
 @pytest.mark.parametrize("given, words", [
-    ("", "Expecting value"), ("{", "Expecting"), ("[]", "must be an object"), ('"x"', "must be an object"),
+    ("", "is not JSON: Expecting value"), ("{", "is not JSON: Expecting"), ("[]", "must be an object"),
+    ('"x"', "must be an object"),
     ("[" * 100_000, "keys.json: "), ('{"a": {"key": "x"}, "a": {"key": "y"}}', "a: is there twice"),
     ('{"a": {"key": "x", "key": "y"}}', "key: is there twice"), ({"a": "x"}, "a: must be an object"),
     ({"a": {}}, "a: needs either key or sha256"), ({"a": {"servers": ["x"]}}, "needs either key or sha256"),
@@ -6286,6 +6315,27 @@ def test_shares_nobody_gives_where_there_is_room_again_at_the_end_of_the_turn(ta
         await asyncio.sleep(0)
         assert taken == [] and budget.held == 92
     asyncio.run(run())
+
+
+def test_shares_who_asks_for_room_that_is_not_there_is_refused_before_all_are_looked_at(taken):
+    budget = mcpproxy.Budget(1_000)
+    for number in range(90):
+        Holder(budget, "a", 10 + number // 50, number % 2 == 0)
+    looks = []
+    budget._holders = types.SimpleNamespace(items=lambda: looks.append("at all") or ())
+    assert not budget.has_room("a", 1_000) and not budget.has_room("b", 1_000) and not looks
+    assert budget.has_room("b", 200) and len(looks) == 1
+
+
+def test_shares_count_what_is_held_under_whom_it_was_held():
+    """Whose a holder is may be another when it gives that back."""
+    budget = mcpproxy.Budget(1_000)
+    holder = Holder(budget, "a", 10)
+    holder.principal, holder.is_spare = "b", True
+    budget.set(holder, 20)
+    holder.principal = "c"
+    budget.set(holder, 0)
+    assert budget.held == 0 and not budget._holders and not budget._totals
 
 
 @pytest.mark.parametrize("holders, principal, expected", [
@@ -8322,6 +8372,12 @@ def test_process_has_its_stderr_in_the_log(text, logged):
     case("ruby", "x.rb:2:in '<main>': no key\n\tfrom x.rb:3:in '<main>'"),
     case("php", "PHP Fatal error:  Uncaught Error: no key\nStack trace:\n#0 {main}\n  thrown in x.php on line 2"),
     case("go", "panic: no key\n\ngoroutine 1 [running]:\nmain.main()\n\t/x/main.go:4 +0x2c\nexit status 2"),
+    case("node, of an error with more",
+         "Error: no key\n    at x (x.js:1:2) {\n  code: 'MODULE_NOT_FOUND',\n  l: []\n}\n\nNode.js v20"),
+    case("npx", "npm error 404 Not Found - GET https://r.example/x - no key\nnpm error 404\nnpm error 404 Note that "
+                "you can also install from a\nnpm error 404 tarball, folder, or http url\nnpm notice\n"
+                "npm error A complete log of this run can be found in: /x.log"),
+    case("docker", "docker: no key\n\nRun 'docker run --help' for more information"),
     case("indented alone", "  no key")])
 def test_process_last_word_is_the_line_that_says_what_was_wrong(text):
     link = mcpproxy.Link()
@@ -15964,7 +16020,7 @@ class Town:
                         "resources/templates/list": {"resourceTemplates": []}, "resources/subscribe": {}}
         self.can, self.acknowledges, self.broken = json.loads(ServerSide.CAN), True, None
         self.fails = set()                                     # what is answered with an error, as (server, method)
-        self.rules = {}                                        # by server
+        self.rules, self.errors = {}, {}                       # by server; and what is answered, as `fails`
         self.now = asyncio.get_running_loop().time
         self.mount = mcpproxy.Mount(self.catalog(names), self.settings, self.server, self.now)
         self.mount.start()
@@ -15992,7 +16048,9 @@ class Town:
                        "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": can}}
             link.lines.append(message)
             answer = answers.get((name, method), answers.get(method))
-            if (name, method) in self.fails:
+            if (name, method) in self.errors:
+                loop.call_soon(self.say, link, {"id": message["id"], "error": self.errors[name, method]})
+            elif (name, method) in self.fails:
                 loop.call_soon(self.say, link, {"id": message["id"], "error": {"code": -32603, "message": "not now"}})
             elif answer is not None:
                 loop.call_soon(self.say, link, {"id": message["id"], "result": answer})
@@ -16411,6 +16469,56 @@ async def test_conversation_question_of_no_call_is_open_for_as_long_as_its_serve
         await asyncio.sleep(seconds)
         town.mount.tick(town.now())
         assert [message["method"] for message in town.told(client)] == told
+
+
+@in_town
+async def test_conversation_small_calls_count_where_they_are_many(monkeypatch):
+    budget = mcpproxy.Budget()
+    monkeypatch.setattr(mcpproxy, "budget", budget)
+    town = Town("legacy", ["a"])
+    client = await town.client("visitor", "a")
+    client.client.headers = {"x-large": "x" * 10_000}
+    for number in range(mcpproxy.FEW_CALLS + 10):
+        before = budget.held
+        await town.say_to(client, number, "tools/call", {"name": "t"})
+        assert (budget.held - before > 10_000) == (number >= mcpproxy.FEW_CALLS)
+    for _, call in list(town.heard):
+        town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
+    assert budget.held == 0
+
+
+@in_town
+@pytest.mark.parametrize("info, name", [
+    ({"name": "n" * 100, "version": "1", "x": {"y": {}}}, "n" * 64 + "/1"),
+    ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ("x", ""), ([], "")])
+async def test_conversation_what_a_client_says_of_itself_is_kept_as_its_name_alone(info, name):
+    town = Town("modern", ["a"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t", "_meta": {INFO: info}})
+    call, = town.mount.calls
+    assert call.software == name
+
+
+@in_town
+async def test_conversation_message_that_may_be_of_very_many_calls_is_nobody_s(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "MAX_CAUSES", 3)
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    for number in range(1, 5):
+        await town.say_to(client, number, "tools/call", {"name": "t"})
+        town.say(town.links["a"][0], notification("notifications/message", {"level": "error", "data": number}))
+        assert len(town.told(client)) == (number <= 3)
+
+
+@in_town
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
+async def test_conversation_resource_that_nobody_knows_is_unknown_whoever_says_something_else_last(names):
+    town = Town("legacy", names)
+    for name, code, said in ("a", -32002, "unknown to a"), ("b", 0, "no such scheme"), ("c", -32603, "not now"):
+        town.errors[name, "resources/read"] = {"code": code, "message": said}
+    client = await town.client("legacy")
+    answer, = await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    assert answer["error"] == {"code": -32002, "message": "unknown to a"}
 
 
 @in_town
@@ -24240,7 +24348,7 @@ def test_command_line_banner_shows_an_address_that_can_be_used(host, shown):
     ("uvx --python 3.12 --with x mcp-server-fetch", "mcp-server-fetch"), ("deno run -A jsr:@a/b", "@a/b"),
     ("uvx 'mcp-server-git[extra]>=1'", "mcp-server-git"), ("npx -y git+https://secret@a.example/b.git", "npx"),
     ("npx --registry https://u:p@a.example/ b", "b"), ("uvx --from git+https://secret@a.example/b c", "uvx"),
-    ("pnpm dlx @a/b", "@a/b"), ("/opt/bin/thing --x", "thing"),
+    ("pnpm dlx @a/b", "@a/b"), ("/opt/bin/thing --x", "thing"), ("node /x/node_modules/.bin/mcp-memory", "mcp-memory"),
     ("npx", "npx")])
 def test_command_line_server_has_the_name_that_people_know(command, name):
     assert mcpproxy.server_name(shlex.split(command)) == name
@@ -29136,10 +29244,11 @@ def recipes_of(page):
 
 
 def test_real_page_tells_how_to_connect(browser, several):
-    with several(old=FAKE, new=MODERN, AUTH_KEY="it's $HOME") as proxy, browser.visit(proxy, expected=REFUSAL) as page:
+    servers = {"old": FAKE, "new": (MODERN, {"replicas": 2})}
+    with several(**servers, AUTH_KEY="it's $HOME") as proxy, browser.visit(proxy, expected=REFUSAL) as page:
         page.until(lambda: page.is_visible("#login"), "the question for the key")
         sign_in(page, "it's $HOME")
-        until_state(page, "ready", "new")
+        until_state(page, "ready", "new-1")
         assert "$HOME" not in "".join(text for _, text in recipes_of(page))
         page.click("#show-key")
         for place in ("/mcp", "/servers/new/mcp"):
