@@ -8434,14 +8434,6 @@ def label_of(session_id: str) -> str:
 
 def client_name(info: object) -> str:
     """What a client says of itself, a clientInfo as it was scanned, as name/version."""
-    try:
-        return _client_name(info)
-    except TypeError:                              # it has icons, and a list cannot be looked up
-        return _client_name.__wrapped__(info)
-
-
-@functools.lru_cache(maxsize=64)
-def _client_name(info: object) -> str:
     given = members_of(info)
     return "/".join(given[name][:MAX_LABEL] for name in ("name", "version") if isinstance(given.get(name), str))
 
@@ -9942,14 +9934,14 @@ ANSWERED, FAILED, TIMED_OUT, NEEDS_INPUT = "answered", "failed", "timed out", "w
 CANCELLED = "cancelled"            # the client said so, or is gone
 
 
-def audit(caller: Caller | None, software: str | None, method: str | None, name: str | None,
+def audit(caller: Caller | None, software: object, method: str | None, name: str | None,
           trace: dict[str, str] | None, **fields) -> dict:
     """What the log has, as JSON, of each request of a client: one line, never with an argument. `software` is
     what the client says it is. What has no value is left out."""
     traced = re.match('"?(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-', (trace or {}).get("traceparent", ""))
     found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
              "sub": caller and caller.is_token and caller.name.partition(":")[2],
-             "client": software, "method": method,
+             "client": software if isinstance(software, str) else client_name(software), "method": method,
              {"tools/call": "tool", "prompts/get": "prompt"}.get(method, "name"): name, **fields}
     return {field: value for field, value in found.items() if value or value == 0 and value is not False}
 
@@ -10007,6 +9999,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 RUNNING_CALLS = 1_000            # of one client at a time
 FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
+TINY = 1024                      # bytes of one of which as much is kept as was scanned: that takes many times its text
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
 EXCHANGE_STATES = {
@@ -10066,8 +10059,8 @@ class ClientRequest(PendingRequest, Holder):
         if meta:
             if "progressToken" in meta and is_id(meta["progressToken"]):
                 self.token = message.raw("params", "_meta", "progressToken")
-            if self.size <= SMALL:
-                self.software = client_name(meta.get(CLIENT_INFO_KEY))
+            if self.size <= SMALL:                    # what the client says of itself, as it was scanned
+                self.software = meta.get(CLIENT_INFO_KEY)
             if isinstance(meta.get("traceparent"), str):             # it is what the server gets
                 self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
@@ -10228,7 +10221,10 @@ class ClientRequest(PendingRequest, Holder):
         self.client.calls[self.id] = self
         mount = self.client.mount
         (mount.subscriptions if self.is_endless else mount.calls).add(self)
-        if self.size > SMALL or len(self.client.calls) > FEW_CALLS:
+        are_many = len(self.client.calls) > FEW_CALLS
+        if are_many or self.size > TINY:
+            self.software = client_name(self.software)
+        if are_many or self.size > SMALL:
             budget.set(self, sys.getsizeof(self.text) + sum(map(len, self.http_headers.values())))
 
     def give(self) -> None:
@@ -11875,11 +11871,11 @@ class Overview:
                 "key": session.caller.name if session.caller else "", "since": int(self._wall(session.opened_at)),
                 "calls": len(session.calls)}
 
-    def _about_call(self, at: float, labels: tuple, name: str, software: str | None, caller: Caller | None,
+    def _about_call(self, at: float, labels: tuple, name: str, software: object, caller: Caller | None,
                     fields: tuple) -> dict:
         label, method, _, _, outcome, size_in, size_out, ms = fields
         return {"at": round(self._wall(at), 3), "server": labels[0], "session": "" if label == "-" else label,
-                "client": software or "", "method": method,
+                "client": software if isinstance(software, str) else client_name(software), "method": method,
                 "tool": "" if name == "-" else name, "outcome": outcome, "error_type": labels[4], "ms": round(ms, 1),
                 "bytes_in": size_in, "bytes_out": size_out}
 

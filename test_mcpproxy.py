@@ -16489,14 +16489,18 @@ async def test_conversation_small_calls_count_where_they_are_many(monkeypatch):
 
 @in_town
 @pytest.mark.parametrize("info, name", [
-    ({"name": "n" * 100, "version": "1", "x": {"y": {}}}, "n" * 64 + "/1"),
-    ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ("x", ""), ([], "")])
-async def test_conversation_what_a_client_says_of_itself_is_kept_as_its_name_alone(info, name):
+    ({"name": "n" * 100, "version": "1", "x": {"y": {}}, "title": "t" * 1000}, "n" * 64 + "/1"),
+    ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ([[]] * 500, "")])
+async def test_conversation_much_that_a_client_says_of_itself_is_kept_as_its_name_alone(info, name):
     town = Town("modern", ["a"])
     client = await town.client("modern", "a")
     await town.say_to(client, 1, "tools/call", {"name": "t", "_meta": {INFO: info}})
     call, = town.mount.calls
     assert call.software == name
+    for number in range(2, mcpproxy.FEW_CALLS + 3):
+        await town.say_to(client, number, "tools/call", {"name": "t", "_meta": {INFO: {"name": "n"}}})
+    kept = [call.software for call in client.client.calls.values()]
+    assert [software for software in kept[1:] if isinstance(software, str)] == ["n", "n"]
 
 
 @in_town
