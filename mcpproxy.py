@@ -8929,10 +8929,12 @@ class Mount:
                 call.stay(other_limits())
             call.client.caller = now(call.client.caller) or call.client.caller
         for server in self.servers.values():
-            for instance in [one for one in server.instances.values() if not (one.is_private or one.is_used)]:
-                caller = instance.owner and instance.owner[0]                      # a visitor's
+            for instance in [one for one in server.instances.values() if one.owner and not one.is_private]:
+                caller = instance.owner[0]                                         # a visitor's
                 if caller and (is_another(caller) if instance.variables else now(caller) is None):
-                    server.end(instance)
+                    instance.last_used = float("-inf")                             # for when its calls are done
+                    if not instance.is_used:
+                        server.end(instance)
 
     @property
     def is_ready(self) -> bool:
@@ -11388,7 +11390,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         reply = self._reply if self._phase is REPLY else None
         unread = self._transport.get_write_buffer_size()
         if self._is_clogged and unread < self._unread:         # which it would be if the client had read nothing
-            self.since, self._stalled_since, self._unread = now, now, unread
+            self.since, self._stalled_since, self._unread, self._queued = now, now, unread, 0
             self._count()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # of what was written nothing is read

@@ -16532,8 +16532,14 @@ async def test_conversation_process_of_visitors_ends_with_their_key():
     for caller in ann, bob:
         client = await town.client("modern", None, caller, {"A_TOKEN": caller.name})
         await town.say_to(client, 1, "tools/list")
+    eve = await town.client("modern", None, mcpproxy.Caller("eve", b"eve", None), {"A_TOKEN": "eve"})
+    await town.say_to(eve, 1, "tools/call", {"name": "a__t"})
+    (_, call), = town.heard
     town.mount.reload(town.mount.catalog, mcpproxy.Keys((bob,)))
-    await asyncio.sleep(1)
+    await town.pass_time()
+    assert [owner[0].name for owner in town.mount.servers["a"].instances] == ["bob", "eve"]
+    town.say(town.links["a"][-1], {"id": call["id"], "result": {"content": []}})
+    await town.pass_time()
     assert [owner[0] for owner in town.mount.servers["a"].instances] == [bob]
 
 
@@ -19283,6 +19289,26 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
         connection.data_received(sent)
         return connection.is_idle
     assert asyncio.run(is_idle()) is not has_work
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_there_are(reads):
+    """One that reads as fast as is written may have as much before it all the time."""
+    async def is_cut_off():
+        aborted, waiting = [], [100_000]
+        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
+        transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: False,
+                                          get_write_buffer_size=lambda: waiting[0], write=lambda _: None)
+        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
+                                             mcpproxy.HTTPServer(application, 15))
+        connection.pause_writing()
+        for number in range(5):
+            for _ in range(mcpproxy.MAX_QUEUED_MESSAGES // 2):
+                connection.write([b"x"])
+            waiting[0] += 0 if reads else mcpproxy.MAX_QUEUED_MESSAGES // 2
+            connection.tick(time.monotonic(), 15)
+        return bool(aborted)
+    assert asyncio.run(is_cut_off()) is not reads
 
 
 # ============================================================================
