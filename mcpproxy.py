@@ -776,6 +776,8 @@ class RequestParser:
         match = _LENGTH.search(raw)
         self._shape = (raw[:match.start(1)], raw[match.end(1):] + b"\r\n\r\n") if match else (raw, None)
         known = self._known.get(self._shape)
+        if len(raw) > KNOWN_HEAD_BYTES:
+            self._shape = b"", b""             # it would be kept for as long as the connection
         self._last, head = known if match else None, known or self._parse(raw)
         self.length = int(match[1]) if known and match else head.content_length
         return head
@@ -791,13 +793,11 @@ class RequestParser:
 
     def keep(self, head: HTTPHead) -> None:
         """Remembers the last head, which was admitted, if it is small, in place of the oldest."""
-        if sum(map(len, filter(None, self._shape))) <= KNOWN_HEAD_BYTES and len(head.fields) <= KNOWN_HEAD_FIELDS:
+        if self._shape[0] and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
-        else:
-            self._shape = b"", b""             # it may be large, and kept for as long as the connection
 
     def _check_unfinished_head(self) -> None:
         """What can be refused before the head is complete; somebody may never complete it."""
@@ -1755,11 +1755,14 @@ def is_modern(message: Message, version_header: str | None) -> bool:
         version_header == MODERN_VERSION and message.method != "initialize")
 
 
+_QUOTED, _VALUES = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"'), re.compile(r"[\[{,]")
+
+
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses a message in which a member at one of these paths, which is kept of the client, is too large."""
     for path in paths if len(message.text) > SMALL_SELF else ():
         text = message.raw(*path)
-        if len(text) > MAX_SELF or sum(map(text.count, "[{,")) > MAX_SELF_VALUES:
+        if len(text) > MAX_SELF or len(_VALUES.findall(_QUOTED.sub("", text))) > MAX_SELF_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
@@ -6151,7 +6154,7 @@ class RemoteLink(Link):
     def events_of(self, number: int | None, session: str | None) -> EventParser:
         """What takes in the events of a stream of this session, and of the request with this id."""
         def on_event(kind: bytes, data: bytes) -> None:
-            if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
+            if kind == b"message" and data and session != self.session and kind_of(data) in (REQUEST, None):
                 # Its answer would be one in another session, where the same id may be that of somebody else's question.
                 self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
             elif kind == b"message" and data:
@@ -7854,7 +7857,7 @@ class Instance:
                                           is_ones_own=self.is_ones_own)
             connection.on_closed = functools.partial(self._forget, connection)
             link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
-            link.on_forgotten = functools.partial(self._put_back, connection)
+            link.on_forgotten = functools.partial(self._on_forgotten, connection)
             self.link = link
             try:
                 await link.start()
@@ -7912,29 +7915,30 @@ class Instance:
         self.server.identity = self.identity
         self.server.takes_variables = self.server.takes_variables or bool(self.variables)
         self._become(READY)
-        if is_restart:
-            self.owners.old = set(self.owners)
-            for kept in self.lists.values():
-                kept.is_old = True
         if connection.era is MODERN:
             self.listening = Listening(self)
             self.listening.renew()
         self._settle_start(None)
         self._put_back(connection, is_restart or self.is_missed)
 
-    def _put_back(self, connection: ServerConnection, is_another: bool = True) -> None:
+    def _on_forgotten(self, connection: ServerConnection) -> None:
+        """A remote server has forgotten its session, and all that was asked and told in it."""
+        drop_questions(connection)
+        if connection is self.connection:
+            self._put_back(connection, is_another=True)
+
+    def _put_back(self, connection: ServerConnection, is_another: bool) -> None:
         """Tells a legacy server what its clients need of it, and if it is another one than before, them that its lists
         may be others."""
-        if connection is not self.connection:
-            return
-        drop_questions(connection)
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self.topics.ask(topic)
             self.log_level = None                          # it was told none yet
             self.adjust_log_level()
         if is_another:
-            self.is_missed = False
+            self.owners.old, self.is_missed = set(self.owners), False
+            for kept in self.lists.values():
+                kept.is_old = True
             tell_of_lists(self)
 
     def on_time_out(self) -> None:
@@ -10026,7 +10030,7 @@ class ClientRequest(PendingRequest, Holder):
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
-        self.unknown: Message | None = None           # what the first of those said that know of no such resource
+        self.unknown: tuple | None = None             # (its bridge, what it said) of the first that knows of no such
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
@@ -10227,7 +10231,7 @@ class ClientRequest(PendingRequest, Holder):
         if are_many or self.size > TINY:
             self.software = client_name(self.software)
         if are_many or self.size > SMALL:
-            budget.set(self, sys.getsizeof(self.text) + sum(map(len, self.http_headers.values())))
+            budget.set(self, sys.getsizeof(self.text) + sum(map(len, itertools.chain(*self.http_headers.items()))))
 
     def give(self) -> None:
         """If what it holds has to go, so has the call."""
@@ -10544,10 +10548,10 @@ class Exchange(ClientRequest):
             if not response.is_result:
                 response = response.parsed()
                 if self.others and self.unknown is None and response.error_code in UNKNOWN_RESOURCE:
-                    self.unknown = response
+                    self.unknown = self._bridge, response
                 if self._ask_next():
                     return None
-                response = self.unknown or response
+                self._bridge, response = self.unknown or (self._bridge, response)
                 if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
                     # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
                     self.instance.tools.is_old = True
@@ -13618,8 +13622,10 @@ async def tell_servers(mount: Mount, base: str) -> None:
     texts = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
-    with contextlib.suppress(OSError):
-        write_out("".join(f"  {line}\n" for line in lines))
+    for line in lines:
+        with contextlib.suppress(OSError):
+            write_out(f"  {line}\n")
+        await asyncio.sleep(0.01)              # for the terminal to take it
 
 
 @contextlib.asynccontextmanager

@@ -2138,8 +2138,10 @@ def test_http_heads_that_differ_in_the_length_of_the_body_alone_are_parsed_once(
 def test_http_head_that_is_large_is_not_kept_by_its_connection():
     parser = mcpproxy.RequestParser({})
     parser.feed(POST + b"X: " + b"x" * 30_000 + b"\r\nContent-Length: 1\r\n\r\nx")
-    parser.keep(parser.next_head())
-    assert sum(map(len, parser._shape)) == 0 and parser.next_body(100) == b"x"
+    head = parser.next_head()
+    assert sum(map(len, parser._shape)) == 0 and parser.next_body(100) == b"x"           # also if it is refused
+    parser.keep(head)
+    assert not parser._known
 
 
 def test_http_head_that_comes_again_on_its_connection_is_parsed_once():
@@ -2862,7 +2864,7 @@ def test_protocol_handshake_that_says_too_much_is_refused_and_told_what_is_too_l
 
 
 @pytest.mark.parametrize("values, refused", [("[" * 600 + "]" * 600 + "," + "0," * 1_400 + "0", True),
-                                             ('"%s"' % ("x" * 5_000), False), ("0," * 900 + "0" + " " * 5_000, False)])
+                                             ('"%s"' % ("x," * 5_000), False), ("0," * 900 + "0" + " " * 5_000, False)])
 def test_protocol_handshake_with_more_values_than_any_client_has_is_refused(values, refused):
     """Parsed, each takes many times its text."""
     message = mcpproxy.parse_message(json.dumps(request(1, "initialize", {
@@ -9905,7 +9907,8 @@ async def test_remote_session_is_told_no_answer_to_what_the_one_before_had_asked
 
 
 @over_a_link
-async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it():
+@pytest.mark.parametrize("is_batch", [False, True])
+async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(is_batch):
     far = FarLink()
     await far.greet()
     asking, cut, goes_on = (far.connection.request("tools/call", {"name": name}) for name in ("asks", "cut", "goes on"))
@@ -9914,7 +9917,8 @@ async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(
         respond(post, 200, b'id: 1\ndata: {"jsonrpc":"2.0","method":"notifications/x"}\n\n', "text/event-stream",
                 is_whole=False)
     await renew(far)
-    posts[0].on_part(events({"jsonrpc": "2.0", "id": 0, "method": "elicitation/create", "params": {}}))
+    question = {"jsonrpc": "2.0", "id": 0, "method": "elicitation/create", "params": {}}
+    posts[0].on_part(events([question] if is_batch else question))
     posts[1].is_over = True
     posts[1].on_failure("hung up")
     posts[2].on_part(events(result_for(posts[2], {"is": "answered"})))
@@ -16526,6 +16530,56 @@ async def test_conversation_resource_that_nobody_knows_is_unknown_whoever_says_s
 
 
 @in_town
+async def test_conversation_server_may_ask_before_it_is_ready():
+    town = Town("legacy", ["a"], shared_session=False)
+    make = town.link
+
+    def link(name):
+        link = make(name)
+        write = link.write
+
+        def ask_and_write(line, about=None, principal=None):
+            write(line, about)
+            if b'"initialize"' in line:
+                asyncio.get_running_loop().call_soon(town.say, link, {"id": "q", "method": "roots/list"})
+        link.write = ask_and_write
+        return link
+    town.link, town.slow["a"] = link, 1
+    client = await town.client("legacy", "a")
+    await asyncio.sleep(2)
+    question, = [told for told in town.told(client) if told.get("method") == "roots/list"]
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"roots": []}})
+    assert [line["result"] for line in town.links["a"][-1].lines if line.get("id") == "q"] == [{"roots": []}]
+
+
+@in_town
+async def test_conversation_task_of_a_session_that_is_forgotten_may_be_anothers_in_the_next():
+    town = Town("legacy", ["a"])
+    one, other = [await town.client("legacy", "a") for _ in range(2)]
+    instance, = town.mount.servers["a"].instances.values()
+    instance.owners.remember(("task", "1"), one.client)
+    instance.owners.remember(("task", "1"), other.client)
+    assert instance.is_owner(one.client, ("task", "1"))
+    town.links["a"][0].on_forgotten()
+    instance.owners.remember(("task", "1"), other.client)
+    assert instance.is_owner(other.client, ("task", "1"))
+
+
+@in_town
+@pytest.mark.parametrize("kind, code", [("legacy", -32002), ("modern", -32602)])
+async def test_conversation_unknown_resource_has_the_code_of_its_client_s_era_whichever_is_asked_last(kind, code):
+    town = Town("auto", ["a", "c"])
+    town.errors["a", "server/discover"] = {"code": -32601, "message": "unknown"}
+    town.errors["a", "resources/read"] = {"code": -32002, "message": "unknown to a"}
+    town.errors["c", "resources/read"] = {"code": 0, "message": "no such scheme"}
+    client = await town.client(kind)
+    await asyncio.sleep(5)
+    town.told(client)
+    answer, = await town.say_to(client, 1, "resources/read", {"uri": "x:y"})
+    assert answer["error"] == {"code": code, "message": "unknown to a"}
+
+
+@in_town
 async def test_conversation_process_of_visitors_ends_with_their_key():
     town = Town("legacy", ["a"], shared_session=False)
     ann, bob = (mcpproxy.Caller(name, name.encode(), None) for name in ("ann", "bob"))
@@ -22064,7 +22118,7 @@ def test_endpoint_documents_of_tools_are_kept_while_they_are_small_and_few(monke
         for place, *wanted in [(None,), ("a",), ("b",), *many]:
             await endpoints.openapi(types.SimpleNamespace(
                 view=town.mount.catalog.view(place, tuple(wanted)), caller=None, variables={}, base="", name=None,
-                head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
+                keys=endpoints.keys, head=types.SimpleNamespace(headers={})), b"", types.SimpleNamespace(
                     connection=types.SimpleNamespace(principal="ann")))
         assert len(endpoints.documents) == (mcpproxy.KEPT_DOCUMENTS if kept > 1 else kept)
     ask_at_three_places()
