@@ -3048,6 +3048,9 @@ class View:
 
     def check_variables(self, variables: dict[str, str]) -> None:
         """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
+        if variables and self.is_for_all:
+            raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
+                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
         own = [server for server in self.servers if not server.settings.shared_session]
         for (name, value), member in itertools.product(variables.items(), own):
             if not may_set(name, value, member.settings.allowed_env):
@@ -4107,7 +4110,7 @@ class Census:
         pids = {*list_processes()}
         if not pids:                           # there is no descriptor for it
             return
-        self._others &= pids
+        self._others = (self._others & pids) - self.servers.keys()
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
         before, self._whose = self._whose, {}
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
@@ -4173,7 +4176,7 @@ class Census:
         if usage:
             self.spent[usage.server] += usage.seconds
         if not self.servers:                   # nobody looks from now on, and their ids may become others'
-            self._others.clear()
+            self._others &= {*children_of(os.getpid())}        # but orphans of before are not the next one's
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -4537,10 +4540,14 @@ class Sandbox:
         """Where the proxy's own Python is loaded from, if it takes LD_LIBRARY_PATH to find that; but not where a server
         may put another."""
         loaded, is_root, found = read_file("/proc/self/maps").decode(errors="replace"), os.geteuid() == 0, []
-        for path in os.environ.get(LIBRARIES, "").split(":"):
-            if os.path.isabs(path) and os.path.isdir(path) and f" {os.path.realpath(path)}/libpython" in loaded:
-                about = os.stat(path)
-                if not (is_below(f"{path}/x", self.writable) or is_root and (about.st_uid or about.st_mode & 0o022)):
+        for path in filter(os.path.isabs, os.environ.get(LIBRARIES, "").split(":")):
+            with contextlib.suppress(OSError):
+                files = [os.path.realpath(f"{path}/{name}") for name in os.listdir(path)
+                         if name.startswith(("libpython", "libffi"))]          # which may be links
+                folders = {os.path.dirname(file) for file in files if f" {file}\n" in loaded}
+                abouts = [os.stat(folder) for folder in {path, *folders}]
+                if folders and not (any(is_below(f"{folder}/x", self.writable) for folder in {path, *folders}) or (
+                        is_root and any(about.st_uid or about.st_mode & 0o022 for about in abouts))):
                     found.append(path)
         return ":".join(found)
 
@@ -6134,7 +6141,7 @@ class RemoteLink(Link):
                 return self._renew(aside.session)
             if not 200 <= head.status < 300:
                 problem = f"answered HTTP {head.status}"
-                self._answer_instead(aside.body, refusal(head, body))
+                self._answer_instead(aside, refusal(head, body))
         except OSError as error:
             problem = str(error)
             if isinstance(error, ConnectionError) and not self._client.connections:
@@ -6142,11 +6149,11 @@ class RemoteLink(Link):
         if problem and self.on_end:
             log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
 
-    def _answer_instead(self, line: bytes, error: ServerError) -> None:
+    def _answer_instead(self, aside: Aside, error: ServerError) -> None:
         """If the server did not take an answer, what asked would wait for it: maybe it takes an error."""
         with contextlib.suppress(ProxyError):
-            message = parse_message(decode_json(line))
-            if message.is_result:
+            message = parse_message(decode_json(aside.body))
+            if message.is_result and aside.session == self.session:
                 self.write(b"".join(encode_error(message.raw_id, error)))
 
     # Responses.
@@ -8081,9 +8088,8 @@ class Client(Holder):
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
-        if variables and view.is_for_all:
-            raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
-                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
+        if variables:
+            view.check_variables(variables)
         self.mount = mount
         self.view = view                            # what it is shown
         self.principal = principal
@@ -8291,8 +8297,7 @@ class Session(Client):
     def adopt(self, catalog: Catalog) -> None:
         """The same; and what it used of servers that are gone, it uses of those in their place."""
         before, problem = self.view, super().adopt(catalog)
-        # Nobody takes its variables any more, where all have one process.
-        self.is_homeless = problem is not None or bool(self.variables) and self.view.is_for_all
+        self.is_homeless = problem is not None
         if problem:
             return self.end() if problem.data else None    # its key opens the place no more, or sets too much
         shown = self.view.names
@@ -10004,7 +10009,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
 
 RUNNING_CALLS = 1_000            # of one client at a time
-FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
+FEW_CALLS = 4                    # of one client, which come with what is counted anyway if they are small
 TINY = 1024                      # bytes of one of which as much is kept as was scanned: that takes many times its text
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
@@ -10109,8 +10114,8 @@ class ClientRequest(PendingRequest, Holder):
         own = self.own_name if instance else None
         if view.limits and instance and instance.server.name not in view.names:
             return True                               # it left its group, which may be all that is open
-        return any(before.terms(place, kind, own) != view.terms(place, kind, own) for place in places
-                   if view.limits or place in view.by_name)
+        terms = {place: view.terms(place, kind, own) for place in places if view.limits or place in view.by_name}
+        return any(now is None or now != before.terms(place, kind, own) for place, now in terms.items())
 
     @property
     def asker(self) -> object:
@@ -10835,7 +10840,7 @@ class Listener(Exchange):
             return self.end_subscription()
         server = self.instance and self.instance.server
         is_over = server and (server.is_retired or server.name not in shown.names)
-        if is_over or self.client.variables and shown.is_for_all:
+        if is_over:
             return self.end_subscription()
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
@@ -11361,15 +11366,16 @@ class HTTPConnection(asyncio.Protocol, Holder):
             return
         size = sum(map(len, parts)) if size is None else size
         self.counters.sent += size
-        if self._is_clogged:
-            self._unread += size
+        before = self._transport.get_write_buffer_size() if self._is_clogged else None
         if size < LARGE:
             self._transport.write(b"".join(parts))
         else:
             for is_large, run in itertools.groupby(parts, lambda part: len(part) >= LARGE):
                 for piece in run if is_large else [b"".join(run)]:            # what is large is not copied
                     self._transport.write(piece)
-        if self._is_clogged:
+        if self._is_clogged:                   # maybe since the first of several pieces
+            unread = self._transport.get_write_buffer_size()
+            self._unread = unread if before is None else self._unread + unread - before
             self._count()
 
     def finished(self) -> None:
@@ -12794,6 +12800,7 @@ class Endpoints(Application):
             if view.offer == client.view.offer:
                 return tools
             if view.grants == client.view.grants:
+                view.check_variables(client.variables)
                 client.view = view
                 return await self._tools(admission, client, name)
         raise other_limits()
@@ -13598,6 +13605,8 @@ def printable(text: object) -> str:
 def write_out(text: str) -> None:
     """Writes to stdout. A terminal that is stopped, or that nobody reads, must not stop all: it loses this."""
     output = 1
+    if not os.isatty(1) and not select.select([], [1], [], 0)[1]:
+        raise BlockingIOError(errno.EAGAIN, "nobody reads it")               # a pipe that is full
     if os.isatty(1):
         with contextlib.suppress(OSError):     # it may be another user's
             output = os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)

@@ -6591,6 +6591,24 @@ def test_process_leftovers_are_looked_for_again_when_processes_could_not_be_list
     assert closed.wait(PATIENCE)
 
 
+def test_process_that_may_be_of_several_is_not_the_next_one_s_when_these_are_gone(reaper):
+    census = reaper.census
+    census.gets_orphans = True
+    with contextlib.ExitStack() as stack:
+        orphan, *servers = [stack.enter_context(subprocess.Popen(["sleep", "60"], env={})).pid for _ in range(4)]
+        for server in servers[:2]:
+            census.servers[server] = mcpproxy.Usage("s", "tag", None)
+        census.look()
+        for server in servers[:2]:
+            census.forget(server)
+        census.servers[servers[2]] = mcpproxy.Usage("s", "tag", None)
+        census.look()
+        last = census.of(servers[2])
+        for pid in orphan, *servers:
+            os.kill(pid, signal.SIGKILL)
+    assert {pid for pid, _ in last} == {servers[2]}
+
+
 def test_process_is_known_for_whose_it_is_also_after_a_look_without_a_descriptor(reaper, monkeypatch):
     census = reaper.census
     with subprocess.Popen(["sleep", "60"], env={}) as program:
@@ -7482,14 +7500,22 @@ def test_sandbox_is_made_before_anything_that_the_environment_names_is_loaded(se
 @pytest.mark.parametrize("user", [0, 1000])
 def test_sandbox_is_made_with_the_library_of_the_proxy_s_own_python_from_where_no_server_may_write(
         monkeypatch, tmp_path, user):
-    tmp_path.chmod(0o777)
-    monkeypatch.setenv("LD_LIBRARY_PATH", f"/usr/lib:{tmp_path}:/usr/bin:/usr/share:usr/lib::/gone")
-    loaded = "".join(f"7f0 r-xp 0 08:01 9    {path}/libpython3.so.1.0\n" for path in (
-        "/usr/lib", tmp_path, "/usr/share", "/gone"))
+    folders = {name: tmp_path / name for name in ("own", "linked", "store", "others", "writable", "unused", "empty")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        folder.chmod(0o777 if name == "others" else 0o755)
+        if name not in ("empty", "linked"):
+            (folder / "libpython3.so").touch()
+    (folders["linked"] / "libpython3.so.1.0").symlink_to(folders["store"] / "libpython3.so")
+    loaded = "".join(f"7f0 r-xp 0 08:01 9    {folders[name]}/libpython3.so\n" for name in (
+        "own", "store", "others", "writable"))
+    asked = [*map(str, folders.values()), "own", "", "/gone"]
+    monkeypatch.setenv("LD_LIBRARY_PATH", ":".join(path for path in asked if "store" not in path))
     monkeypatch.setattr(mcpproxy, "read_file", lambda path: loaded.encode())
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    sandbox = mcpproxy.Sandbox("x", mcpproxy.Settings(sandbox_write="/usr/share"), None)
-    assert sandbox.own_libraries() == (f"/usr/lib:{tmp_path}" if user else "/usr/lib")
+    sandbox = mcpproxy.Sandbox("x", mcpproxy.Settings(sandbox_write=str(folders["writable"])), None)
+    kept = ["own", "linked", "others"] if user else ["own", "linked"] if os.getuid() == 0 else []
+    assert sandbox.own_libraries() == ":".join(str(folders[name]) for name in kept)
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     assert sandbox.own_libraries() == ""
 
@@ -9889,8 +9915,8 @@ async def renew(far, *, before_greeting=lambda: None):
 
 
 @over_a_link
-@pytest.mark.parametrize("is_late", [False, True])
-async def test_remote_session_is_told_no_answer_to_what_the_one_before_had_asked(is_late):
+@pytest.mark.parametrize("late", [0, 404, 500])
+async def test_remote_session_is_told_no_answer_to_what_the_one_before_had_asked(late):
     """Many servers count what they ask from 0, in each session: it would be the answer to another client's question."""
     far = FarLink()
     await far.greet()
@@ -9898,12 +9924,12 @@ async def test_remote_session_is_told_no_answer_to_what_the_one_before_had_asked
         far.connection.send(b'{"jsonrpc":"2.0","id":%d,"result":{}}' % number, None, "ann")
     far.connection.send(b'{"jsonrpc":"2.0","method":"notifications/x"}', None, "ann")
     answer = await far.taken("answer")
-    await renew(far, before_greeting=lambda: None if is_late else respond(answer, 404))
-    if is_late:
-        respond(answer, 404)
+    await renew(far, before_greeting=lambda: None if late else respond(answer, 404))
+    if late:
+        respond(answer, late)
     respond(await far.taken("notifications/x"), 202)
     await asyncio.sleep(60)
-    assert not [fetch for fetch in far.sent if fetch.body and b"result" in fetch.body] and far.backlog == 0
+    assert not [fetch for fetch in far.sent if fetch.body and b"method" not in fetch.body] and far.backlog == 0
 
 
 @over_a_link
@@ -16580,6 +16606,39 @@ async def test_conversation_unknown_resource_has_the_code_of_its_client_s_era_wh
 
 
 @in_town
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+async def test_conversation_call_with_a_variable_does_not_go_to_a_process_that_is_everybody_s_now(kind):
+    town = Town("legacy", ["a"], shared_session=False)
+    town.slow["a"] = 5
+    client = await town.client(kind, "a", None, {"X_TOKEN": "x"})
+    client.client.variables = {"X_TOKEN": "x"}
+    town.told(client)
+    client.say(request(1, "tools/call", {"name": "t"}))
+    await asyncio.sleep(0.1)
+    town.settings = dataclasses.replace(town.settings, shared_session=True)
+    await town.reload(["a"])
+    await asyncio.sleep(20)
+    answer, = [told for told in town.told(client) if told != "is disconnected" and told.get("id") == 1]
+    assert "error" in answer and not town.heard
+
+
+@in_town
+async def test_conversation_waiting_call_does_not_begin_though_its_server_had_gone_before_its_key_was_limited():
+    town = Town("legacy", ["a", "c"])
+    await asyncio.sleep(1)
+    ann = dataclasses.replace(LESS, limits=None)
+    client = await town.client("modern", None, ann, {})
+    town.slow["c"] = 30
+    await town.die("c")
+    assert not await town.say_to(client, 1, "tools/call", {"name": "c__t"})
+    town.mount.reload(town.catalog(["a"]), mcpproxy.Keys((ann,)))
+    town.mount.reload(town.catalog(["a"]), mcpproxy.Keys((LESS,)))
+    await asyncio.sleep(60)
+    answer, = town.told(client)
+    assert answer["error"]["message"] == "what its caller may use has changed" and not town.heard
+
+
+@in_town
 async def test_conversation_process_of_visitors_ends_with_their_key():
     town = Town("legacy", ["a"], shared_session=False)
     ann, bob = (mcpproxy.Caller(name, name.encode(), None) for name in ("ann", "bob"))
@@ -19349,20 +19408,42 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
 def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_there_are(reads):
     """One that reads as fast as is written may have as much before it all the time."""
     async def is_cut_off():
-        aborted, waiting = [], [100_000]
+        aborted, waiting = [], bytearray(100_000)
         application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
         transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: False,
-                                          get_write_buffer_size=lambda: waiting[0], write=lambda _: None)
+                                          get_write_buffer_size=lambda: len(waiting), write=waiting.extend)
         connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
                                              mcpproxy.HTTPServer(application, 15))
         connection.pause_writing()
         for number in range(5):
             for _ in range(mcpproxy.MAX_QUEUED_MESSAGES // 2):
                 connection.write([b"x"])
-            waiting[0] += 0 if reads else mcpproxy.MAX_QUEUED_MESSAGES // 2
+            del waiting[:mcpproxy.MAX_QUEUED_MESSAGES // 2 if reads else 0]
             connection.tick(time.monotonic(), 15)
         return bool(aborted)
     assert asyncio.run(is_cut_off()) is not reads
+
+
+def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_be_read():
+    async def is_cut_off():
+        aborted, waiting = [], bytearray()
+        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
+
+        def write(data):
+            was_full = len(waiting) > 65_536
+            waiting.extend(data)
+            if not was_full and len(waiting) > 65_536:
+                connection.pause_writing()
+        transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: False,
+                                          get_write_buffer_size=lambda: len(waiting), write=write)
+        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
+                                             mcpproxy.HTTPServer(application, 15))
+        connection.write([b"x" * 100_000, b"small", b"x" * 900_000])
+        for seconds in range(0, 600, 10):
+            del waiting[:10_000]
+            connection.tick(time.monotonic() + seconds, 15)
+        return bool(aborted)
+    assert not asyncio.run(is_cut_off())
 
 
 # ============================================================================
