@@ -2222,8 +2222,13 @@ def cut_result(response: Message, limit: int) -> Message:
     return with_member(response, as_object(members), "result")
 
 
+_EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
+
+
 def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
     """A page of a legacy server's list as a modern client understands it; see next_cursor()."""
+    if isinstance(response, ResponseLine) and not _EMPTY_CURSOR.search(response.line):
+        return response                                # with other empty texts, which are in most lists
     page = if_it_says(response, "nextCursor", b'""')
     return with_member(page, without_members(page.raw("result"), "nextCursor"), "result") if page else response
 
