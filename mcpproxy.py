@@ -22,7 +22,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     6.  JSON                   values found and changed in a text, without writing the rest anew
     7.  JSON-RPC               text into one valid message
     8.  Protocol eras          what a message of the one era is in the other
-    9.  Results                the same for results; and what a server says of itself
+    9.  Results                the same for results; what a server says of itself; and names of tasks
     10. Access                 who may come in, and what a client may set
     11. Tokens                 what an OAuth token says, and who has signed it
     12. Views                  which servers and tools a URL shows, and under which names
@@ -1059,6 +1059,7 @@ class EventParser(LineSplitter):
 # all places while parsing was tried: 2 to 5 µs for a small message, twice the time for a large one.)
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _FIRST_MEMBER = re.compile(r'\{[ \t\n\r]*"([A-Za-z]+)"[ \t\n\r]*:[ \t\n\r]*')
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
@@ -1755,14 +1756,12 @@ def is_modern(message: Message, version_header: str | None) -> bool:
         version_header == MODERN_VERSION and message.method != "initialize")
 
 
-_QUOTED, _VALUES = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"'), re.compile(r"[\[{,]")
-
-
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses a message in which a member at one of these paths, which is kept of the client, is too large."""
     for path in paths if len(message.text) > SMALL_SELF else ():
-        text = message.raw(*path)
-        if len(text) > MAX_SELF or len(_VALUES.findall(_QUOTED.sub("", text))) > MAX_SELF_VALUES:
+        text = message.raw(*path).encode(errors="replace")
+        # What is in an icon's URI is no value.
+        if len(text) > MAX_SELF or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_SELF_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
@@ -3170,7 +3169,8 @@ def within(where: str, *others: type[Exception]):
     try:
         yield
     except (SettingsError, *others) as error:
-        raise SettingsError(f"{where}: {'is not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}") from None
+        problem = f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
+        raise SettingsError(f"{where}: {problem}") from None
 
 
 def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
@@ -3441,7 +3441,6 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
 
 
 def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
-    """One key of the file."""
     if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
         # What is meant as a key may stand there, and is not said.
         raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -, or is called scopes")
@@ -6195,7 +6194,8 @@ class RemoteLink(Link):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._doubt())
         if post.session and is_of_lost_session(head, body, post.number):
-            if post.is_repeated:
+            request = self.awaits(post.number)
+            if post.is_repeated or request and request.is_repeated:
                 self._refuse(post, refusal(head, body))
             else:
                 self._renew(post.session)
@@ -6213,7 +6213,6 @@ class RemoteLink(Link):
             self._refuse(post, refusal(head, body))
 
     def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:
-        """A POST has not been answered."""
         self._running.pop(post.number, None)
         if post.is_stream and self.awaits(post.number):
             self._resume(post)
@@ -6365,6 +6364,7 @@ class PendingRequest:
     is_running = False         # is the server at work on it, and its client there?
     is_parked = False          # does it wait for its client?
     is_waiting = False         # or is it at no server, though it may go to one yet?
+    is_repeated = False        # may it not be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -6388,21 +6388,20 @@ class OwnRequest(PendingRequest):
 
     def __init__(self, now: float, then=None):
         self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._then = then            # called with it in the turn in which it is done; its own callbacks are a turn late
+        # Called with it in the turn in which it is done; its own callbacks are a turn late.
+        self._then = then or (lambda response: None)
         self.last_sign = now
 
     def on_response(self, response: ResponseLine | Message) -> None:
         if not self.response.done():
             self.response.set_result(response.parsed())
-            if self._then:
-                self._then(self.response)
+            self._then(self.response)
 
     def on_failure(self, error: ServerError) -> None:
         if not self.response.done():
             self.response.set_exception(error)
             self.response.exception()        # nobody has to ask for it
-            if self._then:
-                self._then(self.response)
+            self._then(self.response)
 
     async def result(self) -> Message:
         """The response, which has a result; HandshakeRefused when it is an error."""
@@ -8750,8 +8749,8 @@ class Server:
         for instance in list(self.instances.values()):
             is_visitors = instance.owner != () and not instance.is_private
             is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
-            is_left = self.is_retired or instance.is_private and instance.owner is not instance and (
-                not instance.sessions)
+            is_left = self.is_retired or instance.is_private and not instance.sessions and (
+                instance.owner is not instance)            # a session's own, that it has left; and no spare one
             if (is_stale or is_left and instance not in busy) and not instance.is_used:
                 self.end(instance)
             else:
@@ -8916,8 +8915,7 @@ class Mount:
         self._adopt(catalog)
         self.start()
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
-        visitors = {call.client for call in self.calls if not call.client.is_session}
-        for client in [*self.sessions.values(), *visitors]:
+        for client in dict.fromkeys((*self.sessions.values(), *(call.client for call in self.calls))):
             client.adopt(catalog)
         for call, view in views.items():
             if not call.is_done:               # with its session
@@ -10076,7 +10074,8 @@ class ClientRequest(PendingRequest, Holder):
             if "progressToken" in meta and is_id(meta["progressToken"]):
                 self.token = message.raw("params", "_meta", "progressToken")
             if self.size <= SMALL:                    # what the client says of itself, as it was scanned
-                self.software = meta.get(CLIENT_INFO_KEY)
+                software = meta.get(CLIENT_INFO_KEY)
+                self.software = software if isinstance(software, tuple) else None
             if isinstance(meta.get("traceparent"), str):             # it is what the server gets
                 self.trace = {**(self.trace or {}), "traceparent": message.raw("params", "_meta", "traceparent")}
         self.outlet = outlet
@@ -10120,7 +10119,8 @@ class ClientRequest(PendingRequest, Holder):
         if view.limits and instance and instance.server.name not in view.names:
             return True                               # it left its group, which may be all that is open
         terms = {place: view.terms(place, kind, own) for place in places if view.limits or place in view.by_name}
-        return any(now is None or now != before.terms(place, kind, own) for place, now in terms.items())
+        return any(now != before.terms(place, kind, own) or now is None and view.limits != before.limits
+                   for place, now in terms.items())
 
     @property
     def asker(self) -> object:
@@ -12223,7 +12223,6 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LARGE_BODY = 4 * 1024 * 1024     # bytes
 VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # that arrays, objects, elements, strings become
 MANY_STRINGS = 100_000
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 class Work(Holder):

@@ -9957,6 +9957,23 @@ async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(
 
 
 @over_a_link
+@pytest.mark.parametrize("is_repeated", [False, True])
+async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(is_repeated):
+    """Its caller may use less than when it was made."""
+    far = FarLink()
+    await far.greet()
+    request = types.SimpleNamespace(is_repeated=False, client=None, principal=None, is_parked=False)
+    request.on_failure = lambda error: setattr(request, "error", error)
+    far.connection.send_request(request, "tools/call", {"name": "x"})
+    post = await far.taken("tools/call")
+    request.is_repeated = is_repeated
+    respond(post, 404)
+    await asyncio.sleep(5)
+    assert hasattr(request, "error") is is_repeated
+    assert [fetch.about[1] for fetch in far.sent if fetch.body] == ([] if is_repeated else ["initialize"])
+
+
+@over_a_link
 async def test_remote_answer_is_not_looked_for_in_another_session():
     far = FarLink()
     await far.greet()
@@ -12558,13 +12575,13 @@ def test_mount_list_that_was_waited_for_is_for_whoever_may_see_it_then(keys, tmp
             waiting[path, name] = stack.enter_context(HTTP(proxy))
             waiting[path, name].send(encode_http("GET", f"/servers/a{path}", None, brings(name)))
         assert proxy.request("GET", "/servers/b/tools", None, brings("eve")).status == 200          # so they were read
-        write_config(proxy.path, {"a": slow, "b": kept("b", tools=["look"])})
+        write_config(proxy.path, {"a": (slow[0], {"tools": ["look", "write_a"]}), "b": kept("b")})
         proxy.change({"bob": {"tools": ["look"]}, "eve": {}})
         go.touch()
         answers = {asked: http.response() for asked, http in waiting.items()}
         assert {name: answer.status for (_, name), answer in answers.items()} == {"ann": 401, "bob": 503, "eve": 200}
         for (_, name), answer in answers.items():
-            assert (b"write_a" in answer.body) == (name == "eve")
+            assert (b"write_a" in answer.body) == (name == "eve") and b"read_a" not in answer.body
 
 
 @MODES
@@ -16520,7 +16537,7 @@ async def test_conversation_small_calls_count_where_they_are_many(monkeypatch):
 @in_town
 @pytest.mark.parametrize("info, name", [
     ({"name": "n" * 100, "version": "1", "x": {"y": {}}, "title": "t" * 1000}, "n" * 64 + "/1"),
-    ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ([[]] * 500, "")])
+    ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ([[]] * 500, ""), ("x" * 300, None), ([], None)])
 async def test_conversation_much_that_a_client_says_of_itself_is_kept_as_its_name_alone(info, name):
     town = Town("modern", ["a"])
     client = await town.client("modern", "a")
@@ -16636,6 +16653,53 @@ async def test_conversation_waiting_call_does_not_begin_though_its_server_had_go
     await asyncio.sleep(60)
     answer, = town.told(client)
     assert answer["error"]["message"] == "what its caller may use has changed" and not town.heard
+
+
+@in_town
+async def test_conversation_waiting_call_of_a_session_that_is_about_to_end_goes_by_what_is_configured_then_too():
+    town = Town("legacy", ["a", "c"])
+    await asyncio.sleep(1)
+    client = await town.client("legacy")
+    town.slow["c"] = 0.3
+    await town.die("c")
+    town.told(client)
+    town.slow["c"] = 5
+    await town.die("c")
+    assert not [told for told in await town.say_to(client, 1, "tools/call", {"name": "c__t"}) if "id" in told]
+    town.mount.delete_session(client.client)
+    town.rules["c"] = RULES["tools"]
+    town.mount.reload(town.catalog(["a", "c"]), mcpproxy.Keys())
+    answer, = [told for told in town.told(client) if told != "is disconnected" and "id" in told]
+    assert answer["error"]["message"] == "what its caller may use has changed"
+
+
+@in_town
+async def test_conversation_question_of_a_session_that_is_forgotten_is_taken_back_and_its_answer_told_to_nobody():
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    link = town.links["a"][0]
+    town.say(link, {"id": 0, **QUESTION})
+    question, = town.told(client)
+    link.on_forgotten()
+    assert {"notifications/cancelled"} <= {told["method"] for told in town.told(client)}
+    client.say({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "decline"}})
+    await asyncio.sleep(1)
+    assert not [line for line in link.lines if "method" not in line]
+
+
+@in_town
+async def test_conversation_question_that_outlives_its_call_has_no_heir_where_calls_are_very_many(monkeypatch):
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    for number in range(1, 4):
+        await town.say_to(client, number, "tools/call", {"name": "t"})
+    monkeypatch.setattr(mcpproxy, "MAX_CAUSES", 3)
+    town.say(town.links["a"][0], {"id": "q", **QUESTION})
+    assert len(town.told(client)) == 1
+    monkeypatch.setattr(mcpproxy, "MAX_CAUSES", 1)
+    (_, call) = town.heard[-1]
+    town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
+    assert [line["id"] for line in town.links["a"][0].lines if "error" in line] == ["q"]
 
 
 @in_town
