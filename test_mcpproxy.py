@@ -19469,8 +19469,10 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_there_are(reads):
+def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_there_are(reads, monkeypatch):
     """One that reads as fast as is written may have as much before it all the time."""
+    monkeypatch.setattr(mcpproxy, "budget", mcpproxy.Budget())
+
     async def is_cut_off():
         aborted, waiting = [], bytearray(100_000)
         application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
@@ -19488,7 +19490,9 @@ def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_
     assert asyncio.run(is_cut_off()) is not reads
 
 
-def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_be_read():
+def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_be_read(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "budget", mcpproxy.Budget())
+
     async def is_cut_off():
         aborted, waiting = [], bytearray()
         application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
