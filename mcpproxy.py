@@ -5909,7 +5909,10 @@ def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
 
 
 def kind_of(line: bytes) -> str | None:
-    """Is a line a request, a notification or a response? None if it is no message."""
+    """Is a line a request, a notification or a response? An array (MCP 2025-03-26, Batching) is a request if it may
+    have any. None if it is no message."""
+    if line.lstrip().startswith(b"["):
+        return REQUEST if b'"method"' in line else RESPONSE
     with contextlib.suppress(RPCError):
         return parse_message(decode_json(line), is_servers=True).kind
 
@@ -6165,7 +6168,7 @@ class RemoteLink(Link):
     def events_of(self, number: int | None, session: str | None) -> EventParser:
         """What takes in the events of a stream of this session, and of the request with this id."""
         def on_event(kind: bytes, data: bytes) -> None:
-            if kind == b"message" and data and session != self.session and kind_of(data) in (REQUEST, None):
+            if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
                 # Its answer would be one in another session, where the same id may be that of somebody else's question.
                 self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
             elif kind == b"message" and data:
@@ -6195,7 +6198,7 @@ class RemoteLink(Link):
             asyncio.create_task(self._doubt())
         if post.session and is_of_lost_session(head, body, post.number):
             request = self.awaits(post.number)
-            if post.is_repeated or request and request.is_repeated:
+            if post.is_repeated or request and request.stays:
                 self._refuse(post, refusal(head, body))
             else:
                 self._renew(post.session)
@@ -6364,7 +6367,7 @@ class PendingRequest:
     is_running = False         # is the server at work on it, and its client there?
     is_parked = False          # does it wait for its client?
     is_waiting = False         # or is it at no server, though it may go to one yet?
-    is_repeated = False        # may it not be sent again?
+    stays = False              # is it not to be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -8929,7 +8932,8 @@ class Mount:
 
         def is_another(caller: Caller | None) -> bool:
             return caller is not None and (now(caller) is None or now(caller).limits != caller.limits)
-        for session in list(self.sessions.values()):
+        calling = (call.client for call in self.calls if call.client.is_session)         # also those about to end
+        for session in dict.fromkeys((*self.sessions.values(), *calling)):
             caller = now(session.caller)
             if session.caller and not caller:
                 session.end()
@@ -9741,8 +9745,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         exchange.connection.causes.pop(exchange, None)        # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
-        if exchange.text is None and exchange.is_repeated:
-            raise other_limits()                              # see stay()
+        if exchange.text is None and exchange.stays:
+            raise other_limits()
         if dialogue.rounds > ROUNDS or exchange.text is None:
             raise ServerError("the MCP server asked for input too often, or where it may not")
         result, answers = response.result, {}
@@ -10029,7 +10033,8 @@ class ClientRequest(PendingRequest, Holder):
 
     __slots__ = tuple("""client instance message envelope method trace headers state connection server_id names_tasks
         dialogue answerer on_done started last_sign id raw_id name size token software problem outlet text held
-        http_headers digest principal target others missing unknown group work is_repeated has_begun _bridge""".split())
+        http_headers digest principal target others missing unknown group work is_repeated stays has_begun
+        _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None,
@@ -10042,6 +10047,7 @@ class ClientRequest(PendingRequest, Holder):
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
+        self.stays = False                            # see stay()
         self.has_begun = False                        # was its client told or asked anything?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
@@ -10102,7 +10108,8 @@ class ClientRequest(PendingRequest, Holder):
     def stay(self, error: ProxyError) -> None:
         """Its caller may not use the same any more: it fails with this error if it is at no server, or goes on where it
         is, and is not sent again; as a legacy client's would be, with its answers."""
-        self.is_repeated, self.others, self.text = True, (), self.envelope and self.text
+        self.stays = self.is_repeated = True
+        self.others, self.text = (), self.envelope and self.text
         if self.is_waiting:
             self.fail(error)
 

@@ -9947,6 +9947,7 @@ async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(
     posts[0].on_part(events([question] if is_batch else question))
     posts[1].is_over = True
     posts[1].on_failure("hung up")
+    posts[2].on_part(b"data: no message, and no reason to give the call up\n\n")
     posts[2].on_part(events(result_for(posts[2], {"is": "answered"})))
     await asyncio.sleep(60)
     assert "asked in a session that it has forgotten" in str(asking.response.exception())
@@ -9957,20 +9958,20 @@ async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(
 
 
 @over_a_link
-@pytest.mark.parametrize("is_repeated", [False, True])
-async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(is_repeated):
+@pytest.mark.parametrize("stays", [False, True])
+async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(stays):
     """Its caller may use less than when it was made."""
     far = FarLink()
     await far.greet()
-    request = types.SimpleNamespace(is_repeated=False, client=None, principal=None, is_parked=False)
+    request = types.SimpleNamespace(stays=False, client=None, principal=None, is_parked=False)
     request.on_failure = lambda error: setattr(request, "error", error)
     far.connection.send_request(request, "tools/call", {"name": "x"})
     post = await far.taken("tools/call")
-    request.is_repeated = is_repeated
+    request.stays = stays
     respond(post, 404)
     await asyncio.sleep(5)
-    assert hasattr(request, "error") is is_repeated
-    assert [fetch.about[1] for fetch in far.sent if fetch.body] == ([] if is_repeated else ["initialize"])
+    assert hasattr(request, "error") is stays
+    assert [fetch.about[1] for fetch in far.sent if fetch.body] == ([] if stays else ["initialize"])
 
 
 @over_a_link
@@ -16656,7 +16657,8 @@ async def test_conversation_waiting_call_does_not_begin_though_its_server_had_go
 
 
 @in_town
-async def test_conversation_waiting_call_of_a_session_that_is_about_to_end_goes_by_what_is_configured_then_too():
+@pytest.mark.parametrize("is_key_gone", [False, True])
+async def test_conversation_waiting_call_of_a_session_about_to_end_goes_by_what_is_configured_then_too(is_key_gone):
     town = Town("legacy", ["a", "c"])
     await asyncio.sleep(1)
     client = await town.client("legacy")
@@ -16666,11 +16668,18 @@ async def test_conversation_waiting_call_of_a_session_that_is_about_to_end_goes_
     town.slow["c"] = 5
     await town.die("c")
     assert not [told for told in await town.say_to(client, 1, "tools/call", {"name": "c__t"}) if "id" in told]
+    client.client.caller = LESS
     town.mount.delete_session(client.client)
-    town.rules["c"] = RULES["tools"]
-    town.mount.reload(town.catalog(["a", "c"]), mcpproxy.Keys())
+    if is_key_gone:
+        town.mount.reload(town.mount.catalog, mcpproxy.Keys())
+    else:
+        town.rules["c"] = RULES["tools"]
+        town.mount.reload(town.catalog(["a", "c"]), mcpproxy.Keys((LESS,)))
     answer, = [told for told in town.told(client) if told != "is disconnected" and "id" in told]
-    assert answer["error"]["message"] == "what its caller may use has changed"
+    assert answer["error"]["message"] == ("session unknown or ended" if is_key_gone else
+                                          "what its caller may use has changed")
+    await asyncio.sleep(1)
+    assert client.client.is_ended
 
 
 @in_town
