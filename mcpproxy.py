@@ -10016,7 +10016,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
 
 RUNNING_CALLS = 1_000            # of one client at a time
-FEW_CALLS = 4                    # of one client, which come with what is counted anyway if they are small
+FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
 TINY = 1024                      # bytes of one of which as much is kept as was scanned: that takes many times its text
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
