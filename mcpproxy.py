@@ -4543,15 +4543,18 @@ class Sandbox:
     def own_libraries(self) -> str:
         """Where the proxy's own Python is loaded from, if it takes LD_LIBRARY_PATH to find that; but not where a server
         may put another."""
-        loaded, is_root, found = read_file("/proc/self/maps").decode(errors="replace"), os.geteuid() == 0, []
+        loaded, writable, found = read_file("/proc/self/maps").decode(errors="replace"), self.writable, []
+
+        def is_open(folder: str) -> bool:
+            about = os.stat(folder)
+            is_others = os.geteuid() == 0 and bool(about.st_uid or about.st_mode & 0o022)
+            return is_others or is_below(f"{folder}/x", writable)
         for path in filter(os.path.isabs, os.environ.get(LIBRARIES, "").split(":")):
             with contextlib.suppress(OSError):
                 files = [os.path.realpath(f"{path}/{name}") for name in os.listdir(path)
                          if name.startswith(("libpython", "libffi"))]          # which may be links
                 folders = {os.path.dirname(file) for file in files if f" {file}\n" in loaded}
-                abouts = [os.stat(folder) for folder in {path, *folders}]
-                if folders and not (any(is_below(f"{folder}/x", self.writable) for folder in {path, *folders}) or (
-                        is_root and any(about.st_uid or about.st_mode & 0o022 for about in abouts))):
+                if folders and not any(map(is_open, {path, *folders})):
                     found.append(path)
         return ":".join(found)
 
@@ -10043,7 +10046,7 @@ class ClientRequest(PendingRequest, Holder):
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
-        self.unknown: tuple | None = None             # (its bridge, what it said) of the first that knows of no such
+        self.unknown: tuple | None = None             # (bridge, response) of the first server without the resource
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # that waits for what it needs
         self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
