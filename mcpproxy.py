@@ -8863,8 +8863,7 @@ class Mount:
         self.settings = settings
         # By which other proxies know this one; and in what clients are told, for with the former they could have any
         # start that waits refused as a circle.
-        self.id = os.urandom(8).hex()
-        self.told_id = digest_of_key(self.id).hex()[:16]
+        self.id, self.told_id = os.urandom(8).hex(), os.urandom(8).hex()
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
