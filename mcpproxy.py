@@ -3267,12 +3267,11 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers of a server that is not shared may hold variables of a client, and are expanded for each.
+    # Headers are expanded once, when they are sent; of a server that is not shared they may hold a client's variables.
     is_later = given.get("shared_session", settings.shared_session) is False
     known = {**environment, **expanded(given.get("env", {}), "env", environment)}
     written, given = given, {key: expanded(value, key, environment if key == "env" else known, is_later and (
         key == "headers")) for key, value in given.items()}
-    headers = (written if is_later else given).get("headers", {})
     urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
         for url in urls:
@@ -3291,7 +3290,7 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     for variable, value in given.get("env", {}).items():
         if not re.fullmatch("[^=\0]+", variable) or "\0" in value:
             raise SettingsError(f"env: {variable[:80]!r} cannot be set")
-    for header, value in headers.items():
+    for header, value in given.get("headers", {}).items():
         if not _HEADER_NAME.fullmatch(header) or _OUR_HEADERS.fullmatch(header) or not (
                 is_later or _FIELD_LINE.fullmatch(f"{header}: {value}".encode("utf-8", "replace"))):
             raise SettingsError(f"headers: {header[:80]} cannot be set, at least not to this value")
@@ -3315,9 +3314,10 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     command = (given["command"], *given.get("args", ())) if "command" in given else ()
     rules = Rules(tuple(given["tools"]) if "tools" in given else None, overrides, own_settings.max_result_kb)
     server = ServerConfig(
-        name, own_settings, command, urls[0], headers, given.get("type") == "sse", given.get("env", {}),
-        given.get("cwd"), given.get("prefix"), rules, group, parse_when(given["when"]) if "when" in given else None,
-        float(given.get("weight", 1)), given.get("backup", False))
+        name, own_settings, command, urls[0], written.get("headers", {}), given.get("type") == "sse",
+        given.get("env", {}), given.get("cwd"), given.get("prefix"), rules, group,
+        parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
+        given.get("backup", False))
     return replicated(server, urls, given.get("replicas", 1))
 
 
@@ -5722,9 +5722,9 @@ class Issuer:
         except OSError as error:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
             raise try_later("whoever knows the tokens cannot be reached") from None
-        # What need not be said there is what it is here.
-        usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS,
-                 "sub": said.get("username") or said.get("client_id")}
+        # What need not be said there is what it is here. A name of another kind is never taken for a subject.
+        names = [f"{kind}:{said[kind]}" for kind in ("username", "client_id") if said.get(kind) not in (None, "")]
+        usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS, "sub": (names or [None])[0]}
         claims = {**usual, **{name: value for name, value in said.items() if value is not None}}
         check_claims(claims, settings.oauth_issuer, time.time())
         return claims

@@ -5803,7 +5803,7 @@ def test_configuration_has_remote_servers():
     given = {"a": {"url": "http://x:1/mcp?k=${K}", "headers": {"Authorization": "Bearer ${K}"}},
              "b": {"serverUrl": "https://x/", "type": "sse", "headers": {"A": "${MINE}"}, "shared_session": False}}
     one, other = parse_file({"mcpServers": given}, {"K": "1"}).values()
-    assert (one.url, one.headers, one.is_sse) == ("http://x:1/mcp?k=1", {"Authorization": "Bearer 1"}, False)
+    assert (one.url, one.headers, one.is_sse) == ("http://x:1/mcp?k=1", {"Authorization": "Bearer ${K}"}, False)
     assert (other.url, other.headers, other.is_sse) == ("https://x/", {"A": "${MINE}"}, True)          # its client's
 
 
@@ -10509,6 +10509,16 @@ def test_remote_headers_have_the_variables_of_the_client(configured):
         for headers in {}, {"X-MCP-Env-FAR-KEY": "theirs"}:
             assert ModernClient(proxy, headers=headers).tool("far__echo", text="x") == "x"
         assert [visit.headers["authorization"] for visit in far.got("tools/call")] == ["Bearer ours", "Bearer theirs"]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_remote_headers_have_what_looks_like_a_variable_in_a_value_as_it_is(configured, is_shared):
+    keys = {"headers": {"A": "${FAR_KEY}", "B": "$${HOME}"}, "shared_session": is_shared}
+    with Remote() as far, configured(far={"url": far.url, **keys}, FAR_KEY="pw${HOME}$${x${nope}", PREWARM=0) as proxy:
+        with StreamableClient(proxy) as client:
+            assert client.tool("far__echo", text="x") == "x"
+    assert {(visit.headers["a"], visit.headers["b"]) for visit in far.got("tools/call")} == {
+        ("pw${HOME}$${x${nope}", "${HOME}")}
 
 
 @pytest.mark.parametrize("value", ["a%0D%0AX-Evil:%20yes", "a%00b", "a%7F"])
@@ -23491,7 +23501,7 @@ async def test_oauth_introspection_asks_as_the_client_it_is(issues, one):
 
 @pytest.mark.parametrize("said, is_good", [
     ({"active": False}, False), ({}, False), ({"active": "true"}, False), ({"active": 1}, False),
-    ({"active": True, "sub": "a"}, True), ({"active": True}, False), ({"active": True, "username": "a"}, True),
+    ({"active": True, "sub": "a"}, True), ({"active": True}, False), ({"active": True, "client_id": ""}, False),
     ({"active": True, "sub": "a", "iss": "https://other.example"}, False), ({"active": True, "sub": 5}, False),
     ({"active": True, "sub": "a", "exp": "never"}, False), ({"active": True, "sub": "a", "exp": 1}, False),
     ({"active": True, "sub": "a", "exp": None, "iss": None}, True), ({"active": True, "sub": "a", "nbf": 9e9}, False),
@@ -23502,6 +23512,16 @@ async def test_oauth_introspection_is_taken_at_its_word(issues, one, said, is_go
     issues.answers["/tenant/introspect"] = said
     found = await one.worth("opaque-1")
     assert (found.error is None) == is_good and (not is_good or found.subject == "a")
+
+
+@asked
+@introspects
+async def test_oauth_introspection_that_names_no_subject_is_of_a_user_or_else_of_a_client(issues, one):
+    subjects = []
+    for names in {"username": "a", "client_id": "b"}, {"client_id": "a"}, {"sub": "a", "username": "b"}:
+        issues.answers["/tenant/introspect"] = {"active": True, **names}
+        subjects.append((await one.worth(f"opaque-{len(subjects)}")).subject)
+    assert subjects == ["username:a", "client_id:a", "a"]
 
 
 @asked
