@@ -8318,6 +8318,8 @@ class Session(Client):
                 instance.sessions.pop(self.id, None)
             else:
                 instance.leave(self, is_over=False)
+        # Of groups, it stays with the same member, which may be another server by now.
+        self.members = {name: self.mount.servers.get(member.name, member) for name, member in self.members.items()}
         is_told = self.version and not self.listens        # one that listens is told by that
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
             self.stream.send(list_changed(kind).payload)
@@ -9079,6 +9081,9 @@ class Mount:
             for question in list(session.questions.values()):              # MCP 2025-11-25, Lifecycle, Timeouts
                 if question.call is None and now - question.asked_at >= question.patience:
                     question.withdraw(ServerError("the client did not answer", status=504))
+            for name, member in list(session.members.items()) if session.topics else ():
+                if name in self.groups and not member.is_up_for(session):      # who only waits would never be moved
+                    self.groups[name].choose(session, None)
             if session.is_homeless and not session.calls:
                 session.end()
             elif session.calls or session.stream.is_attached:

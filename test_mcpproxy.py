@@ -11254,6 +11254,37 @@ def test_group_keeps_the_subscriptions_of_a_member_that_is_taken_out(several):
         until(lambda: "resources/subscribe" in client.tool("seen"), "the subscription")
 
 
+def test_group_session_stays_with_its_member_when_that_is_configured_anew(several):
+    with (several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy,
+          StreamableClient(proxy, path="/servers/g/mcp") as one, StreamableClient(proxy, path="/servers/g/mcp") as two):
+        assert one.tool("pid") != two.tool("pid")          # the second is at b
+        stream, before = two.watch("test://r"), two.tool("pid")
+        config = json.loads(proxy.path.read_text())["mcpServers"]
+        config["b"]["env"] = {"X": "1"}
+        proxy.path.write_text(json.dumps({"mcpServers": config}))
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: two.tool("pid") != before, "the new server")
+        until(lambda: "resources/subscribe" in two.tool("seen"), "the subscription at it")
+        two.tool("notify", method=UPDATED, params={"uri": "test://r"})
+        assert stream.wait_for(UPDATED)
+
+
+def test_group_session_that_only_waits_goes_on_at_another_member(several, tmp_path):
+    flag = tmp_path / "flag"
+    flag.touch()
+    a = ["sh", "-c", 'test -e "$1" && shift && exec "$@"', "sh", str(flag), *FAKE]
+    with several(a=(a, {"group": "g"}), b=(FAKE, {"group": "g", "backup": True})) as proxy:
+        until(lambda: proxy.log().count("is ready") == 2, "both members")
+        with (StreamableClient(proxy, path="/servers/g/mcp") as client,
+              StreamableClient(proxy, path="/servers/b/mcp") as other):
+            stream = client.watch("test://r")
+            flag.unlink()
+            os.kill(int(client.tool("pid")), signal.SIGKILL)
+            until(lambda: "resources/subscribe" in other.tool("seen"), "the subscription at the other")
+            other.tool("notify", method=UPDATED, params={"uri": "test://r"})
+            assert stream.wait_for(UPDATED)
+
+
 def test_group_is_listened_to_by_modern_clients(several):
     with several(g=(FAKE, {"replicas": 3})) as proxy, ModernClient(proxy) as client:
         stream = client.listen(resourceSubscriptions=["test://a"])
