@@ -8174,7 +8174,7 @@ class Client(Holder):
             problem = error
         for call in list(self.calls.values()):
             if problem or call.is_changed(before):
-                call.stay(no_such_session() if problem and self.is_session else other_limits())
+                call.stay(no_such_session() if problem and self.is_session else problem or other_limits())
         return problem
 
     def notify(self, message: Message) -> None:
@@ -10957,7 +10957,9 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
         check_introduction(message, is_kept=True)
         client.hello = message.plain_params
     found, missing = await gather_identities(client)
-    capabilities: dict = {name: {} for name in ("tools", "prompts", "resources") if missing}
+    # What is missing may have all of these, and a legacy client never asks again.
+    capabilities: dict = {"tools": {}, "prompts": {}, "resources": {"subscribe": True}, "logging": {},
+                          "completions": {}} if missing else {}
     for _, identity in found:
         capabilities = merged(capabilities, {
             name: value for name, value in identity.capabilities.items() if isinstance(value, dict)})
@@ -10990,8 +10992,9 @@ async def answer_ping(exchange: Exchange, message: Message) -> None:
 
 async def answer_level(exchange: Exchange, message: Message) -> None:
     """Each server is told what its clients want."""
-    found, _ = await gather_identities(exchange.client)
-    exchange.client.choose_log_level(message.params.get("level"), any(identity.has("logging") for _, identity in found))
+    found, missing = await gather_identities(exchange.client)
+    exchange.client.choose_log_level(message.params.get("level"), bool(missing) or any(
+        identity.has("logging") for _, identity in found))
     answer(exchange, {})
 
 

@@ -16699,6 +16699,19 @@ async def test_conversation_waiting_call_does_not_begin_though_its_server_had_go
 
 
 @in_town
+async def test_conversation_waiting_call_of_a_visitor_whose_url_is_good_no_more_is_told_what_is_wrong_with_it():
+    town = Town("legacy", ["a", "c"])
+    await asyncio.sleep(1)
+    client = await town.client("modern", "a")
+    town.slow["a"] = 30
+    await town.die("a")
+    assert not await town.say_to(client, 1, "tools/call", {"name": "t"})
+    await town.reload(["c"])
+    answer, = town.told(client)
+    assert answer["error"]["message"] == "there is no server a" and not town.heard
+
+
+@in_town
 @pytest.mark.parametrize("is_key_gone", [False, True])
 async def test_conversation_waiting_call_of_a_session_about_to_end_goes_by_what_is_configured_then_too(is_key_gone):
     town = Town("legacy", ["a", "c"])
@@ -18567,6 +18580,23 @@ async def test_conversation_subscription_waits_for_a_server_that_is_starting_whe
         await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1"]}})
     await asyncio.sleep(10)
     assert [town.heard_by(name).count("resources/subscribe") for name in ("a", "c")] == [0, 1]
+
+
+@in_town
+async def test_conversation_session_is_told_of_what_a_server_that_is_starting_may_have():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 5
+    town.can, town.answers["logging/setLevel"] = {"tools": {}, "logging": {}}, {}
+    client = await town.client("legacy")
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS + 1)
+    (answer,) = town.told(client)
+    assert answer["result"]["capabilities"] == {
+        "tools": {"listChanged": True}, "prompts": {"listChanged": True},
+        "resources": {"subscribe": True, "listChanged": True}, "logging": {}, "completions": {}}
+    await town.say_to(client, 1, "logging/setLevel", {"level": "error"})
+    await asyncio.sleep(10)
+    assert {"jsonrpc": "2.0", "id": 1, "result": {}} in town.told(client)
+    assert town.heard_by("c").count("logging/setLevel") == 1
 
 
 @in_town
