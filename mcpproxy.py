@@ -3271,11 +3271,11 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers are expanded once, when they are sent; of a server that is not shared they may hold a client's variables.
+    # Headers are expanded once, when they are sent; of a server that is not shared they may name a client's variables.
     is_later = given.get("shared_session", settings.shared_session) is False
-    known = {**environment, **expanded(given.get("env", {}), "env", environment)}
-    written, given = given, {key: expanded(value, key, environment if key == "env" else known, is_later and (
-        key == "headers")) for key, value in given.items()}
+    env, headers = expanded(given.get("env", {}), "env", environment), given.get("headers", {})
+    given = {key: env if key == "env" else expanded(value, key, {**environment, **env}, is_later and key == "headers")
+             for key, value in given.items()}
     urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
         for url in urls:
@@ -3288,10 +3288,10 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     if group is not None:
         with within("group"):
             check_name(group)
-    elif {"when", "weight", "backup"} & given.keys():
-        raise SettingsError(f"{next(key for key in given if key in ('when', 'weight', 'backup'))}: is for servers of a "
-                            "group")
-    for variable, value in given.get("env", {}).items():
+    for key in given if group is None else ():
+        if key in ("when", "weight", "backup"):
+            raise SettingsError(f"{key}: is for servers of a group")
+    for variable, value in env.items():
         if not re.fullmatch("[^=\0]+", variable) or "\0" in value:
             raise SettingsError(f"env: {variable[:80]!r} cannot be set")
     for header, value in given.get("headers", {}).items():
@@ -3306,23 +3306,25 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     except SettingsError as error:
         key, _, rule = str(error).partition(" ")           # it begins with the name of the variable
         raise SettingsError(f"{key.lower()}: {rule}") from None
-    overrides = {}
-    for tool, changes in given.get("overrides", {}).items():
-        with within(f"overrides: {tool}"):
-            check_keys(changes, _OVERRIDE_KEYS)
-            if not _NAME.fullmatch(changes.get("name", "x")):
-                raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
-            if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
-                raise SettingsError("an argument is in defaults or in fixed, not in both")
-        overrides[tool] = Override(**changes)
+    overrides = {tool: parse_override(tool, changes) for tool, changes in given.get("overrides", {}).items()}
     command = (given["command"], *given.get("args", ())) if "command" in given else ()
     rules = Rules(tuple(given["tools"]) if "tools" in given else None, overrides, own_settings.max_result_kb)
     server = ServerConfig(
-        name, own_settings, command, urls[0], written.get("headers", {}), given.get("type") == "sse",
-        given.get("env", {}), given.get("cwd"), given.get("prefix"), rules, group,
-        parse_when(given["when"]) if "when" in given else None, float(given.get("weight", 1)),
-        given.get("backup", False))
+        name, own_settings, command, urls[0], headers, given.get("type") == "sse", env, given.get("cwd"),
+        given.get("prefix"), rules, group, parse_when(given["when"]) if "when" in given else None,
+        float(given.get("weight", 1)), given.get("backup", False))
     return replicated(server, urls, given.get("replicas", 1))
+
+
+def parse_override(tool: str, changes: object) -> Override:
+    """What the operator changes of a tool."""
+    with within(f"overrides: {tool}"):
+        check_keys(changes, _OVERRIDE_KEYS)
+        if not _NAME.fullmatch(changes.get("name", "x")):
+            raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
+        if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
+            raise SettingsError("an argument is in defaults or in fixed, not in both")
+    return Override(**changes)
 
 
 def parse_when(given: dict) -> When:
