@@ -689,10 +689,9 @@ def parse_fields(lines: list[bytes]) -> tuple[tuple[str, str], ...]:
 
 def parse_target(method: str, target: str) -> tuple[str | None, str, tuple[tuple[str, str], ...]]:
     """(authority or None, decoded path, query parameters) of a request target. RFC 9112 §3.2."""
-    authority = None
     if target == "*" and method == "OPTIONS":
         return None, "*", ()
-    absolute = _ABSOLUTE.fullmatch(target)
+    authority, absolute = None, _ABSOLUTE.fullmatch(target)
     if absolute:
         authority, target = absolute.groups()
         if not target.startswith("/"):
@@ -1367,7 +1366,7 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
             check_message(members)
         except RPCError as error:
             if is_id(members.get("id")) and not members.keys() & {"result", "error"}:
-                error.raw_id = text[slice(*walk_members(text, text.index("{"))["id"])].encode()
+                error.raw_id = JSONObject(text).raw("id").encode()
             raise
         return Message(text, members)
     except (ValueError, StopIteration):
@@ -2536,11 +2535,10 @@ def client_variables(head: HTTPHead) -> dict[str, str]:
 
 def may_set(name: str, value: str, allowed: str) -> bool:
     """May a client set this variable? `allowed` is ALLOWED_ENV; what it names may be set, but for OUR_PREFIX."""
-    named = listed(allowed)
-    if name.startswith(OUR_PREFIX) or named:
-        return is_named(name, named) and not name.startswith(OUR_PREFIX)
-    match = MAY_BE_SET.fullmatch(name)
-    return bool(match) and all(values.fullmatch(value) for kind, values in VALUES.items() if match[kind])
+    named, match = listed(allowed), MAY_BE_SET.fullmatch(name)
+    fits = is_named(name, named) if named else match and all(
+        values.fullmatch(value) for kind, values in VALUES.items() if match[kind])
+    return bool(fits) and not name.startswith(OUR_PREFIX)
 
 
 def is_named(name: str, patterns: tuple[str, ...]) -> bool:
@@ -2800,7 +2798,7 @@ class Rules:
         """A tool's name as it is shown; None if it is not."""
         if self.tools is not None and not is_chosen(name, self.tools):
             return None
-        return self.overrides[name].name or name if name in self.overrides else name
+        return name in self.overrides and self.overrides[name].name or name
 
     def own(self, shown: str) -> str | None:
         """The name that the server has for a tool; None if it has none that is shown like this. A name that another
@@ -3101,11 +3099,9 @@ class Catalog:
         return (self._known if is_short(wanted) else self._view)(place, wanted, limits)
 
     def _view(self, place: str | None, wanted: tuple, limits: Limits | None) -> View:
-        members, globs = self.offered, []
-        if place is not None:
-            members = {place: self.places[place]} if place in self.places else {}
-        if not members:
+        if place is not None and place not in self.places:
             raise RPCError(f"there is no server {place}", status=404, code=METHOD_NOT_FOUND)
+        members, globs = self.offered if place is None else {place: self.places[place]}, []
         if limits:
             everywhere = tuple(members)
             members = {name: member for name, member in members.items() if limits.of(member.names)}
@@ -3447,12 +3443,12 @@ def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
         # What is meant as a key may stand there, and is not said.
         raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -, or is called scopes")
     grant = parse_grant(name, entry, servers, _CALLER_KEYS)
-    if ("key" in entry) == ("sha256" in entry):
+    key, sha256 = entry.get("key"), entry.get("sha256")
+    if (key is None) == (sha256 is None):
         raise SettingsError(f"{name}: needs either key or sha256")
-    key = entry.get("key", "x")
-    if not re.fullmatch("[0-9a-fA-F]{64}", entry.get("sha256", "0" * 64)) or not key or key != key.strip():
+    if not (re.fullmatch("[0-9a-fA-F]{64}", sha256) if key is None else key and key == key.strip()):
         raise SettingsError(f"{name}: a key must not be empty, nor have blanks around it, and a sha256 has 64 digits")
-    digest = bytes.fromhex(entry["sha256"]) if "sha256" in entry else digest_of_key(key)
+    digest = bytes.fromhex(sha256) if key is None else digest_of_key(key)
     if digest == digest_of_key(""):
         raise SettingsError(f"{name}: sha256: is that of an empty key")
     return Caller(name, digest, Limits(name, (grant,)) if grant != Grant() else None)
