@@ -90,7 +90,7 @@ Words
     place       the <name> of /servers/<name>, where a server or group is met by itself; None at other URLs
     joint       of several servers as one
     caller      who brings a key or a token; None: somebody without one
-    principal   who is answerable for what a request takes: its caller, or without one the address it comes from
+    principal   who is charged for what a request uses: its caller; without one, the address it comes from
     client      a session, known by its Mcp-Session-Id or ?session_id=, or on stdin; or a visitor, without one
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
     outlet      where the messages of an exchange go: into the reply to a POST, a session's stream, or stdout
@@ -167,9 +167,9 @@ __version__ = "1.0.0"
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 
 BATCH_VERSION = "2025-03-26"         # the only one in which several messages may be sent as an array
-PRIMING_VERSION = "2025-11-25"       # the only one with sessions in which a stream begins with an id to come back with
+PRIMING_VERSION = "2025-11-25"       # the only one with sessions in which a stream begins with an id to resume it by
 
-BOM = b"\xef\xbb\xbf"                # a byte order mark, that some put before what is UTF-8
+BOM = b"\xef\xbb\xbf"                # a byte order mark, which some put before UTF-8
 
 # The revision with metadata on every request, and the names in its _meta.
 MODERN_VERSION = "2026-07-28"
@@ -225,24 +225,24 @@ LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert"
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
-MAX_SELF = 64 * 1024                 # of what a client says of itself: capabilities, its info with icons
-SMALL_SELF = 4 * 1024                # in which there cannot be too many values;
-MAX_SELF_VALUES = 1_000              # in that: each takes many times its text
+MAX_SELF = 64 * 1024                 # bytes of what a client says of itself: capabilities, its info with icons
+SMALL_SELF = 4 * 1024                # characters of a message that is too short to hold too much of that
+MAX_SELF_VALUES = 1_000              # values in what a client says of itself: each takes many times its text
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_TEMPLATE_PARTS = 24              # of a resource template
 MAX_PARTS = 100                      # of a query, and of what Accept lists
 MAX_BATCH = 1_000                    # messages in one array
 MAX_CHUNK_LINE_BYTES = 4 * 1024      # a chunk's size with its extensions; a real one is 3 to 8 bytes
-LINES_A_TURN = 2_000                 # of a chunked body that are read in a row: there may be two for each of its bytes
+LINES_A_TURN = 2_000                 # of a chunked body, before others have their turn: each byte may take two lines
 KNOWN_HEADS = 2_048                  # heads that are kept parsed; most clients send three, again and again
-KNOWN_HEAD_BYTES = 1024              # of one that is kept
-KNOWN_HEAD_FIELDS = 32               # lines of one that is kept: each takes 150 bytes more than its own
+KNOWN_HEAD_BYTES = 1024              # the longest that is kept
+KNOWN_HEAD_FIELDS = 32               # header lines of one that is kept: each takes 150 bytes beside its text
 
 # What may wait for one client that does not read: enough for a burst, too little to hurt.
 MAX_QUEUED_MESSAGES = 1_000
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 
-OTHER = "_OTHER"                     # OpenTelemetry's word, as a label, for what has none of its own
+OTHER = "_OTHER"                     # OpenTelemetry's label for whatever has no label of its own
 
 LARGEST_FLOAT = 1.7976931348623157e308
 
@@ -264,7 +264,7 @@ class ProxyError(Exception):
 
     http_status = 400
     code = INVALID_REQUEST
-    raw_id: bytes | None = None          # of the request, as JSON, where that became no Message
+    raw_id: bytes | None = None          # of the request, as JSON, if that did not become a Message
 
     def __init__(self, message: str, *, status: int | None = None, code: int | None = None,
                  data: object = None, headers: tuple = ()):
@@ -488,7 +488,7 @@ def is_safe_url(url: object) -> bool:
 
 
 def users_of(text: str) -> range:
-    """The users of a range of numbers; empty where it is none."""
+    """The users of a range of numbers, as 2000-2099; empty if the text is none."""
     numbers = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", text)
     return range(int(numbers[1]), int(numbers[2]) + 1) if numbers else range(0)
 
@@ -557,7 +557,7 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
                          % (_TOKEN, _TOKEN, _QUOTED))                                  # RFC 9112 §7.1 and §7.1.1
 
-# Headers that mean something to us and that have one value. Of one said twice, two readers may take different ones.
+# Headers that we act on and that have one value. If one came twice, two readers could each take another one.
 _SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id location
     mcp-method mcp-name mcp-protocol-version mcp-session-id origin retry-after transfer-encoding x-api-key""".split())
 
@@ -582,7 +582,7 @@ class HTTPHead:
     fields: tuple[tuple[str, str], ...]      # the header lines one by one, for those that may be repeated
     version: tuple[int, int]
     keep_alive: bool
-    content_length: int | None               # None: the body is chunked. When the head comes again, it may be another
+    content_length: int | None               # None: the body is chunked. A known head may come again with another one
     expects_continue: bool
     admission: object = None                 # what the application made of it, for when it comes again
 
@@ -739,20 +739,20 @@ def body_length(headers: dict[str, str], version: tuple[int, int]) -> int | None
 
 
 class RequestParser:
-    """One connection's requests out of its bytes, however cut: feed() them, then ask for next_head(), next_body()."""
+    """The requests of one connection, however its bytes are cut: feed() them, then call next_head() and next_body()."""
 
     _parse = staticmethod(parse_head)
 
     def __init__(self, known: dict[tuple, HTTPHead] | None = None):
         self.rest = b""                   # bytes that were not used yet
-        self.is_interrupted = False       # did next_body() stop for the others' turn, and not for want of bytes?
+        self.is_interrupted = False       # did next_body() stop for others to have a turn, and not for want of bytes?
         self._searched = 0                # how far `rest` was searched for the end of a head
         self._known = {} if known is None else known      # parsed heads of all connections, by their shape
-        self._shape = b"", b""            # of the last head: what is before the body's length in it, and what is behind
+        self._shape = b"", b""            # the last head: what is before the digits of its Content-Length, and behind
         self._last: HTTPHead | None = None                # the last head, if it is a known one
         self.length: int | None = 0       # of the body; None: it is chunked
         self._body = bytearray()          # so far
-        self._reader = None               # what puts it together, if it does not come all at once
+        self._reader = None               # the generator that reads it, if it does not come all at once
 
     def feed(self, data: bytes) -> None:
         self.rest = self.rest + data if self.rest else data
@@ -765,7 +765,7 @@ class RequestParser:
     def next_head(self) -> HTTPHead | None:
         """The next request's head, or None when bytes are missing."""
         rest, head, (before, behind) = self.rest, self._last, self._shape
-        if head and rest.startswith(before):                                   # a client mostly says the same again
+        if head and rest.startswith(before):                          # a client mostly sends the same head again
             start = len(before)
             end = rest.find(behind, start, start + 15 + len(behind))
             if end > 0 and rest[start:end].isdigit():
@@ -780,7 +780,7 @@ class RequestParser:
         self._shape = (raw[:match.start(1)], raw[match.end(1):] + b"\r\n\r\n") if match else (raw, None)
         known = self._known.get(self._shape)
         if len(raw) > KNOWN_HEAD_BYTES:
-            self._shape = b"", b""             # it would be kept for as long as the connection
+            self._shape = b"", b""             # too long to keep, be it for as long as the connection
         self._last, head = known if match else None, known or self._parse(raw)
         self.length = int(match[1]) if known and match else head.content_length
         return head
@@ -791,11 +791,11 @@ class RequestParser:
         return len(self.rest) + len(self._body)
 
     def clear(self) -> None:
-        """Forgets them: where the next request begins is not known any more, or there is none."""
+        """Forgets all bytes: where the next request begins is not known any more, or there is none."""
         self.rest, self._body, self._reader = b"", bytearray(), None
 
     def keep(self, head: HTTPHead) -> None:
-        """Remembers the last head, which was admitted, if it is small, in place of the oldest."""
+        """Keeps the last head, which was admitted, if it is small; if need be, the oldest makes room."""
         if self._shape[0] and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
@@ -828,7 +828,7 @@ class RequestParser:
         body, self._body, self._reader = bytes(self._body), bytearray(), None
         return body
 
-    # What follows are generators. They yield when more bytes are needed (False) or it is the others' turn (True).
+    # The rest are generators, which yield False when more bytes are needed, and True when it is the others' turn.
 
     def _read_body(self, limit: int):
         if self.length == UNTIL_CLOSE:
@@ -895,7 +895,7 @@ class ResponseParser(RequestParser):
         return part
 
 
-# Headers with few values, all of them ours. What repeats a client's words is put together anew each time.
+# Headers whose values are few, and ours. A head of these alone is kept; one that may repeat a client's words is not.
 _OUR_WORDS = frozenset({"Content-Type", "Cache-Control", "X-Accel-Buffering", "Transfer-Encoding", "Connection"})
 _known_heads: dict[tuple, bytes] = {}
 
@@ -905,7 +905,7 @@ def encode_head(status: int, headers: tuple[tuple[str, str], ...], date: bytes, 
     head = _known_heads.get((status, headers))
     if head is None:
         lines = [f"{name}: {value}".encode("latin-1") for name, value in headers]
-        # Splitting: a CR LF in a value would end the header and start one, or a body, of the sender's choice.
+        # Response splitting: a CR LF in a value would end the header and begin another, or a body, of any choice.
         if not all(map(_FIELD_LINE.fullmatch, lines)):
             raise ValueError("unusable header")
         head = b"\r\n".join([f"HTTP/1.1 {status} {REASONS[status]}".encode(), *lines])
