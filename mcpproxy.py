@@ -933,8 +933,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # ends it. A line may end with CR, LF or both, so neither may be in the data;
 # JSON has them only between tokens, and *JSON* takes them out.
 
-EVENT_LINE = 64                  # bytes that each line of an event takes beside its own
-KEPT_ENDS = 4 * 1024             # of a line over the limit: to know whose it was, and to find secrets in it
+EVENT_LINE = 64                  # bytes that each line of an event takes beside its text
+KEPT_ENDS = 4 * 1024             # bytes of each end of a line over the limit: whose it was, and what secrets are in it
 
 
 class LineSplitter:
@@ -985,9 +985,9 @@ class EventParser(LineSplitter):
     """Events out of the bytes of a stream, however they are cut."""
 
     def __init__(self, limit: int, on_event, on_too_long):
-        self.last_id = ""                      # of the last event: what to ask on behind
+        self.last_id = ""                      # of the last event, after which the stream is resumed
         self.retry: float | None = None        # seconds to wait before that
-        super().__init__(limit, None, None)    # its own methods in it would be a cycle, for the collector
+        super().__init__(limit, None, None)    # methods of its own would be a reference cycle
         self._on_event = on_event              # called with the type and the data of each,
         self._on_too_large = on_too_long       # or with the first and last bytes of data that is over the limit
         self._id, self._type, self._data = "", b"", []
@@ -1027,12 +1027,12 @@ class EventParser(LineSplitter):
         self._event_size += len(value) + missing + EVENT_LINE
         if self._event_size <= self._limit + EVENT_LINE:
             self._data.append(value)
-        elif was_whole:                        # one line over the limit, or many within it; what follows is nothing
+        elif was_whole:                        # one line over the limit, or many within it; the rest is left out
             self._on_too_large((self._data or [value])[0][:KEPT_ENDS], tail[-KEPT_ENDS:])
             self._data.clear()
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
-        if head.startswith(b"data:"):          # others say nothing
+        if head.startswith(b"data:"):          # other fields that are so long are ignored
             self._add(head[5:].removeprefix(b" "), tail, self._limit + 1)
 
 
@@ -1046,13 +1046,13 @@ class EventParser(LineSplitter):
 # it stands in the text is looked for, and another text put there.
 #
 # Where a member stands is found in one of five ways, the cheapest first. All but
-# the last give up where a look is not proof, and the next is tried:
+# the last may find no proof, and then the next is tried:
 #
 #     a response's id     at the head or the tail of a server's line, by a pattern; the line is not even
 #                         parsed then, be it a screenshot of 8 MB (find_response)
 #     a request's id      likewise, in the text of a parsed message (Message.id_span)
-#     any member          its name is searched; when the name is in the text once only, and was not written
-#                         with escapes, it is the one (find_only_member)
+#     any member          its name is searched for: if the text holds it only once, and no escapes by which
+#                         there might be another, this is the one (find_only_member)
 #     any member          that comes first in an object whose own name is in the text once only (JSONObject.span)
 #     any member          the object around it is walked, from its first name on; once for each object
 #                         (walk_members)
@@ -1103,12 +1103,11 @@ scan_value = _scanner(tuple)             # an object as its (name, value) pairs,
 scan_plain = _scanner(None, _finite)     # as json.loads() would, for what may have to be written again
 _skip_value = _scanner(None)             # the quickest, when only the end is wanted
 
-SPARE_DEPTH = 100                        # frames of the stack for those who look into a message again
+SPARE_DEPTH = 100                        # stack frames that are left for whoever reads a part of a message later
 
 
 def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
-    """scan_value() from SPARE_DEPTH frames further down: what is nested too deeply is refused here, and not by somebody
-    who later reads a part of it with less of the stack left."""
+    """scan_value() with SPARE_DEPTH frames less of the stack: what is nested too deeply is refused here, not later."""
     return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
 
 
@@ -1123,13 +1122,13 @@ def unique_members_of(scanned: object) -> dict:
 
 
 def strings_of(value: object) -> list[str]:
-    """The strings of an array, in which somebody else may have put anything; none of anything else."""
+    """The strings in an array, which may hold anything; none of anything else."""
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
-    """An object of JSON; ValueError when a name is there twice: another parser may take the first of two, where ours
-    takes the last, and what one has checked the other would not do."""
+    """The members of an object, by name; ValueError when a name is there twice: another parser may take the first of
+    two, where ours takes the last, and would then act on what was not checked."""
     members = dict(pairs)
     if len(members) != len(pairs):
         seen: set[str] = set()
@@ -1165,9 +1164,9 @@ def as_object(members: dict[str, str]) -> str:
 
 
 def find_only_member(text: str, name: str) -> int:
-    """Where the value of the member `name` starts when that is plain without reading all of the text; otherwise 0.
+    """Where the value of the member `name` starts, if that can be told without parsing the text; otherwise 0.
 
-    It is when this name is nowhere else. Without \\u and \\/ a name can only be written in one way, and a quote
+    It can if the name is there only once. Without \\u and \\/ a name can only be written in one way, and a quote
     that begins a string has no backslash before it."""
     written = quoted(name)
     at = text.find(written)
@@ -1270,7 +1269,7 @@ REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RES
 
 
 class Message(JSONObject):
-    """One JSON-RPC message: its text, and what it says. Objects among its values are as they were scanned."""
+    """One JSON-RPC message: its text, and what it says. Objects in its values are tuples of pairs, by scan_value()."""
 
     __slots__ = ("members", "kind", "method", "id", "params", "meta")
 
@@ -1348,8 +1347,8 @@ class Message(JSONObject):
 
 
 def parse_message(text: str, is_servers: bool = False) -> Message:
-    """The one message that `text` is; RPCError with the code that says what it is instead. What SDKs forgive, most of
-    it a server, is mended; the message's text is another then."""
+    """The one message that `text` is; RPCError, with the fitting code, if it is none. What SDKs forgive, mostly
+    servers, is mended, which changes the message's text."""
     try:
         start = 0 if text[:1] == "{" else _WHITESPACE.match(text).end()
         is_shallow = len(text) < 4 * SPARE_DEPTH or len(text) < LARGE and (
@@ -1399,7 +1398,7 @@ is_batch = _BATCH_START.match            # is a text an array, if it is JSON at 
 
 
 def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
-    """The texts of the messages in an array; RPCError when it is not an array, or a longer one."""
+    """The texts of the messages in an array; RPCError when it is not an array, or has more than `limit`."""
     texts, after = [], _BATCH_START.match(text)
     try:
         while after and after[1][-1] != "]":
@@ -1417,8 +1416,8 @@ def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
 
 
 def check_lookalikes(members: dict, known: frozenset[str], code: int = INVALID_PARAMS) -> None:
-    """Refuses a name that differs from a known one in case alone: Go's encoding/json, for one, takes it for that, and
-    what was checked here would be another thing there."""
+    """Refuses a name that differs from a known one in case alone: Go's encoding/json, for one, takes it for that one,
+    and would act on what was not checked here."""
     folded = set(map(str.casefold, known))
     for name in members:
         if name not in known and name.casefold() in folded:
@@ -1489,8 +1488,8 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 
 
 # A server's response is not even parsed where its id stands at the head or the tail (TypeScript servers write it
-# last): the payload needs no look then, be it a screenshot of 8 MB. (In what every line passes, bytes are looked for
-# with find(), because `in` first makes an error of its left side's being no number, and that takes longer.)
+# last): the payload needs no look then, be it a screenshot of 8 MB. (What every line passes uses find(), because `in`
+# first tries its left side as a number, and that error takes time.)
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
 _ANSWER = rb'"(result|error)":[ \t]*+(?!null)'
@@ -1538,15 +1537,15 @@ class ResponseLine:
 
 
 def has_one_id(line: bytes) -> bool:
-    """Is it plain that a server's line has one id alone? Where a client takes another one for the message's, one of
-    several servers that are met as one could answer for the others."""
+    """Has a server's line plainly one id only? If a client took another one for the message's, one of several servers
+    that are met as one could answer for the others."""
     return line.lower().count(b'"id"') == 1 and (b"\\u00" not in line or not any(
         letter in line for letter in (b"\\u0049", b"\\u0069", b"\\u0044", b"\\u0064")))
 
 
 def error_type(response: ResponseLine | Message) -> str:
     """What went wrong, as OpenTelemetry has it (Semantic conventions for MCP, error.type): the code of an error, or
-    tool_error where a tool's result says so; nothing if nothing did. Of a large result both ends are looked at."""
+    tool_error where a tool's result says so; "" if nothing did. Of a large result only the ends are searched."""
     if response.is_result and isinstance(response, ResponseLine):
         line = response.line
         if len(line) > LARGE:
@@ -1562,7 +1561,7 @@ def error_type(response: ResponseLine | Message) -> str:
 
 
 def find_response(line: bytes) -> ResponseLine | None:
-    """A line that plainly is a response. None: it has to be parsed, to find out or to take something out."""
+    """A line that plainly is a response; None if it has to be parsed, to be sure or to change something in it."""
     if line.find(b"\r") >= 0 or line[-1:] != b"}":
         return None
     searched = line if len(line) < 512 else line[-_TAIL_LENGTH:]
@@ -1577,8 +1576,8 @@ def find_response(line: bytes) -> ResponseLine | None:
 
 
 def escape_separators(line: bytes) -> bytes:
-    """JSON with what some readers of lines take for an end escaped: U+2028, U+2029 and U+0085. RPCError when it is not
-    UTF-8. It can only be in a string; so it means the same."""
+    """JSON that means the same, with U+2028, U+2029 and U+0085 escaped, which some readers take for the end of a line;
+    they can only be in strings. RPCError when it is not UTF-8."""
     decode_json(line)
     return line.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(
         b"\xc2\x85", b"\\u0085")
