@@ -1638,10 +1638,10 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 # MCP 2026-07-28, Multi Round-Trip Requests, Supported Requests.
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
-INPUT_REQUESTS = frozenset({"sampling/createMessage", "elicitation/create", "roots/list"})         # for that input
+INPUT_REQUESTS = frozenset({"sampling/createMessage", "elicitation/create", "roots/list"})     # that ask for input
 ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
 
-# What a subscription can be to beside resources, and the notification it brings. MCP 2026-07-28, Subscriptions.
+# What can be subscribed to beside resources, and the notification that it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
                 for kind in ("tools", "prompts", "resources")}
 
@@ -1697,7 +1697,7 @@ def template_parts(template: str) -> tuple[str, ...]:
 
 def fits_template(uri: str, template: str) -> bool:
     """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
-    and {?name} may be anything. Takes a step for each character and part, whatever the two are."""
+    and {?name} may be anything. The time never grows by more than characters times parts."""
     parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
     if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
         return False                       # the end tells for most
@@ -1759,16 +1759,16 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
-    """Refuses a message in which a member at one of these paths, which is kept of the client, is too large."""
+    """Refuses a message with too large a member at one of these paths: it is kept as long as the client."""
     for path in paths if len(message.text) > SMALL_SELF else ():
         text = message.raw(*path).encode(errors="replace")
-        # What is in an icon's URI is no value.
+        # Values are counted by what begins them, outside of strings as an icon's URI.
         if len(text) > MAX_SELF or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_SELF_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
 def check_introduction(message: Message, is_kept: bool = False) -> None:
-    """The same for what a handshake says of its client; and for all of it, where a server is to be started by it."""
+    """The same for what a handshake says of its client; `is_kept`: for all of its params, which set up a server."""
     check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
     if is_kept and message.params:
         check_size(message, ("params",))
@@ -1777,8 +1777,8 @@ def check_introduction(message: Message, is_kept: bool = False) -> None:
 def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
     """The envelope of a modern request that may go on. `headers` are HTTP's, None on a transport without any.
 
-    The rungs, of which the first that breaks is told: the envelope is whole, the headers say what the body says, the
-    revision is known, the method is one of it. The order is that of the specification's conformance tests."""
+    The checks, in the order of the specification's conformance tests: the envelope is whole, the headers say what the
+    body says, the revision is known, the method is one of it. The first that fails is told."""
     version, capabilities, log_level = map(message.meta.get, (VERSION_KEY, CAPABILITIES_KEY, LOG_LEVEL_KEY))
     if not isinstance(version, str):
         raise RPCError(f"_meta needs {VERSION_KEY}", code=INVALID_PARAMS)
@@ -2083,8 +2083,8 @@ def _with_output_of_objects(text: str) -> str:
 
 # MCP 2026-07-28, Streamable HTTP: the status that goes with an error of the server's.
 STATUS_OF_CODE = {METHOD_NOT_FOUND: 404, HEADER_MISMATCH: 400, MISSING_CAPABILITY: 400, UNSUPPORTED_VERSION: 400}
-# A legacy server's codes as modern ones: MCP 2026-07-28, Resources, Error Handling; and what is a code of this revision
-# or of a later one (Overview, Error Codes) means something else with that server.
+# A legacy server's codes as modern ones: MCP 2026-07-28, Resources, Error Handling. Those that are reserved for this
+# revision and later ones (Overview, Error Codes) mean something else when such a server sends them.
 MODERN_CODES = {RESOURCE_NOT_FOUND: INVALID_PARAMS,
                 **dict.fromkeys({*range(-32099, -32019)} - {URL_ELICITATION_REQUIRED}, INTERNAL_ERROR)}
 
@@ -2103,8 +2103,8 @@ def speaks_modern(response: Message) -> bool:
 
 
 def check_is_legacy(found: Exception | Message) -> None:
-    """RefusedAsModern when a server is not to be greeted the other way either, by its error or its answer to
-    server/discover. MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
+    """RefusedAsModern when a server's error or answer to server/discover says that `initialize` is of no use either.
+    MCP 2026-07-28, stdio and Streamable HTTP, Backward Compatibility."""
     error, result = getattr(found, "data", None), found.result if isinstance(found, Message) else None
     code = member_at(error, ("code",))
     if code in (HEADER_MISMATCH, MISSING_CAPABILITY):
@@ -2124,7 +2124,7 @@ def merged(one: object, other: object) -> object:
 
 
 def without_session(capabilities: str, is_anybody: bool) -> str:
-    """What is left of capabilities (JSON) for a legacy client that has no session; and maybe no key."""
+    """What is left of capabilities (JSON) for a legacy client without a session; `is_anybody`: nor a key."""
     unfit = "subscribe", "listChanged", *(["list"] if is_anybody else [])          # of tasks: nobody knows whose
     return as_object({name: without_members(one, *unfit) if one[:1] == "{" else one
                       for name, one in JSONObject(capabilities).raw_members().items() if name != "logging"})
