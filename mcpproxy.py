@@ -2334,7 +2334,7 @@ def given_key(head: HTTPHead) -> str | None:
 
 @functools.lru_cache(maxsize=1_024)
 def fits_glob(glob: str):
-    """A function that takes a name, and finds whether it fits. (fnmatch() would keep 32,768, of clients too.)"""
+    """The function that tells whether a name fits. (fnmatch() would keep 32,768 globs, those of clients too.)"""
     return re.compile(fnmatch.translate(glob)).match
 
 
@@ -2351,7 +2351,7 @@ def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Grant:
-    """What may be used. Where nothing is named, everything."""
+    """What may be used. None: everything."""
 
     servers: tuple[str, ...] | None = None
     tools: tuple[str, ...] | None = None       # globs on the servers' own names
@@ -2370,9 +2370,9 @@ class Grant:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a caller may use: what any of these grants."""
+    """What a caller may use: what any of these grants opens."""
 
-    key: str                                   # whose they are, for who meets them
+    key: str                                   # the caller's name, for the errors that tell of them
     grants: tuple[Grant, ...]
     # Of a token: all scopes that there are, those that it has, and how the challenge that asks for more begins.
     scopes: tuple[tuple[str, Grant], ...] = ()
@@ -2417,7 +2417,7 @@ class Caller:
         return not (self.limits or self.is_token)
 
     def under(self, scopes: dict[str, Grant] | None) -> "Caller":
-        """The same by a token, where scopes open this now."""
+        """The same caller by a token, now that scopes open this."""
         old, has = self.limits or Limits(self.name, ()), [name for name in scopes or () if name in self.scopes]
         return dataclasses.replace(self, limits=None if scopes is None else dataclasses.replace(
             old, grants=tuple(scopes[name] for name in has), scopes=tuple(scopes.items()),
@@ -2469,7 +2469,7 @@ def _signature(secret: str, text: str) -> str:
 
 
 def whose(secret: str, caller: Caller | None) -> str:
-    """What an id says of the caller, whatever its key is called: nobody else can tell who it is."""
+    """What a session's id says of its caller: the same whatever its key is called, and nothing to anybody else."""
     return _signature(secret, caller.digest.hex())[:16] if caller else ""
 
 
@@ -2485,7 +2485,7 @@ def find_caller(key: str, callers: tuple[Caller, ...]) -> Caller | None:
 
 # DNS rebinding: a web page at evil.example makes its own name point to 127.0.0.1 or to a machine behind the
 # visitor's firewall, and then calls it as its own host, which no browser forbids. The Host header still says
-# evil.example. Names that only resolve inside a network cannot be taken for this.
+# evil.example. Names that only resolve inside a network cannot be used for this.
 _PRIVATE_HOST = re.compile(r"""(?:[0-9]{1,3}\.){3}[0-9]{1,3} | \[[0-9a-f:.]+\] | [a-z0-9_-]* |
                                .*\.(?:local|localhost|internal|test|lan|home\.arpa)\.?""", re.VERBOSE | re.IGNORECASE)
 _LOOPBACK_ORIGIN = re.compile(
@@ -2588,7 +2588,7 @@ class TokenError(ValueError):
 
 
 class UnknownKey(TokenError):
-    """It names a key that the issuer did not publish, so far as is known."""
+    """It may be signed with a key of the issuer that is not known here yet."""
 
 
 class PublicKey(typing.NamedTuple):
@@ -2742,7 +2742,7 @@ def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
-KNOWN_NAMES, FEW_NAMES = 4_096, 64       # of tools and prompts, that a view remembers; or one that a client chose
+KNOWN_NAMES, FEW_NAMES = 4_096, 64       # of tools and prompts that a view remembers; that a client's choice does
 KNOWN_NAME = 128                 # characters of the longest of these
 KNOWN_CHOICE = 1_024             # characters of the longest choice of servers and tools that is remembered
 MAX_GLOBS = 100                  # in one client's choice
@@ -2858,8 +2858,8 @@ class When:
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """One server as it is configured: in a file of several, or by the command line. Or what a group of servers is
-    offered as: then it has `members`, and the rest is as that of the first."""
+    """One server as it is configured: in a file of several, or by the command line. Or a group of servers: then it has
+    `members`, and the rest is as that of the first of them."""
 
     name: str
     settings: Settings = Settings()            # of this server
@@ -2956,7 +2956,7 @@ class View:
         self.members = members
         self.by_name = {member.name: member for member in members}
         self.grants = {member.name: limits.of(member.names) for member in members} if limits else None
-        self.offer = members, self.grants      # of two views with the same one, the servers' lists are the same
+        self.offer = members, self.grants      # if it is equal in two views of a client, its lists are the same
         self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
         self.names = {one.name for one in (*members, *self.servers)}         # of all of these, and of groups
         self.globs = globs                     # a tool has to be chosen by each of these, by its name as it is here
@@ -2966,7 +2966,7 @@ class View:
         self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
         self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
-        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's name, once said
+        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what was logged to have another's
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
@@ -2993,8 +2993,8 @@ class View:
         return bool(self.grants) and kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
     def terms(self, place: str, kind: str, own: str | None) -> tuple | None:
-        """By what a call goes of what the server at a place calls `own`, or of whatever it has; None if it is not
-        here."""
+        """What decides on calls of what the server at a place calls `own`, or of whatever it has: grants, and what the
+        operator changed; None if that server is not here."""
         member = self.by_name.get(place)
         rules = member.rules if member and kind == "tools" else None
         return member and (self.grants and self.grants[place],
@@ -3043,8 +3043,8 @@ class View:
         return None
 
     def refusal(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
-        """The answer to who asks for a tool or a prompt, which the server calls `own`, and to whom it is not open, or
-        nothing of that server is."""
+        """The answer to who asks for a tool or a prompt, which the server calls `own`, without access to it or to
+        anything of that server."""
         member = self.by_name.get(server)
         limit = "servers" if member is None else "read_only" if self.opens(server, kind, own) else "tools"
         # Scopes have globs for tools alone.
@@ -3085,7 +3085,7 @@ class Catalog:
         for name in dict.fromkeys(server.group for server in servers.values() if server.group):
             members = tuple(server for server in servers.values() if server.group == name)
             self.groups[name] = dataclasses.replace(members[0], name=name, group=None, when=None, members=members)
-        # What there is in all, a group where its first server is; and by itself, with the servers of groups.
+        # What is met as one, a group where its first server is; and what is met by itself, the servers of groups too.
         self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
         self.places = {**servers, **self.groups}
         self.leaving: set[str] = set()         # places that were taken out, and may have sessions yet
@@ -3127,8 +3127,8 @@ class Catalog:
 # 13. Configuration file
 # ============================================================================
 #
-# Several servers in a file, as desktop clients write it. What others' programs read of it is known and does no harm;
-# what nobody reads is a mistake, and is refused.
+# Several servers in a file, as desktop clients write it. Keys that only those read are passed over; keys that nobody
+# reads are mistakes, and are refused.
 
 # What some desktop client reads in a server, and this program does not.
 _OTHERS_KEYS = frozenset("""alwaysAllow alwaysLoad auth autoApprove chatMenu description dev disabledTools gallery
@@ -3164,7 +3164,7 @@ _COMMAS = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
 
 @contextlib.contextmanager
 def within(where: str, *others: type[Exception]):
-    """Makes of a SettingsError, and of such others, one that says where in a file it is."""
+    """Turns a SettingsError, or another of these errors, into one that says where in a file the mistake is."""
     try:
         yield
     except (SettingsError, *others) as error:
@@ -3206,7 +3206,7 @@ def as_json(text: str) -> str:
 
 
 def read_config(text: str) -> tuple[dict, tuple]:
-    """The servers of a file by name, and as they were scanned, where is seen what is there twice."""
+    """The servers of a file by name; and as scan_value() reads them, which shows what is there twice."""
     try:
         text = as_json(text)
         plain = json.loads(text, parse_float=_finite)          # an infinite argument could be sent to no server
@@ -3231,7 +3231,7 @@ def check_name(name: str) -> None:
 
 
 def replicated(server: ServerConfig, urls: list[str | None], number: int) -> list[ServerConfig]:
-    """So many of a server at each URL: if these are several, a group of equal ones."""
+    """This number of a server at each URL; if that makes several, they are a group."""
     if len(urls) == number == 1:
         return [server]
     if server.group:
@@ -3259,7 +3259,7 @@ def check_groups(servers: dict[str, ServerConfig]) -> None:
 
 
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
-    """The servers that one of the file stands for; SettingsError names the key that cannot be used."""
+    """The servers that one entry of the file stands for; SettingsError names the key that cannot be used."""
     if isinstance(given, dict):
         given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()
                  if key not in _OTHERS_KEYS}
@@ -3439,7 +3439,7 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
 
 def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
     if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
-        # What is meant as a key may stand there, and is not said.
+        # The name is not told: it may be a key that was written in the wrong place.
         raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -, or is called scopes")
     grant = parse_grant(name, entry, servers, _CALLER_KEYS)
     key, sha256 = entry.get("key"), entry.get("sha256")
