@@ -940,12 +940,10 @@ KEPT_ENDS = 4 * 1024             # bytes of each end of a line over the limit: w
 class LineSplitter:
     """Lines out of chunks of bytes. A large line is joined once, and only new bytes are searched for its end."""
 
-    def __init__(self, limit: int, on_line, on_too_long):
+    def __init__(self, limit: int, on_line=None, on_too_long=None):
         self._limit = limit
-        if on_line:                            # called with each line, without its end; a subclass has both as methods
-            self._on_line = on_line
-        if on_too_long:
-            self._on_too_long = on_too_long    # called with the first and last bytes of a line over the limit
+        if on_line:          # called with each line, without its end; the other with both ends of one over the limit
+            self._on_line, self._on_too_long = on_line, on_too_long
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -987,7 +985,7 @@ class EventParser(LineSplitter):
     def __init__(self, limit: int, on_event, on_too_long):
         self.last_id = ""                      # of the last event, after which the stream is resumed
         self.retry: float | None = None        # seconds to wait before that
-        super().__init__(limit, None, None)    # methods of its own would be a reference cycle
+        super().__init__(limit)                # it has both as methods: kept in it, they would be a reference cycle
         self._on_event = on_event              # called with the type and the data of each,
         self._on_too_large = on_too_long       # or with the first and last bytes of data that is over the limit
         self._id, self._type, self._data = "", b"", []
