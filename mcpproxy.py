@@ -2021,9 +2021,9 @@ def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions)
 
 def if_it_says(response: ResponseLine | Message, name: str, written: bytes) -> Message | None:
     """The response, parsed, if its result has a member of this name and this value, a string as JSON; otherwise None.
-    A line that does not hold both is not parsed."""
-    if isinstance(response, ResponseLine) and (
-            response.line.find(written) < 0 or response.line.find(f'"{name}"'.encode()) < 0):
+    A line in which they stand nowhere together is not parsed."""
+    if isinstance(response, ResponseLine) and (response.line.find(written) < 0 or not re.search(
+            rb'"%b"\s*:\s*%b' % (name.encode(), written), response.line)):
         return None
     response = response.parsed()
     return response if members_of(response.members.get("result")).get(name) == json.loads(written) else None
@@ -2221,13 +2221,8 @@ def cut_result(response: Message, limit: int) -> Message:
     return with_member(response, as_object(members), "result")
 
 
-_EMPTY_CURSOR = re.compile(rb'"nextCursor"\s*:\s*""')
-
-
 def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
     """A page of a legacy server's list as a modern client understands it; see next_cursor()."""
-    if isinstance(response, ResponseLine) and not _EMPTY_CURSOR.search(response.line):
-        return response                                # with other empty texts, which are in most lists
     page = if_it_says(response, "nextCursor", b'""')
     return with_member(page, without_members(page.raw("result"), "nextCursor"), "result") if page else response
 
