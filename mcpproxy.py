@@ -2199,23 +2199,22 @@ def kilobytes(size: int) -> str:
 
 def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
-    result, is_cut = members_of(response.members.get("result")), False
+    result = members_of(response.members.get("result"))
     content = result["content"] if isinstance(result.get("content"), list) else []
-    blocks = split_batch(response.raw("result", "content"), len(content)) if content else []
+    written = split_batch(response.raw("result", "content"), len(content)) if content else []
+    blocks = [*written]
     for number, block in enumerate(map(members_of, content)):
         text = block.get("text")
         if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
             old = JSONObject(blocks[number]).raw_members()
             blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
-            is_cut = True
     members = response.raw_members("result") if result else {}
     structured = len(members.get("structuredContent", "").encode())
     if structured > limit:
         del members["structuredContent"]
         blocks.append(dump({"type": "text", "text": f"[... structuredContent, {kilobytes(structured)}, left out by "
                                                     "mcpproxy ...]"}))
-        is_cut = True
-    if not is_cut:
+    if blocks == written:
         return response
     members["content"] = f"[{','.join(blocks)}]"
     return with_member(response, as_object(members), "result")
