@@ -1395,8 +1395,8 @@ def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
 is_batch = _BATCH_START.match            # is a text an array, if it is JSON at all?
 
 
-def split_batch(text: str, limit: int = MAX_BATCH) -> list[str]:
-    """The texts of the messages in an array; RPCError when it is not an array, or has more than `limit`."""
+def split_array(text: str, limit: int = MAX_BATCH) -> list[str]:
+    """The texts of the values in an array; RPCError when it is not an array, or has more than `limit`."""
     texts, after = [], _BATCH_START.match(text)
     try:
         while after and after[1][-1] != "]":
@@ -2055,7 +2055,7 @@ def result_without(response: ResponseLine | Message, raw_id: bytes, method: str)
             name in ("resultType", "ttlMs", "cacheScope") or name == "structuredContent" and value[:1] != "{")}
         tools = members_of(result).get("tools") if method == "tools/list" else None
         if isinstance(tools, list):
-            kept["tools"] = f"[{','.join(map(as_legacy_tool, split_batch(kept['tools'], len(tools))))}]"
+            kept["tools"] = f"[{','.join(map(as_legacy_tool, split_array(kept['tools'], len(tools))))}]"
         changes.append((*response.span("result"), as_object(kept)))
     return [response.changed(changes)]
 
@@ -2201,7 +2201,7 @@ def cut_result(response: Message, limit: int) -> Message:
     """The response to a tool call without what is larger than `limit` bytes."""
     result = members_of(response.members.get("result"))
     content = result["content"] if isinstance(result.get("content"), list) else []
-    written = split_batch(response.raw("result", "content"), len(content)) if content else []
+    written = split_array(response.raw("result", "content"), len(content)) if content else []
     blocks = [*written]
     for number, block in enumerate(map(members_of, content)):
         text = block.get("text")
@@ -6658,7 +6658,7 @@ class ServerConnection(Holder):
 
     def _on_batch(self, line: bytes, cause: int | None) -> None:
         """MCP 2025-03-26, Overview, Batching: a server may put several messages into an array."""
-        for text in split_batch(line.decode("utf-8", "surrogateescape")):          # one bad message spoils no other
+        for text in split_array(line.decode("utf-8", "surrogateescape")):          # one bad message spoils no other
             if text.startswith("["):
                 raise RPCError("a batch in a batch")
             self._on_line(text.encode("utf-8", "surrogateescape"), cause)
@@ -7094,7 +7094,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     if instance.is_ones_own or not isinstance(tasks, list):
         return response
     ids = [members_of(task).get("taskId") for task in tasks]
-    own = [text for name, text in zip(ids, split_batch(response.raw("result", "tasks"), len(tasks)))
+    own = [text for name, text in zip(ids, split_array(response.raw("result", "tasks"), len(tasks)))
            if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
     return with_member(response, f"[{','.join(own)}]", "result", "tasks")
 
@@ -7105,7 +7105,7 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
         return page
     page = page.parsed()
     tools, kept = members_of(page.members.get("result")).get("tools"), []
-    for text in split_batch(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
+    for text in split_array(page.raw("result", "tools"), len(tools)) if isinstance(tools, list) else ():
         tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
         if not misuses_headers(member_at(tool, ("inputSchema",))):
             kept.append(text)
@@ -7517,7 +7517,7 @@ class Items(dict):
         items, ttl = result.get(member), result.get("ttlMs")
         self.ttl_ms = min(self.ttl_ms, MAX_TTL_MS, ttl if isinstance(ttl, (int, float)) and ttl > 0 else 0)
         self.is_public = self.is_public and result.get("cacheScope") == "public"
-        for text in split_batch(page.raw("result", member), len(items)) if isinstance(items, list) else ():
+        for text in split_array(page.raw("result", member), len(items)) if isinstance(items, list) else ():
             item = scan_plain(text, 0)[0]
             if not (isinstance(item, dict) and isinstance(item.get(key), str)):
                 continue
@@ -12598,7 +12598,7 @@ class Endpoints(Application):
         if "content-type" in admission.head.headers:          # older clients do not say it
             check_is_json(admission)
         text = decode_json(body)
-        texts = session.version == BATCH_VERSION and is_batch(text) and split_batch(text) or [text]
+        texts = session.version == BATCH_VERSION and is_batch(text) and split_array(text) or [text]
         is_several = len(texts) > 1
         for one in texts:
             message = None
@@ -12637,7 +12637,7 @@ class Endpoints(Application):
         check_is_json(admission)
         text = decode_json(body)
         if is_batch(text):
-            return self._post_batch(admission, split_batch(text), reply)
+            return self._post_batch(admission, split_array(text), reply)
         message = parse_message(text)
         try:
             if message.kind is REQUEST:
@@ -13009,7 +13009,7 @@ class StandardStreams(asyncio.BaseProtocol):
     def _on_line(self, line: bytes) -> None:
         try:
             text = decode_json(line)
-            texts = split_batch(text) if is_batch(text) else [text] if text.strip() else ()
+            texts = split_array(text) if is_batch(text) else [text] if text.strip() else ()
             if not texts and text.strip():
                 raise RPCError("an empty batch")
         except ProxyError as error:

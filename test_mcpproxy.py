@@ -2744,14 +2744,14 @@ def test_json_numbers_that_no_float_holds_can_be_written_again():
     ('[ {"a":1.0} ,\n[2, 3],"]" ]', ['{"a":1.0}', "[2, 3]", '"]"']),
     case("5,000 digits", f'[{{"a":{"9" * 5000}}}]', [f'{{"a":{"9" * 5000}}}'])])
 def test_json_batch_is_split(text, expected):
-    assert mcpproxy.split_batch(text) == expected
+    assert mcpproxy.split_array(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "[", "]", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1]]", "[1]x", "[NaN]", "{}",
                                   "1", case("deep", "[" * DEEP), case("deep element", "[1," + "[" * DEEP)])
 def test_json_batch_that_is_none_is_refused(text):
     with pytest.raises(RPCError) as error:
-        mcpproxy.split_batch(text)
+        mcpproxy.split_array(text)
     assert error.value.code == -32700
 
 
@@ -2797,7 +2797,7 @@ def test_json_any_bytes_are_a_message_or_refused():
                 at = functools.reduce(lambda value, name: value[name], path, json.loads(data, parse_float=finite))
                 assert parsed.value(*path) == at == json.loads(parsed.raw(*path), parse_float=finite), data
         with contextlib.suppress(ProxyError):
-            mcpproxy.split_batch(mcpproxy.decode_json(data))
+            mcpproxy.split_array(mcpproxy.decode_json(data))
 
 
 @pytest.mark.parametrize("params, word", [
