@@ -311,7 +311,7 @@ class RefusedAsModern(ServerError):
 
 
 class GreetedTwice(ServerError):
-    """A slow server got the words of both eras and took both: which it stays with, nobody knows."""
+    """A slow server got the handshakes of both eras and took both: which it stays with, nobody knows."""
 
 
 class StartError(Exception):
@@ -1262,7 +1262,7 @@ _ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0
 _TAIL_LENGTH = 64
 
 
-# What a message is: JSON-RPC 2.0, sections 4 and 5. By names of the module, because to look into an Enum is slow.
+# What a message is: JSON-RPC 2.0, sections 4 and 5. Names of the module, because members of an Enum are slow to get.
 REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
 
 
@@ -2792,13 +2792,13 @@ class Rules:
         return name in self.overrides and self.overrides[name].name or name
 
     def own(self, shown: str) -> str | None:
-        """The name that the server has for a tool; None if it has none that is shown like this. A name that another
-        tool was given is that one's."""
+        """The server's own name of the tool that is shown as this; None if there is none. A name that the operator
+        gave to a tool is that one's alone."""
         own = self._given_names.get(shown, shown)
         return own if self.shown(own) == shown else None
 
     def without_effect(self, names: dict[str, object]) -> list[str]:
-        """The globs and overrides that fit none of these tools: maybe a slip, by which one is open or unchanged."""
+        """The globs and overrides that fit none of these tools: maybe a slip, which leaves a tool open or unchanged."""
         globs = [glob for glob in self.tools or () if not any(map(fits_glob(glob.removeprefix("!")), names))]
         return [*globs, *(name for name in self.overrides if name not in names)]
 
@@ -2833,7 +2833,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class When:
-    """Which calls a server of a group claims: those of which all that is named here fits its glob."""
+    """Which calls a server of a group claims: those in which all that is named here fits its glob."""
 
     argument: dict[str, str] = dataclasses.field(default_factory=dict)
     header: dict[str, str] = dataclasses.field(default_factory=dict)           # of HTTP, by name in lower case
@@ -2956,7 +2956,7 @@ class View:
         self.wanted = wanted                   # how its client narrowed it down
         is_group = any(member.members for member in members)
         self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
-        self.has_choice = is_joint or is_group         # may a client go on here that has lost a server?
+        self.has_choice = is_joint or is_group         # may a client go on here after it has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
         self.left_out: set[tuple[str, str]] = set()            # (server, name) of what was logged to have another's
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
@@ -3080,7 +3080,7 @@ class Catalog:
         # What is met as one, a group where its first server is; and what is met by itself, the servers of groups too.
         self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
         self.places = {**servers, **self.groups}
-        self.leaving: set[str] = set()         # places that were taken out, and may have sessions yet
+        self.leaving: set[str] = set()         # places that were taken out, and may still have sessions
         self.shown: dict[tuple, tuple] = {}    # by view and method: what servers listed last, and what is shown of it
         self._known = functools.lru_cache(1_024)(self._view)
 
@@ -3247,7 +3247,7 @@ def check_groups(servers: dict[str, ServerConfig]) -> None:
                                   ("shared_session", server.settings.shared_session, other.settings.shared_session)):
             if mine != others:
                 raise SettingsError(
-                    f"server {name}: {key}: is another than that of {other.name}, which is of the same group")
+                    f"server {name}: {key}: differs from that of {other.name}, which is in the same group")
 
 
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
@@ -3268,7 +3268,7 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         for url in urls:
             check_url(url)
         if not given.keys().isdisjoint(("command", *SANDBOX_SETTINGS)):
-            raise SettingsError("url: is beside a command, or a setting of its sandbox; a server has one of them")
+            raise SettingsError("url: goes with neither a command nor a setting of its sandbox")
     elif not given.get("command", "").strip():
         raise SettingsError("command: is missing, and so is url")
     group = given.get("group")
@@ -3401,12 +3401,12 @@ class Keys(typing.NamedTuple):
     """Who may come in."""
 
     callers: tuple[Caller, ...] = ()           # with a key
-    scopes: dict[str, Grant] | None = None     # what tokens open by theirs; None: everything
+    scopes: dict[str, Grant] | None = None     # what a scope opens for tokens that have it; None: all open everything
 
 
 def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -> Keys:
-    """Those of AUTH_KEY, called key1, key2, ..., and those of a file with this text, in which only `servers` may be
-    named. SettingsError says what is wrong in it."""
+    """The keys of AUTH_KEY, called key1, key2, ..., and those of the file, which has this text and may name only these
+    `servers`. SettingsError says what is wrong in it."""
     callers = [Caller(f"key{number}", digest_of_key(key)) for number, key in enumerate(settings.auth_keys, 1)]
     if not settings.auth_keys_file:
         return Keys(tuple(callers))

@@ -5877,7 +5877,7 @@ A_SERVER = {"command": "x"}
         ({"request_timeout": "5"}, "request_timeout: must be a number"),
         ({"request_timeout": 0}, "request_timeout: must"),
         ({"server_era": "old"}, "server_era: must be auto"), ({"max_result_kb": -1}, "max_result_kb: must"),
-        ({"allowed_env": []}, "allowed_env: must be a string"), ({"url": "http://x"}, "url: is beside a command"),
+        ({"allowed_env": []}, "allowed_env: must be a string"), ({"url": "http://x"}, "url: goes with neither"),
         ({"envFile": "x"}, "envFile: files of variables"), ({"cwd": "${input:x}"}, "cwd: ${input:x} is an editor's"),
         ({"cwd": "${workspaceFolder}"}, "${workspaceFolder} is an editor's"),
         ({"env": {"A": "${NO}"}}, "NO is not set"), ({"cwd": "${A-x}"}, "cwd: ${A-x} is not ${NAME}"),
@@ -5905,8 +5905,8 @@ A_SERVER = {"command": "x"}
         ({"url": "http://x", "headers": {"A": "x\n"}}, "headers: A cannot be set, at least not to this"),
         ({"url": "${X}"}, "the variable X"),
         ({"url": "http://x", "headers": {"A": "${X}"}}, "the variable X is not set"),
-        ({"url": "http://x", "sandbox": "on"}, "url: is beside"),
-        ({"url": "http://x", "limit_memory_mb": 5}, "url: is beside"),
+        ({"url": "http://x", "sandbox": "on"}, "url: goes with neither"),
+        ({"url": "http://x", "limit_memory_mb": 5}, "url: goes with neither"),
         ({"headers": []}, "headers: must be"),
         ({"url": "http://x", "headers": {"A": "${input:x}"}, "shared_session": False}, "is an editor's")]),
     *(({"mcpServers": {"a": {**A_SERVER, **keys}, "b": A_SERVER, "r": {**A_SERVER, "replicas": 2}}}, words)
@@ -5926,9 +5926,9 @@ A_SERVER = {"command": "x"}
     ({"mcpServers": {"x" * 32: {**A_SERVER, "replicas": 2}}}, "would be too long"),
     *(({"mcpServers": {"a": {**A_SERVER, "group": "g"}, "b": {**A_SERVER, "group": "g", **keys}}}, words)
       for keys, words in [
-        ({"prefix": "p"}, "prefix: is another than that of a"),
-        ({"tools": ["x"]}, "tools, overrides or max_result_kb: is"),
-        ({"shared_session": False}, "shared_session: is another")]),
+        ({"prefix": "p"}, "prefix: differs from that of a"),
+        ({"tools": ["x"]}, "tools, overrides or max_result_kb: differs"),
+        ({"shared_session": False}, "shared_session: differs")]),
     ({"mcpServers": {name: {**A_SERVER, "prefix": "", "overrides": {"t": {"name": "x"}}} for name in "ab"}},
      "server b: overrides: t: the name x is t of a's already")])
 def test_configuration_that_cannot_be_used_is_refused_with_file_server_and_key(given, words):
