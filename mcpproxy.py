@@ -3355,8 +3355,7 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
             return "${"
         said, default = match[1] or match[0][2:], match[2]
         name = said.removeprefix("env:")
-        if name == "userHome":
-            name = "HOME"
+        name = "HOME" if name == "userHome" else name
         if re.match("input:|workspaceFolder|workspaceRoot", said):
             raise SettingsError(f"{key}: {match[0]} is an editor's, and means nothing here; write ${{NAME}}, and set "
                                 "that variable")
@@ -3365,11 +3364,11 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
                                 "for a ${ that is meant as it is")
         if default is not None:
             return environment.get(name) or default
-        if name not in environment and is_later:
+        if name in environment:
+            return environment[name]
+        if is_later:
             return match[0]
-        if name not in environment:
-            raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
-        return environment[name]
+        raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
     if isinstance(value, str):
         return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{(?:env:)?\w+:-[^{}]*\$\{[^{}]*\}*"
                       r"|\$\{(?:input|command|workspace\w+):[^{}]*\}", replace, value)
