@@ -12099,14 +12099,12 @@ def trace_of(headers: dict[str, str]) -> dict[str, str]:
 @functools.lru_cache(maxsize=32)          # clients differ little in this
 def is_accepted(accept: str, wanted: str) -> bool:
     """Does an Accept header take this media type? RFC 9110 §12.5.1: none takes any, and the closest range counts."""
-    ranges = ["*/*", wanted.partition("/")[0] + "/*", wanted]
-    closest, is_taken = -1, False
+    is_taken = {}                              # by media range
     for part in (accept.strip() or "*/*").lower().split(",", MAX_PARTS)[:MAX_PARTS]:
         media_range, *parameters = [piece.strip() for piece in part.split(";")]
-        if media_range in ranges and ranges.index(media_range) > closest:
-            closest = ranges.index(media_range)
-            is_taken = not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
-    return is_taken
+        is_taken.setdefault(media_range, not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters))
+    closest_first = wanted, wanted.partition("/")[0] + "/*", "*/*"
+    return next((is_taken[one] for one in closest_first if one in is_taken), False)
 
 
 def is_stream_wanted(head: HTTPHead) -> bool:
