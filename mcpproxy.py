@@ -12568,9 +12568,14 @@ class Endpoints(Application):
                 call.outlet.open()
 
     def tell_watchers(self) -> None:
-        """Called less often: tells those who watch the overview, if it is another one by now."""
+        """Called less often: sends the overview to those who watch it, if it has changed."""
         for watcher in list(self._watchers):
-            self._tell(watcher)
+            if watcher.admission.is_old:           # it has to come again
+                del self._watchers[watcher]
+                watcher.close()
+            elif (text := self.overview.summary(watcher.admission.caller)) != self._watchers[watcher]:
+                self._watchers[watcher] = text
+                watcher.write(encode_event([text.encode()]))
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
@@ -12866,20 +12871,10 @@ class Endpoints(Application):
                 raise try_later("too many watch already")
             del self._watchers[watchers[others[0]]]
             watchers[others[0]].close()
-        self._watchers[reply] = ""
+        self._watchers[reply] = text
         reply.on_gone = lambda: self._watchers.pop(reply)
         reply.start_stream(STREAM_HEADERS)
-        self._tell(reply)
-
-    def _tell(self, watcher: Reply) -> None:
-        admission = watcher.admission
-        if admission.is_old:                   # it has to come again
-            del self._watchers[watcher]
-            return watcher.close()
-        text = self.overview.summary(admission.caller)
-        if text != self._watchers[watcher]:
-            self._watchers[watcher] = text
-            watcher.write(encode_event([text.encode()]))
+        reply.write(encode_event([text.encode()]))
 
 
 _MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
