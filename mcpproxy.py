@@ -11559,7 +11559,7 @@ class HTTPServer:
         self.is_leaving = False                # are connections to be closed behind the next answer?
         self._servers: list[asyncio.Server] = []
         self.application = application
-        self._heartbeat, self._looked_at = heartbeat, 0.0
+        self._heartbeat = heartbeat
         self._most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
         self._refused: set = set()             # for whom there was no room, in this second
         self.tls: object = None                # an ssl.SSLContext, for connections to come
@@ -11623,12 +11623,10 @@ class HTTPServer:
         return True
 
     def tick(self, now: float) -> None:
-        """Called now and then; with thousands of streams, to look at each more often would be most of the idle work."""
-        if now - self._looked_at >= min(1.0, self._heartbeat / 2):
-            self._looked_at = now
-            self._refused.clear()
-            for connection in list(self.connections):
-                connection.tick(now, self._heartbeat)
+        """Called now and then: looks at every connection."""
+        self._refused.clear()
+        for connection in list(self.connections):
+            connection.tick(now, self._heartbeat)
 
     async def close(self) -> None:
         """Stops listening and ends all connections."""
@@ -13184,7 +13182,7 @@ class DemoServer:
 
 TICK = 0.25                    # how often time is looked at, in seconds
 LOOK = 3.0                     # and what orphans there are
-MEASURE = 1.0                  # and what servers use, what the overview shows, and whether the file is another one
+MEASURE = 1.0                  # and connections, what servers use, what the overview shows, whether the file changed
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
 
 
@@ -13316,7 +13314,9 @@ class Proxy:
 
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
-        looks = [(0.0, part.tick) for part in (self.http, self.probes, self.endpoints, self.mount)]
+        # With thousands of streams, to look at each more often would be most of the idle work.
+        looks = [(min(MEASURE, self.settings.heartbeat / 2), part.tick) for part in (self.http, self.probes)]
+        looks += [(0.0, part.tick) for part in (self.endpoints, self.mount)]
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
                   (MEASURE, lambda now: self.endpoints.tell_watchers()), (MEASURE, lambda now: give_back())]
         if self.settings.watch:
