@@ -13526,9 +13526,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         ("with SHARED_SESSION=true", is_alone and settings.shared_session, "PREWARM"),
         ("with SHARED_SESSION=false", is_alone and not settings.shared_session, "REQUIRE_SESSION SESSION_SECRET"),
         ("with STATELESS=true", settings.stateless, "REQUIRE_SESSION SESSION_SECRET"),
-        ("with AUTH_KEY", settings.auth_key and not settings.metrics_port, "ALLOWED_HOSTS"),
-        ("with AUTH_KEYS_FILE", settings.auth_keys_file and not settings.metrics_port, "ALLOWED_HOSTS"),
-        ("with OAUTH_ISSUER", settings.oauth_issuer and not settings.metrics_port, "ALLOWED_HOSTS"),
+        *((f"with {name}", getattr(settings, name.lower()) and not settings.metrics_port, "ALLOWED_HOSTS")
+          for name in ("AUTH_KEY", "AUTH_KEYS_FILE", "OAUTH_ISSUER")),
         ("without OAUTH_ISSUER", not settings.oauth_issuer, "OAUTH_AUDIENCE OAUTH_SCOPES OAUTH_JWKS_URL "
                                                             "OAUTH_INTROSPECTION_URL OAUTH_CLIENT_ID"),
         ("without OAUTH_CLIENT_ID", not settings.oauth_client_id, "OAUTH_CLIENT_SECRET"),
