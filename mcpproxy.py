@@ -11054,9 +11054,9 @@ import threading
 #     max_body                           bytes
 #     counters                           where bytes and streams are counted
 #     admit(head, host)                  before the body is read: raises ProxyError when a request with this head may
-#                                        not pass, NotYet when that has to be found out first. What it returns is kept
-#                                        for when the head comes again, until it `is_old`; it has `headers`, for every
-#                                        reply, and `caller`, who is answerable; None: whoever has the address
+#                                        not pass, NotYet when that has to be found out first. What it returns is used
+#                                        again when the same head comes, until it `is_old`; it has `headers`, for every
+#                                        reply, and `caller`, who is answerable (None: the client's address is)
 #     handle(admission, body, reply)     sees to it that the reply is sent, now or later
 #     refuse(error, reply)               sends the reply that an error stands for
 #
@@ -11070,19 +11070,19 @@ import threading
 # thrown away for a while. One that does not read is cut off, not waited for.
 
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
-BODY_SECONDS = 30.0            # of silence within a body, or if it comes at less than BODY_RATE bytes a second
+BODY_SECONDS = 30.0            # of silence within a body; what is slower than BODY_RATE bytes a second uses it up too
 BODY_RATE = 16 * 1024
 IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
 LINGER_SECONDS = 30.0          # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
-MAX_CONNECTIONS = 10_000       # at a time, or three quarters of the descriptors; then an idle or the new one is closed
+MAX_CONNECTIONS = 10_000       # or three quarters of the descriptors, if less; past that an idle or the new one goes
 REQUESTS_A_TURN = 16           # of one connection; then it is the others' turn
 
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> bytes:
     """A time as the Date header wants it. RFC 9110 §5.6.7."""
-    # In English: Python takes the locale's names only for who calls setlocale().
+    # In English: Python uses the names of a locale only after setlocale().
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second)).encode()
 
 
@@ -11100,8 +11100,8 @@ class Reply:
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
-        self.admission = None              # once it may pass; the head's may be another by then, for another connection
-        self.headers: tuple = ()           # that every answer gets, an error too
+        self.admission = None              # once it may pass; that of the head may be replaced by another connection
+        self.headers: tuple = ()           # of every answer, of an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
         self.leaves_on_eof = False         # is a client that closes its sending half gone?
         self.is_stream = self.is_done = False
@@ -11171,7 +11171,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._parser = RequestParser(server.heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
-        self._checked: tuple | None = None  # (head, error or None, headers for that) of one that had to wait
+        self._checked: tuple | None = None  # (head, error or None, headers for that) of a request that was in CHECK
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.principal = self._host = principal_of(host)    # until a key says more; and by the address alone
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -11203,7 +11203,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._advance()
 
     def eof_received(self) -> bool:
-        # It may have closed only its sending half, and wait for the answer. Who reads a stream has no reason to.
+        # A client may close its sending half and wait for the answer. One that reads a stream has no reason to do so.
         self.is_half_closed = True
         self._eof_at, self._probes = time.monotonic(), 0
         if self._phase in (REPLY, CHECK) and self._reply:
@@ -11214,7 +11214,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._parser.clear()                # a connection is a cycle, and may be collected much later
+        self._parser.clear()                # a connection is part of a cycle, and may be collected much later
         budget.set(self, 0)
         reply, self._reply, self._soon = self._reply, None, []
         if reply and not reply.is_done:
@@ -11319,7 +11319,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         return False
 
     def _on_checked(self, head: HTTPHead, headers: tuple, task: asyncio.Task) -> None:
-        """What had to be found out of a request is known."""
+        """The check that a request waited for is done."""
         if not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
             self._phase, self._checked = HEAD, (head, error and as_told(error), headers)
@@ -11409,21 +11409,21 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
         unread = self._transport.get_write_buffer_size()
-        if self._is_clogged and unread < self._unread:         # which it would be if the client had read nothing
+        if self._is_clogged and unread < self._unread:         # `_unread`: if the client had read nothing
             self.since, self._stalled_since, self._unread, self._queued = now, now, unread, 0
             self._count()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
-            self._transport.abort()        # of what was written nothing is read
+            self._transport.abort()        # nothing was read of what was written
         elif reply is not None:
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([HEARTBEAT])
             elif (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
                     and (reply.is_stream or reply.head.version >= (1, 1))):
-                # It may be waiting or be gone. Only writing tells: if it is gone, the second write fails. An interim
-                # response is something that every client has to be able to read over, as a comment in a stream is.
+                # It may be waiting or be gone. Only writing tells: if it is gone, the second write fails. Every client
+                # can read past an interim response (RFC 9110 §15.2), as past a comment in a stream.
                 self._probes += 1
                 reply.write([HEARTBEAT]) if reply.is_stream else self.write([CONTINUE])
-        elif not self._is_clogged and self._phase is not CHECK:        # which takes no time of the client's
+        elif not self._is_clogged and self._phase is not CHECK:        # in which the client waits for us
             is_between = self._parser.is_between
             seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(
                 self._phase, IDLE_SECONDS if is_between else HEAD_SECONDS)
@@ -11452,7 +11452,7 @@ HANDSHAKE_SECONDS = 10.0       # for TLS, from the moment that a client is conne
 
 class TLSTransport(asyncio.Protocol):
     """TLS between a socket and an HTTPConnection, which takes it for the socket. asyncio's own sets 256 KiB aside for
-    each client, also for one that says nothing, and has nobody counted before the handshake."""
+    each client, even for a silent one, and shows no connection that could be counted before the handshake."""
 
     def __init__(self, writer: asyncio.StreamWriter, server: "HTTPServer"):
         self._transport = transport = writer.transport
@@ -11473,7 +11473,7 @@ class TLSTransport(asyncio.Protocol):
         import ssl
         if self._tls is None:
             if data[:1] != b"\x16":            # RFC 8446 §5.1: a handshake
-                # As any request that is refused before it was read; what else comes goes to the connection as it is.
+                # Refused like a request that was not read; what follows goes to the connection as it is.
                 self._timer.cancel()
                 self.write = self._transport.write
                 self._transport.set_protocol(self._connection)
@@ -11488,7 +11488,7 @@ class TLSTransport(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._timer.cancel()
-        self._tls = self._incoming = self._outgoing = None         # as for the parser of a connection
+        self._tls = self._incoming = self._outgoing = None         # see HTTPConnection.connection_lost()
         self._connection.connection_lost(error)
 
     # What the connection calls.
@@ -11498,7 +11498,7 @@ class TLSTransport(asyncio.Protocol):
         try:
             while data and self._is_shaken and not self.is_closing():
                 data = data[self._tls.write(data[:LARGE]):]
-                self._flush()                  # what lies between keeps the size of the largest that lay there
+                self._flush()                  # a MemoryBIO keeps the size of the most that was ever in it
         except OSError:                        # ssl.SSLError is one
             self.abort()
 
@@ -11513,12 +11513,12 @@ class TLSTransport(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._read)          # what was decrypted already
 
     def can_write_eof(self) -> bool:
-        return False                           # RFC 8446 §6.1 knows such a half, most clients do not
+        return False                           # TLS has half-closing (RFC 8446 §6.1), but most clients do not know it
 
     def close(self) -> None:
         if self._is_shaken and not self.is_closing():
             with contextlib.suppress(OSError):
-                self._tls.unwrap()             # says so, and does not wait for the client to say so too
+                self._tls.unwrap()             # sends close_notify, and does not wait for the client's
             self._flush()
         self._transport.close()
 
@@ -11561,7 +11561,7 @@ class HTTPServer:
         self.application = application
         self._heartbeat = heartbeat
         self._most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
-        self._refused: set = set()             # for whom there was no room, in this second
+        self._refused: set = set()             # principals for whom there was no room since the last tick()
         self.tls: object = None                # an ssl.SSLContext, for connections to come
         self.heads: dict[tuple, HTTPHead] = {}         # clients send the same head again and again
 
@@ -11582,7 +11582,7 @@ class HTTPServer:
                     problem = error
                     continue
                 port = port or listener.getsockname()[1]          # the same for all
-                # All that is accepted gets this too. An event behind another would wait 40 ms for the client's receipt.
+                # Accepted sockets inherit this. Without it, an event behind another waits 40 ms for the client's ACK.
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._servers.append(await asyncio.start_server(self._connected, sock=listener, backlog=1024))
             if not self._servers:
@@ -11594,31 +11594,31 @@ class HTTPServer:
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
     def leave(self) -> None:
-        """From now on connections are closed behind their answers, also to what is asked already."""
+        """From now on each connection is closed behind its next answer, also to a request that is running."""
         self.is_leaving = True
         for connection in self.connections:
             connection.keeps_alive = False
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Callbacks take half the time of streams with a task for each connection, so the stream that
-        # start_server made hands its socket over before a byte was read.
+        # Callbacks take half the time of streams with a task for each connection, so the stream that start_server()
+        # made hands its socket over before a byte is read.
         if len(self.connections) >= self._most and not self._make_room(writer):
             return writer.transport.abort()
         writer.transport.set_protocol(
             TLSTransport(writer, self) if self.tls else HTTPConnection(writer, writer.transport, self))
 
     def _make_room(self, writer: asyncio.StreamWriter) -> bool:
-        """For one more connection, some of those go that do nothing for longest, of whoever has most of them."""
+        """Closes some connections for a new one: those that have been idle longest, of whoever has most of them."""
         host, *_ = writer.get_extra_info("peername") or ("-",)
         principal = principal_of(host)
-        if principal in self._refused:                 # to count is dear
+        if principal in self._refused:                 # counting takes long
             return False
         others = who_gives([one for one in self.connections if one.is_idle], principal)
-        if sum(one.principal == principal for one in self.connections) + 1 >= len(others):     # busy ones are its, too
+        if sum(one.principal == principal for one in self.connections) + 1 >= len(others):     # its busy ones count too
             self._refused.add(principal)
             return False
         for one in sorted(others, key=lambda one: one.since)[:1 + len(others) // 100]:
-            self.connections.discard(one)              # it is lost a turn later; until then others come
+            self.connections.discard(one)              # connection_lost() comes a turn later; others may come sooner
             one.abort()
         return True
 
@@ -11652,8 +11652,7 @@ UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JS
 SILENT_SECONDS = 5.0          # the same for a modern one
 RETRY = b"retry: 1000\n\n"    # ms after which a client may come back for more of a stream
 
-# Nothing may be kept by a cache, which goes by the URL, where answers also go by the key; nor streams be collected by
-# nginx.
+# No cache may keep an answer: caches go by the URL alone, answers also by the key. And nginx must not buffer streams.
 STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 JSON_HEADERS = (("Content-Type", JSON_TYPE), ("Cache-Control", "no-store"))
 
@@ -11693,16 +11692,16 @@ class PostOutlet(Outlet, Holder):
         self._answers: list[bytes] | None = [] if batch else None
         self.asks = self._session is not None and self._takes_stream
         reply.on_gone = self._gone
-        # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And nothing is said for a while
-        # before the server's first message, because an error of the server's decides on the HTTP status; but what
-        # sits in between cuts connections that are silent for long.
+        # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And the reply waits for the server's
+        # first message, because an error sets its HTTP status; but not for long, because what sits in between cuts
+        # silent connections.
         reply.leaves_on_eof = era is MODERN
         if self._takes_stream:
             self.patience = SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS
 
     @property
     def is_heard(self) -> bool:
-        reply = self.reply                # who has only stopped sending may be there, but is not asked first
+        reply = self.reply                # a client that closed its sending half may be there, but others go first
         return self._stream.is_attached if self._stream else not (reply.is_done or reply.connection.is_half_closed)
 
     def open(self) -> None:
@@ -11777,7 +11776,7 @@ class PostOutlet(Outlet, Holder):
 
     def _gone(self) -> None:
         """The client hung up. A legacy call goes on, and what comes on its stream can be fetched."""
-        if self._session is None:             # also that of a visitor is cancelled: nobody could fetch the answer
+        if self._session is None:             # a visitor's is cancelled, though: nobody could fetch the answer
             for call in list(self._client.calls.values()):
                 call.cancel()
         elif self.exchange and self.exchange.method == "initialize":
