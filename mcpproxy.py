@@ -11971,10 +11971,10 @@ class Overview:
 # 46. Admission
 # ============================================================================
 #
-# What the head of a request says, which is found out once for a head that comes again.
+# What the head of a request says: found out once, and used again when the same head comes.
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
-OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # which no single server has
+OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # paths that no single server has
 # W3C Trace Context, 3.2 and 4.3: ids of zeros alone and the version ff are invalid, and higher versions may add to it.
 _TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
@@ -11994,7 +11994,7 @@ class Admission:
             resource = self._described_resource() if settings.oauth_issuer and not self.place else None
             self.route = routes.get(RESOURCE_METADATA) if resource else None
             self.place, self.path = resource or (self.place, self.path)
-        self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and what it passed
+        self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and who let it in
         self.objection: HTTPError | None = None          # of a guard; an open route then says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
@@ -12005,8 +12005,7 @@ class Admission:
         self.trace = trace_of(head.headers)
 
     def _find_place(self, routes: dict) -> tuple[str | None, str]:
-        """(the server that is met by itself, or None; the path there). A reverse proxy may or may not have taken its
-        prefix off."""
+        """(place, path there). A reverse proxy may or may not have removed BASE_PATH."""
         place, path, base = None, self.head.path, self._settings.base_path
         if path.startswith(base + "/"):
             path = path.removeprefix(base)
@@ -12063,7 +12062,7 @@ class Admission:
         """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
         head = self.head
         if self.view.is_for_all:
-            # Nothing can be set here, so what has not the name of a variable is somebody else's and does no harm.
+            # Nothing can be set here, so what is not named like a variable is somebody else's, and does no harm.
             query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
             log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
             return client_variables(dataclasses.replace(head, query=query))
@@ -12105,7 +12104,7 @@ def is_accepted(accept: str, wanted: str) -> bool:
 
 
 def is_stream_wanted(head: HTTPHead) -> bool:
-    """Is it asked for events, but not for those of the overview?"""
+    """Does it ask for events, other than those of the overview?"""
     return head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE) and head.query_value("watch") is None
 
 
@@ -12116,7 +12115,7 @@ def check_is_json(admission: Admission) -> None:
 
 
 def check_accept(admission: Admission, is_endless: bool = False) -> None:
-    """Refuses a request whose answer its client takes in no form; one that never ends has only one."""
+    """Refuses a request whose answer its client takes in no form; an endless answer can only be a stream."""
     if not (admission.takes_stream or admission.takes_json and not is_endless):
         raise HTTPError(f"the answer would be {EVENT_STREAM_TYPE}{'' if is_endless else ' or ' + JSON_TYPE}, which the "
                         "Accept header leaves out", status=406)
@@ -12160,8 +12159,8 @@ def openapi_document(tools: dict[str, str], title: str, version: str, base_path:
 
 
 def openapi_operation(path: str, name: str, tool: dict, parts: dict[str, object], taken: int) -> dict:
-    """How a tool is called at a path. What its schemas define by name goes to `parts`, for the components of the
-    document, of which so many are `taken`: many readers, as Open WebUI, follow no other references."""
+    """The operation that calls a tool at a path. What its schemas define by name goes to `parts`, to join the `taken`
+    components that the document has already: many readers, such as Open WebUI, follow no other references."""
     pointer = "#/paths/" + path.replace("~", "~0").replace("/", "~1").replace("%", "%25") + "/post"
     result = {"type": "object", "properties": {"content": {"type": "array", "items": {"type": "object"}},
                                                "isError": {"type": "boolean"}}, "required": ["content"]}
@@ -12192,8 +12191,8 @@ def openapi_operation(path: str, name: str, tool: dict, parts: dict[str, object]
 
 
 def rebase_references(schema: object, homes: dict[str, str], are_named: bool = False) -> object:
-    """A JSON schema whose references to its own parts still hold when these are where `homes` says, in another
-    document; or an object of such, which `are_named` as somebody likes."""
+    """A JSON schema with its references to its own parts rewritten to where `homes` says that these are in another
+    document. With `are_named` it is an object of schemas instead, whose keys are names and no keywords."""
     if isinstance(schema, list):
         return [rebase_references(item, homes) for item in schema]
     if not isinstance(schema, dict):
@@ -12218,10 +12217,10 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
 # raises becomes the reply, in one place. The endpoints that know no MCP (probes, metrics, preflights) are here too.
 
-CHECKED_SECONDS = 60.0           # for which a token that was found good is not looked at again
+CHECKED_SECONDS = 60.0           # for which a good token is not checked again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LARGE_BODY = 4 * 1024 * 1024     # bytes
-VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # that arrays, objects, elements, strings become
+VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # that each array, object, element, string becomes
 MANY_STRINGS = 100_000
 
 
@@ -12248,7 +12247,7 @@ class Work(Holder):
 
 
 def check_can_be_parsed(body: bytes, principal: object) -> None:
-    """Is there room for what a large body becomes for a moment? [[],[]] takes thirty times as much as its text."""
+    """Refuses a large body where there is no room for what it is parsed to: for [[],[]] thirty times its text."""
     def size_of(text: bytes) -> int:
         return sum(size * text.count(sign) for sign, size in VALUE_BYTES.items())
     size = size_of(body)
@@ -12308,7 +12307,7 @@ class Application:
         return admission
 
     def admit_anew(self) -> None:
-        """Whoever has passed has to pass again, as with other keys: admissions are good for one object of these."""
+        """Every request has to pass the guards anew, as when keys change: admissions are good for one Keys object."""
         self.keys = self.keys._replace()
 
     def _allow_page(self, admission: Admission) -> None:
@@ -12376,8 +12375,8 @@ class Application:
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _enough(self, scopes: list[str], place: str | None) -> list[str]:
-        """These, and where they open nothing of a place, the first that does. MCP 2025-11-25, Scope Selection Strategy:
-        clients ask for what a challenge names, and for no more."""
+        """These scopes, and if they open nothing of a place, the first that does. MCP 2025-11-25, Scope Selection
+        Strategy: clients ask for what a challenge names, and for no more."""
         catalog = self.mount.catalog
         members = [catalog.places[place]] if place in catalog.places else catalog.offered.values()
         opening = [name for name, grant in (self.keys.scopes or {}).items()
@@ -12402,15 +12401,15 @@ class Application:
             work = admission.route.methods[admission.head.method](self, admission, body, reply)
             if work:
                 Work(self, work, len(body), reply)
-        except NotYet as reason:          # is a token what was a key until now?
+        except NotYet as reason:          # what was a key may be a token now, which has to be checked
             reply.headers = reason.headers
             self.refuse(try_later("the keys have changed"), reply)
         except Exception as error:
             self.refuse(as_told(error), reply)
 
     def refuse(self, error: ProxyError, reply: Reply, message: Message | None = None) -> None:
-        """Answers an HTTP request with an error; `message` is what was in it, if that could be read. One of a call on
-        its way goes through its outlet instead."""
+        """Answers an HTTP request with an error; `message` is what was in it, if that could be read. The error of a
+        call that has begun goes through its outlet instead."""
         self.counters.refused[error.http_status] += 1
         payload = encode_error(message.raw_id if message and message.kind is REQUEST else None, error)
         about, admission = reply.about, reply.admission
@@ -12437,7 +12436,7 @@ class Application:
                      id=message and message.id, outcome="refused", error_type=str(error.code))
 
     def send_json(self, reply: Reply, body: bytes) -> None:
-        """Answers what is no call."""
+        """Answers a request that is no call, and logs it."""
         log.info("<> %(http_method)s %(path)s from %(address)s, %(bytes_out)d bytes out", **reply.about,
                  bytes_out=len(body))
         reply.send(200, [body], JSON_HEADERS)
@@ -12539,7 +12538,7 @@ def encode_call(name: str, arguments: str) -> Message:
                                 f'"params":{{"name":{dump(name)},"arguments":{arguments.strip() or "{}"}}}}}')
     except RPCError:
         raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
-    # Braces in them must not have added anything beside.
+    # They must not have closed a brace, to add something beside themselves.
     is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
     if not is_alone or not isinstance(message.params.get("arguments"), tuple):
         raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
@@ -12577,7 +12576,7 @@ class Endpoints(Application):
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
     def _open_sse(self, admission: Admission, reply: Reply) -> None:
-        """A session, and the stream that it lives as long as."""
+        """Opens a session, which lives as long as this stream of it."""
         given = admission.head.query_value("auth_key")          # refused when it is there twice, before a session opens
         session = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                           reply.connection.principal, is_streamable=False,
@@ -12607,8 +12606,8 @@ class Endpoints(Application):
                     raise RPCError("a batch with initialize in it")
                 self._take_message(session, message, admission.trace)
             except ProxyError as error:
-                # The client waits at its stream, so the answer goes there too; but not to a call that is running, and
-                # not if the client may come again with another token.
+                # The client waits at its stream, so the error goes there too; but not with the id of a call that is
+                # running, and not if the client may come again with another token.
                 is_awaited = message.kind is REQUEST and message.id not in session.calls if message else is_several
                 if is_awaited and (is_several or CHALLENGE_HEADER not in dict(error.headers)):
                     session.stream.send(encode_error(message and message.raw_id, error))
@@ -12656,7 +12655,7 @@ class Endpoints(Application):
             check_version(admission)
         if is_initialize and not self.settings.stateless:
             if admission.session_id and not self.settings.session_secret:
-                self._session(admission)          # that one is over is told with 404, whatever the request
+                self._session(admission)          # 404 if it has ended: that is told to any request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                              reply.connection.principal, headers=admission.head.headers)
         else:
@@ -12675,7 +12674,7 @@ class Endpoints(Application):
                 except ProxyError:
                     client.end()
                     raise
-            # Without a handshake there is no session after all; its end waits until the error was sent.
+            # If the handshake fails, there is no session after all; it ends once the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
         exchange.start_or_fail()
 
@@ -12686,7 +12685,7 @@ class Endpoints(Application):
         if (client.version or admission.version or BATCH_VERSION) != BATCH_VERSION:
             raise RPCError(f"batches are for {BATCH_VERSION} only")
         messages, errors = [], []
-        for text in texts:                     # one that is none spoils no other. JSON-RPC 2.0 §6
+        for text in texts:                     # an invalid one spoils no other. JSON-RPC 2.0 §6
             try:
                 messages.append(parse_message(text))
             except RPCError as error:
@@ -12731,7 +12730,7 @@ class Endpoints(Application):
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
         if not admission.takes_stream:
             raise HTTPError(f"a GET is answered with {EVENT_STREAM_TYPE} alone", status=406)
-        # SSE transports of SDKs say a version too. Where there are no sessions, it is a Streamable HTTP client's.
+        # SDKs send a version with HTTP+SSE too; only where there are no sessions does that mean Streamable HTTP.
         is_streamable = admission.version == MODERN_VERSION or self.settings.stateless and admission.version is not None
         if admission.session_id is None and is_streamable:
             raise HTTPError("there is no stream without a session", status=405, headers=(("Allow", "POST"),))
@@ -12744,8 +12743,8 @@ class Endpoints(Application):
         if last_event_id:                      # an empty one is that of a client that has seen none
             stream, after = session.find_event(last_event_id)
             if stream is None or stream.is_over(after):
-                # After a stream that ends without a word, SDKs ask for the next one for ever. So it is what tells a
-                # browser not to come back: WHATWG HTML, Server-sent events, Processing model.
+                # To a stream that just ends, SDKs come back for ever. So the answer is what tells a browser not to come
+                # back: WHATWG HTML, Server-sent events, Processing model.
                 return reply.send(204, [])
         reply.start_stream(STREAM_HEADERS)
         reply.on_gone = lambda: stream.detach(reply)
@@ -12762,7 +12761,7 @@ class Endpoints(Application):
         reply.send(204, [])
 
     def _session(self, admission: Admission, is_streamable: bool = True) -> Session:
-        """The session that a request names; what it does is done as its caller may do it now."""
+        """The session that a request names, under the limits that its caller has now."""
         caller = admission.caller
         session_id = admission.session_id if is_streamable else admission.head.query_value("session_id")
         if self.settings.session_secret and is_streamable and session_id:
@@ -12772,7 +12771,7 @@ class Endpoints(Application):
         session.headers = admission.head.headers
         if caller is not session.caller and (caller.limits, caller.scopes) != (
                 session.caller.limits, session.caller.scopes):                             # a token with other scopes
-            view = self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)   # if there is any
+            view = self.mount.catalog.view(session.view.place, session.view.wanted, caller.limits)    # or RPCError
             view.check_variables(session.variables)
             before, session.caller = session.view, caller
             session.adopt(self.mount.catalog)
@@ -12801,7 +12800,7 @@ class Endpoints(Application):
 
     async def _tools(self, admission: Admission, client: Client, name: str | None = None,
                      refresh: bool = False) -> dict[str, str]:
-        """See tools_at(); RPCError where its caller may not use now what it might when the request came."""
+        """See tools_at(); an error where its caller may not use now what it might when the request came."""
         tools, view = await tools_at(client, name, refresh), client.view
         with contextlib.suppress(NotYet):
             if admission.keys is not self.keys:
@@ -12884,7 +12883,7 @@ ROUTES = {
     "/tools/<name>": Route(POST=Endpoints.call_tool),
     "/openapi.json": Route(GET=Endpoints.openapi, HEAD=Endpoints.openapi),
     **PROBES,
-    RESOURCE_METADATA: METADATA_ROUTE,                       # and the path of the place
+    RESOURCE_METADATA: METADATA_ROUTE,                       # the path of a resource may follow
 }
 
 
