@@ -12906,7 +12906,7 @@ class LineStream(Stream):
 
 
 class StdioOutlet(StreamOutlet):
-    """Into stdout, where a subscription has no stream that ends with it. MCP 2026-07-28, Cancellation."""
+    """Into stdout. A subscription has no stream to end there; a message ends it. MCP 2026-07-28, Cancellation."""
 
     transport = "stdio"
 
@@ -12949,7 +12949,7 @@ class StandardStreams(asyncio.BaseProtocol):
             while data:
                 try:
                     data = os.read(0, STDIN_BYTES)
-                except BlockingIOError:                    # its parent, or what it shares with stdout, made it so
+                except BlockingIOError:                    # made non-blocking by its parent, or as stdout too
                     select.select([0], [], [])
                     continue
                 except OSError:                            # the terminal is gone
@@ -13010,7 +13010,7 @@ class StandardStreams(asyncio.BaseProtocol):
                      find_request_id(head, tail))
 
     def _receive(self, text: str) -> None:
-        message, self._visitor.view = None, self._mount.catalog.view()         # the file may have been read again
+        message, self._visitor.view = None, self._mount.catalog.view()         # the configuration may be a new one
         try:
             message = parse_message(text)
             envelope = check_modern(message, None) if message.kind is REQUEST and is_modern(message, None) else None
@@ -13178,14 +13178,14 @@ class DemoServer:
 #
 # Everything put together: started in order, ended in the opposite one.
 
-TICK = 0.25                    # how often time is looked at, in seconds
-LOOK = 3.0                     # and what orphans there are
-MEASURE = 1.0                  # and connections, what servers use, what the overview shows, whether the file changed
+TICK = 0.25                    # seconds between looks at the time,
+MEASURE = 1.0                  # at connections, at what servers use, at the overview, at the file of servers,
+LOOK = 3.0                     # and at orphans
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
 
 
 async def try_out(sandbox: Sandbox) -> None:
-    """Takes all steps, in a process that then ends; StartError when one cannot be taken."""
+    """Takes all steps of a sandbox, in a process that then ends; StartError when one fails."""
     if not sandbox.is_on:
         return
     cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
@@ -13206,7 +13206,7 @@ class Proxy:
     def __init__(self, settings: Settings, environment: dict[str, str], reaper: Reaper | None = None):
         self.settings = settings
         self.environment = environment
-        self._config_seen = self._stat_config()          # before it is read: what is written meanwhile is seen then
+        self._config_seen = self._stat_config()          # before it is read: a change meanwhile is seen later
         self._slip = ""                                  # why it could not be read again
         catalog = load_catalog(settings, environment)
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
@@ -13237,7 +13237,7 @@ class Proxy:
                     raise ServerError(f"{missing}; clients set it in the URL, or as X-MCP-Env-<NAME>") from None
                 return RemoteLink(config.name, config.url, headers, self.mount.id, self.settings.max_message_bytes,
                                   config.is_sse)
-            # Which variables its client set, only the demo server asks.
+            # Only the demo server asks which variables its client has set.
             names = {"MCPPROXY_VARIABLES": " ".join(variables)} if variables else {}
             return ServerProcess(list(config.command), {**environment, **variables, **names}, sandbox, redact,
                                  self.settings.max_message_bytes, config.cwd)
@@ -13255,7 +13255,7 @@ class Proxy:
                         server=config.name)
 
     def _stat_config(self) -> tuple:
-        """What tells whether the file of servers is another one."""
+        """What changes when the file of servers does."""
         try:
             found = os.stat(self.settings.mcp_config)
             return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
@@ -13323,7 +13323,7 @@ class Proxy:
         last, now = {look: 0.0 for _, look in looks}, time.monotonic()
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
-            if time.monotonic() - now > 1:                 # the program was stopped: first, what came meanwhile is read
+            if time.monotonic() - now > 1:                 # we were suspended: what came meanwhile is read first
                 await asyncio.sleep(TICK)
             now = time.monotonic()
             for period, look in looks:
@@ -13332,7 +13332,7 @@ class Proxy:
                     try:
                         look(now)
                     except Exception as error:
-                        log.fault(error)                   # what is looked at next time still is
+                        log.fault(error)                   # one that fails stops no other
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
         """What asyncio has to say. It pauses accepting when descriptors run out, and says so a thousand times."""
@@ -13642,19 +13642,19 @@ async def running(settings: Settings, on_signal):
     loop, blocks = asyncio.get_running_loop(), os.get_blocking(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    # A host name that cannot be looked up keeps a thread busy for long, and those of other servers shall not wait.
+    # A host name that cannot be looked up keeps a thread busy for long, and other lookups must not wait for it.
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
     proxy = Proxy(settings, dict(os.environ))
     # SIGHUP, also of a terminal that closes, is to read the file of servers again.
     loop.add_signal_handler(signal.SIGHUP, proxy.reload)
-    # Of signals that come faster than they are looked at, those that are dropped say nothing new: no warning.
+    # Signals that come faster than they are handled are dropped. They would say nothing new, so no warning.
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
     try:
         yield proxy
     finally:
         await proxy.stop()
         os.set_blocking(1, blocks)             # others have the same open file
-        # All is done: one more, while Python ends, is not to make another end of a good one.
+        # All is done: a signal while Python exits must not change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     end_lookups(0)
 
@@ -13671,8 +13671,7 @@ async def run(settings: Settings) -> None:
                 log.say(max(log.level, logging.INFO), "= %(banner)s", banner="; ".join(
                     " ".join(line.split()) for line in text.splitlines()))
             else:
-                # And nothing is left to be flushed at the end, to a full disk.
-                write_out(text)
+                write_out(text)                # unbuffered: nothing is left to be flushed at the end, to a full disk
                 if os.isatty(1):
                     telling = asyncio.create_task(tell_servers(proxy.mount, base_url(settings, addresses)))
         except OSError as error:
@@ -13806,7 +13805,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where it is ignored, nobody learns how servers end
     signal.signal(signal.SIGHUP, lambda *_: None)          # one that comes before the file was read changes nothing
     flags, command = split_arguments(sys.argv[1:])
-    # Also what is wrong with the settings is said in the form that they ask for.
+    # What is wrong with the settings is logged in the format that they ask for, too.
     formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(flags))]
     start_logging("INFO", formats[-1].strip() == "json")
     try:
@@ -13833,7 +13832,7 @@ def main() -> None:
         else:
             print("mcpproxy:", text, file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:                    # of --check, or of a start: a run hears of it itself
+    except KeyboardInterrupt:                    # in --check, or before a run handles SIGINT itself
         sys.exit(128 + signal.SIGINT)
     finally:
         log.flush()
