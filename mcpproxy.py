@@ -13581,11 +13581,10 @@ def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]
     listening = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
     base = base_url(settings, addresses)
     key = ' -H "Authorization: Bearer <your key>"' if settings.is_guarded else ""
-    mode = ("one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
+    mode = (f"as one, and each at {base}/servers/<name>/mcp" if settings.mcp_config else
+            "one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
             "a process for each client")
     name = ", ".join(names)
-    if settings.mcp_config:
-        mode = f"as one, and each at {base}/servers/<name>/mcp"
     return (f"mcpproxy {__version__} serves {name} ({mode})\n"
             f"  listening on     {listening}\n"
             f"  MCP, any client  {base}/mcp\n"
