@@ -12354,27 +12354,27 @@ class Application:
         text = given_token(admission.head)
         settings, wanted, scopes = self.settings, self.settings.oauth_scopes.split(), self.keys.scopes
 
-        def refuse(problem: str, error: str = "", status: int = 401, has: tuple[str, ...] = ()):
-            named = self._enough([*dict.fromkeys([*wanted, *has])], admission.place)
+        def refusal(problem: str, error: str = "", status: int = 401, has: tuple[str, ...] = ()) -> HTTPError:
+            named = self._scopes_to_ask_for([*dict.fromkeys([*wanted, *has])], admission.place)
             parameters = [admission.challenge, *([f'error="{error}", error_description="{problem}"'] if error else []),
                           *([f'scope="{" ".join(named)}"'] if wanted else [])]
-            raise HTTPError(problem, status=status, headers=((CHALLENGE_HEADER, ", ".join(parameters)),))
+            return HTTPError(problem, status=status, headers=((CHALLENGE_HEADER, ", ".join(parameters)),))
         if not text:
-            refuse("wrong key" if key else "missing token: send Authorization: Bearer <token>")
+            raise refusal("wrong key" if key else "missing token: send Authorization: Bearer <token>")
         verdict = self.issuer.check(text, admission.host)
         if verdict.error:
-            refuse(f"the token is not good: {verdict.error}", "invalid_token")
+            raise refusal(f"the token is not good: {verdict.error}", "invalid_token")
         if verdict.audience.isdisjoint([settings.oauth_audience] if settings.oauth_audience else admission.resources):
-            refuse("the token is not good: it is for something else", "invalid_token")
+            raise refusal("the token is not good: it is for something else", "invalid_token")
         has = tuple(name for name in scopes or () if name in verdict.scopes)
         if not verdict.scopes.issuperset(wanted):
-            refuse(f"the token lacks one of the scopes {' '.join(wanted)}", "insufficient_scope", 403, has)
+            raise refusal(f"the token lacks one of the scopes {' '.join(wanted)}", "insufficient_scope", 403, has)
         subject = f"oauth:{verdict.subject}"
         admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), Limits(
             subject, (), has=tuple(wanted), challenge=admission.challenge), verdict.scopes).under(scopes)
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
-    def _enough(self, scopes: list[str], place: str | None) -> list[str]:
+    def _scopes_to_ask_for(self, scopes: list[str], place: str | None) -> list[str]:
         """These scopes, and if they open nothing of a place, the first that does. MCP 2025-11-25, Scope Selection
         Strategy: clients ask for what a challenge names, and for no more."""
         catalog = self.mount.catalog
@@ -13207,7 +13207,7 @@ class Proxy:
         self.settings = settings
         self.environment = environment
         self._config_seen = self._stat_config()          # before it is read: a change meanwhile is seen later
-        self._slip = ""                                  # why it could not be read again
+        self._problem = ""                               # why it could not be read again
         catalog = load_catalog(settings, environment)
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
         budget.limit = settings.max_buffered_mb * 1024 * 1024
@@ -13277,11 +13277,11 @@ class Proxy:
             keys = load_keys(settings, catalog)
             tls = self.http.tls and tls_context(settings)
         except SettingsError as error:
-            if is_asked or str(error) != self._slip:
+            if is_asked or str(error) != self._problem:
                 log.error("! the configuration stays as it was: %(reason)s", reason=str(error))
-            self._slip = str(error)
+            self._problem = str(error)
             return
-        self._slip = ""
+        self._problem = ""
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
@@ -13319,7 +13319,7 @@ class Proxy:
                   (MEASURE, lambda now: self.endpoints.tell_watchers()), (MEASURE, lambda now: give_back())]
         if self.settings.watch:
             looks += [(MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()),
-                      (LOOK, lambda now: self._slip and self.reload(is_asked=False))]
+                      (LOOK, lambda now: self._problem and self.reload(is_asked=False))]
         last, now = {look: 0.0 for _, look in looks}, time.monotonic()
         while True:
             await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
