@@ -13013,11 +13013,11 @@ class StandardStreams(asyncio.BaseProtocol):
         message, self._visitor.view = None, self._mount.catalog.view()         # the configuration may be a new one
         try:
             message = parse_message(text)
-            envelope = check_modern(message, None) if message.kind is REQUEST and is_modern(message, None) else None
-            if message.kind is REQUEST and message.method == "initialize":
-                self._open_session(message)
-            client = self._visitor if envelope or self._session is None else self._session
             if message.kind is REQUEST:
+                envelope = check_modern(message, None) if is_modern(message, None) else None
+                if message.method == "initialize":
+                    self._open_session(message)
+                client = self._visitor if envelope or self._session is None else self._session
                 exchange = new_exchange(client, message, StdioOutlet(self._stream, client.is_session), envelope)
                 if client.is_session and message.method == "initialize":
                     exchange.on_done = lambda: client.version or self._loop.call_soon(self._drop_session)
