@@ -12192,7 +12192,7 @@ def openapi_operation(path: str, name: str, tool: dict, parts: dict[str, object]
 
 def rebase_references(schema: object, homes: dict[str, str], are_named: bool = False) -> object:
     """A JSON schema with its references to its own parts rewritten to where `homes` says that these are in another
-    document. With `are_named` it is an object of schemas instead, whose keys are names and no keywords."""
+    document; or, if `are_named`, an object of schemas, whose keys are names and not keywords."""
     if isinstance(schema, list):
         return [rebase_references(item, homes) for item in schema]
     if not isinstance(schema, dict):
