@@ -11877,11 +11877,11 @@ class Overview:
                 "cpu": round(self._seconds(server), 1)}
 
     def _total(self, what: str, server: Server) -> float:
-        """What the processes of a server use together, by the name that it has in Usage."""
+        """What the processes of a server use together of `what`, a field of Usage."""
         return sum(getattr(usage, what) for usage in self._census.servers.values() if usage.server == server.name)
 
     def _seconds(self, server: Server) -> float:
-        """Of CPU, with what has ended."""
+        """CPU time of a server, also of its processes that have ended."""
         return self._census.spent[server.name] + self._total("seconds", server)
 
     def _about_session(self, session: Session) -> dict:
@@ -11905,7 +11905,7 @@ class Overview:
         return asyncio.shield(self._metrics)
 
     async def _read_metrics(self) -> bytes:
-        """Once it is known which tools there are."""
+        """The same, once the servers have said which tools they have."""
         servers, counters, instances = self._mount.servers, self._mount.counters, {}
         for server in servers.values():
             server.read_listings()
@@ -12225,8 +12225,8 @@ MANY_STRINGS = 100_000
 
 
 class Work(Holder):
-    """What an endpoint has to wait for before it can reply: it ends when the client leaves, and a body of `size` counts
-    as held while it runs."""
+    """The task of an endpoint that has to wait before it can reply: it ends when the client leaves, and a body of
+    `size` counts as held while it runs."""
 
     def __init__(self, application: "Application", work, size: int, reply: Reply):
         self._application, self._reply, self.principal = application, reply, reply.connection.principal
@@ -12260,7 +12260,7 @@ def check_can_be_parsed(body: bytes, principal: object) -> None:
 
 
 class Application:
-    """What all that is offered over HTTP has in common; `routes` are by path, see Admission."""
+    """What is the same at PORT and at METRICS_PORT; `routes` are by path, see Admission."""
 
     nothing_here = ""                          # what is said of other paths; {0} is BASE_PATH
     takes_keys = True
@@ -12558,7 +12558,7 @@ class Endpoints(Application):
         self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
     def tick(self, now: float) -> None:
-        """Called now and then: makes answers streams that took too long to be JSON."""
+        """Called now and then: makes a stream of each reply whose answer takes too long to be plain JSON."""
         for call in [*self.mount.calls, *self.mount.subscriptions]:
             if call.started + call.outlet.patience <= now:
                 call.outlet.open()
