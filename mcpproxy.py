@@ -6357,7 +6357,6 @@ class PendingRequest:
     is_endless = False         # is it a subscription, for which no time is too long?
     is_running = False         # is the server at work on it, and its client there?
     is_parked = False          # does it wait for its client?
-    is_waiting = False         # or is it at no server, though it may go to one yet?
     stays = False              # is it not to be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
@@ -10094,18 +10093,14 @@ class ClientRequest(PendingRequest, Holder):
     def is_parked(self) -> bool:
         return self.state is PARKED
 
-    @property
-    def is_waiting(self) -> bool:
-        connection, number = self.connection, self.server_id
-        is_sent = connection and number in connection.pending and connection.link.has_sent(number)
-        return self.state in (WAITING, RUNNING) and not (is_sent or self.is_endless)
-
     def stay(self, error: ProxyError) -> None:
         """Its caller may not use the same any more: it fails with this error if it is at no server, or goes on where it
         is, and is not sent again; as a legacy client's would be, with its answers."""
         self.stays = self.is_repeated = True
         self.others, self.text = (), self.envelope and self.text
-        if self.is_waiting:
+        connection, number = self.connection, self.server_id
+        is_sent = connection and number in connection.pending and connection.link.has_sent(number)
+        if self.state in (WAITING, RUNNING) and not (is_sent or self.is_endless):
             self.fail(error)
 
     @property
