@@ -7562,7 +7562,7 @@ class KeptList:
         self._is_behind = False                    # or what it listed before, though it was asked for again?
         self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
-        self._listing: asyncio.Task | None = None
+        self.listing: asyncio.Task | None = None             # while the server lists it
 
     async def get(self, refresh: bool = False) -> Items:
         """The items. With `refresh` they are asked for again, unless that was done a moment ago: the caller wants one
@@ -7578,26 +7578,21 @@ class KeptList:
         return self.last
 
     def _ask(self, now: float) -> asyncio.Task:
-        if self._listing is None:
-            self._listing, self._asked_at = asyncio.get_running_loop().create_task(self._list()), now
-            self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self._listing
+        if self.listing is None:
+            self.listing, self._asked_at = asyncio.get_running_loop().create_task(self._list()), now
+            self.listing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self.listing
 
     def tick(self, now: float) -> None:
         """Called now and then: asks for what somebody was given an answer without; less often the longer it is so."""
-        if (self.is_missed or self._is_behind) and not self.is_asked and now - self._asked_at >= self._pause:
+        if (self.is_missed or self._is_behind) and not self.listing and now - self._asked_at >= self._pause:
             self._pause *= 2
             self._ask(now)
 
     @property
-    def is_asked(self) -> bool:
-        """Does the server list it right now?"""
-        return self._listing is not None
-
-    @property
     def known(self) -> Items | None:
         """The items, also while they are asked for again; None when they would have to be asked for first."""
-        return None if self.is_old and not self._listing else self.last
+        return None if self.is_old and not self.listing else self.last
 
     @property
     def fresh(self) -> Items | None:
@@ -7634,7 +7629,7 @@ class KeptList:
             self.last.asked_at, self.last.hearing, self._is_behind = self.instance.server.now(), None, True
             self.last.ttl_ms = 0                   # that was said of an older answer
         finally:
-            self._listing = None
+            self.listing = None
 
     async def read(self) -> Items:
         """Reads all pages."""
@@ -7749,7 +7744,7 @@ class Instance:
         """Does anybody wait for something of it, its start or an answer?"""
         calls = self.connection.pending.values() if self.connection else ()
         return self._wanted.is_set() or bool(self.listeners) or any(call.client for call in calls) or any(
-            kept.is_asked for kept in self.lists.values())
+            kept.listing for kept in self.lists.values())
 
     @property
     def is_ones_own(self) -> bool:
