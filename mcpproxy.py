@@ -9301,41 +9301,43 @@ def pick(client: Client, message: Message) -> Target | None:
     return None
 
 
-async def find_targets(client: Client, message: Message,
-                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
+async def find_targets(client: Client, message: Message) -> tuple[list[Target], dict[str, str]]:
     """For a request whose name alone does not say where it goes: (where to, one after the other, until it is taken;
-    {name: why} of servers that may have it too, but could not be asked). `waited`: those that were waited for."""
+    {name: why} of servers that may have it too, but could not be asked)."""
     view, params, method = client.view, message.params, message.method
-    # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
-    is_call = method in ("tools/call", "prompts/get")
-    named = members_of(params.get("ref")) if method == "completion/complete" else params
+    is_call, is_completion = method in ("tools/call", "prompts/get"), method == "completion/complete"
+    named = members_of(params.get("ref")) if is_completion else params
     name, uri = named.get("name"), named.get("uri")
+    # A call goes by its name alone: by a `ref` or a `uri` beside that, it would get around what its caller may use.
     if isinstance(uri, str) and not is_call:
         return await find_by_uri(client, uri, None if method == "resources/subscribe" else 0)
     if method.startswith("tasks/"):
         await check_knows_tasks(client, message)
         raise unknown_task()
-    candidates = view.candidates(name) if isinstance(name, str) else []
-    is_extensions = not is_call and method != "completion/complete"
-    if is_extensions and any(one.start_of_names for one in candidates):        # one without could have every name
-        candidates = [one for one in candidates if one.start_of_names]
-    if not isinstance(name, str) and method == "completion/complete":
+    if is_completion and not isinstance(name, str):
         raise RPCError("ref has neither a name nor a uri", status=200, code=INVALID_PARAMS)
-    if not isinstance(name, str) or is_extensions and len(candidates) != 1:
+    if is_completion and (target := view.direct("prompts/get", name)):
+        return [target], {}
+    if is_completion or is_call and isinstance(name, str):
+        return await find_by_name(client, "tools" if method == "tools/call" else "prompts", name)
+    # The method is an extension's. A server without a prefix could have every name.
+    candidates = view.candidates(name) if isinstance(name, str) else []
+    candidates = [one for one in candidates if one.start_of_names] or candidates
+    if len(candidates) != 1:
         raise RPCError(f"no server is named for {method}", status=404, code=METHOD_NOT_FOUND)
-    if is_extensions:
-        return [Target(candidates[0].name, name.removeprefix(candidates[0].start_of_names))], {}
-    if named is not params:
-        target = view.direct("prompts/get", name)
-        if target:
-            return [target], {}
-    kind = "tools" if method == "tools/call" else "prompts"
-    found, missing = await gather_lists(client, f"{kind}/list", candidates)
+    return [Target(candidates[0].name, name.removeprefix(candidates[0].start_of_names))], {}
+
+
+async def find_by_name(client: Client, kind: str, name: str,
+                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
+    """The first server that lists the tool or prompt, in the form of find_targets(), without waiting twice for any."""
+    view = client.view
+    found, missing = await gather_lists(client, f"{kind}/list", view.candidates(name))
     member, own, _ = shown_of(view, found).get(name, (None, None, None))
     if member is None:
         started = await have_started(client, missing, waited)
         if started:
-            return await find_targets(client, message, waited | started)
+            return await find_by_name(client, kind, name, waited | started)
         if missing:
             raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
         raise why_closed(view, kind, name, found) or view.unknown(kind, name)
