@@ -10549,23 +10549,8 @@ class Exchange(ClientRequest):
                 asking = if_it_says(response, "resultType", b'"input_required"')
                 if asking:
                     self.remember_state(asking.result.get("requestState"))
-            if not response.is_result:
-                response = response.parsed()
-                if self.others and self.unknown is None and response.error_code in UNKNOWN_RESOURCE:
-                    self.unknown = self._bridge, response
-                if self._ask_next():
-                    return None
-                self._bridge, response = self.unknown or (self._bridge, response)
-                if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
-                    # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
-                    self.instance.tools.is_old = True
-                    if self.text and not self.is_repeated:
-                        self.is_repeated = True
-                        return self._start_over()
-                # A resource that nobody knows may be that of a server which cannot be asked.
-                if self.missing and response.error_code in UNKNOWN_RESOURCE:
-                    why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
-                    raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
+            if not response.is_result and (response := self._final_error(response.parsed())) is None:
+                return None
             if self.names_tasks or not response.is_result:
                 response = response.parsed()
                 remember_named(self, response)
@@ -10594,6 +10579,25 @@ class Exchange(ClientRequest):
             self.fail(ServerError("the MCP server's answer is not valid"))
         except ServerError as error:
             self.fail(error)
+
+    def _final_error(self, response: Message) -> Message | None:
+        """The error that the client gets for one of a server's; None if the request goes on instead."""
+        if self.others and self.unknown is None and response.error_code in UNKNOWN_RESOURCE:
+            self.unknown = self._bridge, response
+        if self._ask_next():
+            return None
+        self._bridge, response = self.unknown or (self._bridge, response)
+        if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
+            # MCP 2026-07-28, Streamable HTTP: its tools are to be listed again, and then the call is retried.
+            self.instance.tools.is_old = True
+            if self.text and not self.is_repeated:
+                self.is_repeated = True
+                return self._start_over()
+        # A resource that nobody knows may be that of a server which cannot be asked.
+        if self.missing and response.error_code in UNKNOWN_RESOURCE:
+            why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
+            raise ServerError(f"no server that can be used has it; {why}", data={UNAVAILABLE_KEY: self.missing})
+        return response
 
     def remember_state(self, state: object) -> None:
         """The request that comes back with this is for the same server, also where the state was ours and is used."""
