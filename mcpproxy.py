@@ -8113,7 +8113,7 @@ class Client(Holder):
         group, one that is not left out and may be asked anything."""
         instance = self._instances.get(server)
         if instance is None and server.is_group:
-            server = server.choose(self, left_out)
+            server = server.choose(self, left_out, self.headers)
             instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
@@ -8763,8 +8763,8 @@ class Group:
         for member in members:                     # a new one is not to make up for what it missed
             member.chosen = 0
 
-    def choose(self, client: Client, left_out: Server | None, message: Message | None = None,
-               headers: dict[str, str] | None = None) -> Server:
+    def choose(self, client: Client, left_out: Server | None, headers: dict[str, str],
+               message: Message | None = None) -> Server:
         """The member for a request that came with these HTTP headers, or for what is no single request; `left_out` has
         failed with it. RPCError when each has calls of its own, and this is none of them."""
         owner = self._owner(client, message) if message else None
@@ -8772,7 +8772,6 @@ class Group:
             return owner
 
         # What is claimed goes to nobody else, also when those who claim it are down.
-        headers = client.headers if headers is None else headers
         claiming = [member for member in self.members if self._claims(member, client, message, headers)]
         members = [member for member in claiming or self.members if member is not left_out]
         if claiming and members:
@@ -10394,7 +10393,7 @@ class Exchange(ClientRequest):
         server = self.client.mount.server(target.server)
         group = server if server.is_group else None
         if group:
-            server = group.choose(self.client, left_out, self.message or parse_message(self.text), self.http_headers)
+            server = group.choose(self.client, left_out, self.http_headers, self.message or parse_message(self.text))
         self.instance, self.target, self.group = self.client.at(server), target, group
 
     def _is_checked(self, connection: ServerConnection) -> bool:
