@@ -7001,10 +7001,9 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_ones_own:
         return [], None
     if connection and connection.causes:
-        if len(connection.causes) > MAX_CAUSES:
-            return [], None
-        asker = next(iter(connection.causes)).asker
-        return list(connection.causes) if all(call.asker == asker for call in connection.causes) else [], None
+        calls = list(itertools.islice(connection.causes, MAX_CAUSES + 1))
+        is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
+        return calls if is_ones else [], None
     if len(instance.sessions) > 1:
         return [], None
     # No call that can have caused it is running. There are only this session, and calls that wait for their clients.
@@ -7038,8 +7037,8 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
 
     # Who is asked: of the calls that it may belong to, the newest that can be, and best one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)
-    able = [call for call in reversed(calls) if call.can_be_asked and not missing(call)]
-    call = next((call for call in able if call.outlet.is_heard), able[0] if able else None)
+    able = (call for call in reversed(calls) if call.can_be_asked and not missing(call))
+    call = max(able, key=lambda call: call.outlet.is_heard, default=None)
     if not call and len(calls) == 1 and message.method != "roots/list":     # which many ask on their own account
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
