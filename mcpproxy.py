@@ -9911,13 +9911,13 @@ class Dialogue:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now.
         And many ask for roots when they start, whatever call comes then: that question the session keeps."""
-        causes = self.exchange.connection.causes
-        heirs = [call for call in causes if call.asker == self.exchange.asker] if len(causes) <= MAX_CAUSES else []
+        causes, asker = self.exchange.connection.causes, self.exchange.asker
+        may_pass_on = is_answered and len(causes) <= MAX_CAUSES
+        heirs = [call for call in reversed(causes) if call.asker == asker] if may_pass_on else []
         for question in list(self.questions.values()):
-            message = question.message
-            heir = next((call for call in reversed(heirs) if question.client or call.can_be_asked and not (
-                missing_capabilities(call.capabilities, message.method, message.plain_params))),
-                None) if is_answered and message else None
+            message = question.message             # None: a modern server's
+            heir = message and next((call for call in heirs if question.client or call.can_be_asked and not (
+                missing_capabilities(call.capabilities, message.method, message.plain_params))), None)
             if heir and question.client:               # a session's, which has been asked
                 question.call, question.send = heir, heir.outlet.send
                 heir.begin_dialogue().questions[str(question.id)] = question
