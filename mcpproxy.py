@@ -10251,12 +10251,10 @@ class ClientRequest(PendingRequest, Holder):
 
     def _take_back(self, notification: Message | None, reason: str) -> None:
         """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
-        if self.server_id is None:
-            return
-        line = None
-        if notification and len(notification.text) <= SMALL:
-            line = notification.with_text(str(self.server_id), "params", "requestId")
-        self.connection.cancel(self.server_id, reason, line)
+        if self.server_id is not None:
+            is_small = notification and len(notification.text) <= SMALL
+            line = notification.with_text(str(self.server_id), "params", "requestId") if is_small else None
+            self.connection.cancel(self.server_id, reason, line)
 
     # What the server asks.
 
