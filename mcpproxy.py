@@ -10743,13 +10743,13 @@ class Listener(Exchange):
                 self._leave()
 
     async def _settle(self, wanted: dict) -> None:
-        """Joins the listeners of its server; of several those of all, also where one has not started yet."""
+        """Settles what is listened for. Of several servers, it joins the listeners of all, also where one has not
+        started yet."""
         self.client.mount.make_room_for(self)
-        self.early, self.on_done = self.early or [], self._leave
-        if self.instance:
-            self._join(self.instance)
+        if self.instance:                              # which it has joined, see listen_here()
             wanted = self.wanted = self.instance.identity.supported(wanted)
         else:
+            self.early, self.on_done = [], self._leave
             found, missing = await gather_identities(self.client)
             self._join_all()
             self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
@@ -10838,8 +10838,7 @@ class Listener(Exchange):
         except RPCError:
             return self.end_subscription()
         server = self.instance and self.instance.server
-        is_over = server and (server.is_retired or server.name not in shown.names)
-        if is_over:
+        if server and (server.is_retired or server.name not in shown.names):
             return self.end_subscription()
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
