@@ -8110,10 +8110,9 @@ class Client(Holder):
     def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
         """The instance of a server that it uses, the same until it has ended, and a moment longer if it failed; of a
         group, one that is not left out and may be asked anything."""
-        instance = self._instances.get(server)
-        if instance is None and server.is_group:
+        if server.is_group:
             server = server.choose(self, left_out, self.headers)
-            instance = self._instances.get(server)
+        instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
             if self.is_homeless:                       # it would set variables that nobody takes any more
