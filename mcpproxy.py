@@ -9141,8 +9141,9 @@ async def ask_servers(client: Client, known, ask,
             except ServerError as error:
                 instance = stand_in_for(client, server, instance, error)
                 instance.check_up()
-            values[member.name] = known(instance)
-            if values[member.name] is None:
+            if (value := known(instance)) is not None:
+                values[member.name] = value
+            else:
                 waiting[asyncio.ensure_future(ask_one(server, instance))] = member.name, instance
         except ProxyError as error:
             errors[member.name] = error
@@ -9152,12 +9153,12 @@ async def ask_servers(client: Client, known, ask,
             done, left = await asyncio.wait(left, timeout=timeout, return_when=asyncio.ALL_COMPLETED if timeout else
                                             asyncio.FIRST_COMPLETED)
             for task in done:
-                error = task.exception()
+                name, error = waiting[task][0], task.exception()
                 if error:
-                    errors[waiting[task][0]] = as_told(error)
+                    errors[name] = as_told(error)
                 else:
-                    values[waiting[task][0]] = task.result()
-            if any(value is not None for value in values.values()):
+                    values[name] = task.result()
+            if values:
                 break
             timeout = None                         # nothing is there yet: the first that comes is waited for
     finally:
@@ -9166,7 +9167,7 @@ async def ask_servers(client: Client, known, ask,
             name, instance = waiting[task]
             errors[name] = ServerError("it has not answered yet" if instance.connection else "it is starting")
     missing = {name: str(error) for name, error in errors.items()}
-    found = [(member, values[member.name]) for member in members if values.get(member.name) is not None]
+    found = [(member, values[member.name]) for member in members if member.name in values]
     if not found:
         what = "server " if len(members) == 1 else "none of the servers can be used: "
         what += "; ".join(f"{name}: {why}" for name, why in missing.items())
