@@ -9956,8 +9956,7 @@ def audit(caller: Caller | None, software: object, method: str | None, name: str
 def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
     """Counts a call that is over now, or parked, keeps it for the overview, and logs it: one line for request and
     response, because at full speed a line for each would be a tenth of all work."""
-    client, method = call.client, call.method
-    mount = client.mount
+    client, method, mount = call.client, call.method, call.client.mount
     if log.level <= logging.DEBUG:
         log.debug("> %(session)s %(method)s id=%(id)s: %(body)s", session=client.label, method=method,
                   id=call.id, body=client.redact(b"".join(payload).decode("utf-8", "replace")))
@@ -9967,8 +9966,8 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
     # The name of a tool or a prompt; a resource's URI may hold a secret.
     name = call.name if call.name and NAMED_BY[method] == "name" else "-"
     own_name = name if call.target is None or name == "-" else call.own_name
-    labels = (server_name, method, own_name if method == "tools/call" else "",
-              MODERN_VERSION if call.envelope else client.version or "", problem)
+    revision = MODERN_VERSION if call.envelope else client.version or ""
+    labels = server_name, method, own_name if method == "tools/call" else "", revision, problem
     numbers = mount.counters.calls.get(labels) or mount.counters.find(labels, server.tool_names if server else ())
     numbers[0 if seconds <= DURATIONS[0] else bisect.bisect_left(DURATIONS, seconds)] += 1
     numbers[-1] += seconds
@@ -9977,7 +9976,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
     if log.as_json and log.level <= logging.INFO:
         about = audit(client.caller, software, method, own_name if name != "-" else None,
                       call.trace, transport=call.outlet.transport,
-                      era=(MODERN if call.envelope else LEGACY) if labels[3] else "",
+                      era=(MODERN if call.envelope else LEGACY) if revision else "",
                       session=client.is_session and client.label, server=server_name, id=call.id, outcome=outcome,
                       error_type=problem, ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
     log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
