@@ -9429,9 +9429,9 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
                 return [Target(member.name)], missing
     fitting = (member.name for member, (_, _, templates) in found if any(
         fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES)))
-    likely = [*itertools.islice(fitting, 1 if len(uri) <= MAX_URI else None)]
-    if likely and len(uri) <= MAX_URI:
-        return [Target(likely[0])], missing
+    first = next(fitting, None)
+    if first and len(uri) <= MAX_URI:
+        return [Target(first)], missing
     started = patience != 0 and await have_started(client, missing, waited, patience)
     if started:
         return await find_by_uri(client, uri, patience, waited | started)
@@ -9442,7 +9442,8 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
             identities[name] = instance.connection and instance.identity
     targets = [Target(member.name) for member in client.view.members
                if identities.get(member.name) and identities[member.name].has("resources")]
-    targets.sort(key=lambda target: target.server not in likely)           # of a longer one, the rest may fit no more
+    likely = {first, *fitting}                     # of a longer URI, whose end was not compared and may not fit
+    targets.sort(key=lambda target: target.server not in likely)
     if not targets:
         raise failure or RPCError("no server has resources", status=404, code=METHOD_NOT_FOUND)
     return targets, {name: why for name, why in missing.items() if not identities.get(name)}
