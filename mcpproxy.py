@@ -6841,7 +6841,7 @@ class Question(Holder):
         self.patience = float("inf")             # for how long, if it belongs to no call
 
     def hold(self, size: int, principal: object) -> None:
-        """It takes so many bytes of a principal's while it is open."""
+        """Counts its size for a principal while it is open."""
         self.principal = principal
         if size > SMALL:
             budget.set(self, size)
@@ -6861,7 +6861,7 @@ class Question(Holder):
         self.respond(parse_message(encode_error(b"0", error)[0].decode()))
 
     def withdraw(self, error: ProxyError) -> None:
-        """It is asked no longer, and has this answer."""
+        """Takes it back from the client, and answers it with this error."""
         self.take_back()
         self.refuse(error)
 
@@ -6914,16 +6914,16 @@ class Outlet:
 #
 #     a question          to the newest of these calls that can be asked, and whose client is there; without a call
 #                         to the one session there is, unless another client's call is just over; otherwise it is
-#                         refused. No call fails for it but one that alone can be the cause, and none for roots
+#                         refused. A call fails for that only if it alone can be the cause, and never for roots
 #     a log message       to the newest of them, if its client wants that level, or to that session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
 #     progress            names its call, or a task's that was answered; what names none is dropped
 
-KNOWN_OWNERS = 10_000            # of tasks and elicitations at one instance,
-MAX_NAMED = 2 * 1024             # of at most so many characters: what has a longer id is nobody's
+KNOWN_OWNERS = 10_000            # tasks and elicitations of one instance whose owner is remembered
+MAX_NAMED = 2 * 1024             # characters of the longest id that is remembered: what has a longer one is nobody's
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
-MAX_CAUSES = 1_000               # running calls that are looked at for each; what may be of more is nobody's
+MAX_CAUSES = 1_000               # running calls that are compared for one message; with more of them it is nobody's
 
 # MCP 2025-11-25, Sampling and Elicitation, User Interaction Model: "nested inside other MCP server features".
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
@@ -6959,8 +6959,8 @@ def short_of(state: str) -> str | bytes:
 
 
 class Owners(dict[tuple[str, str], object]):
-    """Identities of clients, by the tasks and elicitations that are theirs; None is that of a client that may be
-    anybody: whoever knows the id may use it."""
+    """The identity of the client that owns each task and elicitation; None is that of a client that may be anybody:
+    whoever knows the id may use it."""
 
     def __init__(self):
         super().__init__()
@@ -7024,7 +7024,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     params = message.plain_params
 
     def missing(asked) -> dict | None:
-        # A server that knows its client's own capabilities is left to them.
+        # A server that was told its client's own capabilities has to keep to them by itself.
         return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
 
     def on_response(question: Question, response: Message) -> None:
@@ -7035,7 +7035,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
                 response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
             connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
 
-    # Who is asked: of the calls that it may belong to, the newest that can be, and best one whose client is there.
+    # Who is asked: of the calls that it may belong to, the newest that can be, preferably one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)
     able = (call for call in reversed(calls) if call.can_be_asked and not missing(call))
     call = max(able, key=lambda call: call.outlet.is_heard, default=None)
@@ -7131,7 +7131,7 @@ def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
 
 def tell_all(instance, message: Message) -> None:
     """Tells all clients that a list changed. To other proxies it also says which proxies it came through, as a request
-    does in a header: in a circle of proxies it would go round for ever."""
+    does in a header: otherwise it would go round for ever in a circle of proxies."""
     if not instance.is_news(message.method if instance.is_crowded else message.payload[0]):
         return
     way = [one for one in strings_of(message.meta.get(WAY_KEY)) if PROXY_ID.fullmatch(one)][:MAX_WAY]
@@ -7323,8 +7323,8 @@ class Topics(dict[str, Topic]):
         connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
-        """The server said what becomes of a subscription. A refused one is nobody's, also when it is refused after a
-        restart; one that a server did not live to answer is asked for again, if clients were told that they have it."""
+        """The server took or refused a subscription. A refused one ends, also when it is refused after a restart; one
+        that the server did not live to answer is asked for again, if clients were told that they have it."""
         is_new = not topic.verdict.done()
         if is_new:
             topic.verdict.set_result(error)
@@ -7336,7 +7336,7 @@ class Topics(dict[str, Topic]):
         else:
             leaving = [one.client for one in topic.asking if is_new and one.client not in topic.told]
             topic.subscribers.difference_update(leaving)
-            if is_new:                         # the next server has not said it yet, to those who come from now on
+            if is_new:                         # who comes from now on waits for what the next server says
                 topic.verdict = asyncio.get_running_loop().create_future()
         for subscriber in leaving:
             self._leave_topic(subscriber, topic)
@@ -7348,7 +7348,7 @@ class Topics(dict[str, Topic]):
         self._leave_topic(subscriber, topic)
         if not topic.subscribers and self.get(topic.uri) is topic:
             del self[topic.uri]
-            self.settle(topic, None)           # for who still waits: what is asked next may not have it any more
+            self.settle(topic, None)           # for who still waits: the next request may not name it any more
             if self.instance.listening:
                 self.instance.listening.renew()
             elif self.instance.connection:
@@ -7475,7 +7475,7 @@ class Listening:
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
-        if self._asking_again:                 # who subscribed meanwhile did not wait for it; one goes on
+        if self._asking_again:                 # one timer is enough: who subscribed meanwhile did not wait for it
             self._asking_again.cancel()
         self._asking_again = asyncio.get_running_loop().call_later(max(self._pause, pause), self._ask)
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
