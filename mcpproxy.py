@@ -7678,7 +7678,7 @@ SILENCES = 3                     # time-outs in a row without a line from a serv
 PING_SECONDS = 5.0               # for the answer
 UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-KNOWN_WAYS = 16                  # of those who wait for a server to start; and lists, which a remote one has for each
+KNOWN_WAYS = 16                  # of those who wait for a start, see way_of(); and lists, which are kept for each way
 FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
 SLOW_START = 10.0                # every so many seconds the log says what a start waits for
@@ -7874,7 +7874,7 @@ class Instance:
                 if not isinstance(error, ServerError):
                     raise
                 if not isinstance(failure, HandshakeRefused) or member_at(error.data, ("code",)) != METHOD_NOT_FOUND:
-                    failure = error             # what does not know our words says nothing of what is wrong
+                    failure = error             # an unknown method says nothing of what is wrong
                 if isinstance(error, GreetedTwice):
                     log.info("= server %(server)s was slow and got the greetings of both eras: it is started again",
                              server=self.server.name)
@@ -8072,8 +8072,8 @@ class Client(Holder):
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
-    is_ended = False                                # a session; and is there no server for it any more? Then it
-    is_homeless = False                             # begins nothing, and ends after its calls
+    is_ended = False                                # a session
+    is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
     _serials = itertools.count()
 
@@ -8144,7 +8144,7 @@ class Client(Holder):
         return self.by_name(self.view.members[0].name)
 
     def adopt(self, catalog: Catalog) -> RPCError | None:
-        """The configuration is another one: it goes by that, and so does what waits. Returns why it cannot, if so."""
+        """Goes by another configuration from now on, with its calls that wait. Returns why it cannot, if so."""
         before, problem = self.view, None
         try:
             view = catalog.view(before.place, before.wanted, self.caller and self.caller.limits)
@@ -8237,8 +8237,8 @@ class Session(Client):
         self._stream_names = itertools.count(1)
 
     def announce(self, message: Message) -> None:
-        """Takes in its handshake before a server that starts slowly has answered it: the session's id has all of that
-        inside, and may be told sooner."""
+        """Takes in its handshake before a server that starts slowly has answered it: the session's id contains all of
+        that, and may be told sooner."""
         check_introduction(message)
         self.introduce(message, None)
         self.offered = negotiate(message.params.get("protocolVersion"))
@@ -8345,8 +8345,8 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. An event of
-        another process leads to what no reader got here, without a number; but one of a call there to nothing: None."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. Without a number
+        where the event is another process's: the session's own stream, or None if it was on the stream of a call."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
