@@ -9189,10 +9189,10 @@ async def gather_lists(client: Client, method: str, members=None,
 
 async def have_started(client: Client, missing: collections.abc.Iterable[str], waited: frozenset[str],
                        patience: float | None = None) -> frozenset[str]:
-    """Waits for the first of these servers that has started, or could not, if one is starting, or has just started and
-    still lists what it has; for so many seconds at the most. Returns the names of those of which there may be more to
-    be known now. One whose last start failed is not waited for, nor one that was: where there is no room for all, that
-    would have no end."""
+    """Waits until the first of these servers has started or failed to, for `patience` seconds at the most; one that has
+    just started, and still lists what it has, counts too. Returns the names of those that may have more to say now. One
+    whose last start failed is not waited for, nor one that was `waited` for: where there is no room for all, that would
+    have no end."""
     starts = {}
     for name in missing:
         with contextlib.suppress(ProxyError):
@@ -9376,7 +9376,7 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
 
 async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tuple]], dict[str, str]]:
     """([(server, (its identity, its resources, its templates))], {name: why not} of the others). A thousand parts of
-    one request may want them at once: they wait for the same; but not for one that began before and lacks some."""
+    one request may want them at once and share the work; but not one that began before they came and lacks some."""
     def known(instance: Instance) -> tuple | None:
         items = [instance.list_of(method).fresh for method in RESOURCE_LISTS]
         return (instance.identity, *items) if instance.identity and None not in items else None
@@ -9510,7 +9510,7 @@ class LegacyClientBridge(Bridge):
         client, identity = exchange.client, exchange.instance.identity
         check_introduction(message)
         # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
-        # also where the answer is a revision that nobody knows.
+        # also where the server answered with a revision that nobody knows.
         is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
         version = identity.version if is_answered else negotiate(message.params.get("protocolVersion"))
         if client.is_session:
@@ -9552,7 +9552,7 @@ class LegacyClientBridge(Bridge):
         topic.verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
-        """Leaves them, wherever it joined: since then it may have moved to another server. Each is told by the last."""
+        """Leaves them at each server where it joined: it may have moved since. The last one who leaves tells it."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         joined = [topic for topic in client.topics if topic.uri == uri] if client.is_session else []
         for topic in joined:
