@@ -9911,7 +9911,7 @@ class Dialogue:
     def end(self, is_answered: bool) -> None:
         """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
         answered, a question may have belonged to another call of the same client; so the newest of these has it now.
-        And many ask for roots when they start, whatever call comes then: that question the session keeps."""
+        And many servers ask for roots when they start, in whatever call comes first: the session keeps those."""
         causes, asker = self.exchange.connection.causes, self.exchange.asker
         may_pass_on = is_answered and len(causes) <= MAX_CAUSES
         heirs = [call for call in reversed(causes) if call.asker == asker] if may_pass_on else []
@@ -10089,8 +10089,8 @@ class ClientRequest(PendingRequest, Holder):
         return self.state is PARKED
 
     def stay(self, error: ProxyError) -> None:
-        """Its caller may not use the same any more: it fails with this error if it is at no server, or goes on where it
-        is, and is not sent again; as a legacy client's would be, with its answers."""
+        """What its caller may use has changed: it fails with this error if it is at no server yet; otherwise it goes on
+        where it is, but is not sent again, as a legacy client's would be with its answers."""
         self.stays = self.is_repeated = True
         self.others, self.text = (), self.envelope and self.text
         connection, number = self.connection, self.server_id
@@ -10104,7 +10104,7 @@ class ClientRequest(PendingRequest, Holder):
         return self.target and self.target.name or self.name
 
     def is_changed(self, before: View) -> bool:
-        """Does it go by something else now than in the view that its client had before?"""
+        """Do other rules or limits apply to it now than in the view that its client had before?"""
         view, instance, kind = self.client.view, self.instance, self.method.partition("/")[0]
         places = [self.target.server if self.target else before.members[0].name] if instance else before.by_name
         own = self.own_name if instance else None
@@ -10314,7 +10314,7 @@ class Exchange(ClientRequest):
             self._pick()
         connection = self.instance and self.instance.connection
         client.mount.check_open()
-        if client.is_homeless:                 # it is shown what was there before, by the limits of then
+        if client.is_homeless:                 # its view is of what was there before, with the limits of then
             raise no_such_session()
         if self.id in client.calls:
             raise RPCError("a request with this id is running")
@@ -10373,7 +10373,7 @@ class Exchange(ClientRequest):
                 self.text = self.message.text
 
     def _target_again(self, parked: "Exchange") -> Target | None:
-        """That of a call that was parked, for a caller whose limits may be others now; RPCError if it is closed."""
+        """The target of a parked call, by what its caller may use now; RPCError if that is less."""
         view, kind, target = self.client.view, self.method.partition("/")[0], parked.target
         if not view.limits:
             return target
@@ -10394,8 +10394,8 @@ class Exchange(ClientRequest):
         self.instance, self.target, self.group = self.client.at(server), target, group
 
     def _is_checked(self, connection: ServerConnection) -> bool:
-        """Does a modern tools/call repeat in headers what it has to, may its caller use a tool with such hints, and is
-        it known what is to be repeated for a remote server? Only the server's list of tools tells."""
+        """Checks what only the server's list of tools tells: does a modern tools/call repeat in headers what it has to,
+        may its caller use a tool with such hints, what has to be repeated for a remote server? False: read it first."""
         is_by_hints = self.target and self.target.is_by_hints
         if self.headers is None and not is_by_hints and not (connection.mirrors and self.method == "tools/call"):
             return True
@@ -10829,8 +10829,8 @@ class Listener(Exchange):
             self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
 
     def adopt(self, catalog: Catalog, view: View) -> None:
-        """The configuration is another one: it goes on while its place is there, which showed `view`, and its server;
-        of several with those that there are now."""
+        """The configuration is another one; before, its place showed `view`. It goes on while that place and its server
+        are there, and of several servers with those that there are now."""
         caller = self.client.caller
         try:
             shown = self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
