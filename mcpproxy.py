@@ -6355,8 +6355,6 @@ class PendingRequest:
     client = None              # the Client that the request came from, if it came from one
     principal: object = None   # who is answerable for it
     is_endless = False         # is it a subscription, for which no time is too long?
-    is_running = False         # is the server at work on it, and its client there?
-    is_parked = False          # does it wait for its client?
     stays = False              # is it not to be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
