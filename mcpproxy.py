@@ -8981,9 +8981,9 @@ class Mount:
             return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
         view = view_now()                          # RPCError where there is nothing any more
         _, facts = unseal(secret, sealed_id) or (None, None)
-        if not facts or name in self.deleted or (
-                facts["whose"], facts["place"]) != (whose(secret, caller), view.place) or not (
-                -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS):
+        is_genuine = facts and (facts["whose"], facts["place"]) == (whose(secret, caller), view.place) and (
+            -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS)
+        if not is_genuine or name in self.deleted:
             return NOBODYS_NAME
         wanted = facts.get("wanted")               # without that, it is narrowed down as this request is
         if wanted is not None:
