@@ -10355,15 +10355,14 @@ class Exchange(ClientRequest):
         parked = self.client.mount.parked.get(state) if isinstance(state, str) and self.envelope else None
         if parked and not self.client.is_session and parked.instance.owner in ((), self.client.user) and (
                 parked.client.caller, parked.method, parked.name) == (self.client.caller, self.method, self.name):
-            self.target = self._target_again(parked)
-            # Whatever was taken out of the configuration since.
-            self.instance, self.group = parked.instance, parked.group
+            # It goes on there, whatever was taken out of the configuration since.
+            self.target, self.instance, self.group = self._target_again(parked), parked.instance, parked.group
             return
         target = pick(self.client, self.message)
-        given = self.client.mount.states.get(short_of(state)) if target is None and (
-            self.method == "resources/read" and isinstance(state, str)) else None           # a call goes by its name
-        if given and given.place in self.client.view.by_name:
-            target = Target(given.place)
+        if target is None and self.method == "resources/read" and isinstance(state, str):    # a call goes by its name
+            given = self.client.mount.states.get(short_of(state))
+            if given and given.place in self.client.view.by_name:
+                target = Target(given.place)
         if target:
             self.aim(target)
             if self.client.view.is_joint and self.method.startswith("tasks/"):
