@@ -9365,11 +9365,11 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
     found, _ = await gather_identities(client)
     if not any(identity.has("tasks") or identity.has(TASKS_EXTENSION) for _, identity in found):
         raise RPCError(f"no server knows {message.method}", status=404, code=METHOD_NOT_FOUND)
-    capabilities = members_of(message.meta.get(CAPABILITIES_KEY))
-    if CAPABILITIES_KEY in message.meta and message.method not in NAMED_IN_HEADER:
-        raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
-    if CAPABILITIES_KEY in message.meta and TASKS_EXTENSION not in members_of(capabilities.get("extensions")):
-        raise no_tasks()
+    if CAPABILITIES_KEY in message.meta:
+        if message.method not in NAMED_IN_HEADER:
+            raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
+        if TASKS_EXTENSION not in members_of(members_of(message.meta[CAPABILITIES_KEY]).get("extensions")):
+            raise no_tasks()
 
 
 async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tuple]], dict[str, str]]:
