@@ -6989,22 +6989,22 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     """Whose a message is: (one client's running calls that may carry it, the newest last; without any, a session)."""
     named = owner_named(message)
     owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
-    if cause and cause.client and owner in (None, cause.client.owner):
+    if cause and cause.client and owner in (None, cause.client.owner):       # it came on the stream of a client's call
         return [cause], None
-    if named and (message.kind is NOTIFICATION or owner):
+    if named and (message.kind is NOTIFICATION or owner):                    # it says whose it is
         session = instance.sessions.get(owner)
         return [call for call in session.calls.values() if call.is_running] if session else [], session
     # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
     # one is the proxy's own, or over.
     if cause and not instance.is_ones_own:
         return [], None
-    if connection and connection.causes:
+    if connection and connection.causes:                                     # running calls that can have caused it
         calls = list(itertools.islice(connection.causes, MAX_CAUSES + 1))
         is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
         return calls if is_ones else [], None
+    # No such call is running: it may belong to one that waits for its client, or to the only session that there is.
     if len(instance.sessions) > 1:
         return [], None
-    # No call that can have caused it is running. There are only this session, and calls that wait for their clients.
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
     session = next(iter(instance.sessions.values()), None)
     parked = [call for call in waiting if call.is_parked]
