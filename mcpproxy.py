@@ -8763,8 +8763,7 @@ class Group:
                message: Message | None = None) -> Server:
         """The member for a request that came with these HTTP headers, or for what is no single request; `left_out` has
         failed with it. RPCError when each has calls of its own, and this is none of them."""
-        owner = self._owner(client, message) if message else None
-        if owner:
+        if message and (owner := self._owner(client, message)):
             return owner
 
         # What is claimed goes to nobody else, also when those who claim it are down.
@@ -8777,7 +8776,8 @@ class Group:
         if not members:
             raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
 
-        # The member that the client is at, if that is good enough; otherwise whoever has least to do.
+        # The member that the client is at, unless it is down, or starts while another is ready; otherwise whoever has
+        # least to do.
         before = client.members.get(self.config.name)
         up = [member for member in members if member.is_up_for(client)]
         first = [member for member in up if not member.config.is_backup] or up or members
