@@ -8908,27 +8908,27 @@ class Mount:
     def _adopt_keys(self, keys: Keys) -> None:
         callers = {caller: caller for caller in keys.callers}
 
-        def now(caller: Caller | None) -> Caller | None:
+        def current(caller: Caller | None) -> Caller | None:
             return caller.under(keys.scopes) if caller and caller.is_token else callers.get(caller)
 
         def is_another(caller: Caller | None) -> bool:
-            return caller is not None and (now(caller) is None or now(caller).limits != caller.limits)
+            return caller is not None and (current(caller) is None or current(caller).limits != caller.limits)
         calling = (call.client for call in self.calls if call.client.is_session)         # also those about to end
         for session in dict.fromkeys((*self.sessions.values(), *calling)):
-            caller = now(session.caller)
+            caller = current(session.caller)
             if session.caller and not caller:
                 session.end()
             session.caller = caller
         for call in [call for call in (*self.subscriptions, *self.calls) if not call.client.is_session]:
             if call.is_endless and is_another(call.client.caller):
                 call.end_subscription()
-            elif call.client.caller and now(call.client.caller) is None:
+            elif call.client.caller and current(call.client.caller) is None:
                 call.stay(other_limits())
-            call.client.caller = now(call.client.caller) or call.client.caller
+            call.client.caller = current(call.client.caller) or call.client.caller
         for server in self.servers.values():
             for instance in [one for one in server.instances.values() if one.owner and not one.is_private]:
                 caller = instance.owner[0]                                         # a visitor's
-                if caller and (is_another(caller) if instance.variables else now(caller) is None):
+                if caller and (is_another(caller) if instance.variables else current(caller) is None):
                     instance.last_used = float("-inf")                             # for when its calls are done
                     if not instance.is_used:
                         server.end(instance)
