@@ -3961,11 +3961,10 @@ def process_stat(pid: int) -> list[bytes]:
 
 def cgroups_around() -> list[str]:
     """Our control group and the one above it, as directories; none where there is no cgroup v2. cgroups(7)."""
-    mounts = [line.split() for line in read_file("/proc/self/mounts").decode(errors="replace").splitlines()]
-    root = next((fields[1] for fields in mounts if fields[2] == "cgroup2"), None)
+    root = re.search(r"^\S+ (\S+) cgroup2 ", read_file("/proc/self/mounts").decode(errors="replace"), re.MULTILINE)
     own = re.search("^0::(.*)$", read_file("/proc/self/cgroup").decode(errors="replace"), re.MULTILINE)
-    paths = [os.path.normpath(root + own[1]), os.path.normpath(root + os.path.dirname(own[1]))] if root and own else []
-    return [*dict.fromkeys(paths)]
+    paths = (own[1], os.path.dirname(own[1])) if root and own else ()
+    return [*dict.fromkeys(os.path.normpath(root[1] + path) for path in paths)]
 
 
 def list_processes() -> list[int]:
