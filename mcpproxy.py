@@ -4632,7 +4632,7 @@ class Cell:
     async def _take_user(self, text: str) -> None:
         """A user by name or number, or one of a range that nothing else runs as; some process may just be ending."""
         import pwd
-        users, number = users_of(text), text if text[0].isdigit() else None
+        users, number = users_of(text), int(text) if text.isdigit() else None
         if users:
             taken, deadline = self.sandbox.reaper.uids, time.monotonic() + UID_SECONDS
             while (uid := next((one for one in users if one not in taken and not processes_of(one)), None)) is None:
@@ -4642,13 +4642,12 @@ class Cell:
             taken.add(uid)
             self._uid = number = uid
         try:
-            found = pwd.getpwnam(text) if number is None else pwd.getpwuid(int(number))
+            found = pwd.getpwnam(text) if number is None else pwd.getpwuid(number)
+            self.user, self.variables["HOME"] = (found.pw_uid, found.pw_gid), found.pw_dir
         except KeyError:
             if number is None:
                 return self.sandbox.refuse("run_as_user", f"there is no user {text}")
-            found = None
-        self.user = (found.pw_uid, found.pw_gid) if found else (int(number), int(number))
-        self.variables["HOME"] = found.pw_dir if found else "/"
+            self.user, self.variables["HOME"] = (number, number), "/"
 
     def _make_cgroup(self) -> None:
         """A control group, where ours or the one above it can be divided; with its limits, where they can be set there.
