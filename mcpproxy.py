@@ -5085,8 +5085,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         return False
 
     def _log_stderr(self, line: bytes) -> None:
-        now = time.monotonic()
-        if self._said.add(now) > STDERR_A_SECOND:
+        if self._said.add(time.monotonic()) > STDERR_A_SECOND:
             return
         text = self._redact(line[:MAX_REDACTED].decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
@@ -5243,17 +5242,15 @@ class ClientConnection(asyncio.Protocol):
         body = parser.next_body(limit)
         while body is None and parser.is_interrupted:
             body = parser.next_body(limit)
-        if fetch.is_stream:
-            part, body = parser.take() if body is None else body, None if body is None else b""
-            if part:
-                fetch.on_part(part)
+        if fetch.is_stream and (part := parser.take() if body is None else body):
+            fetch.on_part(part)
         if body is not None and not fetch.is_over:
             fetch.is_over, head = True, self._head
             if head.keep_alive and not parser.rest and not self._transport.get_write_buffer_size():
                 self._client.release(self)
             else:
                 self.close()
-            fetch.on_end(head, body)
+            fetch.on_end(head, b"" if fetch.is_stream else body)
 
     def _fail(self, fetch: Fetch, reason: str) -> None:
         self.close()
