@@ -6443,18 +6443,17 @@ class ServerConnection(Holder):
         return self._greeted(MODERN, response)
 
     async def probe(self, params: dict) -> Identity:
-        """Finds out. MCP 2026-07-28, stdio, Backward Compatibility: any answer to server/discover that is not
-        modern, and none within a reasonable time, mean that the server is legacy.
+        """The one that the server understands. MCP 2026-07-28, stdio, Backward Compatibility: any answer to
+        server/discover that is not modern, and none within a reasonable time, mean that the server is legacy.
 
-        One that reads and never says a word again is not waited for: a fresh process will have to be asked. One that
-        has read nothing has not started yet; npx may be fetching it. A remote one is at work while its POST runs, and
-        may start a session's own process. GreetedTwice when it was slow and took both."""
+        One that reads its input and stays silent is given up: a fresh process will have to be asked. One that has
+        read nothing has not started yet; npx may be fetching it. A remote one is waited for while its POST runs: it
+        may start a process for the session. GreetedTwice when it was slow and took both."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
         waiting, greeting, unread, has_begun = {probe}, None, 0, False
         try:
             while waiting:
-                is_greeting = greeting in waiting
-                patience = PROBE_SECONDS if not is_greeting else None if self.link.is_remote else GREETING_SECONDS
+                patience = (None if self.link.is_remote else GREETING_SECONDS) if greeting in waiting else PROBE_SECONDS
                 done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 # A server may just be slow to start, so its late answer counts too.
                 if probe in done and not probe.exception() and speaks_modern(probe.result()):
@@ -6465,21 +6464,20 @@ class ServerConnection(Holder):
                     return self._greeted(MODERN, probe.result())
                 if probe in done:
                     check_is_legacy(probe.exception() or probe.result())
-                if greeting in done:
-                    if not greeting.exception():
-                        return self._greeted(LEGACY, greeting.result())
-                elif is_greeting and not done:
+                if greeting in done and not greeting.exception():
+                    return self._greeted(LEGACY, greeting.result())
+                if greeting is None and self.link.is_open:
+                    has_begun = bool(done) or not self.link.unread
+                    greeting = asyncio.ensure_future(self.request("initialize", params).result())
+                    waiting.add(greeting)
+                elif greeting in waiting and not done:
                     before, unread = unread, self.link.unread
                     log.warning("! server %(server)s has not answered yet: does it speak MCP on stdin and stdout?",
                                 server=self.name)
                     if has_begun or not unread or unread < before:
                         raise ServerError("the MCP server does not answer")
                 elif greeting and not done:
-                    break                       # one was refused, and the other is not answered
-                elif greeting is None and self.link.is_open:
-                    has_begun = bool(done) or not self.link.unread
-                    greeting = asyncio.ensure_future(self.request("initialize", params).result())
-                    waiting.add(greeting)
+                    break                       # initialize was refused, and server/discover is not answered
             raise (greeting or probe).exception() or HandshakeRefused("the MCP server refused")
         finally:
             for task in filter(None, (probe, greeting)):
