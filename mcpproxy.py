@@ -6584,10 +6584,10 @@ class ServerConnection(Holder):
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once one that is not one client's own
         has had a call, that may be anybody's secret, and is for the log alone."""
-        is_secretive = self.has_served and not self._is_ones_own
-        said, words = ("", []) if is_secretive else (self.link.last_word, list(self.link.last_words))
-        data = {"exitCode": self.link.exit_code, **self.link.excess, **({} if is_secretive else {"stderr": words})}
-        return ServerError(f"the MCP server ended{self.link.how_it_ended}" + (f": {said}" if said else ""),
+        data, said = {"exitCode": self.link.exit_code, **self.link.excess}, ""
+        if self._is_ones_own or not self.has_served:
+            said, data["stderr"] = self.link.last_word, list(self.link.last_words)
+        return ServerError(f"the MCP server ended{self.link.how_it_ended}{said and ': '}{said}",
                            data=None if self.link.is_remote else data)
 
     # From the server.
