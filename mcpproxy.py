@@ -3529,8 +3529,8 @@ _turn: tuple = (None, [])          # (the event loop, what is to be called at th
 
 
 def at_end_of_turn(call) -> None:
-    """Calls something when all that is ready now has been done. So what is collected in a turn is written once; and
-    all who collect share one place in the queue of the event loop."""
+    """Calls `call` at the end of this turn of the event loop, when all that is ready now has been done: so what is
+    collected in a turn is written once. All who collect share one callback of the loop."""
     global _turn
     loop = asyncio.get_running_loop()
     if _turn[0] is not loop:
@@ -3558,16 +3558,16 @@ class Log(logging.Handler):
         super().__init__(level.upper())
         self.as_json = as_json
         self.descriptor = descriptor
-        self.dropped = 0                        # lines that nobody could take, for whoever looks in
+        self.dropped = 0                        # lines that could not be written, for a debugger
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
-        self._second, self._clock, self._zone = 0, "", ""           # and the texts of it
+        self._second, self._clock, self._zone = 0, "", ""           # of the last line: its time and zone as text
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """What asyncio has to say."""
+        """Logs what asyncio reports."""
         self.add(record.levelno, "! %(problem)s", {"problem": record.getMessage()},
                  record.exc_info and record.exc_info[1])
 
@@ -3665,8 +3665,8 @@ def positional(template: str) -> tuple[str, list[str]]:
 
 
 def redactor(secrets: collections.abc.Iterable[str]):
-    """A function that takes secrets, but not those of a few characters, out of a text for the log, as they are or as in
-    JSON. (One expression for all would be slower, and much slower for secrets that begin alike.)"""
+    """A function that replaces secrets of more than three characters in a text for the log, plain or escaped as in
+    JSON. (One regular expression for all would be slower, and much slower for secrets that begin alike.)"""
     forms = {form for secret in secrets if len(secret) > 3 for form in (
         secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])}
     longest_first = sorted(forms, key=len, reverse=True)
@@ -3705,14 +3705,14 @@ def start_logging(level: str, as_json: bool) -> None:
 #
 # How often things happened, for Prometheus. The names and buckets of requests are OpenTelemetry's (Semantic conventions
 # for MCP, metric mcp.server.operation.duration). Each set of labels is kept for good, so no client may make new ones:
-# a method, revision or tool that it made up counts as OTHER. Which tools there are only the server says, and it may
-# not have been asked yet; so what names an unknown one is kept apart until the numbers are read. Codes of errors are
-# the server's, and bounded.
+# a method, revision or tool that it made up counts as OTHER. Only the server says which tools there are, and it may not
+# have been asked yet: so calls of unknown tools are kept apart until the numbers are read. Error codes are the
+# server's, and only so many are told apart.
 
 DURATIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)         # seconds
 MAX_TOOLS = 500                  # that have numbers of their own
-MAX_CODES = 50                   # of errors, those that servers made up with them
-MAX_CALL_SERIES = 4_000          # of calls; past that neither tools nor errors are told apart: each is 3 KB of text
+MAX_CODES = 50                   # of errors, the well-known ones included
+MAX_CALL_SERIES = 4_000          # sets of labels; past that, tools and errors are not told apart: each is 3 KB of text
 MAX_UNSETTLED = 1_000            # sets of labels with a tool that is not known (yet)
 MAX_LABEL_VALUE = 100            # characters
 
@@ -3731,9 +3731,9 @@ class Counters:
             HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION, RESOURCE_NOT_FOUND, URL_ELICITATION_REQUIRED))}}
 
     def find(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
-        """The numbers for a call whose labels are not in the book yet; all but the method may be empty, and the
-        error is if there was none. `tools` are those that the server has. The numbers are: how many took up to each of
-        DURATIONS but not up to the one before, how many took longer, and how many seconds they took together."""
+        """The numbers for a call whose labels are new. All labels but the method may be empty; an empty error means
+        that there was none. `tools` are those that the server has. The numbers are: how many calls fell into each
+        bucket of DURATIONS, how many took longer, and how many seconds they took together."""
         tool = labels[2]
         if tool and tool not in tools and len(tool) <= MAX_LABEL_VALUE and len(self.unsettled) < MAX_UNSETTLED:
             self.unsettled.add(labels)
@@ -3862,9 +3862,9 @@ class Budget:
         return self._totals.get((principal, False), 0) + self._totals.get((principal, True), 0)
 
     def _free(self, size: int, kinds: collections.abc.Set) -> bool:
-        """Makes room for so many bytes, and for a tenth of all, so that it is seldom done: takes from whoever holds
-        most, first what can be spared, then the largest. Takes nothing if all that these hold is too little: there may
-        be so many that to look at each takes long, and to be refused costs a client nothing."""
+        """Makes room for so many bytes, and for a tenth of the limit, so that it is seldom done: takes from whoever
+        holds most, first what can be spared, then the largest. Takes nothing if all of these kinds hold too little:
+        looking at each holder may take long, and being refused costs a client nothing."""
         if self.held + size - sum(map(self._totals.get, kinds)) > self.limit:
             return False
         totals = {principal: self._total(principal) for principal, _ in kinds}
