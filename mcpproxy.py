@@ -3905,7 +3905,7 @@ def other_limits() -> ServerError:
 # 17. Linux
 # ============================================================================
 #
-# What it says of processes, where there is a /proc, and what is done to processes and to files of others.
+# What it says of processes, where there is a /proc; signals, and the removal of files that others have written.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
 STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
@@ -3950,7 +3950,7 @@ def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
 
 
 def process_stat(pid: int) -> list[bytes]:
-    """What the system says of a process: see STATE and the others; each is empty of one that is gone."""
+    """The fields of a process, by STATE and the others; all are empty if it is gone."""
     stats = (text.rpartition(b")")[2].split() for text in read_proc(pid, "stat"))
     stat = next(stats) or [b""] * (PAGES + 1)
     if stat[STATE] == b"Z" and stat[THREADS] != b"1":          # its other threads run
@@ -4128,8 +4128,8 @@ class Census:
             usage.on_looked_at()
 
     def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
-        """By what was known of it, its parent, or its session; an orphan's by its control group or its environment;
-        otherwise one that the proxy got is of the only server there is."""
+        """The server that a process belongs to: by what was known of it, its parent, or its session; an orphan's by its
+        control group or its environment. Any other orphan that the proxy got belongs to the only server there is."""
         start, server = before.get(pid, (b"", None))
         if pid in self.servers:
             return pid
@@ -4149,14 +4149,14 @@ class Census:
                     return server
         if parent != os.getpid() or not self.gets_orphans or self.starting or pid in self.ours:
             return None
-        return next(iter(self.servers)) if len(self.servers) == 1 else None          # nor later of the one that is left
+        return next(iter(self.servers)) if len(self.servers) == 1 else None          # then it stays nobody's: see look()
 
     def reaped(self, usage: Usage | None = None) -> None:
-        """Its process has ended, maybe between two looks. The system adds up what children that ended have taken. None:
-        it was no server, and what it took is counted as its server's already."""
+        """A server's process has ended, maybe between two looks; the system adds up what ended children have taken.
+        None: another child has, and what it took is counted as its server's already."""
         before, self._reaped = self._reaped, sum(os.times()[2:4])
         if usage:
-            usage.is_over = True               # others may have ended with it, whose turn comes
+            usage.is_over = True               # others that ended too are told of next: theirs is left to them
             self._reaped -= sum(other.seconds for pid, other in self.servers.items()
                                 if not other.is_over and not process_stat(pid)[STATE])
             usage.gone += max(0, self._reaped - before - usage.seconds)
@@ -4227,16 +4227,16 @@ class Reaper:
     def __init__(self):
         self.nonce = os.urandom(8).hex()
         self.census = Census()
-        # Of sandboxed servers: the directory of their homes, and how the paths of their control groups may begin;
+        # For sandboxed servers: the directory of their homes; how the paths of their control groups may begin;
         try:
             place = tempfile.gettempdir()
         except OSError:                       # who wants a home there will be told
             place = "/tmp"
         self.homes = os.path.join(place, f"mcpproxy-{os.urandom(4).hex()}")
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
-        # and users that are taken, or never given: all that runs as one is killed in the end, so not root, nor ours.
+        # users that are taken or never given: all that runs as one is killed in the end, so never root, nor ours.
         self.uids = {0, os.getuid()}
-        self.patience = 2.0, 3.0, 1.0         # seconds, with a server that is to end, after each step of that
+        self.patience = 2.0, 3.0, 1.0         # seconds that a server has to end, after each step of ServerProcess._stop
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         with contextlib.suppress(RuntimeError):
@@ -4264,7 +4264,7 @@ class Reaper:
         return f"{self.nonce}-{os.urandom(8).hex()}"
 
     def tick(self) -> None:
-        """Called every few seconds: hears of orphans that ended, as process 1 of everybody's, and of the shell."""
+        """Called every few seconds: reaps orphans that ended, as process 1 everybody's; and looks after the shell."""
         for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
             if process_stat(pid)[STATE] == b"Z":
                 with contextlib.suppress(ChildProcessError):
@@ -4278,14 +4278,14 @@ class Reaper:
             self._start_watcher(is_told=True)
 
     def _strangers(self) -> set[int]:
-        """Our children that are nothing of ours: servers have left them behind, and process 1 gets everybody's. While
-        a server is started, it could be one of them."""
+        """Our children that we did not start: orphans that servers left behind; as process 1, everybody's. None while
+        a server is being started, which could be one of them."""
         known = {*self.census.servers, *self.census.ours}
         return {*children_of(os.getpid())} - known if not self.census.starting else set()
 
     def ended(self, tag: str, pid: int | None, lease, descendants: collections.abc.Iterable[tuple] = ()) -> None:
-        """Says that a server is gone. What it left behind is killed soon, for many servers at once; then its `lease`,
-        if it has one, is closed. `descendants`: those that it had while they could be told."""
+        """Called when a server is gone. What it left behind is killed soon, for many servers at once; then its `lease`,
+        if it has one, is closed. `descendants`: those that it had when its end began."""
         self._ended.append((tag, self.census.of(pid).union(descendants), lease))
         self.census.forget(pid)
         if self._sweep is None:
@@ -4619,7 +4619,7 @@ class Cell:
             directory = f"{reaper.homes}/{self._number[:8]}"
             os.makedirs(reaper.homes, 0o711, exist_ok=True)
             if os.lstat(reaper.homes).st_uid != os.geteuid():          # its name can be seen before it is there
-                raise ServerError(f"{reaper.homes} is somebody else's")
+                raise ServerError(f"{reaper.homes} belongs to somebody else")
             os.chmod(reaper.homes, 0o711)              # whatever the umask is: another user's home is in it
             for path in directory, f"{directory}/home", f"{directory}/tmp":
                 os.mkdir(path, 0o700)
@@ -4630,7 +4630,7 @@ class Cell:
         self._make_cgroup()
 
     async def _take_user(self, text: str) -> None:
-        """A user by name or number, or one of a range that nothing else runs as; some process may just be ending."""
+        """Takes a user by name or number, or one of a range as which nothing runs; what does may just be ending."""
         import pwd
         users, number = users_of(text), int(text) if text.isdigit() else None
         if users:
@@ -4675,7 +4675,7 @@ class Cell:
 
     @property
     def is_out_of_memory(self) -> bool:
-        """Did the kernel end something of it, because it was over memory.max?"""
+        """Did the kernel kill one of its processes for want of memory?"""
         events = read_file(f"{self.cgroup}/memory.events") if self.cgroup else b""
         return re.search(rb"^oom_kill [1-9]", events, re.MULTILINE) is not None
 
