@@ -4149,7 +4149,7 @@ class Census:
                     return server
         if parent != os.getpid() or not self.gets_orphans or self.starting or pid in self.ours:
             return None
-        return next(iter(self.servers)) if len(self.servers) == 1 else None          # then it stays nobody's: see look()
+        return next(iter(self.servers)) if len(self.servers) == 1 else None         # then it stays nobody's: see look()
 
     def reaped(self, usage: Usage | None = None) -> None:
         """A server's process has ended, maybe between two looks; the system adds up what ended children have taken.
@@ -4769,7 +4769,7 @@ LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_pr
           "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
 
 
-# Lines behind the one that says what is wrong, as languages end: where it was, in which version, with which code.
+# Lines that languages write after the one that says what is wrong: where it happened, the version, the exit code.
 _TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$|[]})]+$|"
                       r"npm (?:notice|\w+!? (?:A complete log|404(?: Note| tarball|$)))|Run '[^']+ --help'")
 
@@ -4784,7 +4784,7 @@ class Link:
     on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
     request = None          # called with a method and its params for a request of the link's own
     on_forgotten = None     # called when the server has forgotten all that it was told, and what it had asked
-    awaits = None           # called with the id of a request: who waits for its answer, if that is still to come?
+    awaits = None           # called with the id of a request; returns who still waits for the answer, or None
 
     is_remote = False       # is the server another machine's?
     label = "a link"        # what the log calls it, as a template
@@ -4799,7 +4799,7 @@ class Link:
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
     backlog = 0             # bytes of what was written that wait here for the server to read
-    hearing: int | None = 0              # how often what belongs to no request could not come; None: it cannot now
+    hearing: int | None = 0              # how many gaps there were in what belongs to no request; None: there is one
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
 
@@ -5102,12 +5102,12 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
-MAX_FETCHES = 256                # of one HTTPClient at a time, and for one principal three times what is left then
+MAX_FETCHES = 256                # of one HTTPClient at a time; of one principal, fewer than three times those left free
 EXTRA_FETCHES = 4                # beside these: for initialize, ping, what has no answer, a session's stream and end
 MAX_INTERIM = 100                # 1xx before one response
-KEPT_CONNECTIONS = 8             # of one HTTPClient, on which nothing is sent now
-REUSE_SECONDS = 4.0              # for which such a one can be used again: node closes it after 5
-ANSWERED_SECONDS = 5.0           # for a stream to end that has nothing more to say
+KEPT_CONNECTIONS = 8             # of one HTTPClient, that are idle
+REUSE_SECONDS = 4.0              # for which an idle one can be used again: node closes it after 5
+ANSWERED_SECONDS = 5.0           # for a stream to end after the answer
 
 
 class Fetch(Holder):
@@ -5140,12 +5140,12 @@ class Fetch(Holder):
         """There will be none: the server `reason`, a predicate."""
 
     def abort_later(self) -> None:
-        """All was said; a server that does not end its answer shall not keep the connection."""
+        """The answer came, or is not wanted: hangs up if the server does not end its stream soon."""
         self.body, self.is_safe = b"", False
         asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self.abort)
 
     def give(self) -> None:
-        """What it has of the answer has to go."""
+        """Fails, because what it holds of the answer has to go."""
         self.on_failure("sent more than can be held now")
         self.abort()
 
@@ -5342,7 +5342,7 @@ class HTTPClient:
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
     def _next(self, opening: int = 0) -> Fetch | None:
-        """The first that waits and has a place, beside connections that are being made, which may be anybody's."""
+        """The first in the queue that has a place. Each of the connections being made may take one, for anybody."""
         free, places = MAX_FETCHES - self._places.total() - opening, self._places
         return next((fetch for fetch in self._waiting if fetch.is_endless or (
             free > -EXTRA_FETCHES if fetch.is_extra else places[fetch.whose] + opening < 3 * free)), None)
@@ -5354,7 +5354,7 @@ class HTTPClient:
         connection.send(fetch)
 
     def _vacate(self, connection: ClientConnection) -> None:
-        """Its fetch is over, or will be sent on another one; what came of it is now counted by whoever takes it."""
+        """Its fetch is over, or is sent again on another one; what came of it is counted by whoever takes it."""
         fetch, connection.fetch = connection.fetch, None
         if fetch:
             budget.set(fetch, 0)
@@ -5366,7 +5366,7 @@ class HTTPClient:
     async def _open(self) -> None:
         reason = None
         try:
-            # Not wait_for(), which before Python 3.12 takes turns of its own, in which the connection may end unheard.
+            # Not wait_for(): before Python 3.12 it takes turns of its own, in which the connection may end unseen.
             async with asyncio.timeout(CONNECT_SECONDS):
                 host, port = self._url.hostname, port_of(self._url)
                 await look_up(host, port)
