@@ -6083,10 +6083,10 @@ class RemoteLink(Link):
 
     def post_head(self, line: bytes, about: tuple | None) -> bytes:
         """The head of a POST. MCP 2026-07-28, Streamable HTTP, Request Metadata."""
-        _, method, name, more, way = about or (0, "", None, (), "")
+        _, method, name, more, way = about or (0, None, None, (), "")          # None: it is no request
         headers = [("Content-Type", JSON_TYPE), ("Accept", f"{JSON_TYPE}, {EVENT_STREAM_TYPE}"), *more]
         if method == "server/discover" or self.revision == MODERN_VERSION:
-            repeated = ("Mcp-Method", method or None), ("Mcp-Name", name)          # of a notification, nothing is
+            repeated = ("Mcp-Method", method), ("Mcp-Name", name)
             headers.append(("MCP-Protocol-Version", MODERN_VERSION))
             headers += [(header, encode_header(value)) for header, value in repeated if value is not None]
         elif method != "initialize":
@@ -6178,11 +6178,11 @@ class RemoteLink(Link):
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
         self._running.pop(post.number, None)
         has_answer = post.is_stream or is_answer(head, body, post.number)
-        if not post.session and not post.is_greeting and head.status in (400, 404, 405) and (
-                not has_answer or is_of_lost_session(head, body, post.number)):
+        is_lost = head.status in (400, 404) and is_of_lost_session(head, body, post.number)
+        if not (post.session or post.is_greeting) and (is_lost or not has_answer and head.status in (400, 404, 405)):
             # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._doubt())
-        if post.session and is_of_lost_session(head, body, post.number):
+        if post.session and is_lost:
             request = self.awaits(post.number)
             if post.is_repeated or request and request.stays:
                 self._refuse(post, refusal(head, body))
@@ -6298,8 +6298,8 @@ class RemoteLink(Link):
                 return self.end(reason)
             if number is None and status == 404 and listen.tries and self.session:
                 return self._renew(self.session)         # it had a stream before
-            if not self.awaits(number) if number is not None else 400 <= status < 500 and status != 429:
-                return                         # MCP 2025-11-25: 405, if it has none
+            if not self.awaits(number) and (number is not None or 400 <= status < 500 and status != 429):
+                return                         # MCP 2025-11-25: 405, if it has no stream for what belongs to no request
             listen = self._running[number] = listen.again()
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE; 2025-11-25, Transports, Backwards Compatibility.
