@@ -5738,9 +5738,9 @@ SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/l
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
 RESUMES = 5                      # times in a row that a stream may be asked for in vain
-RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless it says otherwise, doubling
-RESUME_LIMIT = 30.0              # to this
-RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # whatever it says
+RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless the server says otherwise;
+RESUME_LIMIT = 30.0              # this is doubled each time, up to here
+RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # of what the server says
 LASTING_SECONDS = 10.0           # a stream that was open for so long was not in vain, even if nothing came on it
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
@@ -5771,7 +5771,7 @@ class RemoteFetch(Fetch):
         return self.events.size if self.events else 0
 
     def give(self) -> None:
-        """The call fails, for want of room here: the server is not to blame, and not to say the same again."""
+        """Fails the call for want of room here: the server is not to blame, and is not asked for the rest."""
         request = self.link.awaits(self.number)
         if request and request.client:
             request.give()                     # takes it back
@@ -5825,8 +5825,8 @@ class Aside(Ask):
 
 
 class Listen(RemoteFetch, Ask):
-    """A GET for a stream: a session's, what is missing of an answer, or the one of HTTP+SSE. `tries` says how often
-    it was asked for in vain, and `retry` after how many seconds the server wants that, if it said so."""
+    """A GET for a stream: a session's, what is missing of an answer, or the one of HTTP+SSE. `tries`: how often in a
+    row it was asked for in vain; `retry`: the seconds before it is asked for again, if the server said how many."""
 
     def __init__(self, link: "RemoteLink", number: int | None = None, last_id: str = "", retry: float | None = None,
                  tries: int = 0):
@@ -5842,8 +5842,8 @@ class Listen(RemoteFetch, Ask):
 
     @property
     def pause(self) -> float:
-        """For how long to wait before it. MCP 2025-11-25, Transports, Sending Messages to the Server, 6: what it says
-        MUST be respected, and is for an hour at most; RESUME_LIMIT is for what is added to that."""
+        """The seconds to wait before it. MCP 2025-11-25, Transports, Sending Messages to the Server, 6: `retry` MUST be
+        respected (and is, up to an hour); RESUME_LIMIT bounds only what doubling adds to it."""
         if self.number is None and not self.tries:
             return 0
         first = RESUME_SECONDS if self.retry is None else min(RESUME_MOST, max(RESUME_LEAST, self.retry))
@@ -5863,8 +5863,8 @@ class Listen(RemoteFetch, Ask):
         super().on_part(data)
 
     async def heard(self, client: HTTPClient) -> tuple[int, str, bool]:
-        """Hears it to its end: the HTTP status if it was no stream, otherwise 0; the end, a predicate of the server's;
-        and was that reached?"""
+        """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0; how it ended, a predicate of
+        the server's; and whether the server was reached."""
         now = asyncio.get_running_loop().time
         began = now()
         try:
@@ -5873,7 +5873,7 @@ class Listen(RemoteFetch, Ask):
         except OSError as error:
             return 0, str(error), not isinstance(error, ConnectionError)
         finally:
-            # What stands between may cut each stream that is silent for a minute, and most are.
+            # A proxy in between may cut each stream that is silent for a minute, and most are.
             if self.is_stream and now() - began >= LASTING_SECONDS:
                 self.tries = 0
 
@@ -5895,8 +5895,8 @@ def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
 
 
 def kind_of(line: bytes) -> str | None:
-    """Is a line a request, a notification or a response? An array (MCP 2025-03-26, Batching) is a request if it may
-    have any. None if it is no message."""
+    """Is a line a request, a notification or a response? An array (MCP 2025-03-26, Batching) counts as a request if it
+    may hold one. None if it is no message."""
     if line.lstrip().startswith(b"["):
         return REQUEST if b'"method"' in line else RESPONSE
     with contextlib.suppress(RPCError):
@@ -5904,9 +5904,9 @@ def kind_of(line: bytes) -> str | None:
 
 
 def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
-    """Does the server say that it has forgotten the session? In the field that is also said by 400, with words about
-    it; but where it answers that a parameter is wrong, that may have such a name. Or it does not know the revision
-    that was agreed on: what is there now is another server."""
+    """Does the server say, by 404, that it has forgotten the session? In the field a 400 that speaks of a session says
+    so too, unless it answers that a parameter is wrong: that may have such a name. So does a 400 to the revision that
+    was agreed on: what is there now is another server."""
     return head.status == 404 and b"-32601" not in body or head.status == 400 and (
         b"session" in body.lower() and not (b"-32602" in body and is_answer(head, body, number))
         or _NOT_MINE.search(body) is not None)
@@ -5937,7 +5937,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # has nothing else. A legacy one may open a session, and a stream for what belongs to no request; streams that are cut
 # are asked for again where they were; and a session that it has forgotten is opened again in place, so that nobody
 # notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
-#
+
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 ASIDES = 128                     # of these are on their way at a time: calls need places too
 DELETE_SECONDS = 2.0             # for the end of a session
@@ -5960,7 +5960,7 @@ class RemoteLink(Link):
         self._client = HTTPClient(url)
         # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        # (line, is_repeated) of what has no answer, by principal: of each of these, one is on its way, or has no place.
+        # (line, is_repeated) of what has no answer, by principal; one more of each is on its way, or waits for a place.
         self._asides: dict[object, collections.deque[tuple]] = {}
         self._places = asyncio.Semaphore(ASIDES)
         self.backlog = 0                       # how many bytes they have
@@ -6034,8 +6034,8 @@ class RemoteLink(Link):
         return Ask(self.post_head(line, about), line).answer(self._client, ASIDE_SECONDS)
 
     async def _doubt(self) -> None:
-        """The server does not understand what it did before. It may have been replaced by one of the other era, or that
-        wants a session: so it is greeted as it was then, and the link ends if that is not understood either."""
+        """The server does not understand what it did before. One of the other era may have taken its place, or one that
+        wants a session: so it is greeted again in the same way, and the link ends if it does not understand that."""
         now, is_modern = asyncio.get_running_loop().time(), self.revision == MODERN_VERSION
         if not self.revision or self._endpoint or now < self._certain_until:
             return
@@ -6111,7 +6111,7 @@ class RemoteLink(Link):
         return aside
 
     async def _tell_all(self, principal: object, sent: Aside | None) -> None:
-        """Sends what has no answer, a principal's one after the other, for their order counts; one may be sent."""
+        """Sends a principal's messages that have no answer one by one, for their order counts; `sent` is on its way."""
         asides = self._asides[principal]
         while sent or asides and self.on_end:
             async with self._places:
@@ -6279,7 +6279,7 @@ class RemoteLink(Link):
         asyncio.create_task(self._follow(listen))
 
     async def _follow(self, listen: Listen) -> None:
-        """Hears a stream, and what goes on where it was cut, until that is in vain."""
+        """Reads a stream, and those that go on where it was cut, until that is in vain."""
         number = listen.number
         while True:
             await asyncio.sleep(listen.pause)
@@ -6418,7 +6418,7 @@ class ServerConnection(Holder):
         self.causes: dict[PendingRequest, None] = {}
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
-        self._withdrawn = 0                               # requests that it may answer all the same
+        self._withdrawn = 0                               # requests that it may answer, though they were taken back
         self.silences = 0                                 # requests that timed out since the last line from the server
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
