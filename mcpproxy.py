@@ -5121,7 +5121,7 @@ class Fetch(Holder):
     is_endless = False               # is it a subscription? These are counted where they are let in
     whose: object = None             # its principal, as far as was known when it was sent
     size = 0                         # bytes of what came that it holds itself
-    waits_in: collections.deque | tuple = ()         # the queue for a connection, while it is in that
+    waits_in: "collections.deque[Fetch] | None" = None         # where it waits for a connection, or did; None: unsent
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5155,7 +5155,7 @@ class Fetch(Holder):
             self.is_over = True
             if self.connection:
                 self.connection.close()
-            elif self in self.waits_in:
+            elif self.waits_in and self in self.waits_in:
                 self.waits_in.remove(self)
 
 
@@ -5470,18 +5470,13 @@ class Ask(Fetch):
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
         self._over = asyncio.get_running_loop().create_future()
-        self._is_sent = False
-
-    def send(self, client: HTTPClient) -> None:
-        if not (self._is_sent or self.is_over):
-            self._is_sent = True
-            client.send(self)
 
     async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
-        """Sends it, and waits for the answer: OSError when there is none in that time, ConnectionError when the server
-        cannot be reached."""
+        """Sends it, unless that was done, and waits for the answer: OSError when there is none in that time,
+        ConnectionError when the server cannot be reached."""
         try:
-            self.send(client)
+            if self.waits_in is None and not self.is_over:
+                client.send(self)
             async with asyncio.timeout(seconds):
                 return await self._over
         except TimeoutError:
@@ -6107,7 +6102,7 @@ class RemoteLink(Link):
         line, is_repeated = asides.popleft()
         self.backlog -= len(line)
         aside = Aside(self, line, is_repeated)
-        aside.send(self._client)
+        self._client.send(aside)
         return aside
 
     async def _tell_all(self, principal: object, sent: Aside | None) -> None:

@@ -9831,12 +9831,16 @@ class FarLink(mcpproxy.RemoteLink):
     def __init__(self):
         super().__init__("far", "http://far.example/mcp", {}, "0123456789abcdef", 1_000_000)
         self.sent, self.asked, self.heard = [], [], []
-        self._client.send, self.on_forgotten = self.sent.append, lambda: None
+        self._client.send, self.on_forgotten = self._take, lambda: None
         self.connection = mcpproxy.ServerConnection(
             "far", self, now=asyncio.get_running_loop().time, redact=str, is_ones_own=False,
             on_request=lambda connection, message, cause: connection.send_if_possible(
                 mcpproxy.encode_result(message.raw_id)[0]),
             on_notification=lambda message, cause: self.heard.append((message, cause)))
+
+    def _take(self, fetch):
+        fetch.waits_in = ()
+        self.sent.append(fetch)
 
     async def taken(self, what):
         """What was sent for this method, or with this verb, and was not taken yet."""
