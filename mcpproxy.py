@@ -3647,7 +3647,7 @@ class Log(logging.Handler):
 
 
 class Rate:
-    """How often something has happened in the second that it happens in."""
+    """Counts how often something happens within a second, which begins with the first time."""
 
     def __init__(self):
         self.count, self._since = 0, 0.0
@@ -4054,7 +4054,7 @@ class Usage:
     def __init__(self, server: str, tag: str, on_looked_at):
         self.server = server
         self.tag = tag
-        self.on_looked_at = on_looked_at             # called when the rest is new
+        self.on_looked_at = on_looked_at             # called when what follows was looked at anew
         self.memory = self.most_memory = 0           # bytes that are resident; what is shared counts for each
         self.processes = self.most_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
@@ -5615,7 +5615,7 @@ class Issuer:
 
     @property
     def _is_out(self) -> bool:
-        """Could its keys not be read when that was tried last? (So it is while they are being read.)"""
+        """Did the last try to read its keys fail, or is one under way?"""
         return self._tried_at > self._read_at
 
     async def _signer(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
@@ -5634,7 +5634,7 @@ class Issuer:
         return key
 
     def _read_soon(self) -> asyncio.Task | None:
-        """Begins to read its keys, once for all who want them; but not at once again."""
+        """Begins to read its keys, unless that was tried just now. Returns the task that reads them, if one does."""
         if self._reading is None and self._now() - self._tried_at >= OUTAGE_SECONDS:
             self._tried_at = self._now()
             self._reading = asyncio.get_running_loop().create_task(self._read())
