@@ -4619,7 +4619,7 @@ class Cell:
             directory = f"{reaper.homes}/{self._number[:8]}"
             os.makedirs(reaper.homes, 0o711, exist_ok=True)
             if os.lstat(reaper.homes).st_uid != os.geteuid():          # its name can be seen before it is there
-                raise ServerError(f"{reaper.homes} belongs to somebody else")
+                raise ServerError(f"{reaper.homes} is somebody else's")
             os.chmod(reaper.homes, 0o711)              # whatever the umask is: another user's home is in it
             for path in directory, f"{directory}/home", f"{directory}/tmp":
                 os.mkdir(path, 0o700)
