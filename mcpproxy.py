@@ -2743,12 +2743,20 @@ SKILLS_EXTENSION = RESERVED_PREFIX + "skills"
 TOOLS_HEADER = "x-mcp-tools"     # in which a client chooses tools, as in ?tools=
 UNAVAILABLE_KEY = "mcpproxy/unavailable"               # in _meta: the servers that a list lacks, and why
 
-# What lists something: (the member of the result that holds it, the member that names one of it, its capability).
-LISTS = {"tools/list": ("tools", "name", "tools"), "prompts/list": ("prompts", "name", "prompts"),
-         "resources/list": ("resources", "uri", "resources"),
-         "resources/templates/list": ("resourceTemplates", "uriTemplate", "resources"),
-         "skills/list": ("skills", "uri", SKILLS_EXTENSION)}
-PAGED = {**LISTS, "tasks/list": ("tasks", "taskId", "tasks")}        # beside these, what is read for one client alone
+
+class Listed(typing.NamedTuple):
+    """What a method lists."""
+
+    member: str                      # of the result, which has the items
+    named_by: str                    # the member of an item that tells it from others
+    capability: str
+
+
+LISTS = {"tools/list": Listed("tools", "name", "tools"), "prompts/list": Listed("prompts", "name", "prompts"),
+         "resources/list": Listed("resources", "uri", "resources"),
+         "resources/templates/list": Listed("resourceTemplates", "uriTemplate", "resources"),
+         "skills/list": Listed("skills", "uri", SKILLS_EXTENSION)}
+PAGED = {**LISTS, "tasks/list": Listed("tasks", "taskId", "tasks")}  # beside these, what is read for one client alone
 
 
 def fitting(name: str) -> str:
@@ -2882,7 +2890,7 @@ class ServerConfig:
     def shown_as(self, name: str, method: str, is_joint: bool) -> str | None:
         """The name of a tool or prompt as it is shown; None if it is not. URIs are shown as they are."""
         shown = self.rules.shown(name) if method.startswith("tools/") else name
-        if shown is None or not is_joint or LISTS[method][1] != "name":
+        if shown is None or not is_joint or LISTS[method].named_by != "name":
             return shown
         return fitting(self.start_of_names + shown)
 
@@ -7110,7 +7118,7 @@ def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> 
 
 def _to_all(instance, message: Message, cause: PendingRequest | None) -> None:
     for (method, _), kept in instance.lists.items():
-        if message.method == f"notifications/{LISTS[method][2]}/list_changed":
+        if message.method == f"notifications/{LISTS[method].capability}/list_changed":
             kept.is_old = True
     tell_all(instance, message)
 
@@ -7584,7 +7592,7 @@ class KeptList:
         """The items if they are what the server would say now."""
         if self.is_old or self.last is None:
             return None
-        capability, heard = (LISTS[self.method][2], "listChanged"), self.last.hearing
+        capability, heard = (LISTS[self.method].capability, "listChanged"), self.last.hearing
         if member_at(self.instance.identity.capabilities, capability) is True and (
                 self.instance.connection is None or heard is not None and heard == hearing(self.instance)):
             return self.last                       # the server would have said if it changed since
@@ -7602,7 +7610,7 @@ class KeptList:
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            kind, self._pause = LISTS[self.method][2], self._pause if self._is_behind else KEPT_SECONDS
+            kind, self._pause = LISTS[self.method].capability, self._pause if self._is_behind else KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
                 items.asked_at = self.instance.server.now()        # whoever is told asks now, and shall get this
                 tell_all(self.instance, list_changed(kind))
@@ -9247,7 +9255,7 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
             continue
         for name, item in own_shown.items():
             if name in shown:
-                if LISTS[items.method][1] == "name" and (member.name, name) not in view.left_out:
+                if LISTS[items.method].named_by == "name" and (member.name, name) not in view.left_out:
                     view.left_out.add((member.name, name))
                     log.warning("! server %(server)s: %(name)s is left out, because server %(other)s has that name",
                                 server=member.name, name=name, other=shown[name].server.name)
@@ -10910,7 +10918,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     texts = [item.text for item in shown.values()]
     if exchange.method == "tools/list" and not exchange.envelope:
         texts = map(as_legacy_tool, texts)
-    answer(exchange, {LISTS[exchange.method][0]: f"[{','.join(texts)}]"}, missing, ttl, is_public,
+    answer(exchange, {LISTS[exchange.method].member: f"[{','.join(texts)}]"}, missing, ttl, is_public,
            identity and identity.info)
 
 
