@@ -226,7 +226,7 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # bytes of what a client says of itself: capabilities, its info with icons
-SMALL_SELF = 4 * 1024                # characters of a message that is too short to hold too much of that
+SMALL_SELF = 4 * 1024                # characters; a message of no more is not looked into for that
 MAX_SELF_VALUES = 1_000              # values in what a client says of itself: each takes many times its text
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_TEMPLATE_PARTS = 24              # of a resource template
@@ -780,7 +780,7 @@ class RequestParser:
         self._shape = (raw[:match.start(1)], raw[match.end(1):] + b"\r\n\r\n") if match else (raw, None)
         known = self._known.get(self._shape)
         if len(raw) > KNOWN_HEAD_BYTES:
-            self._shape = b"", b""             # too long to keep, be it for as long as the connection
+            self._shape = b"", b""             # too long to keep, even for this connection alone
         self._last, head = known if match else None, known or self._parse(raw)
         self.length = int(match[1]) if known and match else head.content_length
         return head
@@ -798,7 +798,7 @@ class RequestParser:
         """Keeps the last head, which was admitted, if it is small; if need be, the oldest makes room."""
         if self._shape[0] and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS:
-                del self._known[next(iter(self._known))]
+                self._known.pop(next(iter(self._known))).admission = None        # which has the head, too
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
 
@@ -1695,7 +1695,7 @@ def template_parts(template: str) -> tuple[str, ...]:
 
 def fits_template(uri: str, template: str) -> bool:
     """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
-    and {?name} may be anything. The time never grows by more than characters times parts."""
+    and {?name} may be anything. The time is at most in proportion to characters times parts."""
     parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
     if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
         return False                       # the end tells for most
@@ -1760,7 +1760,7 @@ def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses a message with too large a member at one of these paths: it is kept as long as the client."""
     for path in paths if len(message.text) > SMALL_SELF else ():
         text = message.raw(*path).encode(errors="replace")
-        # Values are counted by what begins them, outside of strings as an icon's URI.
+        # Values are counted by what begins them, outside of strings such as an icon's URI.
         if len(text) > MAX_SELF or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_SELF_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
@@ -2734,7 +2734,7 @@ def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
-KNOWN_NAMES, FEW_NAMES = 4_096, 64       # of tools and prompts that a view remembers; that a client's choice does
+KNOWN_NAMES, FEW_NAMES = 4_096, 64       # of tools and prompts that a view remembers, and one that a client chose
 KNOWN_NAME = 128                 # characters of the longest of these
 KNOWN_CHOICE = 1_024             # characters of the longest choice of servers and tools that is remembered
 MAX_GLOBS = 100                  # in one client's choice
@@ -2966,7 +2966,7 @@ class View:
         self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
         self.has_choice = is_joint or is_group         # may a client go on here after it has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
-        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what was logged to have another's
+        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's, which was logged
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
@@ -5607,7 +5607,7 @@ class Issuer:
         if not self._keys:
             await self._renew_keys()
         if not self._keys:
-            raise try_later("the keys of the tokens' issuer are not known: it cannot be reached")
+            raise try_later("the keys of the tokens' issuer cannot be read")
         try:
             return await self._signer(token, turn)
         except UnknownKey:
@@ -5709,7 +5709,8 @@ class Issuer:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
             raise try_later("whoever knows the tokens cannot be reached") from None
         # What need not be said there is what it is here. A name of another kind is never taken for a subject.
-        names = [f"{kind}:{said[kind]}" for kind in ("username", "client_id") if said.get(kind) not in (None, "")]
+        names = [f"{kind}:{said[kind]}" for kind in ("username", "client_id")
+                 if isinstance(said.get(kind), str) and said[kind]]
         usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS, "sub": (names or [None])[0]}
         claims = {**usual, **{name: value for name, value in said.items() if value is not None}}
         check_claims(claims, settings.oauth_issuer, time.time())
@@ -6570,7 +6571,7 @@ class ServerConnection(Holder):
             with contextlib.suppress(ServerError):
                 self.send(line, None, request.client and request.client.principal, server_id)
 
-    def give_up(self, now: float, patience: float) -> None:
+    def give_up(self, now: float, patience: float) -> collections.abc.Iterator[PendingRequest]:
         """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
         if self.held:
             budget.set(self, self.link.backlog)
@@ -6578,6 +6579,7 @@ class ServerConnection(Holder):
             if request.client is None and now - request.last_sign >= patience:
                 self.cancel(server_id, "timed out")
                 request.on_failure(ServerError("the MCP server took too long", status=504))
+                yield request
 
     def send_if_possible(self, line: bytes, principal: object = None) -> None:
         """Writes a message to which nobody awaits a response."""
@@ -7934,8 +7936,10 @@ class Instance:
             tell_of_lists(self)
 
     def on_time_out(self) -> None:
-        """A call was not answered in time. A server that does not say a word to several, and then not to a ping either,
-        is stuck, and is replaced."""
+        """A request was not answered in time. A server that does not say a word to several, and then not to a ping
+        either, is stuck, and is replaced."""
+        if self.server.config.group:
+            self.server.count(self, has_failed=True)
         connection = self.connection
         if connection and not self.is_private:
             connection.silences += 1
@@ -7993,7 +7997,8 @@ class Instance:
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and says so of a start."""
         if self.connection:
-            self.connection.give_up(now, self.server.settings.request_timeout)
+            for _ in self.connection.give_up(now, self.server.settings.request_timeout):
+                self.on_time_out()
             for kept in self.lists.values():
                 kept.tick(now)
         if self.state is STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
@@ -8066,7 +8071,7 @@ class Client(Holder):
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
-    is_ended = False                                # a session
+    is_ended = False                                # of a session alone
     is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
     _serials = itertools.count()
@@ -8772,8 +8777,8 @@ class Group:
         if not members:
             raise RPCError("no server of the group takes a call like this", status=200, code=INVALID_PARAMS)
 
-        # The member that the client is at, unless it is down, or starts while another is ready; otherwise whoever has
-        # least to do.
+        # The member that the client is at, unless it is down, a backup while another is up, or starts while another is
+        # ready; otherwise whoever has least to do.
         before = client.members.get(self.config.name)
         up = [member for member in members if member.is_up_for(client)]
         first = [member for member in up if not member.config.is_backup] or up or members
@@ -9056,7 +9061,7 @@ class Mount:
                     question.withdraw(ServerError("the client did not answer", status=504))
             for name, member in list(session.members.items()) if session.topics else ():
                 if name in self.groups and not member.is_up_for(session):      # who only waits would never be moved
-                    self.groups[name].choose(session, None)
+                    self.groups[name].choose(session, None, session.headers)
             if session.is_homeless and not session.calls:
                 session.end()
             elif session.calls or session.stream.is_attached:
@@ -10175,8 +10180,6 @@ class ClientRequest(PendingRequest, Holder):
         who = "client did not answer" if is_asked else "MCP server took too long"
         self.fail(ServerError(f"the {who}", status=504), TIMED_OUT)
         if was_at_server:
-            if self.group:
-                self.instance.server.count(self.instance, has_failed=True)
             self.instance.on_time_out()
 
     def end(self, outcome: str, payload: list = (), status: int = 200, headers: tuple = (),
@@ -11355,9 +11358,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def _send(self, parts: list, size: int | None = None) -> None:
         if self._is_clogged and (self._queued > MAX_QUEUED_MESSAGES
                                  or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
-            log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
-            self._transport.abort()
-            return
+            if not self._transport.is_closing():
+                log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
+            return self._transport.abort()
         size = sum(map(len, parts)) if size is None else size
         self.counters.sent += size
         before = self._transport.get_write_buffer_size() if self._is_clogged else None
@@ -11588,8 +11591,10 @@ class HTTPServer:
         # made hands its socket over before a byte is read.
         if len(self.connections) >= self._most and not self._make_room(writer):
             return writer.transport.abort()
+        stream = writer.transport.get_protocol()
         writer.transport.set_protocol(
             TLSTransport(writer, self) if self.tls else HTTPConnection(writer, writer.transport, self))
+        stream.connection_lost(None)                   # or it and its writer would keep each other
 
     def _make_room(self, writer: asyncio.StreamWriter) -> bool:
         """Closes some connections for a new one: those that have been idle longest, of whoever has most of them."""
@@ -12400,7 +12405,7 @@ class Application:
         if log.as_json and admission and reply.head.method == "POST":
             about |= self._audited(admission, message, error)
             about |= {"ms": (time.monotonic() - reply.connection.since) * 1000, "bytes_out": sum(map(len, payload)),
-                      "bytes_in": len(message.text) if message else 0}
+                      **({"bytes_in": len(message.text)} if message else {})}
         log.info("! %(http_method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **about,
                  status=error.http_status, reason=str(error))
         reply.send(error.http_status, payload, (*JSON_HEADERS, *error.headers))
@@ -12933,7 +12938,7 @@ class StandardStreams(asyncio.BaseProtocol):
             while data:
                 try:
                     data = os.read(0, STDIN_BYTES)
-                except BlockingIOError:                    # made non-blocking by its parent, or as stdout too
+                except BlockingIOError:                    # non-blocking by its parent, or as stdout's file too
                     select.select([0], [], [])
                     continue
                 except OSError:                            # the terminal is gone

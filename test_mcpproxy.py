@@ -11259,18 +11259,20 @@ def test_group_keeps_the_subscriptions_of_a_member_that_is_taken_out(several):
 
 
 def test_group_session_stays_with_its_member_when_that_is_configured_anew(several):
-    with (several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy,
-          StreamableClient(proxy, path="/servers/g/mcp") as one, StreamableClient(proxy, path="/servers/g/mcp") as two):
-        assert one.tool("pid") != two.tool("pid")          # the second is at b
-        stream, before = two.watch("test://r"), two.tool("pid")
-        config = json.loads(proxy.path.read_text())["mcpServers"]
-        config["b"]["env"] = {"X": "1"}
-        proxy.path.write_text(json.dumps({"mcpServers": config}))
-        proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: two.tool("pid") != before, "the new server")
-        until(lambda: "resources/subscribe" in two.tool("seen"), "the subscription at it")
-        two.tool("notify", method=UPDATED, params={"uri": "test://r"})
-        assert stream.wait_for(UPDATED)
+    with several(a=(FAKE, {"group": "g"}), b=(FAKE, {"group": "g"})) as proxy:
+        until(lambda: proxy.log().count("is ready") == 2, "both members")
+        with (StreamableClient(proxy, path="/servers/g/mcp") as one,
+              StreamableClient(proxy, path="/servers/g/mcp") as two):
+            assert one.tool("pid") != two.tool("pid")          # the second is at b
+            stream, before = two.watch("test://r"), two.tool("pid")
+            config = json.loads(proxy.path.read_text())["mcpServers"]
+            config["b"]["env"] = {"X": "1"}
+            proxy.path.write_text(json.dumps({"mcpServers": config}))
+            proxy.process.send_signal(signal.SIGHUP)
+            until(lambda: two.tool("pid") != before, "the new server")
+            until(lambda: "resources/subscribe" in two.tool("seen"), "the subscription at it")
+            two.tool("notify", method=UPDATED, params={"uri": "test://r"})
+            assert stream.wait_for(UPDATED)
 
 
 def test_group_session_that_only_waits_goes_on_at_another_member(several, tmp_path):
@@ -17914,6 +17916,35 @@ async def test_conversation_a_server_that_is_being_replaced_is_heard_no_more_and
     assert "result" in str(await town.say_to(ann, 9, "tools/call", {"name": "t"})) and len(town.links["a"]) == 2
 
 
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_a_server_that_does_not_list_its_tools_and_says_nothing_is_replaced(era):
+    """Nobody could call what is not listed, so no call of a client would show it."""
+    town = Town(era, ["a", "c"], request_timeout=2)
+    client = await town.client("legacy")
+    town.answers["a", "tools/list"] = town.answers["a", "server/discover"] = None
+    for number in range(1, mcpproxy.SILENCES + 1):
+        await town.say_to(client, number, "tools/list")
+        for _ in range(4):
+            await town.pass_time()
+    for _ in range(12):
+        await town.pass_time()
+    assert len(town.links["a"]) > 1 and len(town.links["c"]) == 1
+
+
+@in_town
+async def test_conversation_a_groups_member_that_does_not_list_its_tools_is_left_out():
+    town = Town("legacy", ["g.a", "g.b"], request_timeout=2)
+    town.answers["a", "tools/list"] = None
+    for number in range(1, 2 * mcpproxy.FAILURES + 1):
+        client = await town.client("modern")
+        await town.say_to(client, number, "tools/list")
+        for _ in range(4):
+            await town.pass_time()
+    for _ in range(4):
+        assert "g__t" in str(await town.say_to(await town.client("modern"), 1, "tools/list"))
+
+
 @in_town
 async def test_conversation_subscription_waits_for_no_server_that_hangs_where_another_has_started():
     town = Town("legacy", ["a", "b", "c"])
@@ -19597,6 +19628,51 @@ def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_
             connection.tick(time.monotonic() + seconds, 15)
         return bool(aborted)
     assert not asyncio.run(is_cut_off())
+
+
+def test_connection_that_is_over_takes_no_memory_any_longer():
+    """Neither does what asyncio.start_server() made for it."""
+    async def left():
+        server = mcpproxy.HTTPServer(types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100), 15)
+        ((_, port),) = await server.start("127.0.0.1", 0)
+        found = []
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)):
+                while not server.connections:
+                    await asyncio.sleep(0.01)
+                connection, = server.connections
+                found += map(weakref.ref, (connection, connection._writer, connection._writer._protocol))
+                del connection
+            while server.connections:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        server._servers[0].close()
+        return [one() for one in found if one()]
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(left()) == []
+    finally:
+        gc.enable()
+
+
+def test_connection_that_is_cut_off_is_logged_once(monkeypatch, capfd):
+    monkeypatch.setattr(mcpproxy, "budget", mcpproxy.Budget())
+
+    async def cut_off():
+        aborted, waiting = [], bytearray()
+        transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: bool(aborted),
+                                          get_write_buffer_size=lambda: len(waiting), write=waiting.extend)
+        connection = mcpproxy.HTTPConnection(
+            types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
+            mcpproxy.HTTPServer(types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100), 15))
+        connection.pause_writing()
+        for _ in range(mcpproxy.MAX_QUEUED_MESSAGES + 10):
+            connection._queued += 1
+            connection.write([b"x"])
+        mcpproxy.log.flush()
+    asyncio.run(cut_off())
+    assert capfd.readouterr().err.count("is cut off") == 1
 
 
 # ============================================================================
@@ -23583,7 +23659,8 @@ async def test_oauth_introspection_is_taken_at_its_word(issues, one, said, is_go
 @introspects
 async def test_oauth_introspection_that_names_no_subject_is_of_a_user_or_else_of_a_client(issues, one):
     subjects = []
-    for names in {"username": "a", "client_id": "b"}, {"client_id": "a"}, {"sub": "a", "username": "b"}:
+    for names in {"username": "a", "client_id": "b"}, {"username": False, "client_id": "a"}, {
+            "sub": "a", "username": "b"}:
         issues.answers["/tenant/introspect"] = {"active": True, **names}
         subjects.append((await one.worth(f"opaque-{len(subjects)}")).subject)
     assert subjects == ["username:a", "client_id:a", "a"]
@@ -30285,6 +30362,7 @@ defaults
     timeout server 1h
     log global
     option log-health-checks
+DEFAULTS
 frontend front
     bind 127.0.0.1:FRONT
     default_backend mcp
@@ -30303,8 +30381,10 @@ class Farm(Balancer):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             self.replicas = [*pool.map(lambda _: Proxy(FAKE, **settings), range(3))]
         stack.callback(lambda: [self.end(proxy, signal.SIGKILL) for proxy in self.replicas if not proxy._log.closed])
+        defaults = ""
         if name == "haproxy":
-            block = readme_block("haproxy")
+            defaults, backend, block = readme_block("haproxy").partition("backend mcp")
+            defaults, block = defaults.removeprefix("defaults\n"), backend + block
             of_replica = r"\n +server \w+ 10\.0\.0\.\d:8000"
         else:
             block = readme_block("nginx", "map ")
@@ -30318,7 +30398,8 @@ class Farm(Balancer):
               open(home / "seen", "w") as seen):
             super().__init__(held_port(ports))
             text = REPLICATED[name]
-            for word, meaning in (("BLOCK", block), ("LOCATION", location.replace("127.0.0.1:8000", "mcp")),
+            for word, meaning in (("DEFAULTS", defaults), ("BLOCK", block),
+                                  ("LOCATION", location.replace("127.0.0.1:8000", "mcp")),
                                   ("HOME", str(home)), ("USER", "" if os.getuid() else "user root;"),
                                   ("FRONT", str(self.port))):
                 text = text.replace(word, meaning)
@@ -30404,6 +30485,13 @@ def test_real_balancer_spreads_what_has_no_session_evenly(farm, kind):
     with kind(farm) as client:
         pids = collections.Counter(client.tool("pid") for _ in range(30))
     assert len(pids) == 3 and min(pids.values()) >= 8, pids
+
+
+def test_real_balancer_of_replicas_passes_on_that_a_client_has_left(farm):
+    with HTTP(farm) as client:
+        client.send(encode_http("POST", "/mcp", tool_call(7, "sleep", {"seconds": 60}), ACCEPT))
+        until(lambda: sum(metrics_of(proxy).total("mcpproxy_calls_in_flight") for proxy in farm.replicas), "the call")
+    until(lambda: any("tools/call sleep id=7 cancelled" in proxy.log() for proxy in farm.replicas), "its end")
 
 
 def test_real_balancer_of_replicas_passes_on_each_event_at_once(farm, any_kind):
