@@ -4598,10 +4598,13 @@ class Sandbox:
         writable = self.writable
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
             for path in self.paths(name):
-                if os.path.exists(path) or is_below(path, writable):
-                    allowed.append((path, right))
-                else:
+                is_inside, exists = is_below(path, writable), os.path.exists(path)
+                if not (is_inside or exists):
                     self.refuse(name, f"{path} does not exist")
+                elif is_inside and exists and not is_below(os.path.realpath(path), writable):
+                    log.warning("! server %(server)s: %(path)s is not opened: a server may have made the link in it",
+                                server=self.server, path=path)
+                allowed.append((path, right))
         # What is below others is open anyway, and may be a link by now, put there by a run before, or a neighbour.
         allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, writable)]
         rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE))

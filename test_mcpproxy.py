@@ -7441,6 +7441,7 @@ def test_sandbox_follows_no_link_that_a_server_may_have_made(place, secret):
         with sandboxed(place, **{"SANDBOX": "on", "SANDBOX_WRITE": place / "w", **given}) as proxy:
             assert use(proxy, "read", path=str(secret)) == "EACCES", given
             assert use(proxy, "write_file", path=f"{place}/w/own", megabytes=1) == "ok after 1 MB"
+            assert "is not opened: a server may have made the link in it" in proxy.log(), given
 
 
 CELL_WITH_A_LINK = """
