@@ -6426,7 +6426,7 @@ class ServerConnection(Holder):
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
         self._withdrawn = 0                               # requests that it may answer, though they were taken back
-        self.silences = 0                                 # requests that timed out since the last line from the server
+        self.heard_at, self.silences = float("-inf"), 0   # when a line came last; and the time-outs since
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
         self._on_request, self._on_notification = on_request, on_notification
@@ -6603,7 +6603,7 @@ class ServerConnection(Holder):
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
         if self.flood.count > FLOOD:
             return
-        line, self.silences = line.strip(b" \t\r"), 0
+        line, self.heard_at, self.silences = line.strip(b" \t\r"), self._now(), 0
         try:
             if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
@@ -7938,13 +7938,14 @@ class Instance:
                 kept.is_old = True
             tell_of_lists(self)
 
-    def on_time_out(self) -> None:
-        """A request was not answered in time. A server that does not say a word to several, and then not to a ping
-        either, is stuck, and is replaced."""
-        if self.server.config.group:
-            self.server.count(self, has_failed=True)
+    def on_time_out(self, request: PendingRequest) -> None:
+        """A request was not answered in time. A server that has not said a word since, several times, and then not to a
+        ping either, is stuck, and is replaced."""
         connection = self.connection
-        if connection and not self.is_private:
+        is_silent = connection and not self.is_private and connection.heard_at < request.last_sign
+        if request.client and request.group or is_silent and self.server.config.group:
+            self.server.count(self, has_failed=True)
+        if is_silent:
             connection.silences += 1
             if connection.silences == SILENCES:
                 connection.ping()
@@ -8000,8 +8001,8 @@ class Instance:
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and says so of a start."""
         if self.connection:
-            for _ in self.connection.give_up(now, self.server.settings.request_timeout):
-                self.on_time_out()
+            for request in self.connection.give_up(now, self.server.settings.request_timeout):
+                self.on_time_out(request)
             for kept in self.lists.values():
                 kept.tick(now)
         if self.state is STARTING and now - self.since >= SLOW_START * (self._told_slow + 1):
@@ -8070,6 +8071,7 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
+    may_have_logs = False                           # was it told so, when a server was missing?
     software = ""                                   # its name/version, by its own word, when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
@@ -10183,7 +10185,7 @@ class ClientRequest(PendingRequest, Holder):
         who = "client did not answer" if is_asked else "MCP server took too long"
         self.fail(ServerError(f"the {who}", status=504), TIMED_OUT)
         if was_at_server:
-            self.instance.on_time_out()
+            self.instance.on_time_out(self)
 
     def end(self, outcome: str, payload: list = (), status: int = 200, headers: tuple = (),
             notification: Message | None = None) -> None:
@@ -10935,6 +10937,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
         check_introduction(message, is_kept=True)
         client.hello = message.plain_params
     found, missing = await gather_identities(client)
+    client.may_have_logs = bool(missing)
     # What is missing may have all of these, and a legacy client never asks again.
     capabilities: dict = {"tools": {}, "prompts": {}, "resources": {"subscribe": True}, "logging": {},
                           "completions": {}} if missing else {}
@@ -10970,8 +10973,8 @@ async def answer_ping(exchange: Exchange, message: Message) -> None:
 
 async def answer_level(exchange: Exchange, message: Message) -> None:
     """Each server is told what its clients want."""
-    found, missing = await gather_identities(exchange.client)
-    exchange.client.choose_log_level(message.params.get("level"), bool(missing) or any(
+    found, _ = await gather_identities(exchange.client)
+    exchange.client.choose_log_level(message.params.get("level"), exchange.client.may_have_logs or any(
         identity.has("logging") for _, identity in found))
     answer(exchange, {})
 

@@ -17933,6 +17933,29 @@ async def test_conversation_a_server_that_does_not_list_its_tools_and_says_nothi
     assert len(town.links["a"]) > 1 and len(town.links["c"]) == 1
 
 
+@pytest.mark.parametrize("names", [["a", "c"], ["g.a", "g.b"]])
+@in_town
+async def test_conversation_a_server_that_is_busy_with_a_call_and_says_so_is_not_replaced_nor_left_out(names):
+    """What comes behind the call times out, all at once, between two of its words."""
+    town, tool = Town("legacy", names, request_timeout=10), "a__t" if "a" in names else "g__t"
+    town.can |= {"prompts": {}, "resources": {}}
+    client = await town.client("legacy")
+    town.answers = {}
+    await town.say_to(client, 1, "tools/call", {"name": tool, "_meta": {"progressToken": "p"}})
+    if town.heard:
+        (name, call), = town.heard
+    for number, method in enumerate(("tools/list", "prompts/list", "resources/list", "resources/templates/list"), 2):
+        await town.say_to(client, number, method)
+    if not town.heard:
+        pytest.fail("the call has not begun")
+    for second in range(30):
+        await town.pass_time()
+        if second % 7 == 6:
+            town.say(town.links[name][0], notification("notifications/progress", {
+                "progressToken": call["params"]["_meta"]["progressToken"], "progress": second}))
+    assert len(town.links[name]) == 1 and town.mount.servers[name].failures == 0
+
+
 @in_town
 async def test_conversation_a_groups_member_that_does_not_list_its_tools_is_left_out():
     town = Town("legacy", ["g.a", "g.b"], request_timeout=2)
@@ -18633,6 +18656,17 @@ async def test_conversation_session_is_told_of_what_a_server_that_is_starting_ma
     await asyncio.sleep(10)
     assert {"jsonrpc": "2.0", "id": 1, "result": {}} in town.told(client)
     assert town.heard_by("c").count("logging/setLevel") == 1
+
+
+@in_town
+async def test_conversation_session_that_was_told_of_logs_may_ask_for_them_though_there_are_none_in_the_end():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"], town.can = 5, {"tools": {}}
+    client = await town.client("legacy")
+    await asyncio.sleep(10)
+    assert "logging" in town.told(client)[0]["result"]["capabilities"]
+    assert await town.say_to(client, 1, "logging/setLevel", {"level": "error"}) == [
+        {"jsonrpc": "2.0", "id": 1, "result": {}}]
 
 
 @in_town
