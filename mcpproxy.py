@@ -7942,7 +7942,7 @@ class Instance:
         """A request was not answered in time. A server that has not said a word since, several times, and then not to a
         ping either, is stuck, and is replaced."""
         connection = self.connection
-        is_silent = connection and not self.is_private and connection.heard_at < request.last_sign
+        is_silent = connection and not self.is_private and connection.heard_at <= request.last_sign
         if request.client and request.group or is_silent and self.server.config.group:
             self.server.count(self, has_failed=True)
         if is_silent:
