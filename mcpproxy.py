@@ -3269,7 +3269,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     # Headers are expanded once, when they are sent; of a server that is not shared they may name a client's variables.
     is_later = given.get("shared_session", settings.shared_session) is False
     env, headers = expanded(given.get("env", {}), "env", environment), given.get("headers", {})
-    given = {key: env if key == "env" else expanded(value, key, {**environment, **env}, is_later and key == "headers")
+    known = {**environment, **env}
+    given = {key: env if key == "env" else expanded(value, key, known, is_later and key == "headers")
              for key, value in given.items()}
     urls = given["url"] if isinstance(given.get("url"), list) else [given.get("url")]
     if "url" in given:
@@ -3437,6 +3438,7 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
 
 
 def parse_caller(name: str, entry: dict, servers: tuple[str, ...]) -> Caller:
+    """One key of the file."""
     if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name) or name == "scopes":
         # The name is not told: it may be a key that was written in the wrong place.
         raise SettingsError("a key has no name of 1 to 64 of A-Z a-z 0-9 . _ @ -, or is called scopes")
@@ -4598,14 +4600,16 @@ class Sandbox:
         writable = self.writable
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
             for path in self.paths(name):
-                is_inside, exists = is_below(path, writable), os.path.exists(path)
-                if not (is_inside or exists):
+                exists = os.path.exists(path)
+                # What is below others is open anyway, and may be a link by now, made by a run before or a neighbour.
+                if is_below(path, writable):
+                    if exists and not is_below(os.path.realpath(path), writable):
+                        log.warning("! server %(server)s: %(path)s is not opened: a server may have made the link in "
+                                    "it", server=self.server, path=path)
+                elif exists:
+                    allowed.append((path, right))
+                else:
                     self.refuse(name, f"{path} does not exist")
-                elif is_inside and exists and not is_below(os.path.realpath(path), writable):
-                    log.warning("! server %(server)s: %(path)s is not opened: a server may have made the link in it",
-                                server=self.server, path=path)
-                allowed.append((path, right))
-        # What is below others is open anyway, and may be a link by now, put there by a run before, or a neighbour.
         allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, writable)]
         rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE))
                  for path, right in (*allowed, (cell.directory, WRITE)) if os.path.exists(path)]
@@ -5712,9 +5716,9 @@ class Issuer:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
             raise try_later("whoever knows the tokens cannot be reached") from None
         # What need not be said there is what it is here. A name of another kind is never taken for a subject.
-        names = [f"{kind}:{said[kind]}" for kind in ("username", "client_id")
-                 if isinstance(said.get(kind), str) and said[kind]]
-        usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS, "sub": (names or [None])[0]}
+        name = next((f"{kind}:{said[kind]}" for kind in ("username", "client_id")
+                     if isinstance(said.get(kind), str) and said[kind]), None)
+        usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS, "sub": name}
         claims = {**usual, **{name: value for name, value in said.items() if value is not None}}
         check_claims(claims, settings.oauth_issuer, time.time())
         return claims
@@ -6575,7 +6579,7 @@ class ServerConnection(Holder):
                 self.send(line, None, request.client and request.client.principal, server_id)
 
     def give_up(self, now: float, patience: float) -> collections.abc.Iterator[PendingRequest]:
-        """Ends the proxy's own requests that take too long; clients' calls are looked after by their exchanges."""
+        """Ends the proxy's own requests that take too long, and yields them; clients' calls end by their exchanges."""
         if self.held:
             budget.set(self, self.link.backlog)
         for server_id, request in list(self.pending.items()):
@@ -13598,11 +13602,11 @@ def printable(text: object) -> str:
 def write_out(text: str) -> None:
     """Writes to stdout. A terminal that is stopped, or that nobody reads, must not stop all: it loses this."""
     output = 1
-    if not os.isatty(1) and not select.select([], [1], [], 0)[1]:
-        raise BlockingIOError(errno.EAGAIN, "nobody reads it")               # a pipe that is full
     if os.isatty(1):
         with contextlib.suppress(OSError):     # it may be another user's
             output = os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    elif not select.select([], [1], [], 0)[1]:
+        raise BlockingIOError(errno.EAGAIN, "nobody reads it")               # a pipe that is full
     try:
         os.write(output, text.encode("utf-8", "backslashreplace"))
     finally:
