@@ -9071,6 +9071,10 @@ class Mount:
             for name, member in list(session.members.items()) if session.topics else ():
                 if name in self.groups and not member.is_up_for(session):      # who only waits would never be moved
                     self.groups[name].choose(session, None, session.headers)
+            for server in {topic.instance.server for topic in session.topics if topic.instance.is_private and (
+                    topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
+                with contextlib.suppress(ProxyError):              # the same: its own process has ended
+                    session.at(server)
             if session.is_homeless and not session.calls:
                 session.end()
             elif session.calls or session.stream.is_attached:

@@ -17026,6 +17026,27 @@ async def test_conversation_session_with_variables_that_nobody_takes_any_more_ha
 
 
 @in_town
+async def test_conversation_session_that_only_waits_gets_another_process_of_its_own():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    await town.die("a")
+    town.broken = "a"
+    await asyncio.sleep(mcpproxy.LONGEST_PROBE_PAUSE)
+    for count in 2, 2, 2:                                       # one that does not start is not tried again at once
+        await town.pass_time()
+        assert len(town.links["a"]) == count
+    town.broken = None
+    await asyncio.sleep(mcpproxy.LONGEST_PROBE_PAUSE)
+    await town.pass_time()
+    town.told(client)
+    town.say(town.links["a"][2], notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    told, = town.told(client)
+    assert told["method"] == UPDATED and "resources/subscribe" in town.heard_by("a")
+
+
+@in_town
 async def test_conversation_clients_learn_nothing_by_which_they_could_pass_for_another_proxy():
     town = Town("legacy", ["a"])
     client = await town.client("legacy")
