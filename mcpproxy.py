@@ -9063,24 +9063,30 @@ class Mount:
                 call.time_out()
         if now - self._looked_at < 1.0:                      # there may be many thousands
             return
-        self._looked_at, idle = now, self.settings.session_idle
+        self._looked_at = now
         for session in list(self.sessions.values()):
-            for question in list(session.questions.values()):              # MCP 2025-11-25, Lifecycle, Timeouts
-                if question.call is None and now - question.asked_at >= question.patience:
-                    question.withdraw(ServerError("the client did not answer", status=504))
-            for name, member in list(session.members.items()) if session.topics else ():
-                if name in self.groups and not member.is_up_for(session):      # who only waits would never be moved
-                    self.groups[name].choose(session, None, session.headers)
-            for server in {topic.instance.server for topic in session.topics if topic.instance.is_private and (
-                    topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
-                with contextlib.suppress(ProxyError):              # the same: its own process has ended
-                    session.at(server)
-            if session.is_homeless and not session.calls:
-                session.end()
-            elif session.calls or session.stream.is_attached:
-                session.last_used = now
-            elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
-                session.end()
+            self._look_after(session, now)
+
+    def _look_after(self, session: Session, now: float) -> None:
+        """Does what no request of the session does, for it may just wait: withdraws questions that its client does not
+        answer, keeps a server behind its subscriptions, and ends it when nobody uses it."""
+        for question in list(session.questions.values()):                  # MCP 2025-11-25, Lifecycle, Timeouts
+            if question.call is None and now - question.asked_at >= question.patience:
+                question.withdraw(ServerError("the client did not answer", status=504))
+        for name, member in list(session.members.items()) if session.topics else ():
+            if name in self.groups and not member.is_up_for(session):
+                self.groups[name].choose(session, None, session.headers)
+        for server in {topic.instance.server for topic in session.topics if topic.instance.is_private and (
+                topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
+            with contextlib.suppress(ProxyError):
+                session.at(server)
+        idle = self.settings.session_idle
+        if session.is_homeless and not session.calls:
+            session.end()
+        elif session.calls or session.stream.is_attached:
+            session.last_used = now
+        elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
+            session.end()
 
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
         """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
