@@ -1748,6 +1748,7 @@ class Envelope:
 
     capabilities: dict
     log_level: str | None
+    headers: dict[str, str] | None         # of HTTP, which repeat some of it; None on a transport without any
 
 
 def is_modern(message: Message, version_header: str | None) -> bool:
@@ -1793,7 +1794,7 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
-    return Envelope(message.value("params", "_meta", CAPABILITIES_KEY) if capabilities else {}, log_level)
+    return Envelope(message.value("params", "_meta", CAPABILITIES_KEY) if capabilities else {}, log_level, headers)
 
 
 def check_headers(message: Message, headers: dict[str, str], version: str) -> None:
@@ -10036,7 +10037,7 @@ EXCHANGE_STATES = {
 
 
 class ClientRequest(PendingRequest, Holder):
-    """What is known of a client's request: `envelope` is a modern one's, and `headers` may repeat its arguments."""
+    """What is known of a client's request; `envelope` is a modern one's."""
 
     __slots__ = tuple("""client instance message envelope method trace headers state connection server_id names_tasks
         dialogue answerer on_done started last_sign id raw_id name size token software problem outlet text held
@@ -10044,8 +10045,7 @@ class ClientRequest(PendingRequest, Holder):
         _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
-                 envelope: Envelope | None = None, trace: dict[str, str] | None = None,
-                 headers: dict[str, str] | None = None):
+                 envelope: Envelope | None = None, trace: dict[str, str] | None = None):
         self.client, self.instance = client, instance
         self.target: Target | None = None             # what is changed in it on the way, where anything may be
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
@@ -10063,8 +10063,9 @@ class ClientRequest(PendingRequest, Holder):
         self.envelope = envelope
         self.method = message.method
         self.trace = trace                            # members for _meta, as JSON
-        self.headers = headers
-        self.http_headers = client.headers            # all that it came with, by which a member may be chosen
+        # Those that may repeat its arguments; and all that it came with, by which a member may be chosen.
+        self.headers = envelope.headers if envelope and message.method == "tools/call" else None
+        self.http_headers = client.headers
         self.state = WAITING
         self.connection: ServerConnection | None = None
         self.server_id: int | None = None
@@ -11024,14 +11025,14 @@ JOINT = {
 
 
 def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Envelope | None = None,
-                 trace: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Exchange:
+                 trace: dict[str, str] | None = None) -> Exchange:
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
     kind = Listener if envelope and method == "subscriptions/listen" else Exchange
     # Where a call is that comes with a state, only that tells: what had it may be configured no more.
     if view.is_plain and not (envelope and "requestState" in message.params):
-        return kind(client, client.only_instance, message, outlet, envelope, trace, headers)
-    exchange = kind(client, None, message, outlet, envelope, trace, headers)
+        return kind(client, client.only_instance, message, outlet, envelope, trace)
+    exchange = kind(client, None, message, outlet, envelope, trace)
     # Of a group, the next page might be asked of another server, which does not know the cursor.
     if method in LISTS and (view.has_choice or method == "tools/list"):
         exchange.answerer = answer_list
@@ -12728,12 +12729,10 @@ class Endpoints(Application):
             if message.method != "notifications/cancelled":          # over HTTP, to hang up is to cancel
                 self._visit(admission, reply).notify(message)
             return reply.send(202, [])
-        headers = admission.head.headers
-        envelope = check_modern(message, headers)
+        envelope = check_modern(message, admission.head.headers)
         client = self._visit(admission, reply)
         outlet = PostOutlet(admission, reply, client, MODERN)
-        new_exchange(client, message, outlet, envelope, admission.trace,
-                     headers if message.method == "tools/call" else None).start_or_fail()
+        new_exchange(client, message, outlet, envelope, admission.trace).start_or_fail()
 
     def get(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /mcp: the stream of a session; without a session, the beginning of HTTP+SSE."""
