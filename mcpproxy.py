@@ -9357,27 +9357,17 @@ async def find_by_name(client: Client, kind: str, name: str,
             return await find_by_name(client, kind, name, waited | started)
         if missing:
             raise ServerError("; ".join(f"server {name}: {why}" for name, why in missing.items()), status=503)
-        raise why_closed(view, kind, name, found) or view.unknown(kind, name)
+        # What one of these lists has, but not for this caller; else what no list has.
+        closed = (view.refusal(one.name, kind, items.shown(one, view.is_joint)[name].own, name)
+                  for one, items in found if view.limits and name in items.shown(one, view.is_joint))
+        raise next(closed, None) or view.unknown(kind, name)
     for other in itertools.takewhile(lambda other: other is not member, view.members):
-        last = other.name in missing and last_listed(client, other, f"{kind}/list")
+        last = None                                        # what it listed before, if it cannot be used now
+        with contextlib.suppress(ProxyError):              # there may be no room for an instance of it
+            last = other.name in missing and client.by_name(other.name).list_of(f"{kind}/list").last
         if last and name in shown_of_one(view, other, last):
             raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
     return [view.target(member, kind, own, name)], {}
-
-
-def last_listed(client: Client, member: ServerConfig, method: str) -> Items | None:
-    """What a server that cannot be used now listed before; None if nobody knows."""
-    with contextlib.suppress(ProxyError):                  # there may be no room for an instance of it
-        return client.by_name(member.name).list_of(method).last
-
-
-def why_closed(view: View, kind: str, name: str, found: list[tuple[ServerConfig, Items]]) -> RPCError | None:
-    """The answer to who asks for what one of these lists has, but not for them."""
-    for member, items in found if view.limits else ():
-        item = items.shown(member, view.is_joint).get(name)
-        if item:
-            return view.refusal(member.name, kind, item.own, name)
-    return None
 
 
 async def check_knows_tasks(client: Client, message: Message) -> None:
