@@ -9550,14 +9550,15 @@ class LegacyClientBridge(Bridge):
 
         def settle(verdict: asyncio.Future) -> None:
             topic.asking.remove(exchange)
-            if not exchange.is_done and verdict.result():
-                exchange.refuse(verdict.result())
-            elif not exchange.is_done:
+            if exchange.is_done:
+                if client not in topic.told and not any(
+                        other.client is client and not other.is_done for other in topic.asking):
+                    instance.topics.unsubscribe(client, topic)     # it was cancelled meanwhile; nothing asked again
+            elif not verdict.result():
                 topic.told.add(client)
                 exchange.finish(encode_result(exchange.raw_id))
-            elif client not in topic.told and not any(
-                    other.client is client and not other.is_done for other in topic.asking):
-                instance.topics.unsubscribe(client, topic)     # it was cancelled meanwhile, and nothing asked again
+            elif not exchange.ask_next():
+                exchange.fail(verdict.result())
         topic.verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
@@ -10586,7 +10587,7 @@ class Exchange(ClientRequest):
         """The error that the client gets for one of a server's; None if the request goes on instead."""
         if self.others and self.unknown is None and response.error_code in UNKNOWN_RESOURCE:
             self.unknown = self._bridge, response
-        if self._ask_next():
+        if self.ask_next():
             return None
         self._bridge, response = self.unknown or (self._bridge, response)
         if self.connection.link.is_remote and response.error_code == HEADER_MISMATCH:
@@ -10608,13 +10609,8 @@ class Exchange(ClientRequest):
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
             states[short_of(state)] = GivenState(self.principal, self.target.server, self.instance.server)
 
-    def refuse(self, error: ProxyError) -> None:
-        """The server refuses it: that is the answer, unless another one may have the resource."""
-        if not self._ask_next():
-            self.fail(error)
-
-    def _ask_next(self) -> bool:
-        """Asks the next of those that may have the resource; is there one?"""
+    def ask_next(self) -> bool:
+        """The server refuses it: asks the next of those that may have the resource; is there one?"""
         while self.others:
             with contextlib.suppress(ProxyError):          # it was taken out of the configuration, say
                 self._begin_again(self.others.pop(0))
