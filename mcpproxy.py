@@ -9624,16 +9624,13 @@ class ModernClientModernServer(Bridge):
             response = as_private(response) if exchange.client.is_apart else response
             if exchange.method == "server/discover":
                 response = with_known_versions(response)
-        payload = [self._under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
+        payload = [self.under_own_id(exchange, response.parsed(), "result")] if exchange.is_endless else (
             response.with_id(exchange.raw_id))
         exchange.finish(payload, 200 if response.is_result else STATUS_OF_CODE.get(response.parsed().error_code, 200))
 
-    def notify(self, exchange: "Exchange", message: Message) -> None:
-        """A notification for a subscription."""
-        exchange.tell([self._under_own_id(exchange, message, "params")])
-
     @staticmethod
-    def _under_own_id(exchange: "Exchange", message: Message, member: str) -> bytes:
+    def under_own_id(exchange: "Exchange", message: Message, member: str) -> bytes:
+        """A message of a subscription, with the client's id in the place of ours."""
         changes = [message.new_id(exchange.raw_id)] if "id" in message.members else []
         meta = members_of(members_of(message.members.get(member)).get("_meta"))
         if SUBSCRIPTION_KEY in meta:
@@ -10817,7 +10814,7 @@ class Listener(Exchange):
                 for name in listener.taken.result()]
 
     def on_event(self, message: Message) -> None:
-        self._bridge.notify(self, message)
+        self.tell([self._bridge.under_own_id(self, message, "params")])
 
     def hear(self, message: Message) -> None:
         """Something that a server told all: does the client listen for it?"""
