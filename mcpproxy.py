@@ -12258,12 +12258,12 @@ class Application:
     nothing_here = ""                          # what is said of other paths; {0} is BASE_PATH
     takes_keys = True
 
-    def __init__(self, routes: "dict[str, Route]", settings: Settings, mount: Mount, overview: Overview,
-                 keys: Keys = Keys(), issuer: Issuer | None = None):
+    def __init__(self, routes: "dict[str, Route]", mount: Mount, overview: Overview, keys: Keys = Keys(),
+                 issuer: Issuer | None = None):
         self.routes, self.guards = routes, GUARDS
-        self.settings, self.mount, self.overview = settings, mount, overview
-        self.counters = mount.counters
+        self.mount, self.overview, self.counters = mount, overview, mount.counters
         self.keys, self.issuer = keys, issuer
+        self.settings = settings = mount.settings
         self.max_body = settings.max_request_bytes
         # As browsers and clients write them.
         self._origins = tuple(one.rstrip("/") for one in listed(settings.allowed_origins.lower()))
@@ -12503,8 +12503,8 @@ class Probes(Application):
     nothing_here = "here are only /metrics, /healthz and /readyz"
     takes_keys = False
 
-    def __init__(self, settings: Settings, mount: Mount, overview: Overview):
-        super().__init__(PROBES, settings, mount, overview)
+    def __init__(self, mount: Mount, overview: Overview):
+        super().__init__(PROBES, mount, overview)
         self.counters = Counters()             # its own requests are not counted
         self.guards = Application._check_origin, Application._check_host       # no key, and no other proxy before it
 
@@ -12544,9 +12544,8 @@ class Endpoints(Application):
     nothing_here = ("there is nothing here: MCP is at {0}/mcp, the tools are at {0}/tools, described by "
                     "{0}/openapi.json")
 
-    def __init__(self, settings: Settings, mount: Mount, overview: Overview, keys: Keys = Keys(),
-                 issuer: Issuer | None = None):
-        super().__init__(ROUTES, settings, mount, overview, keys, issuer)
+    def __init__(self, mount: Mount, overview: Overview, keys: Keys = Keys(), issuer: Issuer | None = None):
+        super().__init__(ROUTES, mount, overview, keys, issuer)
         self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
         self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
@@ -12915,11 +12914,11 @@ class StdioOutlet(StreamOutlet):
 class StandardStreams(asyncio.BaseProtocol):
     """The client on stdin and stdout. MCP 2025-11-25, Transports, stdio, and 2026-07-28, stdio."""
 
-    def __init__(self, mount: Mount, settings: Settings, is_over: asyncio.Event):
+    def __init__(self, mount: Mount, is_over: asyncio.Event):
         self._is_over = is_over                # is the client gone, or its session?
         self._mount = mount
         self._loop = asyncio.get_running_loop()
-        self._lines = LineSplitter(settings.max_request_bytes, self._on_line, self._on_too_long)
+        self._lines = LineSplitter(mount.settings.max_request_bytes, self._on_line, self._on_too_long)
         self._stream = LineStream()
         self._stream.attach(self)
         self._session: Session | None = None
@@ -13206,9 +13205,9 @@ class Proxy:
         self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew()) if (
             settings.oauth_issuer) else None
         overview = Overview(self.mount, self.reaper.census)
-        self.endpoints = Endpoints(settings, self.mount, overview, load_keys(settings, catalog), self.issuer)
+        self.endpoints = Endpoints(self.mount, overview, load_keys(settings, catalog), self.issuer)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
-        self.probes = HTTPServer(Probes(settings, self.mount, overview), settings.heartbeat)
+        self.probes = HTTPServer(Probes(self.mount, overview), settings.heartbeat)
         self._ticker: asyncio.Task | None = None
         self._last_shortage = 0.0
         self._is_stopping = False
@@ -13687,7 +13686,7 @@ async def serve_stdio(settings: Settings) -> None:
     """One run for one client on stdin and stdout: until it is gone, or SIGTERM or SIGINT."""
     is_over = asyncio.Event()
     async with running(settings, is_over.set) as proxy:
-        client = StandardStreams(proxy.mount, settings, is_over)
+        client = StandardStreams(proxy.mount, is_over)
         proxy.reaper.patience = 1.5, 1.5, 1.0          # SDKs, and other proxies, kill what they started after 4 or 5 s
         await proxy.start(listens=False)
         await client.start()

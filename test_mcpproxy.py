@@ -21681,7 +21681,7 @@ class Watcher(types.SimpleNamespace):
 @in_town
 async def test_overview_is_told_to_who_watches_once_for_each_change_and_until_there_are_other_keys():
     town, told, overview = Town("legacy", ["a"]), [], types.SimpleNamespace(summary=lambda caller: overview.text)
-    endpoints = mcpproxy.Endpoints(town.settings, town.mount, overview)
+    endpoints = mcpproxy.Endpoints(town.mount, overview)
     admission = endpoints.admit(mcpproxy.parse_head(b"GET /?watch=1 HTTP/1.1\r\nHost: a"), "b")
     reply = Watcher(admission=admission, start_stream=len, write=lambda parts: told.append(b"".join(parts)),
                     close=lambda: told.append(b"closed"))
@@ -21716,7 +21716,8 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
     town, place = Town("legacy", ["a=x", "c"]), "http://127.0.0.1/servers/a/mcp"
     verdict = types.SimpleNamespace(error=None, audience={place}, scopes=frozenset(), subject="s", good_until=1e12)
     issuer, sent = types.SimpleNamespace(check=lambda text, host: verdict), []
-    endpoints = mcpproxy.Endpoints(settings, town.mount, issuer=issuer, overview=types.SimpleNamespace())
+    town.mount.settings = settings
+    endpoints = mcpproxy.Endpoints(town.mount, issuer=issuer, overview=types.SimpleNamespace())
     head = mcpproxy.parse_head(b"POST /servers/a/mcp HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a.b.c")
     admission = endpoints.admit(head, "b")
     endpoints.keys = mcpproxy.Keys()
@@ -21744,7 +21745,7 @@ async def test_oauth_call_goes_on_when_its_session_comes_with_a_token_that_has_o
     (_, call), = town.heard
     admission = types.SimpleNamespace(caller=dataclasses.replace(before, scopes=frozenset({"x"})), place=None,
                                       session_id=session.id, head=types.SimpleNamespace(headers={}))
-    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    endpoints = mcpproxy.Endpoints(town.mount, types.SimpleNamespace())
     assert endpoints._session(admission) is session and session.caller is admission.caller
     town.told(client)
     town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
@@ -22067,7 +22068,7 @@ def reply_to(sent, **members):
 @in_town
 async def test_endpoint_says_what_is_wrong_with_a_batch_without_a_message(body, text):
     town, sent = Town("legacy", ["a"]), []
-    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    endpoints = mcpproxy.Endpoints(town.mount, types.SimpleNamespace())
     head = mcpproxy.parse_head(b"POST /mcp HTTP/1.1\r\nHost: a\r\nContent-Type: application/json")
     reply = types.SimpleNamespace(head=head, admission=None, about={}, send=lambda *what: sent.append(what),
                                   connection=types.SimpleNamespace(principal="b", since=0))
@@ -22081,7 +22082,7 @@ async def test_endpoint_says_what_is_wrong_with_a_batch_without_a_message(body, 
 @in_town
 async def test_endpoint_takes_one_message_from_http_sse_in_a_revision_that_has_batches(body):
     town, sent = Town("legacy", ["a"]), []
-    endpoints = mcpproxy.Endpoints(town.settings, town.mount, types.SimpleNamespace())
+    endpoints = mcpproxy.Endpoints(town.mount, types.SimpleNamespace())
     session = town.mount.open_session(town.mount.catalog.view(), None, {}, "b", is_streamable=False)
     session.version = "2025-03-26"
     head = mcpproxy.parse_head(f"POST /messages?session_id={session.id} HTTP/1.1\r\nHost: a".encode())
@@ -22477,7 +22478,7 @@ def test_endpoint_documents_of_tools_are_kept_while_they_are_small_and_few(monke
     @in_town
     async def ask_at_three_places():
         town = Town("legacy", ["a", "b"])
-        endpoints = mcpproxy.Endpoints(town.settings, town.mount, overview=types.SimpleNamespace())
+        endpoints = mcpproxy.Endpoints(town.mount, overview=types.SimpleNamespace())
         endpoints.send_json = lambda reply, body: None
         monkeypatch.setattr(mcpproxy, "openapi_document", lambda *about: b"x" * 2 * size)
         many = [(None, ("tools", str(number))) for number in range(200 * (kept > 1))]
