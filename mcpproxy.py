@@ -10609,20 +10609,23 @@ class Exchange(ClientRequest):
     def ask_next(self) -> bool:
         """The server refuses it: asks the next of those that may have the resource; is there one?"""
         while self.others:
-            with contextlib.suppress(ProxyError):          # it was taken out of the configuration, say
-                self._begin_again(self.others.pop(0))
+            if self._begin_again(self.others.pop(0)):
                 return True
         return False
 
-    def _begin_again(self, target: Target, left_out: Server | None = None) -> None:
-        """Goes to another server, which need not know what the one before asked and was told."""
+    def _begin_again(self, target: Target, left_out: Server | None = None) -> bool:
+        """Goes to another server, if it can, which need not know what the one before asked and was told."""
         before = self.instance.server
-        self.aim(target, left_out)
+        try:
+            self.aim(target, left_out)
+        except ProxyError:                             # it was taken out of the configuration, say
+            return False
         if self.instance.server is not before:         # by its state, it may be the same; see Group._owner()
             self.text = without_params(parse_message(self.text), *ANSWERS).text
             if self.dialogue:
                 self.dialogue.gathered = {}
         self._start_over()
+        return True
 
     def _start_over(self) -> None:
         if self.state is RUNNING:
@@ -10647,11 +10650,7 @@ class Exchange(ClientRequest):
                 self.server_id is None or error.is_unsent or self._is_safe()):
             return False
         self.is_repeated = True
-        try:
-            self._begin_again(self.target, failed)
-        except ProxyError:
-            return False
-        return True
+        return self._begin_again(self.target, failed)
 
     def _is_safe(self) -> bool:
         """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
