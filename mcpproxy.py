@@ -9879,7 +9879,7 @@ class Dialogue:
             exchange.touch()
             if exchange.group:
                 exchange.remember_state(self.request_state)
-            exchange.park(encode_result(exchange.raw_id, result), self.request_state)
+            exchange.park(encode_result(exchange.raw_id, result))
 
     def _has_room(self) -> bool:
         """Can one more call be parked? If need be, another one times out for it, or this one fails."""
@@ -10269,12 +10269,12 @@ class ClientRequest(PendingRequest, Holder):
         self.dialogue = self.dialogue or Dialogue(self)
         return self.dialogue
 
-    def park(self, payload: list, state: str) -> None:
-        """Ends the client's request with the questions. The call goes on when the client comes back with this state."""
+    def park(self, payload: list) -> None:
+        """Ends the client's request with the questions. The call goes on when the client comes back with its state."""
         message = parse_message(self.text)
         self.text, self.digest = None, digest_of(message)
         self.end(NEEDS_INPUT, payload)
-        self.client.mount.parked[state] = self
+        self.client.mount.parked[self.dialogue.request_state] = self
         if self.size > SMALL:
             budget.set(self, self.size - len(message.raw("params")) + len(message.raw("params", "_meta")))
 
@@ -11018,7 +11018,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     # Of a group, the next page might be asked of another server, which does not know the cursor.
     if method in LISTS and (view.has_choice or method == "tools/list"):
         exchange.answerer = answer_list
-    elif view.is_joint or method == "tasks/list" and view.has_choice and not envelope:
+    elif view.is_joint or method == "tasks/list" and view.has_choice:
         exchange.answerer = kind.listen if kind is Listener else JOINT.get(method)
     return exchange
 
