@@ -9312,10 +9312,12 @@ def pick(client: Client, message: Message) -> Target | None:
         joined = {name for topic in client.topics if topic.uri == params.get("uri")
                   for name in (topic.instance.server.name, topic.instance.server.config.group)}
         return next((Target(one.name) for one in view.members if one.name in joined), None)
-    if isinstance(params.get("taskId"), str):
-        names = [one.name for one in view.servers if params["taskId"].startswith(f"{one.name}__")]
-        return Target(max(names, key=len)) if names else None          # a___1 is of a_, and not of a
-    return None
+    task, state = params.get("taskId"), params.get("requestState")
+    names = [one.name for one in view.servers if task.startswith(f"{one.name}__")] if isinstance(task, str) else []
+    if names:
+        return Target(max(names, key=len))                             # a___1 is of a_, and not of a
+    given = client.mount.states.get(short_of(state)) if method == "resources/read" and isinstance(state, str) else None
+    return Target(given.place) if given and given.place in view.by_name else None
 
 
 async def find_targets(client: Client, message: Message) -> tuple[list[Target], dict[str, str]]:
@@ -10366,10 +10368,6 @@ class Exchange(ClientRequest):
             self.target, self.instance, self.group = self._target_again(parked), parked.instance, parked.group
             return
         target = pick(self.client, self.message)
-        if target is None and self.method == "resources/read" and isinstance(state, str):    # a call goes by its name
-            given = self.client.mount.states.get(short_of(state))
-            if given and given.place in self.client.view.by_name:
-                target = Target(given.place)
         if target:
             self.aim(target)
             if self.client.view.is_joint and self.method.startswith("tasks/"):
