@@ -9304,7 +9304,7 @@ def shown_of_one(view: View, member: ServerConfig, items: Items) -> dict[str, Sh
 def pick(client: Client, message: Message) -> Target | None:
     """Where a request of a client goes, in a view that is not plain; None when that has to be found out."""
     view, method, params = client.view, message.method, message.params
-    if method in ("tools/call", "prompts/get") and isinstance(params.get("name"), str):
+    if method in ("tools/call", "prompts/get"):
         return view.direct(method, params["name"])
     if not view.is_joint:
         return Target(view.members[0].name)
@@ -9337,7 +9337,7 @@ async def find_targets(client: Client, message: Message) -> tuple[list[Target], 
         raise RPCError("ref has neither a name nor a uri", status=200, code=INVALID_PARAMS)
     if is_completion and (target := view.direct("prompts/get", name)):
         return [target], {}
-    if is_completion or is_call and isinstance(name, str):
+    if is_completion or is_call:
         return await find_by_name(client, "tools" if method == "tools/call" else "prompts", name)
     # The method is an extension's. A server without a prefix could have every name.
     candidates = view.candidates(name) if isinstance(name, str) else []
