@@ -9386,8 +9386,8 @@ async def check_knows_tasks(client: Client, message: Message) -> None:
 
 
 async def gather_resources(client: Client) -> tuple[list[tuple[ServerConfig, tuple]], dict[str, str]]:
-    """([(server, (its identity, its resources, its templates))], {name: why not} of the others). A thousand parts of
-    one request may want them at once and share the work; but not one that began before they came and lacks some."""
+    """([(server, (its identity, its resources, its templates))], {name: why not} of the others). The parts of one
+    request may all want them at once, and share the work; what began earlier, only if no server is missing in it."""
     def known(instance: Instance) -> tuple | None:
         items = [instance.list_of(method).fresh for method in RESOURCE_LISTS]
         return (instance.identity, *items) if instance.identity and None not in items else None
@@ -10015,7 +10015,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 RUNNING_CALLS = 1_000            # of one client at a time
 FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
-TINY = 1024                      # bytes of one of which as much is kept as was scanned: that takes many times its text
+TINY = 1024                      # bytes; of a larger call, nothing is kept as scanned: that takes many times its text
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
 EXCHANGE_STATES = {
@@ -10439,7 +10439,7 @@ class Exchange(ClientRequest):
                 (first, *self.others), self.missing = await find_targets(self.client, parse_message(self.text))
                 self.aim(first)
             connection = await self._connection()
-            self.message = self.message or parse_message(self.text)
+            self.message = parse_message(self.text)
             if not self._is_checked(connection):
                 await self._check_by_list()
         except Exception as error:
