@@ -9775,8 +9775,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         method, params = request.get("method"), request.get("params", {})
         if not (isinstance(method, str) and isinstance(params, dict)):
             raise ServerError("the MCP server asked for something that is no request")
-        if not exchange.outlet.asks or method not in INPUT_REQUESTS or missing_capabilities(
-                exchange.capabilities, method, params):
+        if method not in INPUT_REQUESTS or missing_capabilities(exchange.capabilities, method, params):
             raise ServerError("the MCP server asked for what this client cannot do")
         members = response.raw_members("result", "inputRequests", key, "params") if params else {}
         if method == "elicitation/create" and params.get("mode") == "url":
