@@ -8910,11 +8910,12 @@ class Mount:
         self._adopt(catalog)
         self.start()
         views = {call: call.client.view for call in self.subscriptions}           # several may be one client's
-        for client in dict.fromkeys((*self.sessions.values(), *(call.client for call in self.calls))):
+        calling = (call.client for call in (*self.calls, *views))
+        for client in dict.fromkeys((*self.sessions.values(), *calling)):
             client.adopt(catalog)
         for call, view in views.items():
             if not call.is_done:               # with its session
-                call.adopt(catalog, view)
+                call.adopt(view)
 
     def _adopt_keys(self, keys: Keys) -> None:
         callers = {caller: caller for caller in keys.callers}
@@ -10823,17 +10824,12 @@ class Listener(Exchange):
                 self.wanted.get(name) and method == message.method for name, (_, method) in LIST_CHANGES.items()):
             self.tell([message.changed(restated_meta(message, {SUBSCRIPTION_KEY: self.raw_id.decode()}))])
 
-    def adopt(self, catalog: Catalog, view: View) -> None:
-        """The configuration is another one; before, its place showed `view`. It goes on while that place and its server
-        are there, and of several servers with those that there are now."""
-        caller = self.client.caller
-        try:
-            shown = self.client.view = catalog.view(view.place, view.wanted, caller and caller.limits)
-            shown.check_variables(self.client.variables)
-        except RPCError:
-            return self.end_subscription()
-        server = self.instance and self.instance.server
-        if server and (server.is_retired or server.name not in shown.names):
+    def adopt(self, view: View) -> None:
+        """Its client has adopted another configuration, if it could; before, its place showed `view`. It goes on while
+        that place and its server are there, and of several servers with those that there are now."""
+        shown, server = self.client.view, self.instance and self.instance.server
+        if shown.catalog is not self.client.mount.catalog or server and (
+                server.is_retired or server.name not in shown.names):
             return self.end_subscription()
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
@@ -12762,7 +12758,7 @@ class Endpoints(Application):
             before, session.caller = session.view, caller
             session.adopt(self.mount.catalog)
             for call in [call for call in session.calls.values() if call.is_endless]:
-                call.adopt(self.mount.catalog, before)
+                call.adopt(before)
         return session
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:

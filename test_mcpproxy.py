@@ -18412,7 +18412,8 @@ async def test_conversation_listener_hears_no_more_of_what_its_key_has_lost():
     limits = mcpproxy.Limits("ann", (mcpproxy.Grant(servers=("a",)),))
     listener.client.caller = mcpproxy.Caller("ann", b"", limits)
     town.told(client)
-    listener.adopt(town.mount.catalog, whole)
+    listener.client.adopt(town.mount.catalog)
+    listener.adopt(whole)
     assert {topic.instance.server.name for topic in listener.topics} == {"a"}
 
 
