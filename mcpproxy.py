@@ -6576,8 +6576,7 @@ class ServerConnection(Holder):
         if request:
             self._withdrawn += 1
             line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
-            with contextlib.suppress(ServerError):
-                self.send(line, None, request.client and request.client.principal, server_id)
+            self.send_if_possible(line, request.client and request.client.principal, server_id)
 
     def give_up(self, now: float, patience: float) -> collections.abc.Iterator[PendingRequest]:
         """Ends the proxy's own requests that take too long, and yields them; clients' calls end by their exchanges."""
@@ -6589,10 +6588,10 @@ class ServerConnection(Holder):
                 request.on_failure(ServerError("the MCP server took too long", status=504))
                 yield request
 
-    def send_if_possible(self, line: bytes, principal: object = None) -> None:
+    def send_if_possible(self, line: bytes, principal: object = None, cancelled: int | None = None) -> None:
         """Writes a message to which nobody awaits a response."""
         with contextlib.suppress(ServerError):
-            self.send(line, None, principal)
+            self.send(line, None, principal, cancelled)
 
     def failure(self) -> ServerError:
         """Why nothing more will come from this server, with what it said last; once one that is not one client's own
@@ -7725,7 +7724,7 @@ class Instance:
         self.failures, self.failed_at = 0, 0.0      # of a group's calls in a row, and when the last one failed
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
         self._wanted = asyncio.Event()              # somebody waits for the server
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
@@ -7793,7 +7792,8 @@ class Instance:
         self.start()
         while self.connection is None:
             self._wanted.set()
-            await asyncio.shield(self._started)
+            if error := await asyncio.shield(self._started):
+                raise error.with_traceback(None)       # as it was, for each of those who wait
         return self.connection
 
     async def close(self) -> None:
@@ -7818,8 +7818,7 @@ class Instance:
                     raise connection.closed.result()       # it ended before anybody was told that it is ready
                 self._make_ready(connection, has_run)
                 has_run = is_ready = True
-                await asyncio.wait([connection.closed])
-                error = connection.closed.result()
+                error = await asyncio.shield(connection.closed)
                 # At once: it takes seconds to end what it left behind.
                 self.server.on_error(self.redact(str(error)), self.link.last_word, has_started=True, is_ours=True)
             except ServerError as failure:
@@ -7990,12 +7989,8 @@ class Instance:
         self._wanted.clear()
         self._ways.clear()
         self.link.way = ""               # what is sent from now on is nobody's who waited
-        settled, self._started = self._started, asyncio.get_running_loop().create_future()
-        if error:
-            settled.set_exception(error)
-            settled.exception()              # there may be nobody who waits
-        else:
-            settled.set_result(None)
+        self._started.set_result(error)
+        self._started = asyncio.get_running_loop().create_future()
 
     def _become(self, state: InstanceState) -> None:
         if self.state is state is CLOSED:
