@@ -7170,24 +7170,19 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
     if instance.is_crowded and not instance.is_private:      # they are told of what they asked for, not of each part
-        for topic in topics:
-            line = encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri})
-            if instance.is_news(line):
-                _tell_subscribers(instance, parse_message(line.decode()), set(topic.subscribers))
-        return
-    subscribers = set(instance.sessions.values()) if instance.is_private else set()
-    subscribers.update(*(topic.subscribers for topic in topics))
-    if subscribers and instance.is_news(message.payload[0]):
-        _tell_subscribers(instance, message, subscribers)
-
-
-def _tell_subscribers(instance, message: Message, subscribers: set) -> None:
-    payload = message.payload
-    for subscriber in subscribers:
-        if subscriber in instance.listeners:
-            subscriber.hear(message)
-        else:
-            subscriber.stream.send(payload)
+        updates = [(parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri}).decode()),
+                    set(topic.subscribers)) for topic in topics]
+    else:
+        own = instance.sessions.values() if instance.is_private else ()
+        updates = [(message, set(own).union(*(topic.subscribers for topic in topics)))]
+    for update, subscribers in updates:
+        if subscribers and instance.is_news(update.payload[0]):
+            payload = update.payload
+            for subscriber in subscribers:
+                if subscriber in instance.listeners:
+                    subscriber.hear(update)
+                else:
+                    subscriber.stream.send(payload)
 
 
 def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
