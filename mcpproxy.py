@@ -8075,6 +8075,8 @@ class Client(Holder):
     is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
     headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
     _serials = itertools.count()
+    serial = once(lambda self: f"client {next(self._serials)}")          # that no other has, also when it is gone
+    redact = once(lambda self: redactor(self.variables.values()))    # takes these out of a text for the log
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None):
@@ -8089,11 +8091,6 @@ class Client(Holder):
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
-
-    @once
-    def serial(self) -> str:
-        """What tells it apart from all others, also from those that come when it is gone."""
-        return f"client {next(self._serials)}"
 
     @property
     def is_apart(self) -> bool:
@@ -8171,11 +8168,6 @@ class Client(Holder):
         call = self.calls.get(request_id) if is_id(request_id) else None
         if call:
             call.cancel(notification)
-
-    @once
-    def redact(self):
-        """Takes the values of its variables out of a text for the log."""
-        return redactor(self.variables.values())
 
     def wants_log(self, level: object, instance: Instance) -> bool:
         """Does it want log messages of this level? One that asked for nothing is spared what others asked for."""
