@@ -7769,7 +7769,7 @@ class Instance:
 
     def check_up(self) -> None:
         """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
-        if self.failure and self.state is not STARTING and self.connection is None:
+        if self.failure and self.state is not STARTING:
             if self.server.now() - self.since >= KEPT_SECONDS:
                 self._wanted.set()
             raise self.failure.reworded(str(self.failure))
