@@ -7160,12 +7160,6 @@ def tell_of_lists(instance) -> None:
             _to_all(instance, list_changed(kind), None)
 
 
-def hearing(instance) -> int | None:
-    """None while nobody would hear that a list changed; otherwise a number. While that is the same, nothing was
-    missed."""
-    return (instance.listening or instance.connection.link).hearing
-
-
 def _to_subscribers(instance, message: Message, cause: PendingRequest | None) -> None:
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
@@ -7499,7 +7493,7 @@ class Items(dict):
         super().__init__()
         self.method = method
         self.asked_at = now
-        self.hearing: int | None = None            # as hearing() was then
+        self.hearing: int | None = None            # as KeptList's was then
         self.size = 0                              # characters
         self.texts: dict[str, str] = {}            # as the server wrote them
         self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
@@ -7598,10 +7592,16 @@ class KeptList:
             return None
         capability, heard = (LISTS[self.method].capability, "listChanged"), self.last.hearing
         if member_at(self.instance.identity.capabilities, capability) is True and (
-                self.instance.connection is None or heard is not None and heard == hearing(self.instance)):
+                self.instance.connection is None or heard is not None and heard == self._hearing):
             return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
         return self.last if age < max(KEPT_SECONDS, self.last.ttl_ms / 1000) else None
+
+    @property
+    def _hearing(self) -> int | None:
+        """None while nobody would hear that the list changed; otherwise a number. While that is the same, nothing was
+        missed."""
+        return (self.instance.listening or self.instance.connection.link).hearing
 
     async def _list(self) -> None:
         if self.is_old and self.last:              # who else asks meanwhile waits for the new one
@@ -7631,7 +7631,7 @@ class KeptList:
     async def read(self) -> Items:
         """Reads all pages."""
         connection, items = await self.instance.ready(), Items(self.method, self.instance.server.now())
-        items.hearing = hearing(self.instance)
+        items.hearing = self._hearing
         cursor, seen, (kind, _, capability) = None, set(), PAGED[self.method]
         if self.method != "tools/list" and not self.instance.identity.has(capability):
             return items
