@@ -8073,13 +8073,12 @@ class Client(Holder):
     listens = False                                 # is it a session of modern requests, to be told what it asks for?
     is_ended = False                                # of a session alone
     is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
-    headers: dict[str, str] = {}                    # of its last request over HTTP, by name in lower case
     _serials = itertools.count()
     serial = once(lambda self: f"client {next(self._serials)}")          # that no other has, also when it is gone
     redact = once(lambda self: redactor(self.variables.values()))    # takes these out of a text for the log
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
-                 name: str | None = None):
+                 name: str | None = None, headers: dict[str, str] | None = None):
         if variables:
             view.check_variables(variables)
         self.mount = mount
@@ -8088,6 +8087,7 @@ class Client(Holder):
         self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
         self.variables = variables                  # that it sets for its servers
+        self.headers = headers or {}                # of its last request over HTTP, by name in lower case
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
         self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
@@ -8206,8 +8206,8 @@ class Session(Client):
     is_session = True
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str],
-                 principal: object, is_streamable: bool, name: str | None = None):
-        super().__init__(mount, view, caller, variables, principal)
+                 principal: object, is_streamable: bool, name: str | None, headers: dict[str, str] | None):
+        super().__init__(mount, view, caller, variables, principal, headers=headers)
         self.id = self.identity = name or os.urandom(16).hex()
         self.label = label_of(self.id)
         self.is_streamable = is_streamable          # Streamable HTTP; otherwise HTTP+SSE, or in the words of clients:
@@ -8954,8 +8954,7 @@ class Mount:
             others = who_gives(self.sessions.values(), principal)
             if not others:
                 raise try_later("too many sessions")
-        session = Session(self, view, caller, variables, principal, is_streamable, name)
-        session.headers = headers or {}
+        session = Session(self, view, caller, variables, principal, is_streamable, name, headers)
         connection = session.only_instance.connection if not view.is_joint else None
         if others:
             min(others, key=lambda one: (bool(one.calls), one.stream.is_attached, one.last_used)).end()
@@ -9014,9 +9013,9 @@ class Mount:
         return session
 
     def visit(self, view: View, caller: Caller | None, variables: dict[str, str], principal: object = None,
-              name: str | None = None) -> Visitor:
+              name: str | None = None, headers: dict[str, str] | None = None) -> Visitor:
         self.check_open()
-        return Visitor(self, view, caller, variables, principal, name)
+        return Visitor(self, view, caller, variables, principal, name, headers)
 
     def make_room_for(self, call: PendingRequest) -> None:
         """Sees to it that there are no more subscriptions than sessions may be; ServerError when this one has to go."""
@@ -12744,10 +12743,8 @@ class Endpoints(Application):
         return session
 
     def _visit(self, admission: Admission, reply: Reply) -> Visitor:
-        visitor = self.mount.visit(admission.view, admission.caller, admission.variables, reply.connection.principal,
-                                   admission.name)
-        visitor.headers = admission.head.headers
-        return visitor
+        return self.mount.visit(admission.view, admission.caller, admission.variables, reply.connection.principal,
+                                admission.name, admission.head.headers)
 
     def _client(self, admission: Admission, reply: Reply) -> Client:
         """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
