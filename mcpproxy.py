@@ -7258,6 +7258,13 @@ class Topic:
         self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
+    def drop(self, subscriber) -> None:
+        self.subscribers.discard(subscriber)
+        self.told.discard(subscriber)
+        if self in subscriber.topics:
+            subscriber.topics.discard(self)
+            budget.set(subscriber, max(0, subscriber.held - TOPIC_BYTES - len(self.uri)))
+
 
 class Topics(dict[str, Topic]):
     """The resources that clients of an instance are told of, by URI."""
@@ -7327,17 +7334,14 @@ class Topics(dict[str, Topic]):
             del self[topic.uri]
         else:
             leaving = [one.client for one in topic.asking if is_new and one.client not in topic.told]
-            topic.subscribers.difference_update(leaving)
             if is_new:                         # who comes from now on waits for what the next server says
                 topic.verdict = asyncio.get_running_loop().create_future()
         for subscriber in leaving:
-            self._leave_topic(subscriber, topic)
+            topic.drop(subscriber)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes a subscriber out; after the last one the server is told."""
-        topic.subscribers.discard(subscriber)
-        topic.told.discard(subscriber)
-        self._leave_topic(subscriber, topic)
+        topic.drop(subscriber)
         if not topic.subscribers and self.get(topic.uri) is topic:
             del self[topic.uri]
             self.settle(topic, None)           # for who still waits: the next request may not name it any more
@@ -7350,12 +7354,6 @@ class Topics(dict[str, Topic]):
     def leave(self, subscriber) -> None:
         for topic in [topic for topic in subscriber.topics if topic.instance is self.instance]:
             self.unsubscribe(subscriber, topic)
-
-    @staticmethod
-    def _leave_topic(subscriber, topic: Topic) -> None:
-        if topic in subscriber.topics:
-            subscriber.topics.discard(topic)
-            budget.set(subscriber, max(0, subscriber.held - TOPIC_BYTES - len(topic.uri)))
 
 
 class ListenRequest(PendingRequest):
