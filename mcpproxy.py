@@ -7786,7 +7786,7 @@ class Instance:
         while self.connection is None:
             self._wanted.set()
             if error := await asyncio.shield(self._started):
-                raise error.with_traceback(None)       # as it was, for each of those who wait
+                raise error.with_traceback(None)       # without the frames of others who waited
         return self.connection
 
     async def close(self) -> None:
@@ -8072,8 +8072,8 @@ class Client(Holder):
     is_ended = False                                # of a session alone
     is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
     _serials = itertools.count()
-    serial = once(lambda self: f"client {next(self._serials)}")          # that no other has, also when it is gone
-    redact = once(lambda self: redactor(self.variables.values()))    # takes these out of a text for the log
+    serial = once(lambda self: f"client {next(self._serials)}")          # that no other client ever has
+    redact = once(lambda self: redactor(self.variables.values()))    # takes these values out of a text for the log
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None, headers: dict[str, str] | None = None):
