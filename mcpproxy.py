@@ -797,7 +797,7 @@ class RequestParser:
     def keep(self, head: HTTPHead) -> None:
         """Keeps the last head, which was admitted, if it is small; if need be, the oldest makes room."""
         if self._shape[0] and len(head.fields) <= KNOWN_HEAD_FIELDS:
-            if len(self._known) >= KNOWN_HEADS:
+            if len(self._known) >= KNOWN_HEADS and self._shape not in self._known:
                 self._known.pop(next(iter(self._known))).admission = None        # which has the head, too
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
@@ -6431,7 +6431,7 @@ class ServerConnection(Holder):
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self.flood = Rate()                               # of lines that no server has reason to write many of
         self._withdrawn = 0                               # requests that it may answer, though they were taken back
-        self.heard_at, self.silences = float("-inf"), 0   # when a line came last; and the time-outs since
+        self.heard_at, self.silences = float("-inf"), 0   # when something came last; and the time-outs since
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self.on_closed = None                             # called at once when the link ends
         self._on_request, self._on_notification = on_request, on_notification
@@ -6607,7 +6607,8 @@ class ServerConnection(Holder):
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
         if self.flood.count > FLOOD:
             return
-        line, self.heard_at, self.silences = line.strip(b" \t\r"), self._now(), 0
+        self._hear()
+        line = line.strip(b" \t\r")
         try:
             if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
@@ -6624,6 +6625,10 @@ class ServerConnection(Holder):
             self._on_junk(line, error)
         except Exception as error:
             log.fault(error)                    # one message is lost, those behind it are not
+
+    def _hear(self) -> None:
+        """Takes in a sign of life."""
+        self.heard_at, self.silences = self._now(), 0
 
     def _on_text(self, line: bytes, cause: int | None) -> None:
         text = decode_json(line)
@@ -6705,6 +6710,8 @@ class ServerConnection(Holder):
                      id=self._redact(repr(server_id)))
 
     def _fail(self, server_id: int | None, error: ServerError) -> None:
+        if member_at(error.data, ("status",)):   # over HTTP it may answer with that alone
+            self._hear()
         pending = self.pending.pop(server_id, None)
         if pending:
             self.link.on_answered(server_id)
@@ -6712,6 +6719,7 @@ class ServerConnection(Holder):
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
         """A line over the limit: if it is a response, one call fails; nothing else does."""
+        self._hear()
         log.warning("! server %(server)s wrote a message over the limit", server=self.name)
         self._fail(find_response_id(head, tail), ServerError("the answer is larger than MAX_MESSAGE_MB"))
 
@@ -8064,7 +8072,7 @@ class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
     hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
-    may_have_logs = False                           # was it told so, when a server was missing?
+    may_have_logs = False                           # was it told so, when a server was missing? Or is that not known?
     software = ""                                   # its name/version, by its own word, when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
@@ -8258,7 +8266,7 @@ class Session(Client):
     def restore(self, sealed_id: str, facts: dict) -> None:
         """Goes on as the session that has this id. What it subscribed to is not known any more, so it is told that all
         may have changed."""
-        self.sealed_id, self.is_followed = sealed_id, True
+        self.sealed_id, self.is_followed, self.may_have_logs = sealed_id, True, True
         self.version, self.capabilities = facts["version"], facts["capabilities"]
         self.info = facts["info"] and dump(facts["info"])
         self.software = client_name(tuple(facts["info"].items()) if isinstance(facts["info"], dict) else ())

@@ -2105,6 +2105,18 @@ def test_http_large_heads_are_not_kept(monkeypatch):
     assert 0 < len(parser._known) <= 4 and all(len(head.fields) < 10 for head in parser._known.values())
 
 
+def test_http_known_head_that_is_admitted_again_makes_no_room_for_itself(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "KNOWN_HEADS", 4)
+    parser = mcpproxy.RequestParser()
+    for number in (0, 1, 2, 3, 0, 3):
+        parser.feed(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)
+        head = parser.next_head()
+        head.admission = number
+        parser.keep(head)
+        assert head.admission == number and parser.next_body(0) == b""
+    assert sorted(head.admission for head in parser._known.values()) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\nHost: a\r\nA:%b\x01", b"GET / HTTP/1.1\r\nHost: a\r\nA: b%b\x01",
                                   b"GET /%b\x01 HTTP/1.1", b"GET http://%b\x01 HTTP/1.1\r\nHost: a"])
 @pytest.mark.parametrize("pump", [b" ", b"\t", b"a", b"/", b":"])
@@ -17954,9 +17966,17 @@ async def test_conversation_a_server_that_does_not_list_its_tools_and_says_nothi
     assert len(town.links["a"]) > 1 and len(town.links["c"]) == 1
 
 
+SIGNS_OF_LIFE = {
+    "progress": lambda link, call: link.on_line(json.dumps(notification("notifications/progress", {
+        "progressToken": call["params"]["_meta"]["progressToken"], "progress": time.monotonic()})).encode()),
+    "a long line": lambda link, call: link.on_too_long(b'{"jsonrpc":"2.0","method":"x"', b"}"),
+    "an HTTP error": lambda link, call: link.on_refused(99, mcpproxy.ServerError("429", data={"status": 429}))}
+
+
+@pytest.mark.parametrize("sign", SIGNS_OF_LIFE)
 @pytest.mark.parametrize("names", [["a", "c"], ["g.a", "g.b"]])
 @in_town
-async def test_conversation_a_server_that_is_busy_with_a_call_and_says_so_is_not_replaced_nor_left_out(names):
+async def test_conversation_a_server_that_is_busy_with_a_call_and_says_so_is_not_replaced_nor_left_out(names, sign):
     """What comes behind the call times out, all at once, between two of its words."""
     town, tool = Town("legacy", names, request_timeout=10), "a__t" if "a" in names else "g__t"
     town.can |= {"prompts": {}, "resources": {}}
@@ -17972,9 +17992,8 @@ async def test_conversation_a_server_that_is_busy_with_a_call_and_says_so_is_not
     for second in range(30):
         await town.pass_time()
         if second % 7 == 6:
-            town.say(town.links[name][0], notification("notifications/progress", {
-                "progressToken": call["params"]["_meta"]["progressToken"], "progress": second}))
-    assert len(town.links[name]) == 1 and town.mount.servers[name].failures == 0
+            SIGNS_OF_LIFE[sign](town.links[name][0], call)
+    assert len(town.links[name]) == 1 and town.mount.servers[name].failures < mcpproxy.FAILURES
 
 
 @in_town
@@ -18682,13 +18701,19 @@ async def test_conversation_session_is_told_of_what_a_server_that_is_starting_ma
 
 @in_town
 async def test_conversation_session_that_was_told_of_logs_may_ask_for_them_though_there_are_none_in_the_end():
-    town = Town("legacy", ["a", "c"])
+    town = Town("legacy", ["a", "c"], session_secret="s" * 32)
     town.slow["c"], town.can = 5, {"tools": {}}
     client = await town.client("legacy")
     await asyncio.sleep(10)
     assert "logging" in town.told(client)[0]["result"]["capabilities"]
-    assert await town.say_to(client, 1, "logging/setLevel", {"level": "error"}) == [
-        {"jsonrpc": "2.0", "id": 1, "result": {}}]
+    town.mount.sessions.clear()
+    sealed = client.client.sealed_id
+    town.mount.unseal_session(sealed, lambda: client.client.view, None, None, {})             # as another replica does
+    client.client, = town.mount.sessions.values()
+    town.told(client)
+    for _ in "here", "there":
+        assert await town.say_to(client, 1, "logging/setLevel", {"level": "error"}) == [
+            {"jsonrpc": "2.0", "id": 1, "result": {}}]
 
 
 @in_town
