@@ -3591,8 +3591,8 @@ class Log(logging.Handler):
 
     def add(self, level: int, template: str, fields: dict | tuple, error: BaseException | None = None,
             about: dict | None = None) -> None:
-        """Logs a template with its fields, as a dict or as values in its order, and an error's traceback. `about`: the
-        fields of the JSON object, where they are others than those of the text."""
+        """Logs a template with its fields, by name or in its order, and an error's traceback. `about`: the fields
+        of the JSON object, where they are others than those of the text, or have no names there."""
         if level < self.level:
             return
         self._entries.append((time.time(), level, template, fields, error, about))
@@ -3621,14 +3621,9 @@ class Log(logging.Handler):
             self._second, local = second, time.localtime(second)
             self._clock, self._zone = time.strftime("%Y-%m-%d %H:%M:%S.", local), time.strftime("%z", local)
         try:
-            if isinstance(fields, tuple):
-                template, names = positional(template)
-                text = template % fields
-                fields = about or dict(zip(names, fields)) if self.as_json else {}
-            else:
-                text = template % fields if fields else template
+            text = template % fields if fields else template
         except (TypeError, ValueError, KeyError):
-            text, fields = f"{template} {fields}", {}           # a mistake of ours is no reason to lose the others
+            text, fields, about = f"{template} {fields}", {}, {}      # a mistake of ours: no reason to lose the others
         if not text.isprintable():
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
@@ -3638,7 +3633,7 @@ class Log(logging.Handler):
             return b"%b\n" % ("%s%03d %-7s %s" % (self._clock, millisecond, name, text)).encode(
                 "utf-8", "backslashreplace")[:MAX_LOG_LINE]
         clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{self._zone[:3]}:{self._zone[3:]}"
-        entry = {"time": clock, "level": name, "message": text, **fields}
+        entry = {"time": clock, "level": name, "message": text, **(about or fields)}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
                          str(value)[:limit] for field, value in entry.items() if value != "-"})
@@ -3667,12 +3662,6 @@ class Rate:
         """Once more."""
         self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
         return self.count
-
-
-@functools.lru_cache(maxsize=64)
-def positional(template: str) -> tuple[str, list[str]]:
-    """A template without the names of its fields, and these in order."""
-    return re.sub(r"%\(\w+\)", "%", template), re.findall(r"%\((\w+)\)", template)
 
 
 def redactor(secrets: collections.abc.Iterable[str]):
@@ -9976,8 +9965,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
                       era=(MODERN if call.envelope else LEGACY) if revision else "",
                       session=client.is_session and client.label, server=server_name, id=call.id, outcome=outcome,
                       error_type=problem, ms=seconds * 1000, bytes_in=call.size, bytes_out=size)
-    log.add(logging.INFO, "<> %(session)s %(method)s %(name)s id=%(id)s %(outcome)s, %(bytes_in)d bytes in, "
-            "%(bytes_out)d bytes out, %(ms).1f ms", fields, None, about)
+    log.add(logging.INFO, "<> %s %s %s id=%s %s, %d bytes in, %d bytes out, %.1f ms", fields, None, about)
     if call.size > SMALL:                  # what it says may be what is large
         labels, own_name = [text[:MAX_LABEL_VALUE] for text in labels], own_name[:MAX_LABEL_VALUE]
         software = client.software
