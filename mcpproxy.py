@@ -5610,8 +5610,7 @@ class Issuer:
         except UnknownKey:
             if self._now() - self._retried_at >= (OUTAGE_SECONDS if self._is_out else RETRY_SECONDS) or self._reading:
                 self._retried_at = self._now()
-                self._tried_at = self._tried_at if self._reading else -float("inf")
-                await self._renew_keys()
+                await self._renew_keys(0)
             elif not self._is_out:
                 raise
             if self._is_out:
@@ -5638,15 +5637,15 @@ class Issuer:
                     raise
         return key
 
-    def _read_soon(self) -> asyncio.Task | None:
+    def _read_soon(self, pause: float = OUTAGE_SECONDS) -> asyncio.Task | None:
         """Begins to read its keys, unless that was tried just now. Returns the task that reads them, if one does."""
-        if self._reading is None and self._now() - self._tried_at >= OUTAGE_SECONDS:
+        if self._reading is None and self._now() - self._tried_at >= pause:
             self._tried_at = self._now()
             self._reading = asyncio.get_running_loop().create_task(self._read())
         return self._reading
 
-    async def _renew_keys(self) -> None:
-        if self._read_soon():
+    async def _renew_keys(self, pause: float = OUTAGE_SECONDS) -> None:
+        if self._read_soon(pause):
             await asyncio.wait([self._reading])
 
     async def _read(self) -> None:
