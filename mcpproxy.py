@@ -6048,9 +6048,8 @@ class RemoteLink(Link):
                 self.end("does not speak as it did before")
 
     async def _stop(self) -> None:
-        running, self._running = self._running, {}
-        for fetch in running.values():
-            fetch.abort()
+        for number in list(self._running):
+            self._drop(number)
         if self.session:
             with contextlib.suppress(OSError):
                 await Ask(self._request_head("DELETE", self._session_headers())).answer(self._client, DELETE_SECONDS)
