@@ -3285,9 +3285,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
     if group is not None:
         with within("group"):
             check_name(group)
-    for key in given if group is None else ():
-        if key in ("when", "weight", "backup"):
-            raise SettingsError(f"{key}: is for servers of a group")
+    elif alone := [key for key in given if key in ("when", "weight", "backup")]:
+        raise SettingsError(f"{alone[0]}: is for servers of a group")
     for variable, value in env.items():
         if not re.fullmatch("[^=\0]+", variable) or "\0" in value:
             raise SettingsError(f"env: {variable[:80]!r} cannot be set")
