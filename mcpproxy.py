@@ -3169,14 +3169,15 @@ def within(where: str, *others: type[Exception]):
     try:
         yield
     except (SettingsError, *others) as error:
-        problem = f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
+        problem = ("is nested too deeply" if isinstance(error, RecursionError) else
+                   f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error)
         raise SettingsError(f"{where}: {problem}") from None
 
 
 def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> dict[str, ServerConfig]:
     """The servers of a file, by name, in its order; SettingsError says which file, server and key cannot be used."""
     servers: dict[str, ServerConfig] = {}
-    with within(settings.mcp_config):
+    with within(settings.mcp_config, ValueError, RecursionError):
         plain, scanned = read_config(text)
         used = [name for name, given in plain.items() if not (isinstance(given, dict) and (
             given.get("disabled") is True or given.get("enabled") is False))]
@@ -3208,14 +3209,11 @@ def as_json(text: str) -> str:
 
 def read_config(text: str) -> tuple[dict, tuple]:
     """The servers of a file by name; and as scan_value() reads them, which shows what is there twice."""
-    try:
-        text = as_json(text)
-        plain = json.loads(text, parse_float=_finite)          # an infinite argument could be sent to no server
-        whole = scan_value(text, _WHITESPACE.match(text).end())[0]
-    except RecursionError:
-        raise SettingsError("is nested too deeply") from None
-    except (ValueError, StopIteration) as error:
-        raise SettingsError(f"is not JSON: {error}" if text.strip() else "is empty") from None
+    text = as_json(text)
+    if not text.strip():
+        raise SettingsError("is empty")
+    plain = json.loads(text, parse_float=_finite)          # an infinite argument could be sent to no server
+    whole = scan_value(text, _WHITESPACE.match(text).end())[0]
     lists = [(name, members) for name, members in (whole if isinstance(whole, tuple) else ())
              if name in ("mcpServers", "servers") and isinstance(members, tuple) and isinstance(plain[name], dict)]
     if len(lists) != 1:
