@@ -4668,13 +4668,6 @@ class Cell:
                     write_file(f"{os.path.dirname(self.cgroup)}/cgroup.subtree_control", f"+{controller}")
                     write_file(f"{self.cgroup}/{file}", str(limit))
 
-    def _leave_cgroup(self) -> None:
-        if self.cgroup:
-            with contextlib.suppress(OSError):             # Linux 5.14
-                write_file(f"{self.cgroup}/cgroup.kill", "1")
-            os.rmdir(self.cgroup)
-            self.cgroup = None
-
     @property
     def is_out_of_memory(self) -> bool:
         """Did the kernel kill one of its processes for want of memory?"""
@@ -4736,7 +4729,10 @@ class Cell:
             time.sleep(0.01)
         for _ in range(20):
             try:
-                self._leave_cgroup()
+                if self.cgroup and os.path.exists(self.cgroup):
+                    with contextlib.suppress(OSError):             # Linux 5.14
+                        write_file(f"{self.cgroup}/cgroup.kill", "1")
+                    os.rmdir(self.cgroup)
                 if self.directory and os.path.exists(self.directory):
                     remove_tree(*os.path.split(self.directory))
                 break
