@@ -2949,14 +2949,14 @@ class once(functools.cached_property):
 class View:
     """What one URL shows: which servers, and what of them."""
 
-    def __init__(self, place: str | None, members: tuple[ServerConfig, ...], globs: tuple[tuple[str, ...], ...] = (),
-                 is_joint: bool = False, wanted: tuple = (), limits: Limits | None = None, catalog: "Catalog" = None):
+    def __init__(self, place: str | None, members: tuple[ServerConfig, ...], globs: tuple[tuple[str, ...], ...],
+                 is_joint: bool, wanted: tuple, limits: Limits | None, catalog: "Catalog"):
         self.limits = limits                   # of its caller
         self.catalog = catalog
         self.place = place                     # the name of a server that is met by itself
         self.members = members
         self.by_name = {member.name: member for member in members}
-        self.grants = {member.name: limits.of(member.names) for member in members} if limits else None
+        self.grants = {member.name: limits.of(member.names) for member in members} if limits else {}
         self.offer = members, self.grants      # if it is equal in two views of a client, its lists are the same
         self.servers = tuple(one for member in members for one in member.members or (member,))       # each of a group's
         self.names = {one.name for one in (*members, *self.servers)}         # of all of these, and of groups
@@ -2991,14 +2991,14 @@ class View:
 
     def is_by_hints(self, server: str, kind: str) -> bool:
         """Does it take the server's list to say what its caller may use?"""
-        return bool(self.grants) and kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
+        return kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
     def terms(self, place: str, kind: str, own: str | None) -> tuple | None:
         """What decides on calls of what the server at a place calls `own`, or of whatever it has: grants, and what the
         operator changed; None if that server is not here."""
         member = self.by_name.get(place)
         rules = member.rules if member and kind == "tools" else None
-        return member and (self.grants and self.grants[place],
+        return member and (self.grants.get(place),
                            rules and (rules.shown(own), rules.overrides.get(own)) if own else rules)
 
     def candidates(self, name: str) -> list[ServerConfig]:
@@ -3562,8 +3562,8 @@ class Log(logging.Handler):
 
     A line is a %-template and the fields that it names. As JSON it is an object of both; "-" stands for none."""
 
-    def __init__(self, descriptor: int = 2, level: str = "INFO", as_json: bool = False):
-        super().__init__(level.upper())
+    def __init__(self, descriptor: int = 2, as_json: bool = False):
+        super().__init__("INFO")
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0                        # lines that could not be written, for a debugger
