@@ -4765,8 +4765,6 @@ LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of it
 # By limit: the setting, and what is counted.
 LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
           "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
-
-
 # Lines that languages write after the one that says what is wrong: where it happened, the version, the exit code.
 _TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$|[]})]+$|"
                       r"npm (?:notice|\w+!? (?:A complete log|404(?: Note| tarball|$)))|Run '[^']+ --help'")
@@ -5274,8 +5272,6 @@ def target_of(url: SplitResult) -> str:
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
 _lookups: dict[tuple[str, int], asyncio.Future] = {}          # of hosts, that are not answered yet
 
 
