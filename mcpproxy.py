@@ -4238,7 +4238,7 @@ class Reaper:
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         with contextlib.suppress(RuntimeError):
             self._closer.submit(int)          # so it has its thread; later there may be none to be had
-        self._sweep: asyncio.TimerHandle | None = None
+        self._sweep: asyncio.TimerHandle | None = None        # where one has ended
         with contextlib.suppress(OSError):
             os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
         self._start_watcher()
@@ -4290,17 +4290,16 @@ class Reaper:
 
     def sweep(self) -> None:
         """Kills what is left of ended servers now. Reads /proc once: 20 µs a process."""
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
-        processes = list_processes() if self._ended else []
-        if self._ended and not processes and os.path.exists("/proc/self"):          # it takes a descriptor
+        self._sweep.cancel()
+        self._sweep = None
+        processes = list_processes()
+        if not processes and os.path.exists("/proc/self"):          # it takes a descriptor
             self._sweep = asyncio.get_running_loop().call_later(1, self.sweep)
             return
         ended, self._ended = self._ended, []
         marks = [b"MCPPROXY_TAG=%b\0" % tag.encode() for tag, _, _ in ended]
         found = [pid for _, left, _ in ended for pid, start in left if process_stat(pid)[START] == start]
-        if ended and not self.census.servers and self.census.gets_orphans:
+        if not self.census.servers and self.census.gets_orphans:
             found += self._strangers()
         for pid in processes:
             environment = next(filter(None, read_proc(pid, "environ")), b"")
@@ -4316,7 +4315,8 @@ class Reaper:
 
     def close(self) -> None:
         """Ends the shell. Every server has to be gone by now."""
-        self.sweep()
+        if self._ended:
+            self.sweep()
         self._closer.shutdown()
         with contextlib.suppress(OSError):
             os.rmdir(self.homes)
