@@ -2994,12 +2994,12 @@ class View:
         return kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
     def terms(self, place: str, kind: str, own: str | None) -> tuple | None:
-        """What decides on calls of what the server at a place calls `own`, or of whatever it has: grants, and what the
-        operator changed; None if that server is not here."""
+        """What decides on calls, at the server of a place, of what it calls `own`, or (None) of anything: the grants,
+        and what the operator changed. None if that server is not here."""
         member = self.by_name.get(place)
         rules = member.rules if member and kind == "tools" else None
-        return member and (self.grants.get(place),
-                           rules and (rules.shown(own), rules.overrides.get(own)) if own else rules)
+        changes = rules and (rules.shown(own), rules.overrides.get(own)) if own else rules
+        return member and (self.grants.get(place), changes)
 
     def candidates(self, name: str) -> list[ServerConfig]:
         """The servers that may have a tool or prompt of this name."""
