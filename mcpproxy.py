@@ -11033,19 +11033,19 @@ def http_date(second: int) -> bytes:
 
 # What a connection waits for. CHECK: to be told whether a request may pass, when its head alone does not say.
 HEAD, CHECK, BODY, REPLY, LINGER = enum.StrEnum("Phase", "HEAD CHECK BODY REPLY LINGER")
-READING = HEAD, BODY                 # in these, what the client sends is looked at
 
 
 class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
-    __slots__ = ("connection", "head", "admission", "headers", "on_gone", "is_stream", "is_done", "leaves_on_eof",
-                 "last_write")
+    __slots__ = ("connection", "head", "admission", "refusal", "headers", "on_gone", "is_stream", "is_done",
+                 "leaves_on_eof", "last_write")
 
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
         self.admission = None              # once it may pass; that of the head may be replaced by another connection
+        self.refusal: ProxyError | None = None             # why it may not, by its head alone
         self.headers: tuple = ()           # of every answer, of an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
         self.leaves_on_eof = False         # is a client that closes its sending half gone?
@@ -11116,7 +11116,6 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._parser = RequestParser(server.heads)
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
-        self._checked: tuple | None = None  # (head, error or None, headers for that) of a request that was in CHECK
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
         self.principal = self._host = principal_of(host)    # until a key says more; and by the address alone
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -11132,7 +11131,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     @property
     def is_idle(self) -> bool:
         """Is nothing at work for it? It may have sent a part of a request, or not have read an answer."""
-        return self._phase in (HEAD, BODY, LINGER) and not (self._checked or self._advances_soon)
+        return self._phase in (HEAD, BODY, LINGER) and not self._advances_soon
 
     # What asyncio calls.
 
@@ -11186,7 +11185,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
         parser, self._advances_soon = self._parser, False
         for _ in range(REQUESTS_A_TURN):
-            if not (parser.rest or self._checked) or self._phase not in READING:
+            if self._phase is not BODY and not (self._phase is HEAD and parser.rest):
                 break
             if self._is_clogged or self._transport.is_closing() or not self._next_request():
                 break
@@ -11210,23 +11209,18 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def _next_request(self) -> bool:
         """Hands on the next request if all of it is there; also one that its head alone refuses, because then it is
         known where the next one begins, and the connection can be kept."""
-        parser, application = self._parser, self._application
-        refusal, continues = None, False                   # `refusal`: by the head alone
+        parser, application, reply, continues = self._parser, self._application, self._reply, False
         try:
             if self._phase is HEAD:
-                if self._checked:
-                    (head, refusal, headers), self._checked = self._checked, None
-                else:
-                    head = parser.next_head()
+                head = parser.next_head()
                 if head is None:
                     return False
-                self._phase, continues = BODY, head.expects_continue
-                self._reply = reply = Reply(self, head)
+                self._phase, self._reply = BODY, (reply := Reply(self, head))
                 self.keeps_alive = head.keep_alive and not self._server.is_leaving
+            head = reply.head
+            if not (reply.admission or reply.refusal):
+                continues = head.expects_continue
                 try:
-                    if refusal:
-                        reply.headers = headers
-                        raise refusal
                     if head.admission is None or head.admission.is_old:
                         head.admission = None              # also if it may not pass any more
                         head.admission = application.admit(head, self._host)
@@ -11237,38 +11231,38 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     if size > SMALL and size <= application.max_body and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
-                    refusal = error
+                    reply.refusal = error
                 except NotYet as reason:
                     self._phase = CHECK
-                    reason.task.add_done_callback(functools.partial(self._on_checked, head, reason.headers))
+                    reason.task.add_done_callback(functools.partial(self._on_checked, reason.headers))
                     return False
             # Other methods mean nothing by a body (RFC 9110 §9.3.1), and anybody may use them.
-            reply = self._reply
-            body = parser.next_body(application.max_body if reply.head.method == "POST" else SMALL)
+            body = parser.next_body(application.max_body if head.method == "POST" else SMALL)
         except ProxyError as error:
-            self.refuse(refusal or error)
+            self.refuse(reply and reply.refusal or error)
             return False
         if body is not None:
             self._phase = REPLY
-            if refusal:
-                application.refuse(refusal, reply)
+            if reply.refusal:
+                application.refuse(reply.refusal, reply)
             else:
                 application.handle(reply.admission, body, reply)
             return True
-        if refusal:
-            self.refuse(refusal)
+        if reply.refusal:
+            self.refuse(reply.refusal)
         elif parser.is_interrupted:
             self._advance_soon()
         elif continues and not parser.rest:
             self.write([CONTINUE])
         return False
 
-    def _on_checked(self, head: HTTPHead, headers: tuple, task: asyncio.Task) -> None:
-        """The check that a request waited for is done."""
+    def _on_checked(self, headers: tuple, task: asyncio.Task) -> None:
+        """The check that a request waited for is done; `headers` are for the reply if it failed."""
         if not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
-            self._phase, self._checked = HEAD, (head, error and as_told(error), headers)
-            self.since = time.monotonic()
+            if error:
+                self._reply.refusal, self._reply.headers = as_told(error), headers
+            self._phase, self.since = BODY, time.monotonic()
             if not self._is_clogged:
                 self._transport.resume_reading()           # also of one that is refused, so that it hears of that
             self._advance()
