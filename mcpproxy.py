@@ -11923,19 +11923,19 @@ _TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0
 class Admission:
     """Who sends a request, to which place, and what for."""
 
-    def __init__(self, head: HTTPHead, settings: Settings, catalog: Catalog, routes: dict):
-        self.head, self._settings, self._catalog = head, settings, catalog
+    def __init__(self, head: HTTPHead, host: str, application):
+        self.head, self.host, self.application = head, host, application       # where it came from first, who let it in
+        self.keys, self._settings, self._catalog = application.keys, application.settings, application.mount.catalog
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
-        self.place, self.path = self._find_place(routes)
+        self.place, self.path = self._find_place(application.routes)
         # What an endpoint says of its own place.
-        self.base = settings.base_path + (f"/servers/{self.place}" if self.place else "")
-        self.route = routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
+        self.base = self._settings.base_path + (f"/servers/{self.place}" if self.place else "")
+        self.route = application.routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
-            resource = self._described_resource() if settings.oauth_issuer and not self.place else None
-            self.route = routes.get(RESOURCE_METADATA) if resource else None
+            resource = self._described_resource() if self._settings.oauth_issuer and not self.place else None
+            self.route = application.routes.get(RESOURCE_METADATA) if resource else None
             self.place, self.path = resource or (self.place, self.path)
-        self.host, self.keys, self.application = "", Keys(), None        # where it came from first, and who let it in
         self.objection: HTTPError | None = None          # of a guard; an open route then says less
         self.headers: tuple = ()               # of every reply, as (name, value) pairs
         self.session_id = head.headers.get(SESSION_ID_HEADER.lower())
@@ -12220,8 +12220,7 @@ class Application:
     def admit(self, head: HTTPHead, host: str) -> Admission:
         """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
         has to find something out; `host` is who is answerable for that."""
-        admission = Admission(head, self.settings, self.mount.catalog, self.routes)
-        admission.host, admission.keys, admission.application = host, self.keys, self
+        admission = Admission(head, host, self)
         route = admission.route
         self._allow_page(admission)
         try:

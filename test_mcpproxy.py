@@ -22706,11 +22706,17 @@ def test_oauth_key_that_is_gone_before_its_body_came_has_to_come_again(tmp_path)
 
 # Metadata.
 
+def admission_at(path, settings, catalog):
+    application = types.SimpleNamespace(settings=settings, mount=types.SimpleNamespace(catalog=catalog),
+                                        routes=mcpproxy.ROUTES, keys=mcpproxy.Keys())
+    return mcpproxy.Admission(head(path), "", application)
+
+
 def described(path, public=PUBLIC, base="", is_file=True):
     """The resource that a path describes, if any."""
     settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
     catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=is_file)
-    admission = mcpproxy.Admission(head(path), settings, catalog, mcpproxy.ROUTES)
+    admission = admission_at(path, settings, catalog)
     return admission.resources[0] if admission.route is mcpproxy.METADATA_ROUTE else None
 
 
@@ -22726,7 +22732,7 @@ def test_oauth_metadata_of_each_resource_is_where_its_url_says(public, base):
         at = base + rest if base else rest
         settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=public, BASE_PATH=base)
         catalog = mcpproxy.Catalog({name: mcpproxy.ServerConfig(name, settings) for name in "ab"}, is_file=True)
-        challenge = mcpproxy.Admission(head(at), settings, catalog, mcpproxy.ROUTES).challenge
+        challenge = admission_at(at, settings, catalog).challenge
         assert challenge == f'Bearer resource_metadata="{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"'
 
 
@@ -22737,7 +22743,7 @@ def test_oauth_scope_for_one_server_opens_no_variable_at_another(place, name, is
     limits = mcpproxy.Limits("x", (mcpproxy.Grant(("a",), env=("A_TOKEN",)), mcpproxy.Grant(("b",))))
     settings = load("", AUTH_KEY="k", SHARED_SESSION="false")
     catalog = mcpproxy.Catalog({one: mcpproxy.ServerConfig(one, settings) for one in "ab"}, is_file=True)
-    admission = mcpproxy.Admission(head(f"{place}?{name}=t"), settings, catalog, mcpproxy.ROUTES)
+    admission = admission_at(f"{place}?{name}=t", settings, catalog)
     admission.caller = mcpproxy.Caller("x", b"", limits)
     if is_open:
         assert admission.variables == {name: "t"}
@@ -22759,7 +22765,7 @@ def test_oauth_challenge_names_a_scope_that_helps(kind, name, scopes, scope):
         (one, mcpproxy.Grant(**given)) for one, given in scopes.items()))
     settings = load("", AUTH_KEY="k", SHARED_SESSION="false")
     catalog = mcpproxy.Catalog({one: mcpproxy.ServerConfig(one, settings) for one in "ab"}, is_file=True)
-    admission = mcpproxy.Admission(head("/mcp?A_TOKEN=t"), settings, catalog, mcpproxy.ROUTES)
+    admission = admission_at("/mcp?A_TOKEN=t", settings, catalog)
     admission.caller = mcpproxy.Caller("x", b"", limits)
     with pytest.raises(RPCError) as refused:
         admission.variables if kind == "variable" else admission.view.direct(f"{kind}/", name)
@@ -22772,7 +22778,7 @@ def test_oauth_challenge_names_a_scope_that_helps(kind, name, scopes, scope):
 def test_oauth_resource_of_a_path_with_a_slash_at_its_end_is_the_same(path, resource):
     settings = load("", OAUTH_ISSUER="https://issuer.example", PUBLIC_URL=PUBLIC)
     for at in path, path + "/":
-        admission = mcpproxy.Admission(head(at), settings, mcpproxy.Catalog({}), mcpproxy.ROUTES)
+        admission = admission_at(at, settings, mcpproxy.Catalog({}))
         assert admission.resources[0] == PUBLIC + resource and admission.route
 
 
