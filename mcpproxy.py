@@ -13399,15 +13399,9 @@ LOOKUPS = 64                   # of names of hosts, at a time
 
 
 def load_settings(given, command: list[str] | None, environment: dict[str, str]) -> Settings:
-    """The settings of a run: a flag (`given`, as parsed) wins over the environment, which wins over the default."""
-    values = {}
-    for field in dataclasses.fields(Settings):
-        text = getattr(given, field.name)
-        if text is None:
-            # An empty variable is one that was not set, as in `docker run -e AUTH_KEY`.
-            text = environment.get(field.name.upper()) or None
-        if text is not None:
-            values[field.name] = parse_setting(field.name, field.default, text)
+    """The settings of a run; `given` is what argument_parser() made of flags and environment."""
+    values = {field.name: parse_setting(field.name, field.default, text) for field in dataclasses.fields(Settings)
+              if (text := getattr(given, field.name)) is not None}
     if command is not None:
         if not command:
             raise SettingsError("-- must be followed by the command of an MCP server")
@@ -13478,8 +13472,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
                     for name in names.split() if getattr(settings, name.lower()) != getattr(Settings, name.lower())]
 
 
-def argument_parser():
-    """The flags, made from Settings."""
+def argument_parser(environment: dict[str, str]):
+    """The flags, made from Settings. A flag wins over its variable, and both over the default, which is None here."""
     import argparse
     parser = argparse.ArgumentParser(
         prog="mcpproxy.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -13499,7 +13493,8 @@ def argument_parser():
     for field in dataclasses.fields(Settings):
         default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
         flags = [*(["--config"] if field.name == "mcp_config" else []), "--" + field.name.replace("_", "-")]
-        parser.add_argument(*flags, dest=field.name, metavar="VALUE", default=None,
+        variable = environment.get(field.name.upper()) or None       # empty: not set, as in `docker run -e AUTH_KEY`
+        parser.add_argument(*flags, dest=field.name, metavar="VALUE", default=variable,
                             help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
     return parser
 
@@ -13743,7 +13738,7 @@ def main() -> None:
     formats = [os.environ.get("LOG_FORMAT", ""), *re.findall(r"--log-format[ =](\S*)", " ".join(flags))]
     start_logging("INFO", formats[-1].strip() == "json")
     try:
-        given = argument_parser().parse_args(flags)
+        given = argument_parser(dict(os.environ)).parse_args(flags)
         if given.new_key is not None:
             return print_new_key(given.new_key)
         settings = load_settings(given, command, dict(os.environ))

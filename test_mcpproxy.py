@@ -1622,8 +1622,8 @@ def default_of(field):
 
 def load(arguments="", **environment):
     flags, command = mcpproxy.split_arguments(shlex.split(arguments))
-    return mcpproxy.load_settings(mcpproxy.argument_parser().parse_args(flags), command,
-                                  {"PATH": os.environ["PATH"], **environment})
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return mcpproxy.load_settings(mcpproxy.argument_parser(environment).parse_args(flags), command, environment)
 
 
 every_setting = pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
