@@ -13143,14 +13143,14 @@ class Proxy:
         self.environment = environment
         self._config_seen = self._stat_config()          # before it is read: a change meanwhile is seen later
         self._problem = ""                               # why it could not be read again
-        catalog = load_catalog(settings, environment)
+        catalog, keys = load_files(settings, environment)
         self.reaper, self._is_reaper_own = reaper or Reaper(), reaper is None
         budget.limit = settings.max_buffered_mb * 1024 * 1024
         self.mount = Mount(catalog, settings, self._new_server, time.monotonic)
         self.issuer = Issuer(settings, time.monotonic, lambda: self.endpoints.admit_anew()) if (
             settings.oauth_issuer) else None
         overview = Overview(self.mount, self.reaper.census)
-        self.endpoints = Endpoints(self.mount, overview, load_keys(settings, catalog), self.issuer)
+        self.endpoints = Endpoints(self.mount, overview, keys, self.issuer)
         self.http = HTTPServer(self.endpoints, settings.heartbeat)
         self.probes = HTTPServer(Probes(self.mount, overview), settings.heartbeat)
         self._ticker: asyncio.Task | None = None
@@ -13208,8 +13208,7 @@ class Proxy:
                                       settings.tls_key)):
                 if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                     raise SettingsError(f"{path}: is a pipe or a device, which cannot be read again")
-            catalog = load_catalog(settings, self.environment)
-            keys = load_keys(settings, catalog)
+            catalog, keys = load_files(settings, self.environment)
             tls = self.http.tls and tls_context(settings)
         except SettingsError as error:
             if is_asked or str(error) != self._problem:
@@ -13304,23 +13303,20 @@ def give_back() -> None:
             libc().malloc_trim(0)
 
 
-def load_catalog(settings: Settings, environment: dict[str, str]) -> Catalog:
-    """The servers of the file, or the one of the command line."""
-    if not settings.mcp_config:
+def load_files(settings: Settings, environment: dict[str, str]) -> tuple[Catalog, Keys]:
+    """The servers of the file, or the one of the command line; and who may come in."""
+    if settings.mcp_config:
+        servers = parse_config(read_text(settings.mcp_config), settings, environment)
+        if sum(server.settings.shared_session for server in servers.values()) > settings.max_processes:
+            raise SettingsError(f"{settings.mcp_config}: has more servers than MAX_PROCESSES, {settings.max_processes}")
+    else:
         command = shlex.split(settings.mcp_server_config) or DEMO_COMMAND
         name = server_name(command)
         where = {"url": command[0]} if is_url(command) else {"command": tuple(command)}
-        return Catalog({name: ServerConfig(name, settings, **where, rules=Rules(max_result_kb=settings.max_result_kb))})
-    servers = parse_config(read_text(settings.mcp_config), settings, environment)
-    if sum(server.settings.shared_session for server in servers.values()) > settings.max_processes:
-        raise SettingsError(f"{settings.mcp_config}: has more servers than MAX_PROCESSES, {settings.max_processes}")
-    return Catalog(servers, is_file=True)
-
-
-def load_keys(settings: Settings, catalog: Catalog) -> Keys:
-    """Who may come in."""
+        servers = {name: ServerConfig(name, settings, **where, rules=Rules(max_result_kb=settings.max_result_kb))}
+    catalog = Catalog(servers, is_file=bool(settings.mcp_config))
     text = read_text(settings.auth_keys_file) if settings.auth_keys_file else ""
-    return keys_of(settings, text, tuple(catalog.places))
+    return catalog, keys_of(settings, text, tuple(catalog.places))
 
 
 def read_text(path: str) -> str:

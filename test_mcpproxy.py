@@ -5967,7 +5967,8 @@ def test_configuration_of_keys_may_have_what_that_of_servers_may(tmp_path):
     path = tmp_path / "keys.json"
     path.write_text('\ufeff{"ann": {"key": "a//b", /* hers */ "tools": ["x"],},   // and no more\n}')
     settings = load("", AUTH_KEYS_FILE=str(path))
-    (caller,) = mcpproxy.load_keys(settings, mcpproxy.Catalog({})).callers
+    _, keys = mcpproxy.load_files(settings, {})
+    (caller,) = keys.callers
     assert caller == mcpproxy.Caller("ann", mcpproxy.digest_of_key("a//b"))
 
 
