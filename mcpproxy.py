@@ -5,8 +5,8 @@
     $ python3 mcpproxy.py -- npx -y @modelcontextprotocol/server-everything
     $ MCP_SERVER_CONFIG="uvx mcp-server-fetch" SHARED_SESSION=false AUTH_KEY=secret python3 mcpproxy.py
 
-It starts a program that speaks MCP on stdin and stdout and offers it over HTTP to many clients at
-once; several as one too, and remote ones. Python 3.11+, standard library only. Copy it, read it, change it.
+It starts a program that speaks MCP on stdin and stdout and offers it over HTTP to many clients at once;
+also several programs as one, and remote servers. Python 3.11+, standard library only. Copy it, read it, change it.
 
      clients                       mcpproxy                        MCP server
      of any revision -- HTTP, SSE --> (this file) -- stdin, stdout --> one for all, or one for each
@@ -31,7 +31,7 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     The moving parts: what is alive while the proxy runs.
     14. Logs                   what happened, a line each
     15. Counters               how often it happened, and how long it took
-    16. Shares                 who gives when there is no more room
+    16. Shares                 who gives up what it holds when there is no more room
     17. Linux                  what it says of processes
     18. Processes              whose each is, what it uses, and what would outlive its server
     19. Confinement            what a process can forbid itself, for good
