@@ -6583,8 +6583,7 @@ class ServerConnection(Holder):
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
         if self.flood.count > FLOOD:
             return
-        self._hear()
-        line = line.strip(b" \t\r")
+        line, self.heard_at, self.silences = line.strip(b" \t\r"), self._now(), 0
         try:
             if not line.isascii() and line[:1] != b"[":
                 line = escape_separators(line)
@@ -6601,10 +6600,6 @@ class ServerConnection(Holder):
             self._on_junk(line, error)
         except Exception as error:
             log.fault(error)                    # one message is lost, those behind it are not
-
-    def _hear(self) -> None:
-        """Takes in a sign of life."""
-        self.heard_at, self.silences = self._now(), 0
 
     def _on_text(self, line: bytes, cause: int | None) -> None:
         text = decode_json(line)
@@ -6686,8 +6681,8 @@ class ServerConnection(Holder):
                      id=self._redact(repr(server_id)))
 
     def _fail(self, server_id: int | None, error: ServerError) -> None:
-        if member_at(error.data, ("status",)):   # over HTTP it may answer with that alone
-            self._hear()
+        if member_at(error.data, ("status",)):           # over HTTP, that is an answer, too
+            self.heard_at, self.silences = self._now(), 0
         pending = self.pending.pop(server_id, None)
         if pending:
             self.link.on_answered(server_id)
@@ -6695,7 +6690,7 @@ class ServerConnection(Holder):
 
     def _on_too_long(self, head: bytes, tail: bytes) -> None:
         """A line over the limit: if it is a response, one call fails; nothing else does."""
-        self._hear()
+        self.heard_at, self.silences = self._now(), 0
         log.warning("! server %(server)s wrote a message over the limit", server=self.name)
         self._fail(find_response_id(head, tail), ServerError("the answer is larger than MAX_MESSAGE_MB"))
 
@@ -7354,6 +7349,8 @@ class ListenRequest(PendingRequest):
         if message.method == "notifications/subscriptions/acknowledged":
             taken = strings_of(member_at(message.plain_params, ("notifications", "resourceSubscriptions")))
             return self.listening.on_acknowledged(self, set(taken))
+        if self.listening.is_heard_twice(self):
+            return
         # The id of the subscription is the proxy's own business.
         line = message.changed(restated_meta(message, {}, keeps_envelope=False))
         pass_on(self.listening.instance, parse_message(line.decode()))
@@ -7373,6 +7370,8 @@ class Listening:
         self.instance = instance
         self._current: ListenRequest | None = None
         self._next: ListenRequest | None = None
+        self._taken_back: ListenRequest | None = None          # the last that was; a process may answer it nonetheless
+        self._answers_late = False             # did it?
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
@@ -7385,6 +7384,10 @@ class Listening:
         """The same as a link's."""
         return self._gaps if self._current else None
 
+    def is_heard_twice(self, request: ListenRequest) -> bool:
+        """Does what comes on a request come on the one in its place, too?"""
+        return request is self._taken_back and self._current is not None
+
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
         self._is_outdated = True
@@ -7395,6 +7398,10 @@ class Listening:
         instance, topics = self.instance, list(self.instance.topics.values())
         if not self._is_outdated or self._next or instance.listening is not self:
             return
+        if self._answers_late and self._current:
+            current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
+            self._take_back(current)
+            return self._ask_in(LISTEN_PAUSE)            # or as soon as it is answered
         self._is_outdated = False
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
@@ -7417,7 +7424,7 @@ class Listening:
         before, self._current, self._next = self._current, request, None
         self._gaps += not before
         if before:
-            self.instance.connection.cancel(before.server_id, "replaced")
+            self._take_back(before)
         if self._was_deaf and not self._catching_up:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
@@ -7426,14 +7433,33 @@ class Listening:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
         self._ask()
 
+    def _take_back(self, request: ListenRequest) -> None:
+        """Another one takes its place. From a process, it is seen whether it is answered nonetheless."""
+        connection, before, self._taken_back = self.instance.connection, self._taken_back, request
+        if connection.link.is_remote:
+            return connection.cancel(request.server_id, "replaced")
+        if before:
+            connection.pending.pop(before.server_id, None)
+        connection.send_if_possible(encode_request(None, "notifications/cancelled", {
+            "requestId": request.server_id, "reason": "replaced"}))
+
     def _catch_up(self) -> None:
         """Nobody has heard what changed while nobody listened, and a remote server may even be another one now."""
         self._catching_up, self._caught_up_at = None, self.instance.server.now()
         if self.instance.listening is self:
             tell_of_lists(self.instance)
 
+    def _ask_in(self, seconds: float) -> None:
+        if self._asking_again:                 # one timer is enough: who subscribed meanwhile did not wait for it
+            self._asking_again.cancel()
+        self._asking_again = asyncio.get_running_loop().call_later(seconds, self._ask)
+
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
+        if request is self._taken_back:
+            # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
+            self._taken_back, self._answers_late, self._is_outdated = None, True, True
+            return self._ask()
         if request is self._current:
             self._current = None
         else:
@@ -7449,9 +7475,7 @@ class Listening:
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
-        if self._asking_again:                 # one timer is enough: who subscribed meanwhile did not wait for it
-            self._asking_again.cancel()
-        self._asking_again = asyncio.get_running_loop().call_later(max(self._pause, pause), self._ask)
+        self._ask_in(max(self._pause, pause))
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
 
 
@@ -9566,15 +9590,18 @@ class LegacyClientLegacyServer(LegacyClientBridge):
 class ModernClientModernServer(Bridge):
     """Neither has a state; ids are all that has to be told apart. That of a subscription is in _meta, too.
 
-        client > {"id":"a","method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true},...}}
+        client > {"id":"a","method":"subscriptions/listen","params":{"notifications":{"taskIds":["t"]},...}}
                  server > {"id":7,"method":"subscriptions/listen",...}
-                 server < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":7}}}
-        client < {"method":"notifications/tools/list_changed","params":{"_meta":{".../subscriptionId":"a"}}}
+                 server < {"method":"notifications/tasks","params":{"_meta":{".../subscriptionId":7},...}}
+        client < {"method":"notifications/tasks","params":{"_meta":{".../subscriptionId":"a"},...}}
     """
 
-    def check_listeners(self, exchange: "Exchange", message: Message) -> bool:
-        """Refuses one subscription too many, and one to another client's task."""
+    def listen(self, exchange: "Exchange", message: Message) -> bool | None:
+        """A subscription. The proxy listens in its place, for servers may have room for one alone; but not for what it
+        knows nothing of, as extensions may have some, nor for tasks, which are one client's own."""
         wanted = listened_for(message)
+        if wanted.keys() <= {*LIST_CHANGES, "resourceSubscriptions"}:
+            return exchange.listen_here()
         for name in strings_of(wanted.get("taskIds")):
             if not exchange.instance.is_owner(exchange.client, ("task", name)):
                 raise unknown_task()
@@ -9583,7 +9610,7 @@ class ModernClientModernServer(Bridge):
         exchange.wanted = exchange.instance.identity.supported({name: wanted.get(name) for name in LIST_CHANGES})
         return True
 
-    intercepted = {**Bridge.intercepted, "subscriptions/listen": check_listeners}
+    intercepted = {**Bridge.intercepted, "subscriptions/listen": listen}
 
     def respond(self, exchange: "Exchange", response: ResponseLine | Message) -> None:
         if exchange.method in CACHEABLE and response.is_result:
@@ -10639,7 +10666,7 @@ class Exchange(ClientRequest):
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
-# subscriptions, for which the proxy itself listens, but where there is one server and that is modern.
+# subscriptions, for which the proxy itself listens where it can.
 
 class TaskListener(PendingRequest):
     """What a Listener of several servers asks of one that is modern, for tasks."""
@@ -10720,7 +10747,7 @@ class Listener(Exchange):
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
 
     def listen_here(self) -> None:
-        """Its server is a legacy one: the proxy listens in its place. It is used from now on."""
+        """The proxy listens in its place, at the one server that there is, which is used from now on."""
         self.answerer, self.early, self.on_done = Listener.listen, [], self._leave
         self._join(self.instance)
         self._start_over()
