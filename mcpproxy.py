@@ -297,9 +297,9 @@ class ServerError(ProxyError):
     code = SERVER_FAILED
     is_unsent = False                    # is it sure that nothing of the request reached the server?
 
-    def reworded(self, message: str) -> "ServerError":
-        """The same error in other words."""
-        return ServerError(message, status=self.http_status, data=self.data, headers=self.headers)
+    def again(self, message: str = "") -> "ServerError":
+        """The same, maybe in other words, to be raised elsewhere: a traceback keeps alive what it comes through."""
+        return ServerError(message or str(self), status=self.http_status, data=self.data, headers=self.headers)
 
 
 class HandshakeRefused(ServerError):
@@ -5374,7 +5374,7 @@ class HTTPClient:
         finally:
             self._opening.discard(asyncio.current_task())
         if reason is None:
-            self.release(connection)
+            connection.close() if self.is_closed else self.release(connection)
         while reason and self._waiting:                    # the others would meet the same
             fetch = self._waiting.popleft()
             fetch.is_over = True
@@ -5399,9 +5399,7 @@ class HTTPClient:
         self._go_on()
 
     def close(self) -> None:
-        self.is_closed = True
-        for task in self._opening:
-            task.cancel()
+        self.is_closed = True              # who opens a connection sees that; if it were cancelled, it may be left open
         for fetch in list(self._waiting):
             fetch.abort()
         for connection in list(self.connections):
@@ -6975,7 +6973,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
     if cause and cause.client and owner in (None, cause.client.owner):       # it came on the stream of a client's call
         return [cause], None
-    if named and (message.kind is NOTIFICATION or owner):                    # it says whose it is
+    if named and (owner or message.kind is NOTIFICATION and not instance.is_ones_own):         # it says whose it is
         session = instance.sessions.get(owner)
         return [call for call in session.calls.values() if call.is_running] if session else [], session
     # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
@@ -7778,7 +7776,7 @@ class Instance:
         if self.failure and self.state is not STARTING:
             if self.server.now() - self.since >= KEPT_SECONDS:
                 self._wanted.set()
-            raise self.failure.reworded(str(self.failure))
+            raise self.failure.again()
 
     def tell_way(self, way: str) -> None:
         """Somebody waits for it through other proxies: it must not wait for one of those itself."""
@@ -7789,12 +7787,12 @@ class Instance:
     async def ready(self) -> ServerConnection:
         """The connection, once the server can be used; ServerError when it cannot be started."""
         if self.state is CLOSED:
-            raise self.failure or ServerError("the MCP server was stopped", status=503)
+            raise (self.failure or ServerError("the MCP server was stopped", status=503)).again()
         self.start()
         while self.connection is None:
             self._wanted.set()
             if error := await asyncio.shield(self._started):
-                raise error.with_traceback(None)       # without the frames of others who waited
+                raise error.again()
         return self.connection
 
     async def close(self) -> None:
@@ -10443,7 +10441,7 @@ class Exchange(ClientRequest):
             self.instance.check_up()
             return await self.instance.ready()
         except ServerError as error:
-            raise error.reworded(f"server {self.instance.server.name}: {error}") from None
+            raise error.again(f"server {self.instance.server.name}: {error}") from None
 
     def begin(self, connection: ServerConnection) -> None:
         """Sends the request, or does what is done in its place."""
@@ -11456,6 +11454,7 @@ class TLSTransport(asyncio.Protocol):
         self._timer.cancel()
         self._tls = self._incoming = self._outgoing = None         # see HTTPConnection.connection_lost()
         self._connection.connection_lost(error)
+        self._connection = self.eof_received = self.pause_writing = self.resume_writing = None
 
     # What the connection calls.
 

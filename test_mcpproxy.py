@@ -65,6 +65,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import urllib.request
@@ -10224,6 +10225,35 @@ async def test_remote_stream_that_is_resumed_takes_a_place_like_its_call():
     assert mcpproxy.Listen(far.connection.link).is_extra and not mcpproxy.Listen(far.connection.link, 7).is_extra
 
 
+def test_remote_client_that_is_closed_while_it_connects_leaves_no_socket():
+    """Whenever it is closed: asyncio's race of addresses may drop the winner's if it is cancelled."""
+    class Far(asyncio.Protocol):
+        def connection_made(self, transport):
+            connected.add(transport)
+
+        def connection_lost(self, error):
+            connected.clear()
+
+    async def run():
+        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", 0)
+        for turns in range(20):
+            client = mcpproxy.HTTPClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp")
+            client.send(mcpproxy.Fetch(client.head("GET", ()), b"", 1_000))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            client.close()
+            async with asyncio.timeout(PATIENCE):
+                while client._opening or connected:
+                    await asyncio.sleep(0.01)
+        server.close()
+    connected = set()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
+
+
 def test_remote_client_that_is_closed_lets_nobody_wait():
     """Who waits for an answer, for a connection, or comes only then."""
     async def run():
@@ -15003,6 +15033,18 @@ def test_conversation_answer_to_a_server_that_died_disturbs_nobody():
     ''', server="legacy", client="legacy")
 
 
+def test_conversation_news_of_a_task_that_nobody_knows_yet_is_for_who_has_the_server_alone():
+    status = '{"method":"notifications/tasks/status","params":{"taskId":"t","status":"working"}}'
+    conversation(f'''
+        ann > {{"id":1,"method":"tools/call","params":{{"name":"x","task":{{}}}}}}
+                server > {{"id":$ANN,"method":"tools/call","params":{{"name":"x","task":{{}}}}}}
+                server < {status}
+        ann < {status}
+                server < {{"id":$ANN,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
+        ann < {{"id":1,"result":{{"task":{{"taskId":"t","status":"working"}}}}}}
+    ''', server="legacy", settings={"shared_session": False}, ann="legacy")
+
+
 def test_conversation_notification_that_names_a_task_or_an_elicitation_goes_to_its_owner():
     elicitation = '"mode":"url","url":"a:b","elicitationId":"%s"'
     complete = '{"method":"notifications/elicitation/complete","params":{"elicitationId":"%s"}}'
@@ -17095,6 +17137,18 @@ async def test_conversation_session_with_variables_that_nobody_takes_any_more_ha
     town.told(client)
     answer, = await town.say_to(client, 1, "tools/call", {"name": "c__t"})
     assert answer["error"]["message"] == "session unknown or ended" and len(town.links["c"]) == 1
+
+
+@in_town
+async def test_conversation_why_a_server_did_not_start_keeps_nobody_alive_who_waited_for_that():
+    town = Town("legacy", ["a"])
+    town.broken, town.slow["a"] = "a", 3
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    await asyncio.sleep(5)
+    assert "it is broken" in str(town.told(client))
+    failure = town.mount.servers["a"].instances[()].failure
+    assert "ready" not in [frame.f_code.co_name for frame, _ in traceback.walk_tb(failure.__traceback__)]
 
 
 @in_town
@@ -19385,8 +19439,9 @@ class World:
         elif what == "tell":
             said = {"level": "error", "said": calls[0].word if calls else ""}
             wants = [call for call in self.calls.values() if call.method in (LISTEN, SUBSCRIBE)]
+            named = [one for one in self.named if not link.owner or link.owner in one[2]]      # it knows of no others
             method, params, of = self.choose([
-                ("notifications/message", said, of), ("notifications/custom", said, of), *self.named[-3:],
+                ("notifications/message", said, of), ("notifications/custom", said, of), *named[-3:],
                 (TOOLS_CHANGED, {}, sessions | {call.owner for call in wants}),
                 (UPDATED, {"uri": "a:1"}, {call.owner for call in wants if call.params["uri"] == "a:1"})])
             self.say(link, method=method, params={**params, "word": self.word(*([link.owner] if link.owner else of))})
@@ -19772,11 +19827,14 @@ def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_
     assert not asyncio.run(is_cut_off())
 
 
-def test_connection_that_is_over_takes_no_memory_any_longer():
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_connection_that_is_over_takes_no_memory_any_longer(is_tls, certificate):
     """Neither does what asyncio.start_server() made for it."""
+    tls = mcpproxy.tls_context(Settings(tls_cert=str(certificate / "key.crt"), tls_key=str(certificate / "key")))
+
     async def left():
         server = mcpproxy.HTTPServer(types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100), 15)
-        ((_, port),) = await server.start("127.0.0.1", 0)
+        ((_, port),) = await server.start("127.0.0.1", 0, tls if is_tls else None)
         found = []
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", port)):
@@ -19784,6 +19842,7 @@ def test_connection_that_is_over_takes_no_memory_any_longer():
                     await asyncio.sleep(0.01)
                 connection, = server.connections
                 found += map(weakref.ref, (connection, connection._writer, connection._writer._protocol))
+                found += [weakref.ref(connection._transport)] if is_tls else []
                 del connection
             while server.connections:
                 await asyncio.sleep(0.01)
@@ -23831,7 +23890,6 @@ async def test_oauth_introspection_is_everybodys_in_turn(issues, one):
         task.cancel()
     await asyncio.sleep(0.1)
     assert not issuer._checks
-    gc.collect()                       # to what asyncio's race of addresses leaves sockets when it is cancelled
 
 
 @asked
