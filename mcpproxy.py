@@ -7345,8 +7345,8 @@ class ListenRequest(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == "notifications/subscriptions/acknowledged":
-            taken = strings_of(member_at(message.plain_params, ("notifications", "resourceSubscriptions")))
-            return self.listening.on_acknowledged(self, set(taken))
+            taken = message.plain_params.get("notifications")
+            return self.listening.on_acknowledged(self, taken if isinstance(taken, dict) else {})
         if self.listening.is_heard_twice(self):
             return
         # The id of the subscription is the proxy's own business.
@@ -7370,6 +7370,9 @@ class Listening:
         self._next: ListenRequest | None = None
         self._taken_back: ListenRequest | None = None          # the last that was; a process may answer it nonetheless
         self._answers_late = False             # did it?
+        self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
+        self._one_by_one = False                # was one refused that asked for several new resources?
+        self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
@@ -7399,8 +7402,11 @@ class Listening:
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
             self._take_back(current)
-            return self._ask_in(LISTEN_PAUSE)            # or as soon as it is answered
-        self._is_outdated = False
+            return self._ask_in(self._patience)          # or as soon as it is answered
+        new = [topic for topic in topics if not topic.verdict.done()]
+        self._is_outdated = self._one_by_one = self._one_by_one and len(new) > 1
+        if self._one_by_one:                    # one by one, for the server did not say which it refuses
+            topics = [topic for topic in topics if topic not in new[1:]]
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
         if "resourceSubscriptions" not in supported:
@@ -7415,7 +7421,7 @@ class Listening:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
 
-    def on_acknowledged(self, request: ListenRequest, uris: set[str]) -> None:
+    def on_acknowledged(self, request: ListenRequest, taken: dict) -> None:
         """The server takes these subscriptions; the others it has refused."""
         if request is not self._next:
             return
@@ -7427,6 +7433,8 @@ class Listening:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
         self._was_deaf, self._pause = False, LISTEN_PAUSE
+        self.refused = {name for name in LIST_CHANGES if taken.get(name) is not True}
+        uris = set(strings_of(taken.get("resourceSubscriptions")))
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
         self._ask()
@@ -7446,6 +7454,8 @@ class Listening:
         self._catching_up, self._caught_up_at = None, self.instance.server.now()
         if self.instance.listening is self:
             tell_of_lists(self.instance)
+            for uri in list(self.instance.topics):
+                pass_on(self.instance, parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": uri}).decode()))
 
     def _ask_in(self, seconds: float) -> None:
         if self._asking_again:                 # one timer is enough: who subscribed meanwhile did not wait for it
@@ -7456,6 +7466,8 @@ class Listening:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
+            if self._next or self._current:
+                self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
             self._taken_back, self._answers_late, self._is_outdated = None, True, True
             return self._ask()
         if request is self._current:
@@ -7463,11 +7475,15 @@ class Listening:
         else:
             self._next = None
             if not isinstance(error, ServerError) or self.instance.listening is not self:
-                for topic in request.topics:
-                    if not topic.verdict.done():
-                        self.instance.topics.settle(topic, error)
+                new = [topic for topic in request.topics if not topic.verdict.done()]
+                self._one_by_one = len(new) > 1 and self.instance.listening is self
+                for topic in () if self._one_by_one else new:
+                    self.instance.topics.settle(topic, error)
+                # Without them: Go's SDK forgets by this end, too, what was listened to before.
+                self._is_outdated = self._is_outdated or bool(new)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
-                if self._current or not is_deaf or self.instance.listening is not self:
+                self.refused = self.refused if new or self._current else set(LIST_CHANGES)
+                if new or self._current or not is_deaf or self.instance.listening is not self:
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
@@ -7681,7 +7697,7 @@ PING_SECONDS = 5.0               # for the answer
 UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a start, see way_of(); and lists, which are kept for each way
-FAR_PAUSE = 30.0                 # the longest until a remote server that is down is tried again
+FAR_PAUSE = 30.0                 # the longest until one is tried again that is remote, or that somebody listens to
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
 SLOW_START = 10.0                # every so many seconds the log says what a start waits for
 
@@ -7979,7 +7995,8 @@ class Instance:
         elif len(recent) >= DEATHS_IN_A_MINUTE:
             log.error("! server %(server)s died %(deaths)d times in a minute; it is started when it is needed",
                       server=self.server.name, deaths=len(recent))
-            await self._wanted.wait()
+            with contextlib.suppress(asyncio.TimeoutError):            # who waits to be told asks for nothing
+                await asyncio.wait_for(self._wanted.wait(), FAR_PAUSE if self.listeners or self.topics else None)
         else:
             await asyncio.sleep(RESTART_DELAY * 2 ** (len(recent) - 1))
 
@@ -9053,6 +9070,11 @@ class Mount:
         self._looked_at = now
         for session in list(self.sessions.values()):
             self._look_after(session, now)
+        for call in list(self.subscriptions):              # its client asks again, and comes to another of the group
+            groups = [(self.groups.get(one.server.config.group), one.server) for one in call.joined]
+            if any(group and not server.is_up_for(call.client) and any(
+                    member.is_up_for(call.client) for member in group.members) for group, server in groups):
+                call.end_subscription()
 
     def _look_after(self, session: Session, now: float) -> None:
         """Does what no request of the session does, for it may just wait: withdraws questions that its client does not
@@ -10697,7 +10719,7 @@ class TaskListener(PendingRequest):
 class Listener(Exchange):
     """A client's subscriptions/listen."""
 
-    __slots__ = ("wanted", "topics", "early", "_joined", "_task_listeners")
+    __slots__ = ("wanted", "topics", "early", "joined", "_task_listeners")
     is_endless = True
 
     def __init__(self, *arguments):
@@ -10705,7 +10727,7 @@ class Listener(Exchange):
         self.wanted: dict = {}                     # what it is to
         self.topics: set[Topic] = set()
         self.early: list[Message] | None = None    # what was told before it was acknowledged
-        self._joined: set[Instance] = set()        # whose listener it is
+        self.joined: set[Instance] = set()        # whose listener it is
         self._task_listeners: list[TaskListener] = []
 
     async def listen(self, message: Message) -> None:
@@ -10731,6 +10753,8 @@ class Listener(Exchange):
         self.client.mount.make_room_for(self)
         if self.instance:                              # which it has joined, see listen_here()
             wanted = self.wanted = self.instance.identity.supported(wanted)
+            for name in self.instance.listening.refused if self.instance.listening else ():
+                wanted.pop(name, None)
         else:
             self.early, self.on_done = [], self._leave
             found, missing = await gather_identities(self.client)
@@ -10759,7 +10783,7 @@ class Listener(Exchange):
 
     def _join(self, instance: Instance) -> None:
         instance.listeners.add(self)
-        self._joined.add(instance)
+        self.joined.add(instance)
 
     async def _subscribe(self, uri: str) -> str | None:
         with contextlib.suppress(ProxyError):
@@ -10821,7 +10845,7 @@ class Listener(Exchange):
         if self.early is None and not self.has_begun:
             return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
         if server is None:
-            gone = [one for one in self._joined if one.server.is_retired or one.server.name not in shown.names]
+            gone = [one for one in self.joined if one.server.is_retired or one.server.name not in shown.names]
             moving = [(topic.uri, topic.instance.server) for topic in self.topics if topic.instance in gone]
             for instance in gone:
                 self._leave_one(instance)
@@ -10854,12 +10878,12 @@ class Listener(Exchange):
         self.finish(encode_end_of_subscription(self.raw_id))
 
     def _leave_one(self, instance: Instance) -> None:
-        self._joined.discard(instance)
+        self.joined.discard(instance)
         instance.listeners.discard(self)
         instance.topics.leave(self)
 
     def _leave(self) -> None:
-        for instance in list(self._joined):
+        for instance in list(self.joined):
             self._leave_one(instance)
         for listener in self._task_listeners:
             listener.connection.cancel(listener.server_id, "nobody listens")

@@ -14605,7 +14605,8 @@ def test_conversation_proxy_listens_anew_at_a_modern_server_that_died_for_client
                 server > {"id":$L,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
                           "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server < {"method":"notifications/subscriptions/acknowledged","params":{
-                          "_meta":{".../subscriptionId":$L},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                          "_meta":{".../subscriptionId":$L},"notifications":{
+                          "toolsListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server > {"method":"notifications/cancelled","params":{"requestId":$BEFORE,"reason":"replaced"}}
         ann < {"id":1,"result":{}}
         bob > {"id":"b","method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true}}}
@@ -15829,6 +15830,8 @@ def test_conversation_subscription_that_a_modern_server_took_outlives_the_refusa
                     "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
                 server < {"id":$L2,"error":{"code":-32602,"message":"no such resource"}}
         ann < {"id":2,"error":{"code":-32602,"message":"the MCP server refused the subscription"}}
+                server > {"id":$L3,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                          "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server < {"method":"notifications/resources/updated","params":{
                           "_meta":{".../subscriptionId":$L1},"uri":"a:b"}}
         ann < {"method":"notifications/resources/updated","params":{"uri":"a:b","_meta":{}}}
@@ -15902,12 +15905,13 @@ def test_conversation_modern_clients_of_a_modern_server_share_what_the_proxy_lis
                 server > {"id":$L,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
                           "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server < {"method":"notifications/subscriptions/acknowledged","params":{
-                          "_meta":{".../subscriptionId":$L},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                          "_meta":{".../subscriptionId":$L},"notifications":{
+                          "toolsListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server > {"method":"notifications/cancelled","params":{"requestId":$BEFORE,"reason":"replaced"}}
         ann < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":7},
                                                                 "notifications":{"resourceSubscriptions":["a:b"]}}}
         bob > {"id":"7","method":"subscriptions/listen","params":{"notifications":{"resourceSubscriptions":["a:b"],
-                                                                                   "toolsListChanged":true}}}
+                                                         "toolsListChanged":true,"resourcesListChanged":true}}}
         bob < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":"7"},
                                         "notifications":{"toolsListChanged":true,"resourceSubscriptions":["a:b"]}}}
                 server < {"method":"notifications/resources/updated","params":{"_meta":{".../subscriptionId":$BEFORE},
@@ -15924,6 +15928,28 @@ def test_conversation_modern_clients_of_a_modern_server_share_what_the_proxy_lis
                 server > {"id":$M,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
                           "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":[]}}}
     ''', server="modern", ann="modern", bob="modern")
+
+
+def test_conversation_of_many_resources_that_are_listened_for_a_refused_one_alone_is_left_out():
+    conversation('''
+        ann > {"id":1,"method":"subscriptions/listen","params":{"notifications":{
+               "resourceSubscriptions":["a:b","a:c"]}}}
+                server > {"id":$L1,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                    "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                server < {"id":$L1,"error":{"code":-32602,"message":"no such resource"}}
+                server > {"id":$L2,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                    "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+                server < {"method":"notifications/subscriptions/acknowledged","params":{
+                          "_meta":{".../subscriptionId":$L2},"notifications":{"resourceSubscriptions":["a:b"]}}}
+                server > {"method":"notifications/cancelled","params":{"requestId":$L0,"reason":"replaced"}}
+                server > {"id":$L3,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                    "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b","a:c"]}}}
+                server < {"id":$L3,"error":{"code":-32602,"message":"no such resource"}}
+        ann < {"method":"notifications/subscriptions/acknowledged","params":{"_meta":{".../subscriptionId":1},
+                                                                "notifications":{"resourceSubscriptions":["a:b"]}}}
+                server > {"id":$L4,"method":"subscriptions/listen","params":{"_meta":$META,"notifications":{
+                    "toolsListChanged":true,"resourcesListChanged":true,"resourceSubscriptions":["a:b"]}}}
+    ''', server="modern", ann="modern")
 
 
 def test_conversation_server_that_forgets_a_subscription_when_the_one_before_ends_is_asked_again():
@@ -15949,12 +15975,15 @@ def test_conversation_server_that_forgets_a_subscription_when_the_one_before_end
         acknowledged % ("L2", one),
         '''
         ann < {"method":"notifications/tools/list_changed"}
-        ann < {"method":"notifications/resources/list_changed"}''',
+        ann < {"method":"notifications/resources/list_changed"}
+        ann < {"method":"notifications/resources/updated","params":{"uri":"a:b"}}''',
         request % (2, "subscribe", "a:c"), taken_back % "L2", answered % "L2", listen % ("L3", both),
         acknowledged % ("L3", both), result % 2, request % (3, "unsubscribe", "a:c"), result % 3, taken_back % "L3",
         # One that does not answer in time is asked all the same, and as others from then on.
         "\n        1 s pass", listen % ("L4", one), acknowledged % ("L4", one), request % (4, "subscribe", "a:c"),
-        listen % ("L5", both), acknowledged % ("L5", both), taken_back % "L4", result % 4)),
+        listen % ("L5", both), acknowledged % ("L5", both), taken_back % "L4", result % 4,
+        # One that answers too late is given more time.
+        answered % "L4", taken_back % "L5", "\n        1.5 s pass", answered % "L5", listen % ("L6", both))),
                  server="modern", ann="legacy")
 
 
@@ -17149,6 +17178,48 @@ async def test_conversation_why_a_server_did_not_start_keeps_nobody_alive_who_wa
     assert "it is broken" in str(town.told(client))
     failure = town.mount.servers["a"].instances[()].failure
     assert "ready" not in [frame.f_code.co_name for frame, _ in traceback.walk_tb(failure.__traceback__)]
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@pytest.mark.parametrize("place", ["g", None])
+@in_town
+async def test_conversation_listen_at_a_member_that_is_down_ends_while_another_is_up(era, place):
+    """Its client asks again, and comes to that one."""
+    town = Town(era, ["g.a", "g.b"])
+    client = await town.client("modern", place)
+    for number in range(2):
+        client.say(request(number, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+        await town.pass_time()
+        told = town.told(client)
+        assert told[0]["method"] == "notifications/subscriptions/acknowledged" and len(told) == 1
+        at, = [name for name in "ab" if town.mount.servers[name].instances[()].topics]
+        if number == 0:
+            town.broken = first = at
+            await town.die(at)
+            for _ in range(5):
+                await town.pass_time()
+            assert [one["id"] for one in town.told(client) if "result" in one] == [0]
+    assert at != first
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_server_that_does_not_start_is_tried_again_for_who_waits_to_be_told(kind):
+    town = Town("legacy", ["a"])
+    client = await town.client(kind)
+    await (town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"}) if kind == "legacy" else
+           town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    town.broken = "a"
+    await town.die("a")
+    await asyncio.sleep(40)
+    count, town.broken = len(town.links["a"]), None
+    assert count >= mcpproxy.DEATHS_IN_A_MINUTE
+    await asyncio.sleep(2 * mcpproxy.FAR_PAUSE)
+    assert len(town.links["a"]) == count + 1
+    town.told(client)
+    town.say(town.links["a"][-1], notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [one["method"] for one in town.told(client)] == [UPDATED]
 
 
 @in_town
