@@ -7217,6 +7217,7 @@ NOTIFICATION_ROUTES = {
 
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
+ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
@@ -7406,7 +7407,7 @@ class Listening:
         new = [topic for topic in topics if not topic.verdict.done()]
         self._is_outdated = self._one_by_one = self._one_by_one and len(new) > 1
         if self._one_by_one:                    # one by one, for the server did not say which it refuses
-            topics = [topic for topic in topics if topic not in new[1:]]
+            topics = [topic for topic in topics if topic is new[0] or topic.verdict.done()]
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
         if "resourceSubscriptions" not in supported:
@@ -7476,7 +7477,7 @@ class Listening:
             self._next = None
             if not isinstance(error, ServerError) or self.instance.listening is not self:
                 new = [topic for topic in request.topics if not topic.verdict.done()]
-                self._one_by_one = len(new) > 1 and self.instance.listening is self
+                self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
                     self.instance.topics.settle(topic, error)
                 # Without them: Go's SDK forgets by this end, too, what was listened to before.
@@ -9070,11 +9071,17 @@ class Mount:
         self._looked_at = now
         for session in list(self.sessions.values()):
             self._look_after(session, now)
-        for call in list(self.subscriptions):              # its client asks again, and comes to another of the group
-            groups = [(self.groups.get(one.server.config.group), one.server) for one in call.joined]
-            if any(group and not server.is_up_for(call.client) and any(
-                    member.is_up_for(call.client) for member in group.members) for group, server in groups):
-                call.end_subscription()
+        for call in list(self.subscriptions):
+            if any(self._has_better(call.client, one.server) for one in call.joined):
+                call.end_subscription()                      # its client asks again, and comes to another of the group
+
+    def _has_better(self, client: Client, server: Server) -> bool:
+        """Is this one of a group down, and may the client use another that is up?"""
+        group = self.groups.get(server.config.group)
+        if not group or server.is_up_for(client):
+            return False
+        other = group.choose(client, None, client.headers)
+        return other is not server and other.is_up_for(client)
 
     def _look_after(self, session: Session, now: float) -> None:
         """Does what no request of the session does, for it may just wait: withdraws questions that its client does not

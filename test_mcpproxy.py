@@ -17202,6 +17202,27 @@ async def test_conversation_listen_at_a_member_that_is_down_ends_while_another_i
     assert at != first
 
 
+@pytest.mark.parametrize("is_claimed", [False, True])
+@in_town
+async def test_conversation_listen_at_a_member_that_is_down_goes_on_where_its_client_may_use_no_other(is_claimed):
+    town = Town("legacy", ["g.a", "g.b"])
+    if is_claimed:
+        servers = town.mount.catalog.servers
+        when = dataclasses.replace(servers["a"], when=mcpproxy.When(header={"x-to": "a"}))
+        town.mount.reload(mcpproxy.Catalog({**servers, "a": when}, is_file=True), mcpproxy.Keys())
+        await town.pass_time()
+    client = await town.client("modern", "g")
+    client.client.headers = {"x-to": "a"}
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    for name in "a" if is_claimed else "ab":
+        town.broken = None if is_claimed else "ab"
+        town.slow[name] = 600
+        await town.die(name)
+    for _ in range(10):
+        await town.pass_time()
+    assert not town.told(client) and (is_claimed or not town.mount.is_ready)
+
+
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 @in_town
 async def test_conversation_server_that_does_not_start_is_tried_again_for_who_waits_to_be_told(kind):
