@@ -4418,6 +4418,8 @@ def seccomp(program):                                # PR_SET_SECCOMP, SECCOMP_M
 
 def main(report, is_strict, prefix, ignored, steps, program):
     os.set_inheritable(report, False)                # it closes when this becomes the server
+    for number in ignored:                           # signals that Python ignores; what is ignored would stay so
+        libc.signal(number, None)
     for number, (name, *arguments) in enumerate(steps):
         try:
             globals()[name](*arguments)
@@ -4425,8 +4427,6 @@ def main(report, is_strict, prefix, ignored, steps, program):
             os.write(report, b"%d %d\\n" % (number, getattr(error, "errno", 0) or 0))
             if is_strict:
                 sys.exit(126)
-    for number in ignored:                           # signals that Python ignores; what is ignored would stay so
-        libc.signal(number, None)
     os.write(report, b"done")
     environment = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
     try:
@@ -7483,8 +7483,8 @@ class Listening:
                 # Without them: Go's SDK forgets by this end, too, what was listened to before.
                 self._is_outdated = self._is_outdated or bool(new)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
-                self.refused = self.refused if new or self._current else set(LIST_CHANGES)
                 if new or self._current or not is_deaf or self.instance.listening is not self:
+                    self.refused = self.refused if new or self._current else set(LIST_CHANGES)
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
@@ -7622,7 +7622,10 @@ class KeptList:
     def _hearing(self) -> int | None:
         """None while nobody would hear that the list changed; otherwise a number. While that is the same, nothing was
         missed."""
-        return (self.instance.listening or self.instance.connection.link).hearing
+        listening = self.instance.listening
+        if listening and f"{LISTS[self.method].capability}ListChanged" in listening.refused:
+            return None
+        return (listening or self.instance.connection.link).hearing
 
     async def _list(self) -> None:
         if self.is_old and self.last:              # who else asks meanwhile waits for the new one
@@ -7692,9 +7695,8 @@ class KeptList:
 #                PAUSED <----+      (any of them --> CLOSED)
 
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute; of a remote server times 4
-DEATHS_IN_A_MINUTE = 5           # after so many, a server is only started when somebody asks for it
-SILENCES = 3                     # time-outs in a row without a line from a server, until it is asked whether it lives
-PING_SECONDS = 5.0               # for the answer
+DEATHS_IN_A_MINUTE = 5           # after so many, a server is started when somebody asks for it; seldom for who listens
+SILENCES, PING_SECONDS = 3, 5.0  # time-outs of a server that says nothing, until it is asked if it lives; to answer
 UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a start, see way_of(); and lists, which are kept for each way
@@ -7862,6 +7864,8 @@ class Instance:
         self._settle_start(error)
         for session in list(self.sessions.values()):
             session.on_closed(error)
+        for listener in list(self.listeners):
+            listener.end_subscription()
 
     async def _connect(self, initialize: dict) -> ServerConnection:
         """Starts a link and finds out how to speak to it; what was found out is remembered for the next start."""
@@ -7996,8 +8000,11 @@ class Instance:
         elif len(recent) >= DEATHS_IN_A_MINUTE:
             log.error("! server %(server)s died %(deaths)d times in a minute; it is started when it is needed",
                       server=self.server.name, deaths=len(recent))
-            with contextlib.suppress(asyncio.TimeoutError):            # who waits to be told asks for nothing
-                await asyncio.wait_for(self._wanted.wait(), FAR_PAUSE if self.listeners or self.topics else None)
+            while not self._wanted.is_set():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._wanted.wait(), FAR_PAUSE)
+                if self.listeners or self.topics:        # who waits to be told asks for nothing
+                    break
         else:
             await asyncio.sleep(RESTART_DELAY * 2 ** (len(recent) - 1))
 

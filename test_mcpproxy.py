@@ -15921,6 +15921,7 @@ def test_conversation_modern_clients_of_a_modern_server_share_what_the_proxy_lis
         ann < {"method":"notifications/resources/updated","params":{"_meta":{".../subscriptionId":7},"uri":"a:b"}}
         bob < {"method":"notifications/resources/updated","params":{"_meta":{".../subscriptionId":"7"},"uri":"a:b"}}
         bob leaves
+        1 s pass
                 server < {"method":"notifications/resources/updated","params":{"_meta":{".../subscriptionId":$L},
                                                                                "uri":"a:b"}}
         ann < {"method":"notifications/resources/updated","params":{"_meta":{".../subscriptionId":7},"uri":"a:b"}}
@@ -17223,24 +17224,72 @@ async def test_conversation_listen_at_a_member_that_is_down_goes_on_where_its_cl
     assert not town.told(client) and (is_claimed or not town.mount.is_ready)
 
 
-@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_listen_of_a_session_ends_with_the_process_that_is_its_own():
+    town = Town("modern", ["a", "c"], shared_session=False)
+    client = await town.client("modern")
+    client.client = town.mount.open_session(town.mount.catalog.view(), None, {})
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    await town.die("a")
+    assert [one["id"] for one in town.told(client) if "result" in one] == [1]
+
+
+@in_town
+async def test_conversation_server_that_refuses_subscriptions_for_a_moment_has_them_still():
+    town = Town("modern", ["a"])
+    ann, bob = await town.client("modern", "a"), await town.client("modern", "a")
+    await town.say_to(ann, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    town.errors["a", "subscriptions/listen"] = {"code": -32603, "message": "not yet"}
+    await town.die("a")
+    wanted = {"notifications": {"toolsListChanged": True}}
+    answer, = await town.say_to(bob, 1, "subscriptions/listen", wanted)
+    assert answer["params"]["notifications"] == wanted["notifications"]
+
+
+@in_town
+async def test_conversation_list_of_which_a_server_tells_no_changes_is_read_again():
+    town = Town("modern", ["a", "c"])
+    town.can, town.acknowledges = {"tools": {"listChanged": True}}, False
+    client = await town.client("modern")
+    await town.pass_time()
+    for link, in town.links.values():
+        listen, = [line for line in link.lines if line["method"] == "subscriptions/listen"]
+        town.say(link, notification("notifications/subscriptions/acknowledged", {
+            "_meta": {SUBSCRIPTION: listen["id"]}, "notifications": {}}))
+    assert "a__t" in str(await town.say_to(client, 1, "tools/list"))
+    town.answers["tools/list"] = {"tools": [{"name": "new", "inputSchema": {}}]}
+    await asyncio.sleep(60)
+    assert "a__new" in str(await town.say_to(client, 2, "tools/list"))
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern", "later"])
 @in_town
 async def test_conversation_server_that_does_not_start_is_tried_again_for_who_waits_to_be_told(kind):
-    town = Town("legacy", ["a"])
-    client = await town.client(kind)
-    await (town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"}) if kind == "legacy" else
-           town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    async def subscribe(client):
+        await (town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"}) if kind == "legacy" else
+               town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    town = Town("legacy", ["a", "c"] if kind == "later" else ["a"])
+    client = await town.client("legacy" if kind == "legacy" else "modern")
+    if kind != "later":
+        await subscribe(client)
+    await town.pass_time()
     town.broken = "a"
     await town.die("a")
+    if kind == "later":                                        # when the server was given up
+        while len(town.links["a"]) < mcpproxy.DEATHS_IN_A_MINUTE:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2)
+        client.say(request(1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
     await asyncio.sleep(40)
     count, town.broken = len(town.links["a"]), None
     assert count >= mcpproxy.DEATHS_IN_A_MINUTE
     await asyncio.sleep(2 * mcpproxy.FAR_PAUSE)
     assert len(town.links["a"]) == count + 1
     town.told(client)
-    town.say(town.links["a"][-1], notification(UPDATED, {"uri": "a:b"}))
+    changed = TOOLS_CHANGED if kind == "later" else UPDATED
+    town.say(town.links["a"][-1], notification(changed, {"uri": "a:b"}))
     await asyncio.sleep(0.1)
-    assert [one["method"] for one in town.told(client)] == [UPDATED]
+    assert [one["method"] for one in town.told(client)] == [changed]
 
 
 @in_town
@@ -24509,7 +24558,7 @@ def test_stdio_refuses_what_is_half_a_modern_request():
 
 def test_stdio_says_that_a_subscription_has_ended_with_its_server():
     with ModernStdioClient("--", *MODERN) as client:
-        client.listen(7, toolsListChanged=True)
+        client.listen(7, toolsListChanged=True, x=1)               # x is an extension's, and so the server's alone
         client.start("die")
         client.stream.answer(7)
         ended = client.stream.wait_for("notifications/cancelled")
@@ -27371,7 +27420,8 @@ def test_real_server_on_the_go_sdk_tells_each_client_of_what_it_listens_for(work
             starts = [len(stream.events) for stream in streams]
             assert "result" in client.call("tools/call", {"name": "change", "arguments": {}})
             with contextlib.suppress(AssertionError):          # what changes while it is asked anew is lost
-                return until(lambda: all({UPDATED, TOOLS_CHANGED} <= {one["method"] for one in stream.messages(start)}
+                return until(lambda: all(sum(one.get("method") == method for one in stream.messages(start))
+                                         for method in (UPDATED, TOOLS_CHANGED)
                                          for stream, start in zip(streams, starts)), patience=1)
         for client in clients:
             streams.append(client.watch("test://r"))
