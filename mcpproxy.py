@@ -7864,7 +7864,7 @@ class Instance:
         self._settle_start(error)
         for session in list(self.sessions.values()):
             session.on_closed(error)
-        for listener in list(self.listeners):
+        for listener in list(self.listeners) if is_ready else ():        # for its client to ask again
             listener.end_subscription()
 
     async def _connect(self, initialize: dict) -> ServerConnection:
