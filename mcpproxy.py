@@ -1468,6 +1468,11 @@ def list_changed(kind: str, params: dict | None = None) -> Message:
     return parse_message(encode_request(None, f"notifications/{kind}/list_changed", params).decode())
 
 
+def resource_updated(uri: str) -> Message:
+    """A notification of our own that a resource changed."""
+    return parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": uri}).decode())
+
+
 def encode_result(raw_id: bytes, result: bytes = b"{}") -> list[bytes]:
     """The payload of a successful response; `result` is JSON."""
     return [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (raw_id, result)]
@@ -7141,19 +7146,18 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
     uris = wholes_of(message.params.get("uri")) if instance.topics else ()
     topics = [instance.topics[uri] for uri in uris if uri in instance.topics]
     if instance.is_crowded and not instance.is_private:      # they are told of what they asked for, not of each part
-        updates = [(parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": topic.uri}).decode()),
-                    set(topic.subscribers)) for topic in topics]
+        updates = [(resource_updated(topic.uri), set(topic.subscribers)) for topic in topics if instance.is_news(topic)]
     else:
         own = instance.sessions.values() if instance.is_private else ()
-        updates = [(message, set(own).union(*(topic.subscribers for topic in topics)))]
+        subscribers = set(own).union(*(topic.subscribers for topic in topics))
+        updates = [(message, subscribers)] if subscribers and instance.is_news(message.payload[0]) else []
     for update, subscribers in updates:
-        if subscribers and instance.is_news(update.payload[0]):
-            payload = update.payload
-            for subscriber in subscribers:
-                if subscriber in instance.listeners:
-                    subscriber.hear(update)
-                else:
-                    subscriber.stream.send(payload)
+        payload = update.payload
+        for subscriber in subscribers:
+            if subscriber in instance.listeners:
+                subscriber.hear(update)
+            else:
+                subscriber.stream.send(payload)
 
 
 def _to_owner(instance, message: Message, cause: PendingRequest | None) -> None:
@@ -7363,7 +7367,8 @@ class ListenRequest(PendingRequest):
 
 class Listening:
     """What an instance listens for at a modern server: one request that is acknowledged, and at most one that is to
-    take its place. The one before goes on until then, or what happens in between would be missed."""
+    take its place. The one before goes on until then, or what happens in between would be missed; but it ends first
+    at a server that keeps only one."""
 
     def __init__(self, instance):
         self.instance = instance
@@ -7372,7 +7377,7 @@ class Listening:
         self._taken_back: ListenRequest | None = None          # the last that was; a process may answer it nonetheless
         self._answers_late = False             # did it?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
-        self._one_by_one = False                # was one refused that asked for several new resources?
+        self._one_by_one = False               # was one refused that asked for several new resources?
         self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
@@ -7406,7 +7411,7 @@ class Listening:
             return self._ask_in(self._patience)          # or as soon as it is answered
         new = [topic for topic in topics if not topic.verdict.done()]
         self._is_outdated = self._one_by_one = self._one_by_one and len(new) > 1
-        if self._one_by_one:                    # one by one, for the server did not say which it refuses
+        if self._one_by_one:                   # for the server did not say which it refuses
             topics = [topic for topic in topics if topic is new[0] or topic.verdict.done()]
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
@@ -7456,7 +7461,7 @@ class Listening:
         if self.instance.listening is self:
             tell_of_lists(self.instance)
             for uri in list(self.instance.topics):
-                pass_on(self.instance, parse_message(encode_request(None, RESOURCE_UPDATED, {"uri": uri}).decode()))
+                pass_on(self.instance, resource_updated(uri))
 
     def _ask_in(self, seconds: float) -> None:
         if self._asking_again:                 # one timer is enough: who subscribed meanwhile did not wait for it
@@ -7484,7 +7489,8 @@ class Listening:
                 self._is_outdated = self._is_outdated or bool(new)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
                 if new or self._current or not is_deaf or self.instance.listening is not self:
-                    self.refused = self.refused if new or self._current else set(LIST_CHANGES)
+                    if not (new or self._current):
+                        self.refused = set(LIST_CHANGES)
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
@@ -8067,7 +8073,7 @@ class Instance:
         """Was so much told in this turn that all of one kind counts as the same now? Others are to be served, too."""
         return len(self._said) * (len(self.sessions) + len(self.listeners)) >= TOLD_A_TURN
 
-    def is_news(self, said: bytes | str) -> bool:
+    def is_news(self, said: bytes | str | Topic) -> bool:
         """Is it said for the first time in this turn? A list that changed a thousand times has changed once."""
         if not self._said:
             at_end_of_turn(self._said.clear)
@@ -10741,7 +10747,7 @@ class Listener(Exchange):
         self.wanted: dict = {}                     # what it is to
         self.topics: set[Topic] = set()
         self.early: list[Message] | None = None    # what was told before it was acknowledged
-        self.joined: set[Instance] = set()        # whose listener it is
+        self.joined: set[Instance] = set()         # whose listener it is
         self._task_listeners: list[TaskListener] = []
 
     async def listen(self, message: Message) -> None:

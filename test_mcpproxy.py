@@ -18248,7 +18248,8 @@ async def test_conversation_a_server_that_is_busy_with_a_call_and_says_so_is_not
         await town.pass_time()
         if second % 7 == 6:
             SIGNS_OF_LIFE[sign](town.links[name][0], call)
-    assert len(town.links[name]) == 1 and town.mount.servers[name].failures < mcpproxy.FAILURES
+    # Without progress, the call itself times out, too, and counts for its group.
+    assert len(town.links[name]) == 1 and town.mount.servers[name].failures == (sign != "progress" and "g.a" in names)
 
 
 @in_town
