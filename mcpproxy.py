@@ -8118,6 +8118,7 @@ class Client(Holder):
             view.check_variables(variables)
         self.mount = mount
         self.view = view                            # what it is shown
+        self.wanted = view.wanted                   # how it narrowed that down, also to what may be back one day
         self.principal = principal
         self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
@@ -8177,8 +8178,11 @@ class Client(Holder):
     def adopt(self, catalog: Catalog) -> RPCError | None:
         """Goes by another configuration from now on, with its calls that wait. Returns why it cannot, if so."""
         before, problem = self.view, None
+        # What it chose goes on though another of these servers was taken out.
+        wanted = tuple((kind, ",".join(one for one in listed(text) if one in catalog.places) or text
+                        if kind == "server" else text) for kind, text in self.wanted)
         try:
-            view = catalog.view(before.place, before.wanted, self.caller and self.caller.limits)
+            view = catalog.view(before.place, wanted, self.caller and self.caller.limits)
             view.check_variables(self.variables)
             self.view = view
         except RPCError as error:

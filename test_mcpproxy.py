@@ -16332,11 +16332,11 @@ class Town:
         self.mount.tick(self.now())
         await asyncio.sleep(0.1)
 
-    async def client(self, kind, place=None, *who):
+    async def client(self, kind, place=None, *who, wanted=()):
         """A client of this kind that has shaken hands; what it says next is said at this place."""
         side = ClientSide(asyncio.Queue(), types.SimpleNamespace(
             catalog=types.SimpleNamespace(
-                view=lambda: self.mount.catalog.view(place, (), who[0].limits if who and who[0] else None)),
+                view=lambda: self.mount.catalog.view(place, wanted, who[0].limits if who and who[0] else None)),
             visit=lambda view, caller, *rest: self.mount.visit(view, *(who or (None, {}))),
             open_session=self.mount.open_session), kind)
         if side.client.is_session:
@@ -17661,6 +17661,29 @@ async def test_conversation_each_subscription_of_one_visitor_hears_of_a_reload(p
     heard = [message["params"]["_meta"][SUBSCRIPTION] for message in town.told(client)
              if message.get("method") == TOOLS_CHANGED]
     assert {1, 2} <= set(heard)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_client_that_chose_servers_goes_on_when_one_of_them_is_taken_out(kind):
+    """And has that again when it is back; it ends where none is left."""
+    town = Town("legacy", ["a", "b", "c"])
+    client = await town.client(kind, wanted=(("server", "a,b"),))
+    if kind == "modern":
+        await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    for names, left in ("ac", {"a"}), ("abc", {"a", "b"}), ("bc", {"b"}):
+        town.told(client)
+        await town.reload(list(names))
+        assert TOOLS_CHANGED in {message.get("method") for message in town.told(client)}
+        assert {member.name for member in client.client.view.members} == left and not client.client.is_homeless
+    ((_, call),) = town.heard
+    town.say(town.links["a"][0], {"id": call["id"], "result": {"content": []}})
+    await town.pass_time()
+    assert [message["result"]["content"] for message in town.told(client) if message.get("id") == 2] == [[]]
+    await town.reload(["c"])
+    ended = [message["id"] for message in town.told(client) if "result" in message]
+    assert client.client.is_ended if kind == "legacy" else ended == [1]
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["b", "c"]])
