@@ -3029,21 +3029,21 @@ class View:
         override = member.rules.overrides.get(own) if kind == "tools" else None
         return Target(member.name, own if own != name else None, override, self.is_by_hints(member.name, kind))
 
-    def closed(self, kind: str, name: str, status: int = 200) -> RPCError | None:
-        """The answer to who asks for a tool or a prompt that others may use; None if nobody may."""
-        if not self.limits:
-            return None
-        whole = self.catalog.view(self.place, self.wanted)
-        with contextlib.suppress(RPCError, StopIteration):         # nobody may; or no prefix says whose it is
-            target = whole.direct(f"{kind}/", name)
-            if target is None:                         # the servers' lists would tell; a prefix is good enough here
-                one = next(one for one in whole.candidates(name) if one.start_of_names)
-                shown = name.removeprefix(one.start_of_names)
-                target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
-            server, own = target.server, target.name or name
-            if not self.opens(server, kind, own) or self.is_by_hints(server, kind):
-                return self.refusal(server, kind, own, name, status)
-        return None
+    def unknown(self, kind: str, name: str, status: int = 200, if_closed: int = 200) -> RPCError:
+        """The answer to who asks for a tool or a prompt that is not here, with this status; or with the other one, if
+        somebody else may use it."""
+        if self.limits:
+            whole = self.catalog.view(self.place, self.wanted)
+            with contextlib.suppress(RPCError, StopIteration):     # nobody may; or no prefix says whose it is
+                target = whole.direct(f"{kind}/", name)
+                if target is None:                     # the servers' lists would tell; a prefix is good enough here
+                    one = next(one for one in whole.candidates(name) if one.start_of_names)
+                    shown = name.removeprefix(one.start_of_names)
+                    target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
+                server, own = target.server, target.name or name
+                if not self.opens(server, kind, own) or self.is_by_hints(server, kind):
+                    return self.refusal(server, kind, own, name, if_closed)
+        return RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=status, code=INVALID_PARAMS)
 
     def refusal(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
         """The answer to who asks for a tool or a prompt, which the server calls `own`, without access to it or to
@@ -3066,11 +3066,6 @@ class View:
                                code=INVALID_PARAMS)
             if self.limits and not any(grant.sets(name) for grant in self.limits.of(member.names)):
                 raise self.limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
-
-    def unknown(self, kind: str, name: str) -> RPCError:
-        """The answer to who asks for a tool or a prompt that is not here."""
-        return self.closed(kind, name) or RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=200,
-                                                   code=INVALID_PARAMS)
 
 
 def is_short(wanted: tuple) -> bool:
@@ -12831,8 +12826,7 @@ class Endpoints(Application):
         client = self._visit(admission, reply)
         if not client.view.candidates(name) or name not in await self._tools(admission, client, name) and (
                 name not in await self._tools(admission, client, name, refresh=True)):
-            raise client.view.closed("tools", name, 403) or RPCError(f"there is no tool {name}", status=404,
-                                                                     code=INVALID_PARAMS)
+            raise client.view.unknown("tools", name, 404, if_closed=403)
         exchange = new_exchange(client, message or parse_message(body), ToolOutlet(reply), None, admission.trace)
         exchange.started = since
         exchange.start_or_fail()
