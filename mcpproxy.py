@@ -13556,17 +13556,12 @@ def argument_parser(environment: dict[str, str]):
     return parser
 
 
-def base_url(settings: Settings, addresses: list[tuple[str, int]]) -> str:
-    """The proxy's URL, as seen from this machine."""
-    host, port = addresses[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
-
-
 def banner(settings: Settings, names: list[str], addresses: list[tuple[str, int]]) -> str:
     """What is served, and where: printed when the proxy has started."""
     listening = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
-    base = base_url(settings, addresses)
+    host, port = addresses[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    base = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}{settings.base_path}"
     key = ' -H "Authorization: Bearer <your key>"' if settings.is_guarded else ""
     mode = (f"as one, and each at {base}/servers/<name>/mcp" if settings.mcp_config else
             "one process for all clients; a stateful server wants SHARED_SESSION=false" if settings.shared_session else
@@ -13602,26 +13597,6 @@ def write_out(text: str) -> None:
             os.close(output)
 
 
-async def tell_servers(mount: Mount, base: str) -> None:
-    """For a terminal: the servers, once it is known what they are, or some of them take long."""
-    late = mount.now() + SLOW_START
-    while mount.now() < late and any(server.state == "starting" for server in mount.servers.values()):
-        await asyncio.sleep(0.1)
-    rows = [("server", "state", "era", "revision", "what it is", "at")]
-    for name, server in mount.servers.items():
-        identity, place = server.identity, f"{base}/servers/{name}/mcp" if mount.catalog.is_file else f"{base}/mcp"
-        what = (identity.era, identity.version, f"{identity.name} {identity.release}"[:80]) if identity else (
-            "", "", server.last_error[:80])
-        rows.append((name, server.state, *what, place))
-    texts = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
-    for line in lines:
-        with contextlib.suppress(OSError):
-            write_out(f"  {line}\n")
-        await asyncio.sleep(0.01)              # for the terminal to take it
-
-
 @contextlib.asynccontextmanager
 async def running(settings: Settings, on_signal):
     """A Proxy, which is stopped in the end. SIGTERM and SIGINT are for `on_signal`."""
@@ -13647,7 +13622,7 @@ async def running(settings: Settings, on_signal):
 
 async def run(settings: Settings) -> None:
     """One run of the program, until SIGTERM or SIGINT."""
-    signals, telling = asyncio.Semaphore(0), None
+    signals = asyncio.Semaphore(0)
     async with running(settings, signals.release) as proxy:
         addresses = await proxy.start()
         text = banner(settings, list(proxy.mount.servers), addresses)
@@ -13658,8 +13633,6 @@ async def run(settings: Settings) -> None:
                     " ".join(line.split()) for line in text.splitlines()))
             else:
                 write_out(text)                # unbuffered: nothing is left to be flushed at the end, to a full disk
-                if os.isatty(1):
-                    telling = asyncio.create_task(tell_servers(proxy.mount, base_url(settings, addresses)))
         except OSError as error:
             log.warning("! stdout: %(reason)s", reason=error.strerror)          # a full disk is no reason to stop
         if not settings.is_guarded:
@@ -13675,8 +13648,6 @@ async def run(settings: Settings) -> None:
         await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         impatience.cancel()
-        if telling:
-            telling.cancel()
 
 
 async def serve_stdio(settings: Settings) -> None:
