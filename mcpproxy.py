@@ -12106,11 +12106,6 @@ def is_accepted(accept: str, wanted: str) -> bool:
     return next((is_taken[one] for one in closest_first if one in is_taken), False)
 
 
-def is_stream_wanted(head: HTTPHead) -> bool:
-    """Does it ask for events, other than those of the overview?"""
-    return head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE) and head.query_value("watch") is None
-
-
 def check_is_json(admission: Admission) -> None:
     """Refuses a body that is not said to be JSON."""
     if admission.media_type != JSON_TYPE:
@@ -12288,7 +12283,8 @@ class Application:
         try:
             # A client that takes / for the URL of MCP is told where that is, with or without a key: asked for one here,
             # it would look for OAuth.
-            if route is None or admission.path == "/" and (head.method == "POST" or is_stream_wanted(head)):
+            wants_stream = head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE)
+            if route is None or admission.path == "/" and (head.method == "POST" or wants_stream):
                 raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
             try:
                 for guard in self.guards if not route.is_public else ():
@@ -12528,7 +12524,6 @@ class Probes(Application):
 # Streamable HTTP, of the era that the message claims; a GET is the stream of the
 # session that it names, and without a session it is HTTP+SSE.
 
-MAX_WATCHERS = 20                # of the overview
 KEPT_DOCUMENT_BYTES = 8 * 1024 * 1024      # of documents that describe tools, together,
 KEPT_DOCUMENTS = 100             # and how many
 
@@ -12555,7 +12550,6 @@ class Endpoints(Application):
 
     def __init__(self, mount: Mount, overview: Overview, keys: Keys = Keys(), issuer: Issuer | None = None):
         super().__init__(ROUTES, mount, overview, keys, issuer)
-        self._watchers: dict[Reply, str] = {}                # of the overview, and what they were told last
         self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
 
     def tick(self, now: float) -> None:
@@ -12563,16 +12557,6 @@ class Endpoints(Application):
         for call in [*self.mount.calls, *self.mount.subscriptions]:
             if call.started + call.outlet.patience <= now:
                 call.outlet.open()
-
-    def tell_watchers(self) -> None:
-        """Called less often: sends the overview to those who watch it, if it has changed."""
-        for watcher in list(self._watchers):
-            if watcher.admission.is_old:           # it has to come again
-                del self._watchers[watcher]
-                watcher.close()
-            elif (text := self.overview.summary(watcher.admission.caller)) != self._watchers[watcher]:
-                self._watchers[watcher] = text
-                watcher.write(encode_event([text.encode()]))
 
     # HTTP+SSE. MCP 2024-11-05, Transports, HTTP with SSE.
 
@@ -12850,23 +12834,14 @@ class Endpoints(Application):
     # For those who look at the overview.
 
     def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /: all that can be seen of the proxy, as JSON. GET /?watch=1: the same whenever it has changed."""
+        """GET /: all that can be seen of the proxy, as JSON. The page asks each second, for /?watch=1, which is no news
+        for the log."""
         if admission.objection:
             raise admission.objection
-        text = self.overview.summary(admission.caller)           # RPCError for a key that opens nothing
-        if admission.head.method == "HEAD" or admission.head.query_value("watch") is None:
-            return self.send_json(reply, text.encode())
-        if len(self._watchers) >= MAX_WATCHERS:
-            watchers = {watcher.connection: watcher for watcher in self._watchers}
-            others = who_gives(watchers, reply.connection.principal)
-            if not others:
-                raise try_later("too many watch already")
-            del self._watchers[watchers[others[0]]]
-            watchers[others[0]].close()
-        self._watchers[reply] = text
-        reply.on_gone = lambda: self._watchers.pop(reply)
-        reply.start_stream(STREAM_HEADERS)
-        reply.write(encode_event([text.encode()]))
+        document = self.overview.summary(admission.caller).encode()          # RPCError for a key that opens nothing
+        if admission.head.query_value("watch") is None:
+            return self.send_json(reply, document)
+        reply.send(200, [document], JSON_HEADERS)
 
 
 _MCP = Route(GET=Endpoints.get, POST=Endpoints.post, DELETE=Endpoints.delete)
@@ -13175,7 +13150,7 @@ class DemoServer:
 # Everything put together: started in order, ended in the opposite one.
 
 TICK = 0.25                    # seconds between looks at the time,
-MEASURE = 1.0                  # at connections, at what servers use, at the overview, at the file of servers,
+MEASURE = 1.0                  # at connections, at what servers use, at the file of servers,
 LOOK = 3.0                     # and at orphans
 TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
 
@@ -13311,7 +13286,7 @@ class Proxy:
         looks = [(min(MEASURE, self.settings.heartbeat / 2), part.tick) for part in (self.http, self.probes)]
         looks += [(0.0, part.tick) for part in (self.endpoints, self.mount)]
         looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
-                  (MEASURE, lambda now: self.endpoints.tell_watchers()), (MEASURE, lambda now: give_back())]
+                  (MEASURE, lambda now: give_back())]
         if self.settings.watch:
             looks += [(MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()),
                       (LOOK, lambda now: self._problem and self.reload(is_asked=False))]
@@ -13800,7 +13775,7 @@ def main() -> None:
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows
-# is the stream that the overview is; tools are called as without MCP.
+# is the overview, asked for each second; tools are called as without MCP.
 
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -13843,7 +13818,7 @@ tabindex="0" role="region" aria-label="configuration"></pre><p><button id="copy"
 aria-label="calls"></div></section></div></main>
 <script>
 const $ = id => document.getElementById(id), base = location.pathname.replace(/\/?$/, "/")
-let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null, watcher = null, tools = new Map()
+let key = sessionStorage.getItem("key") || "", now = null, seen = null, listed = null, watched = 0, tools = new Map()
 // What comes from elsewhere is text here, and never markup.
 function el(tag, { dataset, ...properties } = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties)
@@ -13983,38 +13958,30 @@ function forget() {
   now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
   $("wrong").textContent = key && "This key is not right.", $("key").focus()
 }
-// One stream brings all that changes.
-async function watch() {
-  watcher?.abort()
-  const { signal } = watcher = new AbortController()
+// All that there is, each second. The newest of these goes on, with the key that was given last.
+async function watch(number = ++watched) {
   try {
     const canBeSent = (key || $("closed").hidden) && /^[ -~\xa0-\xff]*$/.test(key)
-    const answer = canBeSent ? await ask("?watch=1", { signal }) : { status: 401 }
+    const answer = canBeSent ? await ask("?watch=1") : { status: 401 }, said = canBeSent && await answer.json()
+    if (number !== watched) return
     $("closed").hidden = !($("all").hidden = answer.status === 401)
     if (answer.status === 401) return forget()
-    if (!answer.ok) throw new Error((await answer.json()).error.message)
+    if (!answer.ok) throw new Error(said.error.message)
     sessionStorage.setItem("key", key)
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
-    for (let kept = "", more; !(more = await reader.read()).done;) {
-      const events = (kept + more.value).split("\n\n")
-      kept = events.pop()
-      for (const one of events) if (one.includes("\ndata: ")) {
-        now = JSON.parse(one.split("\ndata: ")[1]), $("all").className = "", show()
-        $("status").textContent = `${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`
-      }
-    }
-    throw new Error("the stream has ended")
+    now = said, $("all").className = "", show()
+    $("status").textContent = `${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`
   } catch (error) {
-    if (signal !== watcher.signal) return
-    $("all").className = "old", $("status").textContent = `not connected: ${error.message}`, setTimeout(watch, 1000)
+    if (number !== watched) return
+    $("all").className = "old", $("status").textContent = `not connected: ${error.message}`
   }
+  setTimeout(watch, 1000, number)
 }
 $("with").append(...Object.keys(RECIPES).map(name => el("option", {}, name)))
 $("what").oninput = $("with").oninput = $("show-key").oninput = show, $("load").onclick = loadTools
 $("login").onsubmit = () => (key = $("key").value.trim(), watch(), false)
 $("copy").onclick = () => navigator.clipboard?.writeText($("recipe").textContent) ??
   getSelection().selectAllChildren($("recipe"))                    // only pages of https and of this machine have one
-setInterval(() => now && show(), 5000), watch()
+watch()
 </script>
 """
 

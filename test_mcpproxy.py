@@ -21971,38 +21971,12 @@ def test_overview_slow_start_is_told_of_each_start():
     assert [line for _, line in told] == ["server x is still starting, 10 s: downloading"] * 2
 
 
-def test_overview_is_watched_by_others_too_however_often_one_does(altered, keys):
-    altered(MAX_WATCHERS=3)
-    with keys({"ann": {}, "bob": {}}) as proxy, contextlib.ExitStack() as stack:
-        def watch(name):
-            http = stack.enter_context(HTTP(proxy))
-            http.send(encode_http("GET", "/?watch=1", None, brings(name)))
-            return http.head().status
-        assert [watch(name) for name in ("ann", "ann", "ann", "ann", "bob", "bob", "ann")] == [
-            200, 200, 200, 503, 200, 503, 503]
-
-
-class Watcher(types.SimpleNamespace):
-    """A Reply to who watches."""
-
-    __hash__ = object.__hash__
-
-
-@in_town
-async def test_overview_is_told_to_who_watches_once_for_each_change_and_until_there_are_other_keys():
-    town, told, overview = Town("legacy", ["a"]), [], types.SimpleNamespace(summary=lambda caller: overview.text)
-    endpoints = mcpproxy.Endpoints(town.mount, overview)
-    admission = endpoints.admit(mcpproxy.parse_head(b"GET /?watch=1 HTTP/1.1\r\nHost: a"), "b")
-    reply = Watcher(admission=admission, start_stream=len, write=lambda parts: told.append(b"".join(parts)),
-                    close=lambda: told.append(b"closed"))
-    overview.text = "1"
-    endpoints.look(admission, b"", reply)
-    for overview.text in "112":
-        endpoints.tell_watchers()
-    endpoints.admit_anew()
-    for _ in range(2):
-        endpoints.tell_watchers()
-    assert told == [*(b"event: message\ndata: %b\n\n" % text for text in (b"1", b"2")), b"closed"]
+def test_overview_that_the_page_asks_for_each_second_is_no_news_for_the_log():
+    with running_proxy(FAKE) as proxy:
+        for path in "/?watch=1", "/":
+            assert proxy.request("GET", path).json()["name"] == "mcpproxy"
+        until(lambda: "<> GET / from" in proxy.log(), "the one")
+        assert proxy.log().count("GET /") == 1
 
 
 @in_town
