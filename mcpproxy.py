@@ -666,6 +666,8 @@ def by_name(fields: tuple[tuple[str, str], ...]) -> dict[str, str]:
     headers = {}
     for name, value in fields:
         if name in headers:
+            if name == "content-type" and value == headers[name]:          # some clients write it twice. RFC 9110 §8.3
+                continue
             if name in _SINGLETONS:
                 raise HTTPError(f"repeated header: {name}")
             value = f"{headers[name]}, {value}"              # RFC 9110 §5.3

@@ -1860,6 +1860,8 @@ def one_request(raw):
     case("value in Latin-1", GET + b"X: \xe9\r\n\r\n", {"headers": {"host": "a", "x": "\xe9"}}),
     case("repeated header", GET + b"X: a\r\nx: b\r\n\r\n",                                           # RFC 9110 §5.3
          {"headers": {"host": "a", "x": "a, b"}, "fields": (("host", "a"), ("x", "a"), ("x", "b"))}),
+    case("Content-Type that is repeated", b"GET / HTTP/1.0\r\nContent-Type: a/b\r\ncontent-type: a/b\r\n\r\n",
+         {"headers": {"content-type": "a/b"}}),
     case("empty Host", b"GET / HTTP/1.1\r\nHost:\r\n\r\n", {"headers": {"host": ""}}),               # RFC 9112 §3.2
     case("IPv6 Host", b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", {"headers": {"host": "[::1]:80"}}),
     case("unknown method", b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", {"method": "BREW"}),
