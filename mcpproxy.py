@@ -6768,10 +6768,12 @@ class Stream(Holder):
         if self._reader:
             self._write(payload, self.last_number)
 
-    def close(self) -> None:
+    def close(self, last_words: bytes = b"") -> None:
         """Nothing more will come."""
         self.is_ended = True
         reader, self._reader = self._reader, None
+        if reader and last_words:
+            reader.write([last_words])
         if reader:
             reader.close()
 
@@ -8114,6 +8116,9 @@ class Client(Holder):
         self.view = view                            # what it is shown
         self.wanted = view.wanted                   # how it narrowed that down, also to what may be back one day
         self.principal = principal
+# The ms until a client comes back for a stream that ended. SDKs try twice: that shall be long enough for the proxy to
+# be started again. It is the last event, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047).
+RETRY = b"retry: 3000\n\n"
         self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
         self.variables = variables                  # that it sets for its servers
@@ -8357,7 +8362,7 @@ class Session(Client):
 
     def end_stream(self, stream: Stream) -> None:
         """Ends such a stream; it can be fetched again for a while."""
-        stream.close()
+        stream.close(self._last_words)
         ended = [stream for stream in self._streams.values() if stream.is_ended]
         while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.held for stream in ended) > KEPT_BYTES:
             oldest = ended.pop(0)
@@ -8380,6 +8385,11 @@ class Session(Client):
         """Passes a request of the server's on to the client; `send` is the way that it takes."""
         if len(self.questions) >= OPEN_QUESTIONS:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
+    @property
+    def _last_words(self) -> bytes:
+        """Of its streams: see RETRY."""
+        return RETRY if self.is_streamable and self.version == PRIMING_VERSION else b""
+
             if question.call and question.call.is_done:
                 return                             # that was one of its own, and ended it
         self.questions[question.id] = question
@@ -8439,7 +8449,7 @@ class Session(Client):
         for instance in self._instances.values():
             instance.leave(self)
         for stream in self._streams.values():
-            stream.close()
+            stream.close(self._last_words)
             stream.give()
         log.info("= session %(session)s closed", session=self.label)
 
@@ -11655,7 +11665,6 @@ class HTTPServer:
 
 UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
 SILENT_SECONDS = 5.0          # the same for a modern one
-RETRY = b"retry: 1000\n\n"    # ms after which a client may come back for more of a stream
 
 # No cache may keep an answer: caches go by the URL alone, answers also by the key. And nginx must not buffer streams.
 STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
@@ -11755,8 +11764,6 @@ class PostOutlet(Outlet, Holder):
         if self._left:
             return
         budget.set(self, 0)
-        if self._stream and self._session and self._session.version == PRIMING_VERSION and not self.reply.is_done:
-            self.reply.write([RETRY])         # last, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047)
         if self._stream is None and self._answers:
             self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
         elif self._stream is None:

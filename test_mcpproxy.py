@@ -12333,6 +12333,19 @@ def test_session_events_have_ids_that_name_their_stream(fake):
 
 
 @pytest.mark.parametrize("version", REVISIONS)
+def test_session_stream_says_at_its_end_when_to_come_back(fake, version):
+    """Or SDKs, which try twice a second apart, would hear nothing any more after a restart that takes three."""
+    with StreamableClient(fake, version=version) as client:
+        stream = client.listen()
+        client.tool("notify", method=TOOLS_CHANGED)
+        stream.count(1)
+        client.delete()
+        stream.wait_end()
+        last = stream.events[-1]
+        assert "data" not in last and int(last["retry"]) >= 3000 if version == "2025-11-25" else "retry" not in last
+
+
+@pytest.mark.parametrize("version", REVISIONS)
 def test_session_streams_are_primed_for_the_revision_that_knows_it(fake, version):
     with StreamableClient(fake, version=version) as client:
         for stream in (client.listen(), client.start("sleep", token=1, seconds=0.1, steps=1).stream):
