@@ -7216,7 +7216,8 @@ NOTIFICATION_ROUTES = {
 # one is listened to, once for all resources and lists, anew when what is wanted changes.
 
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
-ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again
+ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again; and for a
+                                 # modern one to acknowledge a listen, where somebody waits for that
 ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
@@ -7338,6 +7339,7 @@ class ListenRequest(PendingRequest):
     """One `subscriptions/listen` at a modern server."""
 
     is_endless = True
+    is_over = False                  # is it taken back to make room for the next, which waits for its answer?
 
     def __init__(self, listening: "Listening", topics: list[Topic]):
         self.listening = listening
@@ -7374,7 +7376,8 @@ class Listening:
         self._answers_late = False             # did it?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
         self._one_by_one = False               # was one refused that asked for several new resources?
-        self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of
+        self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of;
+        self.has_said = asyncio.get_running_loop().create_future()       # did it say so once?
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
@@ -7403,6 +7406,7 @@ class Listening:
             return
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
+            current.is_over = True
             self._take_back(current)
             return self._ask_in(self._patience)          # or as soon as it is answered
         new = [topic for topic in topics if not topic.verdict.done()]
@@ -7419,9 +7423,25 @@ class Listening:
             self._next = request = ListenRequest(self, topics)
             request.server_id = instance.connection.send_request(
                 request, "subscriptions/listen", {"notifications": supported})
+            asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request)
         elif self._current:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
+
+    def _give_up(self, request: ListenRequest) -> None:
+        """The server does not acknowledge it: whoever wants something new is not to wait for that."""
+        if request is not self._next or self.instance.listening is not self:
+            return
+        if all(topic.verdict.done() for topic in self.instance.topics.values()):
+            asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request)
+        else:
+            self.instance.connection.cancel(request.server_id, "timed out")
+            self.on_ended(request, REFUSED)
+
+    def _learn(self, refused: set[str]) -> None:
+        self.refused = refused
+        if not self.has_said.done():
+            self.has_said.set_result(None)
 
     def on_acknowledged(self, request: ListenRequest, taken: dict) -> None:
         """The server takes these subscriptions; the others it has refused."""
@@ -7435,7 +7455,7 @@ class Listening:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
         self._was_deaf, self._pause = False, LISTEN_PAUSE
-        self.refused = {name for name in LIST_CHANGES if taken.get(name) is not True}
+        self._learn({name for name in LIST_CHANGES if taken.get(name) is not True})
         uris = set(strings_of(taken.get("resourceSubscriptions")))
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
@@ -7466,17 +7486,21 @@ class Listening:
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
+        is_refusal = not isinstance(error, ServerError) or isinstance(error, HandshakeRefused)       # HTTP's 404, say
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
-            if self._next or self._current:
+            if request.is_over and (self._next or self._current):
                 self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
             self._taken_back, self._answers_late, self._is_outdated = None, True, True
             return self._ask()
         if request is self._current:
             self._current = None
+            if self._next:                     # which asks for all of it
+                self._was_deaf = True
+                return
         else:
             self._next = None
-            if not isinstance(error, ServerError) or self.instance.listening is not self:
+            if is_refusal or self.instance.listening is not self:
                 new = [topic for topic in request.topics if not topic.verdict.done()]
                 self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
@@ -7486,14 +7510,15 @@ class Listening:
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
                 if new or self._current or not is_deaf or self.instance.listening is not self:
                     if not (new or self._current):
-                        self.refused = set(LIST_CHANGES)
+                        self._learn(set(LIST_CHANGES))
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if isinstance(error, RPCError) else LISTEN_PAUSE
+        has_answered = is_refusal or member_at(error.data, ("status",)) is not None
+        self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
 
 
 # ============================================================================
@@ -8091,6 +8116,9 @@ class Instance:
 OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
 KEPT_STREAMS = 16                # of each session, after they ended
 MAX_LABEL = 64                   # characters of who somebody is, in the log
+# The ms until a client comes back for a stream that ended. SDKs try twice: that shall be long enough for the proxy to
+# be started again. It is the last event, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047).
+RETRY = b"retry: 3000\n\n"
 
 
 class Client(Holder):
@@ -8116,9 +8144,6 @@ class Client(Holder):
         self.view = view                            # what it is shown
         self.wanted = view.wanted                   # how it narrowed that down, also to what may be back one day
         self.principal = principal
-# The ms until a client comes back for a stream that ended. SDKs try twice: that shall be long enough for the proxy to
-# be started again. It is the last event, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047).
-RETRY = b"retry: 3000\n\n"
         self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
         self.variables = variables                  # that it sets for its servers
@@ -8360,6 +8385,11 @@ class Session(Client):
         self._streams[stream.name] = stream
         return stream
 
+    @property
+    def _last_words(self) -> bytes:
+        """Of its streams: see RETRY."""
+        return RETRY if self.is_streamable and self.version == PRIMING_VERSION else b""
+
     def end_stream(self, stream: Stream) -> None:
         """Ends such a stream; it can be fetched again for a while."""
         stream.close(self._last_words)
@@ -8385,11 +8415,6 @@ class Session(Client):
         """Passes a request of the server's on to the client; `send` is the way that it takes."""
         if len(self.questions) >= OPEN_QUESTIONS:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
-    @property
-    def _last_words(self) -> bytes:
-        """Of its streams: see RETRY."""
-        return RETRY if self.is_streamable and self.version == PRIMING_VERSION else b""
-
             if question.call and question.call.is_done:
                 return                             # that was one of its own, and ended it
         self.questions[question.id] = question
@@ -9112,7 +9137,7 @@ class Mount:
         for server in {topic.instance.server for topic in session.topics if topic.instance.is_private and (
                 topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
             with contextlib.suppress(ProxyError):
-                session.at(server)
+                session.at(server).start()
         idle = self.settings.session_idle
         if session.is_homeless and not session.calls:
             session.end()
@@ -9580,20 +9605,28 @@ class LegacyClientBridge(Bridge):
             raise try_later("the configuration has changed")
 
         topic = instance.topics.subscribe(client, uri)
-        topic.asking.append(exchange)
+        verdict = topic.verdict
 
         def settle(verdict: asyncio.Future) -> None:
-            topic.asking.remove(exchange)
             if exchange.is_done:
-                if client not in topic.told and not any(
-                        other.client is client and not other.is_done for other in topic.asking):
-                    instance.topics.unsubscribe(client, topic)     # it was cancelled meanwhile; nothing asked again
-            elif not verdict.result():
+                return
+            topic.asking.remove(exchange)
+            exchange.on_done = None
+            if not verdict.result():
                 topic.told.add(client)
                 exchange.finish(encode_result(exchange.raw_id))
             elif not exchange.ask_next():
                 exchange.fail(verdict.result())
-        topic.verdict.add_done_callback(settle)
+
+        def leave() -> None:
+            """It was cancelled: nothing is kept of it, however long the server takes."""
+            topic.asking.remove(exchange)
+            verdict.remove_done_callback(settle)
+            if client not in topic.told and not any(other.client is client for other in topic.asking):
+                instance.topics.unsubscribe(client, topic)
+        topic.asking.append(exchange)
+        exchange.on_done = leave
+        verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
         """Leaves them at each server where it joined: it may have moved since. The last one who leaves tells it."""
@@ -10777,8 +10810,6 @@ class Listener(Exchange):
         self.client.mount.make_room_for(self)
         if self.instance:                              # which it has joined, see listen_here()
             wanted = self.wanted = self.instance.identity.supported(wanted)
-            for name in self.instance.listening.refused if self.instance.listening else ():
-                wanted.pop(name, None)
         else:
             self.early, self.on_done = [], self._leave
             found, missing = await gather_identities(self.client)
@@ -10786,11 +10817,20 @@ class Listener(Exchange):
             self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
                 missing or any(identity.has(kind) for _, identity in found))}
         uris = wanted.get("resourceSubscriptions")
+        _, *taken = await asyncio.gather(
+            self._leave_out_lists(), *map(self._subscribe, dict.fromkeys(strings_of(uris))))
         if isinstance(uris, list):
-            taken = await asyncio.gather(*(self._subscribe(uri) for uri in dict.fromkeys(strings_of(uris))))
             self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri]
         if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
+
+    async def _leave_out_lists(self) -> None:
+        """Leaves out the lists that the server does not tell of."""
+        listening = self.instance and self.instance.listening
+        if listening and LIST_CHANGES.keys() & self.wanted.keys():
+            await asyncio.wait([listening.has_said], timeout=ACKNOWLEDGE_SECONDS)
+            for name in listening.refused:
+                self.wanted.pop(name, None)
 
     def listen_here(self) -> None:
         """The proxy listens in its place, at the one server that there is, which is used from now on."""
@@ -10886,7 +10926,7 @@ class Listener(Exchange):
         def on_verdict(verdict: asyncio.Future) -> None:
             if isinstance(verdict.result(), RPCError):
                 asyncio.get_running_loop().create_task(self._subscribe(uri))
-            elif verdict.result():
+            elif verdict.result() and self in topic.subscribers:
                 topic.verdict.add_done_callback(on_verdict)            # the next one, of a server that starts again
         try:
             instance = self.client.by_name(place)

@@ -16263,6 +16263,15 @@ def test_conversation_handshake_that_says_too_much_is_refused():
 
 # Several servers in memory, whose configuration changes while they are at work.
 
+def acknowledged(listen, **notifications):
+    return notification("notifications/subscriptions/acknowledged", {
+        "_meta": {SUBSCRIPTION: listen["id"]}, "notifications": notifications or listen["params"]["notifications"]})
+
+
+def completed(listen):
+    return {"id": listen["id"], "result": {"resultType": "complete"}}
+
+
 class Town:
     """Servers of one era, by name, and their clients. Servers answer what asks for `answers`; the rest is `heard`."""
 
@@ -16274,7 +16283,8 @@ class Town:
         self.answers = {"tools/list": {"tools": [{"name": "t", "inputSchema": {}}]}, "prompts/list": {"prompts": []},
                         "resources/list": {"resources": [{"uri": "a:b", "name": "r"}]}, "logging/setLevel": {},
                         "resources/templates/list": {"resourceTemplates": []}, "resources/subscribe": {}}
-        self.can, self.acknowledges, self.broken = json.loads(ServerSide.CAN), True, None
+        self.can, self.broken = json.loads(ServerSide.CAN), None
+        self.acknowledges = lambda listen: [acknowledged(listen)]             # what a modern server says to that
         self.fails = set()                                     # what is answered with an error, as (server, method)
         self.rules, self.errors = {}, {}                       # by server; and what is answered, as `fails`
         self.now = asyncio.get_running_loop().time
@@ -16299,7 +16309,7 @@ class Town:
 
         def write(line, about=None, principal=None):
             message, can = json.loads(line), self.can
-            method, params = message.get("method"), message.get("params", {})
+            method = message.get("method")
             answers = {"initialize": {"protocolVersion": "2025-06-18", "capabilities": can}, **self.answers,
                        "server/discover": {"supportedVersions": ["2026-07-28"], "capabilities": can}}
             link.lines.append(message)
@@ -16311,8 +16321,7 @@ class Town:
             elif answer is not None:
                 loop.call_soon(self.say, link, {"id": message["id"], "result": answer})
             elif method == "subscriptions/listen" and self.acknowledges:
-                loop.call_soon(self.say, link, notification("notifications/subscriptions/acknowledged", {
-                    "_meta": {SUBSCRIPTION: message["id"]}, "notifications": params["notifications"]}))
+                loop.call_soon(lambda: [self.say(link, one) for one in self.acknowledges(message)])
             elif method in ("tools/call", "prompts/get"):
                 self.heard.append((name, message))
 
@@ -16329,6 +16338,10 @@ class Town:
 
     def say(self, link, message):
         link.on_line(json.dumps({"jsonrpc": "2.0", **message}).encode())
+
+    def listens(self, name="a"):
+        """The subscriptions/listen that a server got since it started last."""
+        return [line for line in self.links[name][-1].lines if line.get("method") == "subscriptions/listen"]
 
     def heard_by(self, name):
         return [line["method"] for line in self.links[name][-1].lines if "method" in line]
@@ -17257,7 +17270,9 @@ async def test_conversation_server_that_refuses_subscriptions_for_a_moment_has_t
     town.errors["a", "subscriptions/listen"] = {"code": -32603, "message": "not yet"}
     await town.die("a")
     wanted = {"notifications": {"toolsListChanged": True}}
-    answer, = await town.say_to(bob, 1, "subscriptions/listen", wanted)
+    answers = await town.say_to(bob, 1, "subscriptions/listen", wanted)
+    await asyncio.sleep(mcpproxy.ACKNOWLEDGE_SECONDS)
+    answer, = answers + town.told(bob)
     assert answer["params"]["notifications"] == wanted["notifications"]
 
 
@@ -17326,6 +17341,23 @@ async def test_conversation_session_that_only_waits_gets_another_process_of_its_
     await asyncio.sleep(0.1)
     told, = town.told(client)
     assert told["method"] == UPDATED and "resources/subscribe" in town.heard_by("a")
+
+
+@in_town
+async def test_conversation_session_of_a_group_that_only_waits_gets_another_process_of_its_own():
+    town = Town("legacy", ["g.a", "g.b"], shared_session=False)
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    (name,) = [name for name, links in town.links.items() if links]
+    await town.die(name)
+    for _ in range(2):
+        await asyncio.sleep(mcpproxy.LONGEST_PROBE_PAUSE)
+        await town.pass_time()
+    town.told(client)
+    link, = [link for links in town.links.values() for link in links if link.is_open]
+    town.say(link, notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
 
 
 @in_town
@@ -17736,24 +17768,148 @@ async def test_conversation_modern_server_that_refuses_to_be_listened_to_is_aske
     town = Town("modern", ["a"])
     client = await town.client("legacy", "a")
     await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
-    link, = town.links["a"]
-
-    def listens():
-        return [line for line in link.lines if line["method"] == "subscriptions/listen"]
-
-    def write(line, about=None, principal=None, before=link.write):
-        before(line, about)
-        if b'"subscriptions/listen"' in line:
-            refusal = {"id": json.loads(line)["id"], "error": {"code": -1, "message": "not yet"}}
-            asyncio.get_running_loop().call_soon(town.say, link, refusal)
-    town.acknowledges, link.write = False, write
-    town.say(link, {"id": listens()[-1]["id"], "result": {"resultType": "complete"}})
+    town.acknowledges = lambda listen: [{"id": listen["id"], "error": {"code": -1, "message": "not yet"}}]
+    town.say(town.links["a"][0], completed(town.listens()[-1]))
     for number in range(20):
         await town.say_to(client, 10 + number, "resources/subscribe", {"uri": f"x:{number}"})
     await asyncio.sleep(100)
-    before = len(listens())
+    before = len(town.listens())
     await asyncio.sleep(300)
-    assert 5 <= len(listens()) - before <= 15
+    assert 5 <= len(town.listens()) - before <= 15
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+@in_town
+async def test_conversation_modern_server_that_ends_a_subscription_for_the_next_is_listened_to(ends_first):
+    def answer(listen):
+        before = [completed(town.listens()[-2])] if len(town.listens()) > 1 else []
+        return [*before, acknowledged(listen)] if ends_first else [acknowledged(listen), *before]
+    town, clients = Town("modern", ["a"]), []
+    town.acknowledges = answer
+    for number in range(8):
+        clients.append(await town.client("modern", "a"))
+        await town.say_to(clients[-1], 1, "subscriptions/listen", {
+            "notifications": {"resourceSubscriptions": [f"a:{number}"]}})
+        await asyncio.sleep(2 * mcpproxy.LISTEN_PAUSE)
+        for one, client in enumerate(clients):
+            town.told(client)
+            town.say(town.links["a"][0], notification("notifications/resources/updated", {
+                "uri": f"a:{one}", "_meta": {SUBSCRIPTION: town.listens()[-1]["id"]}}))
+            await asyncio.sleep(0.01)
+            assert [message["params"]["uri"] for message in town.told(client)] == [f"a:{one}"]
+        assert len(town.listens()) <= 3 * len(clients)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_resource_that_a_modern_server_never_acknowledges_silences_no_other(kind):
+    def answer(listen):
+        wanted = listen["params"]["notifications"].get("resourceSubscriptions", ())
+        return [] if "a:never" in wanted else [acknowledged(listen)]
+    town = Town("modern", ["a"])
+    town.acknowledges, (ann, bob) = answer, [await town.client(kind, "a") for _ in range(2)]
+    for client, uri in (ann, "a:never"), (bob, "a:b"):
+        await town.say_to(client, 1, *(
+            ("resources/subscribe", {"uri": uri}) if kind == "legacy" else
+            ("subscriptions/listen", {"notifications": {"resourceSubscriptions": [uri]}})))
+    await asyncio.sleep(3 * mcpproxy.ASK_PAUSE)
+    assert kind == "modern" or ["result", "error"] == [next(
+        name for message in town.told(client) for name in ("result", "error") if name in message) for client in (
+        bob, ann)]
+    town.told(bob)
+    listen = [listen for listen in town.listens() if listen["params"]["notifications"].get(
+        "resourceSubscriptions") == ["a:b"]][-1]
+    town.say(town.links["a"][0], notification("notifications/resources/updated", {
+        "uri": "a:b", "_meta": {SUBSCRIPTION: listen["id"]}}))
+    await asyncio.sleep(0.1)
+    assert [message["params"]["uri"] for message in town.told(bob)] == ["a:b"]
+
+
+@in_town
+async def test_conversation_modern_server_that_acknowledges_nothing_is_heard_where_it_tells_of_lists():
+    town = Town("modern", ["a"])
+    town.acknowledges, client = None, await town.client("modern", "a")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await asyncio.sleep(5 * mcpproxy.ASK_PAUSE)
+    listen, = town.listens()
+    town.told(client)
+    town.say(town.links["a"][0], notification(TOOLS_CHANGED, {"_meta": {SUBSCRIPTION: listen["id"]}}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
+
+
+@in_town
+async def test_conversation_first_to_listen_is_told_only_of_lists_that_the_server_tells_of():
+    def answer(listen):
+        taken = acknowledged(listen, resourcesListChanged=True)
+        asyncio.get_running_loop().call_later(0.05, town.say, town.links["a"][0], taken)
+        return []
+    town = Town("modern", ["a"], shared_session=False)
+    town.acknowledges = answer
+    client = await town.client("modern", "a")
+    answer, = await town.say_to(client, 1, "subscriptions/listen", {
+        "notifications": {"toolsListChanged": True, "resourcesListChanged": True}})
+    assert answer["params"]["notifications"] == {"resourcesListChanged": True}
+
+
+@pytest.mark.parametrize("status, is_refused", [(405, True), (404, True), (500, False), (503, False)])
+@in_town
+async def test_conversation_modern_server_that_answers_a_listen_with_an_http_error(status, is_refused):
+    """What refuses is believed; what fails is asked again, less and less often."""
+    def answer(listen):
+        error = mcpproxy.refusal(mcpproxy.ResponseHead(status, {}, True, 0), b"")
+        town.mount.servers["a"].instances[()].connection._fail(listen["id"], error)
+        return []
+    town = Town("modern", ["a"])
+    town.acknowledges, (ann, bob) = answer, [await town.client("modern", "a") for _ in range(2)]
+    for client in ann, bob:
+        client.say(request(1, "subscriptions/listen", {
+            "notifications": {"toolsListChanged": True, "resourceSubscriptions": ["a:b"]}}))
+    await asyncio.sleep(2 * mcpproxy.ACKNOWLEDGE_SECONDS)
+    for client in ann, bob:
+        taken = town.told(client)[0]["params"]["notifications"]
+        assert taken == ({"resourceSubscriptions": []} if is_refused else
+                         {"toolsListChanged": True, "resourceSubscriptions": ["a:b"]})
+    await asyncio.sleep(400)
+    before = len(town.listens())
+    await asyncio.sleep(300)
+    assert len(town.listens()) - before <= 11
+
+
+@in_town
+async def test_conversation_listener_that_hangs_up_while_its_new_server_is_asked_is_over():
+    town = Town("legacy", ["a=x", "b"])
+    ann, bob = await town.client("modern"), await town.client("legacy", "a")
+    await town.say_to(ann, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    del town.answers["resources/subscribe"]
+    await town.reload(["a=y", "b"])
+    await town.say_to(bob, 1, "resources/subscribe", {"uri": "a:b"})
+    ann.leave()
+    await asyncio.sleep(0.1)
+    town.links["a"][-1].is_open = False
+    town.links["a"][-1].end()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    callbacks = [handle for handle in asyncio.get_running_loop()._ready if "on_verdict" in repr(handle)]
+    assert not callbacks
+
+
+@in_town
+async def test_conversation_nothing_is_kept_of_a_subscription_that_was_cancelled():
+    town = Town("legacy", ["a"])
+    del town.answers["resources/subscribe"]
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    client.say(request(2, "resources/subscribe", {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    client.say(notification("notifications/cancelled", {"requestId": 2}))
+    await asyncio.sleep(0.1)
+    gc.collect()
+    assert [call.id for call in gc.get_objects() if isinstance(call, mcpproxy.Exchange) and (
+        call.client is client.client)] == [1]
+    client.say(notification("notifications/cancelled", {"requestId": 1}))
+    await asyncio.sleep(0.1)
+    assert "resources/unsubscribe" in town.heard_by("a") and not client.client.topics
 
 
 @in_town
