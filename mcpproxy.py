@@ -12332,8 +12332,8 @@ class Application:
         try:
             # A client that takes / for the URL of MCP is told where that is, with or without a key: asked for one here,
             # it would look for OAuth.
-            wants_stream = head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE)
-            if route is None or admission.path == "/" and (head.method == "POST" or wants_stream):
+            if route is None or admission.path == "/" and (
+                    head.method == "POST" or head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE)):
                 raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
             try:
                 for guard in self.guards if not route.is_public else ():
