@@ -7486,7 +7486,8 @@ class Listening:
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
-        is_refusal = not isinstance(error, ServerError) or isinstance(error, HandshakeRefused)       # HTTP's 404, say
+        if isinstance(error, HandshakeRefused):        # by HTTP's 404, say
+            error = RPCError(str(error), status=200, code=INVALID_PARAMS, headers=error.headers)
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
             if request.is_over and (self._next or self._current):
@@ -7500,7 +7501,7 @@ class Listening:
                 return
         else:
             self._next = None
-            if is_refusal or self.instance.listening is not self:
+            if not isinstance(error, ServerError) or self.instance.listening is not self:
                 new = [topic for topic in request.topics if not topic.verdict.done()]
                 self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
@@ -7517,7 +7518,7 @@ class Listening:
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        has_answered = is_refusal or member_at(error.data, ("status",)) is not None
+        has_answered = isinstance(error, RPCError) or member_at(error.data, ("status",)) is not None
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
 
 

@@ -17877,6 +17877,25 @@ async def test_conversation_modern_server_that_answers_a_listen_with_an_http_err
 
 
 @in_town
+async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_http_is_asked_for_once():
+    def answer(listen):
+        if listen in town.listens("a"):
+            return [acknowledged(listen)]
+        error = mcpproxy.refusal(mcpproxy.ResponseHead(404, {}, True, 0), b"")
+        town.mount.servers["b"].instances[()].connection._fail(listen["id"], error)
+        return []
+    town = Town("modern", ["g.a", "g.b"])
+    town.acknowledges, client = answer, await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    before, town.broken = len(town.listens("b")), "a"
+    await town.die("a")
+    for _ in range(5):
+        await town.pass_time()
+    asked = [listen for listen in town.listens("b") if listen["params"]["notifications"]["resourceSubscriptions"]]
+    assert len(asked) == 1 and len(town.listens("b")) - before < 5
+
+
+@in_town
 async def test_conversation_listener_that_hangs_up_while_its_new_server_is_asked_is_over():
     town = Town("legacy", ["a=x", "b"])
     ann, bob = await town.client("modern"), await town.client("legacy", "a")
