@@ -7222,6 +7222,7 @@ ONE_BY_ONE = 100                 # new resources that are asked for one by one w
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
+MAX_UNANSWERED = 4_000           # requests that a server has not answered; with more it is asked for no new resource
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
@@ -7259,6 +7260,8 @@ class Topics(dict[str, Topic]):
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
+        if is_first and self.instance.connection and len(self.instance.connection.pending) > MAX_UNANSWERED:
+            raise try_later("the MCP server has not answered much of what it was asked")
         if is_first:
             topic = self[uri] = Topic(self.instance, uri)
         if subscriber not in topic.subscribers:
@@ -7283,7 +7286,7 @@ class Topics(dict[str, Topic]):
                 said = response.result().value("error")
                 error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
             self.settle(topic, error)
-            if isinstance(error, ServerError):         # it may have been slow, once
+            if isinstance(error, ServerError) and self.get(topic.uri) is topic:        # it may have been slow, once
                 asyncio.get_running_loop().call_later(ASK_PAUSE, ask_again)
 
         def ask_again() -> None:
@@ -7382,7 +7385,7 @@ class Listening:
         self._was_deaf = False                 # did a request end before another one took its place?
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
         self._gaps = 0                         # times when nobody listened
-        self._asking_again = self._catching_up = None          # timers
+        self._asking_again = self._catching_up = self._giving_up = None          # timers
         self._caught_up_at = -CATCH_UP_SECONDS
 
     @property
@@ -7423,19 +7426,25 @@ class Listening:
             self._next = request = ListenRequest(self, topics)
             request.server_id = instance.connection.send_request(
                 request, "subscriptions/listen", {"notifications": supported})
-            asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request)
+            self._give_up_later(request)
         elif self._current:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
 
-    def _give_up(self, request: ListenRequest) -> None:
-        """The server does not acknowledge it: whoever wants something new is not to wait for that."""
-        if request is not self._next or self.instance.listening is not self:
-            return
-        if all(topic.verdict.done() for topic in self.instance.topics.values()):
-            asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request)
+    def _give_up_later(self, request: ListenRequest) -> None:
+        self._giving_up = asyncio.get_running_loop().call_later(
+            ASK_PAUSE, self._give_up, request, self.instance.server.now())
+
+    def _give_up(self, request: ListenRequest, since: float) -> None:
+        """The server does not acknowledge it: whoever is deaf, or wants something new, is not to wait for that."""
+        connection, topics = self.instance.connection, self.instance.topics.values()
+        is_silent = connection.heard_at < since
+        if is_silent:                          # it may just be busy; otherwise it answers this, and is given up then
+            connection.ping()
+        if is_silent or not self._was_deaf and all(topic.verdict.done() for topic in topics):
+            self._give_up_later(request)
         else:
-            self.instance.connection.cancel(request.server_id, "timed out")
+            connection.cancel(request.server_id, "timed out")
             self.on_ended(request, REFUSED)
 
     def _learn(self, refused: set[str]) -> None:
@@ -7447,6 +7456,7 @@ class Listening:
         """The server takes these subscriptions; the others it has refused."""
         if request is not self._next:
             return
+        self._giving_up.cancel()
         before, self._current, self._next = self._current, request, None
         self._gaps += not before
         if before:
@@ -7486,8 +7496,9 @@ class Listening:
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
-        if isinstance(error, HandshakeRefused):        # by HTTP's 404, say
-            error = RPCError(str(error), status=200, code=INVALID_PARAMS, headers=error.headers)
+        # HTTP's 404, say, is a refusal, too, if nobody was told that he has what it is for.
+        is_refusal = not isinstance(error, ServerError) or isinstance(error, HandshakeRefused) and not any(
+            topic.told for topic in request.topics if not topic.verdict.done())
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
             if request.is_over and (self._next or self._current):
@@ -7501,7 +7512,8 @@ class Listening:
                 return
         else:
             self._next = None
-            if not isinstance(error, ServerError) or self.instance.listening is not self:
+            self._giving_up.cancel()
+            if is_refusal or self.instance.listening is not self:
                 new = [topic for topic in request.topics if not topic.verdict.done()]
                 self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
@@ -7509,16 +7521,17 @@ class Listening:
                 # Without them: Go's SDK forgets by this end, too, what was listened to before.
                 self._is_outdated = self._is_outdated or bool(new)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
+                if not (new or self._current or is_deaf):
+                    self._learn(set(LIST_CHANGES))
+                    is_deaf = isinstance(error, ServerError)           # a gateway may have said that for a moment
                 if new or self._current or not is_deaf or self.instance.listening is not self:
-                    if not (new or self._current):
-                        self._learn(set(LIST_CHANGES))
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        has_answered = isinstance(error, RPCError) or member_at(error.data, ("status",)) is not None
+        has_answered = is_refusal or member_at(error.data, ("status",)) is not None
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
 
 
@@ -8204,7 +8217,7 @@ class Client(Holder):
         """Goes by another configuration from now on, with its calls that wait. Returns why it cannot, if so."""
         before, problem = self.view, None
         # What it chose goes on though another of these servers was taken out.
-        wanted = tuple((kind, ",".join(one for one in listed(text) if one in catalog.places) or text
+        wanted = tuple((kind, ",".join(one for one in listed(text) if one in catalog.offered) or text
                         if kind == "server" else text) for kind, text in self.wanted)
         try:
             view = catalog.view(before.place, wanted, self.caller and self.caller.limits)
@@ -9528,7 +9541,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 # again. So where a legacy server asks a modern client, the running call is parked until the client comes back with the
 # answers, and where a modern server asks a legacy client, the client's answers are gathered and the call is made again.
 
-ACKNOWLEDGE_SECONDS = 2.0        # for a legacy server to say which subscriptions it takes
+ACKNOWLEDGE_SECONDS = 2.0        # for a server to say which subscriptions it takes
 SUBSCRIPTIONS = 1_000            # of one session, or in one subscriptions/listen
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
 REPEAT_SECONDS = 0.1             # more each time, before it gets the call again without having asked for anything
@@ -9614,7 +9627,8 @@ class LegacyClientBridge(Bridge):
             topic.asking.remove(exchange)
             exchange.on_done = None
             if not verdict.result():
-                topic.told.add(client)
+                if client in topic.subscribers:        # it may have left meanwhile
+                    topic.told.add(client)
                 exchange.finish(encode_result(exchange.raw_id))
             elif not exchange.ask_next():
                 exchange.fail(verdict.result())
@@ -12884,8 +12898,8 @@ class Endpoints(Application):
     # For those who look at the overview.
 
     def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /: all that can be seen of the proxy, as JSON. The page asks each second, for /?watch=1, which is no news
-        for the log."""
+        """GET /: all that can be seen of the proxy, as JSON. The page asks each second, for /?watch=1, and what it is
+        given is no news for the log."""
         if admission.objection:
             raise admission.objection
         document = self.overview.summary(admission.caller).encode()          # RPCError for a key that opens nothing
@@ -14008,21 +14022,24 @@ function forget() {
   now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
   $("wrong").textContent = key && "This key is not right.", $("key").focus()
 }
+// What is said again would be read aloud again.
+const say = text => $("status").textContent === text || ($("status").textContent = text)
 // All that there is, each second. The newest of these goes on, with the key that was given last.
 async function watch(number = ++watched) {
   try {
     const canBeSent = (key || $("closed").hidden) && /^[ -~\xa0-\xff]*$/.test(key)
-    const answer = canBeSent ? await ask("?watch=1") : { status: 401 }, said = canBeSent && await answer.json()
+    const answer = canBeSent ? await ask("?watch=1", { signal: AbortSignal.timeout(10000) }) : { status: 401 }
+    const said = canBeSent && await answer.json()
     if (number !== watched) return
     $("closed").hidden = !($("all").hidden = answer.status === 401)
     if (answer.status === 401) return forget()
     if (!answer.ok) throw new Error(said.error.message)
     sessionStorage.setItem("key", key)
     now = said, $("all").className = "", show()
-    $("status").textContent = `${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`
+    say(`${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`)
   } catch (error) {
     if (number !== watched) return
-    $("all").className = "old", $("status").textContent = `not connected: ${error.message}`
+    $("all").className = "old", say(`not connected: ${error.message}`)
   }
   setTimeout(watch, 1000, number)
 }
