@@ -31049,10 +31049,6 @@ global
     nbthread 1
     log stdout format raw local0
 defaults
-    mode http
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
     log global
     option log-health-checks
 DEFAULTS
@@ -31157,6 +31153,12 @@ def test_real_balancer_keeps_each_session_at_one_replica(farm, kind):
         stream = clients[0].listen()
         clients[0].tool("notify", method=TOOLS_CHANGED)
         stream.wait_for(TOOLS_CHANGED)
+
+
+def test_real_balancer_keeps_what_was_opened_as_http_sse_at_the_other_path(farm):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(SSEClient(farm, path="/mcp")) for _ in range(6)]
+        assert {len({client.tool("pid") for _ in range(4)}) for client in clients} == {1}
 
 
 def test_real_balancer_keeps_the_sessions_of_a_replica_that_stalls_for_a_moment(own_farm):
