@@ -7222,7 +7222,7 @@ ONE_BY_ONE = 100                 # new resources that are asked for one by one w
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
-MAX_UNANSWERED = 4_000           # requests that a server has not answered; with more it is asked for no new resource
+MAX_TAKEN_BACK = 2_000           # subscriptions that are, until the server answers; then it is asked for no new one
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
@@ -7252,7 +7252,8 @@ class Topics(dict[str, Topic]):
     def __init__(self, instance):
         super().__init__()
         self.instance = instance
-        self._taken_back = weakref.WeakValueDictionary()         # URI -> the request, until it is answered
+        self._taken_back = weakref.WeakValueDictionary()         # URI -> the request, until it is answered,
+        self._unanswered = 0                                     # and how many there are, also of one URI
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
         """Takes a session, or an exchange that listens, among those who are told of a resource; if it is the first, the
@@ -7260,8 +7261,8 @@ class Topics(dict[str, Topic]):
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
-        if is_first and self.instance.connection and len(self.instance.connection.pending) > MAX_UNANSWERED:
-            raise try_later("the MCP server has not answered much of what it was asked")
+        if is_first and self._unanswered >= MAX_TAKEN_BACK and not is_told:
+            raise try_later("the MCP server has not answered yet for what nobody wants any more")
         if is_first:
             topic = self[uri] = Topic(self.instance, uri)
         if subscriber not in topic.subscribers:
@@ -7330,8 +7331,12 @@ class Topics(dict[str, Topic]):
             if self.instance.listening:
                 self.instance.listening.renew()
             elif self.instance.connection:
+                self._unanswered += 1
                 self._taken_back[topic.uri] = self.instance.connection.request(
-                    "resources/unsubscribe", {"uri": topic.uri})
+                    "resources/unsubscribe", {"uri": topic.uri}, self._on_taken_back)
+
+    def _on_taken_back(self, response: asyncio.Future) -> None:
+        self._unanswered -= 1
 
     def leave(self, subscriber) -> None:
         for topic in [topic for topic in subscriber.topics if topic.instance is self.instance]:
@@ -7424,25 +7429,25 @@ class Listening:
                                                        code=METHOD_NOT_FOUND))
         if any(supported.values()):
             self._next = request = ListenRequest(self, topics)
+            self._give_up_later(request)
             request.server_id = instance.connection.send_request(
                 request, "subscriptions/listen", {"notifications": supported})
-            self._give_up_later(request)
         elif self._current:
             current, self._current = self._current, None
             instance.connection.cancel(current.server_id, "nobody listens")
 
-    def _give_up_later(self, request: ListenRequest) -> None:
-        self._giving_up = asyncio.get_running_loop().call_later(
-            ASK_PAUSE, self._give_up, request, self.instance.server.now())
+    def _give_up_later(self, request: ListenRequest, ping: asyncio.Future | None = None) -> None:
+        self._giving_up = asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request, ping)
 
-    def _give_up(self, request: ListenRequest, since: float) -> None:
+    def _give_up(self, request: ListenRequest, ping: asyncio.Future | None) -> None:
         """The server does not acknowledge it: whoever is deaf, or wants something new, is not to wait for that."""
+        if self.instance.listening is not self:
+            return
         connection, topics = self.instance.connection, self.instance.topics.values()
-        is_silent = connection.heard_at < since
-        if is_silent:                          # it may just be busy; otherwise it answers this, and is given up then
-            connection.ping()
-        if is_silent or not self._was_deaf and all(topic.verdict.done() for topic in topics):
-            self._give_up_later(request)
+        if ping is None or ping.done() and ping.exception():
+            ping = connection.ping()           # a server that is just busy does not answer this either
+        if not ping.done() or not self._was_deaf and all(topic.verdict.done() for topic in topics):
+            self._give_up_later(request, ping)
         else:
             connection.cancel(request.server_id, "timed out")
             self.on_ended(request, REFUSED)
@@ -7496,9 +7501,9 @@ class Listening:
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
-        # HTTP's 404, say, is a refusal, too, if nobody was told that he has what it is for.
-        is_refusal = not isinstance(error, ServerError) or isinstance(error, HandshakeRefused) and not any(
-            topic.told for topic in request.topics if not topic.verdict.done())
+        is_by_http = isinstance(error, HandshakeRefused)             # a 404, say
+        if is_by_http:
+            error = RPCError(str(error), status=200, code=INVALID_PARAMS, headers=error.headers)
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
             if request.is_over and (self._next or self._current):
@@ -7513,7 +7518,7 @@ class Listening:
         else:
             self._next = None
             self._giving_up.cancel()
-            if is_refusal or self.instance.listening is not self:
+            if not isinstance(error, ServerError) or self.instance.listening is not self:
                 new = [topic for topic in request.topics if not topic.verdict.done()]
                 self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
@@ -7523,7 +7528,7 @@ class Listening:
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
                 if not (new or self._current or is_deaf):
                     self._learn(set(LIST_CHANGES))
-                    is_deaf = isinstance(error, ServerError)           # a gateway may have said that for a moment
+                    is_deaf = is_by_http                   # a gateway may have said that for a moment
                 if new or self._current or not is_deaf or self.instance.listening is not self:
                     return self._ask()
                 # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
@@ -7531,7 +7536,7 @@ class Listening:
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        has_answered = is_refusal or member_at(error.data, ("status",)) is not None
+        has_answered = isinstance(error, RPCError) or member_at(error.data, ("status",)) is not None
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
 
 

@@ -17927,17 +17927,96 @@ async def test_conversation_subscriptions_that_come_and_go_quicker_than_they_are
     del town.answers["resources/subscribe"]
     await town.pass_time()
     (link,), uri = town.links["a"], "a:" + "x" * 2_000
-    for number in range(3 * mcpproxy.MAX_UNANSWERED // 100):
+    for number in range(3 * mcpproxy.MAX_TAKEN_BACK // 100):
         client = await town.client("modern", "a")
         client.say(request(1, "subscriptions/listen", {"notifications": {
-            "resourceSubscriptions": [f"{uri}{number}.{one}" for one in range(100)]}}))
+            "resourceSubscriptions": [f"{uri}{number % 10}.{one}" for one in range(100)]}}))
         await asyncio.sleep(0.1)
         client.leave()
     asked = [line for line in link.lines if line["method"] == "resources/subscribe"]
-    assert mcpproxy.MAX_UNANSWERED / 2 <= len(asked) <= mcpproxy.MAX_UNANSWERED + 100
+    assert mcpproxy.MAX_TAKEN_BACK <= len(asked) <= mcpproxy.MAX_TAKEN_BACK + 100
     client = await town.client("legacy", "a")
     refused, = await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
     assert "has not answered" in refused["error"]["message"] and link.is_open
+    for line in link.lines[:]:
+        if line["method"] == "resources/unsubscribe":
+            town.say(link, {"id": line["id"], "result": {}})
+    town.answers["resources/subscribe"] = {}
+    assert "result" in (await town.say_to(client, 2, "resources/subscribe", {"uri": "a:b"}))[0]
+
+
+@in_town
+async def test_conversation_many_may_subscribe_to_much_at_once():
+    town, clients = Town("legacy", ["a"]), []
+    for number in range(8):
+        clients.append(await town.client("modern", "a"))
+        clients[-1].say(request(1, "subscriptions/listen", {"notifications": {
+            "resourceSubscriptions": [f"a:{number}.{one}" for one in range(mcpproxy.SUBSCRIPTIONS)]}}))
+    await asyncio.sleep(1)
+    for client in clients:
+        told, = town.told(client)
+        assert len(told["params"]["notifications"]["resourceSubscriptions"]) == mcpproxy.SUBSCRIPTIONS
+
+
+@in_town
+async def test_conversation_resource_that_is_refused_over_http_late_keeps_no_other_waiting():
+    def answer(listen):
+        if "a:bad" not in listen["params"]["notifications"].get("resourceSubscriptions", ()):
+            return [acknowledged(listen)]
+        error = mcpproxy.refusal(mcpproxy.ResponseHead(404, {}, True, 0), b"")
+        connection = town.mount.servers["a"].instances[()].connection
+        asyncio.get_running_loop().call_later(3, connection._fail, listen["id"], error)
+        return []
+    town = Town("modern", ["a"])
+    town.acknowledges, (ann, bob) = answer, [await town.client("modern", "a") for _ in range(2)]
+    await town.say_to(ann, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:bad"]}})
+    await town.say_to(bob, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    await asyncio.sleep(30)
+    town.told(bob)
+    assert town.listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
+    updated_by(town, "a:b")
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(bob)] == [UPDATED]
+
+
+@in_town
+async def test_conversation_modern_server_that_has_not_come_to_a_subscription_yet_refuses_nothing_by_that():
+    """Though it answered what came before."""
+    town = Town("modern", ["a"])
+    await town.pass_time()
+    client, (link,) = await town.client("modern", "a"), town.links["a"]
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    answers, link.write = link.write, lambda line, *_: link.lines.append(json.loads(line))
+    client.say(request(2, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    await asyncio.sleep(mcpproxy.ASK_PAUSE - 5)
+    town.say(link, {"id": town.heard[0][1]["id"], "result": {"resultType": "complete", "content": []}})
+    await asyncio.sleep(5 * mcpproxy.ASK_PAUSE)
+    link.write = answers
+    town.say(link, acknowledged(town.listens()[-1]))
+    await asyncio.sleep(0.1)
+    town.told(client)
+    updated_by(town, "a:b")
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
+
+
+@in_town
+async def test_conversation_listen_that_could_not_be_sent_is_over(monkeypatch):
+    town = Town("modern", ["a"])
+    client = await town.client("modern", "a")
+    await town.pass_time()
+    connection = town.mount.servers["a"].instances[()].connection
+    def fails(request, *_):
+        request.on_failure(mcpproxy.ServerError("it does not read"))
+        return 7
+    monkeypatch.setattr(connection, "send_request", fails)
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    await asyncio.sleep(0.5)
+    cancelled = []
+    monkeypatch.setattr(mcpproxy.ServerConnection, "cancel", lambda *arguments: cancelled.append(arguments))
+    await town.die("a")
+    await asyncio.sleep(3 * mcpproxy.ASK_PAUSE)
+    assert not cancelled
 
 
 @in_town
@@ -17992,7 +18071,7 @@ async def test_conversation_modern_server_that_answers_a_listen_with_an_http_err
 
 
 @in_town
-async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_http_is_kept_and_asked_for_at_times():
+async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_http_is_asked_for_once():
     def answer(listen):
         if listen in town.listens("a"):
             return [acknowledged(listen)]
@@ -18006,14 +18085,8 @@ async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_
     await town.die("a")
     for _ in range(5):
         await town.pass_time()
-    assert 2 <= len(town.listens("b")) - before < 7
-    town.acknowledges = lambda listen: [acknowledged(listen)]
-    await asyncio.sleep(2 * mcpproxy.LONGEST_LISTEN_PAUSE)
-    town.told(client)
-    town.say(town.links["b"][-1], notification(UPDATED, {"uri": "a:b", "_meta": {
-        SUBSCRIPTION: town.listens("b")[-1]["id"]}}))
-    await asyncio.sleep(0.1)
-    assert [message["method"] for message in town.told(client)] == [UPDATED]
+    asked = [listen for listen in town.listens("b") if listen["params"]["notifications"]["resourceSubscriptions"]]
+    assert len(asked) == 1 and len(town.listens("b")) - before < 7
 
 
 @in_town
