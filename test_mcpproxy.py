@@ -12916,7 +12916,7 @@ def test_several_servers_list_items_as_they_were_written(several):
         assert '"n": 1e400' in body and '"unknown": {"a": [1.0]}' in body
         name = re.search('"name": ?"([^"]*)"', body)[1]
         assert len(name) == 64 and name.startswith("a__xxx")
-        assert "no tool" in str(proxy.request("POST", f"/tools/{name}x", {}).json())
+        assert "unknown tool" in str(proxy.request("POST", f"/tools/{name}x", {}).json())
         assert text_of(ask_joint(proxy, "tools/call", {"name": name})) == "x" * 200
 
 
@@ -28808,7 +28808,7 @@ def test_real_balancer_and_proxy_agree_on_where_requests_end(tmp_path, name):
                     answers = http.file.read()
                     assert set(re.findall(rb"[a-z]-(\d{3})\b", answers)) <= {b"%03d" % number}, (raw, answers)
                 answer = honest.request("POST", f"/tools/honest-{number:03}", {})
-                assert f"no tool honest-{number:03}" in answer.json()["error"]["message"], (raw, answer.body)
+                assert f"unknown tool: honest-{number:03}" in answer.json()["error"]["message"], (raw, answer.body)
             assert honest.request("GET", "/healthz").status == 200             # by then all before it was noted
         rows = re.findall(r"! \S+ (\S+) from (\S+) refused with (\d+)", proxy.log())
     seen = (tmp_path / "seen").read_text(errors="replace")
