@@ -6772,9 +6772,9 @@ class Stream(Holder):
         """Nothing more will come."""
         self.is_ended = True
         reader, self._reader = self._reader, None
-        if reader and last_words:
-            reader.write([last_words])
         if reader:
+            if last_words:
+                reader.write([last_words])
             reader.close()
 
     def is_over(self, after: int | None) -> bool:
