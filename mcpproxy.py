@@ -7217,7 +7217,7 @@ NOTIFICATION_ROUTES = {
 
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again; and for a
-                                 # modern one to acknowledge a listen, where somebody waits for that
+                                 # modern one to acknowledge a listen, and then to answer a ping
 ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
@@ -7347,7 +7347,7 @@ class ListenRequest(PendingRequest):
     """One `subscriptions/listen` at a modern server."""
 
     is_endless = True
-    is_over = False                  # is it taken back to make room for the next, which waits for its answer?
+    is_waited_for = False            # is it taken back to make room for the next, which waits for its answer?
 
     def __init__(self, listening: "Listening", topics: list[Topic]):
         self.listening = listening
@@ -7414,7 +7414,7 @@ class Listening:
             return
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
-            current.is_over = True
+            current.is_waited_for = True
             self._take_back(current)
             return self._ask_in(self._patience)          # or as soon as it is answered
         new = [topic for topic in topics if not topic.verdict.done()]
@@ -7506,7 +7506,7 @@ class Listening:
             error = RPCError(str(error), status=200, code=INVALID_PARAMS, headers=error.headers)
         if request is self._taken_back:
             # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
-            if request.is_over and (self._next or self._current):
+            if request.is_waited_for and (self._next or self._current):
                 self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
             self._taken_back, self._answers_late, self._is_outdated = None, True, True
             return self._ask()
@@ -13898,6 +13898,8 @@ const bad = text => el("div", { className: "error" }, text), pre = text => el("p
 const row = (...parts) => el("div", { className: "row" }, ...parts), pretty = value => JSON.stringify(value, null, 2)
 const isSelected = id => !getSelection().isCollapsed && getSelection().containsNode($(id), true)
 const put = (id, items, none) => isSelected(id) || $(id).replaceChildren(...items.length ? items : [soft(none)])
+// What stays as it was keeps its selection, and is not read aloud again.
+const write = (id, text) => $(id).textContent === text || ($(id).textContent = text)
 const bearer = text => text ? { Authorization: `Bearer ${text}` } : {}, json = { "Content-Type": "application/json" }
 const worded = one => typeof one === "string" ? one : JSON.stringify(one)
 const exact = (_, value, text) => /^-?[1-9]\d{15,}$/.test(text?.source) && JSON.rawJSON?.(text.source) || value
@@ -13934,8 +13936,7 @@ function show() {
     $("what").replaceChildren(...[...places].map(one => el("option", {}, one)))
   if (isNew && (now.shared || listed)) loadTools()
   seen = state, $("load").hidden = now.shared || listed, $("mine").hidden = !key
-  const recipe = RECIPES[$("with").value]()
-  if ($("recipe").textContent !== recipe) $("recipe").textContent = recipe
+  write("recipe", RECIPES[$("with").value]())
 }
 // How clients are told of the proxy. What a shell reads is quoted for it.
 const quoted = text => /^[\w.:/@-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`
@@ -14027,8 +14028,6 @@ function forget() {
   now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
   $("wrong").textContent = key && "This key is not right.", $("key").focus()
 }
-// What is said again would be read aloud again.
-const say = text => $("status").textContent === text || ($("status").textContent = text)
 // All that there is, each second. The newest of these goes on, with the key that was given last.
 async function watch(number = ++watched) {
   try {
@@ -14041,10 +14040,10 @@ async function watch(number = ++watched) {
     if (!answer.ok) throw new Error(said.error.message)
     sessionStorage.setItem("key", key)
     now = said, $("all").className = "", show()
-    say(`${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`)
+    write("status", `${now.version} \u00b7 ${now.status} \u00b7 ${location.host}`)
   } catch (error) {
     if (number !== watched) return
-    $("all").className = "old", say(`not connected: ${error.message}`)
+    $("all").className = "old", write("status", `not connected: ${error.message}`)
   }
   setTimeout(watch, 1000, number)
 }

@@ -17778,6 +17778,23 @@ async def test_conversation_modern_server_that_refuses_to_be_listened_to_is_aske
     assert 5 <= len(town.listens()) - before <= 15
 
 
+def refuse_over_http(town, listen, status=404, name="a", seconds=0.0):
+    """A remote server answers a listen with this status and nothing of JSON-RPC."""
+    error = mcpproxy.refusal(mcpproxy.ResponseHead(status, {}, True, 0), b"")
+    connection = town.mount.servers[name].instances[()].connection
+    asyncio.get_running_loop().call_later(seconds, connection._fail, listen["id"], error)
+    return []
+
+
+async def told_of_update(town, client, uri, name="a"):
+    """What a client is told when a server says, on the subscription that it got last, that a resource changed."""
+    town.told(client)
+    town.say(town.links[name][-1], notification(UPDATED, {
+        "uri": uri, "_meta": {SUBSCRIPTION: town.listens(name)[-1]["id"]}}))
+    await asyncio.sleep(0.1)
+    return [(message["method"], message["params"]["uri"]) for message in town.told(client)]
+
+
 @pytest.mark.parametrize("ends_first", [True, False])
 @in_town
 async def test_conversation_modern_server_that_ends_a_subscription_for_the_next_is_listened_to(ends_first):
@@ -17792,11 +17809,7 @@ async def test_conversation_modern_server_that_ends_a_subscription_for_the_next_
             "notifications": {"resourceSubscriptions": [f"a:{number}"]}})
         await asyncio.sleep(2 * mcpproxy.LISTEN_PAUSE)
         for one, client in enumerate(clients):
-            town.told(client)
-            town.say(town.links["a"][0], notification("notifications/resources/updated", {
-                "uri": f"a:{one}", "_meta": {SUBSCRIPTION: town.listens()[-1]["id"]}}))
-            await asyncio.sleep(0.01)
-            assert [message["params"]["uri"] for message in town.told(client)] == [f"a:{one}"]
+            assert await told_of_update(town, client, f"a:{one}") == [(UPDATED, f"a:{one}")]
         assert len(town.listens()) <= 3 * len(clients)
 
 
@@ -17825,12 +17838,6 @@ async def test_conversation_resource_that_a_modern_server_never_acknowledges_sil
     assert [message["params"]["uri"] for message in town.told(bob)] == ["a:b"]
 
 
-def updated_by(town, uri, name="a"):
-    """A server says, on the subscription that it got last, that a resource changed."""
-    town.say(town.links[name][-1], notification(UPDATED, {
-        "uri": uri, "_meta": {SUBSCRIPTION: town.listens(name)[-1]["id"]}}))
-
-
 @in_town
 async def test_conversation_modern_server_that_is_busy_for_long_refuses_nothing_by_that():
     town = Town("modern", ["a"])
@@ -17842,10 +17849,7 @@ async def test_conversation_modern_server_that_is_busy_for_long_refuses_nothing_
     link.write = answers
     town.say(link, acknowledged(town.listens()[-1]))
     await asyncio.sleep(0.1)
-    town.told(client)
-    updated_by(town, "a:b")
-    await asyncio.sleep(0.1)
-    assert [message["method"] for message in town.told(client)] == [UPDATED]
+    assert await told_of_update(town, client, "a:b") == [(UPDATED, "a:b")]
 
 
 @in_town
@@ -17862,19 +17866,14 @@ async def test_conversation_modern_server_that_ends_one_subscription_and_does_no
     await asyncio.sleep(1)
     town.say(town.links["a"][0], completed(current))
     await asyncio.sleep(3 * mcpproxy.ASK_PAUSE)
-    town.told(ann)
     assert town.listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
-    updated_by(town, "a:b")
-    await asyncio.sleep(0.1)
-    assert [message["method"] for message in town.told(ann)] == [UPDATED]
+    assert await told_of_update(town, ann, "a:b") == [(UPDATED, "a:b")]
 
 
 @in_town
 async def test_conversation_remote_server_whose_gateway_refuses_for_a_moment_is_listened_to():
     def answer(listen):
-        error = mcpproxy.refusal(mcpproxy.ResponseHead(404, {}, True, 0), b"")
-        town.mount.servers["a"].instances[()].connection._fail(listen["id"], error)
-        return []
+        return refuse_over_http(town, listen)
     town = Town("modern", ["a"])
     town.acknowledges = answer
     client = await town.client("legacy", "a")
@@ -17963,20 +17962,14 @@ async def test_conversation_resource_that_is_refused_over_http_late_keeps_no_oth
     def answer(listen):
         if "a:bad" not in listen["params"]["notifications"].get("resourceSubscriptions", ()):
             return [acknowledged(listen)]
-        error = mcpproxy.refusal(mcpproxy.ResponseHead(404, {}, True, 0), b"")
-        connection = town.mount.servers["a"].instances[()].connection
-        asyncio.get_running_loop().call_later(3, connection._fail, listen["id"], error)
-        return []
+        return refuse_over_http(town, listen, seconds=3)
     town = Town("modern", ["a"])
     town.acknowledges, (ann, bob) = answer, [await town.client("modern", "a") for _ in range(2)]
     await town.say_to(ann, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:bad"]}})
     await town.say_to(bob, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
     await asyncio.sleep(30)
-    town.told(bob)
     assert town.listens()[-1]["params"]["notifications"]["resourceSubscriptions"] == ["a:b"]
-    updated_by(town, "a:b")
-    await asyncio.sleep(0.1)
-    assert [message["method"] for message in town.told(bob)] == [UPDATED]
+    assert await told_of_update(town, bob, "a:b") == [(UPDATED, "a:b")]
 
 
 @in_town
@@ -17994,10 +17987,7 @@ async def test_conversation_modern_server_that_has_not_come_to_a_subscription_ye
     link.write = answers
     town.say(link, acknowledged(town.listens()[-1]))
     await asyncio.sleep(0.1)
-    town.told(client)
-    updated_by(town, "a:b")
-    await asyncio.sleep(0.1)
-    assert [message["method"] for message in town.told(client)] == [UPDATED]
+    assert await told_of_update(town, client, "a:b") == [(UPDATED, "a:b")]
 
 
 @in_town
@@ -18051,9 +18041,7 @@ async def test_conversation_first_to_listen_is_told_only_of_lists_that_the_serve
 async def test_conversation_modern_server_that_answers_a_listen_with_an_http_error(status, is_refused):
     """What refuses is believed; what fails is asked again, less and less often."""
     def answer(listen):
-        error = mcpproxy.refusal(mcpproxy.ResponseHead(status, {}, True, 0), b"")
-        town.mount.servers["a"].instances[()].connection._fail(listen["id"], error)
-        return []
+        return refuse_over_http(town, listen, status)
     town = Town("modern", ["a"])
     town.acknowledges, (ann, bob) = answer, [await town.client("modern", "a") for _ in range(2)]
     for client in ann, bob:
@@ -18075,9 +18063,7 @@ async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_
     def answer(listen):
         if listen in town.listens("a"):
             return [acknowledged(listen)]
-        error = mcpproxy.refusal(mcpproxy.ResponseHead(404, {}, True, 0), b"")
-        town.mount.servers["b"].instances[()].connection._fail(listen["id"], error)
-        return []
+        return refuse_over_http(town, listen, name="b")
     town = Town("modern", ["g.a", "g.b"])
     town.acknowledges, client = answer, await town.client("legacy", "g")
     await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
