@@ -346,7 +346,7 @@ class Settings:
     mcp_server_config: str = setting("", "command line of the MCP server, split as a shell would; "
                                          "the built-in demo server when empty")
     mcp_config: str = setting("", "JSON file of several servers, as desktop clients write it, in place of a command")
-    watch: bool = setting(False, "read that file again when it changes, looked at each second; SIGHUP always does")
+    watch: bool = setting(False, "read MCP_CONFIG again when it changes, looked at each second; SIGHUP always does")
     host: str = setting("0.0.0.0", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one and prints it")
     shared_session: bool = setting(True, "true: all clients share one server process; "
@@ -364,9 +364,9 @@ class Settings:
     oauth_audience: str = setting("", "what tokens have to be for; empty: the URL of the place, as PUBLIC_URL/mcp")
     oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
     oauth_jwks_url: str = setting("", "where the issuer's keys are; empty: where its metadata says")
-    oauth_introspection_url: str = setting("", "where the issuer says what a token that is no JWT is worth")
-    oauth_client_id: str = setting("", "client id with which the proxy asks there")
-    oauth_client_secret: str = setting("", "secret of that client id")
+    oauth_introspection_url: str = setting("", "where the issuer is asked about tokens that are no JWTs (RFC 7662)")
+    oauth_client_id: str = setting("", "client id of the proxy at OAUTH_INTROSPECTION_URL")
+    oauth_client_secret: str = setting("", "secret of OAUTH_CLIENT_ID")
     allowed_origins: str = setting("", "origins whose web pages may call, with commas between; * for all. "
                                        "Loopback and the host itself always may")
     allowed_hosts: str = setting("", "public host names under which this may be called without AUTH_KEY, "
@@ -384,8 +384,8 @@ class Settings:
     # Parsing is done in one go, and nobody else is served meanwhile: 32 MB take 60 ms as one string, 0.6 s as numbers,
     # 1 to 2 s as millions of objects. One MB, which is more than most send, takes 60 ms at the most.
     max_request_mb: float = setting(32.0, "largest request of a client, and never more than MAX_MESSAGE_MB")
-    max_buffered_mb: float = setting(512.0, "bodies, also as what they are parsed to, kept requests, open questions, "
-                                            "event logs, unread output and what remote servers are sending together; "
+    max_buffered_mb: float = setting(512.0, "memory for bodies (also as parsed), kept requests, open questions, "
+                                            "event logs, unread output and what remote servers are sending, together; "
                                             "past that whoever holds most yields first, and new bodies get 503")
     max_result_kb: int = setting(0, "text of a tool's result over this is cut in the middle; 0: none is")
     max_sessions: int = setting(1000, "sessions at a time, and as many modern subscriptions; past that clients get 503 "
@@ -394,9 +394,9 @@ class Settings:
     prewarm: int = setting(0, "initialised spare processes kept ready for new sessions that set no variables, "
                               "when SHARED_SESSION is false")
     server_era: str = setting("auto", "legacy (initialize handshake), modern (2026-07-28), or auto: find out")
-    drain_delay: float = setting(0.0, "seconds on SIGTERM or SIGINT in which all goes on, but /readyz is 503 and "
-                                      "connections are not kept, until balancers have noticed")
-    shutdown_grace: float = setting(10.0, "seconds that running calls may take after that")
+    drain_delay: float = setting(0.0, "seconds after SIGTERM or SIGINT in which all goes on, but /readyz is 503 and "
+                                      "connections are not kept, so that balancers notice")
+    shutdown_grace: float = setting(10.0, "seconds that running calls may take to finish, after DRAIN_DELAY")
     tls_cert: str = setting("", "certificate chain (PEM file); with it, HTTPS is served")
     tls_key: str = setting("", "private key (PEM file), when it is not in TLS_CERT")
     metrics_port: int = setting(0, "port for /metrics, /healthz and /readyz alone, plain HTTP without a key; "
@@ -405,8 +405,8 @@ class Settings:
     log_format: str = setting("text", "text, or json for one object a line")
     sandbox: str = setting("off", "on: the server reads no more files than it needs, and writes none but its own; try: "
                                   "as far as this machine can; or off")
-    sandbox_read: str = setting("", "paths that it may read too, with : between")
-    sandbox_write: str = setting("", "paths that it may write too, with : between")
+    sandbox_read: str = setting("", "paths that the server may read too, with : between")
+    sandbox_write: str = setting("", "paths that the server may write to, with : between")
     sandbox_net: bool = setting(True, "false: the server and its children can open no socket")
     private_home: bool = setting(False, "home, temporary and working directory of its own for each process, removed "
                                         "after; SANDBOX has it too")
@@ -436,6 +436,11 @@ class Settings:
     def max_request_bytes(self) -> int:
         return int(min(self.max_request_mb, self.max_message_mb) * 1024 * 1024)
 
+
+# With which setting a group begins, in --help and in the README.
+GROUPS = {"mcp_server_config": "what to serve, where to listen", "shared_session": "sessions",
+          "auth_key": "who may come in, and under which path", "heartbeat": "times and limits",
+          "prewarm": "server processes, start to stop", "tls_cert": "HTTPS, log, metrics", "sandbox": "sandbox"}
 
 SANDBOX_SETTINGS = tuple(name for name in Settings.__dataclass_fields__ if name.startswith(("sandbox", "limit_")) or
                          name in ("private_home", "clean_env", "run_as_user"))
@@ -13595,8 +13600,9 @@ def argument_parser(environment: dict[str, str]):
         default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
         flags = [*(["--config"] if field.name == "mcp_config" else []), "--" + field.name.replace("_", "-")]
         variable = environment.get(field.name.upper()) or None       # empty: not set, as in `docker run -e AUTH_KEY`
-        parser.add_argument(*flags, dest=field.name, metavar="VALUE", default=variable,
-                            help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
+        group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
+        group.add_argument(*flags, dest=field.name, metavar="VALUE", default=variable,
+                           help=f"{field.metadata['about']} (default: {default})".replace("%", "%%"))
     return parser
 
 

@@ -25486,12 +25486,14 @@ def test_command_line_version_is_shown():
     assert (program.returncode, program.stdout, program.stderr) == (0, f"mcpproxy {mcpproxy.__version__}\n", "")
 
 
-def test_command_line_help_lists_every_setting_with_its_default():
+def test_command_line_help_lists_every_setting_with_its_default_in_its_group():
     program = run_program("--help")
     assert program.returncode == 0 and program.stderr == ""
     text = " ".join(program.stdout.split())
     for field in dataclasses.fields(Settings):
         flag = field.name.replace('_', '-')
+        if field.name in mcpproxy.GROUPS:
+            assert re.search(rf"\n\n{mcpproxy.GROUPS[field.name]}:\n  .*--{flag} VALUE", program.stdout)
         assert f"--{flag} VALUE {field.metadata['about']} (default: {default_of(field)})" in text
 
 
@@ -25681,14 +25683,16 @@ def test_file_the_wire_touches_nothing_outside():
 
 
 def readme_rows():
-    """The rows that the README's table of settings should have."""
+    """The rows that the README's tables of settings should have."""
     for field in dataclasses.fields(Settings):
+        if field.name in mcpproxy.GROUPS:
+            yield f"| {mcpproxy.GROUPS[field.name]} | default | meaning |"
         default = default_of(field) if field.default == "" else f"`{default_of(field)}`"
         yield f"| `{field.name.upper()}` | {default} | {field.metadata['about']} |"
 
 
 def test_file_readme_lists_the_settings():
-    assert re.findall(r"^\| `[A-Z_]+` \|.*\|$", readme_section("Settings"), re.MULTILINE) == list(readme_rows())
+    assert re.findall(r"^\| [^-].*\|$", readme_section("Settings"), re.MULTILINE) == list(readme_rows())
 
 
 def test_file_readme_names_settings_that_there_are_beside_those_of_other_bridges():
