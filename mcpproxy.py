@@ -3065,7 +3065,7 @@ class View:
         """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
         if variables and self.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
-                           "unless it is started with SHARED_SESSION=false", code=INVALID_PARAMS)
+                           "unless SHARED_SESSION is false (in a file: shared_session)", code=INVALID_PARAMS)
         own = [server for server in self.servers if not server.settings.shared_session]
         for (name, value), member in itertools.product(variables.items(), own):
             if not may_set(name, value, member.settings.allowed_env):
@@ -4863,10 +4863,11 @@ def why_not_found(program: str, path: str | None) -> str | None:
         hint = "a command is written as you would type it, not as JSON: npx -y some-server"
     elif re.match(r"[A-Za-z_]\w*=", program):
         hint = f"no shell reads the command, so write env before variables: env {program.partition('=')[0]}=..."
+    elif (program.split(" ")[0] in ("cd", "export", "exec", "source", ".") or
+          any(map(_SHELL_WORD.fullmatch, program.split(" ")))):
+        hint = "no shell reads the command; where one is needed, write sh -c '...'"
     elif " " in program:
         hint = "it is one word because of the quotes around it: leave them out, or in a file of servers use args"
-    elif program in ("cd", "export", "exec", "source", ".") or _SHELL_WORD.fullmatch(program):
-        hint = "no shell reads the command; where one is needed, write sh -c '...'"
     elif program.endswith(".json") and os.path.isfile(program):
         hint = f"a file of several servers is given as --config {program}"
     elif program.startswith(("http://", "https://")):

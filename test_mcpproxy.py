@@ -1721,7 +1721,7 @@ def test_settings_that_cannot_be_used_are_told_by_name(arguments, environment, w
 
 COMMANDS = {           # what people write, and a word of what they are told to write
     '["npx", "-y", "x"]': "not as JSON", "'[1]'": "not as JSON", '{"command": "npx"}': "not as JSON",
-    "'cat -u'": "leave them out",
+    "'cat -u'": "leave them out", "'cd /tmp && cat'": "sh -c", "'cat | cat'": "sh -c",
     "X=1 cat": "env X=", "cd / && cat": "sh -c", "cd /": "sh -c", "~/no-such-server": "sh -c",
     "$HOME/no-such-server": "sh -c", f"{HERE} -x": "it is a directory", "https://a.example/mcp -x": "without arguments",
     f"{os.path.join(HERE, 'README.md')} -x": "python3 /", "no-such-server": "PATH"}
