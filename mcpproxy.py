@@ -21,22 +21,22 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     5.  Server-sent events     messages into events
     6.  JSON                   values found and changed in a text, without writing the rest anew
     7.  JSON-RPC               text into one valid message
-    8.  Protocol eras          what a message of the one era is in the other
-    9.  Results                the same for results; what a server says of itself; and names of tasks
+    8.  Protocol eras          how a message of one era reads in the other
+    9.  Results                the same for results; what a server says of itself; and ids of tasks
     10. Access                 who may come in, and what a client may set
     11. Tokens                 what an OAuth token says, and who has signed it
     12. Views                  which servers and tools a URL shows, and under which names
-    13. Configuration file     the file of several servers, as desktop clients write it; and that of keys
+    13. Configuration file     the file of several servers, as desktop clients write it; and the file of keys
 
     The moving parts: what is alive while the proxy runs.
     14. Logs                   what happened, a line each
     15. Counters               how often it happened, and how long it took
     16. Shares                 who gives up what it holds when there is no more room
     17. Linux                  what it says of processes
-    18. Processes              whose each is, what it uses, and what would outlive its server
+    18. Processes              which server each belongs to, what it uses, and which could outlive it
     19. Confinement            what a process can forbid itself, for good
     20. Sandbox                what a server is kept from, and what it has for itself
-    21. Links                  what a server is spoken to through: a process, and its end
+    21. Links                  the way to a server and back: a process, and how it ends
     22. HTTP client            requests of ours, and the connections for them
     23. Issuer of tokens       who is asked what a token is worth
     24. Requests to remote servers          a message to a URL, and what comes back
@@ -44,18 +44,18 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     26. Server connection      JSON-RPC over one link: handshakes, ids, responses
     27. Streams, questions and outlets      what goes to a client
     28. What servers send      questions and notifications, and whom they concern
-    29. Subscriptions          what a server is asked once for all who want to be told of it
+    29. Subscriptions          what the proxy asks a server for once, for all clients that subscribe
     30. Lists                  what servers list, kept for all who ask
     31. Instances              links that are kept running
     32. Clients                who sends requests: sessions and visitors
-    33. Servers and groups     what was configured: whose instances there are, and which stands in for which
-    34. Mounts                 what clients meet, at all URLs, and what limits them
+    33. Servers and groups     what was configured: each server's instances, and which servers stand in for others
+    34. Mounts                 what clients reach, at whatever URL, and what limits them
     35. Several servers as one              what all are asked, and which of them a request is for
     36. Bridges                what happens to a call between two eras
     37. Dialogues              what a server asks in the course of a call
-    38. Records                what stays of a call that is over
-    39. Client requests        one client request from its coming to its end
-    40. Exchanges              how it gets to a server, and what the server sends in answer
+    38. Records                what is kept of a call that is over
+    39. Client requests        one request of a client, from its arrival to its end
+    40. Exchanges              how that gets to a server, and what the server sends in answer
     41. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
@@ -76,18 +76,18 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 22
-                to 25 and 42 to 49 these words may be HTTP's too; what answers our clients is a Reply
+                to 25 and 42 to 49 these words may mean HTTP's; our HTTP response to a client is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
     modern      2026-07-28, with metadata on every request
-    link        lines to a server and lines from it, with one end; through a process, or to a remote server
+    link        lines to a server and lines from it, until it ends, once; through a process, or to a remote server
     connection  JSON-RPC over one link: handshake, ids, pending requests
     instance    a server kept running through one link after another, and set up anew for its clients
     server      one configured server: how its links are made, and its instances
-    mount       what clients meet: sessions, calls, limits
+    mount       what clients reach, at whatever URL: it has their sessions, their calls, and the limits
     view        what one URL shows of the servers: which of them, and the names of their tools there
-    place       the <name> of /servers/<name>, where a server or group is met by itself; None at other URLs
+    place       the <name> of /servers/<name>, where a server or group is reached by itself; None at other URLs
     joint       of several servers as one
     caller      who brings a key or a token; None: somebody without one
     principal   who is charged for what a request uses: its caller; without one, the address it comes from
@@ -107,16 +107,16 @@ The life of a call
     5.  An Exchange waits until the instance is ready. It restates the request in the server's era, under an
         id of ours, and hands the line to the ServerConnection.
     6.  The link writes the line to the server, and hands back the lines that come from it.
-    7.  The connection finds the exchange that a line belongs to; the rest is what servers send by themselves.
+    7.  The connection finds the exchange that a line belongs to; other lines are what servers send unasked.
     8.  The exchange restates the response in the client's era, with the client's id, and ends: it leaves the
-        books, writes its line into the log, and passes its payload to its outlet.
+        lists of running calls, writes its line into the log, and passes its payload to its outlet.
     9.  The outlet writes it to the HTTP connection, as JSON or as an event of a stream.
 
 Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a number              Counters (15), and for /metrics a row of Overview._families (45)
+    a metric              Counters (15), and for /metrics a row of Overview._families (45)
     a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (52)
     a notification        a row of NOTIFICATION_ROUTES (28)
     a choice of servers   pick() and find_targets() (35)
@@ -161,13 +161,13 @@ __version__ = "1.0.0"
 # 1. Vocabulary
 # ============================================================================
 #
-# Names and numbers that appear on a wire, each said once.
+# Names and numbers that appear on a wire, and limits of what is read from one, each defined once.
 
 # The revisions with an `initialize` handshake, newest first.
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 
 BATCH_VERSION = "2025-03-26"         # the only one in which several messages may be sent as an array
-PRIMING_VERSION = "2025-11-25"       # the only one with sessions in which a stream begins with an id to resume it by
+PRIMING_VERSION = "2025-11-25"       # the only legacy one in which a stream begins with an id to resume it by
 
 BOM = b"\xef\xbb\xbf"                # a byte order mark, which some put before UTF-8
 
@@ -226,8 +226,8 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_SELF = 64 * 1024                 # bytes of what a client says of itself: capabilities, its info with icons
-SMALL_SELF = 4 * 1024                # characters; a message of no more is not looked into for that
-MAX_SELF_VALUES = 1_000              # values in what a client says of itself: each takes many times its text
+SMALL_SELF = 4 * 1024                # characters; a message of no more is not checked for that
+MAX_SELF_VALUES = 1_000              # values in what a client says of itself: each takes far more memory than its text
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_TEMPLATE_PARTS = 24              # of a resource template
 MAX_PARTS = 100                      # of a query, and of what Accept lists
@@ -246,25 +246,25 @@ OTHER = "_OTHER"                     # OpenTelemetry's label for whatever has no
 
 LARGEST_FLOAT = 1.7976931348623157e308
 
-LARGE = 64 * 1024                    # bytes from which on a copy costs more than a system call
+LARGE = 64 * 1024                    # bytes; to copy so many costs more than a system call
 
 
 # ============================================================================
 # 2. Errors
 # ============================================================================
 #
-# What can go wrong, by who has to act: HTTPError, the HTTP request is refused;
-# RPCError, the message in it is; ServerError, the MCP server failed. Each knows
-# the HTTP status and the JSON-RPC code it becomes; *The application* and *Client
-# requests* send it. Their texts go to the client, so they hold no secret of the
-# proxy's; like `data`, they may hold what the server said last.
+# What can go wrong, by who has to act: an HTTPError refuses the HTTP request, an
+# RPCError the message in it, and a ServerError says that the MCP server failed.
+# Each knows the HTTP status and the JSON-RPC code it becomes; *The application*
+# and *Client requests* send it. Their texts go to the client, so they hold no
+# secret of the proxy's; like `data`, they may hold what the server said last.
 
 class ProxyError(Exception):
     """Something that the client is told: an HTTP status and a JSON-RPC error."""
 
     http_status = 400
     code = INVALID_REQUEST
-    raw_id: bytes | None = None          # of the request, as JSON, if that did not become a Message
+    raw_id: bytes | None = None          # the request's id, as JSON, if the request did not become a Message
 
     def __init__(self, message: str, *, status: int | None = None, code: int | None = None,
                  data: object = None, headers: tuple = ()):
@@ -298,7 +298,7 @@ class ServerError(ProxyError):
     is_unsent = False                    # is it sure that nothing of the request reached the server?
 
     def again(self, message: str = "") -> "ServerError":
-        """The same, maybe in other words, to be raised elsewhere: a traceback keeps alive what it comes through."""
+        """A new ServerError in place of one that is kept: raised itself, that would keep alive the frames it passed."""
         return ServerError(message or str(self), status=self.http_status, data=self.data, headers=self.headers)
 
 
@@ -307,7 +307,7 @@ class HandshakeRefused(ServerError):
 
 
 class RefusedAsModern(ServerError):
-    """The server speaks as a modern one, but not with us."""
+    """The server is a modern one, but refuses us, or speaks no revision known here."""
 
 
 class GreetedTwice(ServerError):
@@ -341,7 +341,7 @@ def setting(default, about: str):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How one proxy behaves. A field's name is its flag's and, in capitals, its variable's."""
+    """How one proxy behaves. A field is named as its flag is, and in capitals as its environment variable."""
 
     mcp_server_config: str = setting("", "command line of the MCP server, split as a shell would; "
                                          "the built-in demo server when empty")
@@ -447,7 +447,7 @@ SANDBOX_SETTINGS = tuple(name for name in Settings.__dataclass_fields__ if name.
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The parts of a setting that has commas between them."""
+    """The parts of a setting, which commas separate."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -469,7 +469,7 @@ _PUBLIC_URL = re.compile(r"(?i:(https?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\]))(?::([
 
 @functools.lru_cache(maxsize=16)
 def canonical(url: str) -> str:
-    """A URL in the form that clients give it: RFC 3986 §6.2.2 and 6.2.3; "" if it is none."""
+    """A URL normalized, as clients send it: RFC 3986 §6.2.2 and 6.2.3; "" if it is not one."""
     match = _PUBLIC_URL.fullmatch(url)
     if not match or match[3] and not 0 < int(match[3]) < 65_536:
         return ""
@@ -493,7 +493,7 @@ def is_safe_url(url: object) -> bool:
 
 
 def users_of(text: str) -> range:
-    """The users of a range of numbers, as 2000-2099; empty if the text is none."""
+    """The numbers of users in a range such as 2000-2099; empty if the text is not one."""
     numbers = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", text)
     return range(int(numbers[1]), int(numbers[2]) + 1) if numbers else range(0)
 
@@ -551,7 +551,7 @@ def check_settings(settings: Settings) -> Settings:
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                              # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)    # RFC 9112 §3
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")      # RFC 9112 §4
-# Here and below, where blanks fit two parts, a possessive *+ keeps the time from growing by their number squared.
+# Here and below, where two parts can match the same blanks, a possessive *+ keeps the time from being quadratic.
 _FIELD_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)" % _TOKEN)         # RFC 9112 §5
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,15})(?=\r|\Z)", re.IGNORECASE)
@@ -562,7 +562,7 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
                          % (_TOKEN, _TOKEN, _QUOTED))                                  # RFC 9112 §7.1 and §7.1.1
 
-# Headers that we act on and that have one value. If one came twice, two readers could each take another one.
+# Headers that we act on and that have one value. If one came twice, two readers could each take a different one.
 _SINGLETONS = frozenset("""authorization content-length content-type expect host last-event-id location
     mcp-method mcp-name mcp-protocol-version mcp-session-id origin retry-after transfer-encoding x-api-key""".split())
 
@@ -587,7 +587,7 @@ class HTTPHead:
     fields: tuple[tuple[str, str], ...]      # the header lines one by one, for those that may be repeated
     version: tuple[int, int]
     keep_alive: bool
-    content_length: int | None               # None: the body is chunked. A known head may come again with another one
+    content_length: int | None               # None: chunked. A kept head comes with other lengths: see RequestParser
     expects_continue: bool
     admission: object = None                 # what the application made of it, for when it comes again
 
@@ -667,7 +667,7 @@ def is_kept_alive(headers: dict[str, str], version: tuple[int, int]) -> bool:
 
 
 def by_name(fields: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Header lines by name; HTTPError when one is there twice that may not be."""
+    """Header lines by name; HTTPError when one comes twice that may come only once."""
     headers = {}
     for name, value in fields:
         if name in headers:
@@ -714,7 +714,7 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, tuple[tuple
 
 
 def percent_decode(text: str) -> str:
-    """Text with its percent escapes taken out; HTTPError when they are not UTF-8 or hide control characters."""
+    """Text with its percent escapes decoded; HTTPError when they are not UTF-8 or hide control characters."""
     if "%" in text:
         try:
             text = unquote_to_bytes(text).decode()
@@ -755,7 +755,7 @@ class RequestParser:
         self.is_interrupted = False       # did next_body() stop for others to have a turn, and not for want of bytes?
         self._searched = 0                # how far `rest` was searched for the end of a head
         self._known = {} if known is None else known      # parsed heads of all connections, by their shape
-        self._shape = b"", b""            # the last head: what is before the digits of its Content-Length, and behind
+        self._shape = b"", b""            # the last head, before and after the digits of its length (None: it has none)
         self._last: HTTPHead | None = None                # the last head, if it is a known one
         self.length: int | None = 0       # of the body; None: it is chunked
         self._body = bytearray()          # so far
@@ -766,7 +766,7 @@ class RequestParser:
 
     @property
     def is_between(self) -> bool:
-        """Was nothing of the next request seen yet? An empty line before it is nothing."""
+        """Has nothing of the next request come yet? An empty line before it does not count."""
         return self.rest in (b"", b"\r", b"\r\n")
 
     def next_head(self) -> HTTPHead | None:
@@ -788,7 +788,8 @@ class RequestParser:
         known = self._known.get(self._shape)
         if len(raw) > KNOWN_HEAD_BYTES:
             self._shape = b"", b""             # too long to keep, even for this connection alone
-        self._last, head = known if match else None, known or self._parse(raw)
+        head = known or self._parse(raw)
+        self._last = known if match else None
         self.length = int(match[1]) if known and match else head.content_length
         return head
 
@@ -805,12 +806,12 @@ class RequestParser:
         """Keeps the last head, which was admitted, if it is small; if need be, the oldest makes room."""
         if self._shape[0] and len(head.fields) <= KNOWN_HEAD_FIELDS:
             if len(self._known) >= KNOWN_HEADS and self._shape not in self._known:
-                self._known.pop(next(iter(self._known))).admission = None        # which has the head, too
+                self._known.pop(next(iter(self._known))).admission = None        # each refers to the other: a cycle
             self._known[self._shape] = head
             self._last = head if self._shape[1] is not None else None
 
     def _check_unfinished_head(self) -> None:
-        """What can be refused before the head is complete; somebody may never complete it."""
+        """Refuses what can be refused before the head is complete; it may never be."""
         if len(self.rest) > MAX_HEAD_BYTES + 3:          # part of the empty line may be there
             is_one_line = b"\r\n" not in self.rest[2:MAX_HEAD_BYTES]
             raise HTTPError("head too large", status=414 if is_one_line else 431)
@@ -941,7 +942,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # JSON has them only between tokens, and *JSON* takes them out.
 
 EVENT_LINE = 64                  # bytes that each line of an event takes beside its text
-KEPT_ENDS = 4 * 1024             # bytes of each end of a line over the limit: whose it was, and what secrets are in it
+KEPT_ENDS = 4 * 1024             # bytes kept of each end of a line over the limit: enough to find its id, or secrets
 
 
 class LineSplitter:
@@ -949,19 +950,19 @@ class LineSplitter:
 
     def __init__(self, limit: int, on_line=None, on_too_long=None):
         self._limit = limit
-        if on_line:          # called with each line, without its end; the other with both ends of one over the limit
+        if on_line:          # called with each line, without its LF; on_too_long with both ends of one over the limit
             self._on_line, self._on_too_long = on_line, on_too_long
         self._parts: list[bytes] = []
         self._size = 0
 
     @property
     def size(self) -> int:
-        """How many bytes it holds, but for the ends of what is over the limit."""
+        """How many bytes it holds, not counting the ends of a line over the limit."""
         return self._size if self._size <= self._limit else 0
 
     def feed(self, data: bytes) -> None:
-        *lines, rest = data.split(b"\n") if data.find(b"\n") >= 0 else (data,)       # to split is slow, and most of
-        for line in lines:                                                            # a screenshot has no line end
+        *lines, rest = data.split(b"\n") if data.find(b"\n") >= 0 else (data,)       # split() is slow, and most parts
+        for line in lines:                                                            # of a screenshot have no line end
             size = self._size + len(line)
             if self._parts:
                 line, self._parts, self._size = b"".join([*self._parts, line]), [], 0
@@ -992,7 +993,7 @@ class EventParser(LineSplitter):
     def __init__(self, limit: int, on_event, on_too_long):
         self.last_id = ""                      # of the last event, after which the stream is resumed
         self.retry: float | None = None        # seconds to wait before that
-        super().__init__(limit)                # it has both as methods: kept in it, they would be a reference cycle
+        super().__init__(limit)                # both callbacks are methods here: as attributes they would be a cycle
         self._on_event = on_event              # called with the type and the data of each,
         self._on_too_large = on_too_long       # or with the first and last bytes of data that is over the limit
         self._id, self._type, self._data = "", b"", []
@@ -1032,7 +1033,7 @@ class EventParser(LineSplitter):
         self._event_size += len(value) + missing + EVENT_LINE
         if self._event_size <= self._limit + EVENT_LINE:
             self._data.append(value)
-        elif was_whole:                        # one line over the limit, or many within it; the rest is left out
+        elif was_whole:                        # one line is over the limit, or all together; what follows is dropped
             self._on_too_large((self._data or [value])[0][:KEPT_ENDS], tail[-KEPT_ENDS:])
             self._data.clear()
 
@@ -1047,11 +1048,11 @@ class EventParser(LineSplitter):
 #
 # A proxy must pass on what it does not know, with numbers as they were written
 # (1.0, 1e400, 12345678901234567890), so a message is never parsed and written
-# anew. It is parsed once, to be understood; to change a member, the place where
-# it stands in the text is looked for, and another text put there.
+# anew. It is parsed once, to be understood; to change a member, its place in the
+# text is found, and another text put there.
 #
 # Where a member stands is found in one of five ways, the cheapest first. All but
-# the last may find no proof, and then the next is tried:
+# the last may be unable to tell, and then the next that applies is tried:
 #
 #     a response's id     at the head or the tail of a server's line, by a pattern; the line is not even
 #                         parsed then, be it a screenshot of 8 MB (find_response)
@@ -1062,9 +1063,9 @@ class EventParser(LineSplitter):
 #     any member          the object around it is walked, from its first name on; once for each object
 #                         (walk_members)
 #
-# They agree where no name is there twice in one object. In a message, its params and their _meta that is refused,
-# because two readers could each take another one; deeper, one way may find the first and another the last. (To note
-# all places while parsing was tried: 2 to 5 µs for a small message, twice the time for a large one.)
+# They agree where no object has a name twice. A message is refused if it, its params or their _meta has, because two
+# readers could each take a different one; deeper in, one way may find the first and another the last. (Noting all
+# places while parsing was tried: it cost 2 to 5 µs for a small message, and twice the time for a large one.)
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -1117,7 +1118,7 @@ def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]
 
 
 def members_of(scanned: object) -> dict:
-    """The members of an object that scan_value() read, by name; none of anything else."""
+    """The members of an object that scan_value() read, by name; empty for any other value."""
     return dict(scanned) if isinstance(scanned, tuple) else {}
 
 
@@ -1127,7 +1128,7 @@ def unique_members_of(scanned: object) -> dict:
 
 
 def strings_of(value: object) -> list[str]:
-    """The strings in an array, which may hold anything; none of anything else."""
+    """The strings in an array, which may hold anything; empty for any other value."""
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
@@ -1142,7 +1143,7 @@ def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
     return members
 
 
-_known_name = functools.lru_cache(maxsize=256)(dump)      # the few that come again and again
+_known_name = functools.lru_cache(maxsize=256)(dump)      # a name in JSON, for those that come again and again
 
 
 def quoted(name: str) -> str:
@@ -1206,7 +1207,7 @@ class JSONObject:
         return (start, _skip_value(self.text, start)[1]) if start else self._places(path[:-1])[path[-1]]
 
     def _places(self, path: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-        """Where all members of the object at `path` stand; every object is walked once."""
+        """Where all members of the object at `path` stand. An object is walked only once."""
         if self._walked is None:
             self._walked = {}
         if path not in self._walked:
@@ -1263,18 +1264,18 @@ def decode_json(body: bytes) -> str:
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
-# An id at the head of a message is plainly its own; one at the tail is, because the last brace closes the message.
+# An id at the head of a message is plainly its own; so is one at the tail, because the last brace closes the message.
 _ID_AT_HEAD = re.compile(r'\{(?:"jsonrpc": ?"2\.0", ?)?"id": ?("[^"\\]*"|-?[0-9]+) ?[,}]')
 _ID_AT_TAIL = re.compile(r', ?"id": ?("[^"\\]*"|-?[0-9]+)(?:, ?"jsonrpc": ?"2\.0")?\}\Z')
 _TAIL_LENGTH = 64
 
 
-# What a message is: JSON-RPC 2.0, sections 4 and 5. Names of the module, because members of an Enum are slow to get.
+# What a message is: JSON-RPC 2.0, sections 4 and 5. Names of the module, as looking up a member of an Enum is slow.
 REQUEST, NOTIFICATION, RESPONSE = enum.StrEnum("Kind", "REQUEST NOTIFICATION RESPONSE")
 
 
 class Message(JSONObject):
-    """One JSON-RPC message: its text, and what it says. Objects in its values are tuples of pairs, by scan_value()."""
+    """One JSON-RPC message: its text, and what it says. Objects in it are tuples of pairs, as from scan_value()."""
 
     __slots__ = ("members", "kind", "method", "id", "params", "meta")
 
@@ -1352,8 +1353,8 @@ class Message(JSONObject):
 
 
 def parse_message(text: str, is_servers: bool = False) -> Message:
-    """The one message that `text` is; RPCError, with the fitting code, if it is none. What SDKs forgive, mostly
-    servers, is mended, which changes the message's text."""
+    """The one message that `text` is; RPCError, with the fitting code, if it is not one. Slips that SDKs tolerate,
+    mostly servers', are mended, which changes the message's text."""
     try:
         start = 0 if text[:1] == "{" else _WHITESPACE.match(text).end()
         is_shallow = len(text) < 4 * SPARE_DEPTH or len(text) < LARGE and (
@@ -1385,8 +1386,8 @@ def with_member(message: Message, text: str, *path: str) -> Message:
 
 
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
-    """A message and its members as JSON-RPC has them: params that are null are left out, and of a server's response a
-    null method or error, or a null result beside an error; a result that is not there at all becomes an empty one."""
+    """A message and its members as JSON-RPC wants them: without null params and, in a server's response, without a null
+    method, a null error, or a null result beside an error. A response with neither gets an empty result."""
     is_response = is_servers and members.get("method") is None and "id" in members
     drops = {"params", "method", "error"} if is_response else {"params"}
     drops |= {"result"} if is_response and members.get("error") else set()
@@ -1444,9 +1445,9 @@ def check_message(members: dict) -> None:
         if not isinstance(members["method"], str):
             raise RPCError("method must be a string")
         if "result" in members or "error" in members:
-            raise RPCError("neither a request nor a response")
+            raise RPCError("a message with a method must not have a result or an error")
     elif "id" not in members or ("result" in members) == ("error" in members):
-        raise RPCError("method is missing")
+        raise RPCError("there must be a method, or an id and either a result or an error")
     elif "error" in members and not isinstance(members["error"], tuple):
         raise RPCError("error must be an object")
 
@@ -1498,8 +1499,8 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
 
 
 # A server's response is not even parsed where its id stands at the head or the tail (TypeScript servers write it
-# last): the payload needs no look then, be it a screenshot of 8 MB. (What every line passes uses find(), because `in`
-# first tries its left side as a number, and that error takes time.)
+# last): the rest need not be understood then, even 8 MB of a screenshot. (Code that every line passes uses find():
+# `in` first tries to take its left side for an integer, and that exception takes time.)
 _VERSION = rb'"jsonrpc": ?"2\.0"'
 _ID = rb'"id": ?([0-9]{1,18})'
 _ANSWER = rb'"(result|error)":[ \t]*+(?!null)'
@@ -1535,7 +1536,7 @@ class ResponseLine:
 
     def with_id(self, raw_id: bytes, at: int | None = None, to: int = 0, *parts: bytes | memoryview) -> list:
         """The payload with another id, and with `parts` in place of what stands from `at` to `to` in the result. A
-        large one is not copied."""
+        large line is not copied."""
         line, start, end = self.line, self.start, self.end
         if len(line) >= LARGE:
             line = memoryview(line)
@@ -1547,8 +1548,8 @@ class ResponseLine:
 
 
 def has_one_id(line: bytes) -> bool:
-    """Has a server's line plainly one id only? If a client took another one for the message's, one of several servers
-    that are met as one could answer for the others."""
+    """Does a server's line plainly have only one id? If a client took another for the message's, one of several servers
+    that it sees as one could answer for the others."""
     return line.lower().count(b'"id"') == 1 and (b"\\u00" not in line or not any(
         letter in line for letter in (b"\\u0049", b"\\u0069", b"\\u0044", b"\\u0064")))
 
@@ -1571,7 +1572,7 @@ def error_type(response: ResponseLine | Message) -> str:
 
 
 def find_response(line: bytes) -> ResponseLine | None:
-    """A line that plainly is a response; None if it has to be parsed, to be sure or to change something in it."""
+    """The line, if it plainly is a response; None if it has to be parsed, to be sure or to change something in it."""
     if line.find(b"\r") >= 0 or line[-1:] != b"}":
         return None
     searched = line if len(line) < 512 else line[-_TAIL_LENGTH:]
@@ -1623,8 +1624,8 @@ def find_request_id(head: bytes, tail: bytes) -> bytes | None:
 # ask, and a server that wants to know something ends the request with
 # `input_required`; the client then sends the request again with the answers.
 #
-# Here is what a message of the one era is in the other. Which of it happens to
-# which message is up to *Bridges*.
+# This section restates messages of one era in the other. Which message needs what
+# is up to *Bridges*.
 
 # Whether a side shakes hands or says all with each request. (A StrEnum, because the hash of an Enum is slow.)
 LEGACY, MODERN = Era = enum.StrEnum("Era", "LEGACY MODERN")
@@ -1649,13 +1650,13 @@ CACHEABLE = frozenset({"server/discover", "tools/list", "prompts/list", "resourc
 MAY_NEED_INPUT = frozenset({"tools/call", "prompts/get", "resources/read"})
 
 INPUT_REQUESTS = frozenset({"sampling/createMessage", "elicitation/create", "roots/list"})     # that ask for input
-ANSWERS = frozenset(("inputResponses", "requestState"))          # what such a request has when it comes again
+ANSWERS = frozenset(("inputResponses", "requestState"))          # parameters of a request that comes again with input
 
 # What can be subscribed to beside resources, and the notification that it brings. MCP 2026-07-28, Subscriptions.
 LIST_CHANGES = {f"{kind}ListChanged": (kind, f"notifications/{kind}/list_changed")
                 for kind in ("tools", "prompts", "resources")}
 
-# What a server that many clients share is told of them. Not roots: they are one client's own.
+# What we tell a server that many clients share of its clients. Not roots: they are one client's own.
 SHARED_CAPABILITIES = {"sampling": {}, "elicitation": {"form": {}, "url": {}}}
 OUR_INFO = {"name": "mcpproxy", "version": __version__}
 OUR_ENVELOPE = {VERSION_KEY: MODERN_VERSION, CLIENT_INFO_KEY: OUR_INFO, CAPABILITIES_KEY: {}}
@@ -1668,8 +1669,8 @@ def our_initialize(is_for_all: bool) -> dict:
 
 
 def check_parameters(message: Message) -> None:
-    """Refuses a request without an id or without the parameter that names what it is about, a _meta that is none, and
-    lookalikes. (A server may do what a request without an id asks for, and no limit would have been looked at.)"""
+    """Refuses a request without an id or without the parameter that names what it is about, a _meta that is no object,
+    and lookalikes. (A server may carry out a request without an id, to which no limit would have been applied.)"""
     params, meta = message.params, message.meta
     if message.kind is NOTIFICATION and "notifications/" not in message.method:
         raise RPCError("a request must have an id")
@@ -1706,11 +1707,11 @@ def template_parts(template: str) -> tuple[str, ...]:
 
 
 def fits_template(uri: str, template: str) -> bool:
-    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} has no slash in it, {+name}, {/name*}
-    and {?name} may be anything. The time is at most in proportion to characters times parts."""
+    """Is a URI one that a resource template stands for? RFC 6570, §3.2: {name} is one or more characters but / ? #,
+    {+name}, {/name*} and {?name} may be anything. The time is at most in proportion to characters times parts."""
     parts, ends = template_parts(template)[:MAX_TEMPLATE_PARTS], {0}         # where the parts so far may end
     if parts and not parts[-1].startswith("{") and not uri.endswith(parts[-1]):
-        return False                       # the end tells for most
+        return False                       # a quick no for most templates
     for part in parts:
         if not part.startswith("{"):
             ends = {end + len(part) for end in ends if uri.startswith(part, end)}
@@ -1770,7 +1771,7 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
-    """Refuses a message with too large a member at one of these paths: it is kept as long as the client."""
+    """Refuses a message if what stands at one of these paths is too large to be kept as long as its client is."""
     for path in paths if len(message.text) > SMALL_SELF else ():
         text = message.raw(*path).encode(errors="replace")
         # Values are counted by what begins them, outside of strings such as an icon's URI.
@@ -1779,7 +1780,7 @@ def check_size(message: Message, *paths: tuple[str, ...]) -> None:
 
 
 def check_introduction(message: Message, is_kept: bool = False) -> None:
-    """The same for what a handshake says of its client; `is_kept`: for all of its params, which set up a server."""
+    """The same for what a handshake says of its client; `is_kept`: for all of its params too, which set up a server."""
     check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
     if is_kept and message.params:
         check_size(message, ("params",))
@@ -1789,7 +1790,7 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
     """The envelope of a modern request that may go on. `headers` are HTTP's, None on a transport without any.
 
     The checks, in the order of the specification's conformance tests: the envelope is whole, the headers say what the
-    body says, the revision is known, the method is one of it. The first that fails is told."""
+    body says, the revision is known and has not removed the method. The client is told of the first that fails."""
     version, capabilities, log_level = map(message.meta.get, (VERSION_KEY, CAPABILITIES_KEY, LOG_LEVEL_KEY))
     if not isinstance(version, str):
         raise RPCError(f"_meta needs {VERSION_KEY}", code=INVALID_PARAMS)
@@ -1858,7 +1859,7 @@ def mirrored_parameters(schema: object, path: tuple = ()) -> dict[str, tuple[str
     return found
 
 
-# JSON Schema 2020-12: what has schemas by name, and what has values in it that are none.
+# JSON Schema 2020-12: keywords that hold schemas by name, and keywords whose values are data, not schemas.
 NAMING_KEYWORDS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
 DATA_KEYWORDS = frozenset({"default", "const", "enum", "examples"})
 
@@ -1962,8 +1963,8 @@ def input_required(requests: dict[str, Message], state: str, server_info: str | 
 # 9. Results
 # ============================================================================
 #
-# What a result of the one era is in the other; what a server said of itself in its handshake, which is a result too;
-# results that are too large; and what names a task.
+# How a result of one era reads in the other; what a server said of itself in its handshake, which is a result too;
+# results that are too large; and task ids of several servers as one.
 
 class Additions:
     """What every result of a method has for a modern client; the server's info (JSON) too, in its _meta."""
@@ -1972,7 +1973,7 @@ class Additions:
         self.meta = {SERVER_INFO_KEY: server_info} if server_info else {}
         self.members = {"resultType": '"complete"'}             # name -> JSON
         if method in CACHEABLE:
-            # A legacy server says nothing of how long or for whom; so: not at all, and for the asker alone.
+            # A legacy server says nothing of caches: so none may keep it for any time, nor for anybody but the asker.
             self.members.update(ttlMs="0", cacheScope='"private"')
         beside = dict(self.members)
         if self.meta:
@@ -1991,15 +1992,15 @@ _OBJECT_END = re.compile(rb"[ \t]*\}")
 
 
 def find_meta(line: bytes, start: int) -> int | None:
-    """Where the members of a result's _meta begin in a line that is a response, when that is plain without reading all
-    of it: it is the only _meta, and stands where the result, whose members begin at `start`, begins or ends."""
+    """Where the members of a result's _meta begin in a line that is a response, when that is plain without parsing all
+    of it: it comes first in the result, whose members begin at `start`; or last, and is the only _meta."""
     match = _META_FIRST.match(line, start)
     if match:
         return match.end()
     at = line.rfind(b'"_meta"', max(start, len(line) - LARGE))
     match = _META_FIRST.match(line, at) if at > 0 and line.find(b'"_meta"', start, at) < 0 else None
     with contextlib.suppress(ValueError, StopIteration, RecursionError):
-        # In Latin-1 a character is a byte, and in JSON whatever is beyond ASCII means nothing.
+        # In Latin-1 a character is a byte, and JSON's syntax has nothing beyond ASCII.
         if match and _RESULT_END.match(line, at + _skip_value(line[at:].decode("latin-1"), match.end() - 1 - at)[1]):
             return match.end()
     return None
@@ -2152,7 +2153,7 @@ class Identity:
             raise ServerError("the MCP server's answer to the handshake is not one")
         self._members = response.raw_members("result")         # name -> JSON
         self._told = {name: self._members[name] for name in ("capabilities", "instructions") if name in self._members}
-        # The revision that the server answered with; of a legacy one it may be anything.
+        # The revision that the server answered with; a legacy server may have sent anything.
         self.version: object = MODERN_VERSION if era is MODERN else self._result.get("protocolVersion")
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
         info = member_at(self._result, path)
@@ -2199,7 +2200,7 @@ class Identity:
 # Results that are too large.
 
 def shortened(text: str, limit: int) -> str:
-    """A text of at most about `limit` bytes: its head and tail, 3 to 1, around a word on what was left out."""
+    """A text cut to about `limit` bytes: its head and tail, 3 to 1, around a note of how much was left out."""
     data = text.encode("utf-8", "surrogatepass")
     head, tail = data[:limit * 3 // 4], data[len(data) - limit // 4:]
     marker = f"\n[... {kilobytes(len(data) - limit)} of {kilobytes(len(data))} left out by mcpproxy ...]\n"
@@ -2291,7 +2292,7 @@ def with_tasks(message: Message, rename) -> Message:
 # and a few plain preferences. It is an allowlist because no list of what is dangerous is ever whole: some program runs
 # what is in MAKEFLAGS, TAR_OPTIONS or LESSOPEN, or fetches from PREFIX, and OPENAI_BASE_URL and its like send the
 # operator's own credentials elsewhere. Words count whole, so SSH_ASKPASS and LESSKEY, which run something, are neither
-# PASS nor KEY. What begins like these is read by programs that run or fetch what they find there: R_PROFILE_USER,
+# PASS nor KEY. The prefixes left out below are of programs that run or fetch what they find there: R_PROFILE_USER,
 # UV_PROJECT and TS_NODE_PROJECT have the shape of a credential and are none.
 MAY_BE_SET = re.compile(r"""
     (?! (?: UV | PIP | PIPX | PIPENV | PDM | HATCH | POETRY | PIXI | RYE | CONDA | NPM_CONFIG | PNPM | YARN | BUN |
@@ -2301,11 +2302,11 @@ MAY_BE_SET = re.compile(r"""
                    PROJECT_ID | ORG | ORG_ID | REGION | DATABASE_ID) ) |
     DEBUG | ROOT_DIR | (?P<file> NODE_ENV | LANG | TZ) """, re.VERBOSE)
 # Programs put a place into the host name that they send their credentials to, take a user that begins with - for an
-# option, and the others for the name of a file. So their values may not be anything.
+# option, and the others for the name of a file. So not every value is allowed.
 VALUES = {"place": re.compile(r"(?!-)[\w.,+~= -]*"), "user": re.compile(r"(?!-).*", re.DOTALL),
           "file": re.compile(r"(?![:/])(?!.*\.\.)[\w.@+/-]*")}
 MAX_VARIABLES = 64                # of one client
-MAX_CHOSEN = 1_024                # characters of a name to which globs are compared: that takes time by both lengths
+MAX_CHOSEN = 1_024                # characters of a name that is matched against globs: the time grows with both lengths
 
 OUR_SECRETS = frozenset({"AUTH_KEY", "OAUTH_CLIENT_SECRET", "SESSION_SECRET"})          # which no server gets
 OUR_PREFIX = "MCPPROXY_"          # of the variables that the proxy itself sets for its servers
@@ -2339,7 +2340,7 @@ def given_key(head: HTTPHead) -> str | None:
 
 @functools.lru_cache(maxsize=1_024)
 def fits_glob(glob: str):
-    """The function that tells whether a name fits. (fnmatch() would keep 32,768 globs, those of clients too.)"""
+    """A function that tells whether a name fits. (fnmatch() would cache 32,768 globs, clients' among them.)"""
     return re.compile(fnmatch.translate(glob)).match
 
 
@@ -2377,7 +2378,7 @@ class Grant:
 class Limits:
     """What a caller may use: what any of these grants opens."""
 
-    key: str                                   # the caller's name, for the errors that tell of them
+    key: str                                   # the caller's name, for error texts
     grants: tuple[Grant, ...]
     # Of a token: all scopes that there are, those that it has, and how the challenge that asks for more begins.
     scopes: tuple[tuple[str, Grant], ...] = ()
@@ -2390,9 +2391,9 @@ class Limits:
 
     def refusal(self, limit: str, text: str, status: int = 200, servers: tuple[str, ...] = (),
                 tool: str | None = None, variable: str | None = None) -> RPCError:
-        """The answer to who is over one of these limits; where another scope of a token would help, it asks for that.
-        MCP 2025-11-25, Scope Challenge Handling: and for those that it has, which would be lost otherwise."""
-        # Whether a tool only reads is not known here; so a scope for all tools helps more surely.
+        """The error for a caller who is over one of these limits. Where one more scope would help a token, it asks for
+        that and, by MCP 2025-11-25, Scope Challenge Handling, for those that it has, which would be lost otherwise."""
+        # Whether a tool only reads is not known here, so the scopes for all tools are tried first.
         scopes = sorted(self.scopes, key=lambda one: one[1].read_only) if tool is not None else self.scopes
         scope = next((name for name, grant in scopes if name not in self.has and grant.is_for(servers)
                       and (tool is None or grant.takes(tool, limit != "read_only"))
@@ -2422,7 +2423,7 @@ class Caller:
         return not (self.limits or self.is_token)
 
     def under(self, scopes: dict[str, Grant] | None) -> "Caller":
-        """The same caller by a token, now that scopes open this."""
+        """The same caller by a token, limited to what its scopes open; `scopes` are all there are, None: no limits."""
         old, has = self.limits or Limits(self.name, ()), [name for name in scopes or () if name in self.scopes]
         return dataclasses.replace(self, limits=None if scopes is None else dataclasses.replace(
             old, grants=tuple(scopes[name] for name in has), scopes=tuple(scopes.items()),
@@ -2480,7 +2481,7 @@ def find_caller(key: str, callers: tuple[Caller, ...]) -> Caller | None:
     import hmac
     try:
         given = digest_of_key(key)
-    except UnicodeEncodeError:                 # no key has it
+    except UnicodeEncodeError:                 # a lone surrogate, which no key has
         return None
     return next(itertools.compress(callers, [hmac.compare_digest(given, one.digest) for one in callers]), None)
 
@@ -2512,7 +2513,7 @@ def is_allowed_origin(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
 
 def client_variables(head: HTTPHead) -> dict[str, str]:
     """The variables that a request sets for its servers, by ?NAME=value and X-MCP-Env-NAME: value; RPCError (-32602)
-    when they are none."""
+    for bad names, two values for one name, or too many."""
     pairs = [(name, value) for name, value in head.query if name not in QUERY_PARAMETERS]
     for field, line in head.fields:
         if field.startswith("x-mcp-env-"):
@@ -2567,13 +2568,13 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 #
 #     RS256, RFC 7518 §3.3: the signature to the power of the key's exponent is, in full, what the signer has padded.
 #         To build that anew and compare leaves nothing to parse, where forgers would get in (Bleichenbacher, 2006).
-#     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. Points are
-#         X / Z, Y / Z, so that only one inverse has to be found, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
+#     ES256, RFC 7518 §3.4: the first coordinate of (hash / s) G + (r / s) Q is r again, on the curve P-256. A triple
+#         (X, Y, Z) stands for (X / Z, Y / Z), so one inverse is enough, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
 
 MAX_TOKEN = 24 * 1024            # with its 200 groups, one of Entra has 12 KiB
 MAX_KEYS = 100                   # of one issuer
-MAX_TRIES = 8                    # of those that a token may mean, because it names none
-LEEWAY = 60                      # seconds between two clocks
+MAX_TRIES = 8                    # of those that one token may mean, as when it names none
+LEEWAY = 60                      # seconds that two clocks may differ
 JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
 PADDING = bytes.fromhex("003031300d060960864801650304020105000420")     # RFC 8017 §9.2: a zero, and which hash it is
 P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
@@ -2594,7 +2595,7 @@ class UnknownKey(TokenError):
 
 
 class PublicKey(typing.NamedTuple):
-    """One of an issuer's."""
+    """One key of an issuer's."""
 
     kid: str | None
     algorithm: str                             # "RS256": the numbers are n and e. "ES256": x and y
@@ -2687,7 +2688,7 @@ def parse_jwk(jwk: dict) -> PublicKey:
 
 
 def verify(token: Token, keys: list[PublicKey]) -> PublicKey:
-    """The key that has signed it; TokenError if none of these has, UnknownKey if it names another."""
+    """The key that has signed it; TokenError if none of these has, UnknownKey if one not known here may have."""
     kid = token.header.get("kid")
     named = [key for key in keys if key.algorithm == token.header["alg"] and (kid is None or key.kid == kid)]
     if not named:
@@ -2696,7 +2697,7 @@ def verify(token: Token, keys: list[PublicKey]) -> PublicKey:
     for key in named[:MAX_TRIES]:
         if is_signed(token.signed, token.signature, *key.numbers):
             return key
-    raise (UnknownKey if kid is None else TokenError)("its signature is wrong")      # it may mean a new one
+    raise (UnknownKey if kid is None else TokenError)("its signature is wrong")      # without a kid: maybe a new key's
 
 
 def is_signed_by_rsa(signed: bytes, signature: bytes, n: int, e: int) -> bool:
@@ -8138,23 +8139,23 @@ class Instance:
 #
 # Who sends requests. A client stays with the instance of a server that it met when it used the server first.
 
-OPEN_QUESTIONS = 100             # of one client; past that the oldest is answered for it
+OPEN_QUESTIONS = 100             # of one client; past that, the proxy answers the oldest with an error
 KEPT_STREAMS = 16                # of each session, after they ended
 MAX_LABEL = 64                   # characters of who somebody is, in the log
-# The ms until a client comes back for a stream that ended. SDKs try twice: that shall be long enough for the proxy to
-# be started again. It is the last event, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047).
+# How many ms a client waits before it asks for an ended stream again. SDKs try twice, which leaves time for the proxy
+# to restart. It is sent last of all, because Java's SDK 1.0 to 2.0 ends a stream there (java-sdk#1047).
 RETRY = b"retry: 3000\n\n"
 
 
 class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    hello: dict | None = None                       # the params of its handshake, for servers that it starts by it
-    may_have_logs = False                           # was it told so, when a server was missing? Or is that not known?
-    software = ""                                   # its name/version, by its own word, when its session opened
+    hello: dict | None = None                       # the params of its handshake, by which servers of its own start
+    may_have_logs = False                           # was it offered logs as a server was missing? True if unknown
+    software = ""                                   # the name/version that it gave when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
-    listens = False                                 # is it a session of modern requests, to be told what it asks for?
+    listens = False                                 # are its requests modern? Then only a listen tells it of new lists
     is_ended = False                                # of a session alone
     is_homeless = False                             # has it no server left? It begins nothing and ends after its calls
     _serials = itertools.count()
@@ -8167,7 +8168,7 @@ class Client(Holder):
             view.check_variables(variables)
         self.mount = mount
         self.view = view                            # what it is shown
-        self.wanted = view.wanted                   # how it narrowed that down, also to what may be back one day
+        self.wanted = view.wanted                   # how it narrowed that down, also to servers that are gone for now
         self.principal = principal
         self.caller = caller                        # whose key it came with
         self.name = name                            # that tells apart visitors who come with the same key
@@ -8175,7 +8176,7 @@ class Client(Holder):
         self.headers = headers or {}                # of its last request over HTTP, by name in lower case
         self.calls: dict[object, PendingRequest] = {}       # running, by client id
         self._instances: dict[Server, Instance] = {}        # that it uses
-        self.members: dict[str, Server] = {}        # of groups, that it stays with, by the group's name
+        self.members: dict[str, Server] = {}        # the member of each group that it stays with, by the group's name
 
     @property
     def is_apart(self) -> bool:
@@ -8189,14 +8190,14 @@ class Client(Holder):
         return None if self.identity is self else self.identity
 
     def at(self, server: "Server | Group", left_out: "Server | None" = None) -> Instance:
-        """The instance of a server that it uses, the same until it has ended, and a moment longer if it failed; of a
-        group, one that is not left out and may be asked anything."""
+        """Its instance of a server: the same until that has ended, or KEPT_SECONDS longer if it failed to start. Of a
+        group: that of a member other than `left_out`, chosen for no request in particular."""
         if server.is_group:
             server = server.choose(self, left_out, self.headers)
         instance = self._instances.get(server)
         if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
-            if self.is_homeless:                       # it would set variables that nobody takes any more
+            if self.is_homeless:                       # its variables were checked for a configuration that is gone
                 raise no_such_session()
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
@@ -8215,8 +8216,8 @@ class Client(Holder):
         return self.at(self.mount.server(name))
 
     def place_of(self, server: "Server") -> str | None:
-        """The name of what it is shown in the place of a server that it used: that itself, or its group."""
-        before = [name for name, member in self.members.items() if member is server]    # its configuration may be new
+        """What it is shown in the place of a server that it used: the name of that, or of a group; or None."""
+        before = [name for name, member in self.members.items() if member is server]    # server.config may be newer
         return next((name for name in (server.name, server.config.group, *before) if name in self.view.names), None)
 
     @property
@@ -8225,9 +8226,9 @@ class Client(Holder):
         return self.by_name(self.view.members[0].name)
 
     def adopt(self, catalog: Catalog) -> RPCError | None:
-        """Goes by another configuration from now on, with its calls that wait. Returns why it cannot, if so."""
+        """Goes by another configuration from now on, and lets affected calls stay(). Returns why it cannot, if so."""
         before, problem = self.view, None
-        # What it chose goes on though another of these servers was taken out.
+        # Of the servers that it chose, those that are left; if none is left, view() refuses its choice.
         wanted = tuple((kind, ",".join(one for one in listed(text) if one in catalog.offered) or text
                         if kind == "server" else text) for kind, text in self.wanted)
         try:
@@ -8279,7 +8280,7 @@ class Visitor(Client):
 
     @once
     def user(self) -> tuple:
-        """Those with the same are one user."""
+        """Visitors for whom this is equal are one user."""
         return self.caller, self.name, frozenset(self.variables.items())
 
     @property
@@ -8308,7 +8309,7 @@ class Session(Client):
         self.log_level: str | None = None           # that it asked for
         self.topics: set[Topic] = set()             # that it subscribed to
         self.questions: dict[int, Question] = {}    # asked of the client, by our id
-        # Events of one process mean nothing to another, which has to see that.
+        # No other process has the events of this one; by the tag in their ids, it sees that they are not its own.
         self._tag = "." + os.urandom(4).hex() if is_streamable and mount.settings.session_secret else ""
         self.stream = Stream("0" + self._tag if is_streamable else "", principal)
         self.last_used = self.opened_at = mount.now()
@@ -8316,8 +8317,8 @@ class Session(Client):
         self._stream_names = itertools.count(1)
 
     def announce(self, message: Message) -> None:
-        """Takes in its handshake before a server that starts slowly has answered it: the session's id contains all of
-        that, and may be told sooner."""
+        """Takes in its handshake before the server has answered it: the session's id contains all that it says, and
+        with a server that starts slowly the client gets the id before that answer."""
         check_introduction(message)
         self.introduce(message, None)
         self.offered = negotiate(message.params.get("protocolVersion"))
@@ -8342,8 +8343,8 @@ class Session(Client):
             "time": int(time.time())})
 
     def restore(self, sealed_id: str, facts: dict) -> None:
-        """Goes on as the session that has this id. What it subscribed to is not known any more, so it is told that all
-        may have changed."""
+        """Goes on as the session that has this id. What it heard of, and what it subscribed to, is not known any more,
+        so it is told that all lists may have changed."""
         self.sealed_id, self.is_followed, self.may_have_logs = sealed_id, True, True
         self.version, self.capabilities = facts["version"], facts["capabilities"]
         self.info = facts["info"] and dump(facts["info"])
@@ -8360,11 +8361,11 @@ class Session(Client):
             self.end(error)
 
     def adopt(self, catalog: Catalog) -> None:
-        """The same; and what it used of servers that are gone, it uses of those in their place."""
+        """As Client.adopt(); and what it used at servers that are gone, it uses at those in their place."""
         before, problem = self.view, super().adopt(catalog)
         self.is_homeless = problem is not None
         if problem:
-            return self.end() if problem.data else None    # its key opens the place no more, or sets too much
+            return self.end() if problem.data else None    # its key no longer opens the place, or sets its variables
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -8373,7 +8374,7 @@ class Session(Client):
                 instance.sessions.pop(self.id, None)
             else:
                 instance.leave(self, is_over=False)
-        # Of groups, it stays with the same member, which may be another server by now.
+        # It stays with the same member of each group, which may be a new server with that name by now.
         self.members = {name: self.mount.servers.get(member.name, member) for name, member in self.members.items()}
         is_told = self.version and not self.listens        # one that listens is told by that
         for kind, _ in LIST_CHANGES.values() if is_told and self.view.offer != before.offer else ():
@@ -8391,10 +8392,10 @@ class Session(Client):
             instance.adjust_log_level()
 
     def move_topics(self, before: "Server", server: "Server | Group | None", with_unsettled: bool = True) -> None:
-        """Subscribes at the server in the place of another, or at its next instance, if that can be used."""
+        """Moves its subscriptions to another server, or to the same one's next instance; drops what cannot move."""
         for topic in [topic for topic in self.topics if topic.instance.server is before]:
             if not (with_unsettled or self in topic.told):
-                continue                               # what it is still to be told would be wrong
+                continue                               # its client still waits for the old server's answer
             topic.instance.topics.unsubscribe(self, topic)
             if server:
                 with contextlib.suppress(ProxyError):
@@ -8412,7 +8413,7 @@ class Session(Client):
 
     @property
     def _last_words(self) -> bytes:
-        """Of its streams: see RETRY."""
+        """What its streams end with: see RETRY."""
         return RETRY if self.is_streamable and self.version == PRIMING_VERSION else b""
 
     def end_stream(self, stream: Stream) -> None:
@@ -8425,8 +8426,8 @@ class Session(Client):
             del self._streams[oldest.name]
 
     def find_event(self, event_id: str) -> tuple[Stream | None, int | None]:
-        """The stream that an event was on, and its number there; RPCError when that is not known here. Without a number
-        where the event is another process's: the session's own stream, or None if it was on the stream of a call."""
+        """The stream that an event was on, and its number there; RPCError when that is not known here. Of another
+        process's event: the session's own stream, or None if it was on that of a call; and None for the number."""
         name, _, number = event_id.partition("-")
         stream = self._streams.get(name)
         if not name.endswith(self._tag):
@@ -8441,7 +8442,7 @@ class Session(Client):
         if len(self.questions) >= OPEN_QUESTIONS:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
             if question.call and question.call.is_done:
-                return                             # that was one of its own, and ended it
+                return                             # the oldest was of the same call, which ended by that
         self.questions[question.id] = question
         question.client, question.send, question.asked_at = self, send, self.mount.now()
         payload = question.encode(b"%d" % question.id)
@@ -8462,14 +8463,14 @@ class Session(Client):
             if connection is None or connection.era is MODERN:
                 continue
             if message.method == "notifications/initialized":
-                # We told the server when it was ready. A spare one had no client then that it could ask for roots.
+                # The proxy has sent this itself. A spare server had no client then to ask for roots: it may ask now.
                 if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
                     connection.send_if_possible(encode_request(None, "notifications/roots/list_changed"))
             elif instance.is_private or self._may_tell(connection, message):
                 connection.send_if_possible(message.payload[0], self.principal)
 
     def _may_tell(self, connection: ServerConnection, message: Message) -> bool:
-        """May a server for many hear this? Nothing of roots, which it knows of nobody; and progress only of what it has
+        """May a server for many be told this? Nothing of roots, which are one client's; and progress only of what it
         asked this client, by the token that it gave."""
         if message.method == "notifications/progress":
             asked = [question.message.meta for question in connection.questions.values() if question.client is self]
@@ -8487,7 +8488,7 @@ class Session(Client):
         self.end()
 
     def end(self, error: ServerError | None = None) -> None:
-        """It ends, with an error because its server is gone: takes everything with it that was its own."""
+        """Ends it, and all that is its own. Its calls fail: with the error, if it ends because its server is gone."""
         if self.is_ended:
             return
         self.is_ended = True
@@ -8529,16 +8530,16 @@ def is_at_least(level: object, wanted: str) -> bool:
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
-# other. Which of them a request goes to is said by the first of these that applies: the call that it goes on with, a
-# `when` that claims it, the member that the session is at, and who is least busy. A member is left out while it has no
-# process, and after failures in a row until it answers again.
+# other. The first of these that applies decides which of them gets a request: the task or call that it continues, a
+# `when` that claims it, the member that the session stays with, and who is least busy. A member is left out while it
+# has no process, and after failures in a row until it answers again.
 
 SPARES_PAUSE = 5.0               # seconds without new spare processes after one died
 FAILURES = 3                     # in a row, after which a member of a group is left out
 PROBE_PAUSE = 1.0                # seconds until one that is left out is asked whether it is back, doubling
 LONGEST_PROBE_PAUSE = 30.0       # to this
-MAX_LISTINGS = 8                 # pages of tools that clients were given and nobody has read yet,
-MAX_LISTING = 256 * 1024         # of so many bytes each
+MAX_LISTINGS = 8                 # pages of tools that went to clients, kept until read_listings() reads them,
+MAX_LISTING = 256 * 1024         # if they have no more bytes than this
 
 
 class Pool:
@@ -8559,8 +8560,8 @@ class Pool:
             other.server.end(other)
 
     def who_fill(self, server: "Server") -> set["Server"]:
-        """Those whose processes leave no room for one more of a server's: all, or those that have a range of users
-        together with it. Nobody while there is room."""
+        """The servers whose processes leave no room for one more of this one's: all, or those that share its range of
+        users. Empty while there is room."""
         sharing = {one for one in self.servers if server.users and one.users == server.users and not (
             one.is_retired and not any(instance.is_used for instance in one.instances.values()))}      # it ends soon
         for limit, servers in (self.limit, self.servers), (len(server.users), sharing):
@@ -8570,8 +8571,8 @@ class Pool:
         return set()
 
     def who_ends(self, principal: object, server: "Server") -> Instance | None:
-        """The instance that has to end for one more process of a server's for a principal, if one has to: a spare one,
-        an idle one of visitors, or one of whoever has most. ServerError when there is none, or enough are ending."""
+        """The instance that has to end before a server gets one more process for a principal: a spare one, an idle one
+        of visitors, or one of whoever has most. None: there is room. ServerError: none may end, or enough do."""
         servers = self.who_fill(server)
         if not servers:
             return None
@@ -8588,8 +8589,8 @@ class Pool:
 class Server:
     """One configured MCP server: how links to it are made, and its instances.
 
-    An instance is kept under whom it is for, its owner: (), all clients; (caller, name, variables), the visitors that
-    are one user; a Session; or, for a spare one, nobody yet: then it is its own owner."""
+    An instance is kept under its owner, whom it is for: () for all clients; (caller, name, variables) for the visitors
+    that are one user; a Session; or, while it is a spare one, itself."""
 
     is_group = False
 
@@ -8605,7 +8606,7 @@ class Server:
         self.now = now                             # the clock: returns seconds
         self.is_for_all = self.settings.shared_session
         self.spares_wanted = 0 if self.is_for_all else self.settings.prewarm
-        self.speaks: dict[Era, bool] = {}          # what was found out of it
+        self.speaks: dict[Era, bool] = {}          # the eras in which it was found to speak, or not to
         self.instances: dict[object, Instance] = {}
         self.ending: dict[Instance, asyncio.Task] = {}
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
@@ -8617,10 +8618,10 @@ class Server:
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
         self._checked_rules: Rules | None = None   # that were compared to its tools
-        self.misused: set[str] = set()             # tools that are left out, once said
+        self.misused: set[str] = set()             # tools left out for their x-mcp-header, which was logged
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.chosen = 0                            # how often its group has chosen it
-        self.waiting: set[asyncio.Task] = set()    # the work of its group's calls that it was not sent yet
+        self.waiting: set[asyncio.Task] = set()    # the tasks of calls that its group chose it for, until they are sent
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
         self._probing: asyncio.Task | None = None
@@ -8674,7 +8675,7 @@ class Server:
         self.tool_names = dict.fromkeys(itertools.islice(names, MAX_TOOLS))
 
     def check_rules(self, tools: Items) -> None:
-        """Says once what of its configuration is for no tool that it lists."""
+        """Warns once of rules in its configuration that fit none of the tools that it lists."""
         checked, self._checked_rules = self._checked_rules, self.config.rules
         slips = self.config.rules.without_effect(tools) if tools and self.config.rules != checked else ()
         if slips:
@@ -8696,15 +8697,15 @@ class Server:
         return bool(instance and instance.connection is None)
 
     def load(self) -> tuple:
-        """What is compared of the members of a group that are up: who is ready, and then who has least to do."""
+        """What orders the members of a group that are up: who is ready, and then who has least to do."""
         weight = self.config.weight
         calls = len(self.waiting) + sum(not call.is_endless for one in self.instances.values() if one.connection
                                         for call in one.connection.pending.values())
         return self.is_starting, calls / weight, self.chosen / weight
 
     def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
-        """Finds out now and then whether a server that could not be used is back; also for the `group` that leaves it
-        out."""
+        """Finds out now and then whether a server that could not be used is back; `group`: all members of a group that
+        leaves it out."""
         if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at:
             self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
@@ -8721,7 +8722,7 @@ class Server:
         else:
             pause = self._probe_pause = PROBE_PAUSE
             self.failures = 0
-            for member in group:                   # it is not to make up for what it missed
+            for member in group:                   # or it would get most calls until it has had as many as they
                 member.chosen = 0
         self._probing, self._probe_at = None, self.now() + pause
 
@@ -8750,8 +8751,8 @@ class Server:
         return self.instances.get(self._owner_for(client))
 
     def instance_for(self, client: Client) -> Instance:
-        """The instance that a client uses; RPCError or ServerError when it cannot have one, or all has ended while it
-        waited for something."""
+        """The instance that a client uses; RPCError or ServerError when it cannot have one, or when the client or
+        the server has ended meanwhile."""
         if client.is_ended or self not in self.pool.servers:
             raise no_such_session() if client.is_ended else try_later("the MCP server was stopped")
         variables, owner = client.variables, self._owner_for(client)
@@ -8768,7 +8769,7 @@ class Server:
     def make_instance(self, owner: object = (), variables: dict[str, str] | None = None,
                       principal: object = None) -> Instance:
         """A new instance; ServerError when there would be no room for its process."""
-        for name, value in (variables or {}).items():          # of one that asked before the configuration was another
+        for name, value in (variables or {}).items():          # they may have been checked for an older configuration
             if not may_set(name, value, self.settings.allowed_env):
                 raise RPCError(f"clients may not set the variable {name} like this", code=INVALID_PARAMS)
         self.pool.who_ends(principal, self)
@@ -8811,8 +8812,8 @@ class Server:
             task.add_done_callback(lambda _: self.ending.pop(instance))
 
     def tick(self, now: float, busy: collections.abc.Container[Instance]) -> None:
-        """Called now and then: gives up on what takes too long, and ends what nobody uses; `busy` have calls. Of a
-        call that asks its client something, or waits for a list, the instance itself may not know."""
+        """Called now and then: gives up on what takes too long, and ends what nobody uses. `busy` are the instances
+        with calls: an instance itself may not know of a call that asks its client something, or waits for a list."""
         self.keep_spares()
         for instance in list(self.instances.values()):
             is_visitors = instance.owner != () and not instance.is_private
@@ -8838,13 +8839,13 @@ class Group:
 
     def __init__(self, config: ServerConfig, members: list[Server]):
         self.name, self.config, self.members = config.name, config, members
-        for member in members:                     # a new one is not to make up for what it missed
+        for member in members:                     # or a new one would get most calls until it has had as many
             member.chosen = 0
 
     def choose(self, client: Client, left_out: Server | None, headers: dict[str, str],
                message: Message | None = None) -> Server:
-        """The member for a request that came with these HTTP headers, or for what is no single request; `left_out` has
-        failed with it. RPCError when each has calls of its own, and this is none of them."""
+        """The member for a request that came with these HTTP headers; or, without a message, for all that a client may
+        ask. `left_out` has failed with it. RPCError when no other member takes a call like this."""
         if message and (owner := self._owner(client, message)):
             return owner
 
@@ -8898,15 +8899,15 @@ class Group:
 #
 # A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
 
-NOBODYS_NAME = "-"               # of a session
+NOBODYS_NAME = "-"               # which no session has
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
 GOODBYE_SECONDS = 0.5            # for a client to close, after it has ended its session
 CLOCKS_DIFFER = 300              # seconds, at the most, of replicas
 LONGEST_CALL = 86_400            # seconds, "regardless of progress notifications". MCP 2025-11-25, Lifecycle, Timeouts
 UNFOLLOWED_SECONDS = 60.0        # for which a session is kept that was opened, and then not used
-RECENT_CALLS = 100               # that can be looked at
-KNOWN_STATES = 1_000             # of calls that wait for input
-ASKED_SECONDS = 60.0             # after somebody asked whether there is a server to be used, in which starts are tried
+RECENT_CALLS = 100               # that the overview shows
+KNOWN_STATES = 1_000             # each the requestState of a call that waits for input
+ASKED_SECONDS = 60.0             # after somebody asked at /readyz, in which servers that are down are probed
 
 
 class GivenState(typing.NamedTuple):
@@ -8922,8 +8923,8 @@ class Mount:
 
     def __init__(self, catalog: Catalog, settings: Settings, new_server, now):
         self.settings = settings
-        # By which other proxies know this one; and in what clients are told, for with the former they could have any
-        # start that waits refused as a circle.
+        # By which other proxies know this one: in requests, and in what clients are told. They differ, or a client
+        # could send the id that it was told, and have any start that waits refused as a circle.
         self.id, self.told_id = os.urandom(8).hex(), os.urandom(8).hex()
         self.now = now                             # the clock: returns seconds
         self.sessions: dict[str, Session] = {}
@@ -8931,13 +8932,13 @@ class Mount:
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
-        self.states: dict[str | bytes, GivenState] = {}      # who gave others, by short_of()
+        self.states: dict[str | bytes, GivenState] = {}      # which server a requestState is for, by short_of()
         self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
         self.recent: collections.deque[tuple] = collections.deque(maxlen=RECENT_CALLS)          # see record()
-        self.asked_at = float("-inf")              # when somebody wanted to know whether there is a server to be used
-        self._looked_at = float("-inf")            # when sessions were
+        self.asked_at = float("-inf")              # when somebody last asked at /readyz
+        self._looked_at = float("-inf")            # when the sessions were last looked after
         self._new_server = new_server              # takes (config, pool), returns a Server
         self._pool = Pool(settings.max_processes)
         self.servers = {name: new_server(config, self._pool) for name, config in catalog.servers.items()}
@@ -8960,8 +8961,8 @@ class Mount:
             server.keep_spares()
 
     def reload(self, catalog: Catalog, keys: Keys) -> None:
-        """Takes another configuration: what did not change goes on, what did ends when its calls are done; what came by
-        a key that is gone ends at once."""
+        """Takes another configuration: what it keeps goes on, what it changes ends when its calls are done, and what
+        came by a key that is gone ends at once."""
         self._adopt_keys(keys)
         before, self.servers = self.servers, {}
         catalog.leaving = {session.view.place for session in self.sessions.values()} - {None, *catalog.places}
@@ -8989,6 +8990,7 @@ class Mount:
                 call.adopt(view)
 
     def _adopt_keys(self, keys: Keys) -> None:
+        """Gives each client its caller as the keys are now; ends what came by a key that is gone."""
         callers = {caller: caller for caller in keys.callers}
 
         def current(caller: Caller | None) -> Caller | None:
@@ -9076,8 +9078,8 @@ class Mount:
         return name
 
     def delete_session(self, session: Session) -> None:
-        """Its client needs it no more: it is not opened again here. Whoever may still wait for a call is told so when
-        the client has closed: until then, Python's SDK 1.x takes an answer for a fault, or dies of it."""
+        """Its client needs it no more: it is not opened again here. Running calls are answered a moment later, when the
+        client has closed: Python's SDK 1.x would take an earlier answer for a fault, or die of it."""
         self.sessions.pop(session.id, None)
         if session.calls:
             asyncio.get_running_loop().call_later(GOODBYE_SECONDS, session.leave)
@@ -9107,7 +9109,7 @@ class Mount:
         return Visitor(self, view, caller, variables, principal, name, headers)
 
     def make_room_for(self, call: PendingRequest) -> None:
-        """Sees to it that there are no more subscriptions than sessions may be; ServerError when this one has to go."""
+        """Ends subscriptions while there are more than max_sessions; ServerError when this one has to go instead."""
         while len(self.subscriptions) > self.settings.max_sessions:
             others = who_gives(self.subscriptions - {call}, call.principal)
             if not others:
@@ -9143,7 +9145,7 @@ class Mount:
                 call.end_subscription()                      # its client asks again, and comes to another of the group
 
     def _has_better(self, client: Client, server: Server) -> bool:
-        """Is this one of a group down, and may the client use another that is up?"""
+        """Is this member of a group down, and another one up? Then choose() has moved the client to that."""
         group = self.groups.get(server.config.group)
         if not group or server.is_up_for(client):
             return False
@@ -9204,10 +9206,10 @@ class Mount:
 RESOURCE_LISTS = "resources/list", "resources/templates/list"
 MAX_TEMPLATES = 100              # of one server, to which a URI is compared
 KNOWN_ITEMS = 100_000            # of what views show together
-JOINT_SECONDS = 2.0              # for what all servers are asked; then those that have answered are enough. It is
-                                 # over RELIST_SECONDS, so that of a slow one at least the last list is there
-START_SECONDS = 10.0             # for the start of a server that may have what a client listens for; then the others
-                                 # are to be heard
+JOINT_SECONDS = 2.0              # to wait for the answers of all servers; then those that came are enough. More than
+                                 # RELIST_SECONDS, so that a slow server's last list is among them
+START_SECONDS = 10.0             # to wait for the start of a server that may have a resource, before a client listens
+                                 # to it at another one
 
 
 def stand_in_for(client: Client, server: Server | Group, failed: Instance, error: ServerError) -> Instance:
@@ -9501,8 +9503,8 @@ async def take_turn(client: Client) -> None:
 async def find_by_uri(client: Client, uri: str, patience: float | None,
                       waited: frozenset[str] = frozenset()) -> tuple[list[Target], dict[str, str]]:
     """The first server that lists the resource, or the template; else the first with a template that it fits, else
-    all. In the form of find_targets(). For a subscription the wrong server would be wrong for good: those that start
-    are waited for, each for `patience` seconds, or without a limit."""
+    all. In the form of find_targets(). Servers that start are waited for, each for `patience` seconds (None: without
+    limit; 0: not at all), since a subscription at the wrong one would stay there."""
     await take_turn(client)
     for method in RESOURCE_LISTS:                  # where a list that is known has it, nobody is waited for
         for member in client.view.members:
@@ -9555,7 +9557,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 ACKNOWLEDGE_SECONDS = 2.0        # for a server to say which subscriptions it takes
 SUBSCRIPTIONS = 1_000            # of one session, or in one subscriptions/listen
 ROUNDS = 32                      # that a modern server may ask a legacy client for input in one call
-REPEAT_SECONDS = 0.1             # more each time, before it gets the call again without having asked for anything
+REPEAT_SECONDS = 0.1             # longer each time, before a server that asked for nothing gets the call again
 
 
 def listened_for(message: Message) -> dict:
@@ -9655,7 +9657,7 @@ class LegacyClientBridge(Bridge):
         verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
-        """Leaves them at each server where it joined: it may have moved since. The last one who leaves tells it."""
+        """Unsubscribes the client at each server where it subscribed to this: it may have moved since."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         joined = [topic for topic in client.topics if topic.uri == uri] if client.is_session else []
         for topic in joined:
@@ -9709,7 +9711,7 @@ class ModernClientModernServer(Bridge):
             if not exchange.instance.is_owner(exchange.client, ("task", name)):
                 raise unknown_task()
         exchange.client.mount.make_room_for(exchange)
-        # For what the proxy itself has to say.
+        # The changes of which the proxy itself tells it, see adopt(); the rest comes from the server.
         exchange.wanted = exchange.instance.identity.supported({name: wanted.get(name) for name in LIST_CHANGES})
         return True
 
@@ -9847,7 +9849,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         wanted = result.get("inputRequests")
         wanted = wanted if isinstance(wanted, dict) else {}
         if not wanted and state is None:
-            raise ServerError("the MCP server asked for input, and not for which")
+            raise ServerError("the MCP server asked for input without saying which")
 
         def gathered(key: str, text: str) -> None:
             if exchange.is_done:
@@ -9921,7 +9923,7 @@ BRIDGES = {
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
 # asked by ending its request: the call is parked, under a state that the client brings when it comes back with the
-# answers. Of several questions, those that it can be asked are asked.
+# answers. Of several questions, it gets those that it can answer.
 
 PARKED_CALLS = 1_000             # that wait for their client; past that somebody's oldest times out
 PARK_SECONDS = 0.02              # how long further questions are waited for before a call is parked
@@ -9934,7 +9936,7 @@ class Dialogue:
         self.exchange = exchange
         self.questions: dict[str, Question] = {}      # that are open, by their id, which is a modern client's key
         self.request_state = ""                       # under which the parked call is known
-        self.late = None                              # what the server said last while the call was parked
+        self.late = None                              # the response or error that came while the call was parked
         self.rounds = 0                               # how often a modern server asked for input
         self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
         self._parking: asyncio.TimerHandle | None = None
@@ -9946,7 +9948,7 @@ class Dialogue:
         self.exchange.client.ask(question, self.exchange.outlet.send)
 
     def ask_by_parking(self, question: Question, missing: dict | None) -> None:
-        """Asks a modern client, unless it lacks something for that."""
+        """Asks a modern client, when the call is parked; with something `missing`, refuses the question then."""
         if len(self.questions) >= OPEN_QUESTIONS:
             next(iter(self.questions.values())).refuse(NO_CLIENT_CAN)
         self.questions[str(question.id)] = question
@@ -10011,9 +10013,9 @@ class Dialogue:
             self._park_soon()                     # what is missing is asked again
 
     def end(self, is_answered: bool) -> None:
-        """The exchange is over, and no thread of the server's shall wait for what nobody will answer. But if it was
-        answered, a question may have belonged to another call of the same client; so the newest of these has it now.
-        And many servers ask for roots when they start, in whatever call comes first: the session keeps those."""
+        """The exchange is over: its questions are withdrawn, or a thread of the server's would wait for ever. But if it
+        was answered, a question may have been another call's of the same client: the newest of these takes it over. And
+        many servers ask for roots when they start, in whatever call comes first: the session keeps that question."""
         causes, asker = self.exchange.connection.causes, self.exchange.asker
         may_pass_on = is_answered and len(causes) <= MAX_CAUSES
         heirs = [call for call in reversed(causes) if call.asker == asker] if may_pass_on else []
@@ -10046,7 +10048,7 @@ CANCELLED = "cancelled"            # the client said so, or is gone
 
 def audit(caller: Caller | None, software: object, method: str | None, name: str | None,
           trace: dict[str, str] | None, **fields) -> dict:
-    """What the log has, as JSON, of each request of a client: one line, never with an argument. `software` is
+    """The fields of the line that the JSON log has of each client request, never with an argument. `software` is
     what the client says it is. What has no value is left out."""
     traced = re.match('"?(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-', (trace or {}).get("traceparent", ""))
     found = {"trace_id": traced and traced[1], "key": caller and not caller.is_token and caller.name,
@@ -10106,7 +10108,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
 
 RUNNING_CALLS = 1_000            # of one client at a time
-FEW_CALLS = 16                   # of one client, which come with what is counted anyway if they are small
+FEW_CALLS = 16                   # of one client, which are not counted in the budget if they are small
 TINY = 1024                      # bytes; of a larger call, nothing is kept as scanned: that takes many times its text
 
 WAITING, RUNNING, PARKED, DONE = ExchangeState = enum.StrEnum("ExchangeState", "WAITING RUNNING PARKED DONE")
@@ -10129,13 +10131,13 @@ class ClientRequest(PendingRequest, Holder):
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
                  envelope: Envelope | None = None, trace: dict[str, str] | None = None):
         self.client, self.instance = client, instance
-        self.target: Target | None = None             # what is changed in it on the way, where anything may be
+        self.target: Target | None = None             # where it goes, and what is changed in it; None in a plain view
         self.others: list[Target] | tuple = ()        # where it goes next if it is refused
         self.missing: dict[str, str] | None = None    # the servers that were not asked, and why
         self.unknown: tuple | None = None             # (bridge, response) of the first server without the resource
         self.group: Group | None = None               # whose members stand in for each other, once per call
-        self.work: asyncio.Task | None = None         # that waits for what it needs
-        self.is_repeated = False                      # was it refused or lost once, and goes on? Not twice
+        self.work: asyncio.Task | None = None         # waits until it can be sent, or answers it
+        self.is_repeated = False                      # was it sent again, after a failure? That is done once
         self.stays = False                            # see stay()
         self.has_begun = False                        # was its client told or asked anything?
         self.message: Message | None = message        # the request, until it is sent;
@@ -10145,7 +10147,7 @@ class ClientRequest(PendingRequest, Holder):
         self.envelope = envelope
         self.method = message.method
         self.trace = trace                            # members for _meta, as JSON
-        # Those that may repeat its arguments; and all that it came with, by which a member may be chosen.
+        # Its HTTP headers, if they have to repeat its arguments; and always, as a member may be chosen by them.
         self.headers = envelope.headers if envelope and message.method == "tools/call" else None
         self.http_headers = client.headers
         self.state = WAITING
@@ -10315,13 +10317,13 @@ class ClientRequest(PendingRequest, Holder):
         self.outlet.exchange = None               # a cycle less: what a call took is free at once
 
     def _cause_no_more(self, now: float) -> None:
-        """What the server says by itself from now on is not told to this client; for a while it may still be about
-        this, and so it is nobody else's."""
+        """What the server sends by itself from now on does not go to this call; for a while it may still be about it,
+        and so it goes to nobody else either. See find_owner()."""
         self.connection.causes.pop(self, None)
         callers, identity = self.instance.recent_callers, self.client.identity
         callers.pop(identity, None)
         callers[identity] = now
-        if len(callers) > 2:                      # so there is always the last one beside any one
+        if len(callers) > 2:                      # two are enough to see whether anybody else called lately
             del callers[next(iter(callers))]
 
     def _enter_books(self) -> None:
@@ -10380,7 +10382,7 @@ class ClientRequest(PendingRequest, Holder):
         self._become(RUNNING)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self.http_headers = retry.http_headers
-        self.started = retry.started                # the time of people is not the server's
+        self.started = retry.started                # the time that people took does not count
         self._take_on(message, retry.outlet)
         self._enter_books()
         self.connection.causes[self] = None
@@ -10437,7 +10439,7 @@ class Exchange(ClientRequest):
         self._begin_soon()
 
     def start_or_fail(self) -> None:
-        """The same; what is wrong with the request is its answer."""
+        """Starts it; an error is its answer."""
         try:
             self.start()
         except ProxyError as error:
@@ -10478,8 +10480,8 @@ class Exchange(ClientRequest):
         return view.target(view.by_name[target.server], kind, own, self.name)
 
     def aim(self, target: Target, left_out: Server | None = None) -> None:
-        """Sends it to a server, or to one of a group."""
-        if target.server not in self.client.view.names:        # its session is shown less than when it was looked for
+        """Chooses a server for it, by its target: that server, or a member of that group."""
+        if target.server not in self.client.view.names:        # its client is shown less than when the target was found
             raise try_later("the configuration has changed")
         server = self.client.mount.server(target.server)
         group = server if server.is_group else None
@@ -10517,10 +10519,10 @@ class Exchange(ClientRequest):
         kept = self.instance.tools
         try:
             tools = await kept.get(refresh=kept.known is not None)
-        except ServerError:
+        except ServerError:                 # without the list, its headers are left for the server to check
             if self.target and self.target.is_by_hints:
                 raise
-        else:                               # otherwise the server has to know what it takes
+        else:
             self._check_by(tools, self.own_name)
 
     async def _begin_when_ready(self) -> None:
@@ -10583,7 +10585,7 @@ class Exchange(ClientRequest):
         if self.group and not self.client.is_session:
             self.instance.server.chosen += 1
         about = self._about(number, connection, message) if connection.link.is_remote else None
-        connection.pending[number] = self              # before it is sent, for who looks whose it is
+        connection.pending[number] = self              # before it is sent: the link looks up whose it is
         try:
             connection.send(message.changed(changes), about, self.principal)
         except Exception:
@@ -10617,8 +10619,8 @@ class Exchange(ClientRequest):
         return number, self.method, name, (asker, *own, *forwarded), way_of(self.http_headers)
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
-        """The client took the request back, with a notification; or without, it is gone. If one of its connections may
-        still wait, that is told the error."""
+        """The client took the request back with a notification; without one, the client is gone. With an error, one of
+        its connections may still wait, and gets that."""
         if error:
             self.outlet.open()           # Python's SDK 1.x dies of an answer as JSON, if it closes slowly
             self.fail(error, CANCELLED)
@@ -10649,7 +10651,7 @@ class Exchange(ClientRequest):
                 response = outward(self.client, self.instance, response)
             if self.client.view.is_joint and type(response) is ResponseLine and not has_one_id(response.line):
                 response = response.parsed()
-            # For most a look is enough, and the call of a function too much.
+            # For most, a search in the line is enough; the call of a function would cost too much.
             if not response.is_result or self.method == "tools/call" and (
                     type(response) is not ResponseLine or len(response.line) > LARGE
                     or response.line.find(b'"isError"') >= 0):
@@ -10660,7 +10662,7 @@ class Exchange(ClientRequest):
                 if self.connection.mirrors:
                     response = without_misused(response, self.instance.server)
             limit = self.instance.server.max_result
-            # In a line no text is shorter than it is.
+            # JSON makes no text shorter: what is in a line within the limit is within the limit, too.
             if limit and response.is_result and self.method in ("tools/call", "tasks/result") and (
                     type(response) is not ResponseLine or len(response.line) > limit):
                 response = cut_result(response.parsed(), limit)
@@ -10690,7 +10692,7 @@ class Exchange(ClientRequest):
         return response
 
     def remember_state(self, state: object) -> None:
-        """The request that comes back with this is for the same server, also where the state was ours and is used."""
+        """The request that comes back with this is for the same server, even if it was ours and is used up."""
         if isinstance(state, str) and self.target:
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
@@ -10704,13 +10706,13 @@ class Exchange(ClientRequest):
         return False
 
     def _begin_again(self, target: Target, left_out: Server | None = None) -> bool:
-        """Goes to another server, if it can, which need not know what the one before asked and was told."""
+        """Goes to another server, without what the one before asked and was told; False if it cannot."""
         before = self.instance.server
         try:
             self.aim(target, left_out)
         except ProxyError:                             # it was taken out of the configuration, say
             return False
-        if self.instance.server is not before:         # by its state, it may be the same; see Group._owner()
+        if self.instance.server is not before:         # its requestState may lead back there, see Group._owner()
             self.text = without_params(parse_message(self.text), *ANSWERS).text
             if self.dialogue:
                 self.dialogue.gathered = {}
@@ -10772,7 +10774,7 @@ class Exchange(ClientRequest):
 # subscriptions, for which the proxy itself listens where it can.
 
 class TaskListener(PendingRequest):
-    """What a Listener of several servers asks of one that is modern, for tasks."""
+    """By this request, a Listener of several servers listens for tasks at a modern one."""
 
     __slots__ = ("_exchange", "instance", "connection", "server_id", "taken")
     is_endless = True
@@ -10807,7 +10809,7 @@ class Listener(Exchange):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.wanted: dict = {}                     # what it is to
+        self.wanted: dict = {}                     # what it listens for, of what its client asked for
         self.topics: set[Topic] = set()
         self.early: list[Message] | None = None    # what was told before it was acknowledged
         self.joined: set[Instance] = set()         # whose listener it is
@@ -10876,6 +10878,7 @@ class Listener(Exchange):
         self.joined.add(instance)
 
     async def _subscribe(self, uri: str) -> str | None:
+        """Subscribes to it at the first server that does not refuse it soon; returns the URI, or None if all do."""
         with contextlib.suppress(ProxyError):
             targets = () if self.instance else (await find_by_uri(self.client, uri, START_SECONDS))[0]
             names = self.client.view.names             # maybe fewer than when it was looked for
@@ -10915,8 +10918,8 @@ class Listener(Exchange):
         self.tell([self._bridge.under_own_id(self, message, "params")])
 
     def hear(self, message: Message) -> None:
-        """Something that a server told all: does the client listen for it?"""
-        if self.is_done:                               # before it had joined all
+        """A server told all clients this: passes it on if the client listens for it."""
+        if self.is_done:                               # it ended before it had joined all
             return
         if self.early is not None:
             self.early.append(message)
@@ -10947,8 +10950,8 @@ class Listener(Exchange):
                 self.hear(list_changed(kind))
 
     def _follow(self, uri: str, place: str | None) -> None:
-        """Listens to a resource at the server in the place of its own, also if that takes long to start; if it does not
-        have it, or there is none, at another."""
+        """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if that
+        refuses it, or there is none, at another."""
         def on_verdict(verdict: asyncio.Future) -> None:
             if isinstance(verdict.result(), RPCError):
                 asyncio.get_running_loop().create_task(self._subscribe(uri))
@@ -10963,7 +10966,7 @@ class Listener(Exchange):
             asyncio.get_running_loop().create_task(self._subscribe(uri))
 
     def end_subscription(self) -> None:
-        """Ends it, with its key, place or proxy, or for another. MCP 2026-07-28, Subscriptions, Graceful Closure."""
+        """Ends it, and tells its client, who may ask again. MCP 2026-07-28, Subscriptions, Graceful Closure."""
         self._take_back(None, "the subscription is over")
         self.finish(encode_end_of_subscription(self.raw_id))
 
@@ -10981,7 +10984,7 @@ class Listener(Exchange):
 
 def answer(exchange: Exchange, members: dict[str, str], missing: dict[str, str] = {}, ttl_ms: float = 0,
            is_public: bool = False, info: str | None = None) -> None:
-    """Finishes it with a result of these members (name -> JSON), and what that lacks."""
+    """Finishes an exchange with a result of these members (name -> JSON); `missing` are the servers that it lacks."""
     meta = {UNAVAILABLE_KEY: dump(missing)} if missing else {}
     if exchange.envelope:
         new = additions(exchange.method, info or dump(OUR_INFO))
@@ -11012,7 +11015,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     ttl = min(items.ttl_ms - (now - items.asked_at) * 1000 for _, items in found) if has_any else 0
     is_public = all(items.is_public for _, items in found) and TOOLS_HEADER not in dict(view.wanted) and (
         not client.is_apart)
-    # Of a group, another member may have answered than is asked next.
+    # Of a group, only_instance may be of another member than has answered, and may not have started.
     identity = None if view.is_joint else client.only_instance.identity
     texts = [item.text for item in shown.values()]
     if exchange.method == "tools/list" and not exchange.envelope:
@@ -11063,7 +11066,7 @@ async def answer_ping(exchange: Exchange, message: Message) -> None:
 
 
 async def answer_level(exchange: Exchange, message: Message) -> None:
-    """Each server is told what its clients want."""
+    """Sets the client's level; each server is told the most verbose one of all its clients."""
     found, _ = await gather_identities(exchange.client)
     exchange.client.choose_log_level(message.params.get("level"), exchange.client.may_have_logs or any(
         identity.has("logging") for _, identity in found))
@@ -11105,7 +11108,7 @@ def new_exchange(client: Client, message: Message, outlet: Outlet, envelope: Env
     """The exchange for a client's request, at the instance that it is for."""
     view, method = client.view, message.method
     kind = Listener if envelope and method == "subscriptions/listen" else Exchange
-    # Where a call is that comes with a state, only that tells: what had it may be configured no more.
+    # Only its requestState tells where a call is that comes back: that server may be configured no more.
     if view.is_plain and not (envelope and "requestState" in message.params):
         return kind(client, client.only_instance, message, outlet, envelope, trace)
     exchange = kind(client, None, message, outlet, envelope, trace)
@@ -11138,9 +11141,9 @@ import threading
 #     max_body                           bytes
 #     counters                           where bytes and streams are counted
 #     admit(head, host)                  before the body is read: raises ProxyError when a request with this head may
-#                                        not pass, NotYet when that has to be found out first. What it returns is used
-#                                        again when the same head comes, until it `is_old`; it has `headers`, for every
-#                                        reply, and `caller`, who is answerable (None: the client's address is)
+#                                        not pass, NotYet when that has to be found out first. The result is used again
+#                                        when the same head comes, until it `is_old`; its `headers` go into every reply,
+#                                        and its `caller` is who is charged (None: the client's address is)
 #     handle(admission, body, reply)     sees to it that the reply is sent, now or later
 #     refuse(error, reply)               sends the reply that an error stands for
 #
@@ -11151,7 +11154,7 @@ import threading
 # The hard part is clients that misbehave. A reply that comes before the request
 # was read would be lost if the socket were just closed, because the unread rest
 # makes the system reset the connection; so after a refusal the rest is read and
-# thrown away for a while. One that does not read is cut off, not waited for.
+# thrown away for a while. A client that does not read is cut off, not waited for.
 
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
 BODY_SECONDS = 30.0            # of silence within a body; what is slower than BODY_RATE bytes a second uses it up too
@@ -11183,7 +11186,7 @@ class Reply:
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
         self.head = head
-        self.admission = None              # once it may pass; that of the head may be replaced by another connection
+        self.admission = None              # once it may pass. `head` has one too, which another connection may replace
         self.refusal: ProxyError | None = None             # why it may not, by its head alone
         self.headers: tuple = ()           # of every answer, of an error too
         self.on_gone = None                # called when the client leaves before the reply is complete
@@ -11213,7 +11216,7 @@ class Reply:
                 "address": self.connection.address}
 
     def start_stream(self, headers: tuple) -> None:
-        """Begins a reply of unknown length, of events; a heartbeat is written when nothing else was for a while."""
+        """Begins a reply of unknown length, of events; tick() writes a heartbeat after a while of silence."""
         self.is_stream = True
         self.connection.counters.streams += 1
         self.last_write = time.monotonic()
@@ -11246,7 +11249,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def __init__(self, writer: asyncio.StreamWriter, transport: "asyncio.Transport | TLSTransport",
                  server: "HTTPServer"):
-        self._writer = writer               # kept, because newer Pythons close the socket with it
+        self._writer = writer               # kept: newer Pythons close the socket when this is freed
         self._transport = transport
         self.abort = transport.abort        # ends the connection at once
         self._server = server
@@ -11256,14 +11259,14 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._phase = HEAD
         self._reply: Reply | None = None    # to the request whose head was read
         host, port, *_ = writer.get_extra_info("peername") or ("-", "-")
-        self.principal = self._host = principal_of(host)    # until a key says more; and by the address alone
+        self.principal = self._host = principal_of(host)    # by its address; `principal` may become its caller
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
         self._is_clogged = False            # does output wait for the client to read?
         self.is_half_closed = False         # will the client send nothing more?
-        self._advances_soon = False         # is it planned to go on with what is there?
-        self.since = time.monotonic()       # the beginning of what is waited for
+        self._advances_soon = False         # will _advance() be called soon?
+        self.since = time.monotonic()       # when what it waits for began
         self.keeps_alive = True
         server.connections.add(self)
 
@@ -11279,7 +11282,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             return
         if self._phase is BODY:
             self.since = min(time.monotonic(), self.since + len(data) / BODY_RATE)
-        elif self._phase is HEAD and not self._parser.rest:
+        elif self._phase is HEAD and self._parser.is_between:
             self.since = time.monotonic()
         self.counters.received += len(data)
         self._parser.feed(data)
@@ -11321,7 +11324,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     # Reading.
 
     def _advance(self) -> None:
-        """Hands on whole requests, one at a time, for as long as there are any and others need not wait."""
+        """Passes on complete requests, one after another; after REQUESTS_A_TURN of them, others have their turn."""
         parser, self._advances_soon = self._parser, False
         for _ in range(REQUESTS_A_TURN):
             if self._phase is not BODY and not (self._phase is HEAD and parser.rest):
@@ -11332,7 +11335,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._advance_soon()
         if self._phase is REPLY or self._phase is CHECK or self._is_clogged or self._advances_soon:
             if len(parser.rest) > MAX_HEAD_BYTES:
-                self._transport.pause_reading()        # a client that sends on while it is answered can wait
+                self._transport.pause_reading()        # a client that keeps sending while it is answered can wait
         elif self.is_half_closed:
             self._transport.close()                    # nothing more can come
         elif self._phase is BODY:
@@ -11346,8 +11349,8 @@ class HTTPConnection(asyncio.Protocol, Holder):
             asyncio.get_running_loop().call_soon(self._advance)
 
     def _next_request(self) -> bool:
-        """Hands on the next request if all of it is there; also one that its head alone refuses, because then it is
-        known where the next one begins, and the connection can be kept."""
+        """Passes on the next request if all of it is there. The connection can then be kept after a refusal too, as
+        it is known where the next request begins. Otherwise a refusal is sent at once, and ends the connection."""
         parser, application, reply, continues = self._parser, self._application, self._reply, False
         try:
             if self._phase is HEAD:
@@ -11361,12 +11364,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 continues = head.expects_continue
                 try:
                     if head.admission is None or head.admission.is_old:
-                        head.admission = None              # also if it may not pass any more
+                        head.admission = None              # and stays so if admit() raises
                         head.admission = application.admit(head, self._host)
                         parser.keep(head)
                     reply.admission = admission = head.admission
                     reply.headers, self.principal = admission.headers, admission.caller or self._host
-                    size = parser.length or 0                    # over `max_body`, it is refused
+                    size = parser.length or 0                    # next_body() refuses what is over `max_body`
                     if size > SMALL and size <= application.max_body and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
                 except ProxyError as error:
@@ -11375,7 +11378,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     self._phase = CHECK
                     reason.task.add_done_callback(functools.partial(self._on_checked, reason.headers))
                     return False
-            # Other methods mean nothing by a body (RFC 9110 §9.3.1), and anybody may use them.
+            # With other methods a body means nothing (RFC 9110 §9.3.1), and anybody may send one: it has to be small.
             body = parser.next_body(application.max_body if head.method == "POST" else SMALL)
         except ProxyError as error:
             self.refuse(reply and reply.refusal or error)
@@ -11403,7 +11406,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 self._reply.refusal, self._reply.headers = as_told(error), headers
             self._phase, self.since = BODY, time.monotonic()
             if not self._is_clogged:
-                self._transport.resume_reading()           # also of one that is refused, so that it hears of that
+                self._transport.resume_reading()           # also if refused: an unread rest would lose the reply
             self._advance()
 
     def refuse(self, error: ProxyError) -> None:
@@ -11414,7 +11417,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._application.refuse(error, self._reply)
 
     def _count(self) -> None:
-        """Says how much is held here, of requests that are not complete and of replies that are not read."""
+        """Tells the budget how much is held here: of incomplete requests and of unread replies."""
         size = self._parser.size + (self._transport.get_write_buffer_size() if self._is_clogged else 0)
         if size > SMALL or self.held:
             budget.set(self, size if size > SMALL else 0)
@@ -11479,7 +11482,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._phase = HEAD
             self._transport.resume_reading()
             if rest or self.is_half_closed:
-                self._advance_soon()                      # not from within handle(), which was called by it
+                self._advance_soon()                      # not at once: _advance() may be what called this
 
     # Time.
 
@@ -11487,7 +11490,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         """Called now and then: keeps streams alive, and gives up on what takes too long."""
         reply = self._reply if self._phase is REPLY else None
         unread = self._transport.get_write_buffer_size()
-        if self._is_clogged and unread < self._unread:         # `_unread`: if the client had read nothing
+        if self._is_clogged and unread < self._unread:         # `_unread`: its size if nothing had been read
             self.since, self._stalled_since, self._unread, self._queued = now, now, unread, 0
             self._count()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
@@ -11536,7 +11539,7 @@ class TLSTransport(asyncio.Protocol):
         self._transport = transport = writer.transport
         self._context = server.tls
         self._tls = None                       # an ssl.SSLObject, from the first byte on
-        self._is_shaken = False                # are hands shaken?
+        self._is_shaken = False                # is the handshake done?
         self._is_paused = False
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, transport.abort)
         self.is_closing, self.abort = transport.is_closing, transport.abort
@@ -11589,7 +11592,7 @@ class TLSTransport(asyncio.Protocol):
         if self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
-            asyncio.get_running_loop().call_soon(self._read)          # what was decrypted already
+            asyncio.get_running_loop().call_soon(self._read)          # what has come already
 
     def can_write_eof(self) -> bool:
         return False                           # TLS has half-closing (RFC 8446 §6.1), but most clients do not know it
@@ -11635,7 +11638,7 @@ class HTTPServer:
 
     def __init__(self, application, heartbeat: float):
         self.connections: set[HTTPConnection] = set()
-        self.is_leaving = False                # are connections to be closed behind the next answer?
+        self.is_leaving = False                # are connections to be closed after the next answer?
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat = heartbeat
@@ -11660,7 +11663,7 @@ class HTTPServer:
                         raise
                     problem = error
                     continue
-                port = port or listener.getsockname()[1]          # the same for all
+                port = port or listener.getsockname()[1]          # all take the port that the first one got
                 # Accepted sockets inherit this. Without it, an event behind another waits 40 ms for the client's ACK.
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._servers.append(await asyncio.start_server(self._connected, sock=listener, backlog=1024))
@@ -11673,7 +11676,7 @@ class HTTPServer:
         return [server.sockets[0].getsockname()[:2] for server in self._servers]
 
     def leave(self) -> None:
-        """From now on each connection is closed behind its next answer, also to a request that is running."""
+        """From now on each connection is closed after its next answer, even if that is to a running request."""
         self.is_leaving = True
         for connection in self.connections:
             connection.keeps_alive = False
@@ -11686,7 +11689,7 @@ class HTTPServer:
         stream = writer.transport.get_protocol()
         writer.transport.set_protocol(
             TLSTransport(writer, self) if self.tls else HTTPConnection(writer, writer.transport, self))
-        stream.connection_lost(None)                   # or it and its writer would keep each other
+        stream.connection_lost(None)                   # or it and its writer would keep each other alive
 
     def _make_room(self, writer: asyncio.StreamWriter) -> bool:
         """Closes some connections for a new one: those that have been idle longest, of whoever has most of them."""
@@ -11729,7 +11732,7 @@ class HTTPServer:
 #
 # How the messages of an exchange get into an HTTP reply.
 
-UNDECIDED_SECONDS = 2.0       # how long a legacy answer may take to be plain JSON; then it is a stream
+UNDECIDED_SECONDS = 2.0       # a legacy answer that takes longer comes as a stream, a quicker one as plain JSON
 SILENT_SECONDS = 5.0          # the same for a modern one
 
 # No cache may keep an answer: caches go by the URL alone, answers also by the key. And nginx must not buffer streams.
@@ -11768,20 +11771,20 @@ class PostOutlet(Outlet, Holder):
         self._session = client if client.is_session else None
         self._stream: Stream | None = None
         self._takes_json, self._takes_stream = admission.takes_json, admission.takes_stream
-        self._left = batch or 1                    # answers to come; to the requests of a batch, if it is one
+        self._left = batch or 1                    # answers still to come: one, or those of a batch
         self._answers: list[bytes] | None = [] if batch else None
         self.asks = self._session is not None and self._takes_stream
         reply.on_gone = self._gone
         # MCP 2026-07-28, Streamable HTTP, Cancellation: hanging up is cancelling. And the reply waits for the server's
-        # first message, because an error sets its HTTP status; but not for long, because what sits in between cuts
-        # silent connections.
+        # first message, because an error sets its HTTP status; but not for long, because reverse proxies cut silent
+        # connections.
         reply.leaves_on_eof = era is MODERN
         if self._takes_stream:
             self.patience = SILENT_SECONDS if era is MODERN else UNDECIDED_SECONDS
 
     @property
     def is_heard(self) -> bool:
-        reply = self.reply                # a client that closed its sending half may be there, but others go first
+        reply = self.reply                # one that half-closed may still be there, but others are asked first
         return self._stream.is_attached if self._stream else not (reply.is_done or reply.connection.is_half_closed)
 
     def open(self) -> None:
@@ -11840,7 +11843,7 @@ class PostOutlet(Outlet, Holder):
             self._stream.close()
 
     def give(self) -> None:
-        """The answers of a batch that wait for the last one."""
+        """Refuses a batch whose answers wait for the last one."""
         error = try_later("too much is held for this client")
         self.reply.send(error.http_status, encode_error(None, error), (*JSON_HEADERS, *error.headers))
         self._answers = []
@@ -11853,8 +11856,8 @@ class PostOutlet(Outlet, Holder):
         return ((SESSION_ID_HEADER, session.sealed_id),) if opens else ()
 
     def _gone(self) -> None:
-        """The client hung up. A legacy call goes on, and what comes on its stream can be fetched."""
-        if self._session is None:             # a visitor's is cancelled, though: nobody could fetch the answer
+        """The client hung up. A call of a session goes on, and what comes on its stream can be fetched."""
+        if self._session is None:             # a visitor's is cancelled: nobody could fetch the answer
             for call in list(self._client.calls.values()):
                 call.cancel()
         elif self.exchange and self.exchange.method == "initialize":
@@ -11955,7 +11958,7 @@ class Overview:
                 "cpu": round(self._seconds(server), 1)}
 
     def _total(self, what: str, server: Server) -> float:
-        """What the processes of a server use together of `what`, a field of Usage."""
+        """The sum of `what`, a field of Usage, over the processes of a server."""
         return sum(getattr(usage, what) for usage in self._census.servers.values() if usage.server == server.name)
 
     def _seconds(self, server: Server) -> float:
@@ -11977,7 +11980,7 @@ class Overview:
                 "bytes_in": size_in, "bytes_out": size_out}
 
     def metrics(self) -> asyncio.Future[bytes]:
-        """What Prometheus reads: made once for all who ask meanwhile."""
+        """What Prometheus reads. Whoever asks while it is being made gets the same."""
         if self._metrics is None or self._metrics.done():
             self._metrics = asyncio.get_running_loop().create_task(self._read_metrics())
         return asyncio.shield(self._metrics)
@@ -11999,7 +12002,7 @@ class Overview:
         return exposition(self._families())
 
     def _families(self) -> collections.abc.Iterator[tuple]:
-        """See exposition()."""
+        """All metrics, in the form that exposition() takes."""
         mount, counters, census = self._mount, self._mount.counters, self._census
         running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
         transports = collections.Counter(session.transport for session in mount.sessions.values())
@@ -12008,12 +12011,14 @@ class Overview:
                 if labels not in counters.unsettled])
         for name, kind, about, value_of in (
                 ("server_up", "gauge", "Can the server be used?", lambda server: int(server.can_be_used)),
-                ("server_restarts_total", "counter", "How often it was started again.", lambda server: server.restarts),
-                ("server_start_duration_seconds", "gauge", "How long its last start took.",
+                ("server_restarts_total", "counter", "Restarts of the server.", lambda server: server.restarts),
+                ("server_start_duration_seconds", "gauge", "How long the server's last start took.",
                  lambda server: server.start_seconds),
-                ("server_processes", "gauge", "Processes that it is.", functools.partial(self._total, "processes")),
-                ("server_resident_memory_bytes", "gauge", "Memory of these.", functools.partial(self._total, "memory")),
-                ("server_cpu_seconds_total", "counter", "CPU time of these, and of what has ended.", self._seconds)):
+                ("server_processes", "gauge", "Processes of the server.", functools.partial(self._total, "processes")),
+                ("server_resident_memory_bytes", "gauge", "Memory of the server's processes.",
+                 functools.partial(self._total, "memory")),
+                ("server_cpu_seconds_total", "counter", "CPU time of the server's processes, also of ended ones.",
+                 self._seconds)):
             found = [({"server": server.name}, value_of(server)) for server in mount.servers.values()]
             yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
         facts = [(server.name, self._facts(server, False)) for server in mount.servers.values() if server.identity]
@@ -12040,9 +12045,9 @@ class Overview:
         yield ("process_resident_memory_bytes", "gauge", "Memory of the proxy itself.",
                [({}, int(pages) * os.sysconf("SC_PAGE_SIZE"))] if pages else [])
         yield "process_cpu_seconds_total", "counter", "CPU time of the proxy itself.", [({}, time.process_time())]
-        yield "process_start_time_seconds", "gauge", "When it was started.", [({}, self._started_at)]
+        yield "process_start_time_seconds", "gauge", "When the proxy was started.", [({}, self._started_at)]
         with contextlib.suppress(OSError):
-            yield "process_open_fds", "gauge", "Its open files and sockets.", [({}, len(os.listdir("/proc/self/fd")))]
+            yield "process_open_fds", "gauge", "Descriptors of the proxy.", [({}, len(os.listdir("/proc/self/fd")))]
 
 
 # ============================================================================
@@ -12061,12 +12066,12 @@ class Admission:
     """Who sends a request, to which place, and what for."""
 
     def __init__(self, head: HTTPHead, host: str, application):
-        self.head, self.host, self.application = head, host, application       # where it came from first, who let it in
+        self.head, self.host, self.application = head, host, application       # `host` was the first to send it
         self.keys, self._settings, self._catalog = application.keys, application.settings, application.mount.catalog
         self.caller: Caller | None = None      # whose key or token it brings, once that was checked
         self.good_until: float | None = None   # when it has to be checked again
         self.place, self.path = self._find_place(application.routes)
-        # What an endpoint says of its own place.
+        # The start of the paths that clients are told.
         self.base = self._settings.base_path + (f"/servers/{self.place}" if self.place else "")
         self.route = application.routes.get("/tools/<name>" if self.path.startswith("/tools/") else self.path)
         if self.path.startswith(RESOURCE_METADATA):
@@ -12130,24 +12135,26 @@ class Admission:
 
     @once
     def view(self) -> View:
-        """What it is shown: what there is at its path, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
+        """What the client is shown: what its place has, narrowed down by ?server=, ?tools= and X-MCP-Tools."""
         wanted = [(name, value) for name, value in self.head.query if name in ("server", "tools")]
         wanted += [field for field in self.head.fields if field[0] == TOOLS_HEADER]
         return self._catalog.view(self.place, tuple(wanted), self.caller and self.caller.limits)
 
     @once
     def variables(self) -> dict[str, str]:
-        """The variables that it sets for those of its servers that are not shared; each of them has to allow them."""
+        """The variables that the request sets for its servers that are not shared; each of these has to allow them."""
         head = self.head
         if self.view.is_for_all:
             # Nothing can be set here, so what is not named like a variable is somebody else's, and does no harm.
-            query = tuple(pair for pair in head.query if re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
-            log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
+            query = tuple(pair for pair in head.query
+                          if pair[0] in QUERY_PARAMETERS or re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
+            if len(query) < len(head.query):
+                log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
             return client_variables(dataclasses.replace(head, query=query))
         if head.method in ("GET", "HEAD") and not (
                 self._settings.is_guarded or self.headers or "sec-fetch-site" in head.headers
                 or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
-            # Any page may have the browser GET any URL, which says nothing of the page on plain HTTP to another host.
+            # Any page can make a browser GET any URL; over plain HTTP to another host, no header shows it.
             raise HTTPError("a web page could have sent this: send variables as X-MCP-Env-<NAME>, or set AUTH_KEY",
                             status=403)
         variables = client_variables(head)
@@ -12156,7 +12163,7 @@ class Admission:
 
     @once
     def name(self) -> str | None:
-        """What tells apart clients without a session that come with the same key."""
+        """?client=: tells clients apart that have the same key and no session."""
         name = self.head.query_value("client")
         if name is not None and not re.fullmatch("[A-Za-z0-9._-]{1,64}", name):
             raise RPCError("client must be 1 to 64 of A-Z a-z 0-9 . _ -", code=INVALID_PARAMS)
@@ -12172,7 +12179,7 @@ def trace_of(headers: dict[str, str]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=32)          # clients differ little in this
 def is_accepted(accept: str, wanted: str) -> bool:
-    """Does an Accept header take this media type? RFC 9110 §12.5.1: none takes any, and the closest range counts."""
+    """Does an Accept header take this media type? RFC 9110 §12.5.1: without it, yes; the closest range counts."""
     is_taken = {}                              # by media range
     for part in (accept.strip() or "*/*").lower().split(",", MAX_PARTS)[:MAX_PARTS]:
         media_range, *parameters = [piece.strip() for piece in part.split(";")]
@@ -12264,8 +12271,8 @@ def openapi_operation(path: str, name: str, tool: dict, parts: dict[str, object]
 
 
 def rebase_references(schema: object, homes: dict[str, str], are_named: bool = False) -> object:
-    """A JSON schema with its references to its own parts rewritten to where `homes` says that these are in another
-    document; or, if `are_named`, an object of schemas, whose keys are names and not keywords."""
+    """A JSON schema whose references to its own parts point to the places of these in another document, which `homes`
+    gives; or, if `are_named`, the same for an object of schemas, whose keys are names and not keywords."""
     if isinstance(schema, list):
         return [rebase_references(item, homes) for item in schema]
     if not isinstance(schema, dict):
@@ -12293,7 +12300,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 CHECKED_SECONDS = 60.0           # for which a good token is not checked again
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LARGE_BODY = 4 * 1024 * 1024     # bytes
-VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # that each array, object, element, string becomes
+VALUE_BYTES = {b"[": 64, b"{": 64, b",": 32, b'"': 16}         # of memory, when parsed, for each such byte
 MANY_STRINGS = 100_000
 
 
@@ -12320,7 +12327,7 @@ class Work(Holder):
 
 
 def check_can_be_parsed(body: bytes, principal: object) -> None:
-    """Refuses a large body where there is no room for what it is parsed to: for [[],[]] thirty times its text."""
+    """Refuses a large body if there is no room for it once parsed: [[],[]] takes thirty times its text."""
     def size_of(text: bytes) -> int:
         return sum(size * text.count(sign) for sign, size in VALUE_BYTES.items())
     size = size_of(body)
@@ -12350,8 +12357,8 @@ class Application:
         self._hosts = tuple(re.sub(":[0-9]*$", "", one) for one in listed(settings.allowed_hosts.lower()))
 
     def admit(self, head: HTTPHead, host: str) -> Admission:
-        """Refuses what may not pass, by the head alone: the first guard that objects is heard. NotYet when one of them
-        has to find something out; `host` is who is answerable for that."""
+        """Decides by the head alone whether a request may pass; raises the error of the first guard that objects, or
+        NotYet when one has to find something out first, for which `host` is charged."""
         admission = Admission(head, host, self)
         route = admission.route
         self._allow_page(admission)
@@ -12448,7 +12455,7 @@ class Application:
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _scopes_to_ask_for(self, scopes: list[str], place: str | None) -> list[str]:
-        """These scopes, and if they open nothing of a place, the first that does. MCP 2025-11-25, Scope Selection
+        """These scopes, and if none opens anything at a place, one that does. MCP 2025-11-25, Scope Selection
         Strategy: clients ask for what a challenge names, and for no more."""
         catalog = self.mount.catalog
         members = [catalog.places[place]] if place in catalog.places else catalog.offered.values()
@@ -12526,7 +12533,7 @@ class Application:
         reply.send(204, [], (("Allow", route.allow), *headers))
 
     def describe_resource(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /.well-known/oauth-protected-resource: who gives tokens for this place. RFC 9728 §3.2."""
+        """GET /.well-known/oauth-protected-resource: who issues tokens for this place. RFC 9728 §3.2."""
         scopes = [*self.settings.oauth_scopes.split(), *(self.keys.scopes or ())]
         self.send_json(reply, dump({
             "resource": admission.resources[0], "authorization_servers": [self.settings.oauth_issuer],
@@ -12563,7 +12570,7 @@ class Route:
 
     def __init__(self, is_public: bool = False, is_open: bool = False, **methods):
         self.is_public = is_public             # no guard is asked
-        self.is_open = is_open                 # whom a guard refuses is let in too, but sees less
+        self.is_open = is_open                 # a request that a guard refuses is let in too, but is told less
         self.methods = {**methods, "OPTIONS": Application.preflight}          # what an application does for each
         self.allow = ", ".join(self.methods)
 
@@ -12586,7 +12593,7 @@ class Probes(Application):
     def __init__(self, mount: Mount, overview: Overview):
         super().__init__(PROBES, mount, overview)
         self.counters = Counters()             # its own requests are not counted
-        self.guards = Application._check_origin, Application._check_host       # no key, and no other proxy before it
+        self.guards = Application._check_origin, Application._check_host       # no key; and no loop leads here
 
 
 # ============================================================================
@@ -12604,13 +12611,13 @@ KEPT_DOCUMENTS = 100             # and how many
 
 
 def encode_call(name: str, arguments: str) -> Message:
-    """The call of a tool; `arguments` are what should be a JSON object, or nothing."""
+    """The call of a tool; `arguments` is text: a JSON object, which is checked here, or empty."""
     try:
         message = parse_message(f'{{"jsonrpc":"2.0","id":1,"method":"tools/call",'
                                 f'"params":{{"name":{dump(name)},"arguments":{arguments.strip() or "{}"}}}}}')
     except RPCError:
         raise RPCError("the arguments are not valid JSON", code=PARSE_ERROR) from None
-    # They must not have closed a brace, to add something beside themselves.
+    # By closing a brace early, they could add members beside themselves.
     is_alone = set(message.params) == {"name", "arguments"} and len(message.members) == 4
     if not is_alone or not isinstance(message.params.get("arguments"), tuple):
         raise RPCError("the arguments must be a JSON object", code=INVALID_PARAMS)
@@ -12625,7 +12632,7 @@ class Endpoints(Application):
 
     def __init__(self, mount: Mount, overview: Overview, keys: Keys = Keys(), issuer: Issuer | None = None):
         super().__init__(ROUTES, mount, overview, keys, issuer)
-        self.documents: dict[View, tuple[tuple, bytes]] = {}           # that describe tools, and what they are made of
+        self.documents: dict[View, tuple[tuple, bytes]] = {}           # (what it was made of, /openapi.json)
 
     def tick(self, now: float) -> None:
         """Called now and then: makes a stream of each reply whose answer takes too long to be plain JSON."""
@@ -12715,7 +12722,7 @@ class Endpoints(Application):
             check_version(admission)
         if is_initialize and not self.settings.stateless:
             if admission.session_id and not self.settings.session_secret:
-                self._session(admission)          # 404 if it has ended: that is told to any request
+                self._session(admission)          # 404 if it has ended, as for any other request
             client = self.mount.open_session(admission.view, admission.caller, admission.variables,
                                              reply.connection.principal, headers=admission.head.headers)
         else:
@@ -12756,7 +12763,7 @@ class Endpoints(Application):
         if not messages or any(message.method == "initialize" for message in requests):
             raise RPCError("an empty batch, or one with initialize in it")
         for message in messages:
-            if message.kind is not REQUEST:                # these have no answer of their own
+            if message.kind is not REQUEST:                # these have no answer to carry an error: raise it now
                 check_parameters(message)
         answers = len(requests) + len(errors)
         if answers:
@@ -12842,8 +12849,8 @@ class Endpoints(Application):
                                 admission.name, admission.head.headers)
 
     def _client(self, admission: Admission, reply: Reply) -> Client:
-        """Who sends a legacy request: a session, or where none is needed and none is named, a caller without.
-        Hosted clients never send the id back that they were given."""
+        """Who sends a legacy request: its session, or where none is needed and none is named, a visitor: hosted clients
+        never send back the id that they were given."""
         settings = self.settings
         if settings.stateless or (
                 admission.session_id is None and admission.view.is_for_all and not settings.require_session):
@@ -12856,7 +12863,7 @@ class Endpoints(Application):
 
     async def _tools(self, admission: Admission, client: Client, name: str | None = None,
                      refresh: bool = False) -> dict[str, str]:
-        """See tools_at(); an error where its caller may not use now what it might when the request came."""
+        """See tools_at(). If what is offered changed meanwhile, asks anew; an error if what the caller may use did."""
         tools, view = await tools_at(client, name, refresh), client.view
         with contextlib.suppress(NotYet):
             if admission.keys is not self.keys:
@@ -12909,8 +12916,8 @@ class Endpoints(Application):
     # For those who look at the overview.
 
     def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
-        """GET /: all that can be seen of the proxy, as JSON. The page asks each second, for /?watch=1, and what it is
-        given is no news for the log."""
+        """GET /: all that can be seen of the proxy, as JSON. The page asks for /?watch=1 each second, and that is not
+        logged."""
         if admission.objection:
             raise admission.objection
         document = self.overview.summary(admission.caller).encode()          # RPCError for a key that opens nothing
@@ -12984,7 +12991,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
     async def start(self) -> None:
         """Begins to read."""
-        with contextlib.suppress(ValueError):              # a file is written to as it is: it does not make one wait
+        with contextlib.suppress(ValueError):              # it is a file; that is written to directly and never blocks
             self._output, _ = await self._loop.connect_write_pipe(lambda: self, open(1, "wb", 0, closefd=False))
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -12995,7 +13002,7 @@ class StandardStreams(asyncio.BaseProtocol):
             while data:
                 try:
                     data = os.read(0, STDIN_BYTES)
-                except BlockingIOError:                    # non-blocking by its parent, or as stdout's file too
+                except BlockingIOError:                    # made non-blocking by the parent, or with stdout
                     select.select([0], [], [])
                     continue
                 except OSError:                            # the terminal is gone
@@ -13222,12 +13229,12 @@ class DemoServer:
 # 52. The proxy
 # ============================================================================
 #
-# Everything put together: started in order, ended in the opposite one.
+# Everything put together: started in order, ended in reverse.
 
 TICK = 0.25                    # seconds between looks at the time,
 MEASURE = 1.0                  # at connections, at what servers use, at the file of servers,
 LOOK = 3.0                     # and at orphans
-TRIM_BYTES = 64 * 1024 * 1024  # that were held and are no more, until memory is given back
+TRIM_BYTES = 64 * 1024 * 1024  # once the budget holds so much less than at its peak, memory is given back
 
 
 async def try_out(sandbox: Sandbox) -> None:
@@ -13330,7 +13337,7 @@ class Proxy:
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
-        self.http.heads.clear()                            # what they were taken for keeps the old configuration
+        self.http.heads.clear()                            # their admissions keep the old configuration alive
         self.endpoints.documents.clear()
         self.mount.reload(catalog, keys)
         gc.collect()                                       # views and what they show refer to each other
@@ -13342,7 +13349,7 @@ class Proxy:
         if not self.settings.mcp_config:
             server, = self.mount.servers.values()
             await try_out(Sandbox(server.name, self.settings, self.reaper))
-            self._doubt(server.config)                     # not of a sandbox that cannot be given
+            self._doubt(server.config)                     # not before: a sandbox that fails ends the program
         addresses = await self.http.start(
             self.settings.host, self.settings.port, tls_context(self.settings)) if listens else []
         if listens and self.settings.metrics_port:
@@ -13406,8 +13413,8 @@ class Proxy:
 
 
 def give_back() -> None:
-    """Gives memory back to the system once much of it is held no more. What large answers took lies between what is
-    small, and the C library keeps it: see malloc_trim(3), where that is glibc."""
+    """Gives memory back to the system once much less is held than before. What large answers took is free then, but
+    lies between small blocks in use, so the C library keeps it: see malloc_trim(3), which glibc has."""
     if budget.most - budget.held > TRIM_BYTES:
         budget.most = budget.held
         with contextlib.suppress(AttributeError):
@@ -13502,7 +13509,7 @@ def _package_name(word: str) -> str | None:
 #
 # Arguments and environment into settings, settings into a running proxy.
 
-LOOKUPS = 64                   # of names of hosts, at a time
+LOOKUPS = 64                   # threads that look up names of hosts
 
 
 def load_settings(given, command: list[str] | None, environment: dict[str, str]) -> Settings:
@@ -13520,7 +13527,7 @@ def load_settings(given, command: list[str] | None, environment: dict[str, str])
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str] | None]:
-    """(flags with their values, the command, if there is one: what is behind --, or from the first other word)."""
+    """(flags with their values, command or None): the command follows --, or begins at the first other word."""
     at = 0
     while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
         takes_next = "=" not in arguments[at] and arguments[at] not in (
@@ -13574,7 +13581,7 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
         lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
                   if not re.fullmatch(shape, given)]
     if 0 < len(settings.session_secret) < 32:
-        lines.append("SESSION_SECRET should be 32 random characters or more: who guesses it can make ids of sessions")
+        lines.append("SESSION_SECRET should be 32 random characters or more: whoever guesses it can forge session ids")
     return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so
                     for name in names.split() if getattr(settings, name.lower()) != getattr(Settings, name.lower())]
 
@@ -13597,6 +13604,7 @@ def argument_parser(environment: dict[str, str]):
     parser.add_argument("--new-key", metavar="NAME", help="print a fresh key and its line for AUTH_KEYS_FILE, and end")
     parser.add_argument("--stdio", action="store_true", help="serve one client on stdin and stdout instead of HTTP, "
                                                              "whatever is configured")
+    group = parser
     for field in dataclasses.fields(Settings):
         default = f"{field.default:g}" if isinstance(field.default, float) else dump(field.default).strip('"') or "none"
         flags = [*(["--config"] if field.name == "mcp_config" else []), "--" + field.name.replace("_", "-")]
@@ -13634,7 +13642,7 @@ def printable(text: object) -> str:
 
 
 def write_out(text: str) -> None:
-    """Writes to stdout. A terminal that is stopped, or that nobody reads, must not stop all: it loses this."""
+    """Writes to stdout. A terminal that is stopped, or that nobody reads, must not stop the proxy: the text is lost."""
     output = 1
     if os.isatty(1):
         with contextlib.suppress(OSError):     # it may be another user's
@@ -13657,7 +13665,7 @@ async def running(settings: Settings, on_signal):
     # A host name that cannot be looked up keeps a thread busy for long, and other lookups must not wait for it.
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
     proxy = Proxy(settings, dict(os.environ))
-    # SIGHUP, also of a terminal that closes, is to read the file of servers again.
+    # SIGHUP, also that of a closing terminal, has all files of the configuration read again.
     loop.add_signal_handler(signal.SIGHUP, proxy.reload)
     # Signals that come faster than they are handled are dropped. They would say nothing new, so no warning.
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
@@ -13739,7 +13747,7 @@ def abilities() -> str:
     has_filters = False
     if hasattr(libc(), "prctl") and os.uname().machine in MACHINES:
         import ctypes
-        libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # where there is seccomp, it would read address 0
+        libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # PR_SET_SECCOMP: EFAULT if filters are supported
         has_filters = ctypes.get_errno() == errno.EFAULT
     return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
                       "can become other users" if os.geteuid() == 0 else "cannot become other users"])
@@ -13765,7 +13773,7 @@ async def check(settings: Settings) -> bool:
             lines += map(printable, outcome)
     finally:
         await proxy.stop()
-    # Whoever reads may have seen enough; the exit status is for others.
+    # The reader may have closed the pipe; the exit status counts all the same.
     with contextlib.suppress(OSError), open(1, "w", encoding="utf-8", closefd=False) as output:
         print(*lines, sep="\n", file=output)
     end_lookups(int(not all_work))
@@ -13824,7 +13832,7 @@ def main() -> None:
         raise_descriptor_limit()
         watch_children_without_threads()
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
-        # time. To have freed one of 31 MB, which is never touched, raises the limit for good (one of 32 would not).
+        # time. Freeing a block of 31 MB, which is never touched, raises its threshold for good (one of 32 would not).
         bytes(31 * 1024 * 1024)
         # A large message is millions of objects for a moment. The collector would look through them again and again,
         # for two thirds of the time, and find nothing.
@@ -13935,7 +13943,7 @@ function showCall(one) {
 }
 function show() {
   put("servers", now.servers.map(showServer), "none"), put("calls", now.calls.map(showCall), "none yet")
-  put("sessions", now.sessions.map(showSession), "none; of clients without a session only calls are seen")
+  put("sessions", now.sessions.map(showSession), "none; clients without a session show in the calls only")
   const state = pretty(now.servers.map(one => [one.name, one.state, one.restarts])), isNew = state !== seen
   const places = new Set(["/mcp", ...now.servers.flatMap(one => one.group ?
     [`/servers/${one.group}/mcp`, one.path] : [one.path])])
@@ -13976,7 +13984,7 @@ async function loadTools() {
   try {
     const answer = await ask("tools"), text = await answer.text(), said = JSON.parse(text, exact)
     if (text === listed || listed && !answer.ok) return
-    listed = answer.ok && text             // what stays as it was keeps what is written in its form
+    listed = answer.ok && text             // a tool that stays as it was keeps what is typed in its form
     tools = new Map(said.tools?.map(pretty).map((one, at) => [one, tools.get(one) || showToolOrWhy(said.tools[at])]))
     put("tools", answer.ok ? [...tools.values()] : [bad(said.error.message)], "none")
   } catch (error) { put("tools", [bad(error.message)]), seen = listed = null }        // to be asked for again
@@ -14007,8 +14015,8 @@ function showTool(tool) {
   const more = el("textarea", { name: "json", rows: rest.length + 2, placeholder: example })
   const form = el("form", {}, ...fields.map(one => one.made), (rest.length > 0 || !properties) && el("label", {},
     `as JSON: ${rest.join(", ") || "arguments"} `, more), el("p", {}, el("button", { type: "submit" }, "Call")))
-  form.addEventListener("submit", async event => {           // form.onsubmit may be a field
-    event.preventDefault(), result.replaceChildren(soft("it runs"))
+  form.addEventListener("submit", async event => {           // a field may be called onsubmit
+    event.preventDefault(), result.replaceChildren(soft("running"))
     try {
       const simple = Object.fromEntries(fields.map(one => [one.name, one.read()]))           // undefined is left out
       const body = JSON.stringify({ ...simple, ...JSON.parse(more.value || "{}", exact) })
@@ -14016,7 +14024,7 @@ function showTool(tool) {
       const { error, isError, content, structuredContent: structured } = JSON.parse(await answer.text(), exact)
       const parts = [error && bad(`${error.message} (${error.code})`), isError && bad("the tool failed"),
         ...(content || []).map(showContent), structured && pre(pretty(structured))].filter(Boolean)
-      result.replaceChildren(...parts.length ? parts : [soft("it is done, and gave nothing")])
+      result.replaceChildren(...parts.length ? parts : [soft("done, without a result")])
     } catch (error) { result.replaceChildren(bad(error.message)) }
   })
   return el("details", { className: "tool item", dataset: { name: tool.name } },
@@ -14033,9 +14041,9 @@ function showContent(one) {
 function forget() {
   for (const id of ["servers", "sessions", "calls", "tools"]) $(id).replaceChildren()
   now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
-  $("wrong").textContent = key && "This key is not right.", $("key").focus()
+  $("wrong").textContent = key && "Wrong key.", $("key").focus()
 }
-// All that there is, each second. The newest of these goes on, with the key that was given last.
+// Asks for the overview each second. A newer watch() ends the one before: it has the key given last.
 async function watch(number = ++watched) {
   try {
     const canBeSent = (key || $("closed").hidden) && /^[ -~\xa0-\xff]*$/.test(key)
@@ -14058,18 +14066,18 @@ $("with").append(...Object.keys(RECIPES).map(name => el("option", {}, name)))
 $("what").oninput = $("with").oninput = $("show-key").oninput = show, $("load").onclick = loadTools
 $("login").onsubmit = () => (key = $("key").value.trim(), watch(), false)
 $("copy").onclick = () => navigator.clipboard?.writeText($("recipe").textContent) ??
-  getSelection().selectAllChildren($("recipe"))                    // only pages of https and of this machine have one
+  getSelection().selectAllChildren($("recipe"))                    // only pages of https and of this machine may copy
 watch()
 </script>
 """
 
 
 def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) -> None:
-    """GET /: the page for a browser, which says that it wants one; for others what there is to be seen."""
+    """GET /: the page for a browser, which says that it wants one; for others the same facts as JSON."""
     if "text/html" not in admission.head.headers.get("accept", ""):
         return endpoints.look(admission, body, reply)
     import hashlib
-    own = []           # nothing else may run in it, and that asks nobody but this proxy. W3C, CSP Level 3
+    own = []           # only these may run in the page, and ask only this proxy. W3C, CSP Level 3
     for tag in "script", "style":
         text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         own.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")

@@ -15294,7 +15294,7 @@ def test_conversation_modern_server_that_wants_input_and_not_which_fails_the_cal
         client > {"id":1,"method":"tools/call","params":{"name":"x"}}
                 server > {"id":$A,"method":"tools/call","params":{"name":"x","_meta":$M}}
                 server < {"id":$A,"result":{"resultType":"input_required"}}
-        client < {"id":1,"error":{"code":-32000,"message":"the MCP server asked for input, and not for which"}}
+        client < {"id":1,"error":{"code":-32000,"message":"the MCP server asked for input without saying which"}}
     ''', server="modern", client="legacy")
 
 
