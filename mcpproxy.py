@@ -5416,9 +5416,9 @@ class HTTPClient:
 # 23. Issuer of tokens
 # ============================================================================
 #
-# Who is asked what a token is worth: for the keys that have signed it, now and then, or, where it is no JWT, for the
-# token itself. What was found out is kept by the token's hash, so that a signature is verified once, and not by the
-# event loop. Whoever needs what is not known yet is told to come again (NotYet).
+# The issuer says what a token is worth. Its keys are read now and then, to verify JWTs; a token that is no JWT is sent
+# to it (introspection). The verdict is kept by the token's hash, so that a signature is verified once, and not by the
+# event loop. NotYet is raised while there is no verdict; whoever gets it waits for its task and asks again.
 
 ANSWER_SECONDS = 10.0            # for the issuer to say something
 ANSWER_BYTES = 256 * 1024        # of what it says
@@ -5430,11 +5430,11 @@ INTROSPECTED_SECONDS = 60.0      # for which it is believed what it said of a to
 BAD_SECONDS = 10.0               # for which a token is remembered as bad
 BAD_LEAST, BAD_MOST, BAD_SHARE = 0.01, 1.0, 16   # a wrong signature costs nothing to make: after one there is a pause
                                  # of BAD_SHARE times what the check took, from BAD_LEAST to BAD_MOST seconds
-KNOWN_TOKENS = 10_000            # that are remembered
-QUESTIONS = 8                    # about tokens, that are asked at a time
-QUESTION_PAUSE = 0.1             # before the next, if one was bad: who makes them up shall not ask as often as he likes
-CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait, in all and for one address, which may be a reverse proxy's
-TURNS = 4                        # of them that may run at a time, for one address, or one subject that was in
+KNOWN_TOKENS = 10_000            # good ones that are remembered, and as many bad ones
+QUESTIONS = 8                    # introspection requests at a time
+QUESTION_PAUSE = 0.1             # after a token that is not active, to slow down whoever makes tokens up
+CHECKS, CHECKS_OF_ONE = 256, 128 # that may wait or run, in all and for one address, which may be a reverse proxy's
+TURNS = 4                        # of them that run at a time for one address, or for one subject that was let in before
 CHECK_SECONDS = 60.0             # that one may wait and run
 
 
@@ -5451,13 +5451,13 @@ class NotYet(Exception):
 class Verdict(typing.NamedTuple):
     """What is known of a token."""
 
-    good_until: float                          # of the clock; what is said here holds for so long,
-    error: str | None = None                   # why it is refused
+    good_until: float                          # by the proxy's clock: until then all of this holds
+    error: str | None = None                   # why the token is refused, if it is
     subject: str = ""
     audience: frozenset[str] = frozenset()
     scopes: frozenset[str] = frozenset()
-    key: PublicKey | None = None               # that has signed it
-    expires: float = float("inf")              # in seconds since 1970: the clock stands still while a machine sleeps
+    key: PublicKey | None = None               # that verified its signature
+    expires: float = float("inf")              # in seconds since 1970; the proxy's clock stops while a machine sleeps
 
 
 class Ask(Fetch):
@@ -5507,11 +5507,11 @@ async def ask(url: str, body: bytes = b"", headers: tuple[tuple[str, str], ...] 
         client.close()
     if head.status != 200:
         raise OSError(f"answers HTTP {head.status}")
-    with contextlib.suppress(ValueError, RecursionError):              # its words may repeat what was asked
+    with contextlib.suppress(ValueError, RecursionError):              # their texts may repeat what was asked
         found = json.loads(answer.decode(), object_pairs_hook=without_repeats)
         if isinstance(found, dict):
             return found
-    raise OSError("answers with what is no JSON object")
+    raise OSError("does not answer with a JSON object")
 
 
 class Issuer:
@@ -5521,11 +5521,11 @@ class Issuer:
         self._settings, self._now = settings, now
         self._on_other_keys = on_other_keys        # called when what was found out by keys may be wrong
         self._keys: list[PublicKey] = []
-        # When the keys were read, when that was tried, and when for one that was unknown.
+        # When the keys were last read, when that was last tried, and when it was last tried for an unknown key.
         self._read_at = self._tried_at = self._retried_at = -float("inf")
         self._reading: asyncio.Task | None = None
         self._verdicts: dict[bytes, Verdict] = {}  # of good tokens, by the hash
-        self._refused: dict[bytes, Verdict] = {}   # of others, which would push those out
+        self._refused: dict[bytes, Verdict] = {}   # of bad ones, kept apart lest they push the good ones out
         self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that wait or run, and for whom
         self._turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._verifier = concurrent.futures.ThreadPoolExecutor(1)
@@ -5541,7 +5541,7 @@ class Issuer:
             return verdict
         if digest in self._checks:
             raise NotYet(self._checks[digest][0])
-        if verdict and not verdict.error:          # who was in does not wait behind those who knock
+        if verdict and not verdict.error:          # who was let in before does not wait behind strangers
             principal = verdict.subject
         try:
             is_opaque = self._settings.oauth_introspection_url and not _JWT_SHAPE.match(text)
@@ -5551,11 +5551,11 @@ class Issuer:
         except TokenError as error:
             return Verdict(now + BAD_SECONDS, str(error))
         numbers = collections.Counter(whose for _, whose in self._checks.values())
-        whoever, most = next(iter(numbers.most_common(1)), (None, 0))
+        busiest, most = next(iter(numbers.most_common(1)), (None, 0))
         if numbers[principal] >= CHECKS_OF_ONE or len(self._checks) >= CHECKS and numbers[principal] + 1 >= most:
             raise try_later("too many tokens have to be looked at")
-        if len(self._checks) >= CHECKS:
-            last = next(one for one in reversed(self._checks) if self._checks[one][1] == whoever)
+        if len(self._checks) >= CHECKS:            # room is made by whoever has most: the newest of those checks ends
+            last = next(one for one in reversed(self._checks) if self._checks[one][1] == busiest)
             self._checks.pop(last)[0].cancel()
         turn = self._turns.setdefault(principal, asyncio.Semaphore(TURNS))
         task = asyncio.get_running_loop().create_task(self._find_out(digest, text, token, turn))
@@ -5564,10 +5564,10 @@ class Issuer:
         raise NotYet(task)
 
     def _forget(self, digest: bytes, task: asyncio.Task) -> None:
-        """The check is over; another may have begun after one that was cancelled."""
+        """This check is over. If it was cancelled, another one of the same token may have begun."""
         if self._checks.get(digest, (None,))[0] is task:
             del self._checks[digest]
-        task.cancelled() or task.exception()
+        task.cancelled() or task.exception()       # looked at, or asyncio logs it when nobody waits
 
     async def _find_out(self, digest: bytes, text: str, token: Token | None, turn: asyncio.Semaphore) -> None:
         try:
@@ -5625,7 +5625,7 @@ class Issuer:
                 try:
                     key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify, token, keys)
                 except TokenError as error:
-                    if not isinstance(error, UnknownKey) or token.header.get("kid") is None:
+                    if not isinstance(error, UnknownKey) or token.header.get("kid") is None:     # see BAD_SHARE
                         await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
                     raise
         return key
@@ -5642,7 +5642,7 @@ class Issuer:
             await asyncio.wait([self._reading])
 
     async def _read(self) -> None:
-        """Reads its keys; those that are known stay while it is down."""
+        """Reads its keys. If that fails, those that are known stay."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 keys = parse_jwks(await ask(self._settings.oauth_jwks_url or await self._discover()))
@@ -5669,13 +5669,13 @@ class Issuer:
             try:
                 found = await ask(f"{issuer.scheme}://{issuer.netloc}{where}")
                 if found.get("issuer") != self._settings.oauth_issuer:           # RFC 8414 §3.3
-                    raise ValueError("what is found there is another issuer's")
+                    raise ValueError("its metadata is another issuer's")
                 if not is_safe_url(found.get("jwks_uri")):
                     raise ValueError("its jwks_uri is no https URL")
                 return found["jwks_uri"]
             except OSError as error:
                 failure = failure or error
-            except ValueError as error:                # it was found, which says more
+            except ValueError as error:                # there was metadata: this says more than that others have none
                 failure = error
         raise failure
 
@@ -5696,8 +5696,8 @@ class Issuer:
                     raise TokenError("it is not active")
         except OSError as error:
             log.error("! tokens cannot be introspected: %(reason)s", reason=str(error)[:200])
-            raise try_later("whoever knows the tokens cannot be reached") from None
-        # What need not be said there is what it is here. A name of another kind is never taken for a subject.
+            raise try_later("the service that introspects tokens cannot be reached") from None
+        # RFC 7662 makes these optional. A name of another kind is marked as such, and so never taken for a `sub`.
         name = next((f"{kind}:{said[kind]}" for kind in ("username", "client_id")
                      if isinstance(said.get(kind), str) and said[kind]), None)
         usual = {"iss": settings.oauth_issuer, "exp": time.time() + INTROSPECTED_SECONDS, "sub": name}
@@ -5713,17 +5713,17 @@ class Issuer:
 # 24. Requests to remote servers
 # ============================================================================
 #
-# Each message to a remote server is a POST of its own. What answers it is JSON, or a stream with the answer and what
-# belongs to it, so that it is known here whose a question is. Other streams are asked for with a GET. What becomes of
-# the answers is the business of the RemoteLink that sends these requests.
+# Each message to a remote server is a POST of its own. The response is JSON, or a stream with the answer and whatever
+# belongs to that call, so that here, unlike on stdio, it is known whose a question is. A GET asks for other streams.
+# The RemoteLink that sends these requests decides what becomes of their responses.
 #
-# One server may be reached through several proxies, and none of them may be on the way twice: each adds its id to a
-# header, and refuses what has it already. Two that wait for each other to start would send nothing on; so a server that
-# is starting is also told the way of whoever waits for it. To one proxy all clients of another look like one, with one
-# key; so it is told which requests are one client's, and asks nobody what is for somebody else.
+# A request may pass several proxies, but none of them twice: each adds its id to a header, and refuses a request that
+# has it already. Two that wait for each other to start would not send that request, so a server that is starting is
+# also told the way of whoever waits for it. To a proxy all clients of another one look like one, with one key; a second
+# header tells it which requests are one client's, so that it asks nobody what is meant for somebody else.
 
 WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
-ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that a proxy gives to all of one client's
+ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that is the same in all requests of one client
 WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
@@ -5781,7 +5781,7 @@ class RemoteFetch(Fetch):
 
 
 class Post(RemoteFetch):
-    """A request of JSON-RPC to a remote server."""
+    """The POST of a JSON-RPC request; `about` is as Link.write() has it."""
 
     def __init__(self, link: "RemoteLink", line: bytes, about: tuple, is_repeated: bool = False):
         super().__init__(link, about[0], link.post_head(line, about), line)
@@ -5805,7 +5805,7 @@ class Post(RemoteFetch):
 
 
 class Aside(Ask):
-    """A message to a remote server that has no answer."""
+    """The POST of a message that gets no response: a notification, or a response to the server."""
 
     def __init__(self, link: "RemoteLink", line: bytes, is_repeated: bool = True):
         super().__init__(link.post_head(line, None), line, link.limit)
@@ -5825,7 +5825,7 @@ class Listen(RemoteFetch, Ask):
                  tries: int = 0):
         super().__init__(link, number, link.get_head(last_id))
         self.last_id, self.retry, self.tries = last_id, retry, tries
-        self.is_extra = number is None         # what is missing of an answer is one more request of somebody's
+        self.is_extra = number is None         # the GET for the rest of an answer counts as a request of its client's
 
     def again(self) -> "Listen":
         """The next one, which goes on where this one ended."""
@@ -5848,7 +5848,7 @@ class Listen(RemoteFetch, Ask):
 
     def on_head(self, head: ResponseHead) -> None:
         super().on_head(head)
-        if self.is_stream and self.number is None and not self.last_id:          # otherwise it brings what came between
+        if self.is_stream and self.number is None and not self.last_id:          # with one, it brings what was missed
             self.link.gaps += 1
 
     def on_part(self, data: bytes) -> None:
@@ -5856,8 +5856,8 @@ class Listen(RemoteFetch, Ask):
         super().on_part(data)
 
     async def heard(self, client: HTTPClient) -> tuple[int, str, bool]:
-        """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0; how it ended, a predicate of
-        the server's; and whether the server was reached."""
+        """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0; how it ended, in words that
+        follow "the server"; and whether the server was reached."""
         now = asyncio.get_running_loop().time
         began = now()
         try:
@@ -5876,7 +5876,7 @@ def is_stream(head: ResponseHead) -> bool:
 
 
 def is_answer(head: ResponseHead, body: bytes, number: int | None) -> bool:
-    """Is a response, which is no stream, what the server says to the request with this id, be it an error?"""
+    """Is a response that is no stream the server's answer to the request with this id, be it an error?"""
     if head.status == 200 and media_type(head) == JSON_TYPE:
         return True
     if head.status < 400 or head.status in (401, 403):
@@ -5897,19 +5897,19 @@ def kind_of(line: bytes) -> str | None:
 
 
 def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
-    """Does the server say, by 404, that it has forgotten the session? In the field a 400 that speaks of a session says
-    so too, unless it answers that a parameter is wrong: that may have such a name. So does a 400 to the revision that
-    was agreed on: what is there now is another server."""
+    """Does the server say that it has forgotten the session? It should by a 404, unless that means an unknown method.
+    In the field a 400 that speaks of a session says so too, unless its error is a wrong parameter, which may have such
+    a name. So does a 400 that objects to the revision agreed on: another server has taken its place."""
     return head.status == 404 and b"-32601" not in body or head.status == 400 and (
         b"session" in body.lower() and not (b"-32602" in body and is_answer(head, body, number))
         or _NOT_MINE.search(body) is not None)
 
 
 def refusal(head: ResponseHead, body: bytes) -> ServerError:
-    """What a response that is no answer stands for."""
+    """The error that a response means if it is no answer."""
     status, text = head.status, f"HTTP {head.status}"
     if 300 <= status < 400:
-        # Not what it asks in the query: that may be anybody's secret.
+        # Without the query, which may hold somebody's secret.
         text += f", a redirect to {head.headers.get('location', 'nowhere').partition('?')[0][:200]}: set that as url"
     elif status < 300:
         text += f" with {media_type(head) or 'nothing'}, which is no answer"
@@ -5927,14 +5927,14 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 # ============================================================================
 #
 # The other kind of link: a server that is spoken to over HTTP, as MCP clients do. A modern server answers messages, and
-# has nothing else. A legacy one may open a session, and a stream for what belongs to no request; streams that are cut
-# are asked for again where they were; and a session that it has forgotten is opened again in place, so that nobody
-# notices. One of before 2025-03-26 has one stream for all (HTTP+SSE).
+# does nothing else. A legacy one may open a session, and a stream for what belongs to no request. A stream that is cut
+# is resumed where it ended, and a session that the server has forgotten is replaced by another, so that nobody notices.
+# A server from before 2025-03-26 has one stream for everything (HTTP+SSE).
 
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
-ASIDES = 128                     # of these are on their way at a time: calls need places too
-DELETE_SECONDS = 2.0             # for the end of a session
-DOUBT_SECONDS = 10.0             # before it is looked again whether a server speaks as it did
+ASIDES = 128                     # such messages on their way at a time: calls need connections too
+DELETE_SECONDS = 2.0             # for the server to end a session
+DOUBT_SECONDS = 10.0             # between two checks whether a server still speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
 
 
@@ -5951,18 +5951,18 @@ class RemoteLink(Link):
         self._server, self._url, self._is_sse = server, url, is_sse
         self._headers, self._own_way = headers.items(), way
         self._client = HTTPClient(url)
-        # What brings the answers, by server id; of None, the session's stream, or the one of HTTP+SSE.
+        # What brings the answers, by server id; at None, the session's stream, or the one of HTTP+SSE.
         self._running: dict[int | None, RemoteFetch] = {}
-        # (line, is_repeated) of what has no answer, by principal; one more of each is on its way, or waits for a place.
+        # By principal, (line, is_repeated) of messages that get no response and wait for the one before to be taken.
         self._asides: dict[object, collections.deque[tuple]] = {}
         self._places = asyncio.Semaphore(ASIDES)
-        self.backlog = 0                       # how many bytes they have
+        self.backlog = 0                       # bytes in _asides and _held
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
         self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
-        self._certain_until = 0.0              # when the server may next be doubted to speak as it did
+        self._certain_until = 0.0              # until when it is not checked again whether it speaks as it did
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -6002,7 +6002,7 @@ class RemoteLink(Link):
 
     def has_sent(self, number: int) -> bool:
         fetch = self._running.get(number)
-        if fetch is None:                      # it is held, or taken, with HTTP+SSE
+        if fetch is None:                      # it is still held; or, with HTTP+SSE, its POST is over
             return self._endpoint is not None and self._held is None
         return not isinstance(fetch, Post) or fetch.connection is not None
 
@@ -6023,12 +6023,12 @@ class RemoteLink(Link):
                 self.end("answered HTTP 508: requests would go round in a circle")
 
     def _ask(self, line: bytes, about: tuple) -> collections.abc.Awaitable[tuple[ResponseHead, bytes]]:
-        """Asks something of the link's own."""
+        """Sends a request of the link's own; returns the HTTP response."""
         return Ask(self.post_head(line, about), line).answer(self._client, ASIDE_SECONDS)
 
     async def _doubt(self) -> None:
-        """The server does not understand what it did before. One of the other era may have taken its place, or one that
-        wants a session: so it is greeted again in the same way, and the link ends if it does not understand that."""
+        """The server refuses what it took before. One of the other era may have taken its place, or one that wants a
+        session. So it is greeted once more as before, and if it answers that in another way, the link ends."""
         now, is_modern = asyncio.get_running_loop().time(), self.revision == MODERN_VERSION
         if not self.revision or self._endpoint or now < self._certain_until:
             return
@@ -6050,7 +6050,7 @@ class RemoteLink(Link):
         self.end()
 
     def end(self, reason: str = "") -> None:
-        """No more lines will come, because it `reason`, a predicate."""
+        """No more lines will come; `reason` says why, in words that follow "it"."""
         if self.on_end:
             self.how_it_ended = reason and f": it {reason}"
             error = ServerError(f"the MCP server ended{self.how_it_ended}")
@@ -6095,7 +6095,7 @@ class RemoteLink(Link):
         self._client.send(post)
 
     def _next_aside(self, asides: collections.deque) -> Aside:
-        """Sends the next of these."""
+        """Sends the next of a principal's messages that get no response."""
         line, is_repeated = asides.popleft()
         self.backlog -= len(line)
         aside = Aside(self, line, is_repeated)
@@ -6120,7 +6120,7 @@ class RemoteLink(Link):
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
-                if kind_of(aside.body) is not RESPONSE:    # the new one has not asked what the old one had
+                if kind_of(aside.body) is not RESPONSE:    # in the new session, nobody has asked for this answer
                     asides.appendleft((aside.body, True))
                     self.backlog += len(aside.body)
                 return self._renew(aside.session)
@@ -6135,7 +6135,7 @@ class RemoteLink(Link):
             log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
 
     def _answer_instead(self, aside: Aside, error: ServerError) -> None:
-        """If the server did not take an answer, what asked would wait for it: maybe it takes an error."""
+        """If the server did not take the answer to its question, it would wait for one: maybe it takes an error."""
         with contextlib.suppress(ProxyError):
             message = parse_message(decode_json(aside.body))
             if message.is_result and aside.session == self.session:
@@ -6147,7 +6147,7 @@ class RemoteLink(Link):
         """What takes in the events of a stream of this session, and of the request with this id."""
         def on_event(kind: bytes, data: bytes) -> None:
             if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
-                # Its answer would be one in another session, where the same id may be that of somebody else's question.
+                # The answer would go into the new session, where this id may be that of somebody else's question.
                 self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
             elif kind == b"message" and data:
                 self._receive(data, number)
@@ -6170,9 +6170,9 @@ class RemoteLink(Link):
         """A POST has been answered. MCP 2025-11-25, Transports, Sending Messages to the Server; Session Management."""
         self._running.pop(post.number, None)
         has_answer = post.is_stream or is_answer(head, body, post.number)
-        is_lost = head.status in (400, 404) and is_of_lost_session(head, body, post.number)
+        is_lost = is_of_lost_session(head, body, post.number)
         if not (post.session or post.is_greeting) and (is_lost or not has_answer and head.status in (400, 404, 405)):
-            # As it would refuse messages of another era. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
+            # A server of the other era would answer so. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._doubt())
         if post.session and is_lost:
             request = self.awaits(post.number)
@@ -6182,7 +6182,7 @@ class RemoteLink(Link):
                 self._renew(post.session)
                 self.write(post.body, post.about, is_repeated=True)
         elif self._endpoint and 200 <= head.status < 300:
-            answer = find_response(body)       # HTTP+SSE has it on the one stream; what else is said here is no matter
+            answer = find_response(body)       # HTTP+SSE answers on its one stream; here only a response counts
             if answer and answer.id == post.number:
                 self._receive(body, post.number)
         elif has_answer:
@@ -6214,7 +6214,7 @@ class RemoteLink(Link):
                                            "the MCP server answered something else"))
 
     def _refuse(self, post: Post, error: ServerError) -> None:
-        """There is no answer."""
+        """The request fails; but where `initialize` was refused, HTTP+SSE is tried first."""
         if post.about[1] == "initialize" and self._held is None and not self._endpoint and (
                 error.data and error.data["status"] in (400, 404, 405)):
             asyncio.create_task(self._fall_back(post, error))
@@ -6277,7 +6277,7 @@ class RemoteLink(Link):
             await asyncio.sleep(listen.pause)
             status, reason, is_reached = await listen.heard(self._client)
             if self._running.get(number) is not listen:
-                return                         # all was said
+                return                         # nobody needs it any more: what it is for is over, or its session
             del self._running[number]
             if self._endpoint and number is None:
                 if self._endpoint.done():
@@ -6366,7 +6366,7 @@ class OwnRequest(PendingRequest):
 
     def __init__(self, now: float, then=None):
         self.response: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        # Called with it in the turn in which it is done; its own callbacks are a turn late.
+        # Called with that future in the turn in which it is done; a future's own callbacks come a turn later.
         self._then = then or (lambda response: None)
         self.last_sign = now
 
@@ -6417,7 +6417,7 @@ class ServerConnection(Holder):
         self._on_request, self._on_notification = on_request, on_notification
         self._now, self._redact = now, redact
         self.next_id = itertools.count(1).__next__        # of a request to the server
-        self.tokens: dict[int, tuple] = {}                # (session's id, its token) of calls that became tasks
+        self.tokens: dict[int, tuple] = {}                # (session's id, progress token) of calls that became tasks
         self._waiting: collections.deque[tuple] = collections.deque()      # (principal, size) of what waits to be read
         self._shares: collections.Counter = collections.Counter()         # the same together, by principal
 
@@ -6435,12 +6435,12 @@ class ServerConnection(Holder):
         return self._greeted(MODERN, response)
 
     async def probe(self, params: dict) -> Identity:
-        """The one that the server understands. MCP 2026-07-28, stdio, Backward Compatibility: any answer to
+        """Whichever the server understands. MCP 2026-07-28, stdio, Backward Compatibility: any answer to
         server/discover that is not modern, and none within a reasonable time, mean that the server is legacy.
 
-        One that reads its input and stays silent is given up: a fresh process will have to be asked. One that has
+        A server that reads its input and stays silent is given up: a fresh process will have to be asked. One that has
         read nothing has not started yet; npx may be fetching it. A remote one is waited for while its POST runs: it
-        may start a process for the session. GreetedTwice when it was slow and took both."""
+        may start a process for the session. GreetedTwice when a server was slow and took both."""
         probe = asyncio.ensure_future(self.request("server/discover", {"_meta": OUR_ENVELOPE}).result())
         waiting, greeting, unread, has_begun = {probe}, None, 0, False
         try:
@@ -6491,8 +6491,8 @@ class ServerConnection(Holder):
 
     def send(self, line: bytes, about: tuple | None = None, principal: object = None,
              cancelled: int | None = None) -> None:
-        """Writes one message, a client's with its principal, or one that takes the request with the id `cancelled`
-        back. ServerError when the server does not read, and that principal has more than its share of what waits."""
+        """Writes one message: a client's, with its principal; with `cancelled`, one that takes back the request of that
+        id. ServerError when the server does not read and the principal has more than its share of what waits."""
         link = self.link
         if not link.is_open:
             raise self.failure()
@@ -6506,8 +6506,9 @@ class ServerConnection(Holder):
             link.cancel(cancelled, line, principal)
 
     def _queue(self, size: int, principal: object, backlog: int, has_to_go: bool) -> None:
+        """Counts a message among what waits to be read, or refuses it."""
         waiting, shares = self._waiting, self._shares
-        while waiting and shares.total() - waiting[0][1] >= backlog:         # this one was read
+        while waiting and shares.total() - waiting[0][1] >= backlog:         # the oldest was read
             whose, read = waiting.popleft()
             shares[whose] -= read
             if shares[whose] <= 0:
@@ -6524,7 +6525,7 @@ class ServerConnection(Holder):
             budget.set(self, backlog)
 
     def give(self) -> None:
-        """Its client fills it, and it does not read."""
+        """Ends the server, which does not read what its one client sends."""
         self.link.stop()
 
     def send_request(self, pending: PendingRequest, method: str, params: dict, way: str = "") -> int:
@@ -6547,11 +6548,11 @@ class ServerConnection(Holder):
         return request
 
     def ping(self) -> asyncio.Future[Message]:
-        """Asks for a sign of life, which an error is, too: not every server knows what it is asked."""
+        """Asks for a sign of life. An error is one, too: not every server knows the method."""
         return self.request("server/discover" if self.era is MODERN else "ping", None).response
 
     def cancel(self, server_id: int, reason: str, line: bytes | None = None) -> None:
-        """Tells the server to stop work on a request, if it is at work on it; in the words of `line`, if given."""
+        """Takes a request back, if it is pending, and tells the server so: with `line`, if that is given."""
         request = self.pending.pop(server_id, None)
         if request:
             self._withdrawn += 1
@@ -6574,8 +6575,8 @@ class ServerConnection(Holder):
             self.send(line, None, principal, cancelled)
 
     def failure(self) -> ServerError:
-        """Why nothing more will come from this server, with what it said last; once one that is not one client's own
-        has had a call, that may be anybody's secret, and is for the log alone."""
+        """Why nothing more will come from this server, with its last words. If several clients share it, and it has had
+        a call, those may hold anybody's secret, and are for the log alone."""
         data, said = {"exitCode": self.link.exit_code, **self.link.excess}, ""
         if self._is_ones_own or not self.has_served:
             said, data["stderr"] = self.link.last_word, list(self.link.last_words)
@@ -6679,7 +6680,7 @@ class ServerConnection(Holder):
                 pending.on_failure(ServerError("the MCP server's answer cannot be understood"))
                 raise
         elif self._withdrawn:
-            self._withdrawn -= 1                # it was answered before the server read that
+            self._withdrawn -= 1                # the server answered before it read that it need not
         elif self._count_flood() <= LOGGED_JUNK:
             log.info("! server %(server)s answered %(id)s, which nobody waits for", server=self.name,
                      id=self._redact(repr(server_id)))
@@ -6811,9 +6812,9 @@ class Stream(Holder):
 
 
 class Question(Holder):
-    """A request to a client, under an id of ours: a server's own, or what a modern one wants before it goes on."""
+    """A request to a client, under an id of ours: a legacy server's, or the input that a modern one wants first."""
 
-    # Not from 1: its session may have been asked something by another proxy, and no id may come twice in one.
+    # Not from 1: another proxy may have asked something in the same session, and no id may come twice there.
     _ids = itertools.count(int.from_bytes(os.urandom(5), "big"))
 
     def __init__(self, encode, on_response, message: Message | None = None):
@@ -6824,7 +6825,7 @@ class Question(Holder):
         self.call = None                         # the exchange that it belongs to, if there is one
         self.missing: dict | None = None         # what its client lacks to answer it
         self.client = None                       # the session that is asked,
-        self.send = None                         # the way that the question took there,
+        self.send = None                         # called with a payload that goes the way the question went,
         self.asked_at = float("inf")             # and when
         self.patience = float("inf")             # for how long, if it belongs to no call
 
@@ -6895,14 +6896,14 @@ class Outlet:
 # 28. What servers send
 # ============================================================================
 #
-# What a server sends by itself, and to whom it goes. A message may name its owner: the task or the elicitation that
-# it is about. Most do not, and stdio does not say to which call they belong; so they are a client's only while every
+# What a server sends by itself, and to whom it goes. A message may say whose it is by the task or the elicitation that
+# it names. Most do not, and stdio does not say to which call they belong; so they are a client's only while every
 # running call that can have caused them is that client's. (Several calls of one client are not told apart.) Over HTTP,
-# what comes on the stream of a call is that one's, and nobody's when it is over.
+# what comes on the stream of a call belongs to that call, and to nobody when it is over.
 #
-#     a question          to the newest of these calls that can be asked, and whose client is there; without a call
-#                         to the one session there is, unless another client's call is just over; otherwise it is
-#                         refused. A call fails for that only if it alone can be the cause, and never for roots
+#     a question          to the newest of these calls that can be asked, if possible one whose client is there;
+#                         without a call, to the one session there is, unless another client's call has just ended;
+#                         otherwise it is refused. That fails a call only if no other can be the cause, never for roots
 #     a log message       to the newest of them, if its client wants that level, or to that session; otherwise to nobody
 #     an update           to those who subscribed to the resource, or to what it is a part of
 #     a changed list      to all
@@ -6941,7 +6942,7 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
 
 
 def short_of(state: str) -> str | bytes:
-    """What a requestState is known by: the digest of a long one."""
+    """The key under which a requestState is kept: itself, or if it is long, its digest."""
     import hashlib
     return state if len(state) <= MAX_NAMED else hashlib.sha256(state.encode("utf-8", "surrogatepass")).digest()
 
@@ -6967,7 +6968,7 @@ def owner_named(message: Message) -> tuple[str, str] | None:
     """The task or the elicitation that a message says it is about. MCP 2025-11-25, Tasks, Associating Task-Related
     Messages; Elicitation, Completion Notifications."""
     params, related = message.params, members_of(message.meta.get(RELATED_TASK_KEY))
-    # What it asks for counts before what it says it is related to, which may be anything that a client likes.
+    # The task that it is for counts before the one that it is related to, which may be anything that a client likes.
     for kind, name in (("task", params.get("taskId")), ("task", related.get("taskId")),
                        ("elicitation", params.get("elicitationId"))):
         if isinstance(name, str):
@@ -6976,7 +6977,7 @@ def owner_named(message: Message) -> tuple[str, str] | None:
 
 
 def find_owner(instance, connection: ServerConnection | None, message: Message, cause: PendingRequest | None) -> tuple:
-    """Whose a message is: (one client's running calls that may carry it, the newest last; without any, a session)."""
+    """Whose a message is, as (calls, session): one client's calls that may carry it, newest last; a session or None."""
     named = owner_named(message)
     owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
     if cause and cause.client and owner in (None, cause.client.owner):       # it came on the stream of a client's call
@@ -7027,7 +7028,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     calls, session = find_owner(instance, connection, message, cause)
     able = (call for call in reversed(calls) if call.can_be_asked and not missing(call))
     call = max(able, key=lambda call: call.outlet.is_heard, default=None)
-    if not call and len(calls) == 1 and message.method != "roots/list":     # which many ask on their own account
+    if not call and len(calls) == 1 and message.method != "roots/list":     # many servers ask for roots by themselves
         call = calls[0]                          # it alone can be the cause, so it is told what it lacks
     client = call.client if call else session
 
@@ -7050,7 +7051,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
 
 
 def drop_questions(connection: ServerConnection) -> None:
-    """The server, or what it has become, waits for no answer any more."""
+    """Takes all open questions back: the server that asked is gone, or has forgotten them."""
     questions, connection.questions = connection.questions, {}
     for question in questions.values():
         question.take_back()
@@ -7105,7 +7106,7 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on, unless its link is being replaced: then nobody knows its calls any more."""
-    if instance.state == "ready" and instance.connection is None:
+    if instance.state is READY and instance.connection is None:
         return
     NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
 
@@ -7220,16 +7221,16 @@ NOTIFICATION_ROUTES = {
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
 # ask the server, under a request of its own that no client can cancel, and all who wait are told what the server says
 # to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource; a modern
-# one is listened to, once for all resources and lists, anew when what is wanted changes.
+# one gets one `subscriptions/listen` for all resources and lists, and a new one when what is wanted changes.
 
-LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended one is asked again
+LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended a listen is asked again
 ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again; and for a
                                  # modern one to acknowledge a listen, and then to answer a ping
 ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
-TAKE_BACK_SECONDS = 5.0          # for a remote server to answer that it takes one back
+TAKE_BACK_SECONDS = 5.0          # for a remote server to answer an unsubscribe
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
-MAX_TAKEN_BACK = 2_000           # subscriptions that are, until the server answers; then it is asked for no new one
+MAX_TAKEN_BACK = 2_000           # unsubscribes that the server has yet to answer; past that it is asked for nothing new
 
 REFUSED = RPCError("the MCP server refused the subscription", status=200, code=INVALID_PARAMS)
 
@@ -7259,8 +7260,8 @@ class Topics(dict[str, Topic]):
     def __init__(self, instance):
         super().__init__()
         self.instance = instance
-        self._taken_back = weakref.WeakValueDictionary()         # URI -> the request, until it is answered,
-        self._unanswered = 0                                     # and how many there are, also of one URI
+        self._taken_back = weakref.WeakValueDictionary()         # URI -> its unsubscribe, until that is answered,
+        self._unanswered = 0                                     # and how many there are: one URI may have several
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
         """Takes a session, or an exchange that listens, among those who are told of a resource; if it is the first, the
@@ -7269,7 +7270,7 @@ class Topics(dict[str, Topic]):
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
         if is_first and self._unanswered >= MAX_TAKEN_BACK and not is_told:
-            raise try_later("the MCP server has not answered yet for what nobody wants any more")
+            raise try_later("the MCP server has not answered earlier unsubscribes yet")
         if is_first:
             topic = self[uri] = Topic(self.instance, uri)
         if subscriber not in topic.subscribers:
@@ -7292,7 +7293,8 @@ class Topics(dict[str, Topic]):
             error = response.exception()
             if not error and not response.result().is_result:
                 said = response.result().value("error")
-                error = RPCError(str(said.get("message")), status=200, code=said.get("code"), data=said.get("data"))
+                error = RPCError(str(said.get("message") or REFUSED), status=200, data=said.get("data"),
+                                 code=response.result().error_code or INVALID_PARAMS)
             self.settle(topic, error)
             if isinstance(error, ServerError) and self.get(topic.uri) is topic:        # it may have been slow, once
                 asyncio.get_running_loop().call_later(ASK_PAUSE, ask_again)
@@ -7388,7 +7390,7 @@ class Listening:
         self._current: ListenRequest | None = None
         self._next: ListenRequest | None = None
         self._taken_back: ListenRequest | None = None          # the last that was; a process may answer it nonetheless
-        self._answers_late = False             # did it?
+        self._answers_late = False             # did the server answer one that was taken back?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
         self._one_by_one = False               # was one refused that asked for several new resources?
         self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of;
@@ -7447,7 +7449,7 @@ class Listening:
         self._giving_up = asyncio.get_running_loop().call_later(ASK_PAUSE, self._give_up, request, ping)
 
     def _give_up(self, request: ListenRequest, ping: asyncio.Future | None) -> None:
-        """The server does not acknowledge it: whoever is deaf, or wants something new, is not to wait for that."""
+        """The server has not acknowledged it: a refusal, if nothing is heard meanwhile or something new waits."""
         if self.instance.listening is not self:
             return
         connection, topics = self.instance.connection, self.instance.topics.values()
@@ -7494,7 +7496,7 @@ class Listening:
             "requestId": request.server_id, "reason": "replaced"}))
 
     def _catch_up(self) -> None:
-        """Nobody has heard what changed while nobody listened, and a remote server may even be another one now."""
+        """Tells clients that all may have changed: nobody listened, and a remote server may even be another one now."""
         self._catching_up, self._caught_up_at = None, self.instance.server.now()
         if self.instance.listening is self:
             tell_of_lists(self.instance)
@@ -7530,7 +7532,7 @@ class Listening:
                 self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
                 for topic in () if self._one_by_one else new:
                     self.instance.topics.settle(topic, error)
-                # Without them: Go's SDK forgets by this end, too, what was listened to before.
+                # Asks without them: Go's SDK forgets at this end, too, what was listened to before.
                 self._is_outdated = self._is_outdated or bool(new)
                 is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
                 if not (new or self._current or is_deaf):
@@ -7551,8 +7553,8 @@ class Listening:
 # 30. Lists
 # ============================================================================
 #
-# What a server lists is read once for all whom the proxy itself answers, whole, and kept. (A list request to one server
-# that is shown as it is goes there, see new_exchange().) Whoever was answered without a list is told when it is there.
+# The proxy reads a server's lists whole and keeps them, for all requests that it answers itself. (A list request to one
+# server that is shown as it is goes there, see new_exchange().) Whoever was answered without a list is told later.
 
 MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
@@ -7604,7 +7606,7 @@ class Items(dict):
         for own, text in self.texts.items():
             name = config.shown_as(own, self.method, is_joint)
             if name is None or name in shown or self.method == "tools/list" and (
-                    config.rules.own(config.rules.shown(own)) != own):         # it has the new name of another
+                    config.rules.own(config.rules.shown(own)) != own):         # another one was renamed to this
                 continue
             if self.method == "tools/list" and (own in config.rules.overrides or config.rules.max_result_kb):
                 text = config.rules.restated(JSONObject(text), own, name)
@@ -7617,8 +7619,8 @@ class Items(dict):
 
 
 class KeptList:
-    """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so. By
-    `way`, see way_of(), because a remote proxy does not list to others what it has from them."""
+    """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so. There
+    is one for each `way` (see way_of()), because a remote proxy does not list to others what it has from them."""
 
     def __init__(self, instance, method: str, way: str):
         self.instance, self.method, self.way = instance, method, way
@@ -7664,8 +7666,8 @@ class KeptList:
         """The items if they are what the server would say now."""
         if self.is_old or self.last is None:
             return None
-        capability, heard = (LISTS[self.method].capability, "listChanged"), self.last.hearing
-        if member_at(self.instance.identity.capabilities, capability) is True and (
+        path, heard = (LISTS[self.method].capability, "listChanged"), self.last.hearing
+        if member_at(self.instance.identity.capabilities, path) is True and (
                 self.instance.connection is None or heard is not None and heard == self._hearing):
             return self.last                       # the server would have said if it changed since
         age = self.instance.server.now() - self.last.asked_at
@@ -7718,8 +7720,8 @@ class KeptList:
             if not isinstance(page.members.get("result"), tuple):
                 if not page.is_result and page.error_code == METHOD_NOT_FOUND:
                     return items                # it has none
-                words = "" if page.is_result else f": {members_of(page.members['error']).get('message')}"
-                raise ServerError(f"the MCP server does not list its {kind}{words}")
+                said = members_of(page.members.get("error")).get("message")
+                raise ServerError(f"the MCP server does not list its {kind}{f': {said}' if said else ''}")
             if self.method == "tools/list" and connection.mirrors:
                 page = without_misused(page, self.instance.server)
             items.add(page)
@@ -7748,12 +7750,12 @@ class KeptList:
 #                PAUSED <----+      (any of them --> CLOSED)
 
 RESTART_DELAY = 0.1              # seconds, doubling with each death in the last minute; of a remote server times 4
-DEATHS_IN_A_MINUTE = 5           # after so many, a server is started when somebody asks for it; seldom for who listens
-SILENCES, PING_SECONDS = 3, 5.0  # time-outs of a server that says nothing, until it is asked if it lives; to answer
+DEATHS_IN_A_MINUTE = 5           # after so many, a server starts only for a request, and now and then for subscribers
+SILENCES, PING_SECONDS = 3, 5.0  # time-outs of a silent server, after which it is pinged; seconds for it to answer that
 UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
 KNOWN_WAYS = 16                  # of those who wait for a start, see way_of(); and lists, which are kept for each way
-FAR_PAUSE = 30.0                 # the longest until one is tried again that is remote, or that somebody listens to
+FAR_PAUSE = 30.0                 # the longest until a server is tried again that is remote or has subscribers
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
 SLOW_START = 10.0                # every so many seconds the log says what a start waits for
 
@@ -7780,7 +7782,7 @@ class Instance:
         self.listeners: set = set()                 # exchanges of modern clients, for which the proxy itself listens
         self.topics = Topics(self)
         self.owners = Owners()
-        self.recent_callers: dict[object, float] = {}        # whose calls that may cause something ended last, and when
+        self.recent_callers: dict[object, float] = {}        # the last two whose call in MAY_CAUSE ended, and when
         self.identity: Identity | None = None
         self.tries_legacy_first = False             # because it died when it was last asked in legacy
         self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
@@ -7800,7 +7802,7 @@ class Instance:
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS_IN_A_MINUTE)
         self._runner: asyncio.Task | None = None
         self.link = Link()                          # the last one that was started
-        self._told_slow = 0                         # how often the log had that it still starts
+        self._told_slow = 0                         # how often the log said that it is still starting
         self._ways: set[str] = set()                # of those that wait for it through other proxies
 
     @property
@@ -7821,7 +7823,7 @@ class Instance:
 
     @property
     def is_ones_own(self) -> bool:
-        """Does it serve one client alone? Without a key or variables, visitors are anybody: all can say a name."""
+        """Does it serve one user alone? Visitors without a key or variables may be anybody: anyone can give a name."""
         return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
     def list_of(self, method: str, way: str = "") -> KeptList:
@@ -7966,9 +7968,9 @@ class Instance:
         raise failure
 
     def _eras_to_try(self) -> list[Era]:
-        """In which eras to address a new link, one after the other. One for many is spoken to in modern if it can be;
-        a session's own in the session's era, because a server may stay with the one it was addressed in. One that
-        died at its last start is asked in legacy first, where one process is enough to see that."""
+        """In which eras to address a new link, one after the other. A shared server is spoken to in modern if possible,
+        a session's own in legacy, like the session: a server may stay with the era it was addressed in. One that died
+        at its last start is asked in legacy first, where one process is enough to see that."""
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
@@ -8002,8 +8004,8 @@ class Instance:
             self._put_back(connection, is_another=True)
 
     def _put_back(self, connection: ServerConnection, is_another: bool) -> None:
-        """Tells a legacy server what its clients need of it, and if it is another one than before, them that its lists
-        may be others."""
+        """Tells a legacy server what its clients need of it; and if it is another one than before, tells the clients
+        that its lists may have changed."""
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self.topics.ask(topic)
@@ -8016,8 +8018,8 @@ class Instance:
             tell_of_lists(self)
 
     def on_time_out(self, request: PendingRequest) -> None:
-        """A request was not answered in time. A server that has not said a word since, several times, and then not to a
-        ping either, is stuck, and is replaced."""
+        """A request was not answered in time. A server that says nothing at all through several of these, and does not
+        answer a ping then, is stuck, and is replaced."""
         connection = self.connection
         is_silent = connection and not self.is_private and connection.heard_at <= request.last_sign
         if request.client and request.group or is_silent and self.server.config.group:
@@ -8056,7 +8058,7 @@ class Instance:
             while not self._wanted.is_set():
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._wanted.wait(), FAR_PAUSE)
-                if self.listeners or self.topics:        # who waits to be told asks for nothing
+                if self.listeners or self.topics:        # subscribers send no request that would start it
                     break
         else:
             await asyncio.sleep(RESTART_DELAY * 2 ** (len(recent) - 1))
@@ -8065,7 +8067,7 @@ class Instance:
         """Tells those who wait for the server that it can be used, or why it cannot."""
         self._wanted.clear()
         self._ways.clear()
-        self.link.way = ""               # what is sent from now on is nobody's who waited
+        self.link.way = ""               # what is sent from now on is not for those who waited
         self._started.set_result(error)
         self._started = asyncio.get_running_loop().create_future()
 
@@ -8090,7 +8092,8 @@ class Instance:
     # The clients together, as the server sees them.
 
     def leave(self, session, is_over: bool = True) -> None:
-        """Takes back what the server does for this client alone; if it is not over, its calls are done first."""
+        """Takes back what the server does for this session. If the session is over, so is an instance of its own;
+        otherwise that ends after its calls, see Server.tick()."""
         if self.sessions.pop(session.id, None):
             self.levels[session.log_level] -= 1
         self.topics.leave(session)

@@ -15687,6 +15687,20 @@ def test_conversation_refused_subscription_is_told_to_all_who_wait_and_is_nobody
     ''', server="legacy", ann="legacy", bob="legacy", eve="legacy")
 
 
+@pytest.mark.parametrize("error, told", [
+    ('{}', '"code":-32602,"message":"the MCP server refused the subscription"'),
+    ('{"code":[1],"message":"no"}', '"code":-32602,"message":"no"'),
+    ('{"code":"x","message":null}', '"code":-32602,"message":"the MCP server refused the subscription"')],
+    ids=["empty", "code that is none", "no message"])
+def test_conversation_refused_subscription_is_told_by_a_code_and_a_message_whatever_the_server_says(error, told):
+    conversation('''
+        ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server > {"id":$1,"method":"resources/subscribe","params":{"uri":"a:b"}}
+                server < {"id":$1,"error":ERROR}
+        ann < {"id":1,"error":{TOLD}}
+    '''.replace("ERROR", error).replace("TOLD", told), server="legacy", ann="legacy")
+
+
 def test_conversation_subscriber_joins_one_who_leaves_but_not_one_who_left():
     conversation('''
         ann > {"id":1,"method":"resources/subscribe","params":{"uri":"a:b"}}
