@@ -225,9 +225,9 @@ LOG_LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert"
 MAX_HEAD_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
-MAX_SELF = 64 * 1024                 # bytes of what a client says of itself: capabilities, its info with icons
-SMALL_SELF = 4 * 1024                # characters; a message of no more is not checked for that
-MAX_SELF_VALUES = 1_000              # values in what a client says of itself: each takes far more memory than its text
+MAX_INTRODUCTION = 64 * 1024         # bytes of what a client says of itself: capabilities, its info with icons
+SMALL_INTRODUCTION = 4 * 1024        # characters; a message of no more is not checked for that
+MAX_INTRODUCTION_VALUES = 1_000      # values in it: each takes far more memory than its text
 MAX_URI = 2 * 1024                   # of a resource that is subscribed to, or compared to templates, in characters
 MAX_TEMPLATE_PARTS = 24              # of a resource template
 MAX_PARTS = 100                      # of a query, and of what Accept lists
@@ -274,7 +274,7 @@ class ProxyError(Exception):
         self.data = data
         self.headers = headers           # more HTTP headers, as (name, value) pairs
 
-    def as_object(self) -> dict:
+    def error_object(self) -> dict:
         """The `error` member of a JSON-RPC response."""
         error = {"code": self.code, "message": str(self)}
         if self.data is not None:
@@ -1495,7 +1495,7 @@ def encode_error(raw_id: bytes | None, error: ProxyError) -> list[bytes]:
     """The payload of an error response. MCP 2025-11-25, Overview, Error Responses: no id when none could be read."""
     raw_id = raw_id or error.raw_id
     member = b'"id":%b,' % raw_id if raw_id else b""
-    return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.as_object()).encode())]
+    return [b'{"jsonrpc":"2.0",%b"error":%b}' % (member, dump(error.error_object()).encode())]
 
 
 # A server's response is not even parsed where its id stands at the head or the tail (TypeScript servers write it
@@ -1772,10 +1772,10 @@ def is_modern(message: Message, version_header: str | None) -> bool:
 
 def check_size(message: Message, *paths: tuple[str, ...]) -> None:
     """Refuses a message if what stands at one of these paths is too large to be kept as long as its client is."""
-    for path in paths if len(message.text) > SMALL_SELF else ():
+    for path in paths if len(message.text) > SMALL_INTRODUCTION else ():
         text = message.raw(*path).encode(errors="replace")
         # Values are counted by what begins them, outside of strings such as an icon's URI.
-        if len(text) > MAX_SELF or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_SELF_VALUES:
+        if len(text) > MAX_INTRODUCTION or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_INTRODUCTION_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
 
 
@@ -2033,7 +2033,7 @@ def result_with(response: ResponseLine | Message, raw_id: bytes, new: Additions)
     return [response.changed(changes)]
 
 
-def if_it_says(response: ResponseLine | Message, name: str, written: bytes) -> Message | None:
+def parsed_if_it_has(response: ResponseLine | Message, name: str, written: bytes) -> Message | None:
     """The response, parsed, if its result has a member of this name and this value, a string as JSON; otherwise None.
     A line in which they stand nowhere together is not parsed."""
     if isinstance(response, ResponseLine) and (response.line.find(written) < 0 or not re.search(
@@ -2236,13 +2236,13 @@ def cut_result(response: Message, limit: int) -> Message:
 
 def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
     """A page of a legacy server's list as a modern client understands it; see next_cursor()."""
-    page = if_it_says(response, "nextCursor", b'""')
+    page = parsed_if_it_has(response, "nextCursor", b'""')
     return with_member(page, without_members(page.raw("result"), "nextCursor"), "result") if page else response
 
 
 def as_private(response: ResponseLine | Message) -> ResponseLine | Message:
     """A result that no cache may give to others. MCP 2026-07-28, Caching."""
-    public = if_it_says(response, "cacheScope", b'"public"')
+    public = parsed_if_it_has(response, "cacheScope", b'"public"')
     return with_member(public, '"private"', "result", "cacheScope") if public else response
 
 
@@ -2339,7 +2339,7 @@ def given_key(head: HTTPHead) -> str | None:
 
 
 @functools.lru_cache(maxsize=1_024)
-def fits_glob(glob: str):
+def glob_matcher(glob: str):
     """A function that tells whether a name fits. (fnmatch() would cache 32,768 globs, clients' among them.)"""
     return re.compile(fnmatch.translate(glob)).match
 
@@ -2350,7 +2350,7 @@ def is_chosen(name: str, globs: tuple[str, ...]) -> bool:
     if len(name) > MAX_CHOSEN:
         return False
     for glob in reversed(globs):
-        if fits_glob(glob.removeprefix("!"))(name):
+        if glob_matcher(glob.removeprefix("!"))(name):
             return not glob.startswith("!")
     return bool(globs) and globs[0].startswith("!")
 
@@ -2367,10 +2367,10 @@ class Grant:
     def is_for(self, servers: tuple[str, ...]) -> bool:
         return self.servers is None or bool({*servers} & {*self.servers})
 
-    def takes(self, tool: str, is_read_only: bool) -> bool:
+    def allows_tool(self, tool: str, is_read_only: bool) -> bool:
         return (self.tools is None or is_chosen(tool, self.tools)) and (is_read_only or not self.read_only)
 
-    def sets(self, variable: str) -> bool:
+    def allows_variable(self, variable: str) -> bool:
         return self.env is None or is_named(variable, self.env)
 
 
@@ -2382,7 +2382,7 @@ class Limits:
     grants: tuple[Grant, ...]
     # Of a token: all scopes that there are, those that it has, and how the challenge that asks for more begins.
     scopes: tuple[tuple[str, Grant], ...] = ()
-    has: tuple[str, ...] = ()
+    held_scopes: tuple[str, ...] = ()
     challenge: str = ""
 
     def of(self, servers: tuple[str, ...]) -> tuple[Grant, ...]:
@@ -2395,10 +2395,11 @@ class Limits:
         that and, by MCP 2025-11-25, Scope Challenge Handling, for those that it has, which would be lost otherwise."""
         # Whether a tool only reads is not known here, so the scopes for all tools are tried first.
         scopes = sorted(self.scopes, key=lambda one: one[1].read_only) if tool is not None else self.scopes
-        scope = next((name for name, grant in scopes if name not in self.has and grant.is_for(servers)
-                      and (tool is None or grant.takes(tool, limit != "read_only"))
-                      and (variable is None or grant.sets(variable))), None)
-        challenge = f'{self.challenge}, error="insufficient_scope", scope="{" ".join([*self.has, scope or ""])}"'
+        scope = next((name for name, grant in scopes if name not in self.held_scopes and grant.is_for(servers)
+                      and (tool is None or grant.allows_tool(tool, limit != "read_only"))
+                      and (variable is None or grant.allows_variable(variable))), None)
+        needed = " ".join([*self.held_scopes, scope or ""])
+        challenge = f'{self.challenge}, error="insufficient_scope", scope="{needed}"'
         headers = ((CHALLENGE_HEADER, challenge),) if scope else ()
         return RPCError(f"{text} is not open to {self.key}", status=403 if headers else status, code=INVALID_PARAMS,
                         data={"limit": limit, "key": self.key}, headers=headers)
@@ -2427,7 +2428,7 @@ class Caller:
         old, has = self.limits or Limits(self.name, ()), [name for name in scopes or () if name in self.scopes]
         return dataclasses.replace(self, limits=None if scopes is None else dataclasses.replace(
             old, grants=tuple(scopes[name] for name in has), scopes=tuple(scopes.items()),
-            has=tuple(dict.fromkeys([*old.has, *has]))))
+            held_scopes=tuple(dict.fromkeys([*old.held_scopes, *has]))))
 
 
 def digest_of_key(key: str) -> bytes:
@@ -2471,7 +2472,7 @@ def _signature(secret: str, text: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def whose(secret: str, caller: Caller | None) -> str:
+def caller_mark(secret: str, caller: Caller | None) -> str:
     """What a session's id says of its caller: the same whatever its key is called, and nothing to anybody else."""
     return _signature(secret, caller.digest.hex())[:16] if caller else ""
 
@@ -2576,7 +2577,7 @@ MAX_KEYS = 100                   # of one issuer
 MAX_TRIES = 8                    # of those that one token may mean, as when it names none
 LEEWAY = 60                      # seconds that two clocks may differ
 JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
-PADDING = bytes.fromhex("003031300d060960864801650304020105000420")     # RFC 8017 §9.2: a zero, and which hash it is
+DIGEST_INFO = bytes.fromhex("003031300d060960864801650304020105000420")  # RFC 8017 §9.2: a zero, and which hash it is
 P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
 P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
 P256_N = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -2704,7 +2705,7 @@ def is_signed_by_rsa(signed: bytes, signature: bytes, n: int, e: int) -> bool:
     """RFC 8017 §8.2.2, with SHA-256."""
     import hashlib
     size, number = (n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
-    padded = PADDING + hashlib.sha256(signed).digest()
+    padded = DIGEST_INFO + hashlib.sha256(signed).digest()
     padded = b"\0\1" + b"\xff" * (size - len(padded) - 2) + padded
     return len(signature) == size and number < n and pow(number, e, n).to_bytes(size, "big") == padded
 
@@ -2718,13 +2719,13 @@ def is_signed_by_ecdsa(signed: bytes, signature: bytes, x: int, y: int) -> bool:
     inverse = pow(s, -1, P256_N)
     hashed = int.from_bytes(hashlib.sha256(signed).digest(), "big") * inverse % P256_N
     shift, key, total = r * inverse % P256_N, (x, y, 1), INFINITY
-    sums = INFINITY, P256_G, key, added(P256_G, key)
+    sums = INFINITY, P256_G, key, add_points(P256_G, key)
     for bit in range(255, -1, -1):                     # both products at once
-        total = added(added(total, total), sums[(hashed >> bit & 1) + 2 * (shift >> bit & 1)])
+        total = add_points(add_points(total, total), sums[(hashed >> bit & 1) + 2 * (shift >> bit & 1)])
     return total[2] != 0 and total[0] * pow(total[2], -1, P256_P) % P256_P % P256_N == r
 
 
-def added(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
+def add_points(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
     """The sum of any two points of y² = x³ - 3x + b, also of one and itself, or infinity: Renes, Costello and Batina,
     Complete addition formulas for prime order elliptic curves, 2016, §3."""
     (x1, y1, z1), (x2, y2, z2) = one, other
@@ -2818,7 +2819,7 @@ class Rules:
 
     def without_effect(self, names: dict[str, object]) -> list[str]:
         """The globs and overrides that fit none of these tools: maybe a slip, which leaves a tool open or unchanged."""
-        globs = [glob for glob in self.tools or () if not any(map(fits_glob(glob.removeprefix("!")), names))]
+        globs = [glob for glob in self.tools or () if not any(map(glob_matcher(glob.removeprefix("!")), names))]
         return [*globs, *(name for name in self.overrides if name not in names)]
 
     @functools.cached_property
@@ -2863,7 +2864,7 @@ class When:
         given = [(glob, arguments.get(name)) for name, glob in self.argument.items()]
         given += [(glob, headers.get(name)) for name, glob in self.header.items()]
         given += [(self.key, key)] if self.key else []
-        return all(value is not None and fits_glob(glob)(value if isinstance(value, str) else dump(value))
+        return all(value is not None and glob_matcher(glob)(value if isinstance(value, str) else dump(value))
                    for glob, value in given)
 
 
@@ -2997,7 +2998,7 @@ class View:
         if not self.grants or member is None or kind != "tools":
             return member is not None
         is_harmless = tool is None or hints_of(tool, member.rules.overrides.get(own)).get("readOnlyHint") is True
-        return any(grant.takes(own, is_harmless) for grant in self.grants[server])
+        return any(grant.allows_tool(own, is_harmless) for grant in self.grants[server])
 
     def is_by_hints(self, server: str, kind: str) -> bool:
         """Does it take the server's list to say what its caller may use?"""
@@ -3072,7 +3073,7 @@ class View:
             if not may_set(name, value, member.settings.allowed_env):
                 raise RPCError(f"clients may not set the variable {name} like this, unless ALLOWED_ENV names it",
                                code=INVALID_PARAMS)
-            if self.limits and not any(grant.sets(name) for grant in self.limits.of(member.names)):
+            if self.limits and not any(grant.allows_variable(name) for grant in self.limits.of(member.names)):
                 raise self.limits.refusal("env", f"the variable {name}", 403, member.names, variable=name)
 
 
@@ -5601,17 +5602,17 @@ class Issuer:
         try:
             return await self._signer(token, turn)
         except UnknownKey:
-            if self._now() - self._retried_at >= (OUTAGE_SECONDS if self._is_out else RETRY_SECONDS) or self._reading:
+            if self._now() - self._retried_at >= (OUTAGE_SECONDS if self._is_down else RETRY_SECONDS) or self._reading:
                 self._retried_at = self._now()
                 await self._renew_keys(0)
-            elif not self._is_out:
+            elif not self._is_down:
                 raise
-            if self._is_out:
+            if self._is_down:
                 raise try_later("the keys of the tokens' issuer cannot be read")
             return await self._signer(token, turn)
 
     @property
-    def _is_out(self) -> bool:
+    def _is_down(self) -> bool:
         """Did the last try to read its keys fail, or is one under way?"""
         return self._tried_at > self._read_at
 
@@ -5774,7 +5775,7 @@ class RemoteFetch(Fetch):
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):
-            self.is_stream, self.events = True, self.link.events_of(self.number, self.session)
+            self.is_stream, self.events = True, self.link.event_parser(self.number, self.session)
 
     def on_part(self, data: bytes) -> None:
         self.events.feed(data)
@@ -5855,7 +5856,7 @@ class Listen(RemoteFetch, Ask):
         self.tries = 0
         super().on_part(data)
 
-    async def heard(self, client: HTTPClient) -> tuple[int, str, bool]:
+    async def read_to_end(self, client: HTTPClient) -> tuple[int, str, bool]:
         """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0; how it ended, in words that
         follow "the server"; and whether the server was reached."""
         now = asyncio.get_running_loop().time
@@ -6026,7 +6027,7 @@ class RemoteLink(Link):
         """Sends a request of the link's own; returns the HTTP response."""
         return Ask(self.post_head(line, about), line).answer(self._client, ASIDE_SECONDS)
 
-    async def _doubt(self) -> None:
+    async def _greet_again(self) -> None:
         """The server refuses what it took before. One of the other era may have taken its place, or one that wants a
         session. So it is greeted once more as before, and if it answers that in another way, the link ends."""
         now, is_modern = asyncio.get_running_loop().time(), self.revision == MODERN_VERSION
@@ -6143,7 +6144,7 @@ class RemoteLink(Link):
 
     # Responses.
 
-    def events_of(self, number: int | None, session: str | None) -> EventParser:
+    def event_parser(self, number: int | None, session: str | None) -> EventParser:
         """What takes in the events of a stream of this session, and of the request with this id."""
         def on_event(kind: bytes, data: bytes) -> None:
             if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
@@ -6173,10 +6174,10 @@ class RemoteLink(Link):
         is_lost = is_of_lost_session(head, body, post.number)
         if not (post.session or post.is_greeting) and (is_lost or not has_answer and head.status in (400, 404, 405)):
             # A server of the other era would answer so. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
-            asyncio.create_task(self._doubt())
+            asyncio.create_task(self._greet_again())
         if post.session and is_lost:
             request = self.awaits(post.number)
-            if post.is_repeated or request and request.stays:
+            if post.is_repeated or request and request.is_pinned:
                 self._refuse(post, refusal(head, body))
             else:
                 self._renew(post.session)
@@ -6275,7 +6276,7 @@ class RemoteLink(Link):
         number = listen.number
         while True:
             await asyncio.sleep(listen.pause)
-            status, reason, is_reached = await listen.heard(self._client)
+            status, reason, is_reached = await listen.read_to_end(self._client)
             if self._running.get(number) is not listen:
                 return                         # nobody needs it any more: what it is for is over, or its session
             del self._running[number]
@@ -6342,7 +6343,7 @@ class PendingRequest:
     client = None              # the Client that the request came from, if it came from one
     principal: object = None   # who is answerable for it
     is_endless = False         # is it a subscription, for which no time is too long?
-    stays = False              # is it not to be sent again?
+    is_pinned = False          # is it not to be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
 
     def on_response(self, response: ResponseLine | Message) -> None:
@@ -6395,11 +6396,11 @@ class OwnRequest(PendingRequest):
 class ServerConnection(Holder):
     """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
-    def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification, is_ones_own: bool):
+    def __init__(self, name: str, link: Link, *, now, redact, on_request, on_notification, is_single_user: bool):
         self.name = name
         self.link = link
         self.has_served = False                           # did it get a client's call?
-        self._is_ones_own = is_ones_own                    # does it serve one client alone?
+        self._is_single_user = is_single_user              # see Instance.is_single_user
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
         link.on_refused, link.awaits, link.request = self._fail, lambda number: self.pending.get(number), self.request
         self.era = LEGACY
@@ -6497,7 +6498,7 @@ class ServerConnection(Holder):
         if not link.is_open:
             raise self.failure()
         if (backlog := link.backlog) or self._waiting:
-            self._queue(len(line), principal, backlog, cancelled is not None)
+            self._check_backlog(len(line), principal, backlog, cancelled is not None)
         if principal is not None:
             self.has_served = True
         if cancelled is None:
@@ -6505,7 +6506,7 @@ class ServerConnection(Holder):
         else:
             link.cancel(cancelled, line, principal)
 
-    def _queue(self, size: int, principal: object, backlog: int, has_to_go: bool) -> None:
+    def _check_backlog(self, size: int, principal: object, backlog: int, has_to_go: bool) -> None:
         """Counts a message among what waits to be read, or refuses it."""
         waiting, shares = self._waiting, self._shares
         while waiting and shares.total() - waiting[0][1] >= backlog:         # the oldest was read
@@ -6521,7 +6522,7 @@ class ServerConnection(Holder):
             raise ServerError("the MCP server does not read its input", status=503)
         waiting.append((principal, size))
         shares[principal] += size
-        if self._is_ones_own:
+        if self._is_single_user:
             budget.set(self, backlog)
 
     def give(self) -> None:
@@ -6559,7 +6560,7 @@ class ServerConnection(Holder):
             line = line or encode_request(None, "notifications/cancelled", {"requestId": server_id, "reason": reason})
             self.send_if_possible(line, request.client and request.client.principal, server_id)
 
-    def give_up(self, now: float, patience: float) -> collections.abc.Iterator[PendingRequest]:
+    def expire(self, now: float, patience: float) -> collections.abc.Iterator[PendingRequest]:
         """Ends the proxy's own requests that take too long, and yields them; clients' calls end by their exchanges."""
         if self.held:
             budget.set(self, self.link.backlog)
@@ -6578,7 +6579,7 @@ class ServerConnection(Holder):
         """Why nothing more will come from this server, with its last words. If several clients share it, and it has had
         a call, those may hold anybody's secret, and are for the log alone."""
         data, said = {"exitCode": self.link.exit_code, **self.link.excess}, ""
-        if self._is_ones_own or not self.has_served:
+        if self._is_single_user or not self.has_served:
             said, data["stderr"] = self.link.last_word, list(self.link.last_words)
         return ServerError(f"the MCP server ended{self.link.how_it_ended}{said and ': '}{said}",
                            data=None if self.link.is_remote else data)
@@ -6941,7 +6942,7 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
         del book[name]
 
 
-def short_of(state: str) -> str | bytes:
+def state_key(state: str) -> str | bytes:
     """The key under which a requestState is kept: itself, or if it is long, its digest."""
     import hashlib
     return state if len(state) <= MAX_NAMED else hashlib.sha256(state.encode("utf-8", "surrogatepass")).digest()
@@ -6982,12 +6983,12 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     owner = instance.owners.get(named) if named and (message.kind is NOTIFICATION or named[0] == "task") else None
     if cause and cause.client and owner in (None, cause.client.owner):       # it came on the stream of a client's call
         return [cause], None
-    if named and (owner or message.kind is NOTIFICATION and not instance.is_ones_own):         # it says whose it is
+    if named and (owner or message.kind is NOTIFICATION and not instance.is_single_user):         # it says whose it is
         session = instance.sessions.get(owner)
         return [call for call in session.calls.values() if call.is_running] if session else [], session
     # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
     # one is the proxy's own, or over.
-    if cause and not instance.is_ones_own:
+    if cause and not instance.is_single_user:
         return [], None
     if connection and connection.causes:                                     # running calls that can have caused it
         calls = list(itertools.islice(connection.causes, MAX_CAUSES + 1))
@@ -7014,7 +7015,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
 
     def missing(asked) -> dict | None:
         # A server that was told its client's own capabilities has to keep to them by itself.
-        return missing_capabilities(asked.capabilities, message.method, params) if instance.is_told_ours else None
+        if not instance.knows_our_capabilities:
+            return None
+        return missing_capabilities(asked.capabilities, message.method, params)
 
     def on_response(question: Question, response: Message) -> None:
         if connection.questions.get(message.id) is question:
@@ -7077,7 +7080,7 @@ def own_tasks(instance, client, response: Message) -> Message:
     """The response to tasks/list with the client's own tasks alone. MCP 2025-11-25, Tasks, Task Isolation and Access
     Control."""
     tasks = members_of(response.members.get("result")).get("tasks")
-    if instance.is_ones_own or not isinstance(tasks, list):
+    if instance.is_single_user or not isinstance(tasks, list):
         return response
     ids = [members_of(task).get("taskId") for task in tasks]
     own = [text for name, text in zip(ids, split_array(response.raw("result", "tasks"), len(tasks)))
@@ -7106,7 +7109,7 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
 
 def pass_on(instance, message: Message, cause: PendingRequest | None = None) -> None:
     """Passes a notification on, unless its link is being replaced: then nobody knows its calls any more."""
-    if instance.state is READY and instance.connection is None:
+    if instance.state == "ready" and instance.connection is None:
         return
     NOTIFICATION_ROUTES.get(message.method, _to_owner)(instance, message, cause)
 
@@ -7182,7 +7185,7 @@ def outward(client, instance, message: Message) -> Message:
     return with_tasks(message, lambda task: f"{instance.server.name}__{task}")
 
 
-def _to_asked(instance, message: Message, cause: PendingRequest | None) -> None:
+def _on_cancelled(instance, message: Message, cause: PendingRequest | None) -> None:
     """The server takes a question back: tells the client that was asked. Or it ends a subscription: MCP 2026-07-28,
     Cancellation, has it do so over stdio, where a response may be missing."""
     request_id, connection = message.params.get("requestId"), instance.connection
@@ -7207,7 +7210,7 @@ def _to_owner_of_task(instance, message: Message, cause: PendingRequest | None) 
 
 # To route another notification, add a row; what is not here goes where a log message goes.
 NOTIFICATION_ROUTES = {
-    "notifications/cancelled": _to_asked,
+    "notifications/cancelled": _on_cancelled,
     "notifications/progress": _to_owner_of_task,
     RESOURCE_UPDATED: _to_subscribers,
     **{method: _to_all for _, method in LIST_CHANGES.values()},
@@ -7785,7 +7788,7 @@ class Instance:
         self.recent_callers: dict[object, float] = {}        # the last two whose call in MAY_CAUSE ended, and when
         self.identity: Identity | None = None
         self.tries_legacy_first = False             # because it died when it was last asked in legacy
-        self.is_told_ours = True                    # a legacy server knows the proxy's capabilities, not its client's
+        self.knows_our_capabilities = True          # a legacy server knows the proxy's capabilities, not its client's
         self.log_level: str | None = None           # that is wanted of it: a legacy server was told it
         self.connection: ServerConnection | None = None       # while READY
         self.listening: Listening | None = None     # at a modern server
@@ -7822,7 +7825,7 @@ class Instance:
             kept.listing for kept in self.lists.values())
 
     @property
-    def is_ones_own(self) -> bool:
+    def is_single_user(self) -> bool:
         """Does it serve one user alone? Visitors without a key or variables may be anybody: anyone can give a name."""
         return self.is_private or self.owner != () and (self.owner[0] is not None or bool(self.variables))
 
@@ -7841,7 +7844,7 @@ class Instance:
         if self._runner is None and self.state is NEW:
             if self.owner is not self:                 # a spare one is only started where there is room
                 self.server.pool.make_room(self.principal, self.server)
-            self.is_told_ours = not initialize
+            self.knows_our_capabilities = not initialize
             initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
@@ -7905,7 +7908,7 @@ class Instance:
                 if connection:
                     await asyncio.shield(connection.link.stop())
             # What a client said in its handshake, or set as a variable, may be wrong.
-            is_ours = not self.variables and (self.is_told_ours or not isinstance(error, HandshakeRefused))
+            is_ours = not self.variables and (self.knows_our_capabilities or not isinstance(error, HandshakeRefused))
             self.server.on_error(reason := self.redact(str(error)), self.link.last_word, is_ready, is_ours)
             if not is_ready:
                 log.error("! server %(server)s did not start: %(reason)s", server=self.server.name, reason=reason)
@@ -7930,7 +7933,7 @@ class Instance:
             connection = ServerConnection(self.server.name, link, now=self.server.now, redact=self.redact,
                                           on_request=functools.partial(ask_client, self),
                                           on_notification=functools.partial(pass_on, self),
-                                          is_ones_own=self.is_ones_own)
+                                          is_single_user=self.is_single_user)
             connection.on_closed = functools.partial(self._forget, connection)
             link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
             link.on_forgotten = functools.partial(self._on_forgotten, connection)
@@ -7995,15 +7998,15 @@ class Instance:
             self.listening = Listening(self)
             self.listening.renew()
         self._settle_start(None)
-        self._put_back(connection, is_restart or self.is_missed)
+        self._restore(connection, is_restart or self.is_missed)
 
     def _on_forgotten(self, connection: ServerConnection) -> None:
         """A remote server has forgotten its session, and all that was asked and told in it."""
         drop_questions(connection)
         if connection is self.connection:
-            self._put_back(connection, is_another=True)
+            self._restore(connection, is_another=True)
 
-    def _put_back(self, connection: ServerConnection, is_another: bool) -> None:
+    def _restore(self, connection: ServerConnection, is_another: bool) -> None:
         """Tells a legacy server what its clients need of it; and if it is another one than before, tells the clients
         that its lists may have changed."""
         if connection.era is LEGACY:
@@ -8023,7 +8026,7 @@ class Instance:
         connection = self.connection
         is_silent = connection and not self.is_private and connection.heard_at <= request.last_sign
         if request.client and request.group or is_silent and self.server.config.group:
-            self.server.count(self, has_failed=True)
+            self.server.count_outcome(self, has_failed=True)
         if is_silent:
             connection.silences += 1
             if connection.silences == SILENCES:
@@ -8080,7 +8083,7 @@ class Instance:
     def tick(self, now: float) -> None:
         """Called now and then: gives up on what takes too long, and says so of a start."""
         if self.connection:
-            for request in self.connection.give_up(now, self.server.settings.request_timeout):
+            for request in self.connection.expire(now, self.server.settings.request_timeout):
                 self.on_time_out(request)
             for kept in self.lists.values():
                 kept.tick(now)
@@ -8092,8 +8095,7 @@ class Instance:
     # The clients together, as the server sees them.
 
     def leave(self, session, is_over: bool = True) -> None:
-        """Takes back what the server does for this session. If the session is over, so is an instance of its own;
-        otherwise that ends after its calls, see Server.tick()."""
+        """Takes back what the server does for this session. If that is over, so is an instance of its own."""
         if self.sessions.pop(session.id, None):
             self.levels[session.log_level] -= 1
         self.topics.leave(session)
@@ -8133,7 +8135,7 @@ class Instance:
 
     def is_owner(self, client: "Client", name: tuple[str, str] | None) -> bool:
         """May a client know of this task? A client that may be anybody may know of one that is nobody's."""
-        return self.is_ones_own or self.owners.get(name) == client.owner
+        return self.is_single_user or self.owners.get(name) == client.owner
 
 
 # ============================================================================
@@ -8153,7 +8155,7 @@ RETRY = b"retry: 3000\n\n"
 class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    hello: dict | None = None                       # the params of its handshake, by which servers of its own start
+    initialize_params: dict | None = None           # its handshake's, by which servers of its own start
     may_have_logs = False                           # was it offered logs as a server was missing? True if unknown
     software = ""                                   # the name/version that it gave when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
@@ -8205,8 +8207,8 @@ class Client(Holder):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
-            if instance.is_private and self.hello is not None:
-                instance.start(self.hello)
+            if instance.is_private and self.initialize_params is not None:
+                instance.start(self.initialize_params)
             if before and self.is_session:
                 self.move_topics(server, server)
         instance.last_used = self.mount.now()
@@ -8229,7 +8231,7 @@ class Client(Holder):
         return self.by_name(self.view.members[0].name)
 
     def adopt(self, catalog: Catalog) -> RPCError | None:
-        """Goes by another configuration from now on, and lets affected calls stay(). Returns why it cannot, if so."""
+        """Goes by another configuration from now on, and pins affected calls. Returns why it cannot, if so."""
         before, problem = self.view, None
         # Of the servers that it chose, those that are left; if none is left, view() refuses its choice.
         wanted = tuple((kind, ",".join(one for one in listed(text) if one in catalog.offered) or text
@@ -8242,7 +8244,7 @@ class Client(Holder):
             problem = error
         for call in list(self.calls.values()):
             if problem or call.is_changed(before):
-                call.stay(no_such_session() if problem and self.is_session else problem or other_limits())
+                call.pin(no_such_session() if problem and self.is_session else problem or other_limits())
         return problem
 
     def notify(self, message: Message) -> None:
@@ -8254,7 +8256,7 @@ class Client(Holder):
             if instance and instance.connection and instance.connection.era is MODERN:
                 instance.connection.send_if_possible(message.payload[0], self.principal)
 
-    def take_back(self, notification: Message) -> None:
+    def cancel_request(self, notification: Message) -> None:
         """It cancels a request, by this notification."""
         request_id = notification.params.get("requestId")
         call = self.calls.get(request_id) if is_id(request_id) else None
@@ -8342,7 +8344,7 @@ class Session(Client):
             return self.id
         return seal(secret, self.id, {
             "version": version, "capabilities": self.capabilities, "info": self.info and scan_plain(self.info, 0)[0],
-            "whose": whose(secret, self.caller), "place": self.view.place, "wanted": self.view.wanted,
+            "whose": caller_mark(secret, self.caller), "place": self.view.place, "wanted": self.view.wanted,
             "time": int(time.time())})
 
     def restore(self, sealed_id: str, facts: dict) -> None:
@@ -8460,14 +8462,14 @@ class Session(Client):
         check_parameters(message)
         log.info("< %(session)s %(method)s", session=self.label, method=message.method)
         if message.method == "notifications/cancelled":
-            return self.take_back(message)
+            return self.cancel_request(message)
         for instance in self._instances.values():
             connection = instance.connection
             if connection is None or connection.era is MODERN:
                 continue
             if message.method == "notifications/initialized":
                 # The proxy has sent this itself. A spare server had no client then to ask for roots: it may ask now.
-                if instance.is_private and instance.is_told_ours and "roots" in self.capabilities:
+                if instance.is_private and instance.knows_our_capabilities and "roots" in self.capabilities:
                     connection.send_if_possible(encode_request(None, "notifications/roots/list_changed"))
             elif instance.is_private or self._may_tell(connection, message):
                 connection.send_if_possible(message.payload[0], self.principal)
@@ -8554,7 +8556,7 @@ class Pool:
 
     def make_room(self, principal: object, server: "Server") -> None:
         """Sees to it that one more process of a server's can be started for a principal; ServerError when it cannot."""
-        other = self.who_ends(principal, server)
+        other = self.instance_to_end(principal, server)
         if other:
             for session in list(other.sessions.values()):
                 session.on_closed(try_later("others need the room"))
@@ -8562,7 +8564,7 @@ class Pool:
                 listener.end_subscription()
             other.server.end(other)
 
-    def who_fill(self, server: "Server") -> set["Server"]:
+    def servers_in_the_way(self, server: "Server") -> set["Server"]:
         """The servers whose processes leave no room for one more of this one's: all, or those that share its range of
         users. Empty while there is room."""
         sharing = {one for one in self.servers if server.users and one.users == server.users and not (
@@ -8573,10 +8575,10 @@ class Pool:
                 return servers
         return set()
 
-    def who_ends(self, principal: object, server: "Server") -> Instance | None:
+    def instance_to_end(self, principal: object, server: "Server") -> Instance | None:
         """The instance that has to end before a server gets one more process for a principal: a spare one, an idle one
         of visitors, or one of whoever has most. None: there is room. ServerError: none may end, or enough do."""
-        servers = self.who_fill(server)
+        servers = self.servers_in_the_way(server)
         if not servers:
             return None
         running = [instance for one in servers for instance in one.instances.values()
@@ -8644,7 +8646,7 @@ class Server:
             return self.is_up
         return mine.failures < FAILURES or self.now() - mine.failed_at >= LONGEST_PROBE_PAUSE
 
-    def count(self, instance: Instance, has_failed: bool) -> None:
+    def count_outcome(self, instance: Instance, has_failed: bool) -> None:
         """A call of its group's was answered by this instance, or failed there."""
         for one in self, instance:
             one.failures = one.failures + 1 if has_failed else 0
@@ -8731,7 +8733,7 @@ class Server:
 
     async def _try_start(self) -> None:
         """Starts a spare instance, to see whether that works."""
-        if self.pool.who_fill(self):
+        if self.pool.servers_in_the_way(self):
             raise try_later("too many processes")
         spare = self._new_spare()
         try:
@@ -8775,7 +8777,7 @@ class Server:
         for name, value in (variables or {}).items():          # they may have been checked for an older configuration
             if not may_set(name, value, self.settings.allowed_env):
                 raise RPCError(f"clients may not set the variable {name} like this", code=INVALID_PARAMS)
-        self.pool.who_ends(principal, self)
+        self.pool.instance_to_end(principal, self)
         instance = self.instances[owner] = Instance(self, owner, variables or {}, principal)
         return instance
 
@@ -8802,7 +8804,7 @@ class Server:
         if self.now() < self._spares_pause:
             return
         for _ in range(self.spares_wanted - len(spares)):
-            if self.pool.who_fill(self):
+            if self.pool.servers_in_the_way(self):
                 break
             self._new_spare().start()
 
@@ -8890,7 +8892,7 @@ class Group:
         """The member that has the task, or the call that waits for input, which a request names."""
         state, named = message.params.get("requestState"), owner_named(message)
         if isinstance(state, str):
-            given = client.mount.states.get(short_of(state))
+            given = client.mount.states.get(state_key(state))
             return given.server if given and given.server in self.members else None
         return next((member for member in self.members for instance in member.instances.values()
                      if named in instance.owners and instance.is_owner(client, named)), None) if named else None
@@ -8935,7 +8937,7 @@ class Mount:
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
         self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
-        self.states: dict[str | bytes, GivenState] = {}      # which server a requestState is for, by short_of()
+        self.states: dict[str | bytes, GivenState] = {}      # which server a requestState is for, by state_key()
         self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
@@ -9011,7 +9013,7 @@ class Mount:
             if call.is_endless and is_another(call.client.caller):
                 call.end_subscription()
             elif call.client.caller and current(call.client.caller) is None:
-                call.stay(other_limits())
+                call.pin(other_limits())
             call.client.caller = current(call.client.caller) or call.client.caller
         for server in self.servers.values():
             for instance in [one for one in server.instances.values() if one.owner and not one.is_private]:
@@ -9068,7 +9070,7 @@ class Mount:
             return name if self.sessions[name].sealed_id == sealed_id else NOBODYS_NAME
         view = view_now()                          # RPCError where there is nothing any more
         _, facts = unseal(secret, sealed_id) or (None, None)
-        is_genuine = facts and (facts["whose"], facts["place"]) == (whose(secret, caller), view.place) and (
+        is_genuine = facts and (facts["whose"], facts["place"]) == (caller_mark(secret, caller), view.place) and (
             -CLOCKS_DIFFER <= time.time() - facts["time"] <= ID_SECONDS)
         if not is_genuine or name in self.deleted:
             return NOBODYS_NAME
@@ -9289,7 +9291,7 @@ async def gather_lists(client: Client, method: str, members=None,
     """What the servers list by a method; those that are missing tell the client when they are back."""
     found, missing = await ask_servers(client, lambda instance: instance.list_of(method, way).fresh,
                                        lambda instance: instance.list_of(method, way).get(), members)
-    miss(client, missing, method, way)
+    mark_missed(client, missing, method, way)
     return found, missing
 
 
@@ -9319,7 +9321,7 @@ async def have_started(client: Client, missing: collections.abc.Iterable[str], w
             start.cancel()
 
 
-def miss(client: Client, missing: dict[str, str], method: str | None = None, way: str = "") -> None:
+def mark_missed(client: Client, missing: dict[str, str], method: str | None = None, way: str = "") -> None:
     """Remembers that a client was given an answer without these servers."""
     for name in missing:
         with contextlib.suppress(ProxyError):
@@ -9336,7 +9338,7 @@ async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Id
         await instance.ready()
         return instance.identity
     found, missing = await ask_servers(client, lambda instance: instance.identity, ask)
-    miss(client, missing)
+    mark_missed(client, missing)
     return found, missing
 
 
@@ -9403,7 +9405,7 @@ def pick(client: Client, message: Message) -> Target | None:
     names = [one.name for one in view.servers if task.startswith(f"{one.name}__")] if isinstance(task, str) else []
     if names:
         return Target(max(names, key=len))                             # a___1 is of a_, and not of a
-    given = client.mount.states.get(short_of(state)) if method == "resources/read" and isinstance(state, str) else None
+    given = client.mount.states.get(state_key(state)) if method == "resources/read" and isinstance(state, str) else None
     return Target(given.place) if given and given.place in view.by_name else None
 
 
@@ -9609,7 +9611,7 @@ class LegacyClientBridge(Bridge):
         check_introduction(message)
         # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
         # also where the server answered with a revision that nobody knows.
-        is_answered = not exchange.instance.is_told_ours and identity.version in LEGACY_VERSIONS
+        is_answered = not exchange.instance.knows_our_capabilities and identity.version in LEGACY_VERSIONS
         version = identity.version if is_answered else negotiate(message.params.get("protocolVersion"))
         if client.is_session:
             client.introduce(message, version)
@@ -9833,7 +9835,7 @@ class LegacyClientModernServer(LegacyClientBridge):
             # What it was called before 2026-07-28.
             codes = {INVALID_PARAMS: RESOURCE_NOT_FOUND} if exchange.method == "resources/read" else {}
             exchange.finish(error_with(response.parsed(), exchange.raw_id, codes))
-        elif if_it_says(response, "resultType", b'"input_required"'):
+        elif parsed_if_it_has(response, "resultType", b'"input_required"'):
             self._gather(exchange, response.parsed())
         else:
             exchange.finish(result_without(response, exchange.raw_id, exchange.method))
@@ -9843,7 +9845,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         exchange.connection.causes.pop(exchange, None)        # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
-        if exchange.text is None and exchange.stays:
+        if exchange.text is None and exchange.is_pinned:
             raise other_limits()
         if dialogue.rounds > ROUNDS or exchange.text is None:
             raise ServerError("the MCP server asked for input too often, or where it may not")
@@ -9971,7 +9973,7 @@ class Dialogue:
         if exchange.is_running and not self.questions and missing:
             exchange.fail(RPCError("the call needs a capability that the client did not declare",
                                    code=MISSING_CAPABILITY, data={"requiredCapabilities": missing}))
-        elif exchange.is_running and self.questions and self._has_room():
+        elif exchange.is_running and self.questions and self._make_room():
             # Nobody can guess or make one, it is good for one use, and it says nothing: what it stands for stays here.
             self.request_state = os.urandom(24).hex()
             result = input_required({key: question.message for key, question in self.questions.items()},
@@ -9981,7 +9983,7 @@ class Dialogue:
                 exchange.remember_state(self.request_state)
             exchange.park(encode_result(exchange.raw_id, result))
 
-    def _has_room(self) -> bool:
+    def _make_room(self) -> bool:
         """Can one more call be parked? If need be, another one times out for it, or this one fails."""
         exchange, parked = self.exchange, self.exchange.client.mount.parked.values()
         if len(parked) < PARKED_CALLS:
@@ -10128,7 +10130,7 @@ class ClientRequest(PendingRequest, Holder):
 
     __slots__ = tuple("""client instance message envelope method trace headers state connection server_id names_tasks
         dialogue answerer on_done started last_sign id raw_id name size token software problem outlet text held
-        http_headers digest principal target others missing unknown group work is_repeated stays has_begun
+        http_headers digest principal target others missing unknown group work is_repeated is_pinned has_begun
         _bridge""".split())
 
     def __init__(self, client: Client, instance: Instance | None, message: Message, outlet: Outlet,
@@ -10141,7 +10143,7 @@ class ClientRequest(PendingRequest, Holder):
         self.group: Group | None = None               # whose members stand in for each other, once per call
         self.work: asyncio.Task | None = None         # waits until it can be sent, or answers it
         self.is_repeated = False                      # was it sent again, after a failure? That is done once
-        self.stays = False                            # see stay()
+        self.is_pinned = False                        # see pin()
         self.has_begun = False                        # was its client told or asked anything?
         self.message: Message | None = message        # the request, until it is sent;
         self.text: str | None = message.text          # where it may be needed again, as text, or when parked as a
@@ -10194,10 +10196,10 @@ class ClientRequest(PendingRequest, Holder):
     def is_parked(self) -> bool:
         return self.state is PARKED
 
-    def stay(self, error: ProxyError) -> None:
+    def pin(self, error: ProxyError) -> None:
         """What its caller may use has changed: it fails with this error if it is at no server yet; otherwise it goes on
         where it is, but is not sent again, as a legacy client's would be with its answers."""
-        self.stays = self.is_repeated = True
+        self.is_pinned = self.is_repeated = True
         self.others, self.text = (), self.envelope and self.text
         connection, number = self.connection, self.server_id
         is_sent = connection and number in connection.pending and connection.link.has_sent(number)
@@ -10301,7 +10303,7 @@ class ClientRequest(PendingRequest, Holder):
         if before is not WAITING and self.method in MAY_CAUSE:
             self._cause_no_more(now)
         if not is_answered and not is_parked:
-            self._take_back(notification, outcome)
+            self._cancel_at_server(notification, outcome)
         if self.dialogue and not is_parked:
             self.dialogue.end(is_answered)
         if before is not PARKED:                  # that request was answered, and is recorded
@@ -10353,7 +10355,7 @@ class ClientRequest(PendingRequest, Holder):
         if self.dialogue:
             mount.parked.pop(self.dialogue.request_state, None)
 
-    def _take_back(self, notification: Message | None, reason: str) -> None:
+    def _cancel_at_server(self, notification: Message | None, reason: str) -> None:
         """Tells the server to stop, if it is at work on this; with the client's own words if there are any."""
         if self.server_id is not None:
             is_small = notification and len(notification.text) <= SMALL
@@ -10639,9 +10641,9 @@ class Exchange(ClientRequest):
                                                     else response.text))
         try:
             if self.group:
-                self.instance.server.count(self.instance, has_failed=False)
+                self.instance.server.count_outcome(self.instance, has_failed=False)
             if self.envelope and (self.group or self.method == "resources/read"):
-                asking = if_it_says(response, "resultType", b'"input_required"')
+                asking = parsed_if_it_has(response, "resultType", b'"input_required"')
                 if asking:
                     self.remember_state(asking.result.get("requestState"))
             if not response.is_result and (response := self._final_error(response.parsed())) is None:
@@ -10699,16 +10701,16 @@ class Exchange(ClientRequest):
         if isinstance(state, str) and self.target:
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
-            states[short_of(state)] = GivenState(self.principal, self.target.server, self.instance.server)
+            states[state_key(state)] = GivenState(self.principal, self.target.server, self.instance.server)
 
     def ask_next(self) -> bool:
         """The server refuses it: asks the next of those that may have the resource; is there one?"""
         while self.others:
-            if self._begin_again(self.others.pop(0)):
+            if self._move_to(self.others.pop(0)):
                 return True
         return False
 
-    def _begin_again(self, target: Target, left_out: Server | None = None) -> bool:
+    def _move_to(self, target: Target, left_out: Server | None = None) -> bool:
         """Goes to another server, without what the one before asked and was told; False if it cannot."""
         before = self.instance.server
         try:
@@ -10740,12 +10742,12 @@ class Exchange(ClientRequest):
         """A member of a group failed. Another one is asked, once, if nothing can happen twice by that, and the client
         was told and asked nothing."""
         failed = self.instance.server
-        failed.count(self.instance, has_failed=True)
+        failed.count_outcome(self.instance, has_failed=True)
         if self.state is DONE or self.is_repeated or self.has_begun or not (
                 self.server_id is None or error.is_unsent or self._is_safe()):
             return False
         self.is_repeated = True
-        return self._begin_again(self.target, failed)
+        return self._move_to(self.target, failed)
 
     def _is_safe(self) -> bool:
         """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
@@ -10776,7 +10778,7 @@ class Exchange(ClientRequest):
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
 # subscriptions, for which the proxy itself listens where it can.
 
-class TaskListener(PendingRequest):
+class TaskListenRequest(PendingRequest):
     """By this request, a Listener of several servers listens for tasks at a modern one."""
 
     __slots__ = ("_exchange", "instance", "connection", "server_id", "taken")
@@ -10816,7 +10818,7 @@ class Listener(Exchange):
         self.topics: set[Topic] = set()
         self.early: list[Message] | None = None    # what was told before it was acknowledged
         self.joined: set[Instance] = set()         # whose listener it is
-        self._task_listeners: list[TaskListener] = []
+        self._task_listeners: list[TaskListenRequest] = []
 
     async def listen(self, message: Message) -> None:
         """Says what is listened for, once it is settled with the servers, and then what was told meanwhile."""
@@ -10911,7 +10913,7 @@ class Listener(Exchange):
             instance = self.client.by_name(member.name) if own else None
             own = [name for name in own if instance.is_owner(self.client, ("task", name))]
             if own and instance.connection and instance.connection.era is MODERN:
-                listeners.append(TaskListener(self, instance, own))
+                listeners.append(TaskListenRequest(self, instance, own))
         if listeners:
             await asyncio.wait([listener.taken for listener in listeners], timeout=ACKNOWLEDGE_SECONDS)
         return [f"{listener.instance.server.name}__{name}" for listener in listeners if listener.taken.done()
@@ -10970,7 +10972,7 @@ class Listener(Exchange):
 
     def end_subscription(self) -> None:
         """Ends it, and tells its client, who may ask again. MCP 2026-07-28, Subscriptions, Graceful Closure."""
-        self._take_back(None, "the subscription is over")
+        self._cancel_at_server(None, "the subscription is over")
         self.finish(encode_end_of_subscription(self.raw_id))
 
     def _leave_one(self, instance: Instance) -> None:
@@ -11032,7 +11034,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
     client, is_initialize = exchange.client, exchange.method == "initialize"
     if is_initialize:
         check_introduction(message, is_kept=True)
-        client.hello = message.plain_params
+        client.initialize_params = message.plain_params
     found, missing = await gather_identities(client)
     client.may_have_logs = bool(missing)
     # What is missing may have all of these, and a legacy client never asks again.
@@ -11090,7 +11092,7 @@ async def answer_tasks(exchange: Exchange, message: Message) -> None:
         raise RPCError("no server lists tasks", status=404, code=METHOD_NOT_FOUND)
     for member, (instance, items) in found:
         for own, text in items.texts.items():
-            if instance.is_ones_own or instance.owners.get(("task", own)) == client.identity:
+            if instance.is_single_user or instance.owners.get(("task", own)) == client.identity:
                 tasks.append(JSONObject(text).with_text(dump(f"{member.name}__{own}"), "taskId").decode()
                              if client.view.is_joint else text)
     answer(exchange, {"tasks": f"[{','.join(tasks)}]"}, missing)
@@ -11210,7 +11212,7 @@ class Reply:
         if self.head and self.head.method == "HEAD":
             body, length = [], 0
         connection.write([head, *body], len(head) + length)
-        connection.finished()
+        connection.on_reply_complete()
 
     @property
     def about(self) -> dict[str, str]:
@@ -11244,7 +11246,7 @@ class Reply:
             self.is_done, self.on_gone = True, None
             self.connection.counters.streams -= 1
             self.connection.write([LAST_CHUNK] if self.head.version >= (1, 1) else [])
-            self.connection.finished()
+            self.connection.on_reply_complete()
 
 
 class HTTPConnection(asyncio.Protocol, Holder):
@@ -11319,7 +11321,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def resume_writing(self) -> None:
         self._is_clogged = False
         self._queued = 0
-        self._count()
+        self._update_budget()
         if not self._transport.is_closing():
             self._transport.resume_reading()
             self._advance_soon()                      # asyncio must not be told to close from within this
@@ -11344,7 +11346,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         elif self._phase is BODY:
             self._transport.resume_reading()
         if parser.rest or self._phase is BODY or self._is_clogged or self.held:
-            self._count()
+            self._update_budget()
 
     def _advance_soon(self) -> None:
         if not self._advances_soon:
@@ -11419,7 +11421,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._parser.clear()
         self._application.refuse(error, self._reply)
 
-    def _count(self) -> None:
+    def _update_budget(self) -> None:
         """Tells the budget how much is held here: of incomplete requests and of unread replies."""
         size = self._parser.size + (self._transport.get_write_buffer_size() if self._is_clogged else 0)
         if size > SMALL or self.held:
@@ -11470,9 +11472,9 @@ class HTTPConnection(asyncio.Protocol, Holder):
         if self._is_clogged:                   # maybe since the first of several pieces
             unread = self._transport.get_write_buffer_size()
             self._unread = unread if before is None else self._unread + unread - before
-            self._count()
+            self._update_budget()
 
-    def finished(self) -> None:
+    def on_reply_complete(self) -> None:
         """The reply is complete: on to the next request, or the end."""
         self._reply, rest = None, self._parser.rest
         self.since = time.monotonic()
@@ -11495,7 +11497,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         unread = self._transport.get_write_buffer_size()
         if self._is_clogged and unread < self._unread:         # `_unread`: its size if nothing had been read
             self.since, self._stalled_since, self._unread, self._queued = now, now, unread, 0
-            self._count()
+            self._update_budget()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # nothing was read of what was written
         elif reply is not None:
@@ -11542,7 +11544,7 @@ class TLSTransport(asyncio.Protocol):
         self._transport = transport = writer.transport
         self._context = server.tls
         self._tls = None                       # an ssl.SSLObject, from the first byte on
-        self._is_shaken = False                # is the handshake done?
+        self._is_handshake_done = False
         self._is_paused = False
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, transport.abort)
         self.is_closing, self.abort = transport.is_closing, transport.abort
@@ -11581,7 +11583,7 @@ class TLSTransport(asyncio.Protocol):
     def write(self, data) -> None:
         data = memoryview(data)
         try:
-            while data and self._is_shaken and not self.is_closing():
+            while data and self._is_handshake_done and not self.is_closing():
                 data = data[self._tls.write(data[:LARGE]):]
                 self._flush()                  # a MemoryBIO keeps the size of the most that was ever in it
         except OSError:                        # ssl.SSLError is one
@@ -11601,7 +11603,7 @@ class TLSTransport(asyncio.Protocol):
         return False                           # TLS has half-closing (RFC 8446 §6.1), but most clients do not know it
 
     def close(self) -> None:
-        if self._is_shaken and not self.is_closing():
+        if self._is_handshake_done and not self.is_closing():
             with contextlib.suppress(OSError):
                 self._tls.unwrap()             # sends close_notify, and does not wait for the client's
             self._flush()
@@ -11612,9 +11614,9 @@ class TLSTransport(asyncio.Protocol):
         if self._tls is None:
             return                             # the client is gone
         try:
-            if not self._is_shaken:
+            if not self._is_handshake_done:
                 self._tls.do_handshake()
-                self._is_shaken = True
+                self._is_handshake_done = True
                 self._timer.cancel()
             while not (self._is_paused or self.is_closing()):
                 data = self._tls.read(LARGE)
@@ -11645,7 +11647,7 @@ class HTTPServer:
         self._servers: list[asyncio.Server] = []
         self.application = application
         self._heartbeat = heartbeat
-        self._most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
+        self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
         self._refused: set = set()             # principals for whom there was no room since the last tick()
         self.tls: object = None                # an ssl.SSLContext, for connections to come
         self.heads: dict[tuple, HTTPHead] = {}         # clients send the same head again and again
@@ -11687,7 +11689,7 @@ class HTTPServer:
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Callbacks take half the time of streams with a task for each connection, so the stream that start_server()
         # made hands its socket over before a byte is read.
-        if len(self.connections) >= self._most and not self._make_room(writer):
+        if len(self.connections) >= self._max_connections and not self._make_room(writer):
             return writer.transport.abort()
         stream = writer.transport.get_protocol()
         writer.transport.set_protocol(
@@ -12060,7 +12062,7 @@ class Overview:
 # What the head of a request says: found out once, and used again when the same head comes.
 
 RESOURCE_METADATA = "/.well-known/oauth-protected-resource"          # RFC 9728 §3
-OF_ALL = ("/", "/healthz", "/readyz", "/metrics")            # paths that no single server has
+WHOLE_PROXY_PATHS = ("/", "/healthz", "/readyz", "/metrics")            # paths that no single server has
 # W3C Trace Context, 3.2 and 4.3: ids of zeros alone and the version ff are invalid, and higher versions may add to it.
 _TRACEPARENT = re.compile(r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
@@ -12100,7 +12102,7 @@ class Admission:
         if self._catalog.is_file and path.startswith("/servers/"):
             name, slash, rest = path.removeprefix("/servers/").partition("/")
             if (name in self._catalog.places or name in self._catalog.leaving) and (
-                    not slash or "/" + rest.rstrip("/") not in OF_ALL):
+                    not slash or "/" + rest.rstrip("/") not in WHOLE_PROXY_PATHS):
                 place, path = name, slash + rest
         if path not in routes and path.rstrip("/") in routes:
             path = path.rstrip("/")
@@ -12918,7 +12920,7 @@ class Endpoints(Application):
 
     # For those who look at the overview.
 
-    def look(self, admission: Admission, body: bytes, reply: Reply) -> None:
+    def get_overview(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /: all that can be seen of the proxy, as JSON. The page asks for /?watch=1 each second, and that is not
         logged."""
         if admission.objection:
@@ -13080,7 +13082,7 @@ class StandardStreams(asyncio.BaseProtocol):
                 exchange.start_or_fail()
             elif message.method == "notifications/cancelled":
                 for client in filter(None, (self._visitor, self._session)):
-                    client.take_back(message)
+                    client.cancel_request(message)
             elif self._session:
                 self._session.receive(message)
             elif message.kind is NOTIFICATION:
@@ -13178,7 +13180,7 @@ class DemoServer:
         try:
             answer = {"result": self._result(request_id, method, params)}
         except RPCError as error:
-            answer = {"error": error.as_object()}
+            answer = {"error": error.error_object()}
         except Exception as error:
             answer = {"error": {"code": INVALID_PARAMS, "message": f"bad parameter: {error}"}}
         if not self._cancelled.pop(request_id).is_set():
@@ -13234,10 +13236,10 @@ class DemoServer:
 #
 # Everything put together: started in order, ended in reverse.
 
-TICK = 0.25                    # seconds between looks at the time,
-MEASURE = 1.0                  # at connections, at what servers use, at the file of servers,
-LOOK = 3.0                     # and at orphans
-TRIM_BYTES = 64 * 1024 * 1024  # once the budget holds so much less than at its peak, memory is given back
+TICK_SECONDS = 0.25              # between looks at the time,
+MEASURE_SECONDS = 1.0            # at connections, at what servers use, at the file of servers,
+LOOK_SECONDS = 3.0               # and at orphans
+TRIM_BYTES = 64 * 1024 * 1024    # once the budget holds so much less than at its peak, memory is given back
 
 
 async def try_out(sandbox: Sandbox) -> None:
@@ -13368,18 +13370,18 @@ class Proxy:
     async def _tick(self) -> None:
         """Looks at the time: one periodic sweep costs less than a timer for each thing that may take too long."""
         # With thousands of streams, to look at each more often would be most of the idle work.
-        looks = [(min(MEASURE, self.settings.heartbeat / 2), part.tick) for part in (self.http, self.probes)]
+        looks = [(min(MEASURE_SECONDS, self.settings.heartbeat / 2), part.tick) for part in (self.http, self.probes)]
         looks += [(0.0, part.tick) for part in (self.endpoints, self.mount)]
-        looks += [(MEASURE, lambda now: self.reaper.census.measure()), (LOOK, lambda now: self.reaper.tick()),
-                  (MEASURE, lambda now: give_back())]
+        looks += [(MEASURE_SECONDS, lambda now: self.reaper.census.measure()),
+                  (LOOK_SECONDS, lambda now: self.reaper.tick()), (MEASURE_SECONDS, lambda now: give_back())]
         if self.settings.watch:
-            looks += [(MEASURE, lambda now: self._stat_config() == self._config_seen or self.reload()),
-                      (LOOK, lambda now: self._problem and self.reload(is_asked=False))]
+            looks += [(MEASURE_SECONDS, lambda now: self._stat_config() == self._config_seen or self.reload()),
+                      (LOOK_SECONDS, lambda now: self._problem and self.reload(is_asked=False))]
         last, now = {look: 0.0 for _, look in looks}, time.monotonic()
         while True:
-            await asyncio.sleep(min(TICK, self.settings.heartbeat / 2))
+            await asyncio.sleep(min(TICK_SECONDS, self.settings.heartbeat / 2))
             if time.monotonic() - now > 1:                 # we were suspended: what came meanwhile is read first
-                await asyncio.sleep(TICK)
+                await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             for period, look in looks:
                 if now - last[look] > period:
@@ -13512,7 +13514,7 @@ def _package_name(word: str) -> str | None:
 #
 # Arguments and environment into settings, settings into a running proxy.
 
-LOOKUPS = 64                   # threads that look up names of hosts
+LOOKUP_THREADS = 64            # that look up names of hosts
 
 
 def load_settings(given, command: list[str] | None, environment: dict[str, str]) -> Settings:
@@ -13666,7 +13668,7 @@ async def running(settings: Settings, on_signal):
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     # A host name that cannot be looked up keeps a thread busy for long, and other lookups must not wait for it.
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUPS))
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUP_THREADS))
     proxy = Proxy(settings, dict(os.environ))
     # SIGHUP, also that of a closing terminal, has all files of the configuration read again.
     loop.add_signal_handler(signal.SIGHUP, proxy.reload)
@@ -13741,7 +13743,7 @@ async def describe(member: ServerConfig, client: Client) -> list[str]:
     return lines
 
 
-def abilities() -> str:
+def sandbox_support() -> str:
     """What this machine can do of a sandbox, in words."""
     try:
         found = [f"Landlock (ABI {landlock_abi()})"]
@@ -13758,7 +13760,7 @@ def abilities() -> str:
 
 async def check(settings: Settings) -> bool:
     """Starts every server and prints what it is and offers; do all work?"""
-    proxy, all_work, lines = Proxy(settings, dict(os.environ)), True, [f"sandbox: {abilities()}"]
+    proxy, all_work, lines = Proxy(settings, dict(os.environ)), True, [f"sandbox: {sandbox_support()}"]
     try:
         for server in proxy.mount.servers.values():
             server.spares_wanted = 0
@@ -14075,10 +14077,10 @@ watch()
 """
 
 
-def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) -> None:
+def show_page(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) -> None:
     """GET /: the page for a browser, which says that it wants one; for others the same facts as JSON."""
     if "text/html" not in admission.head.headers.get("accept", ""):
-        return endpoints.look(admission, body, reply)
+        return endpoints.get_overview(admission, body, reply)
     import hashlib
     own = []           # only these may run in the page, and ask only this proxy. W3C, CSP Level 3
     for tag in "script", "style":
@@ -14093,7 +14095,7 @@ def show(endpoints: Endpoints, admission: Admission, body: bytes, reply: Reply) 
         ("Cache-Control", "no-cache"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")))
 
 
-ROUTES["/"] = Route(GET=show, HEAD=show, is_open=True)
+ROUTES["/"] = Route(GET=show_page, HEAD=show_page, is_open=True)
 
 
 if __name__ == "__main__":

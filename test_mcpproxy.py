@@ -3550,7 +3550,7 @@ def test_access_id_of_a_client_that_can_too_much_is_not_sealed():
     case("no signature", SEAL, sealed().rpartition(".")[0]),
     case("an empty one", SEAL, sealed().rpartition(".")[0] + "."),
     case("that of another id", SEAL, sealed().rpartition(".")[0] + "." + sealed(time=1).rpartition(".")[2]),
-    case("that of a caller", SEAL, sealed().rpartition(".")[0] + "." + mcpproxy.whose(
+    case("that of a caller", SEAL, sealed().rpartition(".")[0] + "." + mcpproxy.caller_mark(
         SEAL, mcpproxy.Caller("a", b""))),
     case("a signed name", SEAL, "ab." + mcpproxy._signature(SEAL, "ab")),
     case("nothing signed", SEAL, "." + mcpproxy._signature(SEAL, "")),
@@ -3575,10 +3575,10 @@ def test_access_sealed_id_can_be_altered_nowhere():
 def test_access_sealed_id_tells_nobody_whose_it_is():
     ann, bob, ann2 = (mcpproxy.Caller(name, mcpproxy.digest_of_key(key)) for name, key in (
         ("ann", "k"), ("bob", "k"), ("ann", "l")))
-    found = {mcpproxy.whose(secret, caller) for secret in (SEAL, SEAL + "0") for caller in (ann, bob, ann2)}
+    found = {mcpproxy.caller_mark(secret, caller) for secret in (SEAL, SEAL + "0") for caller in (ann, bob, ann2)}
     assert len(found) == 4                         # whatever the key is called
-    assert {len(one) for one in found} == {16} and mcpproxy.whose(SEAL, None) == ""
-    assert mcpproxy.whose(SEAL, mcpproxy.Caller("sub:\ud800", b"")) not in found          # a name in a token
+    assert {len(one) for one in found} == {16} and mcpproxy.caller_mark(SEAL, None) == ""
+    assert mcpproxy.caller_mark(SEAL, mcpproxy.Caller("sub:\ud800", b"")) not in found          # a name in a token
 
 
 @pytest.mark.parametrize("name", """
@@ -5484,7 +5484,7 @@ def test_views_compare_globs_to_no_name_that_is_too_long():
 def test_views_keep_few_globs():
     for number in range(2_000):
         mcpproxy.is_chosen("x", (f"a{number}*",))
-    assert mcpproxy.fits_glob.cache_info().currsize <= 1_024
+    assert mcpproxy.glob_matcher.cache_info().currsize <= 1_024
 
 
 def test_views_names_that_do_not_fit_are_cut_and_end_in_a_hash():
@@ -6391,7 +6391,7 @@ def test_shares_of_a_spare_process_are_those_of_whoever_gets_it(is_ready):
         spare._runner = asyncio.current_task()
         link = types.SimpleNamespace(is_remote=False, label="x", fields={})
         connection = mcpproxy.ServerConnection("x", link, now=None, redact=None, on_request=None, on_notification=None,
-                                               is_ones_own=True)
+                                               is_single_user=True)
         spare.identity = mcpproxy.Identity(mcpproxy.LEGACY, mcpproxy.parse_message(
             '{"jsonrpc":"2.0","id":1,"result":{"capabilities":{}}}'))
         spare._become(mcpproxy.STARTING)
@@ -8543,7 +8543,7 @@ def test_process_1_hears_of_all_orphans_that_end(tmp_path):
 
 
 def test_process_shell_that_ends_the_others_is_replaced_when_it_ends(altered):
-    altered(LOOK=0.1)
+    altered(LOOK_SECONDS=0.1)
     with running_proxy(FAKE) as proxy, SSEClient(proxy) as client:
         shell, = (pid for pid in proxy.children() if pid not in servers_of(proxy))
         os.kill(shell, signal.SIGKILL)
@@ -9184,7 +9184,7 @@ def test_remote_stream_of_a_session_that_does_not_go_on_where_it_was_has_a_gap()
     async def run(far):
         link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
         connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
-                                               on_notification=None, is_ones_own=False)
+                                               on_notification=None, is_single_user=False)
 
         async def hears(which):
             while not which(link.hearing):
@@ -9275,7 +9275,7 @@ def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_lat
     async def run(far):
         link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
         connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
-                                               on_notification=None, is_ones_own=False)
+                                               on_notification=None, is_single_user=False)
         link.on_forgotten = lambda: None
         await connection.initialize(mcpproxy.our_initialize(True))
         await asyncio.to_thread(until, lambda: far.streams, "the stream")
@@ -9848,7 +9848,7 @@ class FarLink(mcpproxy.RemoteLink):
         self.sent, self.asked, self.heard = [], [], []
         self._client.send, self.on_forgotten = self._take, lambda: None
         self.connection = mcpproxy.ServerConnection(
-            "far", self, now=asyncio.get_running_loop().time, redact=str, is_ones_own=False,
+            "far", self, now=asyncio.get_running_loop().time, redact=str, is_single_user=False,
             on_request=lambda connection, message, cause: connection.send_if_possible(
                 mcpproxy.encode_result(message.raw_id)[0]),
             on_notification=lambda message, cause: self.heard.append((message, cause)))
@@ -9986,7 +9986,7 @@ async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(stay
     request.on_failure = lambda error: setattr(request, "error", error)
     far.connection.send_request(request, "tools/call", {"name": "x"})
     post = await far.taken("tools/call")
-    request.stays = stays
+    request.is_pinned = stays
     respond(post, 404)
     await asyncio.sleep(5)
     assert hasattr(request, "error") is stays
@@ -10774,7 +10774,7 @@ def test_connection_survives_any_line(monkeypatch):
         now = itertools.count().__next__          # each line in another second, or it were a flood
         connection = mcpproxy.ServerConnection("x", link, now=now, redact=lambda text: text,
                                                on_request=lambda *_: None, on_notification=lambda *_: None,
-                                               is_ones_own=False)
+                                               is_single_user=False)
         splitter = mcpproxy.LineSplitter(2000, link.on_line, link.on_too_long)
         for chance, data in mutations(SEEDS_JSON, PIECES_JSON):
             connection.pending[5] = mcpproxy.PendingRequest()
@@ -10797,7 +10797,7 @@ def test_connection_server_that_does_not_read_is_in_the_way_of_whoever_filled_it
     async def run():
         link, megabyte = Deaf(), b"x" * 1_000_000
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
-                                               on_notification=None, is_ones_own=False)
+                                               on_notification=None, is_single_user=False)
         for principal, number in ("a", 67), ("b", 33), ("c", 22), (None, 5):
             for _ in range(number):
                 connection.send(megabyte, None, principal)
@@ -10821,7 +10821,7 @@ def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_
     async def run():
         link = Deaf()
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
-                                               on_notification=None, is_ones_own=False)
+                                               on_notification=None, is_single_user=False)
         for _ in range(67):
             connection.send_if_possible(b"x" * 1_000_000)
         assert not link.was_ended
@@ -10839,7 +10839,7 @@ def test_connection_that_ends_fails_all_its_calls_though_one_cannot_take_it(monk
         link = Wire()
         link._stop = lambda: asyncio.sleep(0)
         connection = mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, on_request=None,
-                                               on_notification=None, is_ones_own=False)
+                                               on_notification=None, is_single_user=False)
         connection.send_request(Bad(), "x", {})
         other = connection.request("ping", {})
         link.end()
@@ -11943,7 +11943,7 @@ def test_session_that_comes_from_elsewhere_counts_as_one():
     with running_proxy(FAKE, SESSION_SECRET=SEAL, AUTH_KEY="a,b", MAX_SESSIONS=2) as proxy:
         def came(key, number):
             caller = mcpproxy.Caller(f"key{number}", mcpproxy.digest_of_key(key))
-            session = sealed(name=os.urandom(16).hex(), time=int(time.time()), whose=mcpproxy.whose(SEAL, caller))
+            session = sealed(name=os.urandom(16).hex(), time=int(time.time()), whose=mcpproxy.caller_mark(SEAL, caller))
             return session, post(proxy, request(1, "ping"), Mcp_Session_Id=session, X_API_Key=key)
         (first, answer), (_, second), (_, third) = (came("a", 1) for _ in range(3))
         assert (answer.status, second.status) == (200, 200)
@@ -13099,7 +13099,7 @@ def test_several_servers_do_not_tell_of_tasks_who_does_not_know_them(several):
 def test_several_servers_that_acknowledge_tasks_in_whatever_form_are_understood(notifications):
     async def listen():
         connection = types.SimpleNamespace(send_request=lambda *_: 1)
-        listener = mcpproxy.TaskListener(None, types.SimpleNamespace(connection=connection), ["x"])
+        listener = mcpproxy.TaskListenRequest(None, types.SimpleNamespace(connection=connection), ["x"])
         listener.on_event(mcpproxy.parse_message(json.dumps({
             "jsonrpc": "2.0", "method": "notifications/subscriptions/acknowledged",
             "params": {"notifications": notifications}})))
@@ -17114,7 +17114,7 @@ def test_conversation_room_for_a_server_that_is_configured_anew_is_that_of_the_o
     instances = {(): types.SimpleNamespace(has_process=True, is_used=is_used)}
     pool.servers = {Stub(users=users, ending={}, instances=instances, is_retired=True)}
     new = types.SimpleNamespace(users=users, ending={}, instances={}, is_retired=False)
-    assert bool(pool.who_fill(new)) == is_full
+    assert bool(pool.servers_in_the_way(new)) == is_full
 
 
 @in_town
@@ -22399,7 +22399,7 @@ def test_access_token_may_do_what_scopes_open_since_the_keys_were_read_again():
     caller = mcpproxy.Caller("oauth:ann", b"", None, frozenset({"read"}))
     scopes = {"read": mcpproxy.Grant(read_only=True), "write": mcpproxy.Grant()}
     limited = caller.under(scopes)
-    assert limited.limits.grants == (scopes["read"],) and limited.limits.has == ("read",)
+    assert limited.limits.grants == (scopes["read"],) and limited.limits.held_scopes == ("read",)
     assert limited.under(None).limits is None
 
 
