@@ -1143,6 +1143,12 @@ def without_repeats(pairs: list[tuple[str, object]] | tuple) -> dict:
     return members
 
 
+def check_repeats(scanned: object) -> None:
+    """ValueError when an object that scan_value() read, or one within it, has a name twice."""
+    for value in scanned if isinstance(scanned, list) else unique_members_of(scanned).values():
+        check_repeats(value)
+
+
 _known_name = functools.lru_cache(maxsize=256)(dump)      # a name in JSON, for those that come again and again
 
 
@@ -2740,9 +2746,9 @@ def add_points(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[
 # 12. Views
 # ============================================================================
 #
-# What one URL shows of the servers: which of them, and under which names. A server by itself is shown with its names
-# as they are, but for what the operator chose or changed; several as one have a prefix before the names of their tools
-# and prompts. URIs of resources are never changed.
+# What one URL shows: which servers, and under which names what they list. A server by itself keeps its names, except
+# for tools that the operator hid or renamed. Of several servers as one, the names of tools and prompts get a prefix.
+# URIs of resources are never changed.
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")             # of a tool, as all clients and models take it
 _SHORTENED = re.compile(r".*_[0-9a-f]{6}", re.DOTALL)
@@ -2772,7 +2778,7 @@ PAGED = {**LISTS, "tasks/list": Listed("tasks", "taskId", "tasks")}  # beside th
 
 
 def fitting(name: str) -> str:
-    """A name that all clients take: one that does not fit is cut, and ends in a hash of itself."""
+    """The name if all clients take it; otherwise cut, with _ for other characters, and ended by a hash of the whole."""
     if _NAME.fullmatch(name):
         return name
     import hashlib
@@ -2792,7 +2798,7 @@ class Override:
 
 
 def hints_of(tool: dict, override: Override | None) -> dict:
-    """The annotations of a tool that a server listed so, and that the operator knows better."""
+    """A tool's annotations: those that its server lists, replaced where the operator gives others."""
     hints = tool.get("annotations")
     return {**(hints if isinstance(hints, dict) else {}), **(override.annotations if override else {})}
 
@@ -2806,14 +2812,14 @@ class Rules:
     max_result_kb: int = 0
 
     def shown(self, name: str) -> str | None:
-        """A tool's name as it is shown; None if it is not."""
+        """The name under which a tool is shown; None if it is hidden."""
         if self.tools is not None and not is_chosen(name, self.tools):
             return None
         return name in self.overrides and self.overrides[name].name or name
 
     def own(self, shown: str) -> str | None:
-        """The server's own name of the tool that is shown as this; None if there is none. A name that the operator
-        gave to a tool is that one's alone."""
+        """The server's own name of the tool that is shown under this one; None if there is none. A name that the
+        operator gave to a tool hides another tool that the server itself calls so."""
         own = self._given_names.get(shown, shown)
         return own if self.shown(own) == shown else None
 
@@ -2838,7 +2844,7 @@ class Rules:
             new = {name: dump(value) for name, value in override.annotations.items()}
             members["annotations"] = as_object(old | new)
         if self.max_result_kb:
-            members.pop("outputSchema", None)              # what is cut would not follow it
+            members.pop("outputSchema", None)              # a result that was cut may not conform to it
         if (override.defaults or override.fixed) and members.get("inputSchema", "")[:1] == "{":
             schema = tool.raw_members("inputSchema")
             if schema.get("properties", "")[:1] == "{":
@@ -2870,8 +2876,8 @@ class When:
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """One server as it is configured: in a file of several, or by the command line. Or a group of servers: then it has
-    `members`, and the rest is as that of the first of them."""
+    """One configured server, of a file or of the command line. Or a group of servers: then it has `members`, and
+    everything else is as in the first of them."""
 
     name: str
     settings: Settings = Settings()            # of this server
@@ -2883,9 +2889,9 @@ class ServerConfig:
     cwd: str | None = None
     prefix: str | None = None                  # in place of the name
     rules: Rules = Rules()
-    group: str | None = None                   # that it stands in for
-    when: When | None = None                   # the calls there that are its own
-    weight: float = 1.0                        # of its share of the calls that are nobody's own
+    group: str | None = None                   # of which it is a member
+    when: When | None = None                   # which of the group's calls it claims
+    weight: float = 1.0                        # of its share of the calls that no member claims
     is_backup: bool = False                    # is it used only when no other is up?
     members: "tuple[ServerConfig, ...]" = ()
 
@@ -2895,12 +2901,12 @@ class ServerConfig:
         return (self.name, self.group) if self.group else (self.name,)
 
     def can_become(self, new: "ServerConfig") -> bool:
-        """Can this be changed into the new one while it runs?"""
+        """Can it keep running under the new configuration? Only what its links do not depend on may differ."""
         return self == dataclasses.replace(new, rules=self.rules, prefix=self.prefix, group=self.group, when=self.when,
                                            weight=self.weight, is_backup=self.is_backup)
 
     def shown_as(self, name: str, method: str, is_joint: bool) -> str | None:
-        """The name of a tool or prompt as it is shown; None if it is not. URIs are shown as they are."""
+        """The name under which a tool or prompt is shown; None if it is hidden. URIs are shown as they are."""
         shown = self.rules.shown(name) if method.startswith("tools/") else name
         if shown is None or not is_joint or LISTS[method].named_by != "name":
             return shown
@@ -2926,7 +2932,7 @@ class Target(typing.NamedTuple):
     server: str
     name: str | None = None                    # the server's own, of a tool or prompt that is shown with another
     override: Override | None = None
-    is_by_hints: bool = False                  # does it take the server's list of tools to say whether it is open?
+    is_by_hints: bool = False                  # may access to it depend on hints, which only the server's list has?
 
     def changes(self, message: Message) -> list[tuple[int, int, str]]:
         """The changes to the text of a request."""
@@ -2939,7 +2945,7 @@ class Target(typing.NamedTuple):
                 raise RPCError("arguments must be an object", code=INVALID_PARAMS)
             given = message.raw_members("params", "arguments") if arguments else {}
             fixed = {name: dump(value) for name, value in override.fixed.items()}
-            taken = set(map(str.casefold, fixed))          # for some readers, Raw is raw; see check_lookalikes()
+            taken = set(map(str.casefold, fixed))          # some servers take Raw for raw: see check_lookalikes()
             new = {name: dump(value) for name, value in override.defaults.items()} | {
                 name: value for name, value in given.items() if name.casefold() not in taken} | fixed
             changes.append((*message.span("params", "arguments"), as_object(new)) if "arguments" in message.params else
@@ -2948,8 +2954,8 @@ class Target(typing.NamedTuple):
 
 
 class once(functools.cached_property):
-    """A property that is worked out once, and kept as an attribute like others. (The original asks for __dict__, by
-    which CPython 3.11 makes one: from then on, no attribute of the object is found quickly.)"""
+    """A property that is worked out once, and kept as an attribute like others. (The original reads __dict__, which
+    makes CPython 3.11 create one: from then on, all attributes of the object are slower to find.)"""
 
     def __get__(self, instance, owner=None):
         value = self.func(instance)
@@ -2978,7 +2984,7 @@ class View:
         self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
         self.has_choice = is_joint or is_group         # may a client go on here after it has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
-        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what has another's, which was logged
+        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what lost its name to another; logged
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
@@ -2988,12 +2994,12 @@ class View:
                    for one in self.servers)
 
     def shows(self, name: str) -> bool:
-        """Is a tool of this name, as it is here, left by what the client chose?"""
+        """Does the client's choice include a tool with this name, as it is shown here?"""
         return all(is_chosen(name, globs) for globs in self.globs)
 
     def opens(self, server: str, kind: str, own: str, tool: dict | None = None) -> bool:
-        """May its caller use a tool or a prompt, which the server calls `own`? Of a tool, also by how it is listed, if
-        that is known. MCP 2025-11-25, Schema, ToolAnnotations."""
+        """May its caller use the tool or prompt that the server calls `own`? `tool` is how the server lists it; while
+        that is not known, no hint forbids it. MCP 2025-11-25, Schema, ToolAnnotations."""
         member = self.by_name.get(server)
         if not self.grants or member is None or kind != "tools":
             return member is not None
@@ -3001,11 +3007,11 @@ class View:
         return any(grant.allows_tool(own, is_harmless) for grant in self.grants[server])
 
     def is_by_hints(self, server: str, kind: str) -> bool:
-        """Does it take the server's list to say what its caller may use?"""
+        """May its caller's access depend on hints, which only the server's list has?"""
         return kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
     def terms(self, place: str, kind: str, own: str | None) -> tuple | None:
-        """What decides on calls, at the server of a place, of what it calls `own`, or (None) of anything: the grants,
+        """What decides about calls of what the server of a place calls `own` (None: of anything there): the grants,
         and what the operator changed. None if that server is not here."""
         member = self.by_name.get(place)
         rules = member.rules if member and kind == "tools" else None
@@ -3039,8 +3045,8 @@ class View:
         return Target(member.name, own if own != name else None, override, self.is_by_hints(member.name, kind))
 
     def unknown(self, kind: str, name: str, status: int = 200, if_closed: int = 200) -> RPCError:
-        """The answer to who asks for a tool or a prompt that is not here, with this status; or with the other one, if
-        somebody else may use it."""
+        """The error for a tool or a prompt that is not here, with `status`; or, if only this caller may not use it, the
+        refusal that says so, with `if_closed`."""
         if self.limits:
             whole = self.catalog.view(self.place, self.wanted)
             with contextlib.suppress(RPCError, StopIteration):     # nobody may; or no prefix says whose it is
@@ -3055,8 +3061,8 @@ class View:
         return RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=status, code=INVALID_PARAMS)
 
     def refusal(self, server: str, kind: str, own: str, name: str, status: int = 200) -> RPCError:
-        """The answer to who asks for a tool or a prompt, which the server calls `own`, without access to it or to
-        anything of that server."""
+        """The error for a tool or a prompt, which the server calls `own`, that the caller may not use, or whose server
+        it may not use at all."""
         member = self.by_name.get(server)
         limit = "servers" if member is None else "read_only" if self.opens(server, kind, own) else "tools"
         # Scopes have globs for tools alone.
@@ -3064,7 +3070,7 @@ class View:
                                    own if kind == "tools" else None)
 
     def check_variables(self, variables: dict[str, str]) -> None:
-        """RPCError (-32602) when they may not all be set for each of its servers that is not shared."""
+        """RPCError (-32602) unless each of them may be set for every server here that is not shared."""
         if variables and self.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
                            "unless SHARED_SESSION is false (in a file: shared_session)", code=INVALID_PARAMS)
@@ -3078,7 +3084,7 @@ class View:
 
 
 def is_short(wanted: tuple) -> bool:
-    """Is a client's choice one that is remembered?"""
+    """Is a client's choice short enough to be remembered?"""
     return sum(len(value) for _, value in wanted) <= KNOWN_CHOICE
 
 
@@ -3087,12 +3093,12 @@ class Catalog:
 
     def __init__(self, servers: dict[str, ServerConfig], is_file: bool = False):
         self.servers = servers
-        self.is_file = is_file                 # are they met as one, and each at a place of its own?
+        self.is_file = is_file                 # are they of a file: met as one, and each also at a place of its own?
         self.groups: dict[str, ServerConfig] = {}
         for name in dict.fromkeys(server.group for server in servers.values() if server.group):
             members = tuple(server for server in servers.values() if server.group == name)
             self.groups[name] = dataclasses.replace(members[0], name=name, group=None, when=None, members=members)
-        # What is met as one, a group where its first server is; and what is met by itself, the servers of groups too.
+        # `offered` is what is met as one, with a group in the place of its first server; in `places`, each by itself.
         self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
         self.places = {**servers, **self.groups}
         self.leaving: set[str] = set()         # places that were taken out, and may still have sessions
@@ -3164,7 +3170,7 @@ _OVERRIDE_KEYS = {"name": _TEXT, "description": _TEXT, "annotations": _OBJECT, "
 # Headers that nobody else sets: those that say how a message is sent, and those of the protocol.
 _OUR_HEADERS = re.compile(
     "(?i)host|connection|content-.*|transfer-encoding|accept|expect|te|upgrade|last-event-id|mcp-.*")
-# VS Code writes comments and commas before a bracket; what is in strings stays.
+# VS Code allows comments, and a comma before a closing bracket. Strings are matched first, so that they stay.
 _COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _COMMAS = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
 
@@ -3193,7 +3199,7 @@ def parse_config(text: str, settings: Settings, environment: dict[str, str]) -> 
                 check_name(name)
                 if [other for other, _ in scanned].count(name) > 1:
                     raise SettingsError("is there twice")
-                unique_members_of(members)
+                check_repeats(members)
                 for server in parse_server(name, plain[name], settings, environment) if name in used else ():
                     for kind, own in ("replica", server.name), ("group", server.group):
                         if own != name and own in used:
@@ -3266,12 +3272,12 @@ def check_groups(servers: dict[str, ServerConfig]) -> None:
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
     """The servers that one entry of the file stands for; SettingsError names the key that cannot be used."""
     if isinstance(given, dict):
-        given = {"url" if key in ("serverUrl", "httpUrl") else key: value for key, value in given.items()
-                 if key not in _OTHERS_KEYS}
+        given = without_repeats([("url" if key in ("serverUrl", "httpUrl") else key, value)
+                                 for key, value in given.items() if key not in _OTHERS_KEYS])
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers are expanded once, when they are sent; of a server that is not shared they may name a client's variables.
+    # Headers are expanded here to be checked, and for use when a link is made, with a client's variables (`is_later`).
     is_later = given.get("shared_session", settings.shared_session) is False
     env, headers = expanded(given.get("env", {}), "env", environment), given.get("headers", {})
     known = {**environment, **env}
@@ -3361,8 +3367,8 @@ def check_keys(given: object, keys: dict) -> None:
 
 
 def expanded(value: object, key: str, environment: dict[str, str], is_later: bool = False) -> object:
-    """A value with variables in the place of ${NAME} in all its strings; where more will be known later, those that are
-    not set stay. What looks alike and is none (a ${} in a default, an editor's) is found too, to be refused."""
+    """A value with variables in the place of ${NAME} in all its strings; with `is_later`, one that is not set stays as
+    it is. What only looks like ${NAME} (a ${} in a default, an editor's variable) is found too, and refused."""
     def replace(match: re.Match) -> str:
         if match[0] == "$${":
             return "${"
@@ -3393,7 +3399,7 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
 
 
 def check_names(servers: dict[str, ServerConfig]) -> None:
-    """Refuses names that two tools would have."""
+    """Refuses overrides that give two tools the same name."""
     owners = {}
     for name, server in servers.items():
         for tool, override in server.rules.overrides.items():
@@ -3424,8 +3430,11 @@ def keys_of(settings: Settings, text: str = "", servers: tuple[str, ...] = ()) -
         return Keys(tuple(callers))
     with within(settings.auth_keys_file, ValueError, RecursionError):
         given = json.loads(as_json(text), object_pairs_hook=without_repeats)
-        check_keys(given, dict.fromkeys(given, _OBJECT) if isinstance(given, dict) else {})
-        scopes = given.pop("scopes", None)
+        if not isinstance(given, dict):
+            raise SettingsError("must be an object")
+        if "scopes" in given:
+            check_keys({"scopes": given["scopes"]}, {"scopes": _OBJECT})
+        scopes = given.pop("scopes", None)             # the rest parse_caller() checks, which repeats no bad name
         for name in scopes or ():
             if not _SCOPE.fullmatch(name):
                 raise SettingsError(f"scopes: {name[:80]!r} is no scope: RFC 6749 §3.3")
@@ -3475,17 +3484,17 @@ def parse_grant(name: str, entry: dict, servers: tuple[str, ...], known: dict) -
 # PART II. THE MOVING PARTS: what is alive while the proxy runs
 # ============================================================================
 #
-# Two measures against memory, before asyncio is imported. CPython keeps the syntax tree of a file that it runs from its
-# source, which is more than all the rest: so that is started again as compiled code. And asyncio imports ssl if it can,
-# an eighth of what remains: where no TLS is needed, that import is made to fail.
+# Two measures that save memory, before asyncio is imported. CPython keeps the syntax tree of a file that it runs from
+# its source, which takes more than all the rest: so the program starts itself again as compiled code. And asyncio
+# imports ssl if it can, an eighth of what remains: where no TLS is needed, that import is made to fail.
 
 import marshal
 import os
 
 
 def start_compiled() -> None:
-    """Puts the same program in the place of this one, with its code in a file in memory. execve(2), memfd_create(2)."""
-    code = os.memfd_create("mcpproxy", 0)              # without MFD_CLOEXEC
+    """Runs the same program in the place of this one, from compiled code in memory. execve(2), memfd_create(2)."""
+    code = os.memfd_create("mcpproxy", 0)              # without MFD_CLOEXEC, Python's default, so that it stays open
     try:
         with open(code, "wb", closefd=False) as file:
             marshal.dump(sys._getframe(1).f_code, file)
@@ -3566,7 +3575,7 @@ def _end_turn() -> None:
 class Log(logging.Handler):
     """Writes lines to a file descriptor, all of one turn of the event loop at once, and never waits.
 
-    A line is a %-template and the fields that it names. As JSON it is an object of both; "-" stands for none."""
+    A line is a %-template and its fields; as JSON, an object of the text and of the fields that are not "-"."""
 
     def __init__(self, descriptor: int = 2, as_json: bool = False):
         super().__init__("INFO")
@@ -3602,7 +3611,7 @@ class Log(logging.Handler):
         if len(self._entries) == 1:
             try:
                 at_end_of_turn(self.flush)
-            except RuntimeError:
+            except RuntimeError:                # no event loop runs
                 self.flush()
 
     def flush(self) -> None:
@@ -3698,7 +3707,7 @@ def start_logging(level: str, as_json: bool) -> None:
     log.as_json = as_json
     logging.getLogger("asyncio").handlers = [log]
     if log.descriptor == 2:
-        with contextlib.suppress(OSError):       # a terminal that can be written to may have less room than for a line
+        with contextlib.suppress(OSError):       # a terminal that poll() calls writable may lack room for a line
             log.descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -3746,7 +3755,7 @@ class Counters:
     def _settled(self, labels: tuple, tools: collections.abc.Container[str]) -> list:
         server, method, tool, revision, error = labels
         method = method if method in METHODS else OTHER
-        is_name = tool in tools and len(tool) <= MAX_LABEL_VALUE and tool.isprintable()      # no two are written alike
+        is_name = tool in tools and len(tool) <= MAX_LABEL_VALUE and tool.isprintable()      # or two may look alike
         tool = self._bounded("tool", tool, MAX_TOOLS) if is_name else tool and OTHER
         revision = revision if revision in ("", MODERN_VERSION, *LEGACY_VERSIONS) else OTHER
         labels = server, method, tool, revision, self._bounded("error", error, MAX_CODES)
@@ -3796,8 +3805,8 @@ def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
 # 16. Shares
 # ============================================================================
 #
-# What many share is never enough for one who takes without end, and a limit for each connection, session and stream
-# is none for all of them together. So all that is held for clients in memory is counted in one place, in bytes; and
+# What many share is never enough for one who takes without end, and limits for each connection, session and stream
+# do not limit all of them together. So all that is held for clients in memory is counted in one place, in bytes; and
 # where there are only so many places (sessions, processes, parked calls, listeners), those who have them are counted
 # when one more is wanted. When there is no room, whoever has most is refused first, and something is taken from whoever
 # has most only for one who has less.
@@ -3806,8 +3815,8 @@ SMALL = 4 * 1024                 # bytes; what is smaller comes with what is cou
 
 
 def principal_of(host: str) -> str:
-    """Who is answerable for an address. Whoever has one has others too: a /64 of IPv6, all of the loopback."""
-    host = host.removeprefix("::ffff:")              # IPv4 at a socket for both
+    """Who is charged for an address. Whoever has one has its neighbours too: a /64 of IPv6, all of the loopback."""
+    host = host.removeprefix("::ffff:")              # how a socket for both families shows IPv4
     if host == "::1" or host.startswith("127."):
         return "127.0.0.1"
     # As text, an address leaves out zeros: its first four words need not be the first 64 bits.
@@ -3832,8 +3841,8 @@ class Budget:
     def __init__(self, limit: float = float("inf")):
         self.limit = limit               # bytes
         self.held = self.most = 0        # now, and since give_back()
-        self._holders: dict[Holder, tuple] = {}                         # and under what they count:
-        self._totals: collections.Counter = collections.Counter()       # by (principal, is_spare)
+        self._holders: dict[Holder, tuple] = {}                         # the (principal, is_spare) each counts under
+        self._totals: collections.Counter = collections.Counter()       # bytes, by these
 
     def set(self, holder: Holder, size: int) -> None:
         """The holder holds so many bytes now. If that is too much in all, room is made at the end of the turn."""
@@ -3885,8 +3894,8 @@ budget = Budget()                # of the program
 
 
 def who_gives(holders, principal: object) -> list:
-    """Those of whoever has most: one of them has to go for one more of a principal's. Nothing, if the principal would
-    then have as many."""
+    """The holders of the principal that has most: one has to go, to make room for one more of `principal`'s. Nobody, if
+    `principal` would then have as many."""
     numbers = collections.Counter(holder.principal for holder in holders)
     most = max(numbers, key=numbers.get, default=None)
     if numbers[principal] + 1 >= numbers[most]:
@@ -3900,7 +3909,7 @@ def try_later(why: str) -> ServerError:
 
 
 def other_limits() -> ServerError:
-    """The answer to what was let in, and would not be now."""
+    """The error for what was let in, under limits that have changed since."""
     return try_later("what its caller may use has changed")
 
 
@@ -3908,7 +3917,7 @@ def other_limits() -> ServerError:
 # 17. Linux
 # ============================================================================
 #
-# What it says of processes, where there is a /proc; signals, and the removal of files that others have written.
+# What Linux says of processes, where there is a /proc; signals; and the removal of files that others have written.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
 STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
@@ -3945,7 +3954,7 @@ def descendants_of(pid: int) -> set[tuple[int, bytes]]:
 
 
 def read_proc(pid: int, name: str) -> collections.abc.Iterator[bytes]:
-    """What a file of /proc says of a process, and then of its threads: the first may end before the others do."""
+    """What a file of /proc says of a process, and then of its threads: they may go on when the first has ended."""
     yield read_file(f"/proc/{pid}/{name}", MAX_PROC)
     with contextlib.suppress(OSError):
         tasks = os.listdir(f"/proc/{pid}/task")
@@ -4004,15 +4013,16 @@ def write_file(path: str, text: str) -> None:
 
 
 def remove_tree(base: str, name: str) -> None:
-    """Removes a directory in a base where nobody else may write: whatever rights its owner has on what is in it,
-    however deep that is, and while somebody is still at work there. What is within is moved up before it is looked
-    into, and a link is followed nowhere."""
-    at, found, numbers = os.open(base, os.O_RDONLY), [name], itertools.count()
+    """Removes a directory from a base where nobody else may write: whatever the permissions in it, however deep it is,
+    and even while somebody still changes it. Each directory in it is moved up into the base, where nobody can exchange
+    it, before it is opened; no link is entered."""
+    at = os.open(base, os.O_RDONLY)
     try:
+        found = [one for one in os.listdir(at) if one.partition(".")[0] == name]     # also what an earlier try moved up
         while found:
             here = found.pop()
             try:
-                if os.geteuid():                       # root needs no rights, and must not be led to others' files
+                if os.geteuid():          # chmod() follows links; root needs no rights, and must not be led elsewhere
                     os.chmod(here, 0o700, dir_fd=at)
                 folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
             except NotADirectoryError:                 # it was exchanged for another thing as it was moved
@@ -4025,7 +4035,7 @@ def remove_tree(base: str, name: str) -> None:
                         continue
                     if os.geteuid():
                         os.chmod(entry.name, 0o700, dir_fd=folder)
-                    found.append(f"{name}.{next(numbers)}")
+                    found.append(f"{name}.{os.urandom(8).hex()}")
                     os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
             finally:
                 os.close(folder)
@@ -4067,22 +4077,22 @@ class Usage:
 
     @property
     def seconds(self) -> float:
-        """Of CPU, in all."""
+        """Seconds of CPU, in all."""
         return self.gone + sum(self.cpu.values())
 
     @property
     def most_seconds(self) -> float:
-        """Of CPU, of one process."""
+        """Seconds of CPU of the running process that took most."""
         return max(self.cpu.values(), default=0)
 
     @property
     def megabytes(self) -> float:
-        """Of memory, as limits are told."""
+        """Megabytes of memory, rounded as they are shown."""
         return round(self.memory / 1024 / 1024, 1)
 
 
 class Census:
-    """Whose each process is, and what it uses. It stays its server's, whatever becomes of its parents."""
+    """Which server each process belongs to, whatever becomes of its parents; and what it uses."""
 
     def __init__(self):
         self.starting = 0                                       # servers whose process id is not known yet
@@ -4093,16 +4103,16 @@ class Census:
         self._others: set[int] = set()                          # processes that are no server's, as far as can be told
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
-        # The parent of orphans below it: prctl(2), PR_SET_CHILD_SUBREAPER.
-        has_adopted = hasattr(libc(), "prctl") and libc().prctl(36, 1, 0, 0, 0) == 0
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
-        self.gets_orphans = has_adopted and os.getpid() != 1 and not children_of(os.getpid())
+        # Otherwise it becomes the parent of those below it: prctl(2), PR_SET_CHILD_SUBREAPER.
+        self.gets_orphans = os.getpid() != 1 and not children_of(os.getpid()) and (
+            hasattr(libc(), "prctl") and libc().prctl(36, 1, 0, 0, 0) == 0)
 
     def look(self) -> None:
         """Reads /proc. What was found to be another's is not read again; each of the rest takes 20 µs."""
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
         pids = {*list_processes()}
-        if not pids:                           # there is no descriptor for it
+        if not pids:                           # no /proc, or no file descriptor is left to read it
             return
         self._others = (self._others & pids) - self.servers.keys()
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
@@ -4132,7 +4142,7 @@ class Census:
 
     def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
         """The server that a process belongs to: by what was known of it, its parent, or its session; an orphan's by its
-        control group or its environment. Any other orphan that the proxy got belongs to the only server there is."""
+        control group or its environment. Any other orphan that the proxy got goes to the server, if only one runs."""
         start, server = before.get(pid, (b"", None))
         if pid in self.servers:
             return pid
@@ -4155,11 +4165,11 @@ class Census:
         return next(iter(self.servers)) if len(self.servers) == 1 else None         # then it stays nobody's: see look()
 
     def reaped(self, usage: Usage | None = None) -> None:
-        """A server's process has ended, maybe between two looks; the system adds up what ended children have taken.
-        None: another child has, and what it took is counted as its server's already."""
+        """A server's process has ended, and what it took since the last look is found in what the system adds up for
+        all children that ended. None: another child has ended, whose time is its server's already."""
         before, self._reaped = self._reaped, sum(os.times()[2:4])
         if usage:
-            usage.is_over = True               # others that ended too are told of next: theirs is left to them
+            usage.is_over = True               # others that ended too are reported next: they keep their share
             self._reaped -= sum(other.seconds for pid, other in self.servers.items()
                                 if not other.is_over and not process_stat(pid)[STATE])
             usage.gone += max(0, self._reaped - before - usage.seconds)
@@ -4169,8 +4179,8 @@ class Census:
         usage = self.servers.pop(server, None)
         if usage:
             self.spent[usage.server] += usage.seconds
-        if not self.servers:                   # nobody looks from now on, and their ids may become others'
-            self._others &= {*children_of(os.getpid())}        # but orphans of before are not the next one's
+        if not self.servers:                   # nobody looks from now on, so ids may be reused unseen;
+            self._others &= {*children_of(os.getpid())}        # but orphans there are now are not the next server's
 
     def of(self, server: int) -> set[tuple[int, bytes]]:
         """(process id, time of its start) of what is a server's."""
@@ -4194,9 +4204,9 @@ class Reaper:
     neighbours do not know. Processes are found by it in Linux's /proc, wherever they went. A small shell waits for the
     proxy's end, however that comes: the pipe from the proxy to it closes. Where there is no /proc, groups have to do.
 
-    What clears its environment is found by its parents when its server is stopped, or was found so before. If it lost
-    them at once, it has become the proxy's own child, and nobody can say whose it was; so it ends when no server runs,
-    or with the proxy. Only when that is killed with SIGKILL does such a one live on."""
+    A process that clears its environment is found through its parents, when its server is stopped or earlier. If it
+    lost them at once, it is the proxy's own child, and nobody can say whose it was: it is killed when no server runs,
+    or when the proxy ends. Only if the proxy is killed with SIGKILL does such a process live on."""
 
     SCRIPT = """
         trap '' HUP INT TERM
@@ -4230,21 +4240,21 @@ class Reaper:
     def __init__(self):
         self.nonce = os.urandom(8).hex()
         self.census = Census()
-        # For sandboxed servers: the directory of their homes; how the paths of their control groups may begin;
+        # For sandboxed servers: the directory of their homes; how the paths of their control groups may begin.
         try:
             place = tempfile.gettempdir()
-        except OSError:                       # who wants a home there will be told
+        except OSError:                       # a server that needs a home there will fail
             place = "/tmp"
         self.homes = os.path.join(place, f"mcpproxy-{os.urandom(4).hex()}")
         self.cgroups = [f"{path}/mcpproxy-{self.nonce}" for path in cgroups_around()]
-        # users that are taken or never given: all that runs as one is killed in the end, so never root, nor ours.
+        # Users that are taken, or never given: all that runs as one is killed in the end, so never root, nor our user.
         self.uids = {0, os.getuid()}
         self.patience = 2.0, 3.0, 1.0         # seconds that a server has to end, after each step of ServerProcess._stop
         self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         with contextlib.suppress(RuntimeError):
             self._closer.submit(int)          # so it has its thread; later there may be none to be had
-        self._sweep: asyncio.TimerHandle | None = None        # where one has ended
+        self._sweep: asyncio.TimerHandle | None = None        # while `_ended` has any
         with contextlib.suppress(OSError):
             os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
         self._start_watcher()
@@ -4254,7 +4264,7 @@ class Reaper:
         try:
             self._watcher = subprocess.Popen(
                 ["sh", "-c", self.SCRIPT, "mcpproxy-reaper", self.nonce, self.homes, *self.cgroups],
-                # Without the tag of another proxy, and without what a server may have put there for a loader.
+                # Without the tag of another proxy, and without LD_*: a server may have put code where they lead.
                 env={name: value for name, value in os.environ.items() if not name.startswith(("MCPPROXY_TAG", "LD_"))},
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             self.census.ours = {self._watcher.pid}
@@ -4267,7 +4277,7 @@ class Reaper:
         return f"{self.nonce}-{os.urandom(8).hex()}"
 
     def tick(self) -> None:
-        """Called every few seconds: reaps orphans that ended, as process 1 everybody's; and looks after the shell."""
+        """Called every few seconds: reaps orphans that ended (as process 1, everybody's); restarts an ended shell."""
         for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
             if process_stat(pid)[STATE] == b"Z":
                 with contextlib.suppress(ChildProcessError):
@@ -4299,7 +4309,7 @@ class Reaper:
         self._sweep.cancel()
         self._sweep = None
         processes = list_processes()
-        if not processes and os.path.exists("/proc/self"):          # it takes a descriptor
+        if not processes and os.path.exists("/proc/self"):          # no file descriptor is left
             self._sweep = asyncio.get_running_loop().call_later(1, self.sweep)
             return
         ended, self._ended = self._ended, []
@@ -4346,7 +4356,7 @@ class Reaper:
 #
 # A process can only restrict itself. So CONFINE, a small program of its own, is started in the place of the server,
 # takes the steps that it is given, one after the other, and becomes the server. To do this between fork and exec of the
-# proxy itself (preexec_fn) is not safe where there are threads. A step that fails ends it, and the start.
+# proxy itself (preexec_fn) is not safe where there are threads. A step that fails ends the start, unless SANDBOX=try.
 
 # linux/landlock.h: the rights on files, and the version of the interface (ABI) from which on some are known.
 LANDLOCK_RIGHTS = (
@@ -4362,8 +4372,8 @@ OF_A_FILE = EXECUTE | READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV          # o
 ALL_READ = "/usr /lib /lib32 /lib64 /libx32 /bin /sbin /etc /opt /proc".split()
 ALL_USE = [f"/dev/{name}" for name in "null zero full random urandom tty ptmx pts".split()]
 
-# linux/audit.h; asm/unistd.h of each machine: the calls that SANDBOX_NET=false refuses. socketpair() stays for two
-# types, and no more: sockets of datagrams can be connected to others. By pidfd_getfd(2) another's sockets could be had.
+# linux/audit.h; asm/unistd.h of each machine: the calls that SANDBOX_NET=false refuses. socketpair() stays for
+# SOCK_STREAM and SOCK_SEQPACKET: a datagram socket could be connected elsewhere. pidfd_getfd(2) could take another's.
 MACHINES = {"x86_64": (0xC000003E, {"socket": 41, "socketpair": 53}),
             "aarch64": (0xC00000B7, {"socket": 198, "socketpair": 199})}
 EVERYWHERE = {"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "pidfd_getfd": 438}
@@ -4466,7 +4476,7 @@ def socket_filter() -> bytes:
     audit, calls = MACHINES[os.uname().machine]
 
     def refuse(number: int, error: int) -> list[tuple]:
-        return [(EQUALS, 0, 1, number), (RETURN, 0, 0, REFUSE | error)]          # or one step on
+        return [(EQUALS, 0, 1, number), (RETURN, 0, 0, REFUSE | error)]          # if it is another, skips one step
     # struct seccomp_data: the number at 0, the machine at 4, and from 16 on the arguments, 8 bytes each.
     program = [(LOAD, 0, 0, 4), (EQUALS, 1, 0, audit), (RETURN, 0, 0, REFUSE | errno.ENOSYS),
                (LOAD, 0, 0, 0), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSE | errno.ENOSYS),
@@ -4494,7 +4504,7 @@ def why_refused(step: str, number: int) -> str:
 
 LIBRARIES = "LD_LIBRARY_PATH"
 UID_SECONDS = 5.0                # for what runs as a user of a range to die
-TASKS = 32                       # of a process, threads included, that a control group allows for
+TASKS = 32                       # that a control group allows for each of LIMIT_PROCESSES: threads count
 
 
 def is_below(path: str, folders: list[str]) -> bool:
@@ -4516,7 +4526,7 @@ class Sandbox:
         self.is_on = any(getattr(settings, name) != getattr(Settings, name) for name in SANDBOX_SETTINGS)
 
     def refuse(self, name: str, problem: str) -> None:
-        """Something cannot be given: ServerError, or a warning with SANDBOX=try."""
+        """A setting cannot be put into effect: ServerError, or a warning with SANDBOX=try."""
         text = f"{name.upper()} cannot be given: {problem}"
         if self.settings.sandbox != "try":
             raise ServerError(f"{text} (SANDBOX=try starts the server all the same)")
@@ -4527,7 +4537,7 @@ class Sandbox:
 
     @property
     def writable(self) -> list[str]:
-        """What a server may write beside what is its own, without links."""
+        """The paths of SANDBOX_WRITE, with links resolved."""
         return [os.path.realpath(path) for path in self.paths("sandbox_write")]
 
     def own_libraries(self) -> str:
@@ -4557,13 +4567,13 @@ class Sandbox:
                  ("sandbox", "limit", resource.RLIMIT_CORE, 0, 0)]
         if os.geteuid() == 0:                        # PR_CAPBSET_DROP of CAP_SYS_RESOURCE, which knows no limits
             steps.append(("sandbox", "prctl", 24, 24))
-        # A soft limit alone could be raised again. One second is between the signal for CPU time and the end.
+        # Hard limits too, because a soft one could be raised again. SIGXCPU comes a second before SIGKILL.
         for name, kind, unit, more in (("limit_open_files", resource.RLIMIT_NOFILE, 1, 0),
                                        ("limit_file_mb", resource.RLIMIT_FSIZE, megabyte, 0),
                                        ("limit_cpu_seconds", resource.RLIMIT_CPU, 1, 1)):
             allowed = getattr(settings, name) * unit
             steps += [(name, "limit", kind, allowed, allowed + more)] if allowed else []
-        # Its control group tells what is a server's, or it is the server that gets its orphans: PR_SET_CHILD_SUBREAPER.
+        # Orphans are recognized by the server's control group, or else become its children: PR_SET_CHILD_SUBREAPER.
         steps.append(("limit_memory_mb", "enter", cell.cgroup) if cell.cgroup else ("sandbox", "prctl", 36, 1))
         if settings.sandbox != "off":
             steps += self._landlock(cell)
@@ -4594,7 +4604,7 @@ class Sandbox:
         for name, right in ("sandbox_read", READ), ("sandbox_write", WRITE):
             for path in self.paths(name):
                 exists = os.path.exists(path)
-                # What is below others is open anyway, and may be a link by now, made by a run before or a neighbour.
+                # What is below a writable path is open anyway, and may be a link that another run or server has made.
                 if is_below(path, writable):
                     if exists and not is_below(os.path.realpath(path), writable):
                         log.warning("! server %(server)s: %(path)s is not opened: a server may have made the link in "
@@ -4605,7 +4615,7 @@ class Sandbox:
                     self.refuse(name, f"{path} does not exist")
         allowed = [(os.path.realpath(path), right) for path, right in allowed if not is_below(path, writable)]
         rules = [(path, right & known & (-1 if os.path.isdir(path) else OF_A_FILE))
-                 for path, right in (*allowed, (cell.directory, WRITE)) if os.path.exists(path)]
+                 for path, right in (*allowed, (cell.directory or "", WRITE)) if os.path.exists(path)]
         scopes, since = LANDLOCK_SCOPES
         return [("sandbox", "landlock", (known, 0, scopes if abi >= since else 0), rules)]
 
@@ -4619,26 +4629,33 @@ class Cell:
         self.directory = self.home = self.cgroup = self.user = self._uid = None
 
     async def _open(self) -> None:
-        settings, reaper = self.sandbox.settings, self.sandbox.reaper
+        settings = self.sandbox.settings
         if settings.run_as_user:
             await self._take_user(settings.run_as_user)
         if settings.private_home or settings.sandbox != "off":
-            # Short, because a path of a Unix socket may have 107 characters, and browsers put theirs deep below.
-            directory = f"{reaper.homes}/{self._number[:8]}"
-            os.makedirs(reaper.homes, 0o711, exist_ok=True)
-            if os.lstat(reaper.homes).st_uid != os.geteuid():          # its name can be seen before it is there
-                raise ServerError(f"{reaper.homes} is somebody else's")
-            os.chmod(reaper.homes, 0o711)              # whatever the umask is: another user's home is in it
-            for path in directory, f"{directory}/home", f"{directory}/tmp":
-                os.mkdir(path, 0o700)
-                self.directory, self.home = directory, f"{directory}/home"          # it is there, and is this one's
-                if self.user and os.geteuid() == 0:
-                    os.chown(path, *self.user)
-            self.variables.update(HOME=self.home, TMPDIR=f"{directory}/tmp")
+            try:
+                self._make_home(self.sandbox.reaper.homes)
+            except OSError as error:                   # as in a read-only or full /tmp
+                self.sandbox.refuse("private_home", f"{error}; set TMPDIR")
         self._make_cgroup()
 
+    def _make_home(self, homes: str) -> None:
+        os.makedirs(homes, 0o711, exist_ok=True)
+        if os.lstat(homes).st_uid != os.geteuid():     # another, who saw its name, made it first
+            raise ServerError(f"{homes} is somebody else's")
+        os.chmod(homes, 0o711)                         # whatever the umask is: another user's home is in it
+        # Short, because a path of a Unix socket may have 107 characters, and browsers put theirs deep below.
+        directory = f"{homes}/{self._number[:8]}"
+        for path in directory, f"{directory}/home", f"{directory}/tmp":
+            os.mkdir(path, 0o700)
+            self.directory = directory                 # close() may remove it: it is ours
+            if self.user and os.geteuid() == 0:
+                os.chown(path, *self.user)
+        self.home = f"{directory}/home"
+        self.variables.update(HOME=self.home, TMPDIR=f"{directory}/tmp")
+
     async def _take_user(self, text: str) -> None:
-        """Takes a user by name or number, or one of a range as which nothing runs; what does may just be ending."""
+        """Takes a user by name or number, or one of a range as whom nothing runs, and waits for one a while."""
         import pwd
         users, number = users_of(text), int(text) if text.isdigit() else None
         if users:
@@ -4685,18 +4702,18 @@ class Cell:
         command, when all steps were taken. OSError when there is no such program, ServerError when a step failed."""
         await self._open()
         given = self.sandbox.given
-        environment = {**{name: value for name, value in environment.items()           # these lead out of the home
-                          if not (self.home and name.startswith("XDG_")) or name in given},
+        environment = {**{name: value for name, value in environment.items()
+                          if not (self.home and name.startswith("XDG_")) or name in given},  # these lead out of home
                        **{name: value for name, value in self.variables.items() if name not in given}}
         name = command[0] if command else ""
-        name = os.path.join(directory or "", name) if "/" in name else name          # as it is without a sandbox
+        name = os.path.join(directory or "", name) if "/" in name else name          # as exec would find it
         program = name and shutil.which(name, path=environment.get("PATH"))
         if program is None:
             raise FileNotFoundError(errno.ENOENT, "")
         steps = self.sandbox.steps(self)
         output, report = os.pipe()
         try:
-            # What tells a loader where code is would do so to CONFINE too, and a run before may have put some there.
+            # LD_* and the like would act on CONFINE too, and may lead to code that the server put there in another run.
             environment = {OUR_PREFIX + name: value for name, value in environment.items()}
             environment[LIBRARIES] = self.sandbox.own_libraries()
             plan = (report, self.sandbox.settings.sandbox != "try", OUR_PREFIX,
@@ -4739,7 +4756,7 @@ class Cell:
                     with contextlib.suppress(OSError):             # Linux 5.14
                         write_file(f"{self.cgroup}/cgroup.kill", "1")
                     os.rmdir(self.cgroup)
-                if self.directory and os.path.exists(self.directory):
+                if self.directory and os.path.exists(os.path.dirname(self.directory)):
                     remove_tree(*os.path.split(self.directory))
                 break
             except OSError:                            # something still writes, or has not ended yet
@@ -4777,7 +4794,7 @@ _TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit statu
 
 
 class Link:
-    """What a ServerConnection speaks through. Whoever speaks sets what is called, and then calls start()."""
+    """What a ServerConnection speaks through. The callbacks below are set before start() is called."""
 
     on_line = None          # called with each line from the server, and with the id of the call it belongs to if the
                             # link knows it (cause=)
@@ -4788,7 +4805,7 @@ class Link:
     on_forgotten = None     # called when the server has forgotten all that it was told, and what it had asked
     awaits = None           # called with the id of a request; returns who still waits for the answer, or None
 
-    is_remote = False       # is the server another machine's?
+    is_remote = False       # is the server at a URL, and not our process?
     label = "a link"        # what the log calls it, as a template
     fields: dict[str, str] = {}          # of that template
     revision: str | None = None          # that was agreed on in the handshake
@@ -4801,7 +4818,7 @@ class Link:
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
     backlog = 0             # bytes of what was written that wait here for the server to read
-    hearing: int | None = 0              # how many gaps there were in what belongs to no request; None: there is one
+    hearing: int | None = 0              # times when what belongs to no request could be missed; None: now is one
     unread = 0              # how much it has not read, as the system counts it; 0 where it does not
     _stopping: asyncio.Task | None = None
 
@@ -4815,12 +4832,12 @@ class Link:
                     self.last_words[-1].strip() if self.last_words else "")
 
     def write(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
-        """Sends a line, a client's with its principal. `about` says what it is where it is a request to a remote
-        server: (server id, method, name, headers of its own, the proxies that it came through)."""
+        """Sends a line, a client's with its principal. `about` describes a request to a remote server: (server id,
+        method, name, headers of its own, the proxies that it came through)."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
-        """Takes a request of a principal's back; `line` says so."""
+        """Takes back a principal's request; `line` tells the server so."""
         self.write(line)
 
     def has_sent(self, number: int) -> bool:
@@ -4885,7 +4902,7 @@ def why_not_found(program: str, path: str | None) -> str | None:
 
 
 class Output(asyncio.Protocol):
-    """Takes a pipe of a process over from asyncio, which hands on what it has read a turn of the event loop later."""
+    """Receives what asyncio reads from a pipe of a process. By itself, asyncio hands it on a turn of the loop later."""
 
     def __init__(self, pipe: asyncio.ReadTransport, data_received):
         before = pipe.get_protocol()
@@ -4906,7 +4923,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._tag = sandbox.reaper.new_tag()
         self._cell = Cell(sandbox, self._tag) if sandbox.is_on else None
         self.usage = Usage(self._server, self._tag, self._check_limits)
-        self._redact = redact                  # takes the values of its client's variables out of a text of its own
+        self._redact = redact                  # removes the values of its client's variables from what it says
         self.last_words = collections.deque(maxlen=STDERR_LINES)
         self._limit = limit                    # of a line from stdout, in bytes
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
@@ -4929,7 +4946,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             else:
                 await spawn(*self._command, start_new_session=True, cwd=self._directory, env=environment)
         except BaseException as error:
-            # Cancelled, it may have children already. Where there is a process, what it has is given back by stop().
+            # Even if it was cancelled, there may be children. If there is a process, stop() gives the cell back.
             self._reaper.ended(self._tag, self._pid, None if self._pid else self._cell)
             if not isinstance(error, (OSError, ValueError)):
                 raise
@@ -5004,7 +5021,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         return f" by signal {-self.exit_code} ({signal.strsignal(-self.exit_code)})"
 
     def _blame(self, limit: str, measured: float) -> None:
-        """It is ended for this limit."""
+        """Notes that this limit is why it ends."""
         allowed = getattr(self._sandbox.settings, LIMITS[limit][0])
         self.excess = {"limit": limit, "allowed": allowed, "measured": measured}
         self._reaper.census.killed[self._server, limit] += 1
@@ -5100,8 +5117,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 # 22. HTTP client
 # ============================================================================
 #
-# Requests of ours to one remote server. Connections are kept for the next one, and there are only so many. Knows HTTP
-# and nothing of MCP; what a response means is the business of the Fetch.
+# Our own requests to one remote server, on a limited number of connections, which are kept for the next ones. This
+# section knows HTTP and nothing of MCP; what a response means is the business of the Fetch.
 
 CONNECT_SECONDS = 10.0           # for a connection, TLS included
 ADDRESS_SECONDS = 0.25           # for one address, before the next is tried beside it; RFC 8305 §5
@@ -5140,7 +5157,7 @@ class Fetch(Holder):
         """All of the response is there; `body` is empty if it was a stream."""
 
     def on_failure(self, reason: str, is_connected: bool = True) -> None:
-        """There will be none: the server `reason`, a predicate."""
+        """There will be no response. `reason` goes on after "the server", as "cut its answer off" does."""
 
     def abort_later(self) -> None:
         """The answer came, or is not wanted: hangs up if the server does not end its stream soon."""
@@ -5320,7 +5337,7 @@ class HTTPClient:
         lines += [f"{name}: {value}" for name, value in headers]
         if size is not None:
             lines.append(f"Content-Length: {size}")
-        # A line end in a value would begin another header, or another request: none may come from anywhere.
+        # A line end in a value would begin another header, or another request: so none is let through.
         return "\r\n".join([*(_CONTROL.sub("?", line) for line in lines), "\r\n"]).encode("utf-8", "replace")
 
     def send(self, fetch: Fetch) -> None:
@@ -5375,7 +5392,8 @@ class HTTPClient:
                     lambda: ClientConnection(self), host, port, ssl=self._tls, happy_eyeballs_delay=ADDRESS_SECONDS)
         except TimeoutError:
             reason = "it takes too long"
-        except (OSError, UnicodeError, AssertionError) as error:       # ssl.SSLError is one; asyncio's race can fail
+        # SSLError is an OSError; Happy Eyeballs may assert; RuntimeError: there can be no other thread.
+        except (OSError, UnicodeError, AssertionError, RuntimeError) as error:
             words = getattr(error, "verify_message", None), getattr(error, "strerror", None), str(error), "it hangs up"
             reason = next(filter(None, words))
         finally:
@@ -5406,7 +5424,7 @@ class HTTPClient:
         self._go_on()
 
     def close(self) -> None:
-        self.is_closed = True              # who opens a connection sees that; if it were cancelled, it may be left open
+        self.is_closed = True              # _open() sees that; if it were cancelled, a connection might be left open
         for fetch in list(self._waiting):
             fetch.abort()
         for connection in list(self.connections):

@@ -5873,6 +5873,9 @@ A_SERVER = {"command": "x"}
     ('{"mcpServers": {"a": {"command": "x"}}, "mcpServers": 5}', "needs an object mcpServers"),
     ('{"mcpServers": {"a": {"command": "x", "command": "y"}}}', "server a: command: is there twice"),
     ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "server a: is there twice"),
+    ('{"mcpServers": {"a": {"command": "x", "env": {"A": "1", "A": "2"}}}}', "server a: A: is there twice"),
+    ('{"mcpServers": {"a": {"command": "x", "overrides": {"t": {"fixed": {}}, "t": {}}}}}', "a: t: is there twice"),
+    ('{"mcpServers": {"a": {"url": "http://a/", "serverUrl": "http://b/"}}}', "server a: url: is there twice"),
     *(({"mcpServers": {name: A_SERVER}}, f"{good} would do") for name, good in {
         "a b": "a-b", "a__b": "a_b", "": "server", "x" * 33: "x" * 32, "ä": "server", "a.b/c": "a-b-c"}.items()),
     *(({"mcpServers": {"a": {**A_SERVER, **keys}}}, words) for keys, words in [
@@ -5993,6 +5996,7 @@ def test_configuration_of_keys_may_have_what_that_of_servers_may(tmp_path):
         ({"env": {"A": "b"}}, "env: must be a list"), ({"key": 7}, "key: must be a string"),
         ({"key": ""}, "empty"), ({"key": " \t"}, "empty")]), ({"a": {"sha256": 7}}, "a: sha256: must be a string"),
     *(({"a": {"sha256": value}}, "64 digits") for value in ("", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\n")),
+    ({"one+of=": "ann"}, "a key has no name of 1 to 64 of"),           # who took the one for the other
     *(({name: A_KEY}, "a key has no name of 1 to 64 of") for name in ("", "a b", "x" * 65, "\u00e4", "a\n", "a:b"))])
 def test_configuration_of_keys_that_cannot_be_used_is_refused_with_file_name_and_key(tmp_path, given, words):
     path = tmp_path / "keys.json"
@@ -6621,6 +6625,22 @@ def test_process_that_may_be_of_several_is_not_the_next_one_s_when_these_are_gon
         for pid in orphan, *servers:
             os.kill(pid, signal.SIGKILL)
     assert {pid for pid, _ in last} == {servers[2]}
+
+
+@pytest.mark.parametrize("before", [[], ["sleep", "60"]], ids=["alone", "with a child of before"])
+def test_process_takes_orphans_only_if_it_will_reap_them(before):
+    """A child of before it may be a shell's, that became this program: prctl(2), PR_GET_CHILD_SUBREAPER."""
+    code = f"""
+import ctypes, subprocess, sys
+sys.path.insert(0, {HERE!r})
+child = {before!r} and subprocess.Popen({before!r})
+import mcpproxy
+census, taken = mcpproxy.Census(), ctypes.c_int(-1)
+ctypes.CDLL(None).prctl(37, ctypes.byref(taken), 0, 0, 0)
+child and child.kill()
+print(taken.value, census.gets_orphans)"""
+    program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert program.stdout.split() == (["0", "False"] if before else ["1", "True"]), program.stderr
 
 
 def test_process_is_known_for_whose_it_is_also_after_a_look_without_a_descriptor(reaper, monkeypatch):
@@ -7987,6 +8007,25 @@ def test_sandbox_home_is_removed_and_nothing_else_while_somebody_is_at_work_in_i
             assert neighbour.tool("echo") == "hello"
 
 
+def test_sandbox_home_is_removed_also_if_somebody_wrote_in_it_between_two_steps(tmp_path, monkeypatch):
+    """What was moved up is found again, then."""
+    for name in "abc/home/a", "abc/tmp/b", "abcd":
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "abc/home/a/file").write_text("")
+    remove, late = os.rmdir, iter("12")
+
+    def remove_with_something_in_it(name, dir_fd):
+        with contextlib.suppress(StopIteration):
+            os.close(os.open(f"{name}/{next(late)}", os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+        remove(name, dir_fd=dir_fd)
+    monkeypatch.setattr(os, "rmdir", remove_with_something_in_it)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            mcpproxy.remove_tree(str(tmp_path), "abc")
+    mcpproxy.remove_tree(str(tmp_path), "abc")
+    assert os.listdir(tmp_path) == ["abcd"]
+
+
 # What it is given.
 
 @IN_EACH
@@ -8073,9 +8112,10 @@ def refuse(*calls):
             "assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0")
 
 
-PRCTL, SECCOMP = (157, 317) if platform.machine() == "x86_64" else (167, 277)
+PRCTL, SECCOMP, MKDIR = (157, 317, 83) if platform.machine() == "x86_64" else (167, 277, 34)
 WITHOUT_LANDLOCK = refuse((444, None, errno.ENOSYS))
 WITHOUT_SECCOMP = refuse((PRCTL, 22, errno.EINVAL), (SECCOMP, None, errno.ENOSYS))
+WITHOUT_ROOM = refuse((MKDIR, None, errno.EROFS))
 on_known_machines = pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"),
                                        reason="needs x86_64 or aarch64")
 
@@ -8088,6 +8128,7 @@ ABSENT = {
     "a path to write":      ("",                              {"SANDBOX": "on", "SANDBOX_WRITE": "/does/not/exist"},
                              "/does/not/exist"),
     "root":                 (AS_NOBODY,                       {"RUN_AS_USER": "60001-60009"},  "RUN_AS_USER"),
+    "room for a home":      (WITHOUT_ROOM,                    {"PRIVATE_HOME": True},          "PRIVATE_HOME"),
 }
 EACH_MISSING = pytest.mark.parametrize("before, settings, word", ABSENT.values(), ids=ABSENT)
 
@@ -10058,6 +10099,16 @@ def test_remote_client_keeps_places_for_what_has_to_get_through(monkeypatch):
         client.close()
         server.close()
         await server.wait_closed()
+    asyncio.run(run())
+
+
+def test_remote_client_fails_a_request_when_no_thread_can_look_up_its_host(monkeypatch):
+    async def run():
+        monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", raising(RuntimeError("no new thread")))
+        client = mcpproxy.HTTPClient("http://a.example/mcp")
+        with pytest.raises(OSError, match="no new thread"):
+            await mcpproxy.Ask(client.head("GET", ())).answer(client, PATIENCE)
+        client.close()
     asyncio.run(run())
 
 
