@@ -2932,7 +2932,7 @@ class Target(typing.NamedTuple):
     server: str
     name: str | None = None                    # the server's own, of a tool or prompt that is shown with another
     override: Override | None = None
-    is_by_hints: bool = False                  # may access to it depend on hints, which only the server's list has?
+    depends_on_hints: bool = False             # may access to it depend on hints, which only the server's list has?
 
     def changes(self, message: Message) -> list[tuple[int, int, str]]:
         """The changes to the text of a request."""
@@ -2988,7 +2988,7 @@ class View:
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
-    def is_by_client(self) -> bool:
+    def depends_on_client(self) -> bool:
         """May what is answered here depend on who asks?"""
         return any(one.when and (one.when.header or one.when.key) or not one.settings.shared_session
                    for one in self.servers)
@@ -3006,7 +3006,7 @@ class View:
         is_harmless = tool is None or hints_of(tool, member.rules.overrides.get(own)).get("readOnlyHint") is True
         return any(grant.allows_tool(own, is_harmless) for grant in self.grants[server])
 
-    def is_by_hints(self, server: str, kind: str) -> bool:
+    def depends_on_hints(self, server: str, kind: str) -> bool:
         """May its caller's access depend on hints, which only the server's list has?"""
         return kind == "tools" and any(grant.read_only for grant in self.grants.get(server, ()))
 
@@ -3042,7 +3042,7 @@ class View:
     def target(self, member: ServerConfig, kind: str, own: str, name: str) -> Target:
         """Where a call goes of what the server calls `own` and the client `name`."""
         override = member.rules.overrides.get(own) if kind == "tools" else None
-        return Target(member.name, own if own != name else None, override, self.is_by_hints(member.name, kind))
+        return Target(member.name, own if own != name else None, override, self.depends_on_hints(member.name, kind))
 
     def unknown(self, kind: str, name: str, status: int = 200, if_closed: int = 200) -> RPCError:
         """The error for a tool or a prompt that is not here, with `status`; or, if only this caller may not use it, the
@@ -3056,7 +3056,7 @@ class View:
                     shown = name.removeprefix(one.start_of_names)
                     target = Target(one.name, kind == "tools" and one.rules.own(shown) or shown)
                 server, own = target.server, target.name or name
-                if not self.opens(server, kind, own) or self.is_by_hints(server, kind):
+                if not self.opens(server, kind, own) or self.depends_on_hints(server, kind):
                     return self.refusal(server, kind, own, name, if_closed)
         return RPCError(f"unknown {kind.removesuffix('s')}: {name[:200]}", status=status, code=INVALID_PARAMS)
 
@@ -3639,7 +3639,7 @@ class Log(logging.Handler):
         if not text.isprintable():
             text = repr(text)[1:-1]             # a line feed in a method's name would forge a line
         if error:
-            text += "\n" + "".join(traceback.format_exception(error)).rstrip()
+            text += "\n" + "".join(traceback.format_exception(error, limit=-8)).rstrip()     # where it happened
         name = level_name(level)
         if not self.as_json:
             return b"%b\n" % ("%s%03d %-7s %s" % (self._clock, millisecond, name, text)).encode(
@@ -3693,7 +3693,7 @@ def redactor(secrets: collections.abc.Iterable[str]):
 log = Log()
 
 
-def as_told(error: Exception) -> ProxyError:
+def as_client_error(error: Exception) -> ProxyError:
     """The error that a client is told; what is not for clients goes to the log."""
     if isinstance(error, ProxyError):
         return error
@@ -3893,7 +3893,7 @@ class Budget:
 budget = Budget()                # of the program
 
 
-def who_gives(holders, principal: object) -> list:
+def holders_of_most(holders, principal: object) -> list:
     """The holders of the principal that has most: one has to go, to make room for one more of `principal`'s. Nobody, if
     `principal` would then have as many."""
     numbers = collections.Counter(holder.principal for holder in holders)
@@ -3908,7 +3908,7 @@ def try_later(why: str) -> ServerError:
     return ServerError(why, status=503, headers=(("Retry-After", "5"),))
 
 
-def other_limits() -> ServerError:
+def limits_changed() -> ServerError:
     """The error for what was let in, under limits that have changed since."""
     return try_later("what its caller may use has changed")
 
@@ -4064,15 +4064,15 @@ def kill(pid: int, number: int) -> bool:
 class Usage:
     """What a server uses, with all that descends from it."""
 
-    def __init__(self, server: str, tag: str, on_looked_at):
+    def __init__(self, server: str, tag: str, on_measured):
         self.server = server
         self.tag = tag
-        self.on_looked_at = on_looked_at             # called when what follows was looked at anew
-        self.memory = self.most_memory = 0           # bytes that are resident; what is shared counts for each
-        self.processes = self.most_processes = 0
+        self.on_measured = on_measured               # called when what follows was measured
+        self.memory = self.peak_memory = 0           # bytes that are resident; what is shared counts for each
+        self.processes = self.peak_processes = 0
         self.cpu: dict[int, float] = {}              # seconds of CPU, by process
         self.gone = 0.0                              # of processes that have ended
-        self.seen_at = time.monotonic()              # when it was looked at last, or began
+        self.measured_at = time.monotonic()          # or when it began
         self.is_over = False                         # has the server itself ended?
 
     @property
@@ -4129,16 +4129,16 @@ class Census:
             usage.gone += sum(seconds for pid, seconds in usage.cpu.items() if pid not in cpu)
             usage.cpu, usage.processes = cpu, len(mine)
             usage.memory = sum(int(found[pid][PAGES]) for pid in mine) * page
-            usage.most_memory = max(usage.memory, usage.most_memory)
-            usage.most_processes = max(usage.processes, usage.most_processes)
-            usage.seen_at = time.monotonic()
+            usage.peak_memory = max(usage.memory, usage.peak_memory)
+            usage.peak_processes = max(usage.processes, usage.peak_processes)
+            usage.measured_at = time.monotonic()
 
     def measure(self) -> None:
         """Called each second: looks, and tells everybody."""
         if self.servers:
             self.look()
         for usage in list(self.servers.values()):
-            usage.on_looked_at()
+            usage.on_measured()
 
     def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
         """The server that a process belongs to: by what was known of it, its parent, or its session; an orphan's by its
@@ -4250,7 +4250,7 @@ class Reaper:
         # Users that are taken, or never given: all that runs as one is killed in the end, so never root, nor our user.
         self.uids = {0, os.getuid()}
         self.patience = 2.0, 3.0, 1.0         # seconds that a server has to end, after each step of ServerProcess._stop
-        self._ended: list[tuple] = []         # (tag, left, lease) of servers whose leftovers are looked for next
+        self._ended: list[tuple] = []         # (tag, left, cell) of servers whose leftovers are looked for next
         self._closer = concurrent.futures.ThreadPoolExecutor(1)
         with contextlib.suppress(RuntimeError):
             self._closer.submit(int)          # so it has its thread; later there may be none to be had
@@ -4296,10 +4296,10 @@ class Reaper:
         known = {*self.census.servers, *self.census.ours}
         return {*children_of(os.getpid())} - known if not self.census.starting else set()
 
-    def ended(self, tag: str, pid: int | None, lease, descendants: collections.abc.Iterable[tuple] = ()) -> None:
-        """Called when a server is gone. What it left behind is killed soon, for many servers at once; then its `lease`,
+    def ended(self, tag: str, pid: int | None, cell, descendants: collections.abc.Iterable[tuple] = ()) -> None:
+        """Called when a server is gone. What it left behind is killed soon, for many servers at once; then its `cell`,
         if it has one, is closed. `descendants`: those that it had when its end began."""
-        self._ended.append((tag, self.census.of(pid).union(descendants), lease))
+        self._ended.append((tag, self.census.of(pid).union(descendants), cell))
         self.census.forget(pid)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(0.05, self.sweep)
@@ -4325,9 +4325,9 @@ class Reaper:
             if process_stat(pid)[STATE] not in (b"Z", b""):
                 log.info("= killed process %(pid)d, left behind by its server", pid=pid)
                 kill(pid, signal.SIGKILL)
-        for _, _, lease in ended:
-            if lease:
-                self._closer.submit(lease.close)           # in a thread, because it may take long
+        for _, _, cell in ended:
+            if cell:
+                self._closer.submit(cell.close)            # in a thread, because it may take long
 
     def close(self) -> None:
         """Ends the shell. Every server has to be gone by now."""
@@ -4787,7 +4787,8 @@ MAX_STDERR_LINE = 1_000          # characters of one, that are shown after that
 LAST_WORDS_SECONDS = 0.25        # for what an ended server wrote; a child of its own may hold the pipe open
 # By limit: the setting, and what is counted.
 LIMITS = {"memory": ("limit_memory_mb", "MB of memory"), "processes": ("limit_processes", "processes"),
-          "cpu": ("limit_cpu_seconds", "s of CPU in one process"), "file_size": ("limit_file_mb", "MB in a file")}
+          "cpu": ("limit_cpu_seconds", "s of CPU in one process"),
+          "file_size": ("limit_file_mb", "MB and more in a file")}
 # Lines that languages write after the one that says what is wrong: where it happened, the version, the exit code.
 _TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit status \d|[\w.*/()-]+\([^ ]*\)$|[]})]+$|"
                       r"npm (?:notice|\w+!? (?:A complete log|404(?: Note| tarball|$)))|Run '[^']+ --help'")
@@ -4803,7 +4804,7 @@ class Link:
     on_refused = None       # called with the id of a request that gets no line in answer, and a ServerError
     request = None          # called with a method and its params for a request of the link's own
     on_forgotten = None     # called when the server has forgotten all that it was told, and what it had asked
-    awaits = None           # called with the id of a request; returns who still waits for the answer, or None
+    pending_of = None       # called with the id of a request; returns who still waits for the answer, or None
 
     is_remote = False       # is the server at a URL, and not our process?
     label = "a link"        # what the log calls it, as a template
@@ -4814,7 +4815,7 @@ class Link:
     was_stopped = False     # by us; it did not end by itself
     how_it_ended = ""       # " with exit code 1", or the signal; nothing when that is not known
     excess: dict[str, object] = {}       # the limit for which it was ended, what that allows, and what was measured
-    told_usage = ""         # what it used, for the log
+    usage_text = ""         # what it used, for the log
     last_words: collections.abc.Collection[str] = ()     # the last lines of what the server said beside the protocol
     is_open = True          # can lines be written?
     backlog = 0             # bytes of what was written that wait here for the server to read
@@ -5039,7 +5040,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         """Blames the limit for which the kernel ended it, if it did. A shell or npx passes on how its child ended."""
         settings, most_cpu = self._sandbox.settings, self.usage.most_seconds
         number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
-        since = (time.monotonic() - self.usage.seen_at) * (os.cpu_count() or 1)
+        since = (time.monotonic() - self.usage.measured_at) * (os.cpu_count() or 1)
         could_be = min(self.usage.seconds, most_cpu + since)
         if settings.limit_file_mb and number == signal.SIGXFSZ:
             self._blame("file_size", settings.limit_file_mb)
@@ -5050,10 +5051,10 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             self._blame("memory", max(settings.limit_memory_mb, self.usage.megabytes))
 
     @property
-    def told_usage(self) -> str:
+    def usage_text(self) -> str:
         usage = self.usage
-        return (f"it took up to {usage.most_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
-                f"processes: {usage.most_processes}") if usage.most_processes else ""
+        return (f"it took up to {usage.peak_memory / 1024 / 1024:.1f} MB of memory, {usage.seconds:.1f} s of CPU, "
+                f"processes: {usage.peak_processes}") if usage.peak_processes else ""
 
     @property
     def unread(self) -> int:
@@ -5134,7 +5135,7 @@ class Fetch(Holder):
     """One request and its response."""
 
     connection: "ClientConnection | None" = None
-    is_safe = False                  # may it be sent twice?
+    is_idempotent = False            # may it be sent twice?
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
@@ -5161,7 +5162,7 @@ class Fetch(Holder):
 
     def abort_later(self) -> None:
         """The answer came, or is not wanted: hangs up if the server does not end its stream soon."""
-        self.body, self.is_safe = b"", False
+        self.body, self.is_idempotent = b"", False
         asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self.abort)
 
     def give(self) -> None:
@@ -5230,7 +5231,7 @@ class ClientConnection(asyncio.Protocol):
         parser.is_ended = True
         if fetch and head and head.content_length == UNTIL_CLOSE and error is None:
             self._read_body(fetch)
-        elif fetch and not head and fetch.is_safe and self._uses > 1 and not parser.rest:
+        elif fetch and not head and fetch.is_idempotent and self._uses > 1 and not parser.rest:
             fetch.connection = None
             self._client.send(fetch)           # it was idle, and was closed just as we used it again
         elif fetch:
@@ -5482,7 +5483,7 @@ class Verdict(typing.NamedTuple):
 class Ask(Fetch):
     """A request whose end is waited for."""
 
-    is_safe = is_extra = True
+    is_idempotent = is_extra = True
 
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
@@ -5746,7 +5747,7 @@ ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that is the same in all
 WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
-SAFE_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
+IDEMPOTENT_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
 RESUMES = 5                      # times in a row that a stream may be asked for in vain
@@ -5775,7 +5776,7 @@ class RemoteFetch(Fetch):
 
     @property
     def principal(self) -> object:
-        request = self.link.awaits(self.number)
+        request = self.link.pending_of(self.number)
         return request and request.principal
 
     @property
@@ -5784,7 +5785,7 @@ class RemoteFetch(Fetch):
 
     def give(self) -> None:
         """Fails the call for want of room here: the server is not to blame, and is not asked for the rest."""
-        request = self.link.awaits(self.number)
+        request = self.link.pending_of(self.number)
         if request and request.client:
             request.give()                     # takes it back
         else:
@@ -5807,7 +5808,7 @@ class Post(RemoteFetch):
         self.about, self.is_repeated = about, is_repeated
         self.is_greeting = about[1] in GREETINGS
         self.session = None if self.is_greeting else self.session
-        self.is_safe = about[1] in SAFE_METHODS
+        self.is_idempotent = about[1] in IDEMPOTENT_METHODS
         self.is_extra, self.is_endless = about[1] in ("initialize", "ping"), about[1] == "subscriptions/listen"
 
     def on_head(self, head: ResponseHead) -> None:
@@ -6011,7 +6012,7 @@ class RemoteLink(Link):
             self.backlog += len(line)
             first = self._next_aside(asides) if len(self._asides) <= ASIDES else None
             asyncio.create_task(self._tell_all(principal, first))
-        elif not is_repeated or self.awaits(about[0]):
+        elif not is_repeated or self.pending_of(about[0]):
             self._post(line, about, is_repeated)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
@@ -6194,7 +6195,7 @@ class RemoteLink(Link):
             # A server of the other era would answer so. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._greet_again())
         if post.session and is_lost:
-            request = self.awaits(post.number)
+            request = self.pending_of(post.number)
             if post.is_repeated or request and request.is_pinned:
                 self._refuse(post, refusal(head, body))
             else:
@@ -6207,14 +6208,14 @@ class RemoteLink(Link):
         elif has_answer:
             if not post.is_stream:
                 self._receive(body, post.number)
-            if self.awaits(post.number):
+            if self.pending_of(post.number):
                 self._resume(post)
         else:
             self._refuse(post, refusal(head, body))
 
     def on_failure_of_post(self, post: Post, reason: str, is_connected: bool) -> None:
         self._running.pop(post.number, None)
-        if post.is_stream and self.awaits(post.number):
+        if post.is_stream and self.pending_of(post.number):
             self._resume(post)
         else:
             error = ServerError(f"the MCP server {reason}")
@@ -6248,7 +6249,7 @@ class RemoteLink(Link):
         held, self._held = self._held, None
         for line, about, *more in held:
             self.backlog -= len(line)
-            if about is None or self.awaits(about[0]):
+            if about is None or self.pending_of(about[0]):
                 self.write(line, about, *more)
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
@@ -6309,7 +6310,7 @@ class RemoteLink(Link):
                 return self.end(reason)
             if number is None and status == 404 and listen.tries and self.session:
                 return self._renew(self.session)         # it had a stream before
-            if not self.awaits(number) and (number is not None or 400 <= status < 500 and status != 429):
+            if not self.pending_of(number) and (number is not None or 400 <= status < 500 and status != 429):
                 return                         # MCP 2025-11-25: 405, if it has no stream for what belongs to no request
             listen = self._running[number] = listen.again()
 
@@ -6420,7 +6421,8 @@ class ServerConnection(Holder):
         self.has_served = False                           # did it get a client's call?
         self._is_single_user = is_single_user              # see Instance.is_single_user
         link.on_line, link.on_too_long, link.on_end = self._on_line, self._on_too_long, self._on_end
-        link.on_refused, link.awaits, link.request = self._fail, lambda number: self.pending.get(number), self.request
+        link.pending_of = lambda number: self.pending.get(number)
+        link.on_refused, link.request = self._fail, self.request
         self.era = LEGACY
         self.is_greeted = False                            # is the handshake made?
         self.mirrors = False                               # do headers repeat arguments of its tools?
@@ -6727,7 +6729,7 @@ class ServerConnection(Holder):
             # What a server said is a field of the line; what stands before it, as ": ", is part of the template.
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
                 logging.WARNING, f": {error}; {len(self.pending)} calls fail")
-            said, usage = reason.lstrip(": "), self.link.told_usage
+            said, usage = reason.lstrip(": "), self.link.usage_text
             log.say(level, f"= server %(server)s, {self.link.label} ended{reason.removesuffix(said)}%(reason)s"
                            f"{usage and '; '}%(usage)s", server=self.name, reason=said, usage=usage, **self.link.fields)
         pending, self.pending = self.pending, {}
@@ -8205,7 +8207,7 @@ class Client(Holder):
     def is_apart(self) -> bool:
         """May it be told what others at the same URL are not? Caches go by the URL; and a server that calls its
         answer public knows nothing of keys, of other servers, or of servers that clients have to themselves."""
-        return self.caller is not None or self.view.is_by_client
+        return self.caller is not None or self.view.depends_on_client
 
     @property
     def owner(self) -> object:
@@ -8262,7 +8264,7 @@ class Client(Holder):
             problem = error
         for call in list(self.calls.values()):
             if problem or call.is_changed(before):
-                call.pin(no_such_session() if problem and self.is_session else problem or other_limits())
+                call.pin(no_such_session() if problem and self.is_session else problem or limits_changed())
         return problem
 
     def notify(self, message: Message) -> None:
@@ -8603,7 +8605,7 @@ class Pool:
                    if instance.has_process and instance.owner != ()]
         spares = [instance for instance in running if instance.owner is instance]
         idle = [instance for instance in running if not (instance.is_private or instance.is_used)]
-        others = spares or idle or who_gives(running, principal)
+        others = spares or idle or holders_of_most(running, principal)
         if not others or sum(len(one.ending) for one in self.servers) >= max(1, self.limit // 10):
             raise try_later("too many processes")
         return min(others, key=lambda instance: (instance.is_used, instance.last_used))
@@ -9031,7 +9033,7 @@ class Mount:
             if call.is_endless and is_another(call.client.caller):
                 call.end_subscription()
             elif call.client.caller and current(call.client.caller) is None:
-                call.pin(other_limits())
+                call.pin(limits_changed())
             call.client.caller = current(call.client.caller) or call.client.caller
         for server in self.servers.values():
             for instance in [one for one in server.instances.values() if one.owner and not one.is_private]:
@@ -9065,7 +9067,7 @@ class Mount:
         self.check_open()
         others = ()
         if len(self.sessions) >= self.settings.max_sessions:
-            others = who_gives(self.sessions.values(), principal)
+            others = holders_of_most(self.sessions.values(), principal)
             if not others:
                 raise try_later("too many sessions")
         session = Session(self, view, caller, variables, principal, is_streamable, name, headers)
@@ -9134,7 +9136,7 @@ class Mount:
     def make_room_for(self, call: PendingRequest) -> None:
         """Ends subscriptions while there are more than max_sessions; ServerError when this one has to go instead."""
         while len(self.subscriptions) > self.settings.max_sessions:
-            others = who_gives(self.subscriptions - {call}, call.principal)
+            others = holders_of_most(self.subscriptions - {call}, call.principal)
             if not others:
                 raise try_later("too many subscriptions")
             min(others, key=lambda one: one.started).end_subscription()
@@ -9281,7 +9283,7 @@ async def ask_servers(client: Client, known, ask,
             for task in done:
                 name, error = waiting[task][0], task.exception()
                 if error:
-                    errors[name] = as_told(error)
+                    errors[name] = as_client_error(error)
                 else:
                     values[name] = task.result()
             if values:
@@ -9864,7 +9866,7 @@ class LegacyClientModernServer(LegacyClientBridge):
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
         if exchange.text is None and exchange.is_pinned:
-            raise other_limits()
+            raise limits_changed()
         if dialogue.rounds > ROUNDS or exchange.text is None:
             raise ServerError("the MCP server asked for input too often, or where it may not")
         result, answers = response.result, {}
@@ -10006,7 +10008,7 @@ class Dialogue:
         exchange, parked = self.exchange, self.exchange.client.mount.parked.values()
         if len(parked) < PARKED_CALLS:
             return True
-        others = who_gives(parked, exchange.principal) or [
+        others = holders_of_most(parked, exchange.principal) or [
             call for call in parked if call.principal == exchange.principal]
         if others:
             others[0].time_out()
@@ -10515,11 +10517,11 @@ class Exchange(ClientRequest):
     def _is_checked(self, connection: ServerConnection) -> bool:
         """Checks what only the server's list of tools tells: does a modern tools/call repeat in headers what it has to,
         may its caller use a tool with such hints, what has to be repeated for a remote server? False: read it first."""
-        is_by_hints = self.target and self.target.is_by_hints
-        if self.headers is None and not is_by_hints and not (connection.mirrors and self.method == "tools/call"):
+        depends_on_hints = self.target and self.target.depends_on_hints
+        if self.headers is None and not depends_on_hints and not (connection.mirrors and self.method == "tools/call"):
             return True
         tools, name = self.instance.tools, self.own_name
-        tools = tools.fresh if is_by_hints else tools.known    # what was allowed may be no more
+        tools = tools.fresh if depends_on_hints else tools.known    # what was allowed may be no more
         if tools is None or name not in tools:
             return False
         try:
@@ -10532,7 +10534,7 @@ class Exchange(ClientRequest):
 
     def _check_by(self, tools: Items, name: str | None) -> None:
         view, target = self.client.view, self.target
-        if target and target.is_by_hints and view.limits and not view.opens(
+        if target and target.depends_on_hints and view.limits and not view.opens(
                 target.server, "tools", name, tools.get(name, {})):
             raise view.refusal(target.server, "tools", name, self.name)
         if self.headers is not None and name in tools.mirrored:
@@ -10543,7 +10545,7 @@ class Exchange(ClientRequest):
         try:
             tools = await kept.get(refresh=kept.known is not None)
         except ServerError:                 # without the list, its headers are left for the server to check
-            if self.target and self.target.is_by_hints:
+            if self.target and self.target.depends_on_hints:
                 raise
         else:
             self._check_by(tools, self.own_name)
@@ -10560,7 +10562,7 @@ class Exchange(ClientRequest):
             if not self._is_checked(connection):
                 await self._check_by_list()
         except Exception as error:
-            (self.fail if self.answerer else self.on_failure)(as_told(error))
+            (self.fail if self.answerer else self.on_failure)(as_client_error(error))
         else:
             self.begin(connection)
 
@@ -10584,11 +10586,11 @@ class Exchange(ClientRequest):
             if intercept and not intercept(self._bridge, self, self.message):
                 return
         except Exception as error:
-            return self.fail(as_told(error))          # that is ours: no other server is to be asked
+            return self.fail(as_client_error(error))          # that is ours: no other server is to be asked
         try:
             self.transmit()
         except Exception as error:
-            self.on_failure(as_told(error))
+            self.on_failure(as_client_error(error))
 
     def transmit(self) -> None:
         """Sends the request to the server under a new server id, which serves as its progress token too."""
@@ -10762,15 +10764,15 @@ class Exchange(ClientRequest):
         failed = self.instance.server
         failed.count_outcome(self.instance, has_failed=True)
         if self.state is DONE or self.is_repeated or self.has_begun or not (
-                self.server_id is None or error.is_unsent or self._is_safe()):
+                self.server_id is None or error.is_unsent or self._is_idempotent()):
             return False
         self.is_repeated = True
         return self._move_to(self.target, failed)
 
-    def _is_safe(self) -> bool:
+    def _is_idempotent(self) -> bool:
         """May it be done twice? MCP 2025-11-25, Schema, ToolAnnotations."""
         if self.method != "tools/call":
-            return self.method in SAFE_METHODS
+            return self.method in IDEMPOTENT_METHODS
         lists = (instance.tools.last for member in self.group.members for instance in member.instances.values())
         tool = next((tools[self.own_name] for tools in lists if tools and self.own_name in tools), {})
         hints = hints_of(tool, self.target and self.target.override)
@@ -11426,7 +11428,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         if not self._transport.is_closing():
             error = None if task.cancelled() else task.exception()
             if error:
-                self._reply.refusal, self._reply.headers = as_told(error), headers
+                self._reply.refusal, self._reply.headers = as_client_error(error), headers
             self._phase, self.since = BODY, time.monotonic()
             if not self._is_clogged:
                 self._transport.resume_reading()           # also if refused: an unread rest would lose the reply
@@ -11720,7 +11722,7 @@ class HTTPServer:
         principal = principal_of(host)
         if principal in self._refused:                 # counting takes long
             return False
-        others = who_gives([one for one in self.connections if one.is_idle], principal)
+        others = holders_of_most([one for one in self.connections if one.is_idle], principal)
         if sum(one.principal == principal for one in self.connections) + 1 >= len(others):     # its busy ones count too
             self._refused.add(principal)
             return False
@@ -12342,7 +12344,7 @@ class Work(Holder):
         try:
             await work
         except Exception as error:
-            self._application.refuse(as_told(error), self._reply)
+            self._application.refuse(as_client_error(error), self._reply)
 
     def give(self) -> None:
         self._task.cancel()
@@ -12508,7 +12510,7 @@ class Application:
             reply.headers = reason.headers
             self.refuse(try_later("the keys have changed"), reply)
         except Exception as error:
-            self.refuse(as_told(error), reply)
+            self.refuse(as_client_error(error), reply)
 
     def refuse(self, error: ProxyError, reply: Reply, message: Message | None = None) -> None:
         """Answers an HTTP request with an error; `message` is what was in it, if that could be read. The error of a
@@ -12897,7 +12899,7 @@ class Endpoints(Application):
                 view.check_variables(client.variables)
                 client.view = view
                 return await self._tools(admission, client, name)
-        raise other_limits()
+        raise limits_changed()
 
     async def list_tools(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """GET /tools: what there is."""
@@ -13791,7 +13793,7 @@ async def check(settings: Settings) -> bool:
             if isinstance(outcome, BaseException):
                 all_work = False
                 is_late = isinstance(outcome, asyncio.TimeoutError)
-                why = "it has not answered in time" if is_late else str(as_told(outcome))
+                why = "it has not answered in time" if is_late else str(as_client_error(outcome))
                 outcome = [f"{member.name}: does not work: {why}"]
             lines += map(printable, outcome)
     finally:

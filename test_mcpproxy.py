@@ -6220,6 +6220,21 @@ def test_log_line_as_json_is_cut_and_stays_json():
     assert len(line) <= 4096 and entry["b"] == 5 and "c" not in entry and entry["a"].startswith("\u20ac")
 
 
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_log_fault_says_what_it_is_however_deep_it_happened(as_json):
+    def fail(depth):
+        return fail_deeper(depth - 1) if depth else {}["the reason"]
+
+    def fail_deeper(depth):
+        return fail(depth)
+    with a_pipe() as (read, write):
+        try:
+            fail(100)
+        except KeyError as error:
+            mcpproxy.Log(write, as_json=as_json).fault(error)
+        assert b"KeyError: 'the reason'" in os.read(read, 100_000)
+
+
 def test_log_line_as_json_holds_any_id():
     with running_proxy(FAKE, LOG_FORMAT="json") as proxy:
         for request_id in (b"9" * 4200, b'"%b"' % (b"9" * 9000), b"1e300"):
@@ -6362,7 +6377,7 @@ def test_shares_count_what_is_held_under_whom_it_was_held():
     ("aaab", "c", "aaa"), ("aaab", "b", "aaa"), ("aaab", "a", ""), ("aabb", "a", ""), ("aab", "b", ""), ("a", "b", ""),
     ("aa", "b", "aa"), ("", "a", "")])
 def test_shares_a_place_is_taken_from_whoever_has_most_for_one_who_has_less(holders, principal, expected):
-    given = mcpproxy.who_gives([types.SimpleNamespace(principal=name) for name in holders], principal)
+    given = mcpproxy.holders_of_most([types.SimpleNamespace(principal=name) for name in holders], principal)
     assert "".join(holder.principal for holder in given) == expected
 
 
