@@ -507,7 +507,7 @@ def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     for rule, fits, names in (
             ("be from 0 to 65535", lambda value: 0 <= value <= 65535, "port metrics_port"),
-            ("be a number above 0", lambda value: 0 < value < float("inf"),
+            ("be a number above 0, up to 10**12", lambda value: 0 < value <= 10**12,
              "heartbeat request_timeout session_idle max_message_mb max_request_mb max_buffered_mb"),
             ("be 0 or more, up to 10**12", lambda value: 0 <= value <= 10**12, "drain_delay shutdown_grace prewarm "
              "max_result_kb limit_memory_mb limit_processes limit_cpu_seconds limit_open_files limit_file_mb"),
@@ -1380,8 +1380,9 @@ def parse_message(text: str, is_servers: bool = False) -> Message:
                 error.raw_id = JSONObject(text).raw("id").encode()
             raise
         return Message(text, members)
-    except (ValueError, StopIteration):
-        raise RPCError("not valid JSON", code=PARSE_ERROR) from None
+    except (ValueError, StopIteration) as error:
+        reason = f": {error}" if isinstance(error, ValueError) else ""
+        raise RPCError(f"not valid JSON{reason}", code=PARSE_ERROR) from None
     except RecursionError:
         raise RPCError("nested too deeply", code=PARSE_ERROR) from None
 
@@ -2148,6 +2149,9 @@ def without_session(capabilities: str, is_anybody: bool) -> str:
                       for name, one in JSONObject(capabilities).raw_members().items() if name != "logging"})
 
 
+UNNAMED = {"name": "unnamed", "version": "0"}          # a program that says nothing of itself; a modern one need not
+
+
 class Identity:
     """What a server said of itself in its handshake, of either era, kept to tell every client."""
 
@@ -2164,7 +2168,7 @@ class Identity:
         path = ("_meta", SERVER_INFO_KEY) if era is MODERN else ("serverInfo",)
         info = member_at(self._result, path)
         self.info = response.raw("result", *path) if isinstance(info, dict) else None          # serverInfo, as JSON
-        self.name, self.release = (str(member_at(info, (name,))) for name in ("name", "version"))      # of the program
+        self.name, self.release = (str(member_at(info, (name,)) or usual) for name, usual in UNNAMED.items())
 
     def initialize_result(self, version: str, has_session: bool, is_anybody: bool) -> bytes:
         """The result of `initialize`, with the revision that was negotiated with one client."""
@@ -2173,7 +2177,7 @@ class Identity:
             new["capabilities"] = without_session(self._told["capabilities"], is_anybody)
         if "protocolVersion" in self._members and self.era is LEGACY:
             return as_object(self._members | new).encode()
-        info = self.info or dump({"name": "unnamed", "version": "0"})
+        info = self.info or dump(UNNAMED)
         return as_object({**self._told, **new, "serverInfo": info}).encode()
 
     def discover_result(self) -> bytes:
@@ -2406,7 +2410,7 @@ class Limits:
                       and (variable is None or grant.allows_variable(variable))), None)
         needed = " ".join([*self.held_scopes, scope or ""])
         challenge = f'{self.challenge}, error="insufficient_scope", scope="{needed}"'
-        headers = ((CHALLENGE_HEADER, challenge),) if scope else ()
+        headers = ((CHALLENGE_HEADER, challenge),) if scope and self.challenge else ()
         return RPCError(f"{text} is not open to {self.key}", status=403 if headers else status, code=INVALID_PARAMS,
                         data={"limit": limit, "key": self.key}, headers=headers)
 
@@ -9651,7 +9655,7 @@ class LegacyClientBridge(Bridge):
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         if not client.is_session:
             raise RPCError("subscriptions need a session")
-        if len(client.topics) >= SUBSCRIPTIONS:
+        if len(client.topics) >= SUBSCRIPTIONS and not any(topic.uri == uri for topic in client.topics):
             raise try_later("too many subscriptions")
         if instance.server.is_retired:         # while this waited for its start: it ends when this call is done
             raise try_later("the configuration has changed")
@@ -9865,6 +9869,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         exchange.connection.causes.pop(exchange, None)        # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
+        budget.set(exchange, exchange.held - dialogue.held)
+        dialogue.held = 0
         if exchange.text is None and exchange.is_pinned:
             raise limits_changed()
         if dialogue.rounds > ROUNDS or exchange.text is None:
@@ -9880,6 +9886,7 @@ class LegacyClientModernServer(LegacyClientBridge):
             if exchange.is_done:
                 return
             answers[key] = text
+            dialogue.held += len(text)
             budget.set(exchange, exchange.held + len(text))
             if len(answers) == len(wanted):
                 self._repeat(exchange, answers, state)
@@ -9963,7 +9970,8 @@ class Dialogue:
         self.request_state = ""                       # under which the parked call is known
         self.late = None                              # the response or error that came while the call was parked
         self.rounds = 0                               # how often a modern server asked for input
-        self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params
+        self.gathered: dict[str, str] = {}            # what it gets with the next round, as members of the params,
+        self.held = 0                                 # and how many bytes that is
         self._parking: asyncio.TimerHandle | None = None
 
     def ask_session(self, question: Question) -> None:
@@ -11182,7 +11190,7 @@ import threading
 # thrown away for a while. A client that does not read is cut off, not waited for.
 
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
-BODY_SECONDS = 30.0            # of silence within a body; what is slower than BODY_RATE bytes a second uses it up too
+BODY_SECONDS = 30.0            # for a head and the silence within its body, which is what comes below BODY_RATE, too
 BODY_RATE = 16 * 1024
 IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
 LINGER_SECONDS = 30.0          # after a refusal
@@ -13504,10 +13512,12 @@ def server_name(command: list[str]) -> str:
         return "demo"
     if is_url(command):
         return urlsplit(command[0]).hostname
-    program, words = os.path.basename(command[0]), iter(command[1:])
+    program, words = os.path.basename(command[0]), command[1:]
     if program == "env":
-        started = list(itertools.dropwhile(lambda word: word.startswith("-") or "=" in word, words))
-        return server_name(started) if started else program
+        while words and (words[0].startswith("-") or "=" in words[0]):
+            words = words[1 + (words[0] in ("-u", "-C")):]
+        return server_name(words) if words else program
+    words = iter(words)
     for word in words if _LAUNCHERS.fullmatch(program) else ():
         if word in _TAKE_A_VALUE:
             next(words, None)

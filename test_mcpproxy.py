@@ -1698,6 +1698,7 @@ BAD_SETTINGS = pytest.mark.parametrize("arguments, environment, word", [
     case("no sessions", "--max-sessions 0", {}, "MAX_SESSIONS"),
     case("no processes", "--max-processes 0", {}, "MAX_PROCESSES"),
     case("no messages", "--max-message-mb 0", {}, "MAX_MESSAGE_MB"),
+    case("more bytes than there are", "", {"MAX_MESSAGE_MB": "1e303", "MAX_REQUEST_MB": "1e303"}, "MAX_MESSAGE_MB"),
     case("unknown era", "--server-era old", {}, "SERVER_ERA"),
     case("unknown log level", "--log-level LOUD", {}, "LOG_LEVEL"),
     case("key without a key", "--auth-key ', ,'", {}, "AUTH_KEY"),
@@ -2730,6 +2731,12 @@ def test_json_name_that_is_there_twice_is_found_among_many():
         mcpproxy.parse_message(text)
     with pytest.raises(ValueError, match="^n7: is there twice"):
         mcpproxy.without_repeats([(f"n{number}", 1) for number in range(200_000)] + [("n7", 1)])
+
+
+def test_json_that_is_not_valid_is_told_why():
+    for text, why in ('{"id":1,"id":2}', "id: is there twice"), ('{"id":1 "x":2}', "Expecting ',' delimiter"):
+        with pytest.raises(RPCError, match=f"not valid JSON: {why}"):
+            mcpproxy.parse_message(text)
 
 
 def test_json_separators_of_lines_are_escaped():
@@ -18341,6 +18348,33 @@ async def test_conversation_subscription_ends_with_an_instance_that_has_to_go_fo
 
 
 @in_town
+async def test_conversation_session_at_its_limit_of_subscriptions_may_subscribe_again_to_what_it_has(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "SUBSCRIPTIONS", 2)
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy", "a")
+    said = [await town.say_to(client, number, "resources/subscribe", {"uri": uri})
+            for number, uri in enumerate(("x:1", "x:2", "x:3", "x:1"), 1)]
+    assert ["result" in answer for answer, in said] == [True, True, False, True]
+
+
+@in_town
+async def test_conversation_call_is_charged_for_the_answers_of_its_last_round_alone():
+    town = Town("modern", ["a"])
+    client, charged = await town.client("legacy", "a"), []
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    form = {"message": "?", "requestedSchema": {"type": "object", "properties": {}}}
+    for _ in range(3):
+        town.say(town.links["a"][0], {"id": town.heard[-1][1]["id"], "result": {
+            "resultType": "input_required", "inputRequests": {"q": {"method": "elicitation/create", "params": form}}}})
+        await asyncio.sleep(0.1)
+        answer = {"id": town.told(client)[-1]["id"], "result": {"action": "accept", "content": {"x": "y" * 100_000}}}
+        client.client.receive(mcpproxy.parse_message(json.dumps({"jsonrpc": "2.0", **answer})))
+        await asyncio.sleep(0.1)
+        charged.append(client.client.calls[1].held)
+    assert max(charged) == min(charged) > 100_000
+
+
+@in_town
 async def test_conversation_subscription_that_is_one_too_many_is_no_failure_of_the_member_of_a_group():
     town = Town("legacy", ["g.a", "g.b"], max_sessions=1)
     client, wanted = await town.client("modern", "g"), {"notifications": {"toolsListChanged": True}}
@@ -22461,12 +22495,26 @@ async def test_admission_of_a_token_is_made_anew_where_the_configuration_was_rea
     assert admission.view.members[0].command == ("x",) and reply.admission.view.members[0].command == ("y",) and sent
 
 
+@in_town
+async def test_admission_logs_how_many_query_parameters_nobody_uses(monkeypatch):
+    town, said = Town("legacy", ["a"]), []
+    endpoints = mcpproxy.Endpoints(town.mount, issuer=None, overview=types.SimpleNamespace())
+    monkeypatch.setattr(mcpproxy.log, "debug", lambda template, **fields: said.append(template % fields))
+    for query in b"", b"?auth_key=k&client=a", b"?page=1&auth_key=k":
+        head = mcpproxy.parse_head(b"GET /servers/a/mcp%b HTTP/1.1\r\nHost: localhost" % query)
+        assert endpoints.admit(head, "b").variables == {}
+    assert said == ["= 1 query parameters are no variables"]
+
+
 def test_access_token_may_do_what_scopes_open_since_the_keys_were_read_again():
     caller = mcpproxy.Caller("oauth:ann", b"", None, frozenset({"read"}))
     scopes = {"read": mcpproxy.Grant(read_only=True), "write": mcpproxy.Grant()}
     limited = caller.under(scopes)
     assert limited.limits.grants == (scopes["read"],) and limited.limits.held_scopes == ("read",)
     assert limited.under(None).limits is None
+    # How it is challenged is not known until its next request.
+    refused = limited.limits.refusal("tools", "x", tool="x")
+    assert (refused.http_status, refused.headers) == (200, ())
 
 
 @in_town
@@ -25546,6 +25594,7 @@ def test_command_line_banner_shows_an_address_that_can_be_used(host, shown):
     ("node /srv/app/server.js", "server.js"), ("uvx mcp-server-fetch==1.0", "mcp-server-fetch"),
     ("uvx --from mcp-git@1 serve", "mcp-git"), ("uv run server.py", "server.py"), ("python3 -m my_server", "my_server"),
     ("docker run -i --rm -e GITHUB_TOKEN -v /a:/a mcp/fetch", "mcp/fetch"), ("env API_KEY=x npx -y @a/b@1", "@a/b"),
+    ("env -i -u A -C /b C=d python3 -m my_server", "my_server"), ("env -u A", "env"),
     ("uvx --python 3.12 --with x mcp-server-fetch", "mcp-server-fetch"), ("deno run -A jsr:@a/b", "@a/b"),
     ("uvx 'mcp-server-git[extra]>=1'", "mcp-server-git"), ("npx -y git+https://secret@a.example/b.git", "npx"),
     ("npx --registry https://u:p@a.example/ b", "b"), ("uvx --from git+https://secret@a.example/b c", "uvx"),
@@ -26492,6 +26541,21 @@ def test_load_a_body_that_comes_byte_by_byte_is_given_up(altered):
             return select.select([http.socket], [], [], 0.1)[0]
         until(refused, "the refusal")
         assert http.response().status == 408
+
+
+@pytest.mark.parametrize("behind", [b"", b"\r\n"], ids=["nothing", "CR LF"])
+def test_load_a_client_that_was_idle_has_all_the_time_for_its_next_request(altered, behind):
+    """Also if it ended its last one with an empty line, as RFC 9112 §2.2 has it of old clients."""
+    altered(HEAD_SECONDS=2.0, BODY_SECONDS=2.0)
+    with running_proxy(FAKE) as proxy, HTTP(proxy) as http:
+        raw = encode_http("POST", "/mcp", request(1, "ping"), ACCEPT)
+        http.send(raw + behind)
+        assert http.response().status == 200
+        time.sleep(2.5)
+        http.send(raw[:-1])
+        assert not select.select([http.socket], [], [], 1.2)[0]
+        http.send(raw[-1:])
+        assert http.response().status == 200
 
 
 # A server that is killed at every step of a call.
