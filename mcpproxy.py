@@ -2583,10 +2583,11 @@ def server_environment(environment: dict[str, str], settings: Settings) -> dict[
 #         (X, Y, Z) stands for (X / Z, Y / Z), so one inverse is enough, at the end (SEC 1 §4.1.4; SEC 2 §2.4.2).
 
 MAX_TOKEN = 24 * 1024            # with its 200 groups, one of Entra has 12 KiB
-MAX_KEYS = 100                   # of one issuer
+MAX_KEYS = 100                   # of one issuer, that can be used
 MAX_TRIES = 8                    # of those that one token may mean, as when it names none
 LEEWAY = 60                      # seconds that two clocks may differ
 JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
+NO_ACCESS = "ID", "Refresh", "Offline", "Logout"                           # what Keycloak calls other tokens
 DIGEST_INFO = bytes.fromhex("003031300d060960864801650304020105000420")  # RFC 8017 §9.2: a zero, and which hash it is
 P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
 P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
@@ -2657,6 +2658,10 @@ def check_claims(claims: dict, issuer: str, now: float) -> None:
     times = {name: claims[name] for name in ("exp", "nbf") if name in claims}
     if claims.get("iss") != issuer:
         raise TokenError("another issuer has made it")
+    # A refresh token is active too, for who introspects it. Hydra and Cognito name the kind in `token_use`, Keycloak in
+    # `typ`; RFC 7662 and 9068 have no claim for it.
+    if claims.get("token_use", "access") not in ("access", "access_token") or claims.get("typ") in NO_ACCESS:
+        raise TokenError("it is no access token")
     if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255 or _SURROGATE.search(claims["sub"]):
         raise TokenError("it does not say whose it is")
     if "exp" not in times or not all(type(time) in (int, float) and abs(time) < 1e12 for time in times.values()):
@@ -2672,10 +2677,10 @@ def parse_jwks(given: dict) -> list[PublicKey]:
     if not isinstance(given.get("keys"), list):
         raise ValueError("it has no keys")
     keys = []
-    for jwk in given["keys"][:MAX_KEYS]:
+    for jwk in given["keys"]:
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             keys.append(parse_jwk(jwk))
-    return keys
+    return keys[:MAX_KEYS]
 
 
 def parse_jwk(jwk: dict) -> PublicKey:
@@ -4798,6 +4803,16 @@ _TRAILER = re.compile(r"\s|#\d|Node\.js v\d|Stack trace:|goroutine \d|exit statu
                       r"npm (?:notice|\w+!? (?:A complete log|404(?: Note| tarball|$)))|Run '[^']+ --help'")
 
 
+class About(typing.NamedTuple):
+    """What a remote server is told of a request beside its line."""
+
+    number: int | None              # its server id
+    method: str | None
+    name: str | None = None         # what Mcp-Name says
+    headers: tuple = ()             # of its own: (name, value)
+    way: str = ""                   # the ids of the proxies that it came through
+
+
 class Link:
     """What a ServerConnection speaks through. The callbacks below are set before start() is called."""
 
@@ -4836,9 +4851,8 @@ class Link:
         return next((line for line in reversed(self.last_words) if not _TRAILER.match(line)),
                     self.last_words[-1].strip() if self.last_words else "")
 
-    def write(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
-        """Sends a line, a client's with its principal. `about` describes a request to a remote server: (server id,
-        method, name, headers of its own, the proxies that it came through)."""
+    def write(self, line: bytes, about: About | None = None, principal: object = None) -> None:
+        """Sends a line, a client's with its principal. `about`: a request has it, if the server is remote."""
         raise NotImplementedError
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
@@ -5005,7 +5019,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     # What the rest of the proxy calls.
 
-    def write(self, line: bytes, about: tuple | None = None, principal: object = None) -> None:
+    def write(self, line: bytes, about: About | None = None, principal: object = None) -> None:
         """Sends a line, with all others of this turn of the event loop."""
         if not self._soon:
             at_end_of_turn(self._flush)
@@ -5143,6 +5157,7 @@ class Fetch(Holder):
     is_stream = False                # is the body of the response wanted as it comes?
     is_over = False
     is_extra = False                 # may it be one of EXTRA_FETCHES?
+    limit_name = "MAX_MESSAGE_MB"    # what says how large its answer may be
     is_endless = False               # is it a subscription? These are counted where they are let in
     whose: object = None             # its principal, as far as was known when it was sent
     size = 0                         # bytes of what came that it holds itself
@@ -5226,7 +5241,8 @@ class ClientConnection(asyncio.Protocol):
             if size > SMALL or fetch.held:
                 budget.set(fetch, size)
         except HTTPError as error:
-            self._fail(fetch, "sent an answer that is larger than MAX_MESSAGE_MB" if error.http_status == 413 else
+            too_large = f"sent an answer that is larger than {fetch.limit_name}"
+            self._fail(fetch, too_large if error.http_status == 413 else
                        f"sent an answer that is not HTTP: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -5488,6 +5504,7 @@ class Ask(Fetch):
     """A request whose end is waited for."""
 
     is_idempotent = is_extra = True
+    limit_name = f"{ANSWER_BYTES // 1024} KiB"
 
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
@@ -5805,19 +5822,20 @@ class RemoteFetch(Fetch):
 
 
 class Post(RemoteFetch):
-    """The POST of a JSON-RPC request; `about` is as Link.write() has it."""
+    """The POST of a JSON-RPC request."""
 
-    def __init__(self, link: "RemoteLink", line: bytes, about: tuple, is_repeated: bool = False):
-        super().__init__(link, about[0], link.post_head(line, about), line)
+    def __init__(self, link: "RemoteLink", line: bytes, about: About, is_repeated: bool = False):
+        super().__init__(link, about.number, link.post_head(line, about), line)
         self.about, self.is_repeated = about, is_repeated
-        self.is_greeting = about[1] in GREETINGS
+        self.is_greeting = about.method in GREETINGS
         self.session = None if self.is_greeting else self.session
-        self.is_idempotent = about[1] in IDEMPOTENT_METHODS
-        self.is_extra, self.is_endless = about[1] in ("initialize", "ping"), about[1] == "subscriptions/listen"
+        self.is_idempotent = about.method in IDEMPOTENT_METHODS
+        self.is_extra = about.method in ("initialize", "ping")
+        self.is_endless = about.method == "subscriptions/listen"
 
     def on_head(self, head: ResponseHead) -> None:
         session = head.headers.get(SESSION_ID_HEADER.lower(), "")
-        if self.about[1] == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
+        if self.about.method == "initialize" and head.status == 200 and re.fullmatch("[!-~]+", session):
             self.session = self.link.session = session
         super().on_head(head)
 
@@ -5959,7 +5977,7 @@ ASIDE_SECONDS = 30.0             # for a server to take a message that has no an
 ASIDES = 128                     # such messages on their way at a time: calls need connections too
 DELETE_SECONDS = 2.0             # for the server to end a session
 DOUBT_SECONDS = 10.0             # between two checks whether a server still speaks as it did
-DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), (0, "server/discover", None, (), "")
+DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), About(0, "server/discover")
 
 
 class RemoteLink(Link):
@@ -5982,7 +6000,7 @@ class RemoteLink(Link):
         self._places = asyncio.Semaphore(ASIDES)
         self.backlog = 0                       # bytes in _asides and _held
         self._held: list[tuple] | None = None  # what waits for a session, as write() takes it
-        self._initialize: tuple | None = None  # (line, about) of the handshake of a legacy server
+        self._initialize: tuple[bytes, About] | None = None          # of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
@@ -5997,9 +6015,9 @@ class RemoteLink(Link):
 
     # What the connection calls.
 
-    def write(self, line: bytes, about: tuple | None = None, principal: object = None,
+    def write(self, line: bytes, about: About | None = None, principal: object = None,
               is_repeated: bool = False) -> None:
-        if about and about[1] == "initialize":
+        if about and about.method == "initialize":
             self._initialize = line, about
             self._post(line, about)
         elif line == INITIALIZED:
@@ -6016,7 +6034,7 @@ class RemoteLink(Link):
             self.backlog += len(line)
             first = self._next_aside(asides) if len(self._asides) <= ASIDES else None
             asyncio.create_task(self._tell_all(principal, first))
-        elif not is_repeated or self.pending_of(about[0]):
+        elif not is_repeated or self.pending_of(about.number):
             self._post(line, about, is_repeated)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
@@ -6046,7 +6064,7 @@ class RemoteLink(Link):
             if head.status == 508:
                 self.end("answered HTTP 508: requests would go round in a circle")
 
-    def _ask(self, line: bytes, about: tuple) -> collections.abc.Awaitable[tuple[ResponseHead, bytes]]:
+    def _ask(self, line: bytes, about: About) -> collections.abc.Awaitable[tuple[ResponseHead, bytes]]:
         """Sends a request of the link's own; returns the HTTP response."""
         return Ask(self.post_head(line, about), line).answer(self._client, ASIDE_SECONDS)
 
@@ -6080,7 +6098,7 @@ class RemoteLink(Link):
             error = ServerError(f"the MCP server ended{self.how_it_ended}")
             error.is_unsent = True             # what waits for a connection, or for a session
             waiting = [number for number in self._running if not self.has_sent(number)]
-            held = [about[0] for _, about, _, is_repeated in self._held or () if about and not is_repeated]
+            held = [about.number for _, about, _, is_repeated in self._held or () if about and not is_repeated]
             for number in waiting + held:
                 self._drop(number)
                 self.on_refused(number, error)
@@ -6097,9 +6115,9 @@ class RemoteLink(Link):
         return [*([(SESSION_ID_HEADER, self.session)] if self.session else []),
                 *([("MCP-Protocol-Version", self.revision)] if self.revision else [])]
 
-    def post_head(self, line: bytes, about: tuple | None) -> bytes:
+    def post_head(self, line: bytes, about: About | None) -> bytes:
         """The head of a POST. MCP 2026-07-28, Streamable HTTP, Request Metadata."""
-        _, method, name, more, way = about or (0, None, None, (), "")          # None: it is no request
+        _, method, name, more, way = about or About(None, None)
         headers = [("Content-Type", JSON_TYPE), ("Accept", f"{JSON_TYPE}, {EVENT_STREAM_TYPE}"), *more]
         if method == "server/discover" or self.revision == MODERN_VERSION:
             repeated = ("Mcp-Method", method), ("Mcp-Name", name)
@@ -6114,8 +6132,8 @@ class RemoteLink(Link):
         headers = [("Accept", EVENT_STREAM_TYPE), ("Cache-Control", "no-cache"), *self._session_headers()]
         return self._request_head("GET", headers + ([("Last-Event-ID", last_id)] if last_id else []))
 
-    def _post(self, line: bytes, about: tuple, is_repeated: bool = False) -> None:
-        post = self._running[about[0]] = Post(self, line, about, is_repeated)
+    def _post(self, line: bytes, about: About, is_repeated: bool = False) -> None:
+        post = self._running[about.number] = Post(self, line, about, is_repeated)
         self._client.send(post)
 
     def _next_aside(self, asides: collections.deque) -> Aside:
@@ -6239,7 +6257,7 @@ class RemoteLink(Link):
 
     def _refuse(self, post: Post, error: ServerError) -> None:
         """The request fails; but where `initialize` was refused, HTTP+SSE is tried first."""
-        if post.about[1] == "initialize" and self._held is None and not self._endpoint and (
+        if post.about.method == "initialize" and self._held is None and not self._endpoint and (
                 error.data and error.data["status"] in (400, 404, 405)):
             asyncio.create_task(self._fall_back(post, error))
         else:
@@ -6253,7 +6271,7 @@ class RemoteLink(Link):
         held, self._held = self._held, None
         for line, about, *more in held:
             self.backlog -= len(line)
-            if about is None or self.pending_of(about[0]):
+            if about is None or self.pending_of(about.number):
                 self.write(line, about, *more)
         if self.is_open and not self._endpoint:          # it may have been stopped since
             self._listen(Listen(self))
@@ -6514,7 +6532,7 @@ class ServerConnection(Holder):
 
     # To the server.
 
-    def send(self, line: bytes, about: tuple | None = None, principal: object = None,
+    def send(self, line: bytes, about: About | None = None, principal: object = None,
              cancelled: int | None = None) -> None:
         """Writes one message: a client's, with its principal; with `cancelled`, one that takes back the request of that
         id. ServerError when the server does not read and the principal has more than its share of what waits."""
@@ -6560,7 +6578,7 @@ class ServerConnection(Holder):
         if self.era is MODERN:
             params = {"_meta": OUR_ENVELOPE, **params}
         try:
-            self.send(encode_request(server_id, method, params), (server_id, method, None, (), way))
+            self.send(encode_request(server_id, method, params), About(server_id, method, way=way))
         except ServerError as error:
             del self.pending[server_id]
             pending.on_failure(error)
@@ -10631,15 +10649,15 @@ class Exchange(ClientRequest):
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
 
-    def _about(self, number: int, connection: ServerConnection, message: Message) -> tuple:
-        """What a remote server is told beside the message, see Link.write(): with headers of its own, for whose it is,
-        and in a tools/call for the arguments that they repeat."""
+    def _about(self, number: int, connection: ServerConnection, message: Message) -> About:
+        """What a remote server is told beside the message: by headers, whose it is, and the arguments that a tools/call
+        has to repeat there."""
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
         whose = self.client.serial if self.client.owner is None else self.asker
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
-            return number, self.method, name, (asker,), way_of(self.http_headers)
+            return About(number, self.method, name, (asker,), way_of(self.http_headers))
         tools, arguments = self.instance.tools.known, message.plain_params.get("arguments")
         if self.target and self.target.override and isinstance(arguments or {}, dict):
             override = self.target.override
@@ -10649,7 +10667,7 @@ class Exchange(ClientRequest):
         given = self.http_headers.items() if self.envelope else ()
         forwarded = [(header, value) for header, value in given
                      if header.startswith("mcp-param-") and value.isascii() and header not in dict(own)]
-        return number, self.method, name, (asker, *own, *forwarded), way_of(self.http_headers)
+        return About(number, self.method, name, (asker, *own, *forwarded), way_of(self.http_headers))
 
     def cancel(self, notification: Message | None = None, error: ProxyError | None = None) -> None:
         """The client took the request back with a notification; without one, the client is gone. With an error, one of
@@ -11405,12 +11423,12 @@ class HTTPConnection(asyncio.Protocol, Holder):
                     size = parser.length or 0                    # next_body() refuses what is over `max_body`
                     if size > SMALL and size <= application.max_body and not budget.has_room(self.principal, size):
                         raise try_later("too much is held already, most of it for you")
-                except ProxyError as error:
-                    reply.refusal = error
                 except NotYet as reason:
                     self._phase = CHECK
                     reason.task.add_done_callback(functools.partial(self._on_checked, reason.headers))
                     return False
+                except Exception as error:                       # a refusal, or a fault of the proxy's own
+                    reply.refusal = as_client_error(error)
             # With other methods a body means nothing (RFC 9110 §9.3.1), and anybody may send one: it has to be small.
             body = parser.next_body(application.max_body if head.method == "POST" else SMALL)
         except ProxyError as error:
@@ -12484,7 +12502,7 @@ class Application:
             raise refusal(f"the token lacks one of the scopes {' '.join(wanted)}", "insufficient_scope", 403, has)
         subject = f"oauth:{verdict.subject}"
         admission.caller = Caller(subject, digest_of_key(f"{settings.oauth_issuer}\0{verdict.subject}"), Limits(
-            subject, (), has=tuple(wanted), challenge=admission.challenge), verdict.scopes).under(scopes)
+            subject, (), held_scopes=tuple(wanted), challenge=admission.challenge), verdict.scopes).under(scopes)
         admission.good_until = min(verdict.good_until, time.monotonic() + CHECKED_SECONDS)
 
     def _scopes_to_ask_for(self, scopes: list[str], place: str | None) -> list[str]:

@@ -4737,6 +4737,11 @@ def claims_of(token, keys=None, now=NOW):
         return None
 
 
+def test_token_key_is_found_behind_a_hundred_that_cannot_be_used():
+    assert len(mcpproxy.parse_jwks({"keys": [{**RSA_KEY, "use": "enc"}] * 100 + [RSA_KEY]})) == 1
+    assert len(mcpproxy.parse_jwks({"keys": [RSA_KEY] * 101})) == 100
+
+
 def is_signed(key, algorithm, message, signature):
     """Does the proxy take this for a signature of the message by this key?"""
     keys = mcpproxy.parse_jwks({"keys": [key]})
@@ -5196,6 +5201,9 @@ WRONG_CLAIMS = {
     "aud within a list": {"aud": [[RESOURCE]]},
     "aud with texts joined": {"aud": f"https://other.example {RESOURCE}"},
     "aud of the client, as an ID token has": {"aud": "c", "nonce": "n"},
+    "of an ID token of Keycloak's": {"typ": "ID"},
+    "of a refresh token of Keycloak's": {"typ": "Refresh"},
+    "of an ID token of Cognito's": {"token_use": "id"},
     "expired": {"exp": NOW - 61},
     "expired long ago": {"exp": 0},
     "exp negative": {"exp": -1},
@@ -9310,7 +9318,8 @@ def test_remote_session_that_is_opened_again_has_the_revision_of_then_and_its_ti
 def test_remote_answer_that_was_cut_is_asked_for_again_where_the_revision_knows_that(revision, number):
     async def run():
         link = link_in_memory(revision=revision, _listen=heard.append, on_refused=lambda *what: refused.append(what))
-        link._resume(types.SimpleNamespace(is_stream=True, number=7, session=None, about=(7, "tools/call", "x", (), ""),
+        about = mcpproxy.About(7, "tools/call", "x")
+        link._resume(types.SimpleNamespace(is_stream=True, number=7, session=None, about=about,
                                            events=types.SimpleNamespace(last_id="e", retry=9.0)))
     heard, refused = [], []
     asyncio.run(run())
@@ -10053,7 +10062,7 @@ async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(stay
     respond(post, 404)
     await asyncio.sleep(5)
     assert hasattr(request, "error") is stays
-    assert [fetch.about[1] for fetch in far.sent if fetch.body] == ([] if stays else ["initialize"])
+    assert [fetch.about.method for fetch in far.sent if fetch.body] == ([] if stays else ["initialize"])
 
 
 @over_a_link
@@ -10118,6 +10127,22 @@ def test_remote_client_keeps_places_for_what_has_to_get_through(monkeypatch):
         slow[0].abort()
         ask = mcpproxy.Ask(client.head("GET", (("Quick", "1"),)))
         assert (await ask.answer(client, PATIENCE))[0].status == 200 and len(client.connections) <= 3
+        client.close()
+        server.close()
+        await server.wait_closed()
+    asyncio.run(run())
+
+
+def test_remote_client_says_how_large_an_answer_may_be():
+    class Far(asyncio.Protocol):
+        def connection_made(self, transport):
+            transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n")
+
+    async def run():
+        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", 0)
+        client = mcpproxy.HTTPClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp")
+        with pytest.raises(OSError, match="larger than 256 KiB"):
+            await mcpproxy.Ask(client.head("GET", ())).answer(client, PATIENCE)
         client.close()
         server.close()
         await server.wait_closed()
@@ -19241,7 +19266,7 @@ async def test_conversation_client_that_is_the_only_one_has_the_same_name_with_a
     await town.pass_time()
     clients, told = [await town.client("modern") for _ in range(2)], []
     town.links["a"][0].is_remote = True
-    town.links["a"][0].write = lambda line, about=None, *_: told.extend(about[3] if about else ())
+    town.links["a"][0].write = lambda line, about=None, *_: told.extend(about.headers if about else ())
     for number, client in enumerate([*clients, *clients]):
         client.say(request(number, "tools/call", {"name": "a__t"}))
         await asyncio.sleep(0.1)
@@ -20428,6 +20453,20 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
         connection.data_received(sent)
         return connection.is_idle
     assert asyncio.run(is_idle()) is not has_work
+
+
+def test_connection_is_told_of_a_fault_of_the_proxy_s_own_in_a_guard():
+    async def told():
+        refused = []
+        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100, admit=raising(KeyError("a")),
+                                            refuse=lambda error, reply: refused.append((error.http_status, error.code)))
+        transport = types.SimpleNamespace(abort=None, is_closing=lambda: False, get_write_buffer_size=lambda: 0,
+                                          pause_reading=lambda: None, resume_reading=lambda: None)
+        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
+                                             mcpproxy.HTTPServer(application, 15))
+        connection.data_received(HEALTHZ)
+        return refused
+    assert asyncio.run(told()) == [(500, -32603)]
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -24491,7 +24530,9 @@ async def test_oauth_introspection_asks_as_the_client_it_is(issues, one):
     ({"active": True, "sub": "a", "iss": "https://other.example"}, False), ({"active": True, "sub": 5}, False),
     ({"active": True, "sub": "a", "exp": "never"}, False), ({"active": True, "sub": "a", "exp": 1}, False),
     ({"active": True, "sub": "a", "exp": None, "iss": None}, True), ({"active": True, "sub": "a", "nbf": 9e9}, False),
-    ({"active": True, "sub": "a", "exp": 2 ** 2000}, False), ({"active": True, "sub": "a", "scope": ["a"]}, True)])
+    ({"active": True, "sub": "a", "exp": 2 ** 2000}, False), ({"active": True, "sub": "a", "scope": ["a"]}, True),
+    ({"active": True, "sub": "a", "token_use": "refresh_token"}, False),
+    ({"active": True, "sub": "a", "token_use": "access_token", "typ": "Bearer"}, True)])
 @asked
 @introspects
 async def test_oauth_introspection_is_taken_at_its_word(issues, one, said, is_good):
