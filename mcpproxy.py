@@ -360,7 +360,8 @@ class Settings:
     auth_keys_file: str = setting("", "JSON file of keys by name, each with what it may use; SIGHUP reads it again")
     public_url: str = setting("", "with OAUTH_ISSUER, the URL by which clients reach this proxy, as "
                                     "https://host/prefix")
-    oauth_issuer: str = setting("", "issuer of the OAuth access tokens that are taken, beside keys; its URL")
+    oauth_issuer: str = setting("", "issuer of the OAuth access tokens that are taken, beside keys; its URL: https, "
+                                    "or on loopback")
     oauth_audience: str = setting("", "what tokens have to be for; empty: the URL of the place, as PUBLIC_URL/mcp")
     oauth_scopes: str = setting("", "scopes that every token has to have, with blanks between")
     oauth_jwks_url: str = setting("", "where the issuer's keys are; empty: where its metadata says")
@@ -13633,6 +13634,8 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
             ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
         lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
                   if not re.fullmatch(shape, given)]
+    if settings.public_url.rstrip("/").endswith(("/mcp", "/sse")):
+        lines.append("PUBLIC_URL is where this proxy is, without /mcp: behind it tokens would be for /mcp/mcp")
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: whoever guesses it can forge session ids")
     return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so

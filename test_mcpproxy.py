@@ -1748,6 +1748,8 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("a variable in the command", {"MCP_SERVER_CONFIG": "cat $HOME"}, "word 2"),
     case("a pipe in the command", {"MCP_SERVER_CONFIG": "cat | tee"}, "word 2"),
     case("two letters exchanged", {"AUTH_KYE": "x"}, "AUTH_KEY"),
+    case("the URL of a place", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/mcp"},
+         "for /mcp/mcp"),
     case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
     case("one that cannot", {"SESSION_SECRET": SEAL}, None),
     case("scopes of nobody's tokens", {"OAUTH_SCOPES": "mcp"}, "OAUTH_SCOPES has no effect without OAUTH_ISSUER"),
