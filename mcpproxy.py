@@ -7306,8 +7306,8 @@ class Topics(dict[str, Topic]):
     def __init__(self, instance):
         super().__init__()
         self.instance = instance
-        self._taken_back = weakref.WeakValueDictionary()         # URI -> its unsubscribe, until that is answered,
-        self._unanswered = 0                                     # and how many there are: one URI may have several
+        self._taken_back = weakref.WeakValueDictionary()         # URI -> its unsubscribe, until that is answered; and
+        self._unanswered: collections.Counter = collections.Counter()          # by principal, how many there are
 
     def subscribe(self, subscriber, uri: str, is_told: bool = False) -> Topic:
         """Takes a session, or an exchange that listens, among those who are told of a resource; if it is the first, the
@@ -7315,7 +7315,9 @@ class Topics(dict[str, Topic]):
         if len(uri) > MAX_URI:
             raise RPCError("the URI is too long", code=INVALID_PARAMS)
         topic, is_first = self.get(uri), uri not in self
-        if is_first and self._unanswered >= MAX_TAKEN_BACK and not is_told:
+        unanswered, whose = self._unanswered, subscriber.principal
+        if is_first and not is_told and unanswered.total() >= MAX_TAKEN_BACK and (
+                unanswered[whose] >= MAX_TAKEN_BACK / len({whose, *unanswered})):
             raise try_later("the MCP server has not answered earlier unsubscribes yet")
         if is_first:
             topic = self[uri] = Topic(self.instance, uri)
@@ -7386,12 +7388,13 @@ class Topics(dict[str, Topic]):
             if self.instance.listening:
                 self.instance.listening.renew()
             elif self.instance.connection:
-                self._unanswered += 1
+                one = collections.Counter([subscriber.principal])
+                self._unanswered += one
                 self._taken_back[topic.uri] = self.instance.connection.request(
-                    "resources/unsubscribe", {"uri": topic.uri}, self._on_taken_back)
+                    "resources/unsubscribe", {"uri": topic.uri}, functools.partial(self._on_taken_back, one))
 
-    def _on_taken_back(self, response: asyncio.Future) -> None:
-        self._unanswered -= 1
+    def _on_taken_back(self, one: collections.Counter, response: asyncio.Future) -> None:
+        self._unanswered -= one                # which forgets whoever has none left
 
     def leave(self, subscriber) -> None:
         for topic in [topic for topic in subscriber.topics if topic.instance is self.instance]:
@@ -7407,6 +7410,7 @@ class ListenRequest(PendingRequest):
     def __init__(self, listening: "Listening", topics: list[Topic]):
         self.listening = listening
         self.topics = topics
+        self.asks_several = sum(not topic.verdict.done() for topic in topics) > 1          # new ones
         self.server_id: int | None = None
 
     def on_event(self, message: Message) -> None:
@@ -7427,9 +7431,14 @@ class ListenRequest(PendingRequest):
 
 
 class Listening:
-    """What an instance listens for at a modern server: one request that is acknowledged, and at most one that is to
-    take its place. The one before goes on until then, or what happens in between would be missed; but it ends first
-    at a server that keeps only one."""
+    """What an instance listens for at a modern server, by at most one request in each of these states:
+
+        _next         is sent, and not acknowledged yet; what is wanted anew waits until it is
+        _current      is acknowledged, and heard
+        _taken_back   was heard until the next one took its place; it may still be answered
+
+    The current one goes on until the next one is acknowledged, or what happens in between would be missed; but it ends
+    first at a server that keeps only one."""
 
     def __init__(self, instance):
         self.instance = instance
@@ -7443,7 +7452,8 @@ class Listening:
         self.has_said = asyncio.get_running_loop().create_future()       # did it say so once?
         self._is_outdated = False              # did what is wanted change after the next one was sent?
         self._was_deaf = False                 # did a request end before another one took its place?
-        self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused
+        self._heard_since = 0.0                # when the current one was acknowledged
+        self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused, or end at once
         self._gaps = 0                         # times when nobody listened
         self._asking_again = self._catching_up = self._giving_up = None          # timers
         self._caught_up_at = -CATCH_UP_SECONDS
@@ -7524,7 +7534,7 @@ class Listening:
         if self._was_deaf and not self._catching_up:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
-        self._was_deaf, self._pause = False, LISTEN_PAUSE
+        self._was_deaf, self._heard_since = False, self.instance.server.now()
         self._learn({name for name in LIST_CHANGES if taken.get(name) is not True})
         uris = set(strings_of(taken.get("resourceSubscriptions")))
         for topic in request.topics:
@@ -7555,44 +7565,58 @@ class Listening:
         self._asking_again = asyncio.get_running_loop().call_later(seconds, self._ask)
 
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
-        """The server ended a request: it is asked again after a while, or what it did not acknowledge is refused."""
-        is_by_http = isinstance(error, HandshakeRefused)             # a 404, say
-        if is_by_http:
-            error = RPCError(str(error), status=200, code=INVALID_PARAMS, headers=error.headers)
+        """The server ended a request, or it failed."""
+        status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
+        is_by_http = 400 <= status < 500 and status not in (408, 425, 429)               # it may have any body
+        # While the one before goes on, what is new in the next one is what the server fails at.
+        if is_by_http or request is self._next and self._current:
+            error = RPCError(str(error), status=error.http_status, code=error.code, data=error.data,
+                             headers=error.headers)
         if request is self._taken_back:
-            # Go's SDK 1.8 answers, and by then has forgotten what the next one asked for, if that came before.
-            if request.is_waited_for and (self._next or self._current):
-                self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
-            self._taken_back, self._answers_late, self._is_outdated = None, True, True
-            return self._ask()
-        if request is self._current:
-            self._current = None
+            return self._on_late_end(request)
+        if is_current:
+            self._current, self._was_deaf = None, True
             if self._next:                     # which asks for all of it
-                self._was_deaf = True
                 return
+            if self.instance.server.now() - self._heard_since >= LISTEN_PAUSE:
+                self._pause = LISTEN_PAUSE
         else:
             self._next = None
             self._giving_up.cancel()
-            if not isinstance(error, ServerError) or self.instance.listening is not self:
-                new = [topic for topic in request.topics if not topic.verdict.done()]
-                self._one_by_one = 1 < len(new) <= ONE_BY_ONE and self.instance.listening is self
-                for topic in () if self._one_by_one else new:
-                    self.instance.topics.settle(topic, error)
-                # Asks without them: Go's SDK forgets at this end, too, what was listened to before.
-                self._is_outdated = self._is_outdated or bool(new)
-                is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
-                if not (new or self._current or is_deaf):
-                    self._learn(set(LIST_CHANGES))
-                    is_deaf = is_by_http                   # a gateway may have said that for a moment
-                if new or self._current or not is_deaf or self.instance.listening is not self:
-                    return self._ask()
-                # Otherwise nobody listens to what was taken before: it may just have been too early to ask again.
+            is_alive = self.instance.listening is self
+            if not (is_alive and isinstance(error, ServerError)) and not (
+                    self._refuse(request, error, is_by_http) and is_alive):
+                return self._ask()
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        has_answered = isinstance(error, RPCError) or member_at(error.data, ("status",)) is not None
+        has_answered = is_current or status or isinstance(error, RPCError)
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
+
+    def _on_late_end(self, request: ListenRequest) -> None:
+        """One that was taken back is answered nonetheless. Go's SDK 1.8 does so, and by then has forgotten what the
+        next one asked for, if that came before."""
+        if request.is_waited_for and (self._next or self._current):
+            self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
+        self._taken_back, self._answers_late, self._is_outdated = None, True, True
+        self._ask()
+
+    def _refuse(self, request: ListenRequest, error: ProxyError, is_by_http: bool) -> bool:
+        """Refuses what is new in a request that the server refused. True if nothing was new and nobody listens now:
+        then it may just have been too early to ask again."""
+        new = [topic for topic in request.topics if not topic.verdict.done()]
+        # Who is the only one left may be refused for another, whose clients have gone meanwhile.
+        self._one_by_one = request.asks_several and 0 < len(new) <= ONE_BY_ONE and self.instance.listening is self
+        for topic in () if self._one_by_one else new:
+            self.instance.topics.settle(topic, error)
+        # Asks without them: Go's SDK forgets at this end, too, what was listened to before.
+        self._is_outdated = self._is_outdated or bool(new)
+        is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
+        if not (new or self._current or is_deaf):
+            self._learn(set(LIST_CHANGES))
+            is_deaf = is_by_http                       # a gateway may have said that for a moment
+        return is_deaf and not (new or self._current)
 
 
 # ============================================================================
@@ -9209,10 +9233,13 @@ class Mount:
         for name, member in list(session.members.items()) if session.topics else ():
             if name in self.groups and not member.is_up_for(session):
                 self.groups[name].choose(session, None, session.headers)
-        for server in {topic.instance.server for topic in session.topics if topic.instance.is_private and (
+        for instance in {topic.instance for topic in session.topics if topic.instance.is_private and (
+                topic.instance.state is NEW or
                 topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
+            if instance.failure:               # of a group, another one may have to take its place
+                instance.server.count_outcome(instance, has_failed=True)
             with contextlib.suppress(ProxyError):
-                session.at(server).start()
+                session.at(instance.server).start()
         idle = self.settings.session_idle
         if session.is_homeless and not session.calls:
             session.end()

@@ -18059,6 +18059,23 @@ async def test_conversation_subscriptions_that_come_and_go_quicker_than_they_are
 
 
 @in_town
+async def test_conversation_one_who_comes_and_goes_quicker_than_the_server_answers_keeps_no_other_from_subscribing():
+    town, refused = Town("legacy", ["a"]), 0                   # which answers no resources/unsubscribe
+    bob = await town.client("legacy", "a")
+    bob.client.principal = "bob"
+    for number in range(2 * mcpproxy.MAX_TAKEN_BACK // 100):
+        eve = await town.client("modern", "a")
+        eve.client.principal = "eve"
+        eve.say(request(1, "subscriptions/listen", {
+            "notifications": {"resourceSubscriptions": [f"a:{number}.{one}" for one in range(100)]}}))
+        await asyncio.sleep(0.1)
+        refused += town.told(eve)[0]["params"]["notifications"]["resourceSubscriptions"] == []
+        eve.leave()
+        assert "result" in (await town.say_to(bob, number + 1, "resources/subscribe", {"uri": f"b:{number}"}))[0]
+    assert refused
+
+
+@in_town
 async def test_conversation_many_may_subscribe_to_much_at_once():
     town, clients = Town("legacy", ["a"]), []
     for number in range(8):
@@ -18170,6 +18187,106 @@ async def test_conversation_modern_server_that_answers_a_listen_with_an_http_err
     before = len(town.listens())
     await asyncio.sleep(300)
     assert len(town.listens()) - before <= 11
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@pytest.mark.parametrize("status", [401, 403, 404, 413, 500, 503])
+@in_town
+async def test_conversation_resource_that_a_remote_server_refuses_by_any_status_keeps_no_other_waiting(status, kind):
+    def answer(listen):
+        is_bad = "x:bad" in listen["params"]["notifications"]["resourceSubscriptions"]
+        return refuse_over_http(town, listen, status) if is_bad else [acknowledged(listen)]
+    town = Town("modern", ["a"])
+    town.acknowledges, ann, bob = answer, await town.client("legacy", "a"), await town.client(kind, "a")
+    (refused,) = await town.say_to(ann, 1, "resources/subscribe", {"uri": "x:bad"})
+    assert refused["error"]["code"] == -32000 and refused["error"]["data"] == {"status": status}
+    (first,) = await subscribe(town, bob, "a:b")
+    assert "result" in first or first["params"]["notifications"] == {"resourceSubscriptions": ["a:b"]}
+    assert await told_of_update(town, bob, "a:b") == [(UPDATED, "a:b")]
+
+
+def subscribe(town, client, uri):
+    """What a client of either era is told when it wants to be told of a resource."""
+    if client.kind == "legacy":
+        return town.say_to(client, 1, "resources/subscribe", {"uri": uri})
+    return town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": [uri]}})
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@pytest.mark.parametrize("is_answered", [True, False], ids=["an error", "silence"])
+@in_town
+async def test_conversation_resource_is_not_refused_for_another_whose_client_has_left(kind, is_answered):
+    """Both were asked for together."""
+    def answer(listen):
+        if "x:bad" not in listen["params"]["notifications"]["resourceSubscriptions"]:
+            return [acknowledged(listen)]
+        if is_answered:
+            error = {"code": -32602, "message": "no x:bad"}
+            asyncio.get_running_loop().call_later(
+                1, town.say, town.links["a"][0], {"id": listen["id"], "error": error})
+        return []
+    town = Town("modern", ["a"])
+    town.acknowledges, ann, bob = answer, await town.client(kind, "a"), await town.client(kind, "a")
+    waiting = [asyncio.ensure_future(subscribe(town, client, uri)) for client, uri in ((ann, "x:bad"), (bob, "a:b"))]
+    await asyncio.sleep(0.5)
+    ann.leave()
+    await asyncio.sleep(300)
+    await asyncio.gather(*waiting)
+    assert await told_of_update(town, bob, "a:b") == [(UPDATED, "a:b")]
+
+
+@pytest.mark.parametrize("place, before, after", [
+    ("a", ["a"], ["a=x"]), ("g", ["g.a", "g.b"], ["g.a=x", "g.b=x"]), (None, ["a", "b"], ["a=x", "b"])])
+@in_town
+async def test_conversation_session_with_a_process_of_its_own_hears_on_when_that_was_configured_anew(place, before,
+                                                                                                     after):
+    """Also if it makes no call."""
+    town = Town("legacy", before, shared_session=False)
+    client = await town.client("legacy", place)
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    await town.reload(after)
+    for _ in range(10):
+        await town.pass_time()
+    town.told(client)
+    (link,) = [link for links in town.links.values() for link in links if link.is_open and "resources/subscribe" in [
+        line.get("method") for line in link.lines]]
+    town.say(link, notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
+
+
+@in_town
+async def test_conversation_session_that_only_waits_leaves_a_member_of_a_group_that_does_not_start_any_more():
+    town = Town("legacy", ["g.a", "g.b"], shared_session=False)
+    client = await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    (name,) = [name for name, links in town.links.items() if links]
+    town.broken = name
+    await town.die(name)
+    for _ in range(300):
+        await town.pass_time()
+    town.told(client)
+    (link,) = [link for links in town.links.values() for link in links if link.is_open and "resources/subscribe" in [
+        line.get("method") for line in link.lines]]
+    town.say(link, notification(UPDATED, {"uri": "a:b"}))
+    await asyncio.sleep(0.1)
+    assert [message["method"] for message in town.told(client)] == [UPDATED]
+
+
+@pytest.mark.parametrize("ends", ["a result", "an error over HTTP"])
+@in_town
+async def test_conversation_modern_server_that_ends_each_subscription_at_once_is_asked_ever_less_often(ends):
+    def answer(listen):
+        end = {"id": listen["id"], "result": {"resultType": "complete"}}
+        if ends != "a result":
+            refuse_over_http(town, listen, 500, seconds=0.1)
+        return [acknowledged(listen), *([end] if ends == "a result" else [])]
+    town = Town("modern", ["a"])
+    town.acknowledges, client = answer, await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    for _ in range(120):
+        await town.pass_time()
+    assert 4 <= len(town.listens()) <= 12
 
 
 @in_town
