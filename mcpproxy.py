@@ -95,6 +95,8 @@ Words
     exchange    one request of a client at one instance, and all that is sent in answer to it; also: a call
     outlet      where the messages of an exchange go: into the reply to a POST, a session's stream, or stdout
     payload     an encoded message on its way out: a list of bytes that are written one after another
+    holder      what has bytes in memory for a principal, counted in one budget; when that is full, it may have to
+                give() them back
 
 The life of a call
 
@@ -1266,7 +1268,9 @@ def decode_json(body: bytes) -> str:
 # ============================================================================
 #
 # Text into exactly one valid request, notification or response, or an error
-# that says why not.
+# that says why not. A server's response may also stay a ResponseLine, which is
+# not parsed; it has what a Message has and most responses need: id, is_result,
+# with_id() for the client's id, and parsed() where more is wanted.
 
 _BATCH_START = re.compile(r"[ \t\n\r]*(\[(?:[ \t\n\r]*\])?)")         # "[", or all of an empty array
 _AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
@@ -10185,6 +10189,8 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 #
 # It goes back to WAITING where several servers may have a resource, and one refused it; where a member of a group
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
+# What it has of its request is the message, and while it waits the text; when that was sent, only the text, and only if
+# it may have to be sent again; and while it is parked, a digest, which the request has that comes back for it.
 
 RUNNING_CALLS = 1_000            # of one client at a time
 FEW_CALLS = 16                   # of one client, which are not counted in the budget if they are small
@@ -10709,6 +10715,8 @@ class Exchange(ClientRequest):
     # From the server.
 
     def on_response(self, response: ResponseLine | Message) -> None:
+        """Remembers what later requests will name, finds out how the call went, cuts a result that is too large, and
+        leaves the rest to the bridge. What comes while the call is parked waits for its client."""
         if self.state is PARKED:
             self.dialogue.late = response
             return budget.set(self, self.held + len(response.line if isinstance(response, ResponseLine)
@@ -11345,7 +11353,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._is_clogged = False            # does output wait for the client to read?
         self.is_half_closed = False         # will the client send nothing more?
         self._advances_soon = False         # will _advance() be called soon?
-        self.since = time.monotonic()       # when what it waits for began
+        self.since = time.monotonic()       # when it began to wait for a request, the rest of one, or the end (LINGER)
         self.keeps_alive = True
         server.connections.add(self)
 

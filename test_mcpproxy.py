@@ -25991,6 +25991,20 @@ def test_file_readme_names_settings_that_there_are_beside_those_of_other_bridges
     assert len(names) > 10 and names <= Settings.__dataclass_fields__.keys()
 
 
+def test_file_readme_s_setup_for_a_team_can_be_used():
+    section = readme_section("Keys and OAuth").partition("### A setup for a team")[2].partition("\n### ")[0]
+    config, keys = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    keys = keys.replace("<of ann's key>", "a" * 64).replace("<of build's key>", "b" * 64)
+    (command,) = re.findall(r"^export (.*)$", section, re.MULTILINE)
+    given = dict(word.split("=") for word in shlex.split(command))
+    settings = dataclasses.replace(Settings(), **{name.lower(): value for name, value in given.items()
+                                                  if name.lower() in Settings.__dataclass_fields__})
+    servers = mcpproxy.parse_config(config, settings, {**os.environ, **given})
+    assert set(servers) == {"files", "browser", "github"} and not servers["browser"].settings.shared_session
+    callers = mcpproxy.keys_of(settings, keys, tuple(servers)).callers
+    assert [(caller.name, bool(caller.limits)) for caller in callers] == [("ann", False), ("build", True)]
+
+
 def test_file_readme_says_nothing_in_chinese_that_it_does_not_say_in_english():
     """No command, setting, message or link, that is."""
     chinese = readme_section("快速开始")
