@@ -7295,6 +7295,7 @@ class Topic:
         self.told: set = set()                 # those among them that were told that they have it
         self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
+        self.is_put_off, self.pause = False, LISTEN_PAUSE          # see Listening._put_off()
 
     def drop(self, subscriber) -> None:
         self.subscribers.discard(subscriber)
@@ -7452,6 +7453,7 @@ class Listening:
         self._answers_late = False             # did the server answer one that was taken back?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
         self._one_by_one = False               # was one refused that asked for several new resources?
+        self._is_doubted = False               # did one fail that asked for new ones, while nobody listened?
         self.refused: set[str] = set()         # of LIST_CHANGES, those that the server does not tell of;
         self.has_said = asyncio.get_running_loop().create_future()       # did it say so once?
         self._is_outdated = False              # did what is wanted change after the next one was sent?
@@ -7478,7 +7480,7 @@ class Listening:
 
     def _ask(self) -> None:
         """Asks anew if something else is wanted now, and the server has answered what it was asked last."""
-        instance, topics = self.instance, list(self.instance.topics.values())
+        instance, topics = self.instance, [one for one in self.instance.topics.values() if not one.is_put_off]
         if not self._is_outdated or self._next or instance.listening is not self:
             return
         if self._answers_late and self._current:
@@ -7490,6 +7492,11 @@ class Listening:
         self._is_outdated = self._one_by_one = self._one_by_one and len(new) > 1
         if self._one_by_one:                   # for the server did not say which it refuses
             topics = [topic for topic in topics if topic is new[0] or topic.verdict.done()]
+        if self._is_doubted and new and not self._current:           # it may fail at these: first what it took before
+            topics, self._is_outdated = [topic for topic in topics if topic.verdict.done()], True
+            if not topics and not any(instance.identity.supported(dict.fromkeys(LIST_CHANGES, True)).values()):
+                topics = new[:1]               # or, if that is nothing, at each of these in turn
+                instance.topics[new[0].uri] = instance.topics.pop(new[0].uri)
         wanted = {**dict.fromkeys(LIST_CHANGES, True), "resourceSubscriptions": [topic.uri for topic in topics]}
         supported = instance.identity.supported(wanted)
         if "resourceSubscriptions" not in supported:
@@ -7538,7 +7545,7 @@ class Listening:
         if self._was_deaf and not self._catching_up:
             self._catching_up = asyncio.get_running_loop().call_later(
                 max(0, self._caught_up_at + CATCH_UP_SECONDS - self.instance.server.now()), self._catch_up)
-        self._was_deaf, self._heard_since = False, self.instance.server.now()
+        self._was_deaf, self._is_doubted, self._heard_since = False, False, self.instance.server.now()
         self._learn({name for name in LIST_CHANGES if taken.get(name) is not True})
         uris = set(strings_of(taken.get("resourceSubscriptions")))
         for topic in request.topics:
@@ -7571,25 +7578,26 @@ class Listening:
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request, or it failed."""
         status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
-        is_by_http = 400 <= status < 500 and status not in (408, 425, 429)               # it may have any body
+        is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in (408, 425, 429)
         # While the one before goes on, what is new in the next one is what the server fails at.
-        if is_by_http or request is self._next and self._current:
+        if is_refused or request is self._next and self._current:
             error = RPCError(str(error), status=error.http_status, code=error.code, data=error.data,
                              headers=error.headers)
         if request is self._taken_back:
             return self._on_late_end(request)
         if is_current:
             self._current, self._was_deaf = None, True
-            if self._next:                     # which asks for all of it
-                return
             if self.instance.server.now() - self._heard_since >= LISTEN_PAUSE:
                 self._pause = LISTEN_PAUSE
+            if self._next:                     # which asks for all of it
+                return
         else:
             self._next = None
             self._giving_up.cancel()
-            is_alive = self.instance.listening is self
-            if not (is_alive and isinstance(error, ServerError)) and not (
-                    self._refuse(request, error, is_by_http) and is_alive):
+            is_alive, is_blamed = self.instance.listening is self, isinstance(error, RPCError)
+            self._is_doubted = not is_blamed and (
+                self._is_doubted or not all(topic.verdict.done() for topic in request.topics))
+            if (is_blamed or not is_alive) and not (self._refuse(request, error, is_refused) and is_alive):
                 return self._ask()
         self._is_outdated, self._was_deaf = True, self._current is None      # one may fail while the other goes on
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
@@ -7606,21 +7614,35 @@ class Listening:
         self._taken_back, self._answers_late, self._is_outdated = None, True, True
         self._ask()
 
-    def _refuse(self, request: ListenRequest, error: ProxyError, is_by_http: bool) -> bool:
-        """Refuses what is new in a request that the server refused. True if nothing was new and nobody listens now:
-        then it may just have been too early to ask again."""
+    def _refuse(self, request: ListenRequest, error: ProxyError, is_refused: bool) -> bool:
+        """Refuses what is new in a request that the server refused, or failed at. True if nothing was new and nobody
+        listens now: then it may just have been too early to ask again."""
         new = [topic for topic in request.topics if not topic.verdict.done()]
         # Who is the only one left may be refused for another, whose clients have gone meanwhile.
         self._one_by_one = request.asks_several and 0 < len(new) <= ONE_BY_ONE and self.instance.listening is self
         for topic in () if self._one_by_one else new:
-            self.instance.topics.settle(topic, error)
+            if topic.told and not is_refused and self.instance.listening is self:
+                self._put_off(topic)
+            else:
+                self.instance.topics.settle(topic, error)
         # Asks without them: Go's SDK forgets at this end, too, what was listened to before.
         self._is_outdated = self._is_outdated or bool(new)
         is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
         if not (new or self._current or is_deaf):
             self._learn(set(LIST_CHANGES))
-            is_deaf = is_by_http                       # a gateway may have said that for a moment
+            is_deaf = member_at(error.data, ("status",)) is not None         # a gateway may have said that for a moment
         return is_deaf and not (new or self._current)
+
+    def _put_off(self, topic: Topic) -> None:
+        """Asks for it again after a while: clients were told elsewhere that they have it, and this server just failed.
+        """
+        def ask_again() -> None:
+            topic.is_put_off = False
+            if self.instance.topics.get(topic.uri) is topic and self.instance.listening:
+                self.instance.listening.renew()
+        topic.is_put_off = True
+        asyncio.get_running_loop().call_later(topic.pause, ask_again)
+        topic.pause = min(LONGEST_LISTEN_PAUSE, 2 * topic.pause)
 
 
 # ============================================================================

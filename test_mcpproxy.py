@@ -18205,6 +18205,87 @@ async def test_conversation_resource_that_a_remote_server_refuses_by_any_status_
     assert await told_of_update(town, bob, "a:b") == [(UPDATED, "a:b")]
 
 
+def cut(town, listen, name="a"):
+    """The stream of a listen at a remote server is cut."""
+    town.mount.servers[name].instances[()].connection._fail(
+        listen["id"], mcpproxy.ServerError("the MCP server hung up"))
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_resource_that_a_server_fails_at_is_found_also_if_it_came_while_nobody_listened(kind):
+    def answer(listen):
+        is_bad = "x:bad" in listen["params"]["notifications"]["resourceSubscriptions"]
+        return refuse_over_http(town, listen, 500) if is_bad else [acknowledged(listen)]
+    town = Town("modern", ["a"])
+    town.acknowledges = answer
+    ann, bob, eve = [await town.client(era, "a") for era in ("legacy", "legacy", kind)]
+    await town.say_to(ann, 1, "resources/subscribe", {"uri": "a:b"})
+    await asyncio.sleep(60)
+    cut(town, town.listens()[-1])
+    await asyncio.sleep(0.5)
+    waiting = asyncio.ensure_future(subscribe(town, eve, "x:bad"))
+    await asyncio.sleep(10)
+    before = len(town.listens())
+    assert "result" in (await town.say_to(bob, 2, "resources/subscribe", {"uri": "a:c"}))[-1]
+    for client, uri in (ann, "a:b"), (bob, "a:c"):
+        assert await told_of_update(town, client, uri) == [(UPDATED, uri)]
+    await waiting
+    await asyncio.sleep(600)
+    # A modern client was told meanwhile that it has it, so the server is asked for it again now and then.
+    assert len(town.listens()) - before < (5 if kind == "legacy" else 60)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, None])
+@in_town
+async def test_conversation_subscription_that_moves_to_a_server_that_fails_once_is_asked_for_again(status):
+    """Its client was told that it has it, and is not told otherwise."""
+    fails = iter([True])
+
+    def answer(listen):
+        if "a:b" in listen["params"]["notifications"]["resourceSubscriptions"] and listen in town.listens("b") and (
+                next(fails, False)):
+            if status is None:
+                asyncio.get_running_loop().call_later(0.1, cut, town, listen, "b")
+                return []
+            return refuse_over_http(town, listen, status, name="b", seconds=0.1)
+        return [acknowledged(listen)]
+    town = Town("modern", ["g.a", "g.b"])
+    town.acknowledges, client = answer, await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    town.broken = "a"
+    await town.die("a")
+    for _ in range(60):
+        await town.pass_time()
+    assert next(fails, None) is None and await told_of_update(town, client, "a:b", "b") == [(UPDATED, "a:b")]
+
+
+@in_town
+async def test_conversation_server_that_restarts_long_after_an_outage_is_asked_again_soon():
+    """Also if another one was asked just then."""
+    state = "up"
+
+    def answer(listen):
+        if state == "down":
+            return refuse_over_http(town, listen, 503)
+        if state == "slow":
+            return refuse_over_http(town, listen, 503, seconds=0.5)
+        return [acknowledged(listen)]
+    town = Town("modern", ["a"])
+    town.acknowledges, client = answer, await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    for state, seconds in ("down", 100), ("up", 3_600):
+        cut(town, town.listens()[-1])
+        await asyncio.sleep(seconds)
+    state, current = "slow", town.listens()[-1]
+    client.say(request(2, "resources/subscribe", {"uri": "a:c"}))
+    await asyncio.sleep(0.1)
+    cut(town, current)
+    state, before = "up", len(town.listens())
+    await asyncio.sleep(4)
+    assert len(town.listens()) > before
+
+
 def subscribe(town, client, uri):
     """What a client of either era is told when it wants to be told of a resource."""
     if client.kind == "legacy":
