@@ -525,7 +525,8 @@ def check_settings(settings: Settings) -> Settings:
             ("be scopes with blanks between", re.compile("[!#-\\[\\]-~ ]*").fullmatch, "oauth_scopes"),
             ("be on, try or off", re.compile("on|try|off").fullmatch, "sandbox"),
             ("be a user's name or number, or two numbers as 2000-2099", is_user, "run_as_user"),
-            ("look like /prefix", re.compile("(/[A-Za-z0-9._~-]+)*").fullmatch, "base_path")):
+            ("look like /prefix, and be neither /tools nor /servers",
+             re.compile("(?!/(?:tools|servers)(?:/|$))(/[A-Za-z0-9._~-]+)*").fullmatch, "base_path")):
         for name in names.split():
             if not fits(getattr(settings, name)):
                 raise SettingsError(f"{name.upper()} must {rule}, not {getattr(settings, name)!r}")
@@ -1071,7 +1072,8 @@ class EventParser(LineSplitter):
 # places while parsing was tried: it cost 2 to 5 µs for a small message, and twice the time for a large one.)
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Also one that nothing ends: it would be searched to its end again from each quote in it.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
 _FIRST_NAME = re.compile(r"\{[ \t\n\r]*(?=\")")
 _FIRST_MEMBER = re.compile(r'\{[ \t\n\r]*"([A-Za-z]+)"[ \t\n\r]*:[ \t\n\r]*')
 _NEXT_NAME = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\")")
@@ -3796,7 +3798,7 @@ class Counters:
 def exposition(families: collections.abc.Iterable[tuple]) -> bytes:
     """The text that Prometheus reads, of (name, type, help, samples); these are (labels as a dict, value), and of a
     histogram the value is as in Counters. Prometheus, Exposition formats, Text-based format, 0.0.4."""
-    escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+    escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n", "\0": "?"})          # a NUL ends it for Prometheus
 
     def sample(name: str, pairs: list[str], value: float) -> str:
         return f"{name}{{{','.join(pairs)}}} {value}" if pairs else f"{name} {value}"
@@ -11373,6 +11375,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._soon: list = []               # what is written at the end of this turn
         self._queued = 0                    # writes that wait for the client to read
         self._is_clogged = False            # does output wait for the client to read?
+        self._unread = float("inf")         # what waited when it was last seen to read: see tick()
         self.is_half_closed = False         # will the client send nothing more?
         self._advances_soon = False         # will _advance() be called soon?
         self.since = time.monotonic()       # when it began to wait for a request, the rest of one, or the end (LINGER)
@@ -11424,7 +11427,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
     def resume_writing(self) -> None:
         self._is_clogged = False
-        self._queued = 0
+        self._queued, self._unread = 0, float("inf")
         self._update_budget()
         if not self._transport.is_closing():
             self._transport.resume_reading()
@@ -11559,12 +11562,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._send(encode_chunk(parts) if self._reply.head.version >= (1, 1) else parts)
 
     def _send(self, parts: list, size: int | None = None) -> None:
-        if self._is_clogged and (self._queued > MAX_QUEUED_MESSAGES
-                                 or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
+        size = sum(map(len, parts)) if size is None else size
+        # One message may be larger than that alone, so what is small, as the end of its stream, may follow it.
+        if self._is_clogged and (self._queued > MAX_QUEUED_MESSAGES or size > SMALL
+                                 and self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES):
             if not self._transport.is_closing():
                 log.warning("! the client at %(address)s does not read and is cut off", address=self.address)
             return self._transport.abort()
-        size = sum(map(len, parts)) if size is None else size
         self.counters.sent += size
         before = self._transport.get_write_buffer_size() if self._is_clogged else None
         if size < LARGE:
@@ -11583,6 +11587,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
         self._reply, rest = None, self._parser.rest
         self.since = time.monotonic()
         if self._phase is LINGER:
+            self._transport.resume_reading()              # what comes is thrown away
             if self._transport.can_write_eof():
                 self._transport.write_eof()
         elif not self.keeps_alive:
@@ -11604,6 +11609,11 @@ class HTTPConnection(asyncio.Protocol, Holder):
             self._update_budget()
         if self._is_clogged and now - self._stalled_since > STALL_SECONDS:
             self._transport.abort()        # nothing was read of what was written
+        elif self._transport.is_closing():                     # once the rest is read, which is less than clogs it
+            if unread < self._unread:
+                self.since, self._unread = now, unread
+            elif now - self.since > STALL_SECONDS:
+                self._transport.abort()
         elif reply is not None:
             if reply.is_stream and now - reply.last_write >= heartbeat:
                 reply.write([HEARTBEAT])
@@ -12394,7 +12404,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
             text = unquote(value)
             part = re.match("#(?:/(?:[$]defs|definitions)/[^/]*)?", text)[0]
             part = part if part in homes else "#"
-            return homes[part] + quote(text[len(part):], safe="/~$!&'()*+,;=:@?")
+            return homes[part] + quote(text[len(part):], "/~$!&'()*+,;=:@?", errors="surrogatepass")
         return value if name in DATA_KEYWORDS else rebase_references(value, homes, name in NAMING_KEYWORDS)
     return {name: rebased(name, value) for name, value in schema.items() if name != "$schema"}
 
@@ -12608,7 +12618,8 @@ class Application:
                       **({"bytes_in": len(message.text)} if message else {})}
         log.info("! %(http_method)s %(path)s from %(address)s refused with %(status)d: %(reason)s", **about,
                  status=error.http_status, reason=str(error))
-        reply.send(error.http_status, payload, (*JSON_HEADERS, *error.headers))
+        headers = [one for one in error.headers if one not in reply.headers]         # admit() may have added these
+        reply.send(error.http_status, payload, (*JSON_HEADERS, *headers))
 
     def _audited(self, admission: Admission, message: Message | None, error: ProxyError) -> dict:
         """What the log has of a request that became no call."""
@@ -13102,6 +13113,8 @@ class StandardStreams(asyncio.BaseProtocol):
         """Begins to read."""
         with contextlib.suppress(ValueError):              # it is a file; that is written to directly and never blocks
             self._output, _ = await self._loop.connect_write_pipe(lambda: self, open(1, "wb", 0, closefd=False))
+            if os.path.sameopenfile(0, 1):     # one socket for both: asyncio takes what comes in for the reader's end
+                self._loop.remove_reader(1)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -13144,7 +13157,7 @@ class StandardStreams(asyncio.BaseProtocol):
         if self._output is None:
             with contextlib.suppress(OSError):
                 os.writev(1, parts)
-        elif self._output.get_write_buffer_size() > MAX_QUEUED_BYTES:
+        elif self._output.get_write_buffer_size() > max(MAX_QUEUED_BYTES, 2 * self._mount.settings.max_message_bytes):
             log.error("! the client does not read")
             self._is_over.set()
         else:
@@ -13263,7 +13276,7 @@ class DemoServer:
             method, params = message.get("method"), message.get("params", {})
             if method == "notifications/cancelled":
                 self._cancelled.get(params.get("requestId"), threading.Event()).set()
-            elif method and "id" in message:
+            elif method is not None and "id" in message:
                 self._cancelled[message["id"]] = threading.Event()
                 threading.Thread(target=self._answer, args=(message["id"], method, params), daemon=True).start()
         with self._lock:
@@ -13446,7 +13459,7 @@ class Proxy:
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
-        self.http.heads.clear()                            # their admissions keep the old configuration alive
+        self.http.heads.clear(), self.probes.heads.clear()  # their admissions keep the old configuration alive
         self.endpoints.documents.clear()
         self.mount.reload(catalog, keys)
         gc.collect()                                       # views and what they show refer to each other

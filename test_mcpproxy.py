@@ -1703,6 +1703,7 @@ BAD_SETTINGS = pytest.mark.parametrize("arguments, environment, word", [
     case("unknown log level", "--log-level LOUD", {}, "LOG_LEVEL"),
     case("key without a key", "--auth-key ', ,'", {}, "AUTH_KEY"),
     case("base path without slash", "--base-path mcp", {}, "BASE_PATH"),
+    case("base path that is a path of the proxy's", "--base-path /tools", {}, "BASE_PATH"),
     case("base path ends in slash", "--base-path /mcp/", {}, "BASE_PATH"),
     case("base path with blank", "--base-path '/a b'", {}, "BASE_PATH"),
     case("nothing behind --", "--", {}, "--"),
@@ -2739,6 +2740,15 @@ def test_json_that_is_not_valid_is_told_why():
     for text, why in ('{"id":1,"id":2}', "id: is there twice"), ('{"id":1 "x":2}', "Expecting ',' delimiter"):
         with pytest.raises(RPCError, match=f"not valid JSON: {why}"):
             mcpproxy.parse_message(text)
+
+
+def test_json_string_that_nothing_ends_is_looked_through_once():
+    """To be searched to its end again from each quote in it would take hours for 4 MB."""
+    def seconds(count):
+        start = time.process_time()
+        assert mcpproxy._STRING.sub(b"", b'{"a":"' + b'\\"' * count).startswith(b"{:")
+        return time.process_time() - start
+    assert seconds(200_000) < 1
 
 
 def test_json_separators_of_lines_are_escaped():
@@ -20653,6 +20663,59 @@ def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
         connection.data_received(sent)
         return connection.is_idle
     assert asyncio.run(is_idle()) is not has_work
+
+
+def connection_over(application, **transport):
+    """An HTTPConnection of a client at 10.0.0.1, over a transport that has these methods beside the usual ones."""
+    transport = {"abort": lambda: None, "is_closing": lambda: False, "get_write_buffer_size": lambda: 0,
+                 "pause_reading": lambda: None, "resume_reading": lambda: None, "write": lambda data: None,
+                 "can_write_eof": lambda: False, "close": lambda: None, **transport}
+    writer = types.SimpleNamespace(get_extra_info=lambda name: ("10.0.0.1", 1))
+    application = types.SimpleNamespace(**{"counters": mcpproxy.Counters(), "max_body": 100, **application})
+    return mcpproxy.HTTPConnection(writer, types.SimpleNamespace(**transport), mcpproxy.HTTPServer(application, 15))
+
+
+def test_connection_may_have_one_message_that_is_larger_than_what_may_wait_and_its_end():
+    async def aborted(size):
+        ends = []
+        connection = connection_over({}, get_write_buffer_size=lambda: mcpproxy.MAX_QUEUED_BYTES + 1,
+                                     abort=lambda: ends.append(True))
+        connection.pause_writing()
+        connection.write([b"x" * size])
+        await asyncio.sleep(0)
+        return bool(ends)
+    assert [asyncio.run(aborted(size)) for size in (10, 100_000)] == [False, True]
+
+
+def test_connection_that_is_to_be_closed_waits_for_a_client_that_reads_and_for_no_other():
+    async def ended_after(rate):
+        ends, waiting = [], [60_000]
+        connection = connection_over({}, get_write_buffer_size=lambda: waiting[0], is_closing=lambda: True,
+                                     abort=lambda: ends.append(True))
+        start = time.monotonic()
+        for seconds in range(0, 600, 5):
+            waiting[0] -= rate
+            connection.tick(start + seconds, 15)
+            if ends:
+                return seconds
+        return None
+    assert asyncio.run(ended_after(10)) is None
+    assert mcpproxy.STALL_SECONDS < asyncio.run(ended_after(0)) < 3 * mcpproxy.STALL_SECONDS
+
+
+def test_connection_reads_on_after_a_refusal_though_it_did_not_read_before():
+    async def calls():
+        said = []
+        connection = connection_over({
+            "admit": lambda *_: types.SimpleNamespace(caller=None, headers=(), is_old=False),
+            "refuse": lambda error, reply: reply.send(error.http_status, [])}, **{
+                name: functools.partial(said.append, name) for name in ("pause_reading", "resume_reading")})
+        connection.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" +
+                                 b"1\r\nx\r\n" * 40_000)
+        while connection._phase is not mcpproxy.LINGER:
+            await asyncio.sleep(0)
+        return said
+    assert asyncio.run(calls())[-1] == "resume_reading"
 
 
 def test_connection_is_told_of_a_fault_of_the_proxy_s_own_in_a_guard():
