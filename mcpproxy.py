@@ -1026,8 +1026,8 @@ class EventParser(LineSplitter):
         if name == b"data":
             self._add(value, value)
         elif name == b"event":
-            self._type = value
-        elif name == b"id" and b"\0" not in value:
+            self._type = value[:KEPT_ENDS]     # longer ones are nobody's, and `size` does not count them
+        elif name == b"id" and b"\0" not in value and len(value) <= KEPT_ENDS:         # no head has room for more
             self._id = value.decode("utf-8", "replace")
         elif name == b"retry" and value.isdigit() and len(value) < 10:
             self.retry = int(value) / 1000
@@ -1119,7 +1119,10 @@ SPARE_DEPTH = 100                        # stack frames that are left for whoeve
 
 def _scan_deeper_down(text: str, at: int, frames: int = 0) -> tuple[object, int]:
     """scan_value() with SPARE_DEPTH frames less of the stack: what is nested too deeply is refused here, not later."""
-    return scan_value(text, at) if frames == SPARE_DEPTH else _scan_deeper_down(text, at, frames + 1)
+    if frames == SPARE_DEPTH:
+        return scan_value(text, at)
+    return next(map(_scan_deeper_down, (text,), (at,), (frames + 1,)))         # by way of C, whose frames Python 3.12
+                                                                               # counts apart from its own
 
 
 def members_of(scanned: object) -> dict:
@@ -1401,17 +1404,20 @@ def with_member(message: Message, text: str, *path: str) -> Message:
 
 def mended(text: str, members: dict, is_servers: bool) -> tuple[str, dict]:
     """A message and its members as JSON-RPC wants them: without null params and, in a server's response, without a null
-    method, a null error, or a null result beside an error. A response with neither gets an empty result."""
-    is_response = is_servers and members.get("method") is None and "id" in members
+    method, a null error, or a null result beside an error. A response with neither gets an empty result, and an error
+    without an id, which MCP has since 2025-11-25, the id null."""
+    is_response = is_servers and members.get("method") is None and ("id" in members or bool(members.get("error")))
     drops = {"params", "method", "error"} if is_response else {"params"}
     drops |= {"result"} if is_response and members.get("error") else set()
     kept = {name: value for name, value in members.items() if value is not None or name not in drops}
+    if is_response:
+        kept.setdefault("id")
     if is_response and kept.keys() == {"jsonrpc", "id"}:
         kept["result"] = ()
     if kept.keys() == members.keys():
         return text, members
     written = JSONObject(text).raw_members()
-    return as_object({name: written.get(name, "{}") for name in kept}), kept
+    return as_object({name: written.get(name, "null" if name == "id" else "{}") for name in kept}), kept
 
 
 is_batch = _BATCH_START.match            # is a text an array, if it is JSON at all?
@@ -1753,7 +1759,7 @@ def missing_capabilities(capabilities: dict, method: str, params: dict) -> dict 
         sampling = capabilities.get("sampling")
         if not isinstance(sampling, dict):
             return {"sampling": {}}
-        if "tools" in params and "tools" not in sampling:
+        if params.get("tools") is not None and "tools" not in sampling:
             return {"sampling": {"tools": {}}}
     elif method == "elicitation/create":
         elicitation = capabilities.get("elicitation")
@@ -1817,7 +1823,7 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
         check_headers(message, headers, version)
     if version != MODERN_VERSION:
         raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
-                       data={"supported": [MODERN_VERSION], "requested": version})
+                       data={"supported": [MODERN_VERSION, *LEGACY_VERSIONS], "requested": version})
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
@@ -2345,7 +2351,7 @@ def in_utf8(value: str) -> str:
 def given_token(head: HTTPHead) -> str | None:
     """What a request has in Authorization: Bearer. RFC 6750 §2.1; a token may be nowhere else."""
     scheme, _, credentials = in_utf8(head.headers.get("authorization", "")).partition(" ")
-    return credentials.strip() if scheme.lower() == "bearer" else None
+    return credentials.strip() or None if scheme.lower() == "bearer" else None
 
 
 def given_key(head: HTTPHead) -> str | None:
@@ -3526,8 +3532,8 @@ if __name__ == "__main__" and not __spec__ and "SourceFileLoader" in str(globals
     with contextlib.suppress(OSError, AttributeError):     # without it the program only takes more memory
         start_compiled()
 
-_configured = " ".join(sys.argv + [f"{name}={os.environ.get(name, '')}" for name in (
-    "TLS_CERT", "MCP_CONFIG", "MCP_SERVER_CONFIG", "OAUTH_ISSUER")])
+_configured = " ".join(sys.argv + [f"{name}={os.environ[name].strip() or '-'}" for name in (
+    "TLS_CERT", "MCP_CONFIG", "MCP_SERVER_CONFIG", "OAUTH_ISSUER") if os.environ.get(name)])
 if __name__ == "__main__" and not re.search(
         r"--tls-cert|TLS_CERT=\S|https://|--(mcp-)?config|MCP_CONFIG=\S|--oauth|OAUTH_ISSUER=\S", _configured):
     sys.modules["ssl"] = None
@@ -3658,8 +3664,10 @@ class Log(logging.Handler):
             text += "\n" + "".join(traceback.format_exception(error, limit=-8)).rstrip()     # where it happened
         name = level_name(level)
         if not self.as_json:
-            return b"%b\n" % ("%s%03d %-7s %s" % (self._clock, millisecond, name, text)).encode(
-                "utf-8", "backslashreplace")[:MAX_LOG_LINE]
+            line = ("%s%03d %-7s %s" % (self._clock, millisecond, name, text)).encode("utf-8", "backslashreplace")
+            if len(line) > MAX_LOG_LINE:        # half a character would make a line of bytes of it, for journald
+                line = line[:MAX_LOG_LINE].decode("utf-8", "ignore").encode()
+            return line + b"\n"
         clock = f"{self._clock.replace(' ', 'T')}{millisecond:03}{self._zone[:3]}:{self._zone[3:]}"
         entry = {"time": clock, "level": name, "message": text, **(about or fields)}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
@@ -4028,6 +4036,17 @@ def write_file(path: str, text: str) -> None:
         file.write(text)
 
 
+def open_up(name: str, at: int) -> None:
+    """Gives its owner all rights on a directory, and never on what a link in its place leads to, as chmod() would. Root
+    may need them too: a container can take away its right to do without."""
+    with contextlib.suppress(OSError):                 # gone, exchanged, or another's: what follows meets that
+        folder = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+        try:
+            os.chmod(f"/proc/self/fd/{folder}", 0o700)
+        finally:
+            os.close(folder)
+
+
 def remove_tree(base: str, name: str) -> None:
     """Removes a directory from a base where nobody else may write: whatever the permissions in it, however deep it is,
     and even while somebody still changes it. Each directory in it is moved up into the base, where nobody can exchange
@@ -4038,8 +4057,7 @@ def remove_tree(base: str, name: str) -> None:
         while found:
             here = found.pop()
             try:
-                if os.geteuid():          # chmod() follows links; root needs no rights, and must not be led elsewhere
-                    os.chmod(here, 0o700, dir_fd=at)
+                open_up(here, at)
                 folder = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
             except NotADirectoryError:                 # it was exchanged for another thing as it was moved
                 os.unlink(here, dir_fd=at)
@@ -4049,8 +4067,7 @@ def remove_tree(base: str, name: str) -> None:
                     if not entry.is_dir(follow_symlinks=False):
                         os.unlink(entry.name, dir_fd=folder)
                         continue
-                    if os.geteuid():
-                        os.chmod(entry.name, 0o700, dir_fd=folder)
+                    open_up(entry.name, folder)
                     found.append(f"{name}.{os.urandom(8).hex()}")
                     os.rename(entry.name, found[-1], src_dir_fd=folder, dst_dir_fd=at)
             finally:
@@ -4581,7 +4598,9 @@ class Sandbox:
         settings, megabyte = self.settings, 1024 * 1024
         steps = [("sandbox", "prctl", 38, 1),                        # PR_SET_NO_NEW_PRIVS
                  ("sandbox", "limit", resource.RLIMIT_CORE, 0, 0)]
-        if os.geteuid() == 0:                        # PR_CAPBSET_DROP of CAP_SYS_RESOURCE, which knows no limits
+        # PR_CAPBSET_DROP of CAP_SYS_RESOURCE, which knows no limits: if root may have it at all (PR_CAPBSET_READ), for
+        # where its capabilities were taken away before, as in a container with cap_drop, there is none to drop it with.
+        if os.geteuid() == 0 and getattr(libc(), "prctl", lambda *_: 1)(23, 24, 0, 0, 0) == 1:
             steps.append(("sandbox", "prctl", 24, 24))
         # Hard limits too, because a soft one could be raised again. SIGXCPU comes a second before SIGKILL.
         for name, kind, unit, more in (("limit_open_files", resource.RLIMIT_NOFILE, 1, 0),
@@ -4771,7 +4790,8 @@ class Cell:
                 if self.cgroup and os.path.exists(self.cgroup):
                     with contextlib.suppress(OSError):             # Linux 5.14
                         write_file(f"{self.cgroup}/cgroup.kill", "1")
-                    os.rmdir(self.cgroup)
+                    for group, *_ in os.walk(self.cgroup, topdown=False):          # the server may have divided it
+                        os.rmdir(group)
                 if self.directory and os.path.exists(os.path.dirname(self.directory)):
                     remove_tree(*os.path.split(self.directory))
                 break
@@ -4954,6 +4974,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._limit = limit                    # of a line from stdout, in bytes
         self._stderr = LineSplitter(LARGE, self._log_stderr, lambda head, tail: self._log_stderr(head))
         self._said = Rate()                    # lines of stderr
+        self._unsaid = collections.deque(maxlen=STDERR_LINES)          # the last of those that were too many
         self._exited = asyncio.Event()
         self._open_outputs = {1, 2}            # stdout and stderr
         self._outputs_ended = asyncio.Event()
@@ -5118,6 +5139,11 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._reaper.ended(self._tag, self._pid, self._cell, descendants)
         self.end()
 
+    def end(self) -> None:
+        while self._unsaid:                    # what it said last is why it ended
+            self._say(self._unsaid.popleft())
+        super().end()
+
     async def _is_gone_within(self, seconds: float) -> bool:
         """Waits for the server to exit, and then for its process group to be empty."""
         with contextlib.suppress(TimeoutError):
@@ -5125,6 +5151,9 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
                 await self._exited.wait()
                 # Children that lost their parent get a moment to notice, and are then treated as it was.
                 for _ in range(25):
+                    with contextlib.suppress(ChildProcessError):         # those that the proxy got, and that have ended
+                        while os.waitpid(-self._pid, os.WNOHANG)[0]:
+                            self._reaper.census.reaped()
                     if not kill(-self._pid, 0):
                         return True
                     await asyncio.sleep(0.02)
@@ -5132,7 +5161,11 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
 
     def _log_stderr(self, line: bytes) -> None:
         if self._said.add(time.monotonic()) > STDERR_A_SECOND:
-            return
+            return self._unsaid.append(line[:MAX_REDACTED])
+        self._unsaid.clear()
+        self._say(line)
+
+    def _say(self, line: bytes) -> None:
         text = self._redact(line[:MAX_REDACTED].decode("utf-8", "replace").rstrip())[:MAX_STDERR_LINE]
         if text:
             self.last_words.append(text)
@@ -5778,10 +5811,12 @@ MAX_WAY = 32                     # of these are passed on
 IDEMPOTENT_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
+PASSING = 408, 425, 429          # HTTP statuses that say nothing of what was asked for
 RESUMES = 5                      # times in a row that a stream may be asked for in vain
 RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless the server says otherwise;
 RESUME_LIMIT = 30.0              # this is doubled each time, up to here
 RESUME_LEAST, RESUME_MOST = 0.1, 3600.0          # of what the server says
+DOUBT_SECONDS = 10.0             # between two checks whether a server still speaks as it did
 LASTING_SECONDS = 10.0           # a stream that was open for so long was not in vain, even if nothing came on it
 # What a server says to messages of another era than its own, or of a revision that it does not know.
 _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH, UNSUPPORTED_VERSION), re.IGNORECASE)
@@ -5852,6 +5887,13 @@ class Post(RemoteFetch):
     def on_failure(self, reason: str, is_connected: bool = True) -> None:
         self.link.on_failure_of_post(self, reason, is_connected)
 
+    def may_come_again(self) -> bool:
+        """May it be sent once more, in another session? What the proxy asks by itself it asks in each new session: if
+        that did not last, it must not be what opens the next one, for ever."""
+        request, age = self.link.pending_of(self.number), asyncio.get_running_loop().time() - self.link.renewed_at
+        return not (self.is_repeated or request and (request.is_pinned or not request.client and (
+            self.session == self.link.session and age < DOUBT_SECONDS)))
+
 
 class Aside(Ask):
     """The POST of a message that gets no response: a notification, or a response to the server."""
@@ -5905,13 +5947,16 @@ class Listen(RemoteFetch, Ask):
         super().on_part(data)
 
     async def read_to_end(self, client: HTTPClient) -> tuple[int, str, bool]:
-        """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0; how it ended, in words that
-        follow "the server"; and whether the server was reached."""
+        """Reads it to its end. Returns the HTTP status if it was no stream, otherwise 0, and 404 for any that says that
+        the session is lost; how it ended, in words that follow "the server"; and whether the server was reached."""
         now = asyncio.get_running_loop().time
         began = now()
         try:
-            head, _ = await self.answer(client)
-            return 0 if self.is_stream else head.status, f"answered HTTP {head.status}", True
+            head, body = await self.answer(client)
+            status = 404 if is_of_lost_session(head, body) else head.status
+            if self.number is None and self.last_id and 400 <= status < 500 and status != 404:
+                self.last_id, status = "", 0           # the event is not known any more: then without what was missed
+            return 0 if self.is_stream else status, f"answered HTTP {head.status}", True
         except OSError as error:
             return 0, str(error), not isinstance(error, ConnectionError)
         finally:
@@ -5983,7 +6028,6 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 ASIDES = 128                     # such messages on their way at a time: calls need connections too
 DELETE_SECONDS = 2.0             # for the server to end a session
-DOUBT_SECONDS = 10.0             # between two checks whether a server still speaks as it did
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), About(0, "server/discover")
 
 
@@ -6012,6 +6056,7 @@ class RemoteLink(Link):
         self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
         self._certain_until = 0.0              # until when it is not checked again whether it speaks as it did
+        self.renewed_at = float("-inf")        # when it was last found that a session was forgotten
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -6224,12 +6269,11 @@ class RemoteLink(Link):
             # A server of the other era would answer so. MCP 2026-07-28, Streamable HTTP, Backward Compatibility.
             asyncio.create_task(self._greet_again())
         if post.session and is_lost:
-            request = self.pending_of(post.number)
-            if post.is_repeated or request and request.is_pinned:
-                self._refuse(post, refusal(head, body))
-            else:
+            if post.may_come_again():
                 self._renew(post.session)
                 self.write(post.body, post.about, is_repeated=True)
+            else:
+                self._refuse(post, refusal(head, body))
         elif self._endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE answers on its one stream; here only a response counts
             if answer and answer.id == post.number:
@@ -6287,7 +6331,7 @@ class RemoteLink(Link):
         """The server has forgotten this session: another one is opened, unless that was done. MCP 2025-11-25,
         Transports, Session Management, 4."""
         if self._held is None and session == self.session:
-            self._held, self.session = [], None
+            self._held, self.session, self.renewed_at = [], None, asyncio.get_running_loop().time()
             self._drop(None)
             self.on_forgotten()
             for asides in self._asides.values():
@@ -6339,7 +6383,7 @@ class RemoteLink(Link):
                 return self.end(reason)
             if number is None and status == 404 and listen.tries and self.session:
                 return self._renew(self.session)         # it had a stream before
-            if not self.pending_of(number) and (number is not None or 400 <= status < 500 and status != 429):
+            if not self.pending_of(number) and (number is not None or 400 <= status < 500 and status not in PASSING):
                 return                         # MCP 2025-11-25: 405, if it has no stream for what belongs to no request
             listen = self._running[number] = listen.again()
 
@@ -6636,7 +6680,7 @@ class ServerConnection(Holder):
     # From the server.
 
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
-        if self.flood.count > FLOOD:
+        if self.flood.count > FLOOD or self.closed.done():         # what outlived its server may still write
             return
         line, self.heard_at, self.silences = line.strip(b" \t\r"), self._now(), 0
         try:
@@ -6991,9 +7035,11 @@ def make_room_in(book: dict, limit: int, whose=lambda value: value) -> None:
         del book[name]
 
 
-def state_key(state: str) -> str | bytes:
-    """The key under which a requestState is kept: itself, or if it is long, its digest."""
+def state_key(state: str, name: object) -> str | bytes:
+    """The key under which a requestState is kept, for the request that names this: servers may give the same one. Both
+    as they are, or if they are long, a digest."""
     import hashlib
+    state = f"{name}\n{state}"
     return state if len(state) <= MAX_NAMED else hashlib.sha256(state.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -7071,10 +7117,9 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     def on_response(question: Question, response: Message) -> None:
         if connection.questions.get(message.id) is question:
             del connection.questions[message.id]
-            principal = question.client.principal if question.client else None
             if told is not message:
                 response = with_tasks(response, lambda task: task.removeprefix(f"{instance.server.name}__"))
-            connection.send_if_possible(response.with_id(message.raw_id)[0], principal)
+            connection.send_if_possible(response.with_id(message.raw_id)[0], question.principal)
 
     # Who is asked: of the calls that it may belong to, the newest that can be, preferably one whose client is there.
     calls, session = find_owner(instance, connection, message, cause)
@@ -7580,7 +7625,7 @@ class Listening:
     def on_ended(self, request: ListenRequest, error: ProxyError) -> None:
         """The server ended a request, or it failed."""
         status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
-        is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in (408, 425, 429)
+        is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in PASSING
         # While the one before goes on, what is new in the next one is what the server fails at.
         if is_refused or request is self._next and self._current:
             error = RPCError(str(error), status=error.http_status, code=error.code, data=error.data,
@@ -7776,7 +7821,7 @@ class KeptList:
         """None while nobody would hear that the list changed; otherwise a number. While that is the same, nothing was
         missed."""
         listening = self.instance.listening
-        if listening and f"{LISTS[self.method].capability}ListChanged" in listening.refused:
+        if listening and f"{PAGED[self.method].capability}ListChanged" in listening.refused:
             return None
         return (listening or self.instance.connection.link).hearing
 
@@ -8144,9 +8189,8 @@ class Instance:
     async def _pause(self) -> None:
         """Waits before a restart: longer after each death, and after many of them until somebody asks. To ask whether a
         remote server is back costs little."""
-        now = self.server.now()
-        self._deaths.append(now)
-        recent = [death for death in self._deaths if death > now - 60]
+        self._deaths.append(self.server.now())
+        recent = [death for death in self._deaths if death > self._deaths[-1] - 60]
         if self.server.config.url:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), min(FAR_PAUSE, RESTART_DELAY * 4 ** len(recent)))
@@ -8155,7 +8199,8 @@ class Instance:
                       server=self.server.name, deaths=len(recent))
             while not self._wanted.is_set():
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wanted.wait(), FAR_PAUSE)
+                    async with asyncio.timeout(FAR_PAUSE):     # wait_for() may lose a cancel, and this go on for ever
+                        await self._wanted.wait()
                 if self.listeners or self.topics:        # subscribers send no request that would start it
                     break
         else:
@@ -8519,6 +8564,7 @@ class Session(Client):
     def end_stream(self, stream: Stream) -> None:
         """Ends such a stream; it can be fetched again for a while."""
         stream.close(self._last_words)
+        self._streams[stream.name] = self._streams.pop(stream.name, stream)          # the last to end is the last to go
         ended = [stream for stream in self._streams.values() if stream.is_ended]
         while len(ended) > KEPT_STREAMS or len(ended) > 1 and sum(stream.held for stream in ended) > KEPT_BYTES:
             oldest = ended.pop(0)
@@ -8729,9 +8775,9 @@ class Server:
     @property
     def is_up(self) -> bool:
         """Can a call be expected to work?"""
-        instance = self.instances.get(())
-        return self.failures < FAILURES and not (
-            instance and instance.connection is None and (instance.failure or instance.identity))
+        instance = self.instances.get(())          # none, if there was no room for its process
+        return self.failures < FAILURES and not (self.is_for_all if instance is None else (
+            instance.connection is None and (instance.failure or instance.identity)))
 
     def is_up_for(self, client: Client) -> bool:
         """Can a call of this client be expected to work? If it has a process to itself, whatever fails for others; one
@@ -8806,7 +8852,8 @@ class Server:
     def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
         """Finds out now and then whether a server that could not be used is back; `group`: all members of a group that
         leaves it out."""
-        if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at:
+        if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at and (
+                self in self.pool.servers):
             self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
     async def _probe(self, group: "collections.abc.Iterable[Server]") -> None:
@@ -8878,7 +8925,8 @@ class Server:
 
     def _adopt_spare(self, session: Session) -> Instance | None:
         """Makes a spare instance the session's, one that is ready if there is any."""
-        spares = [one for one in self.instances.values() if one.owner is one and one.has_process]
+        spares = [one for one in self.instances.values() if one.owner is one and one.has_process and (
+            one.connection or one.state is not READY)]         # and not about to be CLOSED
         spare = max(spares, key=lambda spare: spare.connection is not None, default=None)
         if spare:
             del self.instances[spare]
@@ -8946,11 +8994,11 @@ class Group:
                message: Message | None = None) -> Server:
         """The member for a request that came with these HTTP headers; or, without a message, for all that a client may
         ask. `left_out` has failed with it. RPCError when no other member takes a call like this."""
-        if message and (owner := self._owner(client, message)):
-            return owner
-
         # What is claimed goes to nobody else, also when those who claim it are down.
+        owner = self._owner(client, message) if message else None
         claiming = [member for member in self.members if self._claims(member, client, message, headers)]
+        if owner and (owner in claiming or not claiming or "requestState" not in message.params):
+            return owner               # otherwise both have given the same requestState
         members = [member for member in claiming or self.members if member is not left_out]
         if claiming and members:
             return next((member for member in members if member.is_up_for(client)), members[0])
@@ -8987,10 +9035,10 @@ class Group:
         """The member that has the task, or the call that waits for input, which a request names."""
         state, named = message.params.get("requestState"), owner_named(message)
         if isinstance(state, str):
-            given = client.mount.states.get(state_key(state))
+            given = client.mount.states.get(state_key(state, message.params.get(NAMED_BY.get(message.method))))
             return given.server if given and given.server in self.members else None
-        return next((member for member in self.members for instance in member.instances.values()
-                     if named in instance.owners and instance.is_owner(client, named)), None) if named else None
+        return next((member for member in self.members if (instance := member.used_by(client)) and (
+            named in instance.owners and instance.is_owner(client, named))), None) if named else None
 
 
 # ============================================================================
@@ -9247,7 +9295,7 @@ class Mount:
     def _has_better(self, client: Client, server: Server) -> bool:
         """Is this member of a group down, and another one up? Then choose() has moved the client to that."""
         group = self.groups.get(server.config.group)
-        if not group or server.is_up_for(client):
+        if not group or group.name not in client.view.by_name or server.is_up_for(client):         # it is met by itself
             return False
         other = group.choose(client, None, client.headers)
         return other is not server and other.is_up_for(client)
@@ -9503,7 +9551,8 @@ def pick(client: Client, message: Message) -> Target | None:
     names = [one.name for one in view.servers if task.startswith(f"{one.name}__")] if isinstance(task, str) else []
     if names:
         return Target(max(names, key=len))                             # a___1 is of a_, and not of a
-    given = client.mount.states.get(state_key(state)) if method == "resources/read" and isinstance(state, str) else None
+    given = client.mount.states.get(state_key(state, params["uri"])) if method == "resources/read" and (
+        isinstance(state, str)) else None
     return Target(given.place) if given and given.place in view.by_name else None
 
 
@@ -9624,7 +9673,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
     for number in (1, 2):
         for member, has in found:
             if uri in has[number]:
-                return [Target(member.name)], missing
+                return [Target(member.name)], {}
     fitting = (member.name for member, (_, _, templates) in found if any(
         fits_template(uri[:MAX_URI], template) for template in itertools.islice(templates, MAX_TEMPLATES)))
     first = next(fitting, None)
@@ -10807,7 +10856,7 @@ class Exchange(ClientRequest):
         if isinstance(state, str) and self.target:
             states = self.client.mount.states
             make_room_in(states, KNOWN_STATES, lambda given: given.principal)
-            states[state_key(state)] = GivenState(self.principal, self.target.server, self.instance.server)
+            states[state_key(state, self.name)] = GivenState(self.principal, self.target.server, self.instance.server)
 
     def ask_next(self) -> bool:
         """The server refuses it: asks the next of those that may have the resource; is there one?"""
@@ -11054,6 +11103,8 @@ class Listener(Exchange):
             for instance in gone:
                 self._leave_one(instance)
             self._join_all()
+            if self.is_done:                       # to make room for one of these, it was ended itself
+                return self._leave()
             for uri, old in moving:
                 self._follow(uri, self.client.place_of(old))
         if shown.offer != view.offer:
@@ -12266,7 +12317,7 @@ class Admission:
         if self.view.is_for_all:
             # Nothing can be set here, so what is not named like a variable is somebody else's, and does no harm.
             query = tuple(pair for pair in head.query
-                          if pair[0] in QUERY_PARAMETERS or re.fullmatch("[A-Z_][A-Z0-9_]*", pair[0]))
+                          if pair[0] in QUERY_PARAMETERS or re.fullmatch("_*[A-Z][A-Z0-9_]*", pair[0]))
             if len(query) < len(head.query):
                 log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
             return client_variables(dataclasses.replace(head, query=query))
@@ -13186,6 +13237,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
     def _receive(self, text: str) -> None:
         message, self._visitor.view = None, self._mount.catalog.view()         # the configuration may be a new one
+        self._visitor.members = {}                 # it is no session: its calls go to any of a group
         try:
             message = parse_message(text)
             if message.kind is REQUEST:
