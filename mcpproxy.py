@@ -2600,7 +2600,7 @@ MAX_KEYS = 100                   # of one issuer, that can be used
 MAX_TRIES = 8                    # of those that one token may mean, as when it names none
 LEEWAY = 60                      # seconds that two clocks may differ
 JWT_TYPES = frozenset({"jwt", "at+jwt", "application/jwt", "application/at+jwt"})      # RFC 9068 §2.1
-NO_ACCESS = "ID", "Refresh", "Offline", "Logout"                           # what Keycloak calls other tokens
+OTHER_TOKENS = "ID", "Refresh", "Offline", "Logout"        # `typ` of tokens of Keycloak's that are not for access
 DIGEST_INFO = bytes.fromhex("003031300d060960864801650304020105000420")  # RFC 8017 §9.2: a zero, and which hash it is
 P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
 P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
@@ -2673,7 +2673,7 @@ def check_claims(claims: dict, issuer: str, now: float) -> None:
         raise TokenError("another issuer has made it")
     # A refresh token is active too, for who introspects it. Hydra and Cognito name the kind in `token_use`, Keycloak in
     # `typ`; RFC 7662 and 9068 have no claim for it.
-    if claims.get("token_use", "access") not in ("access", "access_token") or claims.get("typ") in NO_ACCESS:
+    if claims.get("token_use", "access") not in ("access", "access_token") or claims.get("typ") in OTHER_TOKENS:
         raise TokenError("it is no access token")
     if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255 or _SURROGATE.search(claims["sub"]):
         raise TokenError("it does not say whose it is")
@@ -2992,7 +2992,7 @@ class View:
                  is_joint: bool, wanted: tuple, limits: Limits | None, catalog: "Catalog"):
         self.limits = limits                   # of its caller
         self.catalog = catalog
-        self.place = place                     # the name of a server that is met by itself
+        self.place = place                     # the name of the server or group that is reached by itself, or None
         self.members = members
         self.by_name = {member.name: member for member in members}
         self.grants = {member.name: limits.of(member.names) for member in members} if limits else {}
@@ -3115,12 +3115,12 @@ class Catalog:
 
     def __init__(self, servers: dict[str, ServerConfig], is_file: bool = False):
         self.servers = servers
-        self.is_file = is_file                 # are they of a file: met as one, and each also at a place of its own?
+        self.is_file = is_file                 # are they of a file: reached as one, and each at a place of its own?
         self.groups: dict[str, ServerConfig] = {}
         for name in dict.fromkeys(server.group for server in servers.values() if server.group):
             members = tuple(server for server in servers.values() if server.group == name)
             self.groups[name] = dataclasses.replace(members[0], name=name, group=None, when=None, members=members)
-        # `offered` is what is met as one, with a group in the place of its first server; in `places`, each by itself.
+        # `offered`: all as one, with a group in the place of its first server. `places`: what is reached by itself.
         self.offered = {server.group or name: self.groups.get(server.group, server) for name, server in servers.items()}
         self.places = {**servers, **self.groups}
         self.leaving: set[str] = set()         # places that were taken out, and may still have sessions
@@ -3299,7 +3299,8 @@ def parse_server(name: str, given: object, settings: Settings, environment: dict
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers are expanded here to be checked, and for use when a link is made, with a client's variables (`is_later`).
+    # Headers are expanded here to be checked only: they are kept as written, and expanded anew for each link, then with
+    # its client's variables (`is_later`).
     is_later = given.get("shared_session", settings.shared_session) is False
     env, headers = expanded(given.get("env", {}), "env", environment), given.get("headers", {})
     known = {**environment, **env}
@@ -5074,7 +5075,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         self._reaper.census.killed[self._server, limit] += 1
 
     def _check_limits(self) -> None:
-        """Called when its usage was looked at: ends it if it is over a limit."""
+        """Called when its usage was measured: ends it if it is over a limit."""
         settings, usage = self._sandbox.settings, self.usage
         for limit, measured in (("memory", usage.megabytes), ("processes", usage.processes),
                                 ("cpu", round(usage.most_seconds, 1))):
@@ -5544,10 +5545,11 @@ class Ask(Fetch):
     """A request whose end is waited for."""
 
     is_idempotent = is_extra = True
-    limit_name = f"{ANSWER_BYTES // 1024} KiB"
 
     def __init__(self, head: bytes, body: bytes = b"", limit: int = ANSWER_BYTES):
         super().__init__(head, body, limit)
+        if limit == ANSWER_BYTES:
+            self.limit_name = f"{ANSWER_BYTES // 1024} KiB"
         self._over = asyncio.get_running_loop().create_future()
 
     async def answer(self, client: HTTPClient, seconds: float | None = None) -> tuple[ResponseHead, bytes]:
@@ -5991,9 +5993,9 @@ def kind_of(line: bytes) -> str | None:
 
 
 def is_of_lost_session(head: ResponseHead, body: bytes, number: int | None = None) -> bool:
-    """Does the server say that it has forgotten the session? It should by a 404, unless that means an unknown method.
-    In the field a 400 that speaks of a session says so too, unless its error is a wrong parameter, which may have such
-    a name. So does a 400 that objects to the revision agreed on: another server has taken its place."""
+    """Does the server say that it has forgotten the session? By the specification it does so by a 404, if that does not
+    mean an unknown method. In the field a 400 that speaks of a session says so too, unless its error is a wrong
+    parameter, which may have such a name. So does one that objects to the revision agreed on: the server is another."""
     return head.status == 404 and b"-32601" not in body or head.status == 400 and (
         b"session" in body.lower() and not (b"-32602" in body and is_answer(head, body, number))
         or _NOT_MINE.search(body) is not None)
@@ -6433,7 +6435,7 @@ class PendingRequest:
 
     __slots__ = ()
     client = None              # the Client that the request came from, if it came from one
-    principal: object = None   # who is answerable for it
+    principal: object = None   # who is charged for it
     is_endless = False         # is it a subscription, for which no time is too long?
     is_pinned = False          # is it not to be sent again?
     last_sign = float("inf")   # when it last showed that it is alive; inf: it may take for ever
@@ -7662,10 +7664,10 @@ class Listening:
         self._ask()
 
     def _refuse(self, request: ListenRequest, error: ProxyError, is_refused: bool) -> bool:
-        """Refuses what is new in a request that the server refused, or failed at. True if nothing was new and nobody
-        listens now: then it may just have been too early to ask again."""
+        """Refuses what is new in a request that the server refused, or failed at. True if it is to be sent again later:
+        nothing was new, nobody listens now, and what was taken before, or a gateway, may just need time."""
         new = [topic for topic in request.topics if not topic.verdict.done()]
-        # Who is the only one left may be refused for another, whose clients have gone meanwhile.
+        # Even a single new one may have been refused because of another, whose clients have left meanwhile.
         self._one_by_one = request.asks_several and 0 < len(new) <= ONE_BY_ONE and self.instance.listening is self
         for topic in () if self._one_by_one else new:
             if topic.told and not is_refused and self.instance.listening is self:
@@ -8282,7 +8284,7 @@ class Instance:
 # 32. Clients
 # ============================================================================
 #
-# Who sends requests. A client stays with the instance of a server that it met when it used the server first.
+# Who sends requests. A client stays with the instance of a server that it got when it first used that server.
 
 OPEN_QUESTIONS = 100             # of one client; past that, the proxy answers the oldest with an error
 KEPT_STREAMS = 16                # of each session, after they ended
@@ -8295,8 +8297,8 @@ RETRY = b"retry: 3000\n\n"
 class Client(Holder):
     """Who sends requests: a session, or a visitor for the time of one."""
 
-    initialize_params: dict | None = None           # its handshake's, by which servers of its own start
-    may_have_logs = False                           # was it offered logs as a server was missing? True if unknown
+    initialize_params: dict | None = None           # of its handshake, with which a server of its own is started
+    may_have_logs = False                           # was it offered logs for a server that was missing? True if unknown
     software = ""                                   # the name/version that it gave when its session opened
     gathering: tuple[float, asyncio.Task] | None = None        # when it began, and gather_resources()
     turns = once(lambda self: asyncio.Lock())       # see take_turn()
@@ -8409,7 +8411,7 @@ class Client(Holder):
 
 
 class Visitor(Client):
-    """A caller without a session."""
+    """A client without a session."""
 
     is_session = False
     capabilities: dict = {}                         # a modern one has them in each request; no other can be asked,
@@ -8510,7 +8512,7 @@ class Session(Client):
         before, problem = self.view, super().adopt(catalog)
         self.is_homeless = problem is not None
         if problem:
-            return self.end() if problem.data else None    # its key no longer opens the place, or sets its variables
+            return self.end() if problem.data else None    # its key may no longer open the place, or set its variables
         shown = self.view.names
         for old in [server for server in self._instances if server.is_retired or server.name not in shown]:
             instance, place = self._instances.pop(old), self.place_of(old)
@@ -9045,7 +9047,7 @@ class Group:
 # 34. Mounts
 # ============================================================================
 #
-# A mount is what clients meet, at whatever URL: it has their sessions, their calls, and the limits.
+# A mount is what clients reach, at whatever URL: it has their sessions, their calls, and the limits.
 
 NOBODYS_NAME = "-"               # which no session has
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
@@ -9067,7 +9069,7 @@ class GivenState(typing.NamedTuple):
 
 
 class Mount:
-    """What clients meet, at all URLs: sessions, calls, and what limits them. What each URL shows is a View."""
+    """What clients reach, at whatever URL: sessions, calls, and what limits them. What each URL shows is a View."""
 
     def __init__(self, catalog: Catalog, settings: Settings, new_server, now):
         self.settings = settings
@@ -10252,7 +10254,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 # 39. Client requests
 # ============================================================================
 #
-# One client request from its coming to its end, and the answer to it; where that goes is up to its outlet. It begins
+# One client request from its arrival to its end, and the answer to it; where that goes is up to its outlet. It begins
 # when its instance is ready, and it has one way out, end(), whatever ends it: so nothing is forgotten at the server, at
 # the client or in the books (the calls of its client and of its mount), and the log has a line of each.
 #
@@ -10262,8 +10264,8 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 #
 # It goes back to WAITING where several servers may have a resource, and one refused it; where a member of a group
 # failed; where a remote server refused its headers; and, a subscription, where the proxy listens in a server's place.
-# What it has of its request is the message, and while it waits the text; when that was sent, only the text, and only if
-# it may have to be sent again; and while it is parked, a digest, which the request has that comes back for it.
+# While it waits, it has its request as a message and as text; once that was sent, as text alone, if it may have to be
+# sent again; while it is parked, as a digest, to be compared with that of the request that comes back for it.
 
 RUNNING_CALLS = 1_000            # of one client at a time
 FEW_CALLS = 16                   # of one client, which are not counted in the budget if they are small
@@ -11319,7 +11321,7 @@ import threading
 # thrown away for a while. A client that does not read is cut off, not waited for.
 
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
-BODY_SECONDS = 30.0            # for a head and the silence within its body, which is what comes below BODY_RATE, too
+BODY_SECONDS = 30.0            # for a head and the silence in its body; less than BODY_RATE bytes a second use it up
 BODY_RATE = 16 * 1024
 IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
 LINGER_SECONDS = 30.0          # after a refusal
@@ -13756,8 +13758,9 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
             ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
         lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
                   if not re.fullmatch(shape, given)]
-    if settings.public_url.rstrip("/").endswith(("/mcp", "/sse")):
-        lines.append("PUBLIC_URL is where this proxy is, without /mcp: behind it tokens would be for /mcp/mcp")
+    end = settings.public_url.rstrip("/")[-4:]
+    if end in ("/mcp", "/sse") and not settings.base_path.rstrip("/").endswith(end):
+        lines.append(f"PUBLIC_URL is where this proxy is, without {end}: behind it tokens would be for {end}/mcp")
     if 0 < len(settings.session_secret) < 32:
         lines.append("SESSION_SECRET should be 32 random characters or more: whoever guesses it can forge session ids")
     return lines + [f"{name} has no effect {where}" for where, is_so, names in without_effect if is_so

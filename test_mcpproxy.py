@@ -1751,6 +1751,10 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     case("two letters exchanged", {"AUTH_KYE": "x"}, "AUTH_KEY"),
     case("the URL of a place", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/mcp"},
          "for /mcp/mcp"),
+    case("that of HTTP+SSE", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/sse"},
+         "for /sse/mcp"),
+    case("one that has such a prefix", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/mcp",
+                                        "BASE_PATH": "/mcp"}, None),
     case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
     case("one that cannot", {"SESSION_SECRET": SEAL}, None),
     case("scopes of nobody's tokens", {"OAUTH_SCOPES": "mcp"}, "OAUTH_SCOPES has no effect without OAUTH_ISSUER"),
@@ -6023,7 +6027,7 @@ def test_configuration_of_keys_may_have_what_that_of_servers_may(tmp_path):
         ({"env": {"A": "b"}}, "env: must be a list"), ({"key": 7}, "key: must be a string"),
         ({"key": ""}, "empty"), ({"key": " \t"}, "empty")]), ({"a": {"sha256": 7}}, "a: sha256: must be a string"),
     *(({"a": {"sha256": value}}, "64 digits") for value in ("", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\n")),
-    ({"one+of=": "ann"}, "a key has no name of 1 to 64 of"),           # who took the one for the other
+    ({"one+of=": "ann"}, "a key has no name of 1 to 64 of"),           # key and name exchanged
     *(({name: A_KEY}, "a key has no name of 1 to 64 of") for name in ("", "a b", "x" * 65, "\u00e4", "a\n", "a:b"))])
 def test_configuration_of_keys_that_cannot_be_used_is_refused_with_file_name_and_key(tmp_path, given, words):
     path = tmp_path / "keys.json"
@@ -6669,9 +6673,9 @@ def test_process_that_may_be_of_several_is_not_the_next_one_s_when_these_are_gon
     assert {pid for pid, _ in last} == {servers[2]}
 
 
-@pytest.mark.parametrize("before", [[], ["sleep", "60"]], ids=["alone", "with a child of before"])
+@pytest.mark.parametrize("before", [[], ["sleep", "60"]], ids=["alone", "with an earlier child"])
 def test_process_takes_orphans_only_if_it_will_reap_them(before):
-    """A child of before it may be a shell's, that became this program: prctl(2), PR_GET_CHILD_SUBREAPER."""
+    """An earlier child may be that of a shell which became this program. prctl(2), PR_GET_CHILD_SUBREAPER."""
     code = f"""
 import ctypes, subprocess, sys
 sys.path.insert(0, {HERE!r})
@@ -10061,20 +10065,20 @@ async def test_remote_session_that_is_lost_leaves_no_stream_to_the_one_after_it(
 
 
 @over_a_link
-@pytest.mark.parametrize("stays", [False, True])
-async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(stays):
+@pytest.mark.parametrize("is_pinned", [False, True])
+async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(is_pinned):
     """Its caller may use less than when it was made."""
     far = FarLink()
     await far.greet()
-    request = types.SimpleNamespace(stays=False, client=None, principal=None, is_parked=False)
+    request = types.SimpleNamespace(is_pinned=False, client=None, principal=None, is_parked=False)
     request.on_failure = lambda error: setattr(request, "error", error)
     far.connection.send_request(request, "tools/call", {"name": "x"})
     post = await far.taken("tools/call")
-    request.is_pinned = stays
+    request.is_pinned = is_pinned
     respond(post, 404)
     await asyncio.sleep(5)
-    assert hasattr(request, "error") is stays
-    assert [fetch.about.method for fetch in far.sent if fetch.body] == ([] if stays else ["initialize"])
+    assert hasattr(request, "error") is is_pinned
+    assert [fetch.about.method for fetch in far.sent if fetch.body] == ([] if is_pinned else ["initialize"])
 
 
 @over_a_link
@@ -10145,7 +10149,8 @@ def test_remote_client_keeps_places_for_what_has_to_get_through(monkeypatch):
     asyncio.run(run())
 
 
-def test_remote_client_says_how_large_an_answer_may_be():
+@pytest.mark.parametrize("limit, words", [(mcpproxy.ANSWER_BYTES, "256 KiB"), (290_000, "MAX_MESSAGE_MB")])
+def test_remote_client_says_how_large_an_answer_may_be(limit, words):
     class Far(asyncio.Protocol):
         def connection_made(self, transport):
             transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n")
@@ -10153,8 +10158,8 @@ def test_remote_client_says_how_large_an_answer_may_be():
     async def run():
         server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", 0)
         client = mcpproxy.HTTPClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp")
-        with pytest.raises(OSError, match="larger than 256 KiB"):
-            await mcpproxy.Ask(client.head("GET", ())).answer(client, PATIENCE)
+        with pytest.raises(OSError, match=f"larger than {words}"):
+            await mcpproxy.Ask(client.head("GET", ()), b"", limit).answer(client, PATIENCE)
         client.close()
         server.close()
         await server.wait_closed()
@@ -18364,13 +18369,15 @@ async def test_conversation_session_that_only_waits_leaves_a_member_of_a_group_t
     assert [message["method"] for message in town.told(client)] == [UPDATED]
 
 
-@pytest.mark.parametrize("ends", ["a result", "an error over HTTP"])
+@pytest.mark.parametrize("ends", ["a result", "an error over HTTP", "a cut stream"])
 @in_town
 async def test_conversation_modern_server_that_ends_each_subscription_at_once_is_asked_ever_less_often(ends):
     def answer(listen):
         end = {"id": listen["id"], "result": {"resultType": "complete"}}
-        if ends != "a result":
+        if ends == "an error over HTTP":
             refuse_over_http(town, listen, 500, seconds=0.1)
+        elif ends == "a cut stream":
+            asyncio.get_running_loop().call_later(0.1, cut, town, listen)
         return [acknowledged(listen), *([end] if ends == "a result" else [])]
     town = Town("modern", ["a"])
     town.acknowledges, client = answer, await town.client("legacy", "a")
@@ -18395,6 +18402,28 @@ async def test_conversation_subscription_that_moves_to_where_it_is_refused_over_
         await town.pass_time()
     asked = [listen for listen in town.listens("b") if listen["params"]["notifications"]["resourceSubscriptions"]]
     assert len(asked) == 1 and len(town.listens("b")) - before < 7
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@in_town
+async def test_conversation_subscription_that_moves_to_where_it_always_fails_keeps_no_other_waiting_for_ever(is_first):
+    def answer(listen):
+        is_bad = listen not in town.listens("a") and "a:b" in listen["params"]["notifications"]["resourceSubscriptions"]
+        return refuse_over_http(town, listen, 503, name="b") if is_bad else [acknowledged(listen)]
+    town = Town("modern", ["g.a", "g.b"])
+    town.acknowledges, client = answer, await town.client("legacy", "g")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    town.broken = "a"
+    await town.die("a")
+    for _ in range(1 if is_first else 10):
+        await town.pass_time()
+    other = await town.client("legacy", "g")
+    waiting = asyncio.ensure_future(town.say_to(other, 1, "resources/subscribe", {"uri": "c:d"}))
+    for _ in range(60):
+        await town.pass_time()
+    await asyncio.sleep(120)
+    await waiting
+    assert await told_of_update(town, other, "c:d", "b") == [(UPDATED, "c:d")]
 
 
 @in_town
