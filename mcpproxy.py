@@ -3179,8 +3179,7 @@ _BOOL = "true or false", lambda value: isinstance(value, bool)
 _NUMBER = "a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
 _WHOLE = "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)
 _BY_TYPE = {bool: _BOOL, int: _WHOLE, float: _NUMBER, str: _TEXT}
-_MAP = "an object of strings", lambda value: isinstance(value, dict) and all(
-    isinstance(one, str) for one in value.values())
+_MAP = "an object of strings", lambda value: _OBJECT[1](value) and _TEXTS[1]([*value.values()])
 _SERVER_KEYS = {"command": _TEXT, "args": _TEXTS, "cwd": _TEXT, "disabled": _BOOL, "enabled": _BOOL, "tools": _TEXTS,
                 "prefix": _TEXT, "overrides": _OBJECT, "env": _MAP, "headers": _MAP, "type": _TEXT, "group": _TEXT,
                 "url": ("a string or a list of strings", lambda value: _TEXT[1](value) or _TEXTS[1](value) and value),
@@ -3294,13 +3293,14 @@ def check_groups(servers: dict[str, ServerConfig]) -> None:
 def parse_server(name: str, given: object, settings: Settings, environment: dict[str, str]) -> list[ServerConfig]:
     """The servers that one entry of the file stands for; SettingsError names the key that cannot be used."""
     if isinstance(given, dict):
-        given = without_repeats([("url" if key in ("serverUrl", "httpUrl") else key, value)
-                                 for key, value in given.items() if key not in _OTHERS_KEYS])
+        names = [key for key in ("url", "serverUrl", "httpUrl") if key in given]
+        if any(given[key] != given[names[0]] for key in names):
+            raise SettingsError(f"{names[0]}: differs from {names[1]}")
+        given = {"url" if key in names else key: value for key, value in given.items() if key not in _OTHERS_KEYS}
         if "envFile" in given:
             raise SettingsError("envFile: files of variables are not read; name the variables in env, as ${NAME}")
     check_keys(given, _SERVER_KEYS)
-    # Headers are expanded here to be checked only: they are kept as written, and expanded anew for each link, then with
-    # its client's variables (`is_later`).
+    # Headers are only checked: they are kept as written, and expanded for each link, with its client's variables.
     is_later = given.get("shared_session", settings.shared_session) is False
     env, headers = expanded(given.get("env", {}), "env", environment), given.get("headers", {})
     known = {**environment, **env}

@@ -5871,7 +5871,8 @@ def test_configuration_has_groups():
 
 
 def test_configuration_reads_several_urls_as_it_reads_one():
-    servers = parse_file({"mcpServers": {"far": {"serverUrl": ["http://${H}/", "http://b/"]}}}, {"H": "a"})
+    urls = ["http://${H}/", "http://b/"]
+    servers = parse_file({"mcpServers": {"far": {"serverUrl": urls, "url": urls}}}, {"H": "a"})
     assert {name: server.url for name, server in servers.items()} == {"far-1": "http://a/", "far-2": "http://b/"}
 
 
@@ -5906,7 +5907,7 @@ A_SERVER = {"command": "x"}
     ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "server a: is there twice"),
     ('{"mcpServers": {"a": {"command": "x", "env": {"A": "1", "A": "2"}}}}', "server a: A: is there twice"),
     ('{"mcpServers": {"a": {"command": "x", "overrides": {"t": {"fixed": {}}, "t": {}}}}}', "a: t: is there twice"),
-    ('{"mcpServers": {"a": {"url": "http://a/", "serverUrl": "http://b/"}}}', "server a: url: is there twice"),
+    ('{"mcpServers": {"a": {"url": "http://a/", "serverUrl": "http://b/"}}}', "a: url: differs from serverUrl"),
     *(({"mcpServers": {name: A_SERVER}}, f"{good} would do") for name, good in {
         "a b": "a-b", "a__b": "a_b", "": "server", "x" * 33: "x" * 32, "ä": "server", "a.b/c": "a-b-c"}.items()),
     *(({"mcpServers": {"a": {**A_SERVER, **keys}}}, words) for keys, words in [
