@@ -9359,8 +9359,9 @@ def test_remote_header_that_is_none_is_refused_before_anything_is_sent():
         asyncio.run(link.start())
 
 
-@pytest.mark.parametrize("status, method, count", [(404, "initialize", 2), (429, "GET", 3)])
-def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_later(status, method, count):
+@pytest.mark.parametrize("status, body, method, count", [
+    (404, b"", "initialize", 2), (400, b"Invalid or missing session ID", "initialize", 2), (429, b"", "GET", 3)])
+def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_later(status, body, method, count):
     async def run(far):
         link = mcpproxy.RemoteLink("far", far.url, {}, "ab" * 8, 1 << 20)
         connection = mcpproxy.ServerConnection("far", link, now=time.monotonic, redact=str, on_request=None,
@@ -9368,7 +9369,7 @@ def test_remote_stream_that_was_there_is_asked_for_again_in_a_new_session_or_lat
         link.on_forgotten = lambda: None
         await connection.initialize(mcpproxy.our_initialize(True))
         await asyncio.to_thread(until, lambda: far.streams, "the stream")
-        far.script["GET"].append(http_response(status))
+        far.script["GET"].append(http_response(status, body, "text/plain"))
         far.streams[-1].hang_up()
         await asyncio.to_thread(until, lambda: len(far.got(method)) == count and len(far.streams) == 2, "the next one")
         await link.stop()
@@ -10083,6 +10084,24 @@ async def test_remote_call_is_made_again_in_a_new_session_only_if_it_may_be(is_p
 
 
 @over_a_link
+async def test_remote_session_that_does_not_last_is_not_opened_for_ever_by_what_the_proxy_asks_in_each():
+    far, greetings = FarLink(), []
+    await far.greet()
+    far.on_forgotten = functools.partial(far.connection.request, "logging/setLevel", {"level": "info"})
+    far.on_forgotten()
+    for _ in range(100):
+        await asyncio.sleep(0.1)
+        for fetch in [far.sent.pop() for _ in far.sent]:
+            method = json.loads(fetch.body or "{}").get("method")
+            if method == "initialize":
+                greetings.append(fetch)
+                greet(fetch, f"s{len(greetings)}")
+            else:
+                respond(fetch, 404 if method == "logging/setLevel" else 202 if method else 405)
+    assert len(greetings) == 1
+
+
+@over_a_link
 async def test_remote_answer_is_not_looked_for_in_another_session():
     far = FarLink()
     await far.greet()
@@ -10501,6 +10520,26 @@ async def test_remote_stream_is_opened_again_when_its_server_wants_that():
         ended = now()
         respond(await far.taken("GET"), status)
         assert 50 <= now() - ended <= 52
+
+
+@pytest.mark.parametrize("status", [408, 425])
+@over_a_link
+async def test_remote_stream_that_is_refused_for_a_moment_is_asked_for_again(status):
+    far = FarLink()
+    await far.greet()
+    respond(await far.taken("GET"), status)
+    assert await far.taken("GET")
+
+
+@over_a_link
+async def test_remote_stream_is_opened_from_now_on_where_its_server_does_not_know_the_last_event_any_more():
+    far = FarLink()
+    await far.greet()
+    respond(await far.taken("GET"), 200, b"id: 1\ndata:\n\n", "text/event-stream")
+    resumed = await far.taken("GET")
+    assert b"Last-Event-ID: 1" in resumed.head
+    respond(resumed, 400, {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Invalid event ID"}})
+    assert b"Last-Event-ID" not in (await far.taken("GET")).head
 
 
 @over_a_link
@@ -16546,6 +16585,40 @@ async def test_conversation_call_at_a_server_of_its_own_that_is_configured_anew_
     assert town.told(client) == [{"jsonrpc": "2.0", "id": 1, "result": {"content": []}}]
 
 
+@pytest.mark.parametrize("others, size", [(mcpproxy.KEPT_STREAMS, 10), (1, mcpproxy.KEPT_BYTES)])
+@in_town
+async def test_conversation_answer_of_a_long_call_is_not_thrown_away_for_those_of_shorter_ones(others, size):
+    town, came = Town("legacy", ["a"]), []
+    session = (await town.client("legacy")).client
+    long = session.open_stream()
+    long.send([b"a sign of life"])
+    for _ in range(others):
+        stream = session.open_stream()
+        stream.send([b"x" * size])
+        session.end_stream(stream)
+    long.send([b"the answer"])
+    session.end_stream(long)
+    stream, after = session.find_event(f"{long.name}-1")
+    stream.attach(types.SimpleNamespace(write=lambda event: came.append(b"".join(event)), close=lambda: None), after)
+    assert b"the answer" in b"".join(came)
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+@in_town
+async def test_conversation_server_that_waits_to_be_needed_can_be_closed_just_when_it_is(turns):
+    town = Town("legacy", ["a"])
+    town.broken, instance = "a", town.mount.servers["a"].instances[()]
+    await asyncio.sleep(100)
+    assert instance.state is mcpproxy.PAUSED and len(town.links["a"]) == mcpproxy.DEATHS_IN_A_MINUTE
+    instance._wanted.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    done, _ = await asyncio.wait({closing := asyncio.ensure_future(instance.close())}, timeout=1_000)
+    instance._runner.cancel()                                  # once more, so that no test waits for ever
+    await closing
+    assert done
+
+
 @in_town
 async def test_conversation_joint_request_for_what_no_server_has_is_for_an_unknown_method():
     town = Town("legacy", ["a", "c"])
@@ -16961,6 +17034,18 @@ async def test_conversation_task_of_a_session_that_is_forgotten_may_be_anothers_
 
 
 @in_town
+async def test_conversation_read_of_what_a_server_lists_fails_as_it_says_also_while_another_is_missing():
+    town, error = Town("legacy", ["a", "c"]), {"code": -32602, "message": "the file is too large"}
+    town.slow["c"], town.errors["a", "resources/read"] = 100, error
+    client, said = await town.client("modern"), []
+    for number in range(2):
+        client.say(request(number, "resources/read", {"uri": "a:b"}))
+        await asyncio.sleep(5)
+        said += town.told(client)
+    assert [answer["error"] for answer in said] == [error] * 2
+
+
+@in_town
 @pytest.mark.parametrize("kind, code", [("legacy", -32002), ("modern", -32602)])
 async def test_conversation_unknown_resource_has_the_code_of_its_client_s_era_whichever_is_asked_last(kind, code):
     town = Town("auto", ["a", "c"])
@@ -17207,6 +17292,19 @@ async def test_conversation_session_stays_at_its_own_process_whatever_fails_for_
 
 
 @in_town
+async def test_conversation_session_does_not_get_a_spare_process_that_has_just_died():
+    town = Town("legacy", ["a"], shared_session=False, prewarm=1)
+    await asyncio.sleep(1)
+    spare, = town.links["a"]
+    spare._stop, spare.is_open = functools.partial(asyncio.sleep, 0.5), False      # to end what it left behind
+    spare.end()
+    await asyncio.sleep(0.1)
+    client = await town.client("legacy", "a")
+    await asyncio.sleep(10)
+    assert not client.client.is_ended
+
+
+@in_town
 async def test_conversation_session_leaves_its_own_process_when_that_fails():
     """Remote servers that answer with errors of HTTP, say: the connection goes on."""
     town = Town("legacy", ["g.a", "g.b"], shared_session=False)
@@ -17359,6 +17457,17 @@ async def test_conversation_listen_at_a_member_that_is_down_ends_while_another_i
                 await town.pass_time()
             assert [one["id"] for one in town.told(client) if "result" in one] == [0]
     assert at != first
+
+
+@in_town
+async def test_conversation_listen_at_a_member_s_own_place_goes_on_though_another_is_up():
+    town = Town("modern", ["g.a", "g.b"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    town.mount.servers["a"].failures = mcpproxy.FAILURES
+    for _ in range(8):
+        await town.pass_time()
+    assert town.told(client) == []
 
 
 @pytest.mark.parametrize("is_claimed", [False, True])
@@ -17663,6 +17772,40 @@ async def test_conversation_read_comes_again_to_the_server_that_asked_and_to_no_
 
 
 @in_town
+async def test_conversation_read_comes_again_to_the_server_that_asked_though_another_gave_the_same_state():
+    town = Town("modern", ["a", "b"])
+    for name in "ab":
+        town.answers[name, "resources/list"] = {"resources": [{"uri": f"x:{name}", "name": "r"}]}
+    client = await town.client("modern")
+    for number, name in enumerate("ab"):
+        await town.say_to(client, number, "resources/read", {"uri": f"x:{name}"})
+        town.say(town.links[name][0], asks_for_input(reads_at(town, name)[0], requestState="s", **ASKED))
+        await asyncio.sleep(0.1)
+    for number, name in enumerate("ab", 2):
+        await town.say_to(client, number, "resources/read", {
+            "uri": f"x:{name}", "requestState": "s", "inputResponses": {"q": {"action": "decline"}}})
+    assert [[read["params"]["uri"] for read in reads_at(town, name)] for name in "ab"] == [["x:a"] * 2, ["x:b"] * 2]
+
+
+@in_town
+async def test_conversation_call_comes_again_to_the_member_that_claims_it_though_another_gave_the_same_state():
+    town = Town("modern", ["g.eu", "g.us"])
+    servers = {name: dataclasses.replace(server, when=mcpproxy.When(argument={"to": name}))
+               for name, server in town.mount.catalog.servers.items()}
+    town.mount.reload(mcpproxy.Catalog(servers, is_file=True), mcpproxy.Keys())
+    await town.pass_time()
+    client = await town.client("modern", "g")
+    for number, name in enumerate(servers):
+        await town.say_to(client, number, "tools/call", {"name": "t", "arguments": {"to": name}})
+        town.say(town.links[name][-1], asks_for_input(town.heard[-1][1], requestState="s", **ASKED))
+        await asyncio.sleep(0.1)
+    for number, name in enumerate(servers, 2):
+        await town.say_to(client, number, "tools/call", {"name": "t", "arguments": {"to": name}, "requestState": "s",
+                                                         "inputResponses": {"q": {"action": "decline"}}})
+    assert [name for name, _ in town.heard] == ["eu", "us"] * 2
+
+
+@in_town
 async def test_conversation_states_of_one_caller_do_not_push_out_those_of_another():
     town = Town("modern", ["g.a", "g.b"])
     ann, bob = [(mcpproxy.Caller(name, name.encode()), {}, name) for name in ("ann", "bob")]
@@ -17677,6 +17820,17 @@ async def test_conversation_states_of_one_caller_do_not_push_out_those_of_anothe
         await town.say_to(await town.client("modern", None, *ann), number, "tools/call", {
             "name": "g__t", "requestState": "ann's"})
         assert town.heard[-1][0] == name
+
+
+@in_town
+async def test_conversation_calls_of_a_modern_client_on_stdin_go_to_all_of_a_group():
+    town, meta = Town("modern", ["g.a", "g.b", "g.c"]), {VERSION: "2026-07-28", CAPABILITIES: {}}
+    streams = mcpproxy.StandardStreams(town.mount, asyncio.Event())
+    streams.write = len
+    for number in range(3):
+        streams._on_line(json.dumps(request(number, "tools/call", {"name": "g__t", "_meta": meta})).encode())
+        await asyncio.sleep(0.1)
+    assert sorted(name for name, _ in town.heard) == ["a", "b", "c"]
 
 
 @in_town
@@ -18464,6 +18618,16 @@ async def test_conversation_nothing_is_kept_of_a_subscription_that_was_cancelled
 
 
 @in_town
+async def test_conversation_member_of_a_group_is_not_started_again_when_the_proxy_has_ended_it():
+    town = Town("legacy", ["g.a", "g.b"])
+    await town.pass_time()
+    await town.mount.close()
+    for _ in range(3):
+        await town.pass_time()
+    assert [len(links) for links in town.links.values()] == [1, 1]
+
+
+@in_town
 async def test_conversation_call_of_a_group_is_not_sent_to_another_member_when_the_proxy_ends():
     town = Town("legacy", ["g.a", "g.b"])
     client = await town.client("modern")
@@ -18640,6 +18804,21 @@ async def test_conversation_call_is_charged_for_the_answers_of_its_last_round_al
 
 
 @in_town
+async def test_conversation_answer_of_a_client_whose_call_waited_for_it_is_charged_to_its_principal():
+    town, charged = Town("legacy", ["a"]), []
+    client = await town.client("modern", "a")
+    client.client.principal = "ann"
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    town.say(link := town.links["a"][0], {"id": "q", **QUESTION})
+    await asyncio.sleep(0.1)
+    asked = town.told(client)[0]["result"]
+    link.write = lambda line, about=None, principal=None: charged.append(principal)
+    await town.say_to(client, 2, "tools/call", {"name": "t", "requestState": asked["requestState"], "inputResponses": {
+        key: {"action": "decline"} for key in asked["inputRequests"]}})
+    assert charged == ["ann"]
+
+
+@in_town
 async def test_conversation_subscription_that_is_one_too_many_is_no_failure_of_the_member_of_a_group():
     town = Town("legacy", ["g.a", "g.b"], max_sessions=1)
     client, wanted = await town.client("modern", "g"), {"notifications": {"toolsListChanged": True}}
@@ -18673,6 +18852,23 @@ async def test_conversation_task_of_a_server_that_counts_from_1_again_is_its_new
     assert link.lines[-1]["method"] == "tasks/result"
     told = await town.say_to(ann, 2, "tasks/result", {"taskId": "1"})
     assert told[-1]["error"]["message"] == "the task is unknown"
+
+
+@in_town
+async def test_conversation_task_of_a_group_is_at_the_member_that_its_client_uses_though_another_has_its_id_too():
+    town = Town("legacy", ["g.a", "g.b"], shared_session=False)
+    clients = {}
+    for _ in range(2):
+        client = await town.client("legacy", "g")
+        await town.say_to(client, 1, "tools/call", {"name": "t", "task": {}})
+        name, call = town.heard[-1]
+        clients[name] = client
+        town.say(town.links[name][-1], {"id": call["id"], "result": {"task": {"taskId": "1"}}})
+        await asyncio.sleep(0.1)
+    for name, client in clients.items():
+        await town.say_to(client, 2, "tasks/get", {"taskId": "1"})
+        assert town.heard_by(name)[-1] == "tasks/get"
+    assert sorted(clients) == ["a", "b"] and [len(links) for links in town.links.values()] == [1, 1]
 
 
 @in_town
@@ -18714,6 +18910,22 @@ async def test_conversation_joint_listener_that_ended_before_all_had_answered_li
     listener, = town.mount.subscriptions
     listener.end_subscription()
     await asyncio.sleep(5)
+    instances = [one for server in town.mount.servers.values() for one in server.instances.values()]
+    assert instances and not any(one.listeners for one in instances)
+
+
+@in_town
+async def test_conversation_joint_listener_that_is_ended_to_make_room_for_its_new_servers_listens_no_more():
+    town = Town("modern", ["a", "b"], shared_session=False, max_processes=20)
+    await town.say_to(await town.client("modern", None, None, {}, "ann"), 1, "tools/list")
+    client = await town.client("modern", None, None, {}, "bob")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    for number in range(9):
+        other = await town.client("modern", None, None, {}, "ann", f"n{number}")
+        for call, name in enumerate("ab"):
+            await town.say_to(other, call, "tools/call", {"name": f"{name}__t"})
+    await town.reload(["c", "d", "e", "a", "b"])
+    assert "result" in town.told(client)[-1]
     instances = [one for server in town.mount.servers.values() for one in server.instances.values()]
     assert instances and not any(one.listeners for one in instances)
 
@@ -19958,6 +20170,18 @@ async def test_conversation_task_that_two_pages_list_is_listed_once():
 
 
 @in_town
+async def test_conversation_tasks_are_listed_also_where_a_modern_server_that_has_some_is_one_of_several():
+    town = Town("legacy", ["a", "b"])
+    servers = town.mount.catalog.servers
+    modern = dataclasses.replace(servers["b"], settings=dataclasses.replace(town.settings, server_era="modern"))
+    town.can, town.answers["tasks/list"] = {"tools": {"listChanged": True}, "tasks": {"list": {}}}, {"tasks": []}
+    town.mount.reload(mcpproxy.Catalog({**servers, "b": modern}, is_file=True), mcpproxy.Keys())
+    await town.pass_time()
+    answer, = await town.say_to(await town.client("legacy"), 1, "tasks/list")
+    assert answer["result"]["tasks"] == []
+
+
+@in_town
 async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
     town = Town("legacy", ["a", "c"])
     client = await town.client("legacy")
@@ -20005,6 +20229,16 @@ async def test_conversation_joint_listener_hears_the_member_of_a_group_that_clai
             town.say(town.links[name][-1], notification(TOOLS_CHANGED))
             await asyncio.sleep(0.1)
             assert len(town.told(client)) == times, (key, name)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
+async def test_conversation_call_of_a_group_goes_to_the_member_for_which_there_is_room(kind):
+    town = Town("legacy", ["g.a", "g.b"], max_processes=1)
+    await asyncio.sleep(1)
+    for _ in range(6):
+        await town.say_to(await town.client(kind), 1, "tools/call", {"name": "g__t"})
+    assert [name for name, _ in town.heard] == ["a"] * 6
 
 
 @in_town
