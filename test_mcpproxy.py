@@ -2384,6 +2384,13 @@ def test_sse_event_goes_on_beside_a_line_over_the_limit_that_is_none_of_its_data
     assert found == [b"a"] and len(large) == 1
 
 
+def test_sse_lines_that_are_no_data_are_kept_no_longer_than_anybody_could_use_them():
+    found = []
+    parser = mcpproxy.EventParser(1_000_000, lambda kind, data: found.append((len(kind), data)), print)
+    parser.feed(b"id: 1\ndata: a\n\nid: " + b"2" * 100_000 + b"\nevent: " + b"x" * 100_000 + b"\ndata: b\n\n")
+    assert parser.last_id == "1" and found == [(len("message"), b"a"), (mcpproxy.KEPT_ENDS, b"b")]
+
+
 def test_sse_events_that_are_cut_off_take_no_memory_any_longer():
     gc.collect()
     gc.disable()
@@ -2706,6 +2713,8 @@ def test_json_code_of_an_error_is_an_integer(code, expected):
     case("params", '{"jsonrpc":"2.0","id":1,"params":null,"result":[]}', '{"jsonrpc":"2.0","id":1,"result":[]}'),
     case("nothing", '{"jsonrpc":"2.0","id":1}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
     case("no error", '{"jsonrpc":"2.0","id":1,"error":null}', '{"jsonrpc":"2.0","id":1,"result":{}}'),
+    case("error without an id", '{"jsonrpc":"2.0","error":{"code":1,"message":"x"}}',
+         '{"jsonrpc":"2.0","error":{"code":1,"message":"x"},"id":null}'),
     case("null is a result", '{"jsonrpc":"2.0","id":1,"result":null}', '{"jsonrpc":"2.0","id":1,"result":null}'),
     case("_meta is null", '{"jsonrpc":"2.0","method":"a","params":{"_meta":null}}',
          '{"jsonrpc":"2.0","method":"a","params":{"_meta":null}}'),
@@ -2769,6 +2778,19 @@ def test_json_what_was_parsed_can_be_read_again_deeper_down(depth):
     with contextlib.suppress(RPCError):
         request = parse(text)
         assert deeper(50, lambda: request.raw_id) == b"7.0" and deeper(50, lambda: request.plain_params)["y"] == "id"
+
+
+def test_json_deepest_that_was_parsed_can_be_read_again_deeper_down_in_c():
+    """Python 3.12 and later count the frames of C apart from its own."""
+    def parsed(depth):
+        with contextlib.suppress(RPCError):
+            return parse('{"jsonrpc":"2.0","method":"a","params":{"x":%s}}' % ("[" * depth + "]" * depth))
+    depth = bisect.bisect(range(20_000), False, key=lambda depth: parsed(depth) is None) - 1
+    request = parsed(depth)
+
+    def deeper(frames):
+        return next(map(deeper, [frames - 1])) if frames else request.plain_params
+    assert depth > 500 and mcpproxy.dump(deeper(50)).count("[") == depth
 
 
 def test_json_numbers_that_no_float_holds_can_be_written_again():
@@ -2917,6 +2939,7 @@ def test_protocol_handshake_with_more_values_than_any_client_has_is_refused(valu
     ({"sampling": {}}, "sampling/createMessage", {}, None),
     ({"sampling": {}}, "sampling/createMessage", {"tools": []}, {"sampling": {"tools": {}}}),
     ({"sampling": {"tools": {}}}, "sampling/createMessage", {"tools": []}, None),
+    ({"sampling": {}}, "sampling/createMessage", {"tools": None}, None),
     ({"sampling": True}, "sampling/createMessage", {}, {"sampling": {}}),
     ({}, "elicitation/create", {}, {"elicitation": {"form": {}}}),
     ({"elicitation": {}}, "elicitation/create", {}, None),
@@ -3157,8 +3180,8 @@ def test_era_version_that_is_not_spoken_is_refused_with_those_that_are(modern, v
     message = modern.message(1, "tools/list", {"_meta": {VERSION: version}})
     call = modern.deliver(message)
     assert call.error() == (400, -32022)
-    data = call.answer()["error"]["data"]
-    assert "2026-07-28" in data["supported"] and data["requested"] == version
+    assert call.answer()["error"]["data"] == {"requested": version, "supported": [
+        "2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05"]}
 
 
 @pytest.mark.parametrize("method", ["initialize", "ping", "logging/setLevel", "resources/subscribe",
@@ -3513,7 +3536,8 @@ def head(target="/sse", *lines):
     case("header in UTF-8", head("/sse", "X-API-Key: \xfc"), "\xfc"),
     case("bearer beats query", head("/sse?auth_key=a", "Authorization: Bearer b"), "b"),
     case("other scheme", head("/sse?auth_key=a", "Authorization: Basic b"), "a"),
-    case("bearer of nothing", head("/sse", "Authorization: Bearer"), ""),
+    case("bearer of nothing", head("/sse", "Authorization: Bearer"), None),
+    case("bearer of nothing, and query", head("/sse?auth_key=a", "Authorization: Bearer "), "a"),
 ])
 def test_access_key_is_given_by(given, expected):
     assert mcpproxy.given_key(given) == expected
@@ -3769,7 +3793,7 @@ def test_access_parts_of_a_query_and_of_what_is_accepted_are_bounded(unguarded):
         assert response.status == status
 
 
-@pytest.mark.parametrize("query", ["utm_source=x", "a-b=x", "1A=x", "%C3%A9=x", "=x", "client=x"])
+@pytest.mark.parametrize("query", ["utm_source=x", "a-b=x", "1A=x", "%C3%A9=x", "=x", "client=x", "_=1", "__=1"])
 def test_access_what_can_be_no_variable_is_ignored_by_a_shared_server(guarded, query):
     assert guarded.request("GET", f"/tools?{query}", headers=WITH_KEY).status == 200
 
@@ -3934,6 +3958,21 @@ def test_access_a_page_whose_key_is_gone_before_its_body_came_is_told_so_once(tm
         assert head.startswith(b"HTTP/1.1 401 ") and head.count(b"Access-Control-Allow-Origin: http://[::1]") == 1
 
 
+def test_access_a_page_whose_key_is_gone_while_tools_are_listed_is_told_so_once(tmp_path):
+    file, go = tmp_path / "keys.json", tmp_path / "go"
+    file.write_text('{"alice":{"key":"Wonderland"}}')
+    slow = fake_server(f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)")
+    with running_proxy(slow, AUTH_KEYS_FILE=str(file)) as proxy, HTTP(proxy) as http:
+        http.send(encode_http("GET", "/tools", None, {"X-API-Key": "Wonderland", "Origin": "http://[::1]"}))
+        assert proxy.request("GET", "/healthz").status == 200         # so the other one was read too
+        file.write_text('{"bob":{"key":"Builder"}}')
+        proxy.process.send_signal(signal.SIGHUP)
+        until(lambda: "read again" in proxy.log(), "the file read again")
+        go.touch()
+        head = b"".join(iter(http.file.readline, b"\r\n"))
+        assert head.startswith(b"HTTP/1.1 401 ") and head.count(b"Access-Control-Allow-Origin: http://[::1]") == 1
+
+
 CORS = [
     # status  method  path      body                  headers
     (200, "GET", "/tools", None, WITH_KEY),
@@ -4046,7 +4085,7 @@ def telltale(secretive):
     (f"/tools?auth_key={KEY_SECRET}", {"X-MCP-Env": HEADER_SECRET}), (f"/tools?A=%zz{QUERY_SECRET}", {}),
     (f"/tools?auth_key={KEY_SECRET}&A={QUERY_SECRET}&A=2", {}), (f"/tools?{QUERY_SECRET}!&auth_key={KEY_SECRET}", {}),
     ("/tools", {"Authorization": f"Bearer {KEY_SECRET}!"}),
-    ("/tools", {"X-API-Key": KEY_SECRET, "Authorization": "Bearer"})])
+    ("/tools", {"X-API-Key": KEY_SECRET, "Authorization": "Bearer x"})])
 def test_access_no_error_and_no_log_tells_a_secret(telltale, path, headers):
     response = telltale.request("GET", path, None, {"Accept": "text/plain", **headers})
     assert response.status >= 400
@@ -6177,6 +6216,16 @@ def test_log_line_is_cut_before_it_is_too_long():
         assert len(line) <= 4096 and line.endswith(b"x\n")
 
 
+@pytest.mark.parametrize("character", ["\u00e9", "\u20ac", "\U0001f600"])
+def test_log_line_is_cut_between_characters(character):
+    """Journald takes a line that is no UTF-8 for bytes."""
+    for shift in range(4):
+        with a_pipe() as (read, write):
+            mcpproxy.Log(write).info("x" * shift + character * 10_000)
+            line = os.read(read, 100_000)
+        assert len(line) > mcpproxy.MAX_LOG_LINE - 3 and line.decode().endswith(character + "\n")
+
+
 @pytest.mark.parametrize("message", [
     request(1, "x\nforged"), request("1\nforged", "ping"), notification("notifications/x\r\nforged"),
     notification("notifications/x\rforged"),
@@ -7999,6 +8048,22 @@ def test_sandbox_server_that_heeds_nothing_ends_with_its_session(place):
         until(lambda: not homes_in(place), "the end of its home", 5)
 
 
+# As in a container with cap_drop: ALL.
+WITHOUT_CAPABILITIES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--"]
+with_setpriv = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+
+
+@with_setpriv
+def test_sandbox_is_given_by_root_without_capabilities(place):
+    program = place / "program"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([*WITHOUT_CAPABILITIES, sys.executable, compiled()])} "$@"\n')
+    program.chmod(0o755)
+    with sandboxed(place, program=str(program), LIMIT_OPEN_FILES=50) as proxy:
+        status = mcpproxy.read_file(f"/proc/{about(proxy)['pid']}/status")
+        assert re.search(rb"CapEff:\s+0+\n", status)
+        assert use(proxy, "open_files", count=100).startswith("EMFILE")
+
+
 @pytest.mark.parametrize("who", ["root's proxy", "nobody's server of root's proxy", "nobody's proxy"])
 def test_sandbox_home_is_removed_whatever_is_in_it(place, secret, nobodys, who):
     settings = {"RUN_AS_USER": "nobody"} if who.startswith("nobody's server") else {}
@@ -8012,6 +8077,20 @@ def test_sandbox_home_is_removed_whatever_is_in_it(place, secret, nobodys, who):
                 assert os.path.exists(f"{home}/large")
             until(lambda: len(homes_in(place)) == 1, "the end of a home")
             assert os.path.isdir(kept) and os.path.exists(secret) and neighbour.tool("echo") == "hello"
+
+
+def test_sandbox_control_group_is_removed_also_if_its_server_divided_it(reaper):
+    cell = mcpproxy.Cell(mcpproxy.Sandbox("x", Settings(), reaper), reaper.new_tag())
+    cell._make_cgroup()
+    if not cell.cgroup:
+        pytest.skip("needs a control group that may be divided")
+    for path in cell.cgroup + "/a/b", cell.cgroup + "/c":
+        os.makedirs(path)
+    cell.close()
+    left = [path for path, *_ in os.walk(cell.cgroup, topdown=False)]
+    for path in left:
+        os.rmdir(path)
+    assert not left
 
 
 # Directories and links to elsewhere, which change places all the time: renameat2(2), RENAME_EXCHANGE.
@@ -8052,6 +8131,18 @@ def test_sandbox_home_is_removed_and_nothing_else_while_somebody_is_at_work_in_i
                 until(lambda: not os.path.exists(home) or not is_alive(left), "the end of its home")
                 assert sorted(os.listdir(outside)) == [*"12345"] and outside.stat().st_mode & 0o777 == 0o755
             assert neighbour.tool("echo") == "hello"
+
+
+@with_setpriv
+def test_sandbox_home_is_removed_by_root_without_capabilities_whatever_rights_its_folders_give(tmp_path):
+    folders = [tmp_path / path for path in ("abc/home/a", "abc/home", "abc")]
+    folders[0].mkdir(parents=True)
+    (folders[0] / "file").write_text("")
+    for folder, rights in zip(folders, (0o555, 0, 0o111)):
+        folder.chmod(rights)
+    code = "import mcpproxy, sys; mcpproxy.remove_tree(*sys.argv[1:])"
+    subprocess.run([*WITHOUT_CAPABILITIES, sys.executable, "-c", code, tmp_path, "abc"], cwd=HERE, check=True)
+    assert not os.listdir(tmp_path)
 
 
 def test_sandbox_home_is_removed_also_if_somebody_wrote_in_it_between_two_steps(tmp_path, monkeypatch):
@@ -8469,6 +8560,23 @@ def test_process_that_is_stubborn_does_not_survive_a_proxy_that_is_killed():
         until(lambda: not processes_with(proxy.tag), "the end of all processes", patience=2)
 
 
+def test_process_whose_children_have_ended_is_not_killed_because_nobody_looked_at_them(reaper, monkeypatch):
+    """Its shell's child becomes the proxy's as a zombie, which is still in the group."""
+    kill, sent = mcpproxy.kill, []
+    monkeypatch.setattr(mcpproxy, "kill", lambda pid, number: (sent.append(number), kill(pid, number))[1])
+    mcpproxy.libc().prctl(36, 1, 0, 0, 0)                      # PR_SET_CHILD_SUBREAPER
+    reaper.patience = 0.1, PATIENCE, PATIENCE
+
+    async def run():
+        server = mcpproxy.ServerProcess(["sh", "-c", "sleep 1000; true"], dict(os.environ),
+                                        mcpproxy.Sandbox("x", Settings(), reaper), str, 1000)
+        await server.start()
+        until(lambda: mcpproxy.children_of(server._pid), "the shell's child")
+        await server.stop()
+    asyncio.run(run())
+    assert signal.SIGTERM in sent and signal.SIGKILL not in sent
+
+
 def test_process_is_no_zombie_when_it_is_gone():
     with running_proxy(FAKE, SHARED_SESSION="false") as proxy:
         with SSEClient(proxy) as client:
@@ -8515,6 +8623,14 @@ def test_process_last_word_is_the_line_that_says_what_was_wrong(text):
     assert link.last_word == ""
     link.last_words = [line for line in text.split("\n") if line]
     assert link.last_word.endswith("no key") and link.last_word == link.last_word.strip()
+
+
+def test_process_last_word_is_found_behind_a_flood(reaper, monkeypatch):
+    monkeypatch.setattr(mcpproxy.log, "level", logging.ERROR)
+    server = mcpproxy.ServerProcess(["x"], {}, mcpproxy.Sandbox("x", Settings(), reaper), str, 1000)
+    server.pipe_data_received(2, b"loading\n" * 10 * mcpproxy.STDERR_A_SECOND + b"Error: no key\n")
+    server.end()
+    assert server.last_word == "Error: no key" and len(server.last_words) == mcpproxy.STDERR_LINES
 
 
 def test_process_that_left_children_is_told_with_its_end_at_once():
@@ -10982,6 +11098,22 @@ def test_connection_server_that_does_not_read_is_ended_by_what_the_proxy_itself_
         assert not link.was_ended
         connection.send_if_possible(b"x" * 1_000_000)
         assert link.was_ended and len(link.lines) == 67
+    asyncio.run(run())
+
+
+def test_connection_hears_nothing_more_of_a_server_that_has_ended():
+    """A child that outlived it may have its stdout."""
+    async def run():
+        link, heard = Wire(), []
+        link._stop = lambda: asyncio.sleep(0)
+        mcpproxy.ServerConnection("x", link, now=time.monotonic, redact=str, is_single_user=True,
+                                  on_request=lambda connection, message, cause: heard.append(message.method),
+                                  on_notification=lambda message, cause: heard.append(message.method))
+        for _ in range(2):
+            link.on_line(b'{"jsonrpc":"2.0","id":1,"method":"elicitation/create","params":{}}')
+            link.on_line(b'{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"error","data":"x"}}')
+            link.end()
+        assert heard == ["elicitation/create", "notifications/message"]
     asyncio.run(run())
 
 
@@ -22126,6 +22258,11 @@ def test_metrics_take_hostile_names_of_tools(era, first):
                 assert found[name, ""] == 1, name
 
 
+def test_metrics_have_no_nul_with_which_prometheus_would_end():
+    text = mcpproxy.exposition([("a", "gauge", "x", [({"b": "c\0d"}, 1)])])
+    assert text.endswith(b'a{b="c?d"} 1\n')
+
+
 @pytest.mark.parametrize("name", [*HOSTILE_NAMES[:12], "\ud800", "\r", "", "z" * 10_000, 5, None, ["x"], {"x": 1}])
 @pytest.mark.parametrize("era", SERVERS)
 def test_metrics_and_health_take_hostile_names_of_servers(tmp_path, era, name):
@@ -23775,6 +23912,11 @@ def test_endpoint_openapi_leaves_alone_what_is_no_reference():
     assert rebased == {"type": "object", "properties": {
         "$schema": {"type": "string"}, "$ref": {"$ref": "#/p/$defs/tree"}, "node": {"$ref": "#node"},
         "default": {"$ref": "#/p"}}, "$defs": schema["$defs"]}
+
+
+def test_endpoint_openapi_takes_a_reference_that_is_no_text():
+    rebased = mcpproxy.rebase_references({"$ref": "#/properties/\ud800"}, {"#": "#/p"})
+    assert rebased == {"$ref": "#/p/properties/%ED%A0%80"}
 
 
 def test_endpoint_openapi_has_no_schema_with_a_uri_of_its_own_but_what_that_names_in_itself():
@@ -25735,6 +25877,21 @@ def test_stdio_ends_when_nobody_reads_any_more():
         assert program.wait(PATIENCE) == 0
 
 
+def test_stdio_may_be_one_socket():
+    """As socat, inetd and sshd start programs. asyncio takes what comes on a socket that it writes to for its end."""
+    ours, theirs = socket.socketpair()
+    with ours, ours.makefile("rwb", 0) as file, subprocess.Popen(
+            [sys.executable, program_now(), "--stdio", "--", *FAKE], stdin=theirs, stdout=theirs,
+            stderr=subprocess.DEVNULL) as program:
+        theirs.close()
+        ours.settimeout(PATIENCE)
+        for message in initialize(0), *(request(number, "ping") for number in range(1, 30)):
+            file.write(json.dumps(message).encode() + b"\n")
+            assert json.loads(file.readline() or b"{}").get("id") == message["id"]
+        ours.shutdown(socket.SHUT_WR)
+        assert program.wait(PATIENCE) == 0
+
+
 def test_stdio_handshake_that_failed_may_be_made_again(tmp_path):
     script, answers = f'[ -e {tmp_path}/ready ] && exec "$@"; exit 1', []
     with subprocess.Popen([sys.executable, program_now(), "--stdio", "--", "sh", "-c", script, "sh", *FAKE],
@@ -26236,6 +26393,15 @@ def test_command_line_program_without_tls_and_keys_does_without_openssl():
     with running_proxy(program=compiled()) as proxy:
         with open(f"/proc/{proxy.process.pid}/maps") as maps:
             assert not re.search(r"/_ssl\.|/_hashlib\.|/libcrypto\.", maps.read())
+
+
+def test_command_line_program_has_tls_though_blanks_surround_the_path_of_what_needs_it(tmp_path):
+    found = run_program(TLS_CERT=f" {tmp_path}/nothing ")
+    assert found.returncode == 2 and "TLS_CERT" in found.stderr and found.stderr.count("\n") == 1
+    with contextlib.ExitStack() as stack:
+        servers = {"far": (f"https://127.0.0.1:{held_port(stack)}/", {})}
+        found = run_program("--check", MCP_CONFIG=f" {write_config(tmp_path / 'mcp.json', servers)} ")
+    assert "cannot be reached" in found.stdout, found
 
 
 def test_command_line_program_runs_without_stderr():
