@@ -5956,7 +5956,7 @@ class Listen(RemoteFetch, Ask):
         try:
             head, body = await self.answer(client)
             status = 404 if is_of_lost_session(head, body) else head.status
-            if self.number is None and self.last_id and 400 <= status < 500 and status != 404:
+            if self.number is None and self.last_id and 400 <= status < 500 and status not in (404, *PASSING):
                 self.last_id, status = "", 0           # the event is not known any more: then without what was missed
             return 0 if self.is_stream else status, f"answered HTTP {head.status}", True
         except OSError as error:
@@ -6058,7 +6058,7 @@ class RemoteLink(Link):
         self.gaps = 0                          # of the session's streams, in which something may have been missed
         self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
         self._certain_until = 0.0              # until when it is not checked again whether it speaks as it did
-        self.renewed_at = float("-inf")        # when it was last found that a session was forgotten
+        self.renewed_at = float("-inf")        # when a request of the proxy's own last had another session opened
 
     async def start(self) -> None:
         for name, value in self._headers:
@@ -6272,6 +6272,8 @@ class RemoteLink(Link):
             asyncio.create_task(self._greet_again())
         if post.session and is_lost:
             if post.may_come_again():
+                if (request := self.pending_of(post.number)) and not request.client:
+                    self.renewed_at = asyncio.get_running_loop().time()
                 self._renew(post.session)
                 self.write(post.body, post.about, is_repeated=True)
             else:
@@ -6333,7 +6335,7 @@ class RemoteLink(Link):
         """The server has forgotten this session: another one is opened, unless that was done. MCP 2025-11-25,
         Transports, Session Management, 4."""
         if self._held is None and session == self.session:
-            self._held, self.session, self.renewed_at = [], None, asyncio.get_running_loop().time()
+            self._held, self.session = [], None
             self._drop(None)
             self.on_forgotten()
             for asides in self._asides.values():
@@ -7344,7 +7346,7 @@ class Topic:
         self.told: set = set()                 # those among them that were told that they have it
         self.asking: list = []                 # the exchanges of sessions that wait to be told
         self.verdict: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
-        self.is_put_off, self.pause = False, LISTEN_PAUSE          # see Listening._put_off()
+        self.is_put_off = False                # see Listening._put_off()
 
     def drop(self, subscriber) -> None:
         self.subscribers.discard(subscriber)
@@ -7510,7 +7512,10 @@ class Listening:
         self._heard_since = 0.0                # when the current one was acknowledged
         self._pause = LISTEN_PAUSE             # until the next, doubling while they are refused, or end at once
         self._gaps = 0                         # times when nobody listened
-        self._asking_again = self._catching_up = self._giving_up = None          # timers
+        self._asking_again = self._catching_up = self._giving_up = self._trying = None          # timers
+        self._tried, self._trial_pause = None, LISTEN_PAUSE          # see _put_off()
+        for topic in instance.topics.values():
+            topic.is_put_off = False           # the server before failed at it
         self._caught_up_at = -CATCH_UP_SECONDS
 
     @property
@@ -7599,6 +7604,10 @@ class Listening:
         uris = set(strings_of(taken.get("resourceSubscriptions")))
         for topic in request.topics:
             self.instance.topics.settle(topic, None if topic.uri in uris else REFUSED)
+        if self._tried in request.topics:      # what it failed at works now: so may the rest
+            self._tried, self._trial_pause = None, LISTEN_PAUSE
+            for topic in self.instance.topics.values():
+                self._is_outdated, topic.is_put_off = self._is_outdated or topic.is_put_off, False
         self._ask()
 
     def _take_back(self, request: ListenRequest) -> None:
@@ -7685,13 +7694,20 @@ class Listening:
     def _put_off(self, topic: Topic) -> None:
         """Asks for it again after a while: clients were told elsewhere that they have it, and this server just failed.
         """
-        def ask_again() -> None:
-            topic.is_put_off = False
-            if self.instance.topics.get(topic.uri) is topic and self.instance.listening:
-                self.instance.listening.renew()
         topic.is_put_off = True
-        asyncio.get_running_loop().call_later(topic.pause, ask_again)
-        topic.pause = min(LONGEST_LISTEN_PAUSE, 2 * topic.pause)
+        if not self._trying:
+            self._trying = asyncio.get_running_loop().call_later(self._trial_pause, self._try_one)
+            self._trial_pause = min(LONGEST_LISTEN_PAUSE, 2 * self._trial_pause)
+
+    def _try_one(self) -> None:
+        self._trying, topics = None, self.instance.topics
+        rest = [topic for topic in topics.values() if topic.is_put_off]
+        if rest and self.instance.listening is self:
+            self._tried, rest[0].is_put_off = rest[0], False
+            topics[rest[0].uri] = topics.pop(rest[0].uri)          # they take turns
+            for topic in rest[1:2]:
+                self._put_off(topic)                               # the next turn
+            self.renew()
 
 
 # ============================================================================
@@ -11031,9 +11047,16 @@ class Listener(Exchange):
     def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
-                instance = self.client.by_name(member.name)
+                instance = self._at(member.name)
                 self._join(instance)
                 instance.start()                       # or nothing would be heard of it
+
+    def _at(self, name: str) -> Instance:
+        """Its instance in this place: of a group, of the member where it listens already. On stdio the calls of its
+        client may be at another."""
+        return next((one for one in self.joined if name and name in (one.server.name, one.server.config.group) and (
+            one.state is not CLOSED and not one.server.is_retired and one.server.is_up_for(self.client))),
+            None) or self.client.by_name(name)
 
     def _join(self, instance: Instance) -> None:
         instance.listeners.add(self)
@@ -11045,7 +11068,7 @@ class Listener(Exchange):
             targets = () if self.instance else (await find_by_uri(self.client, uri, START_SECONDS))[0]
             names = self.client.view.names             # maybe fewer than when it was looked for
             for instance in [self.instance] if self.instance else (
-                    self.client.by_name(one.server) for one in targets if one.server in names):
+                    self._at(one.server) for one in targets if one.server in names):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
@@ -11122,7 +11145,7 @@ class Listener(Exchange):
             elif verdict.result() and self in topic.subscribers:
                 topic.verdict.add_done_callback(on_verdict)            # the next one, of a server that starts again
         try:
-            instance = self.client.by_name(place)
+            instance = self._at(place)
             self._join(instance)
             topic = instance.topics.subscribe(self, uri, is_told=True)
             topic.verdict.add_done_callback(on_verdict)

@@ -10218,6 +10218,24 @@ async def test_remote_session_that_does_not_last_is_not_opened_for_ever_by_what_
 
 
 @over_a_link
+async def test_remote_session_that_is_lost_soon_after_a_call_opened_it_is_opened_for_what_the_proxy_asks():
+    far = FarLink()
+    await far.greet()
+    call = types.SimpleNamespace(is_pinned=False, client=far, principal=None, is_parked=False)
+    far.connection.send_request(call, "tools/call", {"name": "x"})
+    respond(await far.taken("tools/call"), 404)
+    greet(await far.taken("initialize"), "two")
+    respond(await far.taken("notifications/initialized"), 202)
+    asked = far.connection.request("resources/subscribe", {"uri": "a:b"})
+    respond(await far.taken("resources/subscribe"), 404)
+    greet(await far.taken("initialize"), "three")
+    again = await far.taken("resources/subscribe")
+    respond(again, 200, {"jsonrpc": "2.0", "id": again.number, "result": {}})
+    await asyncio.wait({asked.response})
+    assert asked.response.result().is_result
+
+
+@over_a_link
 async def test_remote_answer_is_not_looked_for_in_another_session():
     far = FarLink()
     await far.greet()
@@ -10648,14 +10666,16 @@ async def test_remote_stream_that_is_refused_for_a_moment_is_asked_for_again(sta
 
 
 @over_a_link
-async def test_remote_stream_is_opened_from_now_on_where_its_server_does_not_know_the_last_event_any_more():
+@pytest.mark.parametrize("status, is_forgotten", [(400, True), (408, False), (429, False)])
+async def test_remote_stream_is_opened_from_now_on_where_its_server_does_not_know_the_last_event_any_more(
+        status, is_forgotten):
     far = FarLink()
     await far.greet()
     respond(await far.taken("GET"), 200, b"id: 1\ndata:\n\n", "text/event-stream")
     resumed = await far.taken("GET")
     assert b"Last-Event-ID: 1" in resumed.head
-    respond(resumed, 400, {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Invalid event ID"}})
-    assert b"Last-Event-ID" not in (await far.taken("GET")).head
+    respond(resumed, status, {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Invalid event ID"}})
+    assert (b"Last-Event-ID" not in (await far.taken("GET")).head) is is_forgotten
 
 
 @over_a_link
@@ -18507,7 +18527,7 @@ async def test_conversation_resource_that_a_remote_server_refuses_by_any_status_
     assert await told_of_update(town, bob, "a:b") == [(UPDATED, "a:b")]
 
 
-def cut(town, listen, name="a"):
+def cut_listen(town, listen, name="a"):
     """The stream of a listen at a remote server is cut."""
     town.mount.servers[name].instances[()].connection._fail(
         listen["id"], mcpproxy.ServerError("the MCP server hung up"))
@@ -18524,7 +18544,7 @@ async def test_conversation_resource_that_a_server_fails_at_is_found_also_if_it_
     ann, bob, eve = [await town.client(era, "a") for era in ("legacy", "legacy", kind)]
     await town.say_to(ann, 1, "resources/subscribe", {"uri": "a:b"})
     await asyncio.sleep(60)
-    cut(town, town.listens()[-1])
+    cut_listen(town, town.listens()[-1])
     await asyncio.sleep(0.5)
     waiting = asyncio.ensure_future(subscribe(town, eve, "x:bad"))
     await asyncio.sleep(10)
@@ -18548,7 +18568,7 @@ async def test_conversation_subscription_that_moves_to_a_server_that_fails_once_
         if "a:b" in listen["params"]["notifications"]["resourceSubscriptions"] and listen in town.listens("b") and (
                 next(fails, False)):
             if status is None:
-                asyncio.get_running_loop().call_later(0.1, cut, town, listen, "b")
+                asyncio.get_running_loop().call_later(0.1, cut_listen, town, listen, "b")
                 return []
             return refuse_over_http(town, listen, status, name="b", seconds=0.1)
         return [acknowledged(listen)]
@@ -18560,6 +18580,44 @@ async def test_conversation_subscription_that_moves_to_a_server_that_fails_once_
     for _ in range(60):
         await town.pass_time()
     assert next(fails, None) is None and await told_of_update(town, client, "a:b", "b") == [(UPDATED, "a:b")]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+@in_town
+async def test_conversation_server_that_fails_at_what_moved_to_it_is_asked_for_that_now_and_then(count):
+    fails, uris = True, [f"a:{number}" for number in range(count)]
+
+    def answer(listen):
+        is_bad = fails and listen in town.listens("b") and listen["params"]["notifications"]["resourceSubscriptions"]
+        return refuse_over_http(town, listen, 500, name="b") if is_bad else [acknowledged(listen)]
+    town = Town("modern", ["g.a", "g.b"])
+    town.acknowledges, client = answer, await town.client("legacy", "g")
+    for number, uri in enumerate(uris):
+        await town.say_to(client, number, "resources/subscribe", {"uri": uri})
+    town.broken = "a"
+    await town.die("a")
+    for _ in range(120):
+        await town.pass_time()
+    before = len(town.listens("b"))
+    await asyncio.sleep(120)
+    assert 2 <= len(town.listens("b")) - before <= 12
+    fails = False
+    await asyncio.sleep(60)
+    assert sorted(town.listens("b")[-1]["params"]["notifications"]["resourceSubscriptions"]) == sorted(uris)
+
+
+@in_town
+async def test_conversation_listener_stays_with_the_member_that_it_listens_to_while_its_client_calls_another():
+    """As on stdin, where one visitor sends all."""
+    town = Town("modern", ["g.a", "g.b"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    (member,) = client.client.members.values()
+    (other,) = [server for server in town.mount.servers.values() if server is not member]
+    client.client.members = {"g": other}
+    await town.reload(["g.a", "g.b", "c"])
+    await town.pass_time()
+    assert other.instances[()] not in next(iter(client.client.calls.values())).joined
 
 
 @in_town
@@ -18577,12 +18635,12 @@ async def test_conversation_server_that_restarts_long_after_an_outage_is_asked_a
     town.acknowledges, client = answer, await town.client("legacy", "a")
     await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
     for state, seconds in ("down", 100), ("up", 3_600):
-        cut(town, town.listens()[-1])
+        cut_listen(town, town.listens()[-1])
         await asyncio.sleep(seconds)
     state, current = "slow", town.listens()[-1]
     client.say(request(2, "resources/subscribe", {"uri": "a:c"}))
     await asyncio.sleep(0.1)
-    cut(town, current)
+    cut_listen(town, current)
     state, before = "up", len(town.listens())
     await asyncio.sleep(4)
     assert len(town.listens()) > before
@@ -18664,7 +18722,7 @@ async def test_conversation_modern_server_that_ends_each_subscription_at_once_is
         if ends == "an error over HTTP":
             refuse_over_http(town, listen, 500, seconds=0.1)
         elif ends == "a cut stream":
-            asyncio.get_running_loop().call_later(0.1, cut, town, listen)
+            asyncio.get_running_loop().call_later(0.1, cut_listen, town, listen)
         return [acknowledged(listen), *([end] if ends == "a result" else [])]
     town = Town("modern", ["a"])
     town.acknowledges, client = answer, await town.client("legacy", "a")
