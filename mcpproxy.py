@@ -3095,7 +3095,7 @@ class View:
         """RPCError (-32602) unless each of them may be set for every server here that is not shared."""
         if variables and self.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
-                           "unless SHARED_SESSION is false (in a file: shared_session)", code=INVALID_PARAMS)
+                           "unless SHARED_SESSION=false, or shared_session in a file, gives each its own", code=INVALID_PARAMS)
         own = [server for server in self.servers if not server.settings.shared_session]
         for (name, value), member in itertools.product(variables.items(), own):
             if not may_set(name, value, member.settings.allowed_env):
@@ -13781,7 +13781,7 @@ def doubts(settings: Settings, environment: dict[str, str]) -> list[str]:
             ("ALLOWED_HOSTS", r"\*|[\w.-]+|\[[\da-fA-F:]+\]", "a host's name, without scheme or port")):
         lines += [f"{name}: {given} is not {meant}" for given in listed(getattr(settings, name.lower()))
                   if not re.fullmatch(shape, given)]
-    end = settings.public_url.rstrip("/")[-4:]
+    end = urlsplit(settings.public_url).path.rstrip("/")[-4:]
     if end in ("/mcp", "/sse") and not settings.base_path.rstrip("/").endswith(end):
         lines.append(f"PUBLIC_URL is where this proxy is, without {end}: behind it tokens would be for {end}/mcp")
     if 0 < len(settings.session_secret) < 32:

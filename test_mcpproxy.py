@@ -1753,6 +1753,7 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
          "for /mcp/mcp"),
     case("that of HTTP+SSE", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/sse"},
          "for /sse/mcp"),
+    case("a host of that name", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://mcp"}, None),
     case("one that has such a prefix", {"OAUTH_ISSUER": "https://i.example", "PUBLIC_URL": "https://p.example/mcp",
                                         "BASE_PATH": "/mcp"}, None),
     case("a secret that can be guessed", {"SESSION_SECRET": "x" * 31}, "32 random"),
