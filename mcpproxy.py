@@ -3095,7 +3095,8 @@ class View:
         """RPCError (-32602) unless each of them may be set for every server here that is not shared."""
         if variables and self.is_for_all:
             raise RPCError(f"the variable {next(iter(variables))} cannot be set: all clients share one server here, "
-                           "unless SHARED_SESSION=false, or shared_session in a file, gives each its own", code=INVALID_PARAMS)
+                           "unless SHARED_SESSION=false, or shared_session in a file, gives each its own",
+                           code=INVALID_PARAMS)
         own = [server for server in self.servers if not server.settings.shared_session]
         for (name, value), member in itertools.product(variables.items(), own):
             if not may_set(name, value, member.settings.allowed_env):
