@@ -30934,7 +30934,7 @@ def test_real_page_shows_all_tools_beside_one_that_cannot_be_shown(browser):
 
 
 PICTURE = {"type": "image", "data": png(16), "mimeType": "image/png"}
-DONE = "element.innerText.trim() && !/it runs/.test(element.innerText)"
+DONE = "element.innerText.trim() && element.innerText.trim() !== 'running'"
 # What an answer says, and what has to come true of the element that shows it.
 ANSWERS_SHOWN = [
     case("text", [{"type": "text", "text": "a <b> & \n c"}], "element.innerText.includes('a <b> & \\n c')"),
@@ -31281,7 +31281,7 @@ def test_real_page_asks_for_the_key_and_keeps_it_to_itself(browser):
         assert page.count("#servers .server, #tools .tool, #sessions .session, #calls .call") == 0
         assert page.js("(({type, labels}) => type == 'password' && labels.length)(document.querySelector('#key'))")
         sign_in(page, "wrong")
-        page.until_text("not right", "#login")
+        page.until_text("Wrong key", "#login")
         assert page.count("#servers .server, #tools .tool") == 0 and page.is_visible("#login")
         sign_in(page, "right-key/+%3F")
         until_state(page, "ready")
@@ -31306,7 +31306,7 @@ def test_real_page_says_of_any_wrong_key_that_it_is_wrong(browser, guarded_page,
         page.until(lambda: page.is_visible("#login"), "the question for the key")
         sign_in(page, wrong)
         if wrong.strip() != "right-key":
-            page.until_text("not right", "#login")
+            page.until_text("Wrong key", "#login")
             page.open("/")
             page.until(lambda: page.is_visible("#login"), "the question again")
             sign_in(page, "right-key")
