@@ -1823,7 +1823,7 @@ def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
         check_headers(message, headers, version)
     if version != MODERN_VERSION:
         raise RPCError("unsupported protocol version", code=UNSUPPORTED_VERSION,
-                       data={"supported": [MODERN_VERSION, *LEGACY_VERSIONS], "requested": version})
+                       data={"supported": [MODERN_VERSION], "requested": version})
     if message.method in REMOVED_IN_MODERN:
         raise RPCError(f"{message.method} is no method of {MODERN_VERSION}", status=404, code=METHOD_NOT_FOUND)
     check_parameters(message)
