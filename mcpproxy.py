@@ -13537,7 +13537,8 @@ class Proxy:
         if self._is_stopping or self.mount.is_draining:
             return                                         # what it would start would be ended at once
         self.endpoints.keys, self.http.tls = keys, tls
-        self.http.heads.clear(), self.probes.heads.clear()  # their admissions keep the old configuration alive
+        for server in self.http, self.probes:
+            server.heads.clear()                           # their admissions keep the old configuration alive
         self.endpoints.documents.clear()
         self.mount.reload(catalog, keys)
         gc.collect()                                       # views and what they show refer to each other

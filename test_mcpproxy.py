@@ -21101,24 +21101,6 @@ def test_connection_that_is_one_too_many_takes_the_place_of_an_idle_one_of_whoev
     assert finds_room("10.0.0.4") and ended == ["10.0.0.1"]
 
 
-@pytest.mark.parametrize("sent, has_work", [
-    (b"", False), (HEALTHZ[:30], False), (HEALTHZ, True), (b"nonsense\r\n\r\n", False),
-    (b"POST /mcp HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{", False)])
-def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
-    async def is_idle():
-        admission = types.SimpleNamespace(caller=None, headers=(), is_old=False)
-        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100, admit=lambda *_: admission,
-                                            handle=lambda *_: None, refuse=lambda _, reply: reply.send(400, []))
-        transport = types.SimpleNamespace(abort=None, is_closing=lambda: False, get_write_buffer_size=lambda: 0,
-                                          pause_reading=lambda: None, resume_reading=lambda: None,
-                                          write=lambda _: None, can_write_eof=lambda: False)
-        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
-                                             mcpproxy.HTTPServer(application, 15))
-        connection.data_received(sent)
-        return connection.is_idle
-    assert asyncio.run(is_idle()) is not has_work
-
-
 def connection_over(application, **transport):
     """An HTTPConnection of a client at 10.0.0.1, over a transport that has these methods beside the usual ones."""
     transport = {"abort": lambda: None, "is_closing": lambda: False, "get_write_buffer_size": lambda: 0,
@@ -21127,6 +21109,19 @@ def connection_over(application, **transport):
     writer = types.SimpleNamespace(get_extra_info=lambda name: ("10.0.0.1", 1))
     application = types.SimpleNamespace(**{"counters": mcpproxy.Counters(), "max_body": 100, **application})
     return mcpproxy.HTTPConnection(writer, types.SimpleNamespace(**transport), mcpproxy.HTTPServer(application, 15))
+
+
+@pytest.mark.parametrize("sent, has_work", [
+    (b"", False), (HEALTHZ[:30], False), (HEALTHZ, True), (b"nonsense\r\n\r\n", False),
+    (b"POST /mcp HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{", False)])
+def test_connection_that_sent_half_a_request_is_idle(sent, has_work):
+    async def is_idle():
+        admission = types.SimpleNamespace(caller=None, headers=(), is_old=False)
+        connection = connection_over({"admit": lambda *_: admission, "handle": lambda *_: None,
+                                      "refuse": lambda _, reply: reply.send(400, [])})
+        connection.data_received(sent)
+        return connection.is_idle
+    assert asyncio.run(is_idle()) is not has_work
 
 
 def test_connection_may_have_one_message_that_is_larger_than_what_may_wait_and_its_end():
@@ -21175,12 +21170,9 @@ def test_connection_reads_on_after_a_refusal_though_it_did_not_read_before():
 def test_connection_is_told_of_a_fault_of_the_proxy_s_own_in_a_guard():
     async def told():
         refused = []
-        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100, admit=raising(KeyError("a")),
-                                            refuse=lambda error, reply: refused.append((error.http_status, error.code)))
-        transport = types.SimpleNamespace(abort=None, is_closing=lambda: False, get_write_buffer_size=lambda: 0,
-                                          pause_reading=lambda: None, resume_reading=lambda: None)
-        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
-                                             mcpproxy.HTTPServer(application, 15))
+        connection = connection_over({
+            "admit": raising(KeyError("a")),
+            "refuse": lambda error, reply: refused.append((error.http_status, error.code))})
         connection.data_received(HEALTHZ)
         return refused
     assert asyncio.run(told()) == [(500, -32603)]
@@ -21193,11 +21185,8 @@ def test_connection_of_a_client_that_reads_slowly_is_kept_however_many_messages_
 
     async def is_cut_off():
         aborted, waiting = [], bytearray(100_000)
-        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
-        transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: False,
-                                          get_write_buffer_size=lambda: len(waiting), write=waiting.extend)
-        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
-                                             mcpproxy.HTTPServer(application, 15))
+        connection = connection_over({}, abort=lambda: aborted.append(True),
+                                     get_write_buffer_size=lambda: len(waiting), write=waiting.extend)
         connection.pause_writing()
         for number in range(5):
             for _ in range(mcpproxy.MAX_QUEUED_MESSAGES // 2):
@@ -21213,17 +21202,14 @@ def test_connection_that_is_full_from_the_first_of_several_pieces_on_is_seen_to_
 
     async def is_cut_off():
         aborted, waiting = [], bytearray()
-        application = types.SimpleNamespace(counters=mcpproxy.Counters(), max_body=100)
 
         def write(data):
             was_full = len(waiting) > 65_536
             waiting.extend(data)
             if not was_full and len(waiting) > 65_536:
                 connection.pause_writing()
-        transport = types.SimpleNamespace(abort=lambda: aborted.append(True), is_closing=lambda: False,
-                                          get_write_buffer_size=lambda: len(waiting), write=write)
-        connection = mcpproxy.HTTPConnection(types.SimpleNamespace(get_extra_info=lambda _: ("10.0.0.1", 1)), transport,
-                                             mcpproxy.HTTPServer(application, 15))
+        connection = connection_over({}, abort=lambda: aborted.append(True),
+                                     get_write_buffer_size=lambda: len(waiting), write=write)
         connection.write([b"x" * 100_000, b"small", b"x" * 900_000])
         for seconds in range(0, 600, 10):
             del waiting[:10_000]
