@@ -4092,8 +4092,14 @@ def kill(pid: int, number: int) -> bool:
 # 18. Processes
 # ============================================================================
 #
-# Whose each process is, what it uses, and what could outlive a server: a child that left its process group, all
-# children when the proxy itself is killed with SIGKILL, and a server that was just being started then.
+# Whose each process is, what it uses, and how nothing outlives its server. A process can get away in steps:
+#
+#     it ...                                           and is known by
+#     leaves its process group                         its parent, its session, and what was known before
+#     loses its parent                                 MCPPROXY_TAG in its environment
+#     clears its environment                           in a sandbox: its control group, or its server as its parent
+#     does all of it between two looks                 having become the proxy's child; it is ended when no server runs
+#     is there when the proxy is killed (SIGKILL)      MCPPROXY_TAG alone: a shell waits for that moment
 
 
 class Usage:
@@ -7901,10 +7907,14 @@ class KeptList:
 # 31. Instances
 # ============================================================================
 #
-# An instance keeps a server running through one link after another, and sets each new one up as its clients need it. In
-# shared mode there is one for all; in independent mode one for all visitors that are the same user (same key, name and
-# variables), and one for each session, which ends with its link. The hard part is that many clients look like one to
-# the server, and that none of them may notice the others.
+# An instance keeps a server running through one link after another, and sets each new one up as its clients need it.
+# The hard part is that many clients look like one to the server, and that none of them may notice the others.
+#
+#     owner                        who uses it                                   is_private   is_single_user
+#     ()                           all clients, in shared mode                   no           no
+#     (caller, name, variables)    visitors that are the same user               no           with a key or variables
+#     a Session                    that session; it ends with its link           yes          yes
+#     the instance itself          nobody: it is a spare for a new session       yes          yes
 #
 #     NEW --> STARTING --> READY
 #                ^  |        |
@@ -7916,19 +7926,15 @@ DEATHS_IN_A_MINUTE = 5           # after so many, a server starts only for a req
 SILENCES, PING_SECONDS = 3, 5.0  # time-outs of a silent server, after which it is pinged; seconds for it to answer that
 UNASKED_LEVEL = "info"           # of log messages for who asked for none: when others did, and at modern servers
 LEVEL_SECONDS = 60.0             # for which a level that a modern request asked for is remembered
-KNOWN_WAYS = 16                  # of those who wait for a start, see way_of(); and lists, which are kept for each way
+KNOWN_WAYS = 16                  # see way_of(): of those who wait for a start; and those that lists are kept for
 FAR_PAUSE = 30.0                 # the longest until a server is tried again that is remote or has subscribers
 TOLD_A_TURN = 10_000             # messages to all clients together in a turn; then those of one kind become one
-SLOW_START = 10.0                # every so many seconds the log says what a start waits for
+SLOW_START = 10.0                # seconds, after each of which the log says what a start waits for
 
 NEW, STARTING, READY, PAUSED, CLOSED = InstanceState = enum.StrEnum("InstanceState", "NEW STARTING READY PAUSED CLOSED")
 INSTANCE_STATES = {
-    NEW: {STARTING, CLOSED},
-    STARTING: {READY, PAUSED, CLOSED},
-    READY: {PAUSED, CLOSED},
-    PAUSED: {STARTING, CLOSED},
-    CLOSED: set(),
-}
+    NEW: {STARTING, CLOSED}, STARTING: {READY, PAUSED, CLOSED}, READY: {PAUSED, CLOSED}, PAUSED: {STARTING, CLOSED},
+    CLOSED: set()}
 
 
 class Instance:
@@ -7936,7 +7942,7 @@ class Instance:
 
     def __init__(self, server, owner: object, variables: dict[str, str], principal: object):
         self.server, self.variables = server, variables
-        self.owner = owner                          # whom it is for, see Server; a tuple is visitors, or all
+        self.owner = owner
         self.principal = principal                  # to whose account it goes
         self.redact = redactor(variables.values())
         self.state, self.since = NEW, server.now()          # and since when
@@ -8042,9 +8048,9 @@ class Instance:
 
     async def _run(self, initialize: dict) -> None:
         has_run = False
-        for number in itertools.count():
+        while True:
+            self.server.restarts += self.state is PAUSED
             self._become(STARTING)
-            self.server.restarts += number > 0
             connection, is_ready = None, False
             try:
                 async with asyncio.timeout(self.server.settings.request_timeout):     # wait_for() may lose a cancel
@@ -8149,9 +8155,7 @@ class Instance:
                  version=self.identity.release, revision=str(self.identity.version), **connection.link.fields)
         self.connection, self.failure, self.last_used = connection, None, self.server.now()
         connection.principal = self.principal
-        self.server.start_seconds, self.server.start_failed = self.last_used - self.since, False
-        self.server.identity = self.identity
-        self.server.takes_variables = self.server.takes_variables or bool(self.variables)
+        self.server.on_ready(self)
         self._become(READY)
         if connection.era is MODERN:
             self.listening = Listening(self)
@@ -8263,9 +8267,8 @@ class Instance:
             self.server.end(self)
 
     def adjust_log_level(self, asked: str | None = None) -> None:
-        """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one, as a modern
-        request does with `asked`. Called when a client comes, asks or leaves: nobody shall be silenced by another's
-        choice, nor flooded by one that is gone."""
+        """Sets a legacy server to the most verbose level that is wanted, once somebody asked for one (a modern request
+        for `asked`). Nobody shall be silenced by another's choice, nor flooded by that of one who is gone."""
         now = self.server.now()
         if asked:
             self._asked_levels[asked] = now
@@ -8752,10 +8755,7 @@ class Pool:
 
 
 class Server:
-    """One configured MCP server: how links to it are made, and its instances.
-
-    An instance is kept under its owner, whom it is for: () for all clients; (caller, name, variables) for the visitors
-    that are one user; a Session; or, while it is a spare one, itself."""
+    """One configured MCP server: how links to it are made, and its instances."""
 
     is_group = False
 
@@ -8827,6 +8827,12 @@ class Server:
     @property
     def can_be_used(self) -> bool:
         return self.state == "ready" or not (self.is_for_all or self.start_failed)
+
+    def on_ready(self, instance: Instance) -> None:
+        """An instance was started, and can be used now."""
+        self.start_seconds, self.start_failed = instance.last_used - instance.since, False
+        self.identity = instance.identity
+        self.takes_variables = self.takes_variables or bool(instance.variables)
 
     def on_error(self, reason: str, words: str, has_started: bool, is_ours: bool) -> None:
         """An instance could not be started, or has ended, with these last words; `is_ours`: no client can be the
