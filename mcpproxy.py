@@ -1620,7 +1620,7 @@ def find_response_id(head: bytes, tail: bytes) -> int | None:
     return int(match[1]) if match else None
 
 
-_REQUEST_ID = re.compile(rb'"id": ?([0-9]{1,18}|"[^"\\\x00-\x1f]{1,100}")')
+_REQUEST_ID = re.compile(rb'"id": ?(-?[0-9]{1,100}(?![0-9.eE])|"[^"\\\x00-\x1f]{1,100}")')
 _REQUEST_HEAD = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"method": ?"[^"\\]{1,100}", ?)*%b' % _REQUEST_ID.pattern)
 _RESPONSE_START = re.compile(rb'\{(?:"jsonrpc": ?"2\.0", ?|"id":[^,]*+, ?)*"(?:result|error)"')
 _REQUEST_TAIL = re.compile(rb'%b(?:, ?"jsonrpc": ?"2\.0")?\}\s*\Z' % _REQUEST_ID.pattern)
@@ -1932,7 +1932,9 @@ def says_the_same(text: str | None, value: object) -> bool:
     if isinstance(value, bool):
         return text == ("true" if value else "false")
     if isinstance(value, (int, float)):
-        return text == str(value) or bool(_DECIMAL.fullmatch(text or "")) and float(text) == value
+        # Beyond 2^53 another number may have the same float: an integer is told by its digits there.
+        return text == str(value) or bool(_DECIMAL.fullmatch(text or "")) and float(text) == value and (
+            isinstance(value, float) or abs(value) < 2**53)
     return text == value
 
 
@@ -11025,8 +11027,8 @@ class Listener(Exchange):
             wanted = self.wanted = self.instance.identity.supported(wanted)
         else:
             self.early, self.on_done = [], self._leave
+            self._join_all()                           # at once: whoever starts meanwhile says that there is more
             found, missing = await gather_identities(self.client)
-            self._join_all()
             self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
                 missing or any(identity.has(kind) for _, identity in found))}
         uris = wanted.get("resourceSubscriptions")

@@ -2895,6 +2895,9 @@ def test_rpc_error_is_counted_by_its_code(error, expected):
     ('{"method":"tools/call","params":{"id":7,', '"},"jsonrpc":"2.0","id":12}', b"12"),
     ('{"method":"tools/call","id":12,"params":{', '{"id":9}}}', b"12"),
     ('{"method":"notifications/progress","params":{', '{"id":9}}}', None),
+    ('{"id":1764523258123456789,"method":"x","params":{', '"}}', b"1764523258123456789"),
+    ('{"id":1e3,"method":"x","params":{', '"}}', None), ('{"id":-5,"method":"x","params":{', '"}}', b"-5"),
+    ('{"method":"x","params":{', '},"id":1.5}', None), (f'{{"id":{"1" * 101},"method":"x",', "}", None),
     ('{"jsonrpc":"2.0","id":5,"result":{"method":1,', '"}}', None),
     ('{"result":{"method":1,', '},"jsonrpc":"2.0","id":5}', None), ("x" * 100, "x" * 100, None),
     ("{" + '"id": 1, ' * 1000, '"method"', b"1")])                    # and in no time
@@ -3137,6 +3140,8 @@ MIRRORED = [
     case("other number", {"number": 42}, {"Number": "43"}, False),
     case("no number", {"number": 42}, {"Number": "x"}, False),
     case("number in Python", {"number": 42}, {"Number": "4_2"}, False),
+    case("number that has another's float", {"number": 2**53}, {"Number": str(2**53 + 1)}, False),
+    case("number above 2^53", {"number": 2**53 + 1}, {"Number": str(2**53 + 1)}, True),
     case("truth in Python", {"deep": {"flag": True}}, {"Flag": "True"}, False),
     case("without argument", {}, {"Region": "eu"}, False),
     case("bad base64", {"region": "eu"}, {"Region": "=?base64?!?="}, False),
@@ -19504,6 +19509,21 @@ async def test_conversation_list_that_is_late_for_another_proxy_is_kept_for_it_a
     town.say(town.links["b"][0], notification(TOOLS_CHANGED))
     await town.say_to(client, 4, "tools/list")
     assert (len(lists_at("a")), len(lists_at("b"))) == (2, 3)
+
+
+@in_town
+async def test_conversation_listen_hears_of_a_missing_server_that_is_back_before_it_is_acknowledged():
+    town = Town("legacy", ["a", "b"])
+    town.slow["b"] = 3.0
+    client = await town.client("modern")
+    await town.say_to(client, 1, "tools/list")
+    await asyncio.sleep(mcpproxy.JOINT_SECONDS)
+    answer, = town.told(client)
+    assert names_of(answer) == ["a__t"] and "b" in answer["result"]["_meta"]["mcpproxy/unavailable"]
+    assert not await town.say_to(client, 2, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    await asyncio.sleep(5)                                     # b starts while the listen waits for it
+    assert [message["method"] for message in town.told(client)] == [
+        "notifications/subscriptions/acknowledged", TOOLS_CHANGED]
 
 
 @pytest.mark.parametrize("kind", ["modern", "legacy"])
