@@ -2819,6 +2819,7 @@ class Override:
     annotations: dict = dataclasses.field(default_factory=dict)
     defaults: dict = dataclasses.field(default_factory=dict)         # arguments of calls that lack them
     fixed: dict = dataclasses.field(default_factory=dict)            # arguments of all calls, which clients do not see
+    text: str = ""                             # all of it as JSON, where 1, 1.0 and true are not equal
 
 
 def hints_of(tool: dict, override: Override | None) -> dict:
@@ -2892,7 +2893,8 @@ class When:
     def claims(self, arguments: dict, headers: dict[str, str], key: str | None) -> bool:
         """Is a call with these one of them?"""
         given = [(glob, arguments.get(name)) for name, glob in self.argument.items()]
-        given += [(glob, headers.get(name)) for name, glob in self.header.items()]
+        given += [(glob, in_utf8(headers[name]) if name in headers else None)
+                  for name, glob in self.header.items()]
         given += [(self.key, key)] if self.key else []
         return all(value is not None and glob_matcher(glob)(value if isinstance(value, str) else dump(value))
                    for glob, value in given)
@@ -3145,7 +3147,7 @@ class Catalog:
             if not members:
                 raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
-            parts, most = listed(text), MAX_GLOBS - sum(map(len, globs))
+            parts, most = listed(text), MAX_GLOBS - (kind != "server") * sum(map(len, globs))
             if not 1 <= len(parts) <= most or max(map(len, parts)) > MAX_GLOB or len(text) > 16 * MAX_GLOB:
                 raise RPCError(f"{kind} is empty or too long", code=INVALID_PARAMS)
             if kind != "server":
@@ -3356,7 +3358,7 @@ def parse_override(tool: str, changes: object) -> Override:
             raise SettingsError("name: is 1 to 64 of A-Z a-z 0-9 _ -")
         if set(changes.get("defaults", ())) & set(changes.get("fixed", ())):
             raise SettingsError("an argument is in defaults or in fixed, not in both")
-    return Override(**changes)
+    return Override(**changes, text=json.dumps(changes, sort_keys=True))
 
 
 def parse_when(given: dict) -> When:
@@ -3394,7 +3396,7 @@ def check_keys(given: object, keys: dict) -> None:
 
 def expanded(value: object, key: str, environment: dict[str, str], is_later: bool = False) -> object:
     """A value with variables in the place of ${NAME} in all its strings; with `is_later`, one that is not set stays as
-    it is. What only looks like ${NAME} (a ${} in a default, an editor's variable) is found too, and refused."""
+    it is. What only looks like ${NAME} (braces in a default, an editor's variable) is found too, and refused."""
     def replace(match: re.Match) -> str:
         if match[0] == "$${":
             return "${"
@@ -3415,7 +3417,7 @@ def expanded(value: object, key: str, environment: dict[str, str], is_later: boo
             return match[0]
         raise SettingsError(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
     if isinstance(value, str):
-        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{(?:env:)?\w+:-[^{}]*\$\{[^{}]*\}*"
+        return re.sub(r"\$\$\{|\$\{([^{}:]*(?::(?!-)[^{}:]*)?)(?::-([^{}]*))?\}|\$\{(?:env:)?\w+:-[^{}]*\$?\{[^{}]*\}*"
                       r"|\$\{(?:input|command|workspace\w+):[^{}]*\}", replace, value)
     if isinstance(value, list):
         return [expanded(one, key, environment, is_later) for one in value]
@@ -3598,6 +3600,12 @@ def _end_turn() -> None:
             log.fault(error)
 
 
+def _shortened(text: str, limit: int) -> str:
+    """A value of an entry, cut. Plain ones of 100 characters always fit: no client shortens who it was, or the time, by
+    what takes 12 bytes a character in JSON."""
+    return text[:max(limit, 100) if text.isascii() and text.isprintable() else limit]
+
+
 class Log(logging.Handler):
     """Writes lines to a file descriptor, all of one turn of the event loop at once, and never waits.
 
@@ -3676,7 +3684,7 @@ class Log(logging.Handler):
         entry = {"time": clock, "level": name, "message": text, **(about or fields)}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
-                         str(value)[:limit] for field, value in entry.items() if value != "-"})
+                         _shortened(str(value), limit) for field, value in entry.items() if value != "-"})
             if len(line) <= MAX_LOG_LINE:
                 break
         return line.encode() + b"\n"
@@ -4791,9 +4799,10 @@ class Cell:
         """Gives back what it has; all processes that are known have got their SIGKILL. It may take long: so where
         servers run, it is called in a thread."""
         deadline = time.monotonic() + UID_SECONDS
-        while self._uid is not None and any([kill(pid, signal.SIGKILL) for pid in processes_of(self._uid)]):
+        uid, self._uid = self._uid, None               # closed twice, it would kill what another runs as that user
+        while uid is not None and any([kill(pid, signal.SIGKILL) for pid in processes_of(uid)]):
             if time.monotonic() > deadline:            # it cannot be killed, so its user is not given again
-                self._uid = None
+                uid = None
             time.sleep(0.01)
         for _ in range(20):
             try:
@@ -4807,7 +4816,7 @@ class Cell:
                 break
             except OSError:                            # something still writes, or has not ended yet
                 time.sleep(0.05)
-        self.sandbox.reaper.uids.discard(self._uid)
+        self.sandbox.reaper.uids.discard(uid)
 
 
 # ============================================================================
@@ -4929,10 +4938,11 @@ class Link:
 _SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.*)?", re.DOTALL)
 
 
-def why_not_found(program: str, path: str | None) -> str | None:
-    """What is wrong with a program that cannot be started, and what to write instead; None if nothing is. `path` is
-    the variable PATH."""
-    if shutil.which(program, path=path) and program != "cd":
+def why_not_found(program: str, path: str | None, directory: str | None = None) -> str | None:
+    """What is wrong with a program that cannot be started in a directory, and what to write instead; None if nothing
+    is. `path` is the variable PATH."""
+    place = os.path.join(directory or "", program) if "/" in program else program
+    if shutil.which(place, path=path) and program != "cd":
         return None
     if program[:1] in ("[", "{"):
         hint = "a command is written as you would type it, not as JSON: npx -y some-server"
@@ -4947,11 +4957,13 @@ def why_not_found(program: str, path: str | None) -> str | None:
         hint = f"a file of several servers is given as --config {program}"
     elif program.startswith(("http://", "https://")):
         hint = "the URL of a remote server is a whole command, without arguments"
-    elif os.path.isdir(program):
+    elif os.path.isdir(place):
         hint = "it is a directory"
-    elif os.path.exists(program):
+    elif os.path.exists(place):
         hint = (f"but is there: make it executable{'' if '/' in program else f' and write ./{program}'}, or name its "
                 f"interpreter before it: python3 {program}")
+    elif place != program:
+        hint = "it was looked for in cwd"
     else:
         hint = "is it installed and in PATH?"
     return f"the command {program!r} was not found; {hint}"
@@ -5004,6 +5016,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
                 await spawn(*self._command, start_new_session=True, cwd=self._directory, env=environment)
         except BaseException as error:
             # Even if it was cancelled, there may be children. If there is a process, stop() gives the cell back.
+            self.usage.is_over = True
             self._reaper.ended(self._tag, self._pid, None if self._pid else self._cell)
             if not isinstance(error, (OSError, ValueError)):
                 raise
@@ -5011,7 +5024,7 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
             if self._directory and not os.path.isdir(self._directory):
                 reason = "cwd is no directory"
             elif isinstance(error, FileNotFoundError):
-                reason = why_not_found(self._command[0], self._environment.get("PATH")) or reason
+                reason = why_not_found(self._command[0], self._environment.get("PATH"), self._directory) or reason
             elif self._cell and isinstance(error, PermissionError):
                 reason += f": {self._command[0]} is not within SANDBOX_READ, or RUN_AS_USER may not run it"
             raise ServerError(f"the MCP server could not be started: {reason}") from None
@@ -5024,7 +5037,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
         self._pid = transport.get_pid()
-        self._reaper.census.servers[self._pid] = self.usage
+        if not self.usage.is_over:             # its start was cancelled before: nobody would take it out again
+            self._reaper.census.servers[self._pid] = self.usage
         self.fields = {"pid": self._pid}
         self._stdin = transport.get_pipe_transport(0)
         Output(transport.get_pipe_transport(1), self._stdout.feed)
@@ -11513,6 +11527,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
     def resume_writing(self) -> None:
         self._is_clogged = False
         self._queued, self._unread = 0, float("inf")
+        self.since = time.monotonic()       # a request that waited behind the answer has its time from now on
         self._update_budget()
         if not self._transport.is_closing():
             self._transport.resume_reading()

@@ -32,6 +32,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import dis
 import errno
 import functools
@@ -1734,6 +1735,13 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     with pytest.raises(SettingsError) as error:
         load(MCP_SERVER_CONFIG=config)
     assert hint in str(error.value)
+
+
+def test_settings_tell_where_a_command_was_looked_for(tmp_path):
+    (tmp_path / "run").touch(mode=0o755)
+    program = os.path.relpath(tmp_path / "run")
+    assert mcpproxy.why_not_found(program, "/bin") is None and mcpproxy.why_not_found("./run", "/bin", tmp_path) is None
+    assert "looked for in cwd" in mcpproxy.why_not_found(program, "/bin", str(tmp_path))
 
 
 @pytest.mark.parametrize("environment, doubt", [
@@ -5531,12 +5539,24 @@ def test_views_choices_of_a_client_that_would_take_long_are_refused(text):
         mcpproxy.Catalog(config_of(a={}), is_file=True).view(None, (("tools", text),))
 
 
+def test_config_tells_apart_values_that_python_takes_for_equal():
+    """A hint that was 1 and is true: what is shown changes, and clients are told."""
+    one, true = (mcpproxy.parse_override("t", {"annotations": {"readOnlyHint": value}}) for value in (1, True))
+    assert one != true and one == mcpproxy.parse_override("t", {"annotations": {"readOnlyHint": 1}})
+
+
 def test_views_choices_of_a_client_count_together():
     several = tuple((mcpproxy.TOOLS_HEADER, ",".join("a" * 50)) for _ in range(3))
     catalog = mcpproxy.Catalog(config_of(a={}), is_file=True)
     assert catalog.view(None, several[:2]).globs
     with pytest.raises(RPCError, match="is empty or too long"):
         catalog.view(None, several)
+
+
+def test_views_choices_of_servers_and_tools_come_in_any_order():
+    catalog = mcpproxy.Catalog(config_of(a={}, b={}), is_file=True)
+    wanted = ("tools", ",".join(["a"] * mcpproxy.MAX_GLOBS)), ("server", "a")
+    assert catalog.view(None, wanted).names == catalog.view(None, wanted[::-1]).names == {"a"}
 
 
 def test_views_of_many_choices_keep_the_last_few_lists():
@@ -5720,6 +5740,7 @@ def test_views_name_tasks_by_their_server():
     ({"argument": {"region": "eu*"}}, {"region": "us"}, {}, None, False),
     ({"argument": {"region": "*"}}, {}, {}, None, False),
     ({"argument": {"n": "1"}}, {"n": 1}, {}, None, True), ({"argument": {"n": "true"}}, {"n": True}, {}, None, True),
+    ({"header": {"x-a": "\u00e9*"}}, {}, {"x-a": "\u00e9t\u00e9".encode().decode("latin-1")}, None, True),
     ({"header": {"x-a": "b"}}, {}, {"x-a": "b"}, None, True), ({"key": "key?"}, {}, {}, "key2", True),
     ({"key": "key?"}, {}, {}, None, False), ({"key": "a", "header": {"h": "x"}}, {}, {"h": "x"}, "b", False)])
 def test_views_a_server_of_a_group_claims_calls(when, arguments, headers, key, is_so):
@@ -5973,6 +5994,7 @@ A_SERVER = {"command": "x"}
         ({"envFile": "x"}, "envFile: files of variables"), ({"cwd": "${input:x}"}, "cwd: ${input:x} is an editor's"),
         ({"cwd": "${workspaceFolder}"}, "${workspaceFolder} is an editor's"),
         ({"env": {"A": "${NO}"}}, "NO is not set"), ({"cwd": "${A-x}"}, "cwd: ${A-x} is not ${NAME}"),
+        ({"cwd": "${A:-{}}"}, "${A:-{}} is not ${NAME}"),
         ({"cwd": "${A:-${B}}"}, "${A:-${B}} is not ${NAME}"), ({"cwd": "${env:A:-x${B:-c}}"}, "is not ${NAME}"),
         ({"cwd": "${input:a:b}"}, "${input:a:b} is an editor's"),
         ({"overrides": []}, "overrides: must be an object"),
@@ -6212,6 +6234,17 @@ def test_log_survives_a_closed_descriptor(end):
         os.close(pipe[end])
         handler.info("lost")
         assert handler.dropped == 1
+
+
+def test_log_no_client_shortens_who_called_and_when():
+    """By long names of its own, whose characters take 12 bytes in JSON."""
+    about = dict.fromkeys(("client", "tool", "id", "method"), "\U0001f600" * 100)
+    about.update(key="integration-of-team-alice", trace_id="0af7651916cd43dd8448eb211c80319c")
+    with a_pipe() as (read, write):
+        mcpproxy.Log(write, as_json=True).add(logging.INFO, "%s", ("\U0001f600" * 400,), None, about)
+        entry = json.loads(os.read(read, 100_000))
+    assert (entry["key"], entry["trace_id"]) == (about["key"], about["trace_id"])
+    assert datetime.datetime.fromisoformat(entry["time"]).tzinfo
 
 
 def test_log_line_is_cut_before_it_is_too_long():
@@ -8580,6 +8613,25 @@ def test_process_whose_children_have_ended_is_not_killed_because_nobody_looked_a
         await server.stop()
     asyncio.run(run())
     assert signal.SIGTERM in sent and signal.SIGKILL not in sent
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_process_whose_start_was_cancelled_is_forgotten(reaper, turns):
+    """asyncio may say that there is a process after it has said that it was cancelled, if that has ended by then."""
+    async def run():
+        sandbox = mcpproxy.Sandbox("x", Settings(), reaper)
+        server = mcpproxy.ServerProcess(["true"], dict(os.environ), sandbox, str, 1000)
+        start = asyncio.ensure_future(server.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+            time.sleep(0.01)                                   # so it has ended
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await server.stop()
+        await asyncio.sleep(0.05)
+        assert not reaper.census.servers and not reaper.census.starting
+    mcpproxy.watch_children_without_threads()
+    asyncio.run(run())
 
 
 def test_process_is_no_zombie_when_it_is_gone():
@@ -21266,6 +21318,26 @@ def test_connection_that_is_over_takes_no_memory_any_longer(is_tls, certificate)
         assert asyncio.run(left()) == []
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("seconds", [20, 50])
+def test_connection_request_behind_an_answer_that_is_read_late_has_all_its_time(seconds, monkeypatch):
+    """Half of it was sent ahead; it was not looked at before."""
+    moment, refused = [1000.0], []
+    monkeypatch.setattr(mcpproxy.time, "monotonic", lambda: moment[0])
+
+    async def reads_late():
+        connection = connection_over({
+            "admit": lambda *_: types.SimpleNamespace(caller=None, headers=(), is_old=False),
+            "handle": lambda _, body, reply: (reply.send(200, []), reply.connection.pause_writing()),
+            "refuse": lambda error, reply: refused.append(error.http_status)})
+        connection.data_received(HEALTHZ + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1234")
+        moment[0] += seconds
+        connection.resume_writing()
+        await asyncio.sleep(0)
+        connection.tick(moment[0] + 1, 15)
+    asyncio.run(reads_late())
+    assert refused == []
 
 
 def test_connection_that_is_cut_off_is_logged_once(monkeypatch, capfd):
