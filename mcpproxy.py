@@ -5226,6 +5226,7 @@ class Fetch(Holder):
     whose: object = None             # its principal, as far as was known when it was sent
     size = 0                         # bytes of what came that it holds itself
     waits_in: "collections.deque[Fetch] | None" = None         # where it waits for a connection, or did; None: unsent
+    turn = 0                         # the number of fetches that its client was given before
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5411,7 +5412,9 @@ class HTTPClient:
         self._tls = client_tls() if self._url.scheme == "https" else None
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
-        self._waiting: collections.deque[Fetch] = collections.deque()
+        # By what they wait for, the oldest first: a look at the first of each is enough, however many wait.
+        self._waiting: dict[tuple, collections.deque[Fetch]] = {}
+        self._turn = itertools.count().__next__            # of a fetch
         self._places: collections.Counter = collections.Counter()          # that are taken, by principal
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
@@ -5429,8 +5432,9 @@ class HTTPClient:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
             return fetch.abort()
-        fetch.waits_in, fetch.whose = self._waiting, fetch.principal
-        (self._waiting.appendleft if fetch.is_extra else self._waiting.append)(fetch)
+        fetch.whose, fetch.turn = fetch.principal, self._turn()
+        fetch.waits_in = self._waiting.setdefault((fetch.is_extra, fetch.is_endless, fetch.whose), collections.deque())
+        fetch.waits_in.append(fetch)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -5441,17 +5445,21 @@ class HTTPClient:
                 self._send_on(connection, fetch)
             else:
                 connection.close()
-        if not self.is_closed and len(self._waiting) > len(self._opening) and self._next(len(self._opening)):
+        opening = len(self._opening)
+        if not self.is_closed and sum(map(len, self._waiting.values())) > opening and self._next(opening):
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
     def _next(self, opening: int = 0) -> Fetch | None:
-        """The first in the queue that has a place. Each of the connections being made may take one, for anybody."""
+        """The first that has a place. Each of the connections being made may take one, for anybody."""
         free, places = MAX_FETCHES - self._places.total() - opening, self._places
-        return next((fetch for fetch in self._waiting if fetch.is_endless or (
-            free > -EXTRA_FETCHES if fetch.is_extra else places[fetch.whose] + opening < 3 * free)), None)
+        for kind in [kind for kind, fetches in self._waiting.items() if not fetches]:
+            del self._waiting[kind]
+        return min((fetches[0] for (is_extra, is_endless, whose), fetches in self._waiting.items() if is_endless or (
+            free > -EXTRA_FETCHES if is_extra else places[whose] + opening < 3 * free)),
+            key=lambda fetch: (not fetch.is_extra, fetch.turn), default=None)
 
     def _send_on(self, connection: ClientConnection, fetch: Fetch) -> None:
-        self._waiting.remove(fetch)
+        fetch.waits_in.remove(fetch)
         if not fetch.is_endless:
             self._places[fetch.whose] += 1
         connection.send(fetch)
@@ -5485,8 +5493,8 @@ class HTTPClient:
             self._opening.discard(asyncio.current_task())
         if reason is None:
             connection.close() if self.is_closed else self.release(connection)
-        while reason and self._waiting:                    # the others would meet the same
-            fetch = self._waiting.popleft()
+        while reason and (fetch := next((fetches[0] for fetches in self._waiting.values() if fetches), None)):
+            fetch.waits_in.popleft()                       # all would meet the same
             fetch.is_over = True
             fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
         self._go_on()                                      # for what was sent while this one was on its way
@@ -5510,7 +5518,7 @@ class HTTPClient:
 
     def close(self) -> None:
         self.is_closed = True              # _open() sees that; if it were cancelled, a connection might be left open
-        for fetch in list(self._waiting):
+        for fetch in [fetch for fetches in self._waiting.values() for fetch in fetches]:
             fetch.abort()
         for connection in list(self.connections):
             connection.fetch.abort() if connection.fetch else connection.close()
@@ -5836,7 +5844,8 @@ MAX_WAY = 32                     # of these are passed on
 IDEMPOTENT_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
-PASSING = 408, 425, 429          # HTTP statuses that say nothing of what was asked for
+PASSING = 408, 425, 429          # HTTP statuses that say nothing of what was asked for,
+GATEWAYS = 502, 503, 504         # and those of what stands before a server that does not answer
 RESUMES = 5                      # times in a row that a stream may be asked for in vain
 RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless the server says otherwise;
 RESUME_LIMIT = 30.0              # this is doubled each time, up to here
@@ -5882,7 +5891,7 @@ class RemoteFetch(Fetch):
 
     def on_head(self, head: ResponseHead) -> None:
         if is_stream(head):
-            self.is_stream, self.events = True, self.link.event_parser(self.number, self.session)
+            self.is_stream, self.events = True, event_parser(self.link, self.number, self.session)
 
     def on_part(self, data: bytes) -> None:
         self.events.feed(data)
@@ -5990,6 +5999,20 @@ class Listen(RemoteFetch, Ask):
                 self.tries = 0
 
 
+def event_parser(link: "RemoteLink", number: int | None, session: str | None) -> EventParser:
+    """What takes in the events of a stream of this session, and of the request with this id. (It does not know its
+    fetch: a cycle of the two would keep what was read until the next garbage collection.)"""
+    def on_event(kind: bytes, data: bytes) -> None:
+        if kind == b"message" and data and session != link.session and kind_of(data) is REQUEST:
+            # The answer would go into the new session, where this id may be that of somebody else's question.
+            link.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
+        elif kind == b"message" and data:
+            link.receive(data, number)
+        elif kind == b"endpoint" and link.endpoint and not link.endpoint.done():
+            link.endpoint.set_result(data.decode("utf-8", "replace"))
+    return EventParser(link.limit, on_event, lambda head, tail: link.on_end and link.on_too_long(head, tail))
+
+
 def is_stream(head: ResponseHead) -> bool:
     return head.status == 200 and media_type(head) == EVENT_STREAM_TYPE
 
@@ -6053,6 +6076,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 ASIDES = 128                     # such messages on their way at a time: calls need connections too
 DELETE_SECONDS = 2.0             # for the server to end a session
+GREETING_PAUSES = 1.0, 2.0, 4.0  # before it is told again that the handshake is over
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), About(0, "server/discover")
 
 
@@ -6079,7 +6103,7 @@ class RemoteLink(Link):
         self._initialize: tuple[bytes, About] | None = None          # of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
-        self._endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
+        self.endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
         self._certain_until = 0.0              # until when it is not checked again whether it speaks as it did
         self.renewed_at = float("-inf")        # when a request of the proxy's own last had another session opened
 
@@ -6115,14 +6139,15 @@ class RemoteLink(Link):
             self._post(line, about, is_repeated)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
-        if self.revision != MODERN_VERSION:    # there, to hang up is to cancel
+        # In 2026-07-28, to hang up is to cancel. Only "requests that were previously issued": MCP, Cancellation.
+        if self.revision != MODERN_VERSION and self.has_sent(number):
             self.write(line, None, principal)
         self._drop(number)
 
     def has_sent(self, number: int) -> bool:
         fetch = self._running.get(number)
         if fetch is None:                      # it is still held; or, with HTTP+SSE, its POST is over
-            return self._endpoint is not None and self._held is None
+            return self.endpoint is not None and self._held is None
         return not isinstance(fetch, Post) or fetch.connection is not None
 
     def _drop(self, number: int | None) -> None:
@@ -6149,7 +6174,7 @@ class RemoteLink(Link):
         """The server refuses what it took before. One of the other era may have taken its place, or one that wants a
         session. So it is greeted once more as before, and if it answers that in another way, the link ends."""
         now, is_modern = asyncio.get_running_loop().time(), self.revision == MODERN_VERSION
-        if not self.revision or self._endpoint or now < self._certain_until:
+        if not self.revision or self.endpoint or now < self._certain_until:
             return
         self._certain_until = now + DOUBT_SECONDS
         with contextlib.suppress(OSError):
@@ -6234,17 +6259,18 @@ class RemoteLink(Link):
                 asides.clear()
         del self._asides[principal]
 
-    async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> None:
-        problem = ""
+    async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> int:
+        """Waits until a message was taken; returns the HTTP status if it was not, or 0."""
+        problem, status = "", 0
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
             if aside.session and not aside.is_repeated and is_of_lost_session(head, body):
                 if kind_of(aside.body) is not RESPONSE:    # in the new session, nobody has asked for this answer
                     asides.appendleft((aside.body, True))
                     self.backlog += len(aside.body)
-                return self._renew(aside.session)
-            if not 200 <= head.status < 300:
-                problem = f"answered HTTP {head.status}"
+                self._renew(aside.session)
+            elif not 200 <= head.status < 300:
+                problem, status = f"answered HTTP {head.status}", head.status
                 self._answer_instead(aside, refusal(head, body))
         except OSError as error:
             problem = str(error)
@@ -6252,6 +6278,7 @@ class RemoteLink(Link):
                 self.end(problem)
         if problem and self.on_end:
             log.warning("! server %(server)s did not take a message: %(problem)s", server=self._server, problem=problem)
+        return status
 
     def _answer_instead(self, aside: Aside, error: ServerError) -> None:
         """If the server did not take the answer to its question, it would wait for one: maybe it takes an error."""
@@ -6262,24 +6289,12 @@ class RemoteLink(Link):
 
     # Responses.
 
-    def event_parser(self, number: int | None, session: str | None) -> EventParser:
-        """What takes in the events of a stream of this session, and of the request with this id."""
-        def on_event(kind: bytes, data: bytes) -> None:
-            if kind == b"message" and data and session != self.session and kind_of(data) is REQUEST:
-                # The answer would go into the new session, where this id may be that of somebody else's question.
-                self.on_refused(number, ServerError("the MCP server asked in a session that it has forgotten"))
-            elif kind == b"message" and data:
-                self._receive(data, number)
-            elif kind == b"endpoint" and self._endpoint and not self._endpoint.done():
-                self._endpoint.set_result(data.decode("utf-8", "replace"))
-        return EventParser(self.limit, on_event, lambda head, tail: self.on_end and self.on_too_long(head, tail))
-
     def on_answered(self, number: int) -> None:
         fetch = self._running.pop(number, None)
         if fetch:
             fetch.abort_later()
 
-    def _receive(self, data: bytes, number: int | None) -> None:
+    def receive(self, data: bytes, number: int | None) -> None:
         if b"\n" in data or b"\r" in data:
             data = data.replace(b"\n", b" ").replace(b"\r", b" ")            # they are only between tokens
         if self.on_end:
@@ -6301,13 +6316,13 @@ class RemoteLink(Link):
                 self.write(post.body, post.about, is_repeated=True)
             else:
                 self._refuse(post, refusal(head, body))
-        elif self._endpoint and 200 <= head.status < 300:
+        elif self.endpoint and 200 <= head.status < 300:
             answer = find_response(body)       # HTTP+SSE answers on its one stream; here only a response counts
             if answer and answer.id == post.number:
-                self._receive(body, post.number)
+                self.receive(body, post.number)
         elif has_answer:
             if not post.is_stream:
-                self._receive(body, post.number)
+                self.receive(body, post.number)
             if self.pending_of(post.number):
                 self._resume(post)
         else:
@@ -6335,7 +6350,7 @@ class RemoteLink(Link):
 
     def _refuse(self, post: Post, error: ServerError) -> None:
         """The request fails; but where `initialize` was refused, HTTP+SSE is tried first."""
-        if post.about.method == "initialize" and self._held is None and not self._endpoint and (
+        if post.about.method == "initialize" and self._held is None and not self.endpoint and (
                 error.data and error.data["status"] in (400, 404, 405)):
             asyncio.create_task(self._fall_back(post, error))
         else:
@@ -6345,13 +6360,18 @@ class RemoteLink(Link):
 
     async def _open(self) -> None:
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
-        await self._tell(Aside(self, INITIALIZED))
+        for pause in (*GREETING_PAUSES, 0):    # a server may refuse all else for ever if it does not hear this
+            if await self._tell(Aside(self, INITIALIZED)) not in (*PASSING, *GATEWAYS):
+                break
+            await asyncio.sleep(pause)
+        if not self.is_open:
+            return                             # end() refuses what is held
         held, self._held = self._held, None
         for line, about, *more in held:
             self.backlog -= len(line)
             if about is None or self.pending_of(about.number):
                 self.write(line, about, *more)
-        if self.is_open and not self._endpoint:          # it may have been stopped since
+        if not self.endpoint:
             self._listen(Listen(self))
 
     def _renew(self, session: str) -> None:
@@ -6384,7 +6404,7 @@ class RemoteLink(Link):
     @property
     def hearing(self) -> int | None:
         stream = self._running.get(None)
-        return self.gaps if self._endpoint or stream and stream.is_stream and not stream.is_over else None
+        return self.gaps if self.endpoint or stream and stream.is_stream and not stream.is_over else None
 
     def _listen(self, listen: Listen) -> None:
         self._running[listen.number] = listen
@@ -6399,10 +6419,10 @@ class RemoteLink(Link):
             if self._running.get(number) is not listen:
                 return                         # nobody needs it any more: what it is for is over, or its session
             del self._running[number]
-            if self._endpoint and number is None:
-                if self._endpoint.done():
+            if self.endpoint and number is None:
+                if self.endpoint.done():
                     return self.end("ended its stream")
-                return self._endpoint.set_exception(ServerError(f"the MCP server {reason}"))
+                return self.endpoint.set_exception(ServerError(f"the MCP server {reason}"))
             is_in_vain = listen.tries >= RESUMES
             if number is not None and (status or is_in_vain or listen.session != self.session):
                 self.on_refused(number, ServerError(f"the MCP server cut its answer off, and then {reason}"))
@@ -6427,16 +6447,17 @@ class RemoteLink(Link):
             self._post(post.body, post.about)
 
     async def _open_sse(self) -> None:
-        self._endpoint = asyncio.get_running_loop().create_future()
+        self.endpoint = asyncio.get_running_loop().create_future()
         self._listen(Listen(self))
         try:
-            where = await asyncio.wait_for(asyncio.shield(self._endpoint), CONNECT_SECONDS)
+            # For longer than a connection may take: if there is none, that is the better reason.
+            where = await asyncio.wait_for(asyncio.shield(self.endpoint), 2 * CONNECT_SECONDS)
             where, here = urlsplit(urljoin(self._url, where)), urlsplit(self._url)
             if (where.scheme, where.hostname, port_of(where)) != (here.scheme, here.hostname, port_of(here)):
                 raise HandshakeRefused("the MCP server wants its messages sent elsewhere")
         except (ServerError, TimeoutError, ValueError) as error:
             self._drop(None)
-            self._endpoint = None
+            self.endpoint = None
             raise error if isinstance(error, ServerError) else ServerError("the MCP server names no endpoint")
         self._client.target = target_of(where)
 
@@ -8385,6 +8406,9 @@ class Client(Holder):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
+            if instance.is_missed and instance.connection:         # a spare one, which has told nobody
+                instance.is_missed = False
+                tell_of_lists(instance)
             if instance.is_private and self.initialize_params is not None:
                 instance.start(self.initialize_params)
             if before and self.is_session:
@@ -8793,7 +8817,8 @@ class Server:
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
         self.identity: Identity | None = None      # what it said of itself last
         self.restarts = 0                          # starts of its instances, after the first of each
-        self.start_seconds: float | None = None    # that the last one took
+        self.start_seconds: float | None = None    # that the last one took, and
+        self.ready_at = float("-inf")              # when that was
         self.start_failed = False                  # did the last one fail, but not because of a client's variables?
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
@@ -8846,8 +8871,8 @@ class Server:
 
     def on_ready(self, instance: Instance) -> None:
         """An instance was started, and can be used now."""
-        self.start_seconds, self.start_failed = instance.last_used - instance.since, False
-        self.identity = instance.identity
+        self.ready_at, self.identity = instance.last_used, instance.identity
+        self.start_seconds, self.start_failed = self.ready_at - instance.since, False
         self.takes_variables = self.takes_variables or bool(instance.variables)
 
     def on_error(self, reason: str, words: str, has_started: bool, is_ours: bool) -> None:
@@ -9006,10 +9031,13 @@ class Server:
         self.keep_spares()
         for instance in list(self.instances.values()):
             is_visitors = instance.owner != () and not instance.is_private
-            is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
             is_left = self.is_retired or instance.is_private and not instance.sessions and (
                 instance.owner is not instance)            # a session's own, that it has left; and no spare one
-            if (is_stale or is_left and instance not in busy) and not instance.is_used:
+            is_used = (is_visitors or is_left) and (instance in busy or instance.is_used)
+            if is_used and instance.last_used > float("-inf"):             # see Mount._adopt_keys()
+                instance.last_used = now
+            is_stale = is_visitors and now - instance.last_used > self.settings.session_idle
+            if (is_stale or is_left) and not is_used:
                 self.end(instance)
             else:
                 instance.tick(now)
@@ -9350,13 +9378,7 @@ class Mount:
         for name, member in list(session.members.items()) if session.topics else ():
             if name in self.groups and not member.is_up_for(session):
                 self.groups[name].choose(session, None, session.headers)
-        for instance in {topic.instance for topic in session.topics if topic.instance.is_private and (
-                topic.instance.state is NEW or
-                topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}:
-            if instance.failure:               # of a group, another one may have to take its place
-                instance.server.count_outcome(instance, has_failed=True)
-            with contextlib.suppress(ProxyError):
-                session.at(instance.server).start()
+        self._start_own(session, now)
         idle = self.settings.session_idle
         if session.is_homeless and not session.calls:
             session.end()
@@ -9364,6 +9386,23 @@ class Mount:
             session.last_used = now
         elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
             session.end()
+
+    def _start_own(self, session: Session, now: float) -> None:
+        """Starts again a session's own processes that did not start, or have ended, and that it waits for: to hear of a
+        resource; or to be told that the server is back, once that has started for anybody."""
+        silent = {topic.instance for topic in session.topics if topic.instance.is_private and (
+            topic.instance.state is NEW or
+            topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}
+        missed = set()
+        for server in [self.servers.get(one.name) for one in session.view.servers if not one.settings.shared_session]:
+            instance = server and server.used_by(session)
+            if instance and instance.is_missed and instance.state is CLOSED and server.ready_at > instance.since:
+                missed.add(instance)
+        for instance in silent | missed:
+            if instance.failure and instance in silent:    # of a group, another one may have to take its place
+                instance.server.count_outcome(instance, has_failed=True)
+            with contextlib.suppress(ProxyError):
+                session.at(instance.server).start()
 
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
         """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
@@ -10092,6 +10131,8 @@ class LegacyClientModernServer(LegacyClientBridge):
         gathered = exchange.dialogue.gathered = {"inputResponses": as_object(answers)} if answers else {}
         if state:
             gathered["requestState"] = state
+        if not exchange.connection.link.is_open:       # the server may be back, and the answers go on from there
+            return exchange.start_over()
         try:
             exchange.transmit()
         except ServerError as error:
@@ -10885,7 +10926,7 @@ class Exchange(ClientRequest):
             self.instance.tools.is_old = True
             if self.text and not self.is_repeated:
                 self.is_repeated = True
-                return self._start_over()
+                return self.start_over()
         # A resource that nobody knows may be that of a server which cannot be asked.
         if self.missing and response.error_code in UNKNOWN_RESOURCE:
             why = "; ".join(f"server {name}: {why}" for name, why in self.missing.items())
@@ -10917,10 +10958,10 @@ class Exchange(ClientRequest):
             self.text = without_params(parse_message(self.text), *ANSWERS).text
             if self.dialogue:
                 self.dialogue.gathered = {}
-        self._start_over()
+        self.start_over()
         return True
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
         if self.state is RUNNING:
             if self.method in MAY_CAUSE:
                 self._cause_no_more(self.client.mount.now())
@@ -11065,7 +11106,7 @@ class Listener(Exchange):
         """The proxy listens in its place, at the one server that there is, which is used from now on."""
         self.answerer, self.early, self.on_done = Listener.listen, [], self._leave
         self._join(self.instance)
-        self._start_over()
+        self.start_over()
 
     def _join_all(self) -> None:
         for member in self.client.view.members:

@@ -10125,7 +10125,8 @@ class FarLink(mcpproxy.RemoteLink):
         for _ in range(100):
             await asyncio.sleep(1)
             for fetch in self.sent:
-                verb, method = fetch.head.split()[0].decode(), json.loads(fetch.body or "{}").get("method")
+                found = re.search(b'"method": ?"([^"]*)"', fetch.body)
+                verb, method = fetch.head.split()[0].decode(), found and found[1].decode()
                 if what == (method or fetch.body and "answer" or verb):
                     self.sent.remove(fetch)
                     return fetch
@@ -10521,10 +10522,12 @@ async def test_remote_server_is_told_what_one_principal_takes_back_apart_from_ot
     link = FarLink()
     await link.greet()
     link.sent.clear()
-    for number, principal in enumerate((1, 1, 2)):
-        link.connection.send(b"%d" % number, None, principal, cancelled=number)
+    for principal in 1, 1, 2:
+        number = link.connection.send_request(mcpproxy.PendingRequest(), "tools/call", {"name": "t"})
+        (await link.taken("tools/call")).connection = types.SimpleNamespace(close=lambda: None)
+        link.connection.send(b"[%d]" % number, None, principal, cancelled=number)
     await asyncio.sleep(1)
-    assert [fetch.body for fetch in link.sent if fetch.body] == [b"0", b"2"]
+    assert [fetch.body for fetch in link.sent if fetch.body[:1] == b"["] == [b"[%d]" % (number - 2), b"[%d]" % number]
 
 
 def test_remote_server_whose_name_nobody_looks_up_takes_one_thread():
@@ -10630,6 +10633,92 @@ class Waiting(mcpproxy.PendingRequest):
 
     def on_failure(self, error):
         self.error = error
+
+
+@over_a_link
+@pytest.mark.parametrize("status", [408, 429, 502, 503])
+async def test_remote_server_that_is_busy_is_told_again_that_the_handshake_is_over(status):
+    """Some refuse all else until they hear it, and for ever if they never do."""
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    call = far.connection.request("tools/call", {"name": "x"})
+    respond(await far.taken("notifications/initialized"), status)
+    respond(await far.taken("notifications/initialized"), 202)
+    answer = await far.taken("tools/call")
+    respond(answer, 200, result_for(answer, {}))
+    await call.result()
+
+
+@over_a_link
+@pytest.mark.parametrize("status, seconds", [(400, 5), (404, 5), (503, 60)])
+async def test_remote_server_that_never_takes_the_end_of_the_handshake_is_used_nonetheless(status, seconds):
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    far.connection.request("tools/call", {"name": "x"})
+    for _ in range(seconds):
+        await asyncio.sleep(1)
+        for fetch in [fetch for fetch in far.sent if fetch.body == mcpproxy.INITIALIZED]:
+            far.sent.remove(fetch)
+            respond(fetch, status)
+    assert [fetch for fetch in far.sent if b"tools/call" in fetch.body]
+
+
+@over_a_link
+@pytest.mark.parametrize("is_sent", [False, True])
+async def test_remote_server_is_told_to_cancel_only_what_it_was_asked(is_sent):
+    far = FarLink()
+    await far.greet()
+    number = far.connection.send_request(Waiting(), "tools/call", {"name": "x"})
+    if is_sent:
+        (await far.taken("tools/call")).connection = types.SimpleNamespace(close=lambda: None)
+    far.connection.cancel(number, "not wanted")
+    await asyncio.sleep(5)
+    assert any(b"notifications/cancelled" in fetch.body for fetch in far.sent) is is_sent
+
+
+@over_a_link
+async def test_remote_server_of_http_sse_that_takes_no_connection_is_said_not_to_be_reached():
+    far = FarLink()
+    far._is_sse = True
+    starting = asyncio.ensure_future(far.start())
+    listen = await far.taken("GET")
+    await asyncio.sleep(mcpproxy.CONNECT_SECONDS - asyncio.get_running_loop().time())
+    listen.is_over = True
+    listen.on_failure("cannot be reached: it takes too long", is_connected=False)
+    with pytest.raises(mcpproxy.ServerError, match="cannot be reached: it takes too long"):
+        await starting
+
+
+@over_a_link
+async def test_remote_server_that_is_stopped_is_not_asked_what_was_held_back():
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    call = far.connection.request("tools/call", {"name": "x"})
+    begun, stopping = await far.taken("notifications/initialized"), far.stop()
+    respond(begun, 202)
+    respond(await far.taken("DELETE"), 200)
+    await stopping
+    assert not [fetch for fetch in far.sent if fetch.body] and call.response.exception().is_unsent
+
+
+@over_a_link
+async def test_remote_calls_of_one_that_wait_cost_others_no_time():
+    client = mcpproxy.HTTPClient("http://far.example/mcp")
+    client._open, client._places["one"] = lambda: asyncio.sleep(0), mcpproxy.MAX_FETCHES * 3 // 4
+    for number in range(20_000):
+        fetch = mcpproxy.Fetch(b"", b"", 1)
+        fetch.principal = "one"
+        client.send(fetch)
+    began = time.process_time()
+    for _ in range(100):
+        assert client._next() is None
+    assert time.process_time() - began < 0.1
 
 
 @over_a_link
@@ -17369,6 +17458,47 @@ async def test_conversation_question_that_outlives_its_call_has_no_heir_where_ca
     assert [line["id"] for line in town.links["a"][0].lines if "error" in line] == ["q"]
 
 
+@pytest.mark.parametrize("use", ["a call", "a subscription"])
+@in_town
+async def test_conversation_process_of_visitors_is_kept_for_session_idle_after_it_was_used_last(use):
+    town = Town("legacy", ["a"], shared_session=False, session_idle=100.0, request_timeout=1000.0)
+    client = await town.client("modern", "a")
+    if use == "a call":
+        await town.say_to(client, 1, "tools/call", {"name": "t"})
+    else:
+        await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})
+    for _ in range(130):
+        await town.pass_time()
+    client.leave()
+    for _ in range(80):
+        await town.pass_time()
+    await town.say_to(client, 2, "tools/call", {"name": "t"})
+    assert len(town.links["a"]) == 1
+    client.leave()
+    for _ in range(110):
+        await town.pass_time()
+    assert not town.links["a"][0].is_open
+
+
+@in_town
+async def test_conversation_legacy_client_answers_a_modern_server_that_has_died_and_is_back():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "tools/call", {"name": "t"})
+    (_, call), = town.heard
+    town.say(town.links["a"][0], {"id": call["id"], "result": {
+        "resultType": "input_required", "inputRequests": {"k": QUESTION}, "requestState": "s"}})
+    asked, = town.told(client)
+    await town.die("a")
+    town.told(client)
+    client.say({"jsonrpc": "2.0", "id": asked["id"], "result": {"action": "decline"}})
+    await asyncio.sleep(0.1)
+    (_, call) = town.heard[-1]
+    assert call["params"]["inputResponses"] == {"k": {"action": "decline"}} and call["params"]["requestState"] == "s"
+    town.say(town.links["a"][1], {"id": call["id"], "result": {"resultType": "complete", "content": []}})
+    assert [message["result"] for message in town.told(client)] == [{"content": []}]
+
+
 @in_town
 async def test_conversation_process_of_visitors_ends_with_their_key():
     town = Town("legacy", ["a"], shared_session=False)
@@ -17498,6 +17628,27 @@ async def test_conversation_session_stays_at_its_own_process_whatever_fails_for_
     assert [one for one, _ in town.heard] == [name] * 2
     await town.say_to(await town.client("legacy", "g"), 1, "tools/call", {"name": "t"})
     assert town.heard[-1][0] != name
+
+
+@pytest.mark.parametrize("then", ["it calls a tool of it", "it waits"])
+@in_town
+async def test_conversation_session_hears_that_a_server_of_its_own_is_back_of_which_a_spare_process_started(then):
+    town = Town("legacy", ["a", "c"], shared_session=False, prewarm=1)
+    town.broken = "c"
+    client = await town.client("legacy")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(3)
+    assert "unavailable" in str(town.told(client)[-1])
+    town.broken = None
+    if then == "it calls a tool of it":
+        for _ in range(2):                                 # the one that died is forgotten; then there is a new one
+            town.mount.servers["c"].keep_spares()
+            await asyncio.sleep(mcpproxy.SPARES_PAUSE + 1)
+        client.say(request(2, "tools/call", {"name": "c__t"}))
+        await asyncio.sleep(1)
+    for _ in range(20 if then == "it waits" else 0):
+        await town.pass_time()
+    assert town.told(client)[0]["method"] == TOOLS_CHANGED
 
 
 @in_town
