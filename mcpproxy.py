@@ -283,6 +283,10 @@ class ProxyError(Exception):
             error["data"] = self.data
         return error
 
+    def as_refusal(self) -> "RPCError":
+        """The same as the answer of a server that will say so again."""
+        return RPCError(str(self), status=self.http_status, code=self.code, data=self.data, headers=self.headers)
+
 
 class HTTPError(ProxyError):
     """The HTTP request was refused; what it carries was not looked at."""
@@ -7462,8 +7466,8 @@ class Topics(dict[str, Topic]):
         connection.request("resources/subscribe", {"uri": topic.uri}, on_response)
 
     def settle(self, topic: Topic, error: ProxyError | None) -> None:
-        """The server took or refused a subscription. A refused one ends, also when it is refused after a restart; one
-        that the server did not live to answer is asked for again, if clients were told that they have it."""
+        """The server took or refused a subscription. A refused one (RPCError) ends, also when it is refused after a
+        restart; one that it did not live to answer is asked for again, if clients were told that they have it."""
         is_new = not topic.verdict.done()
         if is_new:
             topic.verdict.set_result(error)
@@ -7477,7 +7481,10 @@ class Topics(dict[str, Topic]):
             if is_new:                         # who comes from now on waits for what the next server says
                 topic.verdict = asyncio.get_running_loop().create_future()
         for subscriber in leaving:
+            was_told = subscriber in topic.told
             topic.drop(subscriber)
+            if was_told and subscriber in self.instance.listeners:
+                subscriber.lose(topic.uri)
 
     def unsubscribe(self, subscriber, topic: Topic) -> None:
         """Takes a subscriber out; after the last one the server is told."""
@@ -7510,7 +7517,7 @@ class ListenRequest(PendingRequest):
     def __init__(self, listening: "Listening", topics: list[Topic]):
         self.listening = listening
         self.topics = topics
-        self.asks_several = sum(not topic.verdict.done() for topic in topics) > 1          # new ones
+        self.new = sum(not topic.verdict.done() for topic in topics)         # how many of them are
         self.server_id: int | None = None
 
     def on_event(self, message: Message) -> None:
@@ -7620,7 +7627,8 @@ class Listening:
         connection, topics = self.instance.connection, self.instance.topics.values()
         if ping is None or ping.done() and ping.exception():
             ping = connection.ping()           # a server that is just busy does not answer this either
-        if not ping.done() or not self._was_deaf and all(topic.verdict.done() for topic in topics):
+        is_deaf = self._was_deaf or request.topics and not self._current         # since a restart
+        if not ping.done() or not is_deaf and all(topic.verdict.done() for topic in topics):
             self._give_up_later(request, ping)
         else:
             connection.cancel(request.server_id, "timed out")
@@ -7681,10 +7689,11 @@ class Listening:
         """The server ended a request, or it failed."""
         status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
         is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in PASSING
-        # While the one before goes on, what is new in the next one is what the server fails at.
-        if is_refused or request is self._next and self._current:
-            error = RPCError(str(error), status=error.http_status, code=error.code, data=error.data,
-                             headers=error.headers)
+        # While the one before goes on, what is new in the next one is what the server fails at; and where nothing else
+        # is wanted, the one that is asked for alone, if it has had half a minute.
+        is_blamed = is_refused or request is self._next and (
+            self._current or self._is_doubted and len(request.topics) == request.new == 1 and (
+                self._pause == LONGEST_LISTEN_PAUSE))
         if request is self._taken_back:
             return self._on_late_end(request)
         if is_current:
@@ -7696,7 +7705,7 @@ class Listening:
         else:
             self._next = None
             self._giving_up.cancel()
-            is_alive, is_blamed = self.instance.listening is self, isinstance(error, RPCError)
+            is_alive = self.instance.listening is self
             self._is_doubted = not is_blamed and (
                 self._is_doubted or not all(topic.verdict.done() for topic in request.topics))
             if (is_blamed or not is_alive) and not (self._refuse(request, error, is_refused) and is_alive):
@@ -7705,7 +7714,7 @@ class Listening:
         wanted = dict(error.headers).get("Retry-After", "")          # RFC 9110 §10.2.3; a date is not looked at
         pause = min(RESUME_MOST, int(wanted)) if re.fullmatch("[0-9]{1,9}", wanted) else 0
         self._ask_in(max(self._pause, pause))
-        has_answered = is_current or status or isinstance(error, RPCError)
+        has_answered = is_current or status or is_blamed
         self._pause = min(LONGEST_LISTEN_PAUSE, 2 * self._pause) if has_answered else LISTEN_PAUSE
 
     def _on_late_end(self, request: ListenRequest) -> None:
@@ -7719,14 +7728,14 @@ class Listening:
     def _refuse(self, request: ListenRequest, error: ProxyError, is_refused: bool) -> bool:
         """Refuses what is new in a request that the server refused, or failed at. True if it is to be sent again later:
         nothing was new, nobody listens now, and what was taken before, or a gateway, may just need time."""
-        new = [topic for topic in request.topics if not topic.verdict.done()]
+        new, is_alive = [topic for topic in request.topics if not topic.verdict.done()], self.instance.listening is self
         # Even a single new one may have been refused because of another, whose clients have left meanwhile.
-        self._one_by_one = request.asks_several and 0 < len(new) <= ONE_BY_ONE and self.instance.listening is self
+        self._one_by_one = request.new > 1 and 0 < len(new) <= ONE_BY_ONE and is_alive
         for topic in () if self._one_by_one else new:
-            if topic.told and not is_refused and self.instance.listening is self:
+            puts_off = topic.told and not is_refused and is_alive
+            self.instance.topics.settle(topic, error.as_refusal() if is_alive and not puts_off else error)
+            if puts_off:
                 self._put_off(topic)
-            else:
-                self.instance.topics.settle(topic, error)
         # Asks without them: Go's SDK forgets at this end, too, what was listened to before.
         self._is_outdated = self._is_outdated or bool(new)
         is_deaf = self._was_deaf or any(topic.verdict.done() for topic in self.instance.topics.values())
@@ -7736,8 +7745,7 @@ class Listening:
         return is_deaf and not (new or self._current)
 
     def _put_off(self, topic: Topic) -> None:
-        """Asks for it again after a while: clients were told elsewhere that they have it, and this server just failed.
-        """
+        """Asks for it again after a while: this server just failed at it, and clients were told that they have it."""
         topic.is_put_off = True
         if not self._trying:
             self._trying = asyncio.get_running_loop().call_later(self._trial_pause, self._try_one)
@@ -11046,7 +11054,7 @@ class TaskListenRequest(PendingRequest):
 class Listener(Exchange):
     """A client's subscriptions/listen."""
 
-    __slots__ = ("wanted", "topics", "early", "joined", "_task_listeners")
+    __slots__ = ("wanted", "topics", "early", "joined", "_task_listeners", "_lost")
     is_endless = True
 
     def __init__(self, *arguments):
@@ -11056,6 +11064,7 @@ class Listener(Exchange):
         self.early: list[Message] | None = None    # what was told before it was acknowledged
         self.joined: set[Instance] = set()         # whose listener it is
         self._task_listeners: list[TaskListenRequest] = []
+        self._lost: set[str] = set()               # URIs that a server has refused after they were acknowledged
 
     async def listen(self, message: Message) -> None:
         """Says what is listened for, once it is settled with the servers, and then what was told meanwhile."""
@@ -11089,10 +11098,11 @@ class Listener(Exchange):
         uris = wanted.get("resourceSubscriptions")
         _, *taken = await asyncio.gather(
             self._leave_out_lists(), *map(self._subscribe, dict.fromkeys(strings_of(uris))))
-        if isinstance(uris, list):
-            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri]
         if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
+        if isinstance(uris, list):
+            has = {topic.uri for topic in self.topics}         # a server may have changed its mind meanwhile
+            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri in has]
 
     async def _leave_out_lists(self) -> None:
         """Leaves out the lists that the server does not tell of."""
@@ -11201,20 +11211,27 @@ class Listener(Exchange):
                 self.hear(list_changed(kind))
 
     def _follow(self, uri: str, place: str | None) -> None:
-        """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if that
-        refuses it, or there is none, at another."""
-        def on_verdict(verdict: asyncio.Future) -> None:
-            if isinstance(verdict.result(), RPCError):
-                asyncio.get_running_loop().create_task(self._subscribe(uri))
-            elif verdict.result() and self in topic.subscribers:
-                topic.verdict.add_done_callback(on_verdict)            # the next one, of a server that starts again
+        """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if there
+        is none, or it refuses that, at another."""
         try:
             instance = self._at(place)
             self._join(instance)
-            topic = instance.topics.subscribe(self, uri, is_told=True)
-            topic.verdict.add_done_callback(on_verdict)
+            instance.topics.subscribe(self, uri, is_told=True)
         except ProxyError:
-            asyncio.get_running_loop().create_task(self._subscribe(uri))
+            self.lose(uri)
+
+    def lose(self, uri: str) -> None:
+        """A server refuses what the client was told that it has. Another one may have it, which is asked once; if none
+        has, the client is told by the end, and may listen again."""
+        async def find() -> None:
+            if not await self._subscribe(uri) and not self.is_done:
+                self.end_subscription()
+        if self.early is not None:                     # it is not acknowledged yet: _settle() leaves it out
+            return
+        if self.instance or uri in self._lost:
+            return self.end_subscription()
+        self._lost.add(uri)
+        asyncio.get_running_loop().create_task(find())
 
     def end_subscription(self) -> None:
         """Ends it, and tells its client, who may ask again. MCP 2026-07-28, Subscriptions, Graceful Closure."""

@@ -18728,7 +18728,7 @@ async def test_conversation_resource_that_a_remote_server_refuses_by_any_status_
         return refuse_over_http(town, listen, status) if is_bad else [acknowledged(listen)]
     town = Town("modern", ["a"])
     town.acknowledges, ann, bob = answer, await town.client("legacy", "a"), await town.client(kind, "a")
-    (refused,) = await town.say_to(ann, 1, "resources/subscribe", {"uri": "x:bad"})
+    refused, = await town.say_to(ann, 1, "resources/subscribe", {"uri": "x:bad"})
     assert refused["error"]["code"] == -32000 and refused["error"]["data"] == {"status": status}
     (first,) = await subscribe(town, bob, "a:b")
     assert "result" in first or first["params"]["notifications"] == {"resourceSubscriptions": ["a:b"]}
@@ -19712,6 +19712,88 @@ async def test_conversation_list_that_is_late_for_another_proxy_is_kept_for_it_a
     town.say(town.links["b"][0], notification(TOOLS_CHANGED))
     await town.say_to(client, 4, "tools/list")
     assert (len(lists_at("a")), len(lists_at("b"))) == (2, 3)
+
+
+@in_town
+async def test_conversation_modern_server_that_does_not_acknowledge_the_first_listen_after_a_restart_is_asked_again():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    await town.say_to(client, 1, "resources/subscribe", {"uri": "a:b"})
+    town.acknowledges = False
+    await town.die("a")
+    assert len(town.listens()) == 1
+    town.acknowledges = lambda listen: [acknowledged(listen)]
+    await asyncio.sleep(3 * mcpproxy.ASK_PAUSE)
+    assert len(town.listens()) == 2
+    assert await told_of_update(town, client, "a:b") == [("notifications/resources/updated", "a:b")]
+
+
+@in_town
+async def test_conversation_subscription_to_what_a_server_fails_at_is_refused_though_another_client_has_it():
+    def answer(listen):
+        is_bad = "x:bad" in listen["params"]["notifications"]["resourceSubscriptions"]
+        return refuse_over_http(town, listen, 500, seconds=3) if is_bad else [acknowledged(listen)]
+    town = Town("modern", ["a"])
+    town.acknowledges = answer
+    eve, ann = await town.client("modern", "a"), await town.client("legacy", "a")
+    eve.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:bad"]}}))
+    await asyncio.sleep(10)                      # she was told too early that she has it
+    await town.say_to(ann, 1, "resources/subscribe", {"uri": "x:bad"})
+    await asyncio.sleep(2 * mcpproxy.LONGEST_LISTEN_PAUSE)
+    refused, = [message for message in town.told(ann) if "id" in message]
+    assert refused["error"]["data"] == {"status": 500}
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@in_town
+async def test_conversation_subscription_that_a_remote_server_always_fails_at_is_refused(lists):
+    town = Town("modern", ["a"])
+    town.can = {"tools": {"listChanged": lists}, "resources": {"subscribe": True}}
+    town.acknowledges = lambda listen: refuse_over_http(town, listen, 500) if (
+        listen["params"]["notifications"]["resourceSubscriptions"]) else [acknowledged(listen)]
+    client = await town.client("legacy", "a")
+    told = await town.say_to(client, 1, "resources/subscribe", {"uri": "x:bad"})
+    await asyncio.sleep(3 * mcpproxy.LONGEST_LISTEN_PAUSE)
+    refused, = [*told, *town.told(client)]
+    assert refused["error"]["data"] == {"status": 500}
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_listen_ends_when_what_was_acknowledged_is_refused(era):
+    """Its client would wait in vain; it can listen again."""
+    def answer(listen):
+        asyncio.get_running_loop().call_later(5, town.say, town.links["a"][0], acknowledged(
+            listen, resourceSubscriptions=[]))
+        return []
+    town = Town(era, ["a"])
+    client = await town.client("modern", "a")
+    if era == "modern":
+        town.acknowledges = answer
+    else:
+        del town.answers["resources/subscribe"]
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:bad"]}}))
+    await asyncio.sleep(3)
+    taken, = town.told(client)
+    assert taken["params"]["notifications"] == {"resourceSubscriptions": ["x:bad"]}
+    if era == "legacy":
+        link = town.links["a"][0]
+        town.say(link, {"id": link.lines[-1]["id"], "error": {"code": -32002, "message": "none"}})
+    await asyncio.sleep(10)
+    assert not client.client.calls and "result" in town.told(client)[-1]
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_listen_whose_resource_is_refused_after_a_restart_ends(era):
+    town = Town(era, ["a"])
+    client = await town.client("modern", "a")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:bad"]}})
+    town.acknowledges = lambda listen: [acknowledged(listen, resourceSubscriptions=[])]
+    town.fails.add(("a", "resources/subscribe"))
+    await town.die("a")
+    await town.pass_time()
+    assert not client.client.calls and "result" in town.told(client)[-1]
 
 
 @in_town
