@@ -266,13 +266,14 @@ def new_mount(settings, new_link, now):
 
 def until(condition, what="the condition", patience=PATIENCE):
     """Waits until condition() is true and returns its value."""
-    deadline = time.monotonic() + patience
+    deadline, pause = time.monotonic() + patience, 0.001
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < deadline, f"{what} did not come true in {patience} s"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.01, 1.5 * pause)
 
 
 def readme_block(language, beginning=""):
@@ -8621,14 +8622,16 @@ def test_process_whose_start_was_cancelled_is_forgotten(reaper, turns):
     async def run():
         sandbox = mcpproxy.Sandbox("x", Settings(), reaper)
         server = mcpproxy.ServerProcess(["true"], dict(os.environ), sandbox, str, 1000)
-        start = asyncio.ensure_future(server.start())
+        start, others = asyncio.ensure_future(server.start()), {*mcpproxy.children_of(os.getpid())}
         for _ in range(turns):
             await asyncio.sleep(0)
-            time.sleep(0.01)                                   # so it has ended
+            until(lambda: all(mcpproxy.process_stat(pid)[mcpproxy.STATE] in (b"Z", b"")
+                              for pid in {*mcpproxy.children_of(os.getpid())} - others), "the end of the process")
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
         await server.stop()
-        await asyncio.sleep(0.05)
+        if server._pid:
+            await server._exited.wait()
         assert not reaper.census.servers and not reaper.census.starting
     mcpproxy.watch_children_without_threads()
     asyncio.run(run())
