@@ -460,6 +460,8 @@ def listed(text: str) -> tuple[str, ...]:
 
 def parse_setting(name: str, default, text: str):
     """The value of setting `name` that `text` stands for; SettingsError when it stands for none."""
+    if not isinstance(text, str):          # what argparse makes of --port=-- before Python 3.13
+        raise SettingsError(f"{name.upper()} cannot be --")
     text = text.strip() or text            # a file of variables with CR LF leaves a CR behind that nobody sees
     try:
         if isinstance(default, bool):
@@ -10249,7 +10251,8 @@ class Dialogue:
         exchange.take_place_of(retry, message)
         for key in keys:
             result = encode_result(b"0", message.raw("params", "inputResponses", key).encode())[0]
-            self.questions[key].respond(parse_message(result.decode()))
+            if key in self.questions:             # the answer to another one may have ended the call
+                self.questions[key].respond(parse_message(result.decode()))
         late, self.late = self.late, None
         if isinstance(late, ProxyError):
             exchange.fail(late)
@@ -14036,8 +14039,11 @@ def sandbox_support() -> str:
         import ctypes
         libc().prctl(22, ctypes.c_ulong(2), None, None, None)          # PR_SET_SECCOMP: EFAULT if filters are supported
         has_filters = ctypes.get_errno() == errno.EFAULT
+    # CAP_SETGID and CAP_SETUID, 6 and 7, of which a container may have deprived root. capabilities(7)
+    has = re.search(rb"^CapEff:\s*([0-9a-f]+)", read_file("/proc/self/status"), re.MULTILINE)
+    is_able = os.geteuid() == 0 and (not has or int(has[1], 16) >> 6 & 3 == 3)
     return ", ".join([*found, "sockets can be refused" if has_filters else "sockets cannot be refused",
-                      "can become other users" if os.geteuid() == 0 else "cannot become other users"])
+                      "can become other users" if is_able else "cannot become other users"])
 
 
 async def check(settings: Settings) -> bool:
@@ -14330,8 +14336,10 @@ function forget() {
   now = seen = listed = null, tools.clear(), $("status").textContent = "closed", sessionStorage.removeItem("key")
   $("wrong").textContent = key && "Wrong key.", $("key").focus()
 }
-// Asks for the overview each second. A newer watch() ends the one before: it has the key given last.
+// Asks for the overview each second, and more seldom where the key does not open it. A newer watch() ends the one
+// before: it has the key given last.
 async function watch(number = ++watched) {
+  let pause = 1000
   try {
     const canBeSent = (key || $("closed").hidden) && /^[ -~\xa0-\xff]*$/.test(key)
     const answer = canBeSent ? await ask("?watch=1", { signal: AbortSignal.timeout(10000) }) : { status: 401 }
@@ -14339,6 +14347,7 @@ async function watch(number = ++watched) {
     if (number !== watched) return
     $("closed").hidden = !($("all").hidden = answer.status === 401)
     if (answer.status === 401) return forget()
+    if (answer.status === 403) pause = 10000
     if (!answer.ok) throw new Error(said.error.message)
     sessionStorage.setItem("key", key)
     now = said, $("all").className = "", show()
@@ -14347,7 +14356,7 @@ async function watch(number = ++watched) {
     if (number !== watched) return
     $("all").className = "old", write("status", `not connected: ${error.message}`)
   }
-  setTimeout(watch, 1000, number)
+  setTimeout(watch, pause, number)
 }
 $("with").append(...Object.keys(RECIPES).map(name => el("option", {}, name)))
 $("what").oninput = $("with").oninput = $("show-key").oninput = show, $("load").onclick = loadTools

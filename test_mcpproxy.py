@@ -1708,7 +1708,7 @@ BAD_SETTINGS = pytest.mark.parametrize("arguments, environment, word", [
     case("base path that is a path of the proxy's", "--base-path /tools", {}, "BASE_PATH"),
     case("base path ends in slash", "--base-path /mcp/", {}, "BASE_PATH"),
     case("base path with blank", "--base-path '/a b'", {}, "BASE_PATH"),
-    case("nothing behind --", "--", {}, "--"),
+    case("nothing behind --", "--", {}, "--"), case("value of two dashes", "--port=--", {}, "PORT"),
     case("command not found", "-- no-such-command-here", {}, "no-such-command-here"),
     case("command of the environment", "", {"MCP_SERVER_CONFIG": "no-such-command -y"}, "no-such-command"),
     case("open quote", "", {"MCP_SERVER_CONFIG": "cat 'x"}, "MCP_SERVER_CONFIG"),
@@ -8101,6 +8101,14 @@ def test_sandbox_is_given_by_root_without_capabilities(place):
         status = mcpproxy.read_file(f"/proc/{about(proxy)['pid']}/status")
         assert re.search(rb"CapEff:\s+0+\n", status)
         assert use(proxy, "open_files", count=100).startswith("EMFILE")
+
+
+@with_setpriv
+@pytest.mark.parametrize("before, said", [([], "can become"), (WITHOUT_CAPABILITIES, "cannot become")])
+def test_sandbox_check_says_whether_root_can_become_other_users(before, said):
+    command = [*before, sys.executable, compiled(), "--check", "--", *FAKE]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert f", {said} other users\n" in found.stdout, found
 
 
 @pytest.mark.parametrize("who", ["root's proxy", "nobody's server of root's proxy", "nobody's proxy"])
@@ -31625,6 +31633,16 @@ def test_real_page_says_of_any_wrong_key_that_it_is_wrong(browser, guarded_page,
             page.until(lambda: page.is_visible("#login"), "the question again")
             sign_in(page, "right-key")
         until_state(page, "ready")
+
+
+def test_real_page_asks_seldom_with_a_key_that_opens_nothing(browser, keys):
+    with keys({"alice": {"servers": []}}) as proxy, browser.visit(proxy, expected=REFUSAL) as page:
+        page.until(lambda: page.is_visible("#login"), "the question for the key")
+        page.js("pauses = [], wait = setTimeout")
+        page.js("setTimeout = (what, pause, ...more) => wait(what, pauses.push(pause) && pause, ...more)")
+        sign_in(page, "alice-secret")
+        page.until("pauses.includes(10000)")
+        page.until_text("not connected: ", "#status")
 
 
 def test_real_page_shows_a_key_what_its_limits_leave_until_it_is_taken_away(browser, keys):
