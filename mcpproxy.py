@@ -3153,7 +3153,7 @@ class Catalog:
             if not members:
                 raise limits.refusal("servers", "this place", 403, everywhere)
         for kind, text in wanted:
-            parts, most = listed(text), MAX_GLOBS - (kind != "server") * sum(map(len, globs))
+            parts, most = listed(text), MAX_GLOBS - (0 if kind == "server" else sum(map(len, globs)))
             if not 1 <= len(parts) <= most or max(map(len, parts)) > MAX_GLOB or len(text) > 16 * MAX_GLOB:
                 raise RPCError(f"{kind} is empty or too long", code=INVALID_PARAMS)
             if kind != "server":
@@ -4947,8 +4947,8 @@ _SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.
 def why_not_found(program: str, path: str | None, directory: str | None = None) -> str | None:
     """What is wrong with a program that cannot be started in a directory, and what to write instead; None if nothing
     is. `path` is the variable PATH."""
-    place = os.path.join(directory or "", program) if "/" in program else program
-    if shutil.which(place, path=path) and program != "cd":
+    place, is_path = os.path.join(directory or "", program), "/" in program
+    if shutil.which(place if is_path else program, path=path) and program != "cd":
         return None
     if program[:1] in ("[", "{"):
         hint = "a command is written as you would type it, not as JSON: npx -y some-server"
@@ -4966,9 +4966,9 @@ def why_not_found(program: str, path: str | None, directory: str | None = None) 
     elif os.path.isdir(place):
         hint = "it is a directory"
     elif os.path.exists(place):
-        hint = (f"but is there: make it executable{'' if '/' in program else f' and write ./{program}'}, or name its "
+        hint = (f"but is there: make it executable{'' if is_path else f' and write ./{program}'}, or name its "
                 f"interpreter before it: python3 {program}")
-    elif place != program:
+    elif is_path and place != program:
         hint = "it was looked for in cwd"
     else:
         hint = "is it installed and in PATH?"
@@ -5232,7 +5232,6 @@ class Fetch(Holder):
     whose: object = None             # its principal, as far as was known when it was sent
     size = 0                         # bytes of what came that it holds itself
     waits_in: "collections.deque[Fetch] | None" = None         # where it waits for a connection, or did; None: unsent
-    turn = 0                         # the number of fetches that its client was given before
 
     def __init__(self, head: bytes, body: bytes, limit: int):
         self.head, self.body = head, body
@@ -5418,9 +5417,9 @@ class HTTPClient:
         self._tls = client_tls() if self._url.scheme == "https" else None
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
-        # By what they wait for, the oldest first: a look at the first of each is enough, however many wait.
+        self._extras: collections.deque[Fetch] = collections.deque()       # that wait for a connection
+        # The others, by (is_endless, whose). Each in turn: so one that has many, and no place, is passed in one step.
         self._waiting: dict[tuple, collections.deque[Fetch]] = {}
-        self._turn = itertools.count().__next__            # of a fetch
         self._places: collections.Counter = collections.Counter()          # that are taken, by principal
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
@@ -5438,8 +5437,9 @@ class HTTPClient:
         """Sends it, as soon as there is a connection."""
         if self.is_closed:
             return fetch.abort()
-        fetch.whose, fetch.turn = fetch.principal, self._turn()
-        fetch.waits_in = self._waiting.setdefault((fetch.is_extra, fetch.is_endless, fetch.whose), collections.deque())
+        fetch.whose = fetch.principal
+        fetch.waits_in = self._extras if fetch.is_extra else self._waiting.setdefault(
+            (fetch.is_endless, fetch.whose), collections.deque())
         fetch.waits_in.append(fetch)
         self._go_on()
 
@@ -5452,20 +5452,28 @@ class HTTPClient:
             else:
                 connection.close()
         opening = len(self._opening)
-        if not self.is_closed and sum(map(len, self._waiting.values())) > opening and self._next(opening):
+        if not self.is_closed and self._next(opening) and sum(map(len, self._all_waiting())) > opening:
             self._opening.add(asyncio.get_running_loop().create_task(self._open()))
 
     def _next(self, opening: int = 0) -> Fetch | None:
-        """The first that has a place. Each of the connections being made may take one, for anybody."""
+        """The next that has a place. Each of the connections being made may take one, for anybody."""
         free, places = MAX_FETCHES - self._places.total() - opening, self._places
-        for kind in [kind for kind, fetches in self._waiting.items() if not fetches]:
-            del self._waiting[kind]
-        return min((fetches[0] for (is_extra, is_endless, whose), fetches in self._waiting.items() if is_endless or (
-            free > -EXTRA_FETCHES if is_extra else places[whose] + opening < 3 * free)),
-            key=lambda fetch: (not fetch.is_extra, fetch.turn), default=None)
+        if self._extras and free > -EXTRA_FETCHES:
+            return self._extras[0]
+        while self._waiting and not self._waiting[first := next(iter(self._waiting))]:
+            del self._waiting[first]                       # all were given up
+        return next((fetches[0] for (is_endless, whose), fetches in self._waiting.items() if fetches and (
+            is_endless or places[whose] + opening < 3 * free)), None)
+
+    def _all_waiting(self) -> collections.abc.Iterator[collections.deque[Fetch]]:
+        return itertools.chain([self._extras], self._waiting.values())
 
     def _send_on(self, connection: ClientConnection, fetch: Fetch) -> None:
         fetch.waits_in.remove(fetch)
+        if not fetch.is_extra:
+            del self._waiting[kind := (fetch.is_endless, fetch.whose)]
+            if fetch.waits_in:
+                self._waiting[kind] = fetch.waits_in       # behind the others
         if not fetch.is_endless:
             self._places[fetch.whose] += 1
         connection.send(fetch)
@@ -5499,7 +5507,7 @@ class HTTPClient:
             self._opening.discard(asyncio.current_task())
         if reason is None:
             connection.close() if self.is_closed else self.release(connection)
-        while reason and (fetch := next((fetches[0] for fetches in self._waiting.values() if fetches), None)):
+        while reason and (fetch := next((fetches[0] for fetches in self._all_waiting() if fetches), None)):
             fetch.waits_in.popleft()                       # all would meet the same
             fetch.is_over = True
             fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
@@ -5524,7 +5532,7 @@ class HTTPClient:
 
     def close(self) -> None:
         self.is_closed = True              # _open() sees that; if it were cancelled, a connection might be left open
-        for fetch in [fetch for fetches in self._waiting.values() for fetch in fetches]:
+        for fetch in [fetch for fetches in self._all_waiting() for fetch in fetches]:
             fetch.abort()
         for connection in list(self.connections):
             connection.fetch.abort() if connection.fetch else connection.close()
@@ -6146,7 +6154,7 @@ class RemoteLink(Link):
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
         # In 2026-07-28, to hang up is to cancel. Only "requests that were previously issued": MCP, Cancellation.
-        if self.revision != MODERN_VERSION and self.has_sent(number):
+        if self.revision != MODERN_VERSION and self.has_sent(number) and self._held is None:
             self.write(line, None, principal)
         self._drop(number)
 
@@ -6266,7 +6274,7 @@ class RemoteLink(Link):
         del self._asides[principal]
 
     async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> int:
-        """Waits until a message was taken; returns the HTTP status if it was not, or 0."""
+        """Waits until a message was taken; returns 0, or the HTTP status if it was not, 502 if there was none."""
         problem, status = "", 0
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
@@ -6279,7 +6287,7 @@ class RemoteLink(Link):
                 problem, status = f"answered HTTP {head.status}", head.status
                 self._answer_instead(aside, refusal(head, body))
         except OSError as error:
-            problem = str(error)
+            problem, status = str(error), 502
             if isinstance(error, ConnectionError) and not self._client.connections:
                 self.end(problem)
         if problem and self.on_end:
@@ -6366,9 +6374,11 @@ class RemoteLink(Link):
 
     async def _open(self) -> None:
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
-        for pause in (*GREETING_PAUSES, 0):    # a server may refuse all else for ever if it does not hear this
-            if await self._tell(Aside(self, INITIALIZED)) not in (*PASSING, *GATEWAYS):
-                break
+        now, pauses = asyncio.get_running_loop().time, iter(GREETING_PAUSES)
+        until = now() + ASIDE_SECONDS
+        # A server may refuse all else for ever if it does not hear this.
+        while (self.is_open and await self._tell(Aside(self, INITIALIZED)) in (*PASSING, *GATEWAYS)
+               and now() < until and (pause := next(pauses, 0))):
             await asyncio.sleep(pause)
         if not self.is_open:
             return                             # end() refuses what is held

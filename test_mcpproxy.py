@@ -1738,11 +1738,15 @@ def test_settings_tell_what_to_write_for_a_command_that_cannot_be_started(config
     assert hint in str(error.value)
 
 
-def test_settings_tell_where_a_command_was_looked_for(tmp_path):
-    (tmp_path / "run").touch(mode=0o755)
-    program = os.path.relpath(tmp_path / "run")
-    assert mcpproxy.why_not_found(program, "/bin") is None and mcpproxy.why_not_found("./run", "/bin", tmp_path) is None
-    assert "looked for in cwd" in mcpproxy.why_not_found(program, "/bin", str(tmp_path))
+def test_settings_tell_where_a_command_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("a")
+    for path in "run", "a/there":
+        pathlib.Path(path).touch(mode=0o755)
+    assert mcpproxy.why_not_found("./run", "/bin") is None and mcpproxy.why_not_found("./there", "/bin", "a") is None
+    assert "looked for in cwd" in mcpproxy.why_not_found("./run", "/bin", "a")
+    assert "in PATH?" in mcpproxy.why_not_found("run", "/bin", "a")          # ./run would not be found either
+    assert "write ./there" in mcpproxy.why_not_found("there", "/bin", "a")
 
 
 @pytest.mark.parametrize("environment, doubt", [
@@ -10647,7 +10651,7 @@ class Waiting(mcpproxy.PendingRequest):
 
 
 @over_a_link
-@pytest.mark.parametrize("status", [408, 429, 502, 503])
+@pytest.mark.parametrize("status", [408, 429, 502, 503, None])
 async def test_remote_server_that_is_busy_is_told_again_that_the_handshake_is_over(status):
     """Some refuse all else until they hear it, and for ever if they never do."""
     far = FarLink()
@@ -10655,7 +10659,12 @@ async def test_remote_server_that_is_busy_is_told_again_that_the_handshake_is_ov
     greet(await far.taken("initialize"), "one")
     await greeting
     call = far.connection.request("tools/call", {"name": "x"})
-    respond(await far.taken("notifications/initialized"), status)
+    told = await far.taken("notifications/initialized")
+    if status:
+        respond(told, status)
+    else:
+        told.is_over = True
+        told.on_failure("closed the connection without an answer")
     respond(await far.taken("notifications/initialized"), 202)
     answer = await far.taken("tools/call")
     respond(answer, 200, result_for(answer, {}))
@@ -10689,6 +10698,45 @@ async def test_remote_server_is_told_to_cancel_only_what_it_was_asked(is_sent):
     far.connection.cancel(number, "not wanted")
     await asyncio.sleep(5)
     assert any(b"notifications/cancelled" in fetch.body for fetch in far.sent) is is_sent
+
+
+@over_a_link
+async def test_remote_server_is_not_told_in_a_new_session_to_cancel_what_it_was_asked_in_the_lost_one():
+    far = FarLink()
+    await far.greet()
+    number = far.connection.send_request(Waiting(), "tools/call", {"name": "slow"})
+    (await far.taken("tools/call")).connection = types.SimpleNamespace(close=lambda: None)
+    await renew(far, before_greeting=lambda: far.connection.cancel(number, "not wanted"))
+    await asyncio.sleep(5)
+    assert not [fetch for fetch in far.sent if b"notifications/cancelled" in fetch.body]
+
+
+@over_a_link
+async def test_remote_server_whose_session_is_ended_is_not_told_again_that_the_handshake_is_over():
+    far = FarLink()
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    respond(await far.taken("notifications/initialized"), 503)
+    far.stop()
+    await asyncio.sleep(mcpproxy.DELETE_SECONDS)
+    assert [fetch.head.split()[0] for fetch in far.sent] == [b"DELETE"]
+
+
+@over_a_link
+async def test_remote_server_that_takes_long_to_refuse_the_end_of_the_handshake_delays_no_call_for_minutes():
+    far, now = FarLink(), asyncio.get_running_loop().time
+    greeting = asyncio.ensure_future(far.connection.initialize(mcpproxy.our_initialize(True)))
+    greet(await far.taken("initialize"), "one")
+    await greeting
+    far.connection.request("tools/call", {"name": "x"})
+    began = now()
+    while not any(b"tools/call" in fetch.body for fetch in far.sent):
+        for fetch in [fetch for fetch in far.sent if fetch.body == mcpproxy.INITIALIZED]:
+            far.sent.remove(fetch)
+            asyncio.get_running_loop().call_later(20, respond, fetch, 504)
+        await asyncio.sleep(1)
+    assert now() - began < 2 * mcpproxy.ASIDE_SECONDS
 
 
 @over_a_link
@@ -10730,6 +10778,37 @@ async def test_remote_calls_of_one_that_wait_cost_others_no_time():
     for _ in range(100):
         assert client._next() is None
     assert time.process_time() - began < 0.1
+
+
+@over_a_link
+async def test_remote_calls_of_many_that_wait_cost_no_time_when_one_is_over():
+    client = mcpproxy.HTTPClient("http://far.example/mcp")
+    client._open = lambda: asyncio.sleep(0)
+    for number in range(5_000):
+        fetch = mcpproxy.Fetch(b"", b"", 1)
+        fetch.principal = number % 2_500
+        fetch.waits_in = None
+        client._places["all"] = mcpproxy.MAX_FETCHES if number else 0
+        client.send(fetch)
+    client._places.clear()
+    order, connection = [], types.SimpleNamespace(fetch=None, send=lambda fetch: order.append(fetch.principal))
+    began = time.process_time()
+    for _ in range(500):
+        client._places.clear()
+        client.release(connection)
+    assert time.process_time() - began < 0.1 and order == [*range(500)]
+
+
+@over_a_link
+async def test_remote_client_forgets_whose_calls_were_given_up():
+    client = mcpproxy.HTTPClient("http://far.example/mcp")
+    client._open, client._places["all"] = lambda: asyncio.sleep(0), mcpproxy.MAX_FETCHES
+    for number in range(1_000):
+        fetch = mcpproxy.Fetch(b"", b"", 1)
+        fetch.principal = number
+        client.send(fetch)
+        fetch.abort()
+    assert len(client._waiting) <= 1
 
 
 @over_a_link
