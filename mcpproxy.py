@@ -7639,7 +7639,7 @@ class Listening:
         connection, topics = self.instance.connection, self.instance.topics.values()
         if ping is None or ping.done() and ping.exception():
             ping = connection.ping()           # a server that is just busy does not answer this either
-        is_deaf = self._was_deaf or request.topics and not self._current         # since a restart
+        is_deaf = self._was_deaf or bool(request.topics) and self._current is None         # since a restart
         if not ping.done() or not is_deaf and all(topic.verdict.done() for topic in topics):
             self._give_up_later(request, ping)
         else:
@@ -7701,11 +7701,10 @@ class Listening:
         """The server ended a request, or it failed."""
         status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
         is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in PASSING
-        # While the one before goes on, what is new in the next one is what the server fails at; and where nothing else
-        # is wanted, the one that is asked for alone, if it has had half a minute.
-        is_blamed = is_refused or request is self._next and (
-            self._current or self._is_doubted and len(request.topics) == request.new == 1 and (
-                self._pause == LONGEST_LISTEN_PAUSE))
+        # While the one before goes on, what is new in the next one is what the server fails at. Where there is none, a
+        # single one that is asked for alone may be so, after half a minute.
+        is_alone = self._is_doubted and len(request.topics) == request.new == 1 and self._pause == LONGEST_LISTEN_PAUSE
+        is_blamed = is_refused or request is self._next and (is_alone or self._current is not None)
         if request is self._taken_back:
             return self._on_late_end(request)
         if is_current:
@@ -8426,6 +8425,8 @@ class Client(Holder):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
+            for listener in [one for one in before.listeners if one.client is self] if before else ():
+                listener.join(instance)                # it was not ended, because it heard nothing there yet
             if instance.is_missed and instance.connection:         # a spare one, which has told nobody
                 instance.is_missed = False
                 tell_of_lists(instance)
@@ -8837,9 +8838,9 @@ class Server:
         self._spares_pause = 0.0                   # until when no new ones are started, because one died
         self.identity: Identity | None = None      # what it said of itself last
         self.restarts = 0                          # starts of its instances, after the first of each
-        self.start_seconds: float | None = None    # that the last one took, and
-        self.ready_at = float("-inf")              # when that was
+        self.start_seconds: float | None = None    # that the last one took
         self.start_failed = False                  # did the last one fail, but not because of a client's variables?
+        self.back_at = float("-inf")               # when one worked after that
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
@@ -8891,8 +8892,9 @@ class Server:
 
     def on_ready(self, instance: Instance) -> None:
         """An instance was started, and can be used now."""
-        self.ready_at, self.identity = instance.last_used, instance.identity
-        self.start_seconds, self.start_failed = self.ready_at - instance.since, False
+        now, self.identity = instance.last_used, instance.identity
+        self.back_at = now if self.start_failed else self.back_at
+        self.start_seconds, self.start_failed = now - instance.since, False
         self.takes_variables = self.takes_variables or bool(instance.variables)
 
     def on_error(self, reason: str, words: str, has_started: bool, is_ours: bool) -> None:
@@ -9378,7 +9380,7 @@ class Mount:
         for session in list(self.sessions.values()):
             self._look_after(session, now)
         for call in list(self.subscriptions):
-            if any(self._has_better(call.client, one.server) for one in call.joined):
+            if call.early is None and any(self._has_better(call.client, one.server) for one in call.joined):
                 call.end_subscription()                      # its client asks again, and comes to another of the group
 
     def _has_better(self, client: Client, server: Server) -> bool:
@@ -9408,21 +9410,22 @@ class Mount:
             session.end()
 
     def _start_own(self, session: Session, now: float) -> None:
-        """Starts again a session's own processes that did not start, or have ended, and that it waits for: to hear of a
-        resource; or to be told that the server is back, once that has started for anybody."""
+        """Starts again a session's own processes that did not start, or have ended, by which it would hear of a
+        resource; of others it is told that the server is back, which was seen for somebody else: then it asks."""
         silent = {topic.instance for topic in session.topics if topic.instance.is_private and (
             topic.instance.state is NEW or
             topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}
-        missed = set()
-        for server in [self.servers.get(one.name) for one in session.view.servers if not one.settings.shared_session]:
-            instance = server and server.used_by(session)
-            if instance and instance.is_missed and instance.state is CLOSED and server.ready_at > instance.since:
-                missed.add(instance)
-        for instance in silent | missed:
-            if instance.failure and instance in silent:    # of a group, another one may have to take its place
+        for instance in silent:
+            if instance.failure:               # of a group, another one may have to take its place
                 instance.server.count_outcome(instance, has_failed=True)
             with contextlib.suppress(ProxyError):
                 session.at(instance.server).start()
+        for server in [self.servers.get(one.name) for one in session.view.servers if not one.settings.shared_session]:
+            instance = server and server.used_by(session)
+            if instance and instance.is_missed and instance.state is CLOSED and server.back_at > instance.since and (
+                    now - instance.since >= KEPT_SECONDS):
+                instance.is_missed, instance.identity = False, server.identity
+                tell_of_lists(instance)
 
     async def drain(self, seconds: float, delay: float = 0.0) -> None:
         """Lets balancers notice for a while; then takes no new calls, and gives those that run some time to finish."""
@@ -11106,6 +11109,9 @@ class Listener(Exchange):
             self.early, self.on_done = [], self._leave
             self._join_all()                           # at once: whoever starts meanwhile says that there is more
             found, missing = await gather_identities(self.client)
+            for instance in [one for one in self.joined if not one.server.is_up_for(self.client)]:
+                self._leave_one(instance)              # another of its group may be there in its place
+            self._join_all()
             self.wanted = {name: True for name, (kind, _) in LIST_CHANGES.items() if wanted.get(name) is True and (
                 missing or any(identity.has(kind) for _, identity in found))}
         uris = wanted.get("resourceSubscriptions")
@@ -11114,8 +11120,10 @@ class Listener(Exchange):
         if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
         if isinstance(uris, list):
-            has = {topic.uri for topic in self.topics}         # a server may have changed its mind meanwhile
-            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri in has]
+            has = {topic.uri for topic in self.topics}      # one may have changed its mind meanwhile, or be gone;
+            if not self.instance:                              # then another may have it
+                has.update(await asyncio.gather(*(self._subscribe(uri) for uri in taken if uri and uri not in has)))
+            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri and uri in has]
 
     async def _leave_out_lists(self) -> None:
         """Leaves out the lists that the server does not tell of."""
@@ -11128,14 +11136,14 @@ class Listener(Exchange):
     def listen_here(self) -> None:
         """The proxy listens in its place, at the one server that there is, which is used from now on."""
         self.answerer, self.early, self.on_done = Listener.listen, [], self._leave
-        self._join(self.instance)
+        self.join(self.instance)
         self.start_over()
 
     def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
                 instance = self._at(member.name)
-                self._join(instance)
+                self.join(instance)
                 instance.start()                       # or nothing would be heard of it
 
     def _at(self, name: str) -> Instance:
@@ -11145,7 +11153,7 @@ class Listener(Exchange):
             one.state is not CLOSED and not one.server.is_retired and one.server.is_up_for(self.client))),
             None) or self.client.by_name(name)
 
-    def _join(self, instance: Instance) -> None:
+    def join(self, instance: Instance) -> None:
         instance.listeners.add(self)
         self.joined.add(instance)
 
@@ -11159,7 +11167,7 @@ class Listener(Exchange):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
-                self._join(instance)                   # of a group, it may be another member by now
+                self.join(instance)                    # of a group, it may be another member by now
                 topic = instance.topics.subscribe(self, uri)
                 await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
                 if not (topic.verdict.done() and topic.verdict.result()):
@@ -11218,7 +11226,8 @@ class Listener(Exchange):
             if self.is_done:                       # to make room for one of these, it was ended itself
                 return self._leave()
             for uri, old in moving:
-                self._follow(uri, self.client.place_of(old))
+                if not self.is_done:               # by one that is lost
+                    self._follow(uri, self.client.place_of(old))
         if shown.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
@@ -11228,14 +11237,14 @@ class Listener(Exchange):
         is none, or it refuses that, at another."""
         try:
             instance = self._at(place)
-            self._join(instance)
+            self.join(instance)
             instance.topics.subscribe(self, uri, is_told=True)
         except ProxyError:
             self.lose(uri)
 
     def lose(self, uri: str) -> None:
-        """A server refuses what the client was told that it has. Another one may have it, which is asked once; if none
-        has, the client is told by the end, and may listen again."""
+        """A server refuses what the client was told that it has. Once, the servers that may have it are asked again; if
+        none has, the client is told by the end, and may listen again."""
         async def find() -> None:
             if not await self._subscribe(uri) and not self.is_done:
                 self.end_subscription()

@@ -17744,6 +17744,127 @@ async def test_conversation_session_hears_that_a_server_of_its_own_is_back_of_wh
 
 
 @in_town
+async def test_conversation_listen_that_ends_in_a_reload_follows_nothing_any_more():
+    """One of its resources is lost for the second time; the others would be kept for nobody."""
+    town, several = Town("legacy", ["a", "b", "c"]), [f"y:{number}" for number in range(20)]
+    for name, uris in ("a", ["x:1"]), ("b", several), ("c", ["x:1"]):
+        town.answers[name, "resources/list"] = {"resources": [{"uri": uri, "name": "r"} for uri in uris]}
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1", *several]}}))
+    await asyncio.sleep(5)
+    await town.reload(["b", "c"])
+    await asyncio.sleep(5)
+    await town.reload(["b=x"])
+    await asyncio.sleep(5)
+    instance = town.mount.servers["b"].instances[()]
+    assert "result" in town.told(client)[-1] and not instance.topics and not instance.listeners
+
+
+@in_town
+async def test_conversation_listen_goes_on_at_another_of_a_group_when_one_does_not_start_meanwhile():
+    town = Town("legacy", ["g.a", "g.b", "c"])
+    town.broken = "a"
+    town.slow.update(a=1.0, b=1.5, c=1.2)
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+    for _ in range(5):
+        await town.pass_time()
+    assert [message["method"] for message in town.told(client)] == ["notifications/subscriptions/acknowledged"]
+    town.say(town.links["b"][0], {"method": TOOLS_CHANGED})
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
+
+
+@in_town
+async def test_conversation_listen_takes_from_another_server_what_is_gone_before_it_is_acknowledged():
+    town = Town("legacy", ["a", "b", "c"])
+    town.answers["b", "resources/list"] = {"resources": []}
+    town.slow["b"] = 20
+    client = await town.client("modern")
+    await asyncio.sleep(1)
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b", "z:1"]}}))
+    await asyncio.sleep(7)
+    assert not town.told(client)
+    town.mount.reload(town.catalog(["b", "c"]), mcpproxy.Keys())
+    await asyncio.sleep(40)
+    assert "a:b" in town.told(client)[0]["params"]["notifications"]["resourceSubscriptions"]
+    assert "resources/subscribe" in town.heard_by("c")
+
+
+@in_town
+async def test_conversation_session_that_waits_for_a_server_of_its_own_costs_others_no_process():
+    town = Town("legacy", ["a", "c"], shared_session=False, max_processes=2)
+    town.broken = "c"
+    client = await town.client("legacy")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(3)
+    assert "unavailable" in str(town.told(client)[-1])
+    town.broken = None
+    visitor = await town.client("modern", "c")                 # for which there is just enough room
+    await town.say_to(visitor, 1, "tools/list")
+    visitor.leave()
+    for _ in range(10):
+        await town.pass_time()
+    assert len(town.links["c"]) == 2 and town.links["c"][-1].is_open
+
+
+@in_town
+async def test_conversation_session_whose_variables_are_wrong_is_not_tried_again_whenever_another_starts():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy")
+    session = town.mount.open_session(client.client.view, None, {"TOKEN": "wrong"})
+    town.broken = "c"
+    with contextlib.suppress(mcpproxy.ProxyError):
+        await session.by_name("c").ready()
+    town.broken, session.by_name("c").is_missed = None, True
+    for number in range(5):
+        visitor = await town.client("modern", "c", None, {"TOKEN": str(number)})
+        await town.say_to(visitor, 1, "tools/list")
+        visitor.leave()
+        for _ in range(2 * int(mcpproxy.KEPT_SECONDS)):
+            await town.pass_time()
+    assert sum(instance.variables == {"TOKEN": "wrong"} and instance.state is mcpproxy.CLOSED
+               for instance in town.mount.servers["c"].instances.values()) == 1
+    assert len(town.links["c"]) == 7
+
+
+@pytest.mark.parametrize("prewarm", [0, 1])
+@in_town
+async def test_conversation_session_of_modern_requests_hears_that_a_server_of_its_own_is_back(prewarm):
+    town = Town("legacy", ["a", "c"], shared_session=False, prewarm=prewarm)
+    town.broken = "c"
+    client = await town.client("legacy")
+    client.kind, client.client.listens = "modern", True        # as on stdio
+    client.say(request(1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+    client.say(request(2, "tools/list"))
+    await asyncio.sleep(10)
+    assert "unavailable" in str(town.told(client))
+    town.broken = None
+    client.say(request(3, "tools/call", {"name": "c__t"}))
+    await asyncio.sleep(1)
+    assert [message["method"] for message in town.told(client) if "id" not in message] == [TOOLS_CHANGED]
+    town.say(town.links["c"][-1], {"method": TOOLS_CHANGED})
+    assert [message["method"] for message in town.told(client)] == [TOOLS_CHANGED]
+
+
+@in_town
+async def test_conversation_session_that_hears_that_a_server_of_its_own_is_back_gets_its_list():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    town.broken = "c"
+    client = await town.client("legacy")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(3)
+    assert "unavailable" in str(town.told(client)[-1])
+    town.broken = None
+    await town.say_to(await town.client("modern", "c"), 1, "tools/list")
+    for _ in range(10):
+        await town.pass_time()
+    assert town.told(client)[0]["method"] == TOOLS_CHANGED
+    client.say(request(2, "tools/list"))
+    await asyncio.sleep(3)
+    assert names_of(town.told(client)[-1]) == ["a__t", "c__t"]
+
+
+@in_town
 async def test_conversation_session_does_not_get_a_spare_process_that_has_just_died():
     town = Town("legacy", ["a"], shared_session=False, prewarm=1)
     await asyncio.sleep(1)
