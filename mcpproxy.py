@@ -2242,27 +2242,33 @@ def kilobytes(size: int) -> str:
     return f"{max(1, round(size / 1024))} kB"
 
 
-def cut_result(response: Message, limit: int) -> Message:
-    """The response to a tool call without what is larger than `limit` bytes."""
-    result = members_of(response.members.get("result"))
+# Where a response has the result of a tool. The last: SEP-2663, Task Polling; there it is a task's that has ended.
+TOOL_RESULTS = {"tools/call": ("result",), "tasks/result": ("result",), "tasks/get": ("result", "result")}
+
+
+def cut_result(message: Message, limit: int, path: tuple[str, ...] = ("result",)) -> Message:
+    """The message without what is larger than `limit` bytes in a tool's result, which is at `path`."""
+    result = message.members
+    for name in path:
+        result = members_of(result.get(name))
     content = result["content"] if isinstance(result.get("content"), list) else []
-    written = split_array(response.raw("result", "content"), len(content)) if content else []
+    written = split_array(message.raw(*path, "content"), len(content)) if content else []
     blocks = [*written]
     for number, block in enumerate(map(members_of, content)):
         text = block.get("text")
         if block.get("type") == "text" and isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > limit:
             old = JSONObject(blocks[number]).raw_members()
             blocks[number] = as_object(old | {"text": dump(shortened(text, limit))})
-    members = response.raw_members("result") if result else {}
+    members = message.raw_members(*path) if result else {}
     structured = len(members.get("structuredContent", "").encode())
     if structured > limit:
         del members["structuredContent"]
         blocks.append(dump({"type": "text", "text": f"[... structuredContent, {kilobytes(structured)}, left out by "
                                                     "mcpproxy ...]"}))
     if blocks == written:
-        return response
+        return message
     members["content"] = f"[{','.join(blocks)}]"
-    return with_member(response, as_object(members), "result")
+    return with_member(message, as_object(members), *path)
 
 
 def without_empty_cursor(response: ResponseLine | Message) -> ResponseLine | Message:
@@ -7144,7 +7150,8 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
         return [cause], None
     if named and (owner or message.kind is NOTIFICATION and not instance.is_single_user):         # it says whose it is
         session = instance.sessions.get(owner)
-        return [call for call in session.calls.values() if call.is_running] if session else [], session
+        return [call for call in session.calls.values() if call.is_running and call.instance is instance] if (
+            session) else [], session
     # It came on the stream of a request, so it is about that (MCP 2025-11-25, Transports, Sending Messages). But that
     # one is the proxy's own, or over.
     if cause and not instance.is_single_user:
@@ -7244,6 +7251,12 @@ def own_tasks(instance, client, response: Message) -> Message:
     own = [text for name, text in zip(ids, split_array(response.raw("result", "tasks"), len(tasks)))
            if isinstance(name, str) and instance.owners.get(("task", name)) == client.identity]
     return with_member(response, f"[{','.join(own)}]", "result", "tasks")
+
+
+def cut_task(message: Message, instance) -> Message:
+    """The news of a task, with no more of its result than its server's limit."""
+    limit = instance.server.max_result
+    return cut_result(message, limit, ("params", "result")) if limit and message.method == TASK_CHANGED else message
 
 
 def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Message:
@@ -10277,7 +10290,8 @@ class Dialogue:
     def end(self, is_answered: bool) -> None:
         """The exchange is over: its questions are withdrawn, or a thread of the server's would wait for ever. But if it
         was answered, a question may have been another call's of the same client: the newest of these takes it over. And
-        many servers ask for roots when they start, in whatever call comes first: the session keeps that question."""
+        many servers ask for roots when they start, in whatever call comes first; and a task goes on when a call that
+        its question went by is over: the session keeps such questions."""
         causes, asker = self.exchange.connection.causes, self.exchange.asker
         may_pass_on = is_answered and len(causes) <= MAX_CAUSES
         heirs = [call for call in reversed(causes) if call.asker == asker] if may_pass_on else []
@@ -10290,7 +10304,8 @@ class Dialogue:
                 heir.begin_dialogue().questions[str(question.id)] = question
             elif heir:
                 heir.ask(question, None)
-            elif message and message.method == "roots/list" and question.client:
+            elif message and question.client and (
+                    message.method == "roots/list" or RELATED_TASK_KEY in message.meta):
                 question.call, question.send = None, question.client.stream.send
             else:
                 question.withdraw(ServerError("the client did not answer"))
@@ -10929,9 +10944,9 @@ class Exchange(ClientRequest):
                     response = without_misused(response, self.instance.server)
             limit = self.instance.server.max_result
             # JSON makes no text shorter: what is in a line within the limit is within the limit, too.
-            if limit and response.is_result and self.method in ("tools/call", "tasks/result") and (
+            if limit and response.is_result and self.method in TOOL_RESULTS and (
                     type(response) is not ResponseLine or len(response.line) > limit):
-                response = cut_result(response.parsed(), limit)
+                response = cut_result(response.parsed(), limit, TOOL_RESULTS[self.method])
             self._bridge.respond(self, response)
         except RPCError:
             self.fail(ServerError("the MCP server's answer is not valid"))
@@ -11054,7 +11069,7 @@ class TaskListenRequest(PendingRequest):
 
     def on_event(self, message: Message) -> None:
         if message.method == TASK_CHANGED:
-            self._exchange.hear(outward(self._exchange.client, self.instance, message))
+            self._exchange.hear(outward(self._exchange.client, self.instance, cut_task(message, self.instance)))
         elif not self.taken.done():
             self.taken.set_result(strings_of(member_at(message.plain_params, ("notifications", "taskIds"))))
 
@@ -11195,7 +11210,7 @@ class Listener(Exchange):
                 for name in listener.taken.result()]
 
     def on_event(self, message: Message) -> None:
-        self.tell([self._bridge.under_own_id(self, message, "params")])
+        self.tell([self._bridge.under_own_id(self, cut_task(message, self.instance), "params")])
 
     def hear(self, message: Message) -> None:
         """A server told all clients this: passes it on if the client listens for it."""
@@ -13069,11 +13084,14 @@ class Endpoints(Application):
         if answers:
             check_accept(admission)
         outlet = PostOutlet(admission, reply, client, batch=answers) if answers else None
+        # First what may refuse all of it: where an answer was given, no error can be the reply.
+        exchanges = [new_exchange(client, message, outlet, None, admission.trace) if message.kind is REQUEST else None
+                     for message in messages]
         for error in errors:
             outlet.finish(encode_error(None, error), 200)
-        for message in messages:
-            if message.kind is REQUEST:
-                new_exchange(client, message, outlet, None, admission.trace).start_or_fail()
+        for message, exchange in zip(messages, exchanges):
+            if exchange:
+                exchange.start_or_fail()
             elif client.is_session:
                 client.receive(message)
         if not answers:

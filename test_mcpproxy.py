@@ -17152,8 +17152,8 @@ async def test_conversation_resource_with_a_long_name_is_the_server_s_whose_temp
     assert "resources/read" in town.heard_by("a")
 
 
-@in_town
 @pytest.mark.parametrize("params", [{}, {"ref": 5}, {"ref": {"type": "ref/prompt"}}])
+@in_town
 async def test_conversation_completion_of_nothing_lacks_a_parameter(params):
     town = Town("modern", ["a", "c"])
     client = await town.client("modern")
@@ -17349,10 +17349,10 @@ async def test_conversation_small_calls_count_where_they_are_many(monkeypatch):
     assert budget.held == 0
 
 
-@in_town
 @pytest.mark.parametrize("info, name", [
     ({"name": "n" * 100, "version": "1", "x": {"y": {}}, "title": "t" * 1000}, "n" * 64 + "/1"),
     ({"name": "n", "version": "1", "icons": [[]] * 500}, "n/1"), ([[]] * 500, ""), ("x" * 300, None), ([], None)])
+@in_town
 async def test_conversation_much_that_a_client_says_of_itself_is_kept_as_its_name_alone(info, name):
     town = Town("modern", ["a"])
     client = await town.client("modern", "a")
@@ -17376,8 +17376,8 @@ async def test_conversation_message_that_may_be_of_very_many_calls_is_nobody_s(m
         assert len(town.told(client)) == (number <= 3)
 
 
-@in_town
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
+@in_town
 async def test_conversation_resource_that_nobody_knows_is_unknown_whoever_says_something_else_last(names):
     town = Town("legacy", names)
     for name, code, said in ("a", -32002, "unknown to a"), ("b", 0, "no such scheme"), ("c", -32603, "not now"):
@@ -17435,8 +17435,8 @@ async def test_conversation_read_of_what_a_server_lists_fails_as_it_says_also_wh
     assert [answer["error"] for answer in said] == [error] * 2
 
 
-@in_town
 @pytest.mark.parametrize("kind, code", [("legacy", -32002), ("modern", -32602)])
+@in_town
 async def test_conversation_unknown_resource_has_the_code_of_its_client_s_era_whichever_is_asked_last(kind, code):
     town = Town("auto", ["a", "c"])
     town.errors["a", "server/discover"] = {"code": -32601, "message": "unknown"}
@@ -17449,8 +17449,8 @@ async def test_conversation_unknown_resource_has_the_code_of_its_client_s_era_wh
     assert answer["error"] == {"code": code, "message": "unknown to a"}
 
 
-@in_town
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
+@in_town
 async def test_conversation_call_with_a_variable_does_not_go_to_a_process_that_is_everybody_s_now(kind):
     town = Town("legacy", ["a"], shared_session=False)
     town.slow["a"] = 5
@@ -17495,8 +17495,8 @@ async def test_conversation_waiting_call_of_a_visitor_whose_url_is_good_no_more_
     assert answer["error"]["message"] == "there is no server a" and not town.heard
 
 
-@in_town
 @pytest.mark.parametrize("is_key_gone", [False, True])
+@in_town
 async def test_conversation_waiting_call_of_a_session_about_to_end_goes_by_what_is_configured_then_too(is_key_gone):
     town = Town("legacy", ["a", "c"])
     await asyncio.sleep(1)
@@ -17618,8 +17618,8 @@ async def test_conversation_server_is_not_started_with_a_variable_that_it_does_n
     assert "bob" not in town.mount.servers["a"].instances
 
 
-@in_town
 @pytest.mark.parametrize("kind", ["legacy", "modern", "visitor"])
+@in_town
 async def test_conversation_call_that_waits_for_a_server_that_leaves_its_group_goes_by_what_its_key_opens(kind):
     town = Town("legacy", ["h.a", "h.c"])
     await asyncio.sleep(1)
@@ -17654,8 +17654,8 @@ async def test_conversation_subscription_stays_at_a_server_that_leaves_its_group
     assert [told["method"] for told in town.told(client)] == ["notifications/resources/updated"]
 
 
-@in_town
 @pytest.mark.parametrize("change", [{"allowed_env": "OTHER"}, {"shared_session": True}])
+@in_town
 async def test_conversation_listener_ends_when_nobody_takes_its_client_s_variables_any_more(change):
     town = Town("modern", ["a", "c"], shared_session=False, allowed_env="X_TOKEN")
     client = await town.client("modern", None, None, {"X_TOKEN": "x"})
@@ -20887,6 +20887,93 @@ async def test_conversation_tasks_are_listed_also_where_a_modern_server_that_has
     await town.pass_time()
     answer, = await town.say_to(await town.client("legacy"), 1, "tasks/list")
     assert answer["result"]["tasks"] == []
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_question_of_a_task_goes_by_no_call_at_another_server(era):
+    town = Town("legacy", ["a", "b"])
+    servers = town.mount.catalog.servers
+    b = dataclasses.replace(servers["b"], settings=dataclasses.replace(town.settings, server_era=era))
+    town.mount.reload(mcpproxy.Catalog({**servers, "b": b}, is_file=True), mcpproxy.Keys())
+    await town.pass_time()
+    client, link = await town.client("legacy"), town.links["a"][-1]
+    await town.say_to(client, 1, "tools/call", {"name": "a__t", "task": {}})
+    town.say(link, {"id": town.heard[-1][1]["id"], "result": {"task": {"taskId": "7"}}})
+    await town.say_to(client, 2, "tools/call", {"name": "b__t"})
+    related = {"_meta": {"io.modelcontextprotocol/related-task": {"taskId": "7"}}}
+    town.told(client)
+    town.say(link, {"id": "q", **QUESTION, "params": {**QUESTION["params"], **related}})
+    town.say(town.links["b"][-1], {"id": town.heard[-1][1]["id"], "result": {"resultType": "complete", "content": []}})
+    asked, answered = town.told(client)
+    assert (asked["method"], answered["id"]) == ("elicitation/create", 2)
+    client.say({"jsonrpc": "2.0", "id": asked["id"], "result": {"action": "decline"}})
+    assert link.lines[-1] == {"jsonrpc": "2.0", "id": "q", "result": {"action": "decline"}}
+
+
+@pytest.mark.parametrize("method, params, is_cancelled", [
+    ("tools/call", {"name": "t"}, False), ("tools/call", {"name": "t"}, True), ("tasks/get", {"taskId": "7"}, False)])
+@in_town
+async def test_conversation_question_of_a_task_outlives_the_call_that_it_went_by(method, params, is_cancelled):
+    town = Town("legacy", ["a"])
+    await town.pass_time()
+    client, link = await town.client("legacy", "a"), town.links["a"][0]
+    await town.say_to(client, 1, "tools/call", {"name": "t", "task": {}})
+    town.say(link, {"id": town.heard[-1][1]["id"], "result": {"task": {"taskId": "7"}}})
+    await town.say_to(client, 2, method, params)
+    call, related = link.lines[-1]["id"], {"_meta": {"io.modelcontextprotocol/related-task": {"taskId": "7"}}}
+    town.told(client)
+    town.say(link, {"id": "q", **QUESTION, "params": {**QUESTION["params"], **related}})
+    asked, = town.told(client)
+    if is_cancelled:
+        client.say(notification("notifications/cancelled", {"requestId": 2}))
+    else:
+        town.say(link, {"id": call, "result": {}})
+    assert [one.get("method") for one in town.told(client)] == [None] * (not is_cancelled)
+    client.say({"jsonrpc": "2.0", "id": asked["id"], "result": {"action": "decline"}})
+    assert link.lines[-1] == {"jsonrpc": "2.0", "id": "q", "result": {"action": "decline"}}
+
+
+@in_town
+async def test_conversation_result_of_a_task_is_cut_like_any_tool_s():
+    town = Town("modern", ["a"], max_result_kb=1)
+    await town.pass_time()
+    client, link = await town.client("modern", "a"), town.links["a"][0]
+    know = {"_meta": {"io.modelcontextprotocol/clientCapabilities": {"extensions": {
+        mcpproxy.TASKS_EXTENSION: {}}}}}
+    task = {"taskId": "7", "status": "completed", "result": {"content": [{"type": "text", "text": "x" * 9_000}]}}
+    await town.say_to(client, 1, "tasks/get", {"taskId": "7", **know})
+    town.say(link, {"id": link.lines[-1]["id"], "result": {"resultType": "complete", **task}})
+    got, _ = await town.say_to(client, 2, "subscriptions/listen", {"notifications": {"taskIds": ["7"]}, **know})
+    listen = link.lines[-1]["id"]
+    town.say(link, notification("notifications/tasks", {**task, "_meta": {
+        "io.modelcontextprotocol/subscriptionId": listen}}))
+    told, = town.told(client)
+    for one in got["result"], told["params"]:
+        assert len(one["result"]["content"][0]["text"]) < 1_200 and one["taskId"] == "7"
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+@in_town
+async def test_conversation_batch_that_is_refused_as_a_whole_has_one_reply(accept):
+    town = Town("legacy", ["a"], stateless=True, shared_session=False, max_processes=1)
+    await town.pass_time()
+    endpoints = mcpproxy.Endpoints(town.mount, types.SimpleNamespace(), mcpproxy.Keys())
+    written = []
+    connections = [connection_over({"admit": endpoints.admit, "handle": endpoints.handle, "refuse": endpoints.refuse,
+                                    "counters": town.mount.counters, "max_body": 10_000}, write=one.append,
+                                   writelines=one.extend) for one in ([], written)]
+    for connection, sent, headers in zip(connections, (request(1, "tools/call", {"name": "t"}),
+                                                       [{"jsonrpc": "2.0"}, request(2, "ping")]),
+                                         ("", "X-MCP-Env-A-TOKEN: 1\r\n")):
+        body = json.dumps(sent)
+        head = (f"POST /servers/a/mcp HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n{headers}"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
+        connection.data_received((head + body).encode())
+        await asyncio.sleep(1)
+    assert b"".join(written).count(b"HTTP/1.1 ") == 1 and b"".join(written).startswith(b"HTTP/1.1 503")
+    assert not town.mount.counters.streams
+    assert not [one for one in mcpproxy.budget._holders if isinstance(one, mcpproxy.PostOutlet)]
 
 
 @in_town
