@@ -8082,6 +8082,11 @@ class Instance:
             initialize = initialize or our_initialize(self.server.is_for_all)
             self._runner = asyncio.get_running_loop().create_task(self._run(initialize))
 
+    @property
+    def is_over(self) -> bool:
+        """Is it to be replaced? One for a session is so from its process's death on, while what that left is ended."""
+        return self.state is CLOSED or self.is_private and self.state is READY and self.connection is None
+
     def check_up(self) -> None:
         """Raises what was wrong with the last start, for callers who do not wait for the next one, which follows."""
         if self.failure and self.state is not STARTING:
@@ -8205,9 +8210,8 @@ class Instance:
         raise failure
 
     def _eras_to_try(self) -> list[Era]:
-        """In which eras to address a new link, one after the other. A shared server is spoken to in modern if possible,
-        a session's own in legacy, like the session: a server may stay with the era it was addressed in. One that died
-        at its last start is asked in legacy first, where one process is enough to see that."""
+        """The eras in which to address a new link, one after the other. A server may stay with the first: so a
+        session's own gets legacy, like the session, and a shared one modern; but after a death at its start, legacy."""
         setting, speaks = self.server.settings.server_era, self.server.speaks
         if setting != "auto":
             return [Era(setting)]
@@ -8239,8 +8243,7 @@ class Instance:
             self._restore(connection, is_another=True)
 
     def _restore(self, connection: ServerConnection, is_another: bool) -> None:
-        """Tells a legacy server what its clients need of it; and if it is another one than before, tells the clients
-        that its lists may have changed."""
+        """Tells a legacy server what its clients need of it; and the clients of its lists, if it is another one."""
         if connection.era is LEGACY:
             for topic in list(self.topics.values()):
                 self.topics.ask(topic)
@@ -8431,7 +8434,7 @@ class Client(Holder):
         if server.is_group:
             server = server.choose(self, left_out, self.headers)
         instance = self._instances.get(server)
-        if instance is None or instance.state is CLOSED and (self.view.has_choice or not self.is_session) and (
+        if instance is None or instance.is_over and (self.view.has_choice or not self.is_session) and (
                 not instance.failure or self.mount.now() - instance.since >= KEPT_SECONDS):
             if self.is_homeless:                       # its variables were checked for a configuration that is gone
                 raise no_such_session()
@@ -8439,7 +8442,7 @@ class Client(Holder):
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
             for listener in [one for one in before.listeners if one.client is self] if before else ():
-                listener.join(instance)                # it was not ended, because it heard nothing there yet
+                listener.end_subscription() if before.identity else listener.join(instance)      # it heard nothing yet
             if instance.is_missed and instance.connection:         # a spare one, which has told nobody
                 instance.is_missed = False
                 tell_of_lists(instance)
@@ -9005,7 +9008,9 @@ class Server:
             raise no_such_session() if client.is_ended else try_later("the MCP server was stopped")
         variables, owner = client.variables, self._owner_for(client)
         instance = self.instances.get(owner)
-        if instance is None or instance.state is CLOSED:
+        if instance is None or instance.is_over:
+            if instance and instance.state is not CLOSED:
+                self.end(instance)
             spare = self._adopt_spare(client) if client.is_session and not variables else None
             instance = spare or self.make_instance(owner, variables if owner != () else {}, client.principal)
         if client.is_session and client.id not in instance.sessions:
@@ -12670,6 +12675,12 @@ class Application:
         self._origins = tuple(one.rstrip("/") for one in listed(settings.allowed_origins.lower()))
         self._hosts = tuple(re.sub(":[0-9]*$", "", one) for one in listed(settings.allowed_hosts.lower()))
 
+    def _nothing_at(self, path: str) -> str:
+        """What is said of a path that is not there. A client whose key is refused looks for OAuth, and shows this."""
+        is_for_oauth = re.search(r"/(register|authorize|token)$|/\.well-known/(oauth|openid)", path)
+        return self.nothing_here.format(self.settings.base_path) + (
+            "; a client that looks for OAuth has no key, or a wrong one" if is_for_oauth and self.keys.callers else "")
+
     def admit(self, head: HTTPHead, host: str) -> Admission:
         """Decides by the head alone whether a request may pass; raises the error of the first guard that objects, or
         NotYet when one has to find something out first, for which `host` is charged."""
@@ -12681,7 +12692,7 @@ class Application:
             # it would look for OAuth.
             if route is None or admission.path == "/" and (
                     head.method == "POST" or head.headers.get("accept", "").startswith(EVENT_STREAM_TYPE)):
-                raise HTTPError(self.nothing_here.format(self.settings.base_path), status=404, code=METHOD_NOT_FOUND)
+                raise HTTPError(self._nothing_at(head.path), status=404, code=METHOD_NOT_FOUND)
             try:
                 for guard in self.guards if not route.is_public else ():
                     guard(self, admission)
