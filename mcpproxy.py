@@ -284,7 +284,7 @@ class ProxyError(Exception):
         return error
 
     def as_refusal(self) -> "RPCError":
-        """The same as the answer of a server that will say so again."""
+        """The same error as one that asking again will not change."""
         return RPCError(str(self), status=self.http_status, code=self.code, data=self.data, headers=self.headers)
 
 
@@ -2831,7 +2831,7 @@ class Override:
     annotations: dict = dataclasses.field(default_factory=dict)
     defaults: dict = dataclasses.field(default_factory=dict)         # arguments of calls that lack them
     fixed: dict = dataclasses.field(default_factory=dict)            # arguments of all calls, which clients do not see
-    text: str = ""                             # all of it as JSON, where 1, 1.0 and true are not equal
+    text: str = ""                             # all of it as JSON, for ==: without it, 1, 1.0 and true would be equal
 
 
 def hints_of(tool: dict, override: Override | None) -> dict:
@@ -4953,6 +4953,7 @@ _SHELL_WORD = re.compile(r"[|&;<>]+|[0-9]?>.*|.*(?:\$[A-Za-z_{(]|`).*|.*;|~(?:/.
 def why_not_found(program: str, path: str | None, directory: str | None = None) -> str | None:
     """What is wrong with a program that cannot be started in a directory, and what to write instead; None if nothing
     is. `path` is the variable PATH."""
+    # Where it would be as a path; a plain name is looked for in PATH.
     place, is_path = os.path.join(directory or "", program), "/" in program
     if shutil.which(place if is_path else program, path=path) and program != "cd":
         return None
@@ -5423,9 +5424,10 @@ class HTTPClient:
         self._tls = client_tls() if self._url.scheme == "https" else None
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
-        self._extras: collections.deque[Fetch] = collections.deque()       # that wait for a connection
-        # The others, by (is_endless, whose). Each in turn: so one that has many, and no place, is passed in one step.
-        self._waiting: dict[tuple, collections.deque[Fetch]] = {}
+        # What waits for a connection: what is_extra; what is_endless; and the rest, by principal, each in turn.
+        self._extras: collections.deque[Fetch] = collections.deque()
+        self._endless: collections.deque[Fetch] = collections.deque()
+        self._waiting: dict[object, collections.deque[Fetch]] = {}
         self._places: collections.Counter = collections.Counter()          # that are taken, by principal
         self._opening: set[asyncio.Task] = set()
         self.is_closed = False
@@ -5444,8 +5446,8 @@ class HTTPClient:
         if self.is_closed:
             return fetch.abort()
         fetch.whose = fetch.principal
-        fetch.waits_in = self._extras if fetch.is_extra else self._waiting.setdefault(
-            (fetch.is_endless, fetch.whose), collections.deque())
+        fetch.waits_in = self._extras if fetch.is_extra else self._endless if fetch.is_endless else (
+            self._waiting.setdefault(fetch.whose, collections.deque()))
         fetch.waits_in.append(fetch)
         self._go_on()
 
@@ -5464,22 +5466,24 @@ class HTTPClient:
     def _next(self, opening: int = 0) -> Fetch | None:
         """The next that has a place. Each of the connections being made may take one, for anybody."""
         free, places = MAX_FETCHES - self._places.total() - opening, self._places
-        if self._extras and free > -EXTRA_FETCHES:
-            return self._extras[0]
         while self._waiting and not self._waiting[first := next(iter(self._waiting))]:
             del self._waiting[first]                       # all were given up
-        return next((fetches[0] for (is_endless, whose), fetches in self._waiting.items() if fetches and (
-            is_endless or places[whose] + opening < 3 * free)), None)
+        if self._extras and free > -EXTRA_FETCHES:
+            return self._extras[0]
+        if self._endless or opening >= 3 * free:           # then none of the others has a place, however many they are
+            return self._endless[0] if self._endless else None
+        return next((fetches[0] for whose, fetches in self._waiting.items() if fetches and (
+            places[whose] + opening < 3 * free)), None)
 
     def _all_waiting(self) -> collections.abc.Iterator[collections.deque[Fetch]]:
-        return itertools.chain([self._extras], self._waiting.values())
+        return itertools.chain([self._extras, self._endless], self._waiting.values())
 
     def _send_on(self, connection: ClientConnection, fetch: Fetch) -> None:
         fetch.waits_in.remove(fetch)
-        if not fetch.is_extra:
-            del self._waiting[kind := (fetch.is_endless, fetch.whose)]
+        if not (fetch.is_extra or fetch.is_endless):
+            del self._waiting[fetch.whose]
             if fetch.waits_in:
-                self._waiting[kind] = fetch.waits_in       # behind the others
+                self._waiting[fetch.whose] = fetch.waits_in            # behind the others
         if not fetch.is_endless:
             self._places[fetch.whose] += 1
         connection.send(fetch)
@@ -5513,10 +5517,11 @@ class HTTPClient:
             self._opening.discard(asyncio.current_task())
         if reason is None:
             connection.close() if self.is_closed else self.release(connection)
-        while reason and (fetch := next((fetches[0] for fetches in self._all_waiting() if fetches), None)):
-            fetch.waits_in.popleft()                       # all would meet the same
-            fetch.is_over = True
-            fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
+        for fetch in [one for waiting in self._all_waiting() for one in waiting] if reason else ():
+            if not fetch.is_over:                          # all would meet the same
+                fetch.waits_in.remove(fetch)
+                fetch.is_over = True
+                fetch.on_failure(f"cannot be reached: {reason}", is_connected=False)
         self._go_on()                                      # for what was sent while this one was on its way
 
     def release(self, connection: ClientConnection) -> None:
@@ -5865,7 +5870,7 @@ IDEMPOTENT_METHODS = frozenset("""initialize ping server/discover tools/list pro
     resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
 GREETINGS = "initialize", "server/discover"
 PASSING = 408, 425, 429          # HTTP statuses that say nothing of what was asked for,
-GATEWAYS = 502, 503, 504         # and those of what stands before a server that does not answer
+FOR_NOW = *PASSING, 502, 503, 504        # and with those of what stands before a server that does not answer
 RESUMES = 5                      # times in a row that a stream may be asked for in vain
 RESUME_SECONDS = 1.0             # before a stream that was cut is asked for again, unless the server says otherwise;
 RESUME_LIMIT = 30.0              # this is doubled each time, up to here
@@ -6096,7 +6101,7 @@ def refusal(head: ResponseHead, body: bytes) -> ServerError:
 ASIDE_SECONDS = 30.0             # for a server to take a message that has no answer
 ASIDES = 128                     # such messages on their way at a time: calls need connections too
 DELETE_SECONDS = 2.0             # for the server to end a session
-GREETING_PAUSES = 1.0, 2.0, 4.0  # before it is told again that the handshake is over
+GREETING_PAUSES = 1.0, 2.0, 4.0  # seconds, before it is told again that the handshake is over
 DISCOVER = encode_request(0, "server/discover", {"_meta": OUR_ENVELOPE}), About(0, "server/discover")
 
 
@@ -6159,8 +6164,9 @@ class RemoteLink(Link):
             self._post(line, about, is_repeated)
 
     def cancel(self, number: int, line: bytes, principal: object) -> None:
-        # In 2026-07-28, to hang up is to cancel. Only "requests that were previously issued": MCP, Cancellation.
-        if self.revision != MODERN_VERSION and self.has_sent(number) and self._held is None:
+        # In 2026-07-28, to hang up is to cancel. Otherwise, only what was "previously issued" in this session can be.
+        session = getattr(self._running.get(number), "session", self.session)
+        if self.revision != MODERN_VERSION and self.has_sent(number) and self._held is None and session == self.session:
             self.write(line, None, principal)
         self._drop(number)
 
@@ -6280,7 +6286,7 @@ class RemoteLink(Link):
         del self._asides[principal]
 
     async def _tell(self, aside: Aside, asides: collections.deque | None = None) -> int:
-        """Waits until a message was taken; returns 0, or the HTTP status if it was not, 502 if there was none."""
+        """Waits until a message was taken; returns 0, or the HTTP status of a refusal, 502 if there was no answer."""
         problem, status = "", 0
         try:
             head, body = await aside.answer(self._client, ASIDE_SECONDS)
@@ -6380,11 +6386,11 @@ class RemoteLink(Link):
 
     async def _open(self) -> None:
         """Says that the handshake is over, then what was held back, and asks for the session's stream."""
-        now, pauses = asyncio.get_running_loop().time, iter(GREETING_PAUSES)
+        now = asyncio.get_running_loop().time
         until = now() + ASIDE_SECONDS
-        # A server may refuse all else for ever if it does not hear this.
-        while (self.is_open and await self._tell(Aside(self, INITIALIZED)) in (*PASSING, *GATEWAYS)
-               and now() < until and (pause := next(pauses, 0))):
+        for pause in (*GREETING_PAUSES, 0):    # a server may refuse all else for ever if it does not hear this
+            if not self.is_open or await self._tell(Aside(self, INITIALIZED)) not in FOR_NOW or now() >= until:
+                break
             await asyncio.sleep(pause)
         if not self.is_open:
             return                             # end() refuses what is held
@@ -6472,8 +6478,7 @@ class RemoteLink(Link):
         self.endpoint = asyncio.get_running_loop().create_future()
         self._listen(Listen(self))
         try:
-            # For longer than a connection may take: if there is none, that is the better reason.
-            where = await asyncio.wait_for(asyncio.shield(self.endpoint), 2 * CONNECT_SECONDS)
+            where = await asyncio.wait_for(asyncio.shield(self.endpoint), 2 * CONNECT_SECONDS)  # not before it fails
             where, here = urlsplit(urljoin(self._url, where)), urlsplit(self._url)
             if (where.scheme, where.hostname, port_of(where)) != (here.scheme, here.hostname, port_of(here)):
                 raise HandshakeRefused("the MCP server wants its messages sent elsewhere")
@@ -7326,7 +7331,7 @@ def _to_subscribers(instance, message: Message, cause: PendingRequest | None) ->
     if instance.is_crowded and not instance.is_private:      # they are told of what they asked for, not of each part
         updates = [(resource_updated(topic.uri), set(topic.subscribers)) for topic in topics if instance.is_news(topic)]
     else:
-        own = instance.sessions.values() if instance.is_private else ()
+        own = [one for one in instance.sessions.values() if not one.listens] if instance.is_private else ()
         subscribers = set(own).union(*(topic.subscribers for topic in topics))
         updates = [(message, subscribers)] if subscribers and instance.is_news(message.payload[0]) else []
     for update, subscribers in updates:
@@ -7714,8 +7719,8 @@ class Listening:
         """The server ended a request, or it failed."""
         status, is_current = member_at(error.data, ("status",)) or 0, request is self._current
         is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in PASSING
-        # While the one before goes on, what is new in the next one is what the server fails at. Where there is none, a
-        # single one that is asked for alone may be so, after half a minute.
+        # While the one before goes on, what is new in the next one is what the server fails at. Where none goes on, a
+        # single resource that is asked for alone is, once the server has failed for half a minute.
         is_alone = self._is_doubted and len(request.topics) == request.new == 1 and self._pause == LONGEST_LISTEN_PAUSE
         is_blamed = is_refused or request is self._next and (is_alone or self._current is not None)
         if request is self._taken_back:
@@ -8442,7 +8447,8 @@ class Client(Holder):
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
             for listener in [one for one in before.listeners if one.client is self] if before else ():
-                listener.end_subscription() if before.identity else listener.join(instance)      # it heard nothing yet
+                # If it heard anything there, its client listens again.
+                listener.end_subscription() if before.identity else listener.move(before, instance)
             if instance.is_missed and instance.connection:         # a spare one, which has told nobody
                 instance.is_missed = False
                 tell_of_lists(instance)
@@ -8856,7 +8862,7 @@ class Server:
         self.restarts = 0                          # starts of its instances, after the first of each
         self.start_seconds: float | None = None    # that the last one took
         self.start_failed = False                  # did the last one fail, but not because of a client's variables?
-        self.back_at = float("-inf")               # when one worked after that
+        self.back_at = float("-inf")               # when one last worked again after that had been so
         self.takes_variables = False               # did one work with such? Then it may need them
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
@@ -8909,7 +8915,8 @@ class Server:
     def on_ready(self, instance: Instance) -> None:
         """An instance was started, and can be used now."""
         now, self.identity = instance.last_used, instance.identity
-        self.back_at = now if self.start_failed else self.back_at
+        if self.start_failed:
+            self.back_at = now
         self.start_seconds, self.start_failed = now - instance.since, False
         self.takes_variables = self.takes_variables or bool(instance.variables)
 
@@ -9418,7 +9425,7 @@ class Mount:
         for name, member in list(session.members.items()) if session.topics else ():
             if name in self.groups and not member.is_up_for(session):
                 self.groups[name].choose(session, None, session.headers)
-        self._start_own(session, now)
+        self._look_after_own(session, now)
         idle = self.settings.session_idle
         if session.is_homeless and not session.calls:
             session.end()
@@ -9427,9 +9434,10 @@ class Mount:
         elif now - session.last_used > (idle if session.is_followed else min(idle, UNFOLLOWED_SECONDS)):
             session.end()
 
-    def _start_own(self, session: Session, now: float) -> None:
-        """Starts again a session's own processes that did not start, or have ended, by which it would hear of a
-        resource; of others it is told that the server is back, which was seen for somebody else: then it asks."""
+    def _look_after_own(self, session: Session, now: float) -> None:
+        """Of a session's own processes that did not start, or have ended, starts again those by which it would hear of
+        a resource. If it was given a list without one, it is told once the server has worked for somebody else; its
+        next request starts its own."""
         silent = {topic.instance for topic in session.topics if topic.instance.is_private and (
             topic.instance.state is NEW or
             topic.instance.state is CLOSED and now - topic.instance.since >= LONGEST_PROBE_PAUSE)}
@@ -11100,7 +11108,7 @@ class Listener(Exchange):
         self.early: list[Message] | None = None    # what was told before it was acknowledged
         self.joined: set[Instance] = set()         # whose listener it is
         self._task_listeners: list[TaskListenRequest] = []
-        self._lost: set[str] = set()               # URIs that a server has refused after they were acknowledged
+        self._lost: set[str] = set()               # URIs that were looked for again, see lose()
 
     async def listen(self, message: Message) -> None:
         """Says what is listened for, once it is settled with the servers, and then what was told meanwhile."""
@@ -11140,10 +11148,11 @@ class Listener(Exchange):
         if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
         if isinstance(uris, list):
-            has = {topic.uri for topic in self.topics}      # one may have changed its mind meanwhile, or be gone;
-            if not self.instance:                              # then another may have it
-                has.update(await asyncio.gather(*(self._subscribe(uri) for uri in taken if uri and uri not in has)))
-            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri and uri in has]
+            has = {topic.uri for topic in self.topics}
+            if not self.instance:                      # one server may be gone meanwhile, and another have what it had
+                await asyncio.gather(*(self._subscribe(uri) for uri in taken if uri and uri not in has))
+                has = {topic.uri for topic in self.topics}
+            self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri in has]
 
     async def _leave_out_lists(self) -> None:
         """Leaves out the lists that the server does not tell of."""
@@ -11156,14 +11165,14 @@ class Listener(Exchange):
     def listen_here(self) -> None:
         """The proxy listens in its place, at the one server that there is, which is used from now on."""
         self.answerer, self.early, self.on_done = Listener.listen, [], self._leave
-        self.join(self.instance)
+        self._join(self.instance)
         self.start_over()
 
     def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
                 instance = self._at(member.name)
-                self.join(instance)
+                self._join(instance)
                 instance.start()                       # or nothing would be heard of it
 
     def _at(self, name: str) -> Instance:
@@ -11173,9 +11182,17 @@ class Listener(Exchange):
             one.state is not CLOSED and not one.server.is_retired and one.server.is_up_for(self.client))),
             None) or self.client.by_name(name)
 
-    def join(self, instance: Instance) -> None:
+    def _join(self, instance: Instance) -> None:
         instance.listeners.add(self)
         self.joined.add(instance)
+
+    def move(self, before: Instance, instance: Instance) -> None:
+        """Goes on at its client's next instance of a server."""
+        uris = [topic.uri for topic in self.topics if topic.instance is before]
+        self._leave_one(before)
+        self._join(instance)
+        for uri in uris:
+            self._follow(uri, instance.server.name)
 
     async def _subscribe(self, uri: str) -> str | None:
         """Subscribes to it at the first server that does not refuse it soon; returns the URI, or None if all do."""
@@ -11187,7 +11204,7 @@ class Listener(Exchange):
                 if self.is_done or not instance.identity or not instance.identity.supported(
                         {"resourceSubscriptions": [uri]}):
                     continue
-                self.join(instance)                    # of a group, it may be another member by now
+                self._join(instance)                   # of a group, it may be another member by now
                 topic = instance.topics.subscribe(self, uri)
                 await asyncio.wait([topic.verdict], timeout=ACKNOWLEDGE_SECONDS)
                 if not (topic.verdict.done() and topic.verdict.result()):
@@ -11246,21 +11263,20 @@ class Listener(Exchange):
             if self.is_done:                       # to make room for one of these, it was ended itself
                 return self._leave()
             for uri, old in moving:
-                if not self.is_done:               # by one that is lost
-                    self._follow(uri, self.client.place_of(old))
+                self._follow(uri, self.client.place_of(old))
         if shown.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
 
     def _follow(self, uri: str, place: str | None) -> None:
         """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if there
-        is none, or it refuses that, at another."""
+        is none, or it refuses that, at another. What its client may not use any more just ends."""
         try:
             instance = self._at(place)
-            self.join(instance)
+            self._join(instance)
             instance.topics.subscribe(self, uri, is_told=True)
         except ProxyError:
-            self.lose(uri)
+            asyncio.get_running_loop().create_task(self._subscribe(uri))
 
     def lose(self, uri: str) -> None:
         """A server refuses what the client was told that it has. Once, the servers that may have it are asked again; if

@@ -10802,6 +10802,31 @@ async def test_remote_calls_of_many_that_wait_cost_no_time_when_one_is_over():
 
 
 @over_a_link
+async def test_remote_server_is_not_told_later_in_a_new_session_to_cancel_what_it_was_asked_in_the_lost_one():
+    far = FarLink()
+    await far.greet()
+    number = far.connection.send_request(Waiting(), "tools/call", {"name": "slow"})
+    (await far.taken("tools/call")).connection = types.SimpleNamespace(close=lambda: None)
+    await renew(far)
+    far.connection.cancel(number, "not wanted")
+    await asyncio.sleep(5)
+    told = [fetch for fetch in far.sent if b"notifications/cancelled" in fetch.body]
+    assert not told
+
+
+@over_a_link
+async def test_remote_calls_of_many_that_wait_cost_no_time_when_one_more_comes():
+    client = mcpproxy.HTTPClient("http://far.example/mcp")
+    client._open, client._places["all"] = lambda: asyncio.sleep(0), mcpproxy.MAX_FETCHES
+    began = time.process_time()
+    for number in range(2_500):
+        fetch = mcpproxy.Fetch(b"", b"", 1)
+        fetch.principal = number
+        client.send(fetch)
+    assert time.process_time() - began < 0.1
+
+
+@over_a_link
 async def test_remote_client_forgets_whose_calls_were_given_up():
     client = mcpproxy.HTTPClient("http://far.example/mcp")
     client._open, client._places["all"] = lambda: asyncio.sleep(0), mcpproxy.MAX_FETCHES
@@ -17746,23 +17771,6 @@ async def test_conversation_session_hears_that_a_server_of_its_own_is_back_of_wh
 
 
 @in_town
-async def test_conversation_listen_that_ends_in_a_reload_follows_nothing_any_more():
-    """One of its resources is lost for the second time; the others would be kept for nobody."""
-    town, several = Town("legacy", ["a", "b", "c"]), [f"y:{number}" for number in range(20)]
-    for name, uris in ("a", ["x:1"]), ("b", several), ("c", ["x:1"]):
-        town.answers[name, "resources/list"] = {"resources": [{"uri": uri, "name": "r"} for uri in uris]}
-    client = await town.client("modern")
-    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1", *several]}}))
-    await asyncio.sleep(5)
-    await town.reload(["b", "c"])
-    await asyncio.sleep(5)
-    await town.reload(["b=x"])
-    await asyncio.sleep(5)
-    instance = town.mount.servers["b"].instances[()]
-    assert "result" in town.told(client)[-1] and not instance.topics and not instance.listeners
-
-
-@in_town
 async def test_conversation_listen_goes_on_at_another_of_a_group_when_one_does_not_start_meanwhile():
     town = Town("legacy", ["g.a", "g.b", "c"])
     town.broken = "a"
@@ -17890,6 +17898,87 @@ async def test_conversation_call_after_the_death_of_a_session_s_own_process_wait
     assert len(town.mount.servers["a"].ending) == 1
     await asyncio.sleep(3)
     assert not town.mount.servers["a"].ending
+
+
+@in_town
+async def test_conversation_listen_keeps_nothing_of_servers_of_its_own_that_did_not_start():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    town.broken = "c"
+    client = await town.client("legacy")
+    client.kind, client.client.listens = "modern", True
+    client.say(request(1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+    await asyncio.sleep(3)
+    call, = town.mount.subscriptions
+    for number in range(50):
+        for _ in range(6):
+            await town.pass_time()
+        client.say(request(2 + number, "tools/list"))
+        await asyncio.sleep(3)
+    assert len(call.joined) <= 3
+
+
+@in_town
+async def test_conversation_listen_acknowledges_nothing_that_is_refused_while_it_looks_for_another():
+    town = Town("legacy", ["a", "b", "c"])
+    town.answers["b", "resources/list"] = {"resources": []}
+    town.answers["a", "resources/list"] = {"resources": [{"uri": "x:1", "name": "r"}]}
+    town.answers["c", "resources/list"] = {"resources": [{"uri": "y:1", "name": "r"}]}
+    town.answers["resources/subscribe"] = None
+    town.slow["b"] = 20
+
+    def refuse(name, uri):
+        link = town.links[name][-1]
+        asked = [line for line in link.lines if line.get("method") == "resources/subscribe"]
+        number, = [line["id"] for line in asked if line["params"]["uri"] == uri]
+        town.say(link, {"id": number, "error": {"code": -32602, "message": "no"}})
+    client = await town.client("modern")
+    await asyncio.sleep(1)
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1", "y:1", "z:1"]}}))
+    await asyncio.sleep(7)
+    refuse("c", "y:1")
+    told, n = [], 0
+    while sum(m == "resources/subscribe" for m in town.heard_by("c")) < 2 and n < 300:
+        await asyncio.sleep(0.1)
+        n += 1
+        told += town.told(client)
+    refuse("a", "x:1")
+    await asyncio.sleep(30)
+    told += town.told(client)
+    call, = town.mount.subscriptions
+    assert set(told[0]["params"]["notifications"]["resourceSubscriptions"]) <= {t.uri for t in call.topics}
+
+
+@in_town
+async def test_conversation_listen_asks_again_for_a_resource_of_a_server_of_its_own_that_did_not_start():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    town.answers["a", "resources/list"] = {"resources": [{"uri": "x:1", "name": "r"}]}
+    town.answers["c", "resources/list"] = {"resources": []}
+    client = await town.client("legacy")
+    client.kind, client.client.listens = "modern", True
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1"]}}))
+    await asyncio.sleep(5)
+    town.broken = "a"
+    await town.reload(["a=x", "c"])
+    for _ in range(10):
+        await town.pass_time()
+    town.broken = None
+    client.say(request(3, "tools/call", {"name": "a__t"}))
+    await asyncio.sleep(2)
+    assert "resources/subscribe" in town.heard_by("a")
+
+
+@in_town
+async def test_conversation_session_of_modern_requests_hears_of_a_resource_once_and_as_a_subscription():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy")
+    client.kind, client.client.listens = "modern", True        # as on stdio
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}}))
+    await asyncio.sleep(5)
+    town.told(client)
+    for uri in "a:b", "not:asked":
+        town.say(town.links["a"][-1], {"method": "notifications/resources/updated", "params": {"uri": uri}})
+    heard, = town.told(client)
+    assert heard["params"]["uri"] == "a:b" and heard["params"]["_meta"] == {"io.modelcontextprotocol/subscriptionId": 1}
 
 
 @in_town
