@@ -11263,12 +11263,13 @@ class Listener(Exchange):
             if self.is_done:                       # to make room for one of these, it was ended itself
                 return self._leave()
             for uri, old in moving:
-                self._follow(uri, self.client.place_of(old))
+                if not self.is_done:               # by one that is lost
+                    self._follow(uri, self.client.place_of(old), old.is_retired)
         if shown.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
 
-    def _follow(self, uri: str, place: str | None) -> None:
+    def _follow(self, uri: str, place: str | None, is_gone: bool = True) -> None:
         """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if there
         is none, or it refuses that, at another. What its client may not use any more just ends."""
         try:
@@ -11276,6 +11277,8 @@ class Listener(Exchange):
             self._join(instance)
             instance.topics.subscribe(self, uri, is_told=True)
         except ProxyError:
+            if is_gone:
+                return self.lose(uri)
             asyncio.get_running_loop().create_task(self._subscribe(uri))
 
     def lose(self, uri: str) -> None:

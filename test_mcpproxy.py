@@ -17771,6 +17771,38 @@ async def test_conversation_session_hears_that_a_server_of_its_own_is_back_of_wh
 
 
 @in_town
+async def test_conversation_listen_that_ends_in_a_reload_follows_nothing_any_more():
+    """One of its resources is lost for the second time; the others would be kept for nobody."""
+    town, several = Town("legacy", ["a", "b", "c"]), [f"y:{number}" for number in range(20)]
+    for name, uris in ("a", ["x:1"]), ("b", several), ("c", ["x:1"]):
+        town.answers[name, "resources/list"] = {"resources": [{"uri": uri, "name": "r"} for uri in uris]}
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1", *several]}}))
+    await asyncio.sleep(5)
+    await town.reload(["b", "c"])
+    await asyncio.sleep(5)
+    await town.reload(["b=x"])
+    await asyncio.sleep(5)
+    instance = town.mount.servers["b"].instances[()]
+    assert "result" in town.told(client)[-1] and not instance.topics and not instance.listeners
+
+
+@in_town
+async def test_conversation_listen_ends_whose_resource_is_gone_with_its_server():
+    """Its client would wait in vain; it can listen again."""
+    town = Town("legacy", ["a", "b"])
+    town.answers["a", "resources/list"] = {"resources": [{"uri": "x:1", "name": "r"}]}
+    client = await town.client("modern")
+    client.say(request(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["x:1"]}}))
+    await asyncio.sleep(3)
+    assert town.told(client)[0]["params"]["notifications"] == {"resourceSubscriptions": ["x:1"]}
+    town.fails.add(("b", "resources/subscribe"))
+    await town.reload(["b"])
+    await asyncio.sleep(5)
+    assert "result" in town.told(client)[-1]
+
+
+@in_town
 async def test_conversation_listen_goes_on_at_another_of_a_group_when_one_does_not_start_meanwhile():
     town = Town("legacy", ["g.a", "g.b", "c"])
     town.broken = "a"
