@@ -11148,10 +11148,10 @@ class Listener(Exchange):
         if isinstance(wanted.get("taskIds"), list) and not self.is_done:
             self.wanted["taskIds"] = await self._listen_to_tasks(strings_of(wanted["taskIds"]))
         if isinstance(uris, list):
-            has = {topic.uri for topic in self.topics}
             if not self.instance:                      # one server may be gone meanwhile, and another have what it had
-                await asyncio.gather(*(self._subscribe(uri) for uri in taken if uri and uri not in has))
-                has = {topic.uri for topic in self.topics}
+                gone = {uri for uri in taken if uri} - {topic.uri for topic in self.topics}
+                await asyncio.gather(*map(self._subscribe, gone))
+            has = {topic.uri for topic in self.topics}
             self.wanted["resourceSubscriptions"] = [uri for uri in taken if uri in has]
 
     async def _leave_out_lists(self) -> None:
@@ -11263,8 +11263,7 @@ class Listener(Exchange):
             if self.is_done:                       # to make room for one of these, it was ended itself
                 return self._leave()
             for uri, old in moving:
-                if not self.is_done:               # by one that is lost
-                    self._follow(uri, self.client.place_of(old), old.is_retired)
+                self._follow(uri, self.client.place_of(old), old.is_retired)
         if shown.offer != view.offer:
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
@@ -11272,6 +11271,8 @@ class Listener(Exchange):
     def _follow(self, uri: str, place: str | None, is_gone: bool = True) -> None:
         """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if there
         is none, or it refuses that, at another. What its client may not use any more just ends."""
+        if self.is_done:                               # with one that was lost
+            return
         try:
             instance = self._at(place)
             self._join(instance)
