@@ -2905,8 +2905,7 @@ class When:
     def claims(self, arguments: dict, headers: dict[str, str], key: str | None) -> bool:
         """Is a call with these one of them?"""
         given = [(glob, arguments.get(name)) for name, glob in self.argument.items()]
-        given += [(glob, in_utf8(headers[name]) if name in headers else None)
-                  for name, glob in self.header.items()]
+        given += [(glob, in_utf8(headers[name]) if name in headers else None) for name, glob in self.header.items()]
         given += [(self.key, key)] if self.key else []
         return all(value is not None and glob_matcher(glob)(value if isinstance(value, str) else dump(value))
                    for glob, value in given)
@@ -3612,7 +3611,7 @@ def _end_turn() -> None:
             log.fault(error)
 
 
-def _shortened(text: str, limit: int) -> str:
+def _fitted(text: str, limit: int) -> str:
     """A value of an entry, cut. Plain ones of 100 characters always fit: no client shortens who it was, or the time, by
     what takes 12 bytes a character in JSON."""
     return text[:max(limit, 100) if text.isascii() and text.isprintable() else limit]
@@ -3696,7 +3695,7 @@ class Log(logging.Handler):
         entry = {"time": clock, "level": name, "message": text, **(about or fields)}
         for limit in (MAX_LOG_LINE, 1_000, 100, 20):     # values are cut, and not the line, which would be JSON no more
             line = dump({field: round(value, 1) if isinstance(value, (int, float)) and abs(value) < 1e18 else
-                         _shortened(str(value), limit) for field, value in entry.items() if value != "-"})
+                         _fitted(str(value), limit) for field, value in entry.items() if value != "-"})
             if len(line) <= MAX_LOG_LINE:
                 break
         return line.encode() + b"\n"
@@ -6128,7 +6127,7 @@ class RemoteLink(Link):
         self._initialize: tuple[bytes, About] | None = None          # of the handshake of a legacy server
         self.session: str | None = None
         self.gaps = 0                          # of the session's streams, in which something may have been missed
-        self.endpoint: asyncio.Future | None = None         # where HTTP+SSE takes messages
+        self.endpoint: asyncio.Future | None = None          # where HTTP+SSE takes messages
         self._certain_until = 0.0              # until when it is not checked again whether it speaks as it did
         self.renewed_at = float("-inf")        # when a request of the proxy's own last had another session opened
 
@@ -7547,7 +7546,7 @@ class ListenRequest(PendingRequest):
     def __init__(self, listening: "Listening", topics: list[Topic]):
         self.listening = listening
         self.topics = topics
-        self.new = sum(not topic.verdict.done() for topic in topics)         # how many of them are
+        self.new_count = sum(not topic.verdict.done() for topic in topics)
         self.server_id: int | None = None
 
     def on_event(self, message: Message) -> None:
@@ -7721,7 +7720,8 @@ class Listening:
         is_refused = not isinstance(error, ServerError) or 400 <= status < 500 and status not in PASSING
         # While the one before goes on, what is new in the next one is what the server fails at. Where none goes on, a
         # single resource that is asked for alone is, once the server has failed for half a minute.
-        is_alone = self._is_doubted and len(request.topics) == request.new == 1 and self._pause == LONGEST_LISTEN_PAUSE
+        is_alone = self._is_doubted and self._pause == LONGEST_LISTEN_PAUSE and (
+            len(request.topics) == request.new_count == 1)
         is_blamed = is_refused or request is self._next and (is_alone or self._current is not None)
         if request is self._taken_back:
             return self._on_late_end(request)
@@ -7759,7 +7759,7 @@ class Listening:
         nothing was new, nobody listens now, and what was taken before, or a gateway, may just need time."""
         new, is_alive = [topic for topic in request.topics if not topic.verdict.done()], self.instance.listening is self
         # Even a single new one may have been refused because of another, whose clients have left meanwhile.
-        self._one_by_one = request.new > 1 and 0 < len(new) <= ONE_BY_ONE and is_alive
+        self._one_by_one = request.new_count > 1 and 0 < len(new) <= ONE_BY_ONE and is_alive
         for topic in () if self._one_by_one else new:
             puts_off = topic.told and not is_refused and is_alive
             self.instance.topics.settle(topic, error.as_refusal() if is_alive and not puts_off else error)
@@ -9038,8 +9038,7 @@ class Server:
 
     def _adopt_spare(self, session: Session) -> Instance | None:
         """Makes a spare instance the session's, one that is ready if there is any."""
-        spares = [one for one in self.instances.values() if one.owner is one and one.has_process and (
-            one.connection or one.state is not READY)]         # and not about to be CLOSED
+        spares = [one for one in self.instances.values() if one.owner is one and one.has_process and not one.is_over]
         spare = max(spares, key=lambda spare: spare.connection is not None, default=None)
         if spare:
             del self.instances[spare]
