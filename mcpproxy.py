@@ -7165,13 +7165,13 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
         is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
         return calls if is_ones else [], None
     # No such call is running: it may belong to one that waits for its client, or to the only session that there is.
-    if len(instance.sessions) > 1:
-        return [], None
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
-    session = next(iter(instance.sessions.values()), None)
     parked = [call for call in waiting if call.is_parked]
     if parked:
         return parked if len({call.asker for call in parked}) == 1 else [], None
+    if len(instance.sessions) > 1:
+        return [], None
+    session = next(iter(instance.sessions.values()), None)
     is_late = session and any(caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
                               for caller, ended_at in instance.recent_callers.items())
     return [], session if not is_late and all(call.client is session for call in waiting) else None

@@ -15474,6 +15474,22 @@ def test_conversation_call_that_is_parked_causes_nothing_and_loses_no_other_clie
     ''', server="legacy", ann="legacy", bob="modern")
 
 
+def test_conversation_question_of_a_parked_call_that_comes_late_waits_for_its_client_beside_sessions_without_calls():
+    conversation('''
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        bob < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+                server < {"id":"r","method":"elicitation/create","params":{"message":"how old?"}}
+        bob > {"id":2,"method":"tools/call","params":{"name":"x","requestState":$STATE,
+                                                      "inputResponses":{"$Q":{"action":"accept"}}}}
+                server > {"id":"q","result":{"action":"accept"}}
+        bob < {"id":2,"result":{"resultType":"input_required","requestState":$LATER,"inputRequests":{
+                                   "$R":{"method":"elicitation/create","params":{"message":"how old?"}}}}}
+    ''', server="legacy", ann="legacy", cat="legacy", bob="modern")
+
+
 def test_conversation_call_that_is_parked_ends_by_its_clients_silence_whatever_the_server_says():
     conversation('''
         client > {"id":1,"method":"tools/call","params":{"name":"x"}}
