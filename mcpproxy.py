@@ -3704,22 +3704,23 @@ class Log(logging.Handler):
         try:
             # A pipe that can be written to has room for PIPE_BUF bytes, so this does not wait.
             if self._poll.poll(0):
-                os.write(self.descriptor, block)
-                return
+                text = b"\n" * self._is_cut + block               # a line that was cut spoils no other
+                written = os.write(self.descriptor, text)
+                self._is_cut, block = text[written - 1:written] != b"\n", text[written:]
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
 
 
 class Rate:
-    """Counts how often something happens within a second, which begins with the first time."""
+    """Counts how often something happens within some seconds, which begin with the first time."""
 
-    def __init__(self):
-        self.count, self._since = 0, 0.0
+    def __init__(self, seconds: float = 1):
+        self.count, self._since, self._seconds = 0, 0.0, seconds
 
     def add(self, now: float) -> int:
         """Once more."""
-        self.count, self._since = (self.count + 1, self._since) if now - self._since < 1 else (1, now)
+        self.count, self._since = (self.count + 1, self._since) if now - self._since < self._seconds else (1, now)
         return self.count
 
 
@@ -6495,9 +6496,9 @@ class RemoteLink(Link):
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
-# Lines a second that are requests, answers that nobody waits for, or no messages: a server that writes more of them is
-# ended, so that others have a turn; and how many are logged, of requests and of the rest.
-FLOOD, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 100, 10
+# Lines that are requests, answers that nobody waits for, or no messages: a server that writes more of them in so many
+# seconds (a busy machine does not read as many in one) is ended; and how many are logged, of requests and of the rest.
+FLOOD, FLOOD_SECONDS, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 5.0, 100, 10
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
 
@@ -6577,7 +6578,7 @@ class ServerConnection(Holder):
         # Clients' calls that are running and may cause what the server sends, the oldest first. (A set has no order.)
         self.causes: dict[PendingRequest, None] = {}
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
-        self.flood = Rate()                               # of lines that no server has reason to write many of
+        self.flood = Rate(FLOOD_SECONDS)                  # of lines that no server has reason to write many of
         self._withdrawn = 0                               # requests that it may answer, though they were taken back
         self.heard_at, self.silences = float("-inf"), 0   # when something came last; and the time-outs since
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
@@ -9161,6 +9162,19 @@ class Group:
 # ============================================================================
 #
 # A mount is what clients reach, at whatever URL: it has their sessions, their calls, and the limits.
+#
+# When the configuration is read again, the processes of a server that was changed or taken out end when their calls
+# are done, and this becomes of what a client has there:
+#
+#                            the server was changed            it was taken out                the client's key is gone
+#   its session              goes on, is told of other lists   goes on with what it has left,  ends
+#                                                              or ends when its calls are done
+#   its calls that are sent  go on to their answers            go on to their answers          end with their session
+#   its other calls          go on, or fail with 503 where     fail as they would now          fail with 503
+#                            other rules apply to them now
+#   its subscriptions        move to the one in its place      end                             end with their session
+#   subscriptions/listen     moves with several servers; of    goes on with what it has left,  ends
+#                            that one, ends: it may ask again  or ends
 
 NOBODYS_NAME = "-"               # which no session has
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients

@@ -8576,8 +8576,8 @@ def test_process_whose_first_thread_has_ended_ends_with_its_server(tmp_path, end
             client.start("run", text=LEADERLESS % str(path))
             pid = until(lambda: path.exists() and int(path.read_text() or 0), "the child")
             until(lambda: b"Z" in mcpproxy.read_file(f"/proc/{pid}/stat").split(), "the end of its first thread")
-            stat = mcpproxy.process_stat(pid)
-            assert stat[mcpproxy.STATE] == b"S" and int(stat[mcpproxy.PAGES])
+            until(lambda: mcpproxy.process_stat(pid)[mcpproxy.STATE] == b"S", "its other thread, asleep")
+            assert int(mcpproxy.process_stat(pid)[mcpproxy.PAGES])
             if end != "its session":
                 proxy.stop(end)
         until(lambda: mcpproxy.process_stat(pid)[mcpproxy.STATE] in (b"", b"Z"), "its end")
@@ -18786,6 +18786,18 @@ async def test_conversation_answers_to_what_was_taken_back_do_not_end_a_server()
 
 
 @in_town
+async def test_conversation_server_floods_also_where_the_machine_reads_only_some_of_it_in_a_second():
+    town = Town("legacy", ["a"])
+    client, (link,) = await town.client("legacy"), town.links["a"]
+    for _ in range(6):
+        assert link.is_open
+        for _ in range(mcpproxy.FLOOD // 5):
+            town.say(link, {"id": "q", "method": "roots/list"})
+        await asyncio.sleep(0.8)
+    assert not link.is_open
+
+
+@in_town
 async def test_conversation_modern_server_that_refuses_to_be_listened_to_is_asked_by_one_timer():
     town = Town("modern", ["a"])
     client = await town.client("legacy", "a")
@@ -25863,8 +25875,8 @@ async def test_oauth_keys_are_kept_while_the_issuer_is_down(issues, one):
 @asked
 async def test_oauth_issuer_that_is_down_is_asked_no_more_than_every_few_seconds(issues, one):
     issues.answers.clear()
-    for _ in range(20):
-        error = await one.worth(issues.token())
+    for token in [issues.token() for _ in range(20)]:           # to sign them takes a while
+        error = await one.worth(token)
         assert error.http_status == 503 and dict(error.headers)["Retry-After"]
     assert len(issues.asked) <= 3
     issues.answers.update({"/tenant/keys": {"keys": issues.keys},
