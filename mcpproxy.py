@@ -3067,6 +3067,8 @@ class View:
         kind, candidates = method.partition("/")[0], self.candidates(name)
         if not candidates or self.is_joint and not _NAME.fullmatch(name) or kind == "tools" and not self.shows(name):
             raise self.unknown(kind, name)
+        if self.limits and self.is_joint:      # what one without a prefix has not may be meant for one that is closed
+            candidates = self.catalog.view(self.place, self.wanted).candidates(name)
         if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
             return None
         member = candidates[0]
@@ -5766,7 +5768,8 @@ class Issuer:
                 except TokenError as error:
                     if not isinstance(error, UnknownKey) or token.header.get("kid") is None:     # see BAD_SHARE
                         await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
-                    raise
+                    if keys is self._keys:             # otherwise one of those that were read meanwhile may have
+                        raise
         return key
 
     def _read_soon(self, pause: float = OUTAGE_SECONDS) -> asyncio.Task | None:
@@ -12780,7 +12783,7 @@ class Application:
             return                        # a preflight brings no key, and learns nothing
         key = given_key(admission.head)
         admission.caller = find_caller(key, self.keys.callers) if key is not None else None
-        if admission.caller is None and self.issuer:
+        if admission.caller is None and self.issuer and admission.path != "/readyz":        # where no token shows more
             self._check_token(admission, key)
         elif admission.caller is None:
             how = "send Authorization: Bearer <key>, X-API-Key: <key> or ?auth_key=<key>"

@@ -4626,6 +4626,14 @@ def test_access_keys_and_their_limits_are_each_its_own_for_sessions_of_one_url(k
         ann.headers.update(brings("ann")), bob.headers.update(brings("bob"))
 
 
+def test_access_a_call_for_a_server_that_is_closed_does_not_go_to_one_without_a_prefix(keys):
+    with keys({"ann": {"servers": ["b"]}}, {"a": kept("a"), "b": kept("b", prefix="")}) as proxy:
+        with ModernClient(proxy, headers=brings("ann")) as client:
+            assert limit_of(client.start("a__read_a").answer()) == (-32602, "servers", "ann")
+            assert text_of(client.start("read_a").answer()) == "b read_a"
+            assert json.loads(text_of(client.start("look", all=True).answer())) == ["read_a", "look"]
+
+
 def test_access_a_key_may_have_any_characters(keys):
     strange = ["schl\u00fcssel", "\u0437\u0430\u043c\u043e\u043a \U0001f511", "a,b", "a b", "Bearer x", 'q"\\',
                "=&?#%41", "x" * 5000, "'; --", "a:b", "\u00e9"]
@@ -25859,6 +25867,24 @@ async def test_oauth_other_key_of_the_same_name_ends_what_the_first_has_signed(i
     assert not await one.is_good(old)
 
 
+def test_oauth_verifier_has_its_thread_before_the_first_token(monkeypatch):
+    settings = mcpproxy.Settings(oauth_issuer="https://issuer.example", public_url="https://mcp.example")
+    issuer = mcpproxy.Issuer(settings, time.monotonic, None)
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+    assert issuer._verifier.submit(int).result(PATIENCE) == 0
+    issuer.close()
+
+
+@asked
+async def test_oauth_token_is_looked_at_again_with_keys_that_were_read_meanwhile(issues, one):
+    """An issuer may change the key of a name, and the first token that it signs has the keys read again."""
+    assert await one.is_good(issues.token())
+    issues.keys = [rsa_jwk(rsa_numbers(2048)[0])]
+    one.clock.left_out += 601
+    assert await one.is_good(issues.token(sign=lambda message: sign_rsa(message, *rsa_numbers(2048))))
+    assert issues.reads() == 2
+
+
 @asked
 async def test_oauth_keys_are_kept_while_the_issuer_is_down(issues, one):
     token = issues.token()
@@ -25963,6 +25989,15 @@ KEY_SETS = {
 async def test_oauth_keys_that_are_none_give_503(issues, one, capfd, given):
     issues.answers["/tenant/keys"] = given
     await assert_unusable(issues, one, capfd)
+
+
+def test_oauth_readyz_is_of_the_servers_also_to_a_token_that_cannot_be_checked(issues):
+    issues.answers.clear()
+    with resource_server(issues) as proxy:
+        until(lambda: proxy.request("GET", "/readyz").status == 200, "a server")
+        answer = get_tools(proxy, issues.token(), "/readyz")
+        assert answer.status == 200 and answer.json()["status"] == "ready"
+        assert not issues.asked
 
 
 def test_oauth_issuer_that_cannot_be_used_gives_503_and_no_fault_of_the_proxy(issues):
