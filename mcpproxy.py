@@ -3629,6 +3629,7 @@ class Log(logging.Handler):
         self.as_json = as_json
         self.descriptor = descriptor
         self.dropped = 0                        # lines that could not be written, for a debugger
+        self._is_cut = False                    # does what was written end within a line?
         self.debug, self.info, self.warning, self.error = (functools.partial(self.say, level) for level in (
             logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR))
         self._entries: list[tuple] = []         # (time, level, template, fields, error, about) of lines to come
@@ -3967,7 +3968,8 @@ def limits_changed() -> ServerError:
 # 17. Linux
 # ============================================================================
 #
-# What Linux says of processes, where there is a /proc; signals; and the removal of files that others have written.
+# What Linux says of processes, where there is a /proc; threads and signals; and the removal of files that others have
+# written.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
 STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
@@ -3981,6 +3983,14 @@ def libc():
         return ctypes.CDLL(None, use_errno=True)
     except (ImportError, OSError):
         return None
+
+
+def executor_with_its_thread() -> concurrent.futures.ThreadPoolExecutor:
+    """One thread for what takes long, from now on: later there may be none to be had."""
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    with contextlib.suppress(RuntimeError):
+        executor.submit(int)
+    return executor
 
 
 def children_of(pid: int) -> list[int]:
@@ -4316,9 +4326,8 @@ class Reaper:
         self.uids = {0, os.getuid()}
         self.patience = 2.0, 3.0, 1.0         # seconds that a server has to end, after each step of ServerProcess._stop
         self._ended: list[tuple] = []         # (tag, left, cell) of servers whose leftovers are looked for next
-        self._closer = concurrent.futures.ThreadPoolExecutor(1)
-        with contextlib.suppress(RuntimeError):
-            self._closer.submit(int)          # so it has its thread; later there may be none to be had
+        self.unclosed: collections.deque[Cell] = collections.deque()           # of which something could not be removed
+        self._closer = executor_with_its_thread()
         self._sweep: asyncio.TimerHandle | None = None        # while `_ended` has any
         with contextlib.suppress(OSError):
             os.mkdir(self.homes, 0o711)        # before a server could see its name, and make it its own
@@ -4342,7 +4351,10 @@ class Reaper:
         return f"{self.nonce}-{os.urandom(8).hex()}"
 
     def tick(self) -> None:
-        """Called every few seconds: reaps orphans that ended (as process 1, everybody's); restarts an ended shell."""
+        """Called every few seconds: reaps orphans that ended (as process 1, everybody's); restarts an ended shell;
+        tries again to remove what a server had."""
+        if self.unclosed:
+            self._closer.submit(self.unclosed.popleft().close)
         for pid in self._strangers() if self.census.gets_orphans or os.getpid() == 1 else ():
             if process_stat(pid)[STATE] == b"Z":
                 with contextlib.suppress(ChildProcessError):
@@ -4830,6 +4842,8 @@ class Cell:
                 break
             except OSError:                            # something still writes, or has not ended yet
                 time.sleep(0.05)
+        else:
+            self.sandbox.reaper.unclosed.append(self)  # or no descriptor is free, or the disk fails: it is tried again
         self.sandbox.reaper.uids.discard(uid)
 
 
@@ -5381,8 +5395,12 @@ class ClientConnection(asyncio.Protocol):
 
 @functools.lru_cache(maxsize=1)
 def client_tls():
-    """What verifies the certificates of remote servers: the system's authorities, or those of SSL_CERT_FILE."""
+    """What verifies the certificates of remote servers: the system's authorities, or those of SSL_CERT_FILE. OSError
+    when their file cannot be opened just now: without it nobody would be trusted from then on."""
     import ssl
+    file = ssl.get_default_verify_paths().cafile
+    with contextlib.suppress(PermissionError):         # there may be a directory of them too
+        file and open(file, "rb").close()
     return ssl.create_default_context()
 
 
@@ -5423,7 +5441,6 @@ class HTTPClient:
     def __init__(self, url: str):
         self._url = urlsplit(url)
         self.target = target_of(self._url)                 # what is asked for
-        self._tls = client_tls() if self._url.scheme == "https" else None
         self.connections: set[ClientConnection] = set()
         self._idle: list[ClientConnection] = []            # the one that was used last is the last
         # What waits for a connection: what is_extra; what is_endless; and the rest, by principal, each in turn.
@@ -5506,9 +5523,10 @@ class HTTPClient:
             # Not wait_for(): before Python 3.12 it takes turns of its own, in which the connection may end unseen.
             async with asyncio.timeout(CONNECT_SECONDS):
                 host, port = self._url.hostname, port_of(self._url)
+                tls = client_tls() if self._url.scheme == "https" else None
                 await look_up(host, port)
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self), host, port, ssl=self._tls, happy_eyeballs_delay=ADDRESS_SECONDS)
+                    lambda: ClientConnection(self), host, port, ssl=tls, happy_eyeballs_delay=ADDRESS_SECONDS)
         except TimeoutError:
             reason = "it takes too long"
         # SSLError is an OSError; Happy Eyeballs may assert; RuntimeError: there can be no other thread.
@@ -5669,7 +5687,7 @@ class Issuer:
         self._refused: dict[bytes, Verdict] = {}   # of bad ones, kept apart lest they push the good ones out
         self._checks: dict[bytes, tuple[asyncio.Task, object]] = {}          # that wait or run, and for whom
         self._turns: weakref.WeakValueDictionary[object, asyncio.Semaphore] = weakref.WeakValueDictionary()
-        self._verifier = concurrent.futures.ThreadPoolExecutor(1)
+        self._verifier = executor_with_its_thread()
         self._questions = asyncio.Semaphore(QUESTIONS)
 
     def check(self, text: str, principal: object) -> Verdict:
@@ -12024,6 +12042,8 @@ class HTTPServer:
                 self._servers.append(await asyncio.start_server(self._connected, sock=listener, backlog=1024))
             if not self._servers:
                 raise problem
+        except RuntimeError as error:          # there is no thread to look the host up with
+            raise StartError(f"cannot listen on {host} port {port}: {error}") from None
         except (OSError, UnicodeError) as error:
             # What socket.create_server() adds in brackets is said already.
             reason = (getattr(error, "strerror", None) or "not an address").partition(" (")[0]
@@ -13360,7 +13380,10 @@ class StandardStreams(asyncio.BaseProtocol):
             self._output, _ = await self._loop.connect_write_pipe(lambda: self, open(1, "wb", 0, closefd=False))
             if os.path.sameopenfile(0, 1):     # one socket for both: asyncio takes what comes in for the reader's end
                 self._loop.remove_reader(1)
-        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            threading.Thread(target=self._read, daemon=True).start()
+        except RuntimeError as error:
+            raise StartError(f"cannot read stdin: {error}") from None
 
     def _read(self) -> None:
         # In a thread, because stdin may be a file, which asyncio cannot wait for.
@@ -13615,6 +13638,8 @@ async def try_out(sandbox: Sandbox) -> None:
         await cell.start(asyncio.create_subprocess_exec, [], {}, None)
     except ServerError as error:
         raise StartError(str(error)) from None
+    except OSError as error:                     # no process, or no descriptor, is to be had
+        raise StartError(f"the sandbox cannot be tried out: {error.strerror}") from None
     finally:
         census.starting -= 1
         cell.close()
@@ -14053,11 +14078,24 @@ async def running(settings: Settings, on_signal):
     end_lookups(0)
 
 
+async def unless(end: collections.abc.Coroutine, work: collections.abc.Coroutine):
+    """What `work` returns; None if `end` comes before, which cancels it."""
+    work, end = asyncio.ensure_future(work), asyncio.ensure_future(end)
+    await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
+    if end.cancel():
+        return work.result()
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    return None
+
+
 async def run(settings: Settings) -> None:
     """One run of the program, until SIGTERM or SIGINT."""
     signals = asyncio.Semaphore(0)
     async with running(settings, signals.release) as proxy:
-        addresses = await proxy.start()
+        addresses = await unless(signals.acquire(), proxy.start())         # which a sandbox or a host name may hold up
+        if addresses is None:
+            return
         text = banner(settings, list(proxy.mount.servers), addresses)
         try:
             if settings.log_format == "json":
@@ -14076,11 +14114,7 @@ async def run(settings: Settings) -> None:
         log.info("= stopping: running calls may take %(seconds)g s to finish, or until a second signal",
                  seconds=settings.drain_delay + settings.shutdown_grace)
         proxy.http.leave()
-        draining, impatience = (asyncio.ensure_future(work) for work in (
-            proxy.mount.drain(settings.shutdown_grace, settings.drain_delay), signals.acquire()))
-        await asyncio.wait({draining, impatience}, return_when=asyncio.FIRST_COMPLETED)
-        draining.cancel()
-        impatience.cancel()
+        await unless(signals.acquire(), proxy.mount.drain(settings.shutdown_grace, settings.drain_delay))
 
 
 async def serve_stdio(settings: Settings) -> None:
@@ -14089,9 +14123,9 @@ async def serve_stdio(settings: Settings) -> None:
     async with running(settings, is_over.set) as proxy:
         client = StandardStreams(proxy.mount, is_over)
         proxy.reaper.patience = 1.5, 1.5, 1.0          # SDKs, and other proxies, kill what they started after 4 or 5 s
-        await proxy.start(listens=False)
-        await client.start()
-        await is_over.wait()
+        if await unless(is_over.wait(), proxy.start(listens=False)) is not None:
+            await client.start()
+            await is_over.wait()
 
 
 async def describe(member: ServerConfig, client: Client) -> list[str]:
@@ -14208,6 +14242,8 @@ def main() -> None:
         settings = load_settings(given, command, dict(os.environ))
         raise_descriptor_limit()
         watch_children_without_threads()
+        if settings.is_guarded or settings.session_secret:
+            import hmac                # not with the first key: its connection may have taken the last descriptor
         # glibc gives large blocks back to the kernel, and every large message faults its pages in anew: half of its
         # time. Freeing a block of 31 MB, which is never touched, raises its threshold for good (one of 32 would not).
         bytes(31 * 1024 * 1024)

@@ -6242,6 +6242,19 @@ def test_log_goes_on_when_there_is_a_reader_again():
         assert b"found" in os.read(read, 4096) and handler.dropped == 1
 
 
+def test_log_line_that_was_cut_spoils_no_other(monkeypatch):
+    """A disk that becomes full, or a slow terminal, takes a part of what is written."""
+    with a_pipe() as (read, write):
+        handler, whole = mcpproxy.Log(write, as_json=True), os.write
+        monkeypatch.setattr(os, "write", lambda number, data: whole(number, data[:30]))
+        handler.info("cut")
+        monkeypatch.undo()
+        handler.info("found")
+        handler.info("last")
+        _, *lines = os.read(read, 4096).decode().splitlines()
+        assert [json.loads(line)["message"] for line in lines] == ["found", "last"] and handler.dropped == 1
+
+
 @pytest.mark.parametrize("end", [0, 1], ids=["reader", "writer"])
 def test_log_survives_a_closed_descriptor(end):
     with a_pipe() as pipe:
@@ -6729,6 +6742,19 @@ def test_process_leftovers_are_looked_for_where_there_is_no_temporary_directory(
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_get_default_tempdir", raising(FileNotFoundError("no usable one")))
     assert new_reaper().homes.startswith("/tmp/")
+
+
+def test_process_home_that_could_not_be_removed_is_removed_later(reaper, monkeypatch):
+    sandbox = mcpproxy.Sandbox("s", mcpproxy.Settings(private_home=True), reaper)
+    cell = mcpproxy.Cell(sandbox, reaper.new_tag())
+    asyncio.run(cell._open())
+    with monkeypatch.context() as short:
+        short.setattr(mcpproxy, "remove_tree", raising(OSError(errno.EMFILE, "too many")))
+        short.setattr(mcpproxy.time, "sleep", lambda _: None)
+        cell.close()
+    assert os.path.isdir(cell.home)
+    reaper.tick()
+    until(lambda: not os.path.exists(cell.directory), "the end of its home")
 
 
 def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
@@ -10401,6 +10427,24 @@ def test_remote_client_says_how_large_an_answer_may_be(limit, words):
         server.close()
         await server.wait_closed()
     asyncio.run(run())
+
+
+def test_remote_authorities_are_read_when_there_is_a_descriptor_again(certificate):
+    code = f"""
+import os, resource, sys
+sys.path.insert(0, {HERE!r})
+import mcpproxy
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+try:
+    mcpproxy.client_tls()
+except OSError as error:
+    print(error.strerror)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(len(mcpproxy.client_tls().get_ca_certs()))"""
+    program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE,
+                             env={**os.environ, "SSL_CERT_FILE": str(certificate / "key.crt")})
+    assert program.stdout.splitlines() == ["Too many open files", "1"], program.stderr
 
 
 def test_remote_client_fails_a_request_when_no_thread_can_look_up_its_host(monkeypatch):
@@ -26986,6 +27030,34 @@ def test_proxy_ends_though_nobody_looks_up_the_name_of_a_remote_server(flags, st
         assert program.wait(PATIENCE) == status
 
 
+@pytest.mark.parametrize("settings, problem", [({}, "cannot listen on"), ({"private_home": True}, "the sandbox")],
+                         ids=["thread", "process"])
+def test_proxy_whose_start_lacks_threads_or_processes_is_refused_in_a_line(settings, problem, new_reaper, monkeypatch):
+    async def start():
+        proxy = mcpproxy.Proxy(mcpproxy.Settings(host="127.0.0.1", port=0, **settings), dict(os.environ), new_reaper())
+        monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+        monkeypatch.setattr(subprocess, "Popen", raising(BlockingIOError(errno.EAGAIN, "no more")))
+        try:
+            await proxy.start()
+        finally:
+            monkeypatch.undo()
+            await proxy.stop()
+    with pytest.raises(mcpproxy.StartError, match=problem):
+        asyncio.run(start())
+
+
+@pytest.mark.parametrize("flags", [["--port", "0"], ["--stdio"]], ids=["run", "stdio"])
+def test_proxy_ends_at_a_signal_while_its_start_hangs(flags):
+    hanging = ("import asyncio, mcpproxy, sys\nasync def hang(sandbox):\n    print('it hangs', file=sys.stderr)\n"
+               "    await asyncio.sleep(60)\nmcpproxy.try_out = hang\nmcpproxy.main()")
+    command = [sys.executable, "-c", hanging, *flags, "--", "cat"]
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        while b"it hangs" not in program.stderr.readline():
+            pass
+        program.terminate()
+        assert b"Traceback" not in program.communicate(timeout=PATIENCE)[1] and program.returncode == 0
+
+
 def test_proxy_serves_a_program_whose_name_is_no_utf_8(tmp_path):
     program = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     os.symlink(sys.executable, program)
@@ -28109,6 +28181,15 @@ def limit_descriptors(proxy, count):
     soft, hard = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (descriptors(proxy) + count, hard))
     return lambda: resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_load_the_last_descriptor_is_enough_for_the_first_key():
+    with running_proxy(FAKE, AUTH_KEY="secret") as proxy:
+        until(lambda: is_healthy(proxy) and "is ready" in proxy.log(), "the server")
+        undo = limit_descriptors(proxy, 1)
+        with HTTP(proxy) as http:
+            assert http.request("GET", "/tools", headers={"Authorization": "Bearer secret"}).status == 200
+        undo()
 
 
 def test_load_without_descriptors_accepting_pauses_and_recovers():
