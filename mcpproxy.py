@@ -89,6 +89,8 @@ Words
     view        what one URL shows of the servers: which of them, and the names of their tools there
     place       the <name> of /servers/<name>, where a server or group is reached by itself; None at other URLs
     joint       of several servers as one
+    members     a view's or a group's servers; a client's, the one of each group that it stays with; of a Message
+                and the like, what JSON calls an object's name/value pairs
     caller      who brings a key or a token; None: somebody without one
     principal   who is charged for what a request uses: its caller; without one, the address it comes from
     client      a session, known by its Mcp-Session-Id or ?session_id=, or on stdin; or a visitor, without one
@@ -507,11 +509,6 @@ def users_of(text: str) -> range:
     return range(int(numbers[1]), int(numbers[2]) + 1) if numbers else range(0)
 
 
-def is_user(text: str) -> bool:
-    """Is it the name or the number of a user, a range of numbers, or nothing?"""
-    return bool(users_of(text) or re.fullmatch("[0-9]{1,9}|[A-Za-z_][A-Za-z0-9_.-]*|", text))
-
-
 def check_settings(settings: Settings) -> Settings:
     """The settings again, or SettingsError for values that no run can use."""
     for rule, fits, names in (
@@ -530,7 +527,8 @@ def check_settings(settings: Settings) -> Settings:
             ("be an issuer's URL, without a query", lambda value: "?" not in value, "oauth_issuer"),
             ("be scopes with blanks between", re.compile("[!#-\\[\\]-~ ]*").fullmatch, "oauth_scopes"),
             ("be on, try or off", re.compile("on|try|off").fullmatch, "sandbox"),
-            ("be a user's name or number, or two numbers as 2000-2099", is_user, "run_as_user"),
+            ("be a user's name or number, or two numbers as 2000-2099", lambda value: (
+                users_of(value) or re.fullmatch("[0-9]{1,9}|[A-Za-z_][A-Za-z0-9_.-]*|", value)), "run_as_user"),
             ("look like /prefix, and be neither /tools nor /servers",
              re.compile("(?!/(?:tools|servers)(?:/|$))(/[A-Za-z0-9._~-]+)*").fullmatch, "base_path")):
         for name in names.split():
@@ -1696,7 +1694,8 @@ def our_initialize(is_for_all: bool) -> dict:
 
 def check_parameters(message: Message) -> None:
     """Refuses a request without an id or without the parameter that names what it is about, a _meta that is no object,
-    and lookalikes. (A server may carry out a request without an id, to which no limit would have been applied.)"""
+    lookalikes, and a handshake that says too much of its client. (A server may carry out a request without an id, to
+    which no limit would have been applied.)"""
     params, meta = message.params, message.meta
     if message.kind is NOTIFICATION and "notifications/" not in message.method:
         raise RPCError("a request must have an id")
@@ -1715,6 +1714,8 @@ def check_parameters(message: Message) -> None:
     required = REQUIRED_PARAMETERS.get(message.method)
     if required and not isinstance(params.get(required), str):
         raise RPCError(f"{message.method} needs the parameter {required}", code=INVALID_PARAMS)
+    if message.method == "initialize":
+        check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in params))
 
 
 def wholes_of(uri: object) -> list[str]:
@@ -1803,13 +1804,6 @@ def check_size(message: Message, *paths: tuple[str, ...]) -> None:
         # Values are counted by what begins them, outside of strings such as an icon's URI.
         if len(text) > MAX_INTRODUCTION or sum(map(_STRING.sub(b"", text).count, b"[{,")) > MAX_INTRODUCTION_VALUES:
             raise RPCError(f"{path[-1]} is too large", code=INVALID_PARAMS)
-
-
-def check_introduction(message: Message, is_kept: bool = False) -> None:
-    """The same for what a handshake says of its client; `is_kept`: for all of its params too, which set up a server."""
-    check_size(message, *(("params", name) for name in ("capabilities", "clientInfo") if name in message.params))
-    if is_kept and message.params:
-        check_size(message, ("params",))
 
 
 def check_modern(message: Message, headers: dict[str, str] | None) -> Envelope:
@@ -5887,8 +5881,7 @@ ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that is the same in all
 WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
-IDEMPOTENT_METHODS = frozenset("""initialize ping server/discover tools/list prompts/list prompts/get resources/list
-    resources/templates/list resources/read completion/complete skills/list skills/get tasks/get tasks/list""".split())
+IDEMPOTENT_METHODS = CACHEABLE | {"initialize", "ping", "prompts/get", "completion/complete", "tasks/get", "tasks/list"}
 GREETINGS = "initialize", "server/discover"
 PASSING = 408, 425, 429          # HTTP statuses that say nothing of what was asked for,
 FOR_NOW = *PASSING, 502, 503, 504        # and with those of what stands before a server that does not answer
@@ -8053,12 +8046,12 @@ class Instance:
         self.log_level: str | None = None           # that is wanted of it: a legacy server was told it
         self.connection: ServerConnection | None = None       # while READY
         self.listening: Listening | None = None     # at a modern server
-        self.last_used = server.now()
+        self.last_used = server.now()               # -inf: its key is gone or means something else now
         self._asked_levels: dict[str, float] = {}   # that modern requests asked for, and when one did last
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
-        self.failures, self.failed_at = 0, 0.0      # of a group's calls in a row, and when the last one failed
+        self.failures, self.failed_at = 0, 0.0      # of a group's calls in a row, and when the last one ended
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
@@ -8430,8 +8423,6 @@ class Client(Holder):
 
     def __init__(self, mount: "Mount", view: View, caller: Caller | None, variables: dict[str, str], principal: object,
                  name: str | None = None, headers: dict[str, str] | None = None):
-        if variables:
-            view.check_variables(variables)
         self.mount = mount
         self.view = view                            # what it is shown
         self.wanted = view.wanted                   # how it narrowed that down, also to servers that are gone for now
@@ -8591,7 +8582,6 @@ class Session(Client):
     def announce(self, message: Message) -> None:
         """Takes in its handshake before the server has answered it: the session's id contains all that it says, and
         with a server that starts slowly the client gets the id before that answer."""
-        check_introduction(message)
         self.introduce(message, None)
         self.offered = negotiate(message.params.get("protocolVersion"))
 
@@ -8891,7 +8881,6 @@ class Server:
         self._checked_rules: Rules | None = None   # that were compared to its tools
         self.misused: set[str] = set()             # tools left out for their x-mcp-header, which was logged
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
-        self.chosen = 0                            # how often its group has chosen it
         self.waiting: set[asyncio.Task] = set()    # the tasks of calls that its group chose it for, until they are sent
         self.failures = 0                          # of calls in a row
         self._probe_pause, self._probe_at = PROBE_PAUSE, 0.0
@@ -8975,21 +8964,13 @@ class Server:
         instance = self.instances.get(())
         return bool(instance and instance.connection is None)
 
-    def load(self) -> tuple:
-        """What orders the members of a group that are up: who is ready, and then who has least to do."""
-        weight = self.config.weight
-        calls = len(self.waiting) + sum(not call.is_endless for one in self.instances.values() if one.connection
-                                        for call in one.connection.pending.values())
-        return self.is_starting, calls / weight, self.chosen / weight
-
-    def probe(self, group: "collections.abc.Iterable[Server]" = ()) -> None:
-        """Finds out now and then whether a server that could not be used is back; `group`: all members of a group that
-        leaves it out."""
+    def probe(self, group: "Group | None" = None) -> None:
+        """Finds out now and then whether a server that could not be used is back; `group`: one that leaves it out."""
         if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at and (
                 self in self.pool.servers):
             self._probing = asyncio.get_running_loop().create_task(self._probe(group))
 
-    async def _probe(self, group: "collections.abc.Iterable[Server]") -> None:
+    async def _probe(self, group: "Group | None") -> None:
         try:
             async with asyncio.timeout(PING_SECONDS if self.is_for_all else self.settings.request_timeout):
                 if self.is_for_all:
@@ -9002,8 +8983,8 @@ class Server:
         else:
             pause = self._probe_pause = PROBE_PAUSE
             self.failures = 0
-            for member in group:                   # or it would get most calls until it has had as many as they
-                member.chosen = 0
+            if group:
+                group.chosen.clear()               # or it would get most calls until it has had as many as the others
         self._probing, self._probe_at = None, self.now() + pause
 
     async def _try_start(self) -> None:
@@ -9124,8 +9105,7 @@ class Group:
 
     def __init__(self, config: ServerConfig, members: list[Server]):
         self.name, self.config, self.members = config.name, config, members
-        for member in members:                     # or a new one would get most calls until it has had as many
-            member.chosen = 0
+        self.chosen: collections.Counter[Server] = collections.Counter()           # how often each was
 
     def choose(self, client: Client, left_out: Server | None, headers: dict[str, str],
                message: Message | None = None) -> Server:
@@ -9151,13 +9131,20 @@ class Group:
         first = [member for member in up if not member.config.is_backup] or up or members
         if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
-        own = min(first, key=Server.load)
+        own = min(first, key=self._load)
         if before is None or before is not left_out or not before.is_up_for(client):     # else for this request alone
-            own.chosen += client.is_session        # a call of others counts when it is sent
+            self.chosen[own] += client.is_session          # a call of others counts when it is sent
             client.members[self.config.name] = own
             if before in self.members and client.is_session:
                 client.move_topics(before, own, with_unsettled=False)
         return own
+
+    def _load(self, member: Server) -> tuple:
+        """What orders the members that are up: who is ready, and then who has least to do."""
+        weight = member.config.weight
+        calls = len(member.waiting) + sum(not call.is_endless for one in member.instances.values() if one.connection
+                                          for call in one.connection.pending.values())
+        return member.is_starting, calls / weight, self.chosen[member] / weight
 
     def _claims(self, member: Server, client: Client, message: Message | None, headers: dict[str, str]) -> bool:
         when = member.config.when
@@ -9229,8 +9216,10 @@ class Mount:
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
-        self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by requestState
-        self.states: dict[str | bytes, GivenState] = {}      # which server a requestState is for, by state_key()
+        # By a requestState of ours, the call that waits for its client; and with several servers, also for a state that
+        # a modern server has given, who gave it: by state_key().
+        self.parked: dict[str, PendingRequest] = {}
+        self.states: dict[str | bytes, GivenState] = {}
         self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
         self.counters = Counters()
@@ -9424,7 +9413,7 @@ class Mount:
                 self._pool.servers.discard(server)
         for group in self.groups.values():
             for member in group.members:
-                member.probe(group.members)
+                member.probe(group)
         if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
             for server in self.servers.values():
                 server.probe()
@@ -9534,6 +9523,13 @@ def stand_in_for(client: Client, server: Server | Group, failed: Instance, error
     raise error
 
 
+def instances_of(client: Client, names: collections.abc.Iterable[str]):
+    """Yields (name, the client's instance) of each of these servers, but for those of which it can have none."""
+    for name in names:
+        with contextlib.suppress(ProxyError):
+            yield name, client.by_name(name)
+
+
 async def ask_servers(client: Client, known, ask,
                       members=None) -> tuple[list[tuple[ServerConfig, object]], dict[str, str]]:
     """Asks a client's servers, or only these `members`, for something: ([(server, value)] of those that have it,
@@ -9611,15 +9607,13 @@ async def have_started(client: Client, missing: collections.abc.Iterable[str], w
     whose last start failed is not waited for, nor one that was `waited` for: where there is no room for all, that would
     have no end."""
     starts = {}
-    for name in missing:
-        with contextlib.suppress(ProxyError):
-            instance = client.by_name(name)
-            is_starting = instance.state in (NEW, STARTING)
-            is_new = instance.state is READY and client.mount.now() - instance.since < JOINT_SECONDS
-            if (is_starting or is_new) and not (instance.failure or instance.server.name in waited):
-                start = asyncio.ensure_future(instance.ready())
-                start.add_done_callback(lambda start: start.cancelled() or start.exception())
-                starts[start] = instance.server.name
+    for _, instance in instances_of(client, missing):
+        is_starting = instance.state in (NEW, STARTING)
+        is_new = instance.state is READY and client.mount.now() - instance.since < JOINT_SECONDS
+        if (is_starting or is_new) and not (instance.failure or instance.server.name in waited):
+            start = asyncio.ensure_future(instance.ready())
+            start.add_done_callback(lambda start: start.cancelled() or start.exception())
+            starts[start] = instance.server.name
     if not starts:
         return frozenset()
     try:
@@ -9632,13 +9626,11 @@ async def have_started(client: Client, missing: collections.abc.Iterable[str], w
 
 def mark_missed(client: Client, missing: dict[str, str], method: str | None = None, way: str = "") -> None:
     """Remembers that a client was given an answer without these servers."""
-    for name in missing:
-        with contextlib.suppress(ProxyError):
-            instance = client.by_name(name)
-            if instance.connection is None:
-                instance.is_missed = True
-            elif method:
-                instance.list_of(method, way).is_missed = True
+    for _, instance in instances_of(client, missing):
+        if instance.connection is None:
+            instance.is_missed = True
+        elif method:
+            instance.list_of(method, way).is_missed = True
 
 
 async def gather_identities(client: Client) -> tuple[list[tuple[ServerConfig, Identity]], dict[str, str]]:
@@ -9762,12 +9754,11 @@ async def find_by_name(client: Client, kind: str, name: str,
         closed = (view.refusal(one.name, kind, items.shown(one, view.is_joint)[name].own, name)
                   for one, items in found if view.limits and name in items.shown(one, view.is_joint))
         raise next(closed, None) or view.unknown(kind, name)
-    for other in itertools.takewhile(lambda other: other is not member, view.members):
-        last = None                                        # what it listed before, if it cannot be used now
-        with contextlib.suppress(ProxyError):              # there may be no room for an instance of it
-            last = other.name in missing and client.by_name(other.name).list_of(f"{kind}/list").last
-        if last and name in shown_of_one(view, other, last):
-            raise ServerError(f"server {other.name}: {missing[other.name]}", status=503)         # it is still its name
+    before = itertools.takewhile(lambda other: other is not member, view.members)
+    for other, instance in instances_of(client, (one.name for one in before if one.name in missing)):
+        last = instance.list_of(f"{kind}/list").last       # what it listed before, if it cannot be used now
+        if last and name in shown_of_one(view, view.by_name[other], last):
+            raise ServerError(f"server {other}: {missing[other]}", status=503)         # it is still its name
     return [view.target(member, kind, own, name)], {}
 
 
@@ -9822,11 +9813,10 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
     limit; 0: not at all), since a subscription at the wrong one would stay there."""
     await take_turn(client)
     for method in RESOURCE_LISTS:                  # where a list that is known has it, nobody is waited for
-        for member in client.view.members:
-            with contextlib.suppress(ProxyError):
-                items = client.by_name(member.name).list_of(method).known
-                if items is not None and uri in items:
-                    return [Target(member.name)], {}
+        for name, instance in instances_of(client, client.view.by_name):
+            items = instance.list_of(method).known
+            if items is not None and uri in items:
+                return [Target(name)], {}
     failure = None
     try:
         found, missing = await gather_resources(client)
@@ -9846,10 +9836,8 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
     if started:
         return await find_by_uri(client, uri, patience, waited | started)
     identities = {member.name: identity for member, (identity, *_) in found}
-    for name in missing:                           # one that could not list them may have it all the same
-        with contextlib.suppress(ProxyError):
-            instance = client.by_name(name)
-            identities[name] = instance.connection and instance.identity
+    for name, instance in instances_of(client, missing):      # one that could not list them may have it all the same
+        identities[name] = instance.connection and instance.identity
     targets = [Target(member.name) for member in client.view.members
                if identities.get(member.name) and identities[member.name].has("resources")]
     likely = {first, *fitting}                     # of a longer URI, whose end was not compared and may not fit
@@ -9918,7 +9906,6 @@ class LegacyClientBridge(Bridge):
     def initialize(self, exchange: "Exchange", message: Message) -> None:
         """Shakes hands for the server."""
         client, identity = exchange.client, exchange.instance.identity
-        check_introduction(message)
         # A server that was told the client's own words has answered the client; otherwise the proxy answers for it,
         # also where the server answered with a revision that nobody knows.
         is_answered = not exchange.instance.knows_our_capabilities and identity.version in LEGACY_VERSIONS
@@ -10519,7 +10506,8 @@ class ClientRequest(PendingRequest, Holder):
 
     def pin(self, error: ProxyError) -> None:
         """What its caller may use has changed: it fails with this error if it is at no server yet; otherwise it goes on
-        where it is, but is not sent again, as a legacy client's would be with its answers."""
+        where it is, but is not sent again, as a legacy client's would be with its answers: so its text is taken away,
+        unless park() makes a digest of it for a modern client."""
         self.is_pinned = self.is_repeated = True
         self.others, self.text = (), self.envelope and self.text
         connection, number = self.connection, self.server_id
@@ -10757,7 +10745,7 @@ class Exchange(ClientRequest):
             return self.begin(connection)
         try:
             if self.method == "initialize" and self.instance and self.instance.is_private:
-                check_introduction(self.message, is_kept=True)
+                check_size(self.message, ("params",))          # all of them set up the server, and are kept
                 self.instance.start(self.message.plain_params)
         except ProxyError as error:
             return self.fail(error)
@@ -10909,7 +10897,7 @@ class Exchange(ClientRequest):
             changes += self.target.changes(message)
         connection.has_served = True
         if self.group and not self.client.is_session:
-            self.instance.server.chosen += 1
+            self.group.chosen[self.instance.server] += 1
         about = self._about(number, connection, message) if connection.link.is_remote else None
         connection.pending[number] = self              # before it is sent: the link looks up whose it is
         try:
@@ -11392,7 +11380,7 @@ async def answer_handshake(exchange: Exchange, message: Message) -> None:
     """`initialize` and `server/discover`: what the servers can do, together."""
     client, is_initialize = exchange.client, exchange.method == "initialize"
     if is_initialize:
-        check_introduction(message, is_kept=True)
+        check_size(message, ("params",))               # all of them may set up servers, and are kept
         client.initialize_params = message.plain_params
     found, missing = await gather_identities(client)
     client.may_have_logs = bool(missing)
@@ -12525,8 +12513,8 @@ class Admission:
                           if pair[0] in QUERY_PARAMETERS or re.fullmatch("_*[A-Z][A-Z0-9_]*", pair[0]))
             if len(query) < len(head.query):
                 log.debug("= %(ignored)d query parameters are no variables", ignored=len(head.query) - len(query))
-            return client_variables(dataclasses.replace(head, query=query))
-        if head.method in ("GET", "HEAD") and not (
+            head = dataclasses.replace(head, query=query)
+        elif head.method in ("GET", "HEAD") and not (
                 self._settings.is_guarded or self.headers or "sec-fetch-site" in head.headers
                 or QUERY_PARAMETERS.issuperset(name for name, _ in head.query)):
             # Any page can make a browser GET any URL; over plain HTTP to another host, no header shows it.
@@ -13118,11 +13106,7 @@ class Endpoints(Application):
         exchange = new_exchange(client, message, PostOutlet(admission, reply, client), None, admission.trace)
         if is_initialize and client.is_session:
             if self.settings.session_secret and client.view.is_for_all:
-                try:
-                    client.announce(message)
-                except ProxyError:
-                    client.end()
-                    raise
+                client.announce(message)
             # If the handshake fails, there is no session after all; it ends once the error was sent.
             exchange.on_done = lambda: client.version or asyncio.get_running_loop().call_soon(client.end)
         exchange.start_or_fail()

@@ -2937,7 +2937,7 @@ def test_protocol_handshake_that_says_too_much_is_refused_and_told_what_is_too_l
         message = mcpproxy.parse_message(json.dumps(request(1, "initialize", {
             "protocolVersion": "2025-06-18", "x": "x" * 70_000, **{name: params[name] for name in names}})))
         with pytest.raises(RPCError, match=f"^{large} is too large") if refused else contextlib.nullcontext():
-            mcpproxy.check_introduction(message)
+            mcpproxy.check_parameters(message)
 
 
 @pytest.mark.parametrize("values, refused", [("[" * 600 + "]" * 600 + "," + "0," * 1_400 + "0", True),
@@ -2948,7 +2948,7 @@ def test_protocol_handshake_with_more_values_than_any_client_has_is_refused(valu
         "protocolVersion": "2025-06-18", "capabilities": {"experimental": {"x": "VALUES"}}, "clientInfo": {
             "name": "x", "version": "1"}})).replace('"VALUES"', f"[{values}]"))
     with pytest.raises(RPCError, match="^capabilities is too large") if refused else contextlib.nullcontext():
-        mcpproxy.check_introduction(message)
+        mcpproxy.check_parameters(message)
 
 
 @pytest.mark.parametrize("capabilities, method, params, missing", [
