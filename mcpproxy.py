@@ -45,38 +45,39 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     27. Streams, questions and outlets      what goes to a client
     28. What servers send      questions and notifications, and whom they concern
     29. Subscriptions          what the proxy asks a server for once, for all clients that subscribe
-    30. Lists                  what servers list, kept for all who ask
-    31. Instances              links that are kept running
-    32. Clients                who sends requests: sessions and visitors
-    33. Servers and groups     what was configured: each server's instances, and which servers stand in for others
-    34. Mounts                 what clients reach, at whatever URL, and what limits them
-    35. Several servers as one              what all are asked, and which of them a request is for
-    36. Bridges                what happens to a call between two eras
-    37. Dialogues              what a server asks in the course of a call
-    38. Records                what is kept of a call that is over
-    39. Client requests        one request of a client, from its arrival to its end
-    40. Exchanges              how that gets to a server, and what the server sends in answer
-    41. Joint exchanges        requests that the proxy answers for its servers
+    30. Listening              the one request by which a modern server is asked for it
+    31. Lists                  what servers list, kept for all who ask
+    32. Instances              links that are kept running
+    33. Clients                who sends requests: sessions and visitors
+    34. Servers and groups     what was configured: each server's instances, and which servers stand in for others
+    35. Mounts                 what clients reach, at whatever URL, and what limits them
+    36. Several servers as one              what all are asked, and which of them a request is for
+    37. Bridges                what happens to a call between two eras
+    38. Dialogues              what a server asks in the course of a call
+    39. Records                what is kept of a call that is over
+    40. Client requests        one request of a client, from its arrival to its end
+    41. Exchanges              how that gets to a server, and what the server sends in answer
+    42. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    42. HTTP connections       one socket each
-    43. HTTP server            the sockets that are listened on, and TLS
-    44. Outlets                a call's messages into an HTTP reply
-    45. Overview               the proxy for whoever operates it: health, metrics, what runs
-    46. Admission              what the head of a request says: who, where to, what for
-    47. OpenAPI                the tools as operations
-    48. The application        what every request passes, and what anybody may ask
-    49. Endpoints              what each method and path means
-    50. Standard streams       the other way in: for one client, on stdin and stdout
-    51. Demo server            a small MCP server to try things with
-    52. The proxy              everything put together
-    53. Command line           arguments and environment into a running proxy
-    54. The page               the overview for people
+    43. HTTP connections       one socket each
+    44. HTTP server            the sockets that are listened on, and TLS
+    45. Outlets                a call's messages into an HTTP reply
+    46. Overview               the proxy for whoever operates it: health, metrics, what runs
+    47. Admission              what the head of a request says: who, where to, what for
+    48. OpenAPI                the tools as operations
+    49. The application        what every request passes, and what anybody may ask
+    50. Endpoints              what each method and path means
+    51. Standard streams       the other way in: for one client, on stdin and stdout
+    52. Demo server            a small MCP server to try things with
+    53. The proxy              everything put together
+    54. Command line           arguments and environment into a running proxy
+    55. The page               the overview for people
 
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 22
-                to 25 and 42 to 49 these words may mean HTTP's; our HTTP response to a client is a Reply
+                to 25 and 43 to 50 these words may mean HTTP's; our HTTP response to a client is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -120,14 +121,14 @@ Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a metric              Counters (15), and for /metrics a row of Overview._families (45)
-    a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (52)
+    a metric              Counters (15), and for /metrics a row of Overview._families (46)
+    a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (53)
     a notification        a row of NOTIFICATION_ROUTES (28)
-    a choice of servers   pick() and find_targets() (35)
+    a choice of servers   pick() and find_targets() (36)
     a method              METHODS (1), to be counted by its name; where the eras say it differently, a row of a
-                          Bridge's `intercepted` (36)
-    a guard               a method of Application and its place in GUARDS (48)
-    a URL                 a method of Endpoints and a row of ROUTES (49)
+                          Bridge's `intercepted` (37)
+    a guard               a method of Application and its place in GUARDS (49)
+    a URL                 a method of Endpoints and a row of ROUTES (50)
 """
 
 import sys
@@ -3701,9 +3702,11 @@ class Log(logging.Handler):
         try:
             # A pipe that can be written to has room for PIPE_BUF bytes, so this does not wait.
             if self._poll.poll(0):
-                text = b"\n" * self._is_cut + block               # a line that was cut spoils no other
+                text = b"\n" + block if self._is_cut else block           # a line that was cut spoils no other
                 written = os.write(self.descriptor, text)
-                self._is_cut, block = text[written - 1:written] != b"\n", text[written:]
+                self._is_cut, block = not text.endswith(b"\n", 0, written), text[written:]
+                if not block:
+                    return
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
@@ -7413,15 +7416,12 @@ NOTIFICATION_ROUTES = {
 #
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
 # ask the server, under a request of its own that no client can cancel, and all who wait are told what the server says
-# to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource; a modern
-# one gets one `subscriptions/listen` for all resources and lists, and a new one when what is wanted changes.
+# to that; the last who leaves makes it take the subscription back. A legacy server is asked for each resource, here; a
+# modern one for all at once, see the next section.
 
-LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a modern server that ended a listen is asked again
-ASK_PAUSE = 30.0                 # until a legacy server that did not answer is asked for a resource again; and for a
-                                 # modern one to acknowledge a listen, and then to answer a ping
-ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
+ASK_PAUSE = 30.0                 # seconds until a legacy server that did not answer is asked for a resource again; and
+                                 # for a modern one to acknowledge a listen, and then to answer a ping
 TAKE_BACK_SECONDS = 5.0          # for a remote server to answer an unsubscribe
-CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 TOPIC_BYTES = 1_000              # that a subscription takes beside its URI
 MAX_TAKEN_BACK = 2_000           # unsubscribes that the server has yet to answer; past that it is asked for nothing new
 
@@ -7552,6 +7552,26 @@ class Topics(dict[str, Topic]):
             self.unsubscribe(subscriber, topic)
 
 
+# ============================================================================
+# 30. Listening
+# ============================================================================
+#
+# A modern server gets one `subscriptions/listen` for all resources and lists, and another when more or less is wanted.
+# What follows when one of them ends or fails depends on which it was. (The names are those of Listening.)
+#
+#     _taken_back   is answered nonetheless      the next time, _current is taken back first, and its answer waited for
+#     _current      ends                         it is asked for again after a pause, unless _next asks for it already
+#     _next         is refused                   what is new in it is to blame: several are asked for again, each by
+#                                                itself; one that is alone is refused. Without any: as for _current
+#                   fails beside _current        likewise, but one that clients were told that they have is put off
+#                   fails while nobody listens   what was taken before is asked for alone; where nothing was, each that
+#                                                is new in turn; one that still fails after half a minute is to blame
+
+LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a server that ended a listen is asked again
+ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
+CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
+
+
 class ListenRequest(PendingRequest):
     """One `subscriptions/listen` at a modern server."""
 
@@ -7582,7 +7602,7 @@ class ListenRequest(PendingRequest):
 
 
 class Listening:
-    """What an instance listens for at a modern server, by at most one request in each of these states:
+    """What an instance listens for, by at most one request in each of these states:
 
         _next         is sent, and not acknowledged yet; what is wanted anew waits until it is
         _current      is acknowledged, and heard
@@ -7807,7 +7827,7 @@ class Listening:
 
 
 # ============================================================================
-# 30. Lists
+# 31. Lists
 # ============================================================================
 #
 # The proxy reads a server's lists whole and keeps them, for all requests that it answers itself. (A list request to one
@@ -7993,7 +8013,7 @@ class KeptList:
 
 
 # ============================================================================
-# 31. Instances
+# 32. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each new one up as its clients need it.
@@ -8393,7 +8413,7 @@ class Instance:
 
 
 # ============================================================================
-# 32. Clients
+# 33. Clients
 # ============================================================================
 #
 # Who sends requests. A client stays with the instance of a server that it got when it first used that server.
@@ -8789,7 +8809,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 33. Servers and groups
+# 34. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -9166,7 +9186,7 @@ class Group:
 
 
 # ============================================================================
-# 34. Mounts
+# 35. Mounts
 # ============================================================================
 #
 # A mount is what clients reach, at whatever URL: it has their sessions, their calls, and the limits.
@@ -9500,7 +9520,7 @@ class Mount:
 
 
 # ============================================================================
-# 35. Several servers as one
+# 36. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -9848,7 +9868,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 
 
 # ============================================================================
-# 36. Bridges
+# 37. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
@@ -10225,7 +10245,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 37. Dialogues
+# 38. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -10346,7 +10366,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 38. Records
+# 39. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters, and for a while what the overview
@@ -10404,7 +10424,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 
 # ============================================================================
-# 39. Client requests
+# 40. Client requests
 # ============================================================================
 #
 # One client request from its arrival to its end, and the answer to it; where that goes is up to its outlet. It begins
@@ -10704,7 +10724,7 @@ class ClientRequest(PendingRequest, Holder):
 
 
 # ============================================================================
-# 40. Exchanges
+# 41. Exchanges
 # ============================================================================
 #
 # How a client's request gets to a server, and what becomes of what that sends. The exchange puts a server id in the
@@ -11083,7 +11103,7 @@ class Exchange(ClientRequest):
 
 
 # ============================================================================
-# 41. Joint exchanges
+# 42. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
@@ -11483,7 +11503,7 @@ import threading
 
 
 # ============================================================================
-# 42. HTTP connections
+# 43. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -11883,7 +11903,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 43. HTTP server
+# 44. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -12090,7 +12110,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 44. Outlets
+# 45. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -12252,7 +12272,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 45. Overview
+# 46. Overview
 # ============================================================================
 #
 # The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
@@ -12414,7 +12434,7 @@ class Overview:
 
 
 # ============================================================================
-# 46. Admission
+# 47. Admission
 # ============================================================================
 #
 # What the head of a request says: found out once, and used again when the same head comes.
@@ -12572,7 +12592,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 47. OpenAPI
+# 48. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -12654,7 +12674,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 
 
 # ============================================================================
-# 48. The application
+# 49. The application
 # ============================================================================
 #
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
@@ -12967,7 +12987,7 @@ class Probes(Application):
 
 
 # ============================================================================
-# 49. Endpoints
+# 50. Endpoints
 # ============================================================================
 #
 # What each method and path means: a Route of ROUTES, to methods that take (admission, body, reply).
@@ -13310,7 +13330,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 50. Standard streams
+# 51. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -13482,7 +13502,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
 
 # ============================================================================
-# 51. Demo server
+# 52. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration. It runs as a child process like any
@@ -13601,7 +13621,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 52. The proxy
+# 53. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in reverse.
@@ -13884,7 +13904,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 53. Command line
+# 54. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -14252,7 +14272,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 54. The page
+# 55. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

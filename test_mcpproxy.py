@@ -11648,7 +11648,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 33. Servers and groups
+# 34. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -12024,7 +12024,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 34. Mounts
+# 35. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -13349,7 +13349,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 35. Several servers as one
+# 36. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -14028,7 +14028,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 40. Exchanges
+# 41. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -21670,7 +21670,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 42. HTTP connections
+# 43. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -22122,7 +22122,7 @@ def test_connection_that_is_cut_off_is_logged_once(monkeypatch, capfd):
 
 
 # ============================================================================
-# 45. Overview
+# 46. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -24136,7 +24136,7 @@ async def test_oauth_call_goes_on_when_its_session_comes_with_a_token_that_has_o
 
 
 # ============================================================================
-# 49. Endpoints
+# 50. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -26586,7 +26586,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 50. Standard streams
+# 51. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -26895,7 +26895,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 51. Demo server
+# 52. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -27004,7 +27004,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 52. The proxy
+# 53. The proxy
 # ============================================================================
 
 def test_proxy_that_was_stopped_for_a_while_takes_first_what_came_meanwhile():
@@ -27183,7 +27183,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 53. Command line
+# 54. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
