@@ -7897,13 +7897,16 @@ class Items(dict):
 
 class KeptList:
     """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so. There
-    is one for each `way` (see way_of()), because a remote proxy does not list to others what it has from them."""
+    is one for each `way` (see way_of()), because a remote proxy does not list to others what it has from them.
+
+        is_old       the server says that it changed: whoever asks waits a moment for the new one, then gets the last
+        is_missed    somebody was answered without it: it is asked for in tick(), and when it is there, all are told
+        _is_behind   somebody got the last though it was asked for again: likewise, but told only if it is another
+    """
 
     def __init__(self, instance, method: str, way: str):
         self.instance, self.method, self.way = instance, method, way
-        self.is_old = False                        # did it change since?
-        self.is_missed = False                     # was somebody given an answer without it?
-        self._is_behind = False                    # or what it listed before, though it was asked for again?
+        self.is_old = self.is_missed = self._is_behind = False
         self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
         self.listing: asyncio.Task | None = None             # while the server lists it
