@@ -5237,6 +5237,9 @@ MAX_INTERIM = 100                # 1xx before one response
 KEPT_CONNECTIONS = 8             # of one HTTPClient, that are idle
 REUSE_SECONDS = 4.0              # for which an idle one can be used again: node closes it after 5
 ANSWERED_SECONDS = 5.0           # for a stream to end after the answer
+# Seconds of silence until the peer's system is asked whether it is there; between such questions; and how many. By
+# default that takes two hours, and what stands between (a NAT, a balancer) forgets a silent connection sooner. tcp(7)
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class Fetch(Holder):
@@ -5304,9 +5307,13 @@ class ClientConnection(asyncio.Protocol):
         self._transport = transport
         self._client.connections.add(self)
         # A stream may be silent for hours, and a peer that vanished has to be noticed at last.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        wire = transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):                      # macOS calls the first one otherwise
+                wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._poll = select.poll()
-        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self._poll.register(wire.fileno(), select.POLLIN)
 
     @property
     def is_good(self) -> bool:

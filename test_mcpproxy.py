@@ -9315,6 +9315,18 @@ def test_remote_servers_of_each_kind_are_used_by_clients_of_each_kind(far_kind, 
 
 
 @EACH_REMOTE
+def test_remote_server_that_vanished_is_noticed_within_minutes_though_nothing_is_sent(far_kind):
+    def timers():                        # of proc_net_tcp(5): 02 is that of keepalive, in hundredths of a second
+        with open("/proc/net/tcp") as table:
+            rows = [line.split() for line in table][1:]
+        return [row[5] for row in rows if row[2].endswith(f":{far.port:04X}") and row[3] == "01"]
+    with Remote(far_kind) as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
+        client.watch("test://a")
+        until(lambda: timers() and all(one.startswith("02:") for one in timers()), "rest")
+        assert max(int(one[3:], 16) for one in timers()) <= 60 * 100
+
+
+@EACH_REMOTE
 def test_remote_server_in_a_file_gets_its_headers_with_each_request(configured, far_kind):
     keys = {"headers": {"Authorization": "Bearer ${FAR_KEY}", "X-Other": "${env:FAR_KEY}-${NONE:-2}"}}
     with Remote(far_kind) as far, configured(far={"url": far.url, **keys}, FAR_KEY="k", near=command_of(FAKE)) as proxy:
