@@ -3062,7 +3062,8 @@ class View:
         kind, candidates = method.partition("/")[0], self.candidates(name)
         if not candidates or self.is_joint and not _NAME.fullmatch(name) or kind == "tools" and not self.shows(name):
             raise self.unknown(kind, name)
-        if self.limits and self.is_joint:      # what one without a prefix has not may be meant for one that is closed
+        # What one without a prefix has not may be meant for one that is closed.
+        if self.limits and self.is_joint and not candidates[0].start_of_names:
             candidates = self.catalog.view(self.place, self.wanted).candidates(name)
         if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
             return None
@@ -4832,7 +4833,8 @@ class Cell:
                 if self.cgroup and os.path.exists(self.cgroup):
                     with contextlib.suppress(OSError):             # Linux 5.14
                         write_file(f"{self.cgroup}/cgroup.kill", "1")
-                    for group, *_ in os.walk(self.cgroup, topdown=False):          # the server may have divided it
+                    # The server may have divided it; without a descriptor, os.walk() finds nothing.
+                    for group in [group for group, *_ in os.walk(self.cgroup, topdown=False)] or [self.cgroup]:
                         os.rmdir(group)
                 if self.directory and os.path.exists(os.path.dirname(self.directory)):
                     remove_tree(*os.path.split(self.directory))
@@ -5418,18 +5420,19 @@ def target_of(url: SplitResult) -> str:
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_lookups: dict[tuple[str, int], asyncio.Future] = {}          # of hosts, that are not answered yet
+_lookups: dict[tuple, asyncio.Future] = {}          # of hosts, that are not answered yet
 
 
-async def look_up(host: str, port: int) -> None:
-    """Waits until a host's name has been looked up, once for all who want that: each lookup takes a thread, for long if
+async def look_up(host: str | None, port: int, flags: int = 0) -> list[tuple]:
+    """What getaddrinfo() finds, once for all who want that: each lookup of a host's name takes a thread, for long if
     nobody answers, and those of other hosts shall not wait."""
-    lookup = _lookups.get((host, port))
+    asked = host, port, flags
+    lookup = _lookups.get(asked)
     if lookup is None:
-        lookup = _lookups[host, port] = asyncio.ensure_future(asyncio.get_running_loop().getaddrinfo(
-            host, port, type=socket.SOCK_STREAM))
-        lookup.add_done_callback(lambda done: (_lookups.pop((host, port)), done.cancelled() or done.exception()))
-    await asyncio.shield(lookup)
+        lookup = _lookups[asked] = asyncio.ensure_future(asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=flags))
+        lookup.add_done_callback(lambda done: (_lookups.pop(asked), done.cancelled() or done.exception()))
+    return await asyncio.shield(lookup)
 
 
 def end_lookups(status: int) -> None:
@@ -5780,19 +5783,19 @@ class Issuer:
 
     async def _signer(self, token: Token, turn: asyncio.Semaphore) -> PublicKey:
         """The key that has signed it, and that its issuer has not withdrawn while it was looked for."""
-        keys = key = None
-        while keys is not self._keys and key not in self._keys:
+        while True:
             keys = self._keys
             async with turn:
                 began = self._now()
                 try:
                     key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify, token, keys)
+                    if key in self._keys:
+                        return key
                 except TokenError as error:
                     if not isinstance(error, UnknownKey) or token.header.get("kid") is None:     # see BAD_SHARE
                         await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
                     if keys is self._keys:             # otherwise one of those that were read meanwhile may have
                         raise
-        return key
 
     def _read_soon(self, pause: float = OUTAGE_SECONDS) -> asyncio.Task | None:
         """Begins to read its keys, unless that was tried just now. Returns the task that reads them, if one does."""
@@ -6520,8 +6523,8 @@ class RemoteLink(Link):
 # JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
-# Lines that are requests, answers that nobody waits for, or no messages: a server that writes more of them in so many
-# seconds (a busy machine does not read as many in one) is ended; and how many are logged, of requests and of the rest.
+# Lines that are requests, answers that nobody waits for, or no messages: a server that writes so many more of them than
+# answers within so many seconds is ended (a busy machine reads less in one); and how many are logged in a second.
 FLOOD, FLOOD_SECONDS, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 5.0, 100, 10
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
@@ -6599,10 +6602,9 @@ class ServerConnection(Holder):
         self.is_greeted = False                            # is the handshake made?
         self.mirrors = False                               # do headers repeat arguments of its tools?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
-        # Clients' calls that are running and may cause what the server sends, the oldest first. (A set has no order.)
-        self.causes: dict[PendingRequest, None] = {}
+        self.causes: dict[PendingRequest, None] = {}     # clients' running calls that may cause what it sends
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
-        self.flood = Rate(FLOOD_SECONDS)                  # of lines that no server has reason to write many of
+        self._flood, self.unasked = Rate(FLOOD_SECONDS), Rate()          # of lines that nobody asked for; for the log
         self._withdrawn = 0                               # requests that it may answer, though they were taken back
         self.heard_at, self.silences = float("-inf"), 0   # when something came last; and the time-outs since
         self.closed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
@@ -6779,7 +6781,7 @@ class ServerConnection(Holder):
     # From the server.
 
     def _on_line(self, line: bytes, cause: int | None = None) -> None:
-        if self.flood.count > FLOOD or self.closed.done():         # what outlived its server may still write
+        if self._flood.count > FLOOD or self.closed.done():         # what outlived its server may still write
             return
         line, self.heard_at, self.silences = line.strip(b" \t\r"), self._now(), 0
         try:
@@ -6857,15 +6859,15 @@ class ServerConnection(Holder):
             self.send_if_possible(encode_error(dump(request_id).encode(), error)[0])
 
     def _count_flood(self) -> int:
-        count = self.flood.add(self._now())
-        if count == FLOOD + 1:
+        if self._flood.add(self._now()) == FLOOD + 1:
             log.error("! server %(server)s is ended: it floods stdout", server=self.name)
             self.link.stop()
-        return count
+        return self.unasked.add(self._now())
 
     def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
         if pending:
+            self._flood.count -= self._flood.count > 0     # a question or a line of junk in each call is no flood
             self.link.on_answered(server_id)
             try:
                 pending.on_response(response)
@@ -7192,14 +7194,13 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     # No such call is running: it may belong to one that waits for its client, or to the only session that there is.
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
     parked = [call for call in waiting if call.is_parked]
-    if parked:
-        return parked if len({call.asker for call in parked}) == 1 else [], None
-    if len(instance.sessions) > 1:
+    if len({call.asker for call in parked}) > 1 or not parked and len(instance.sessions) != 1:
         return [], None
-    session = next(iter(instance.sessions.values()), None)
-    is_late = session and any(caller != session.identity and instance.server.now() - ended_at < LATE_SECONDS
-                              for caller, ended_at in instance.recent_callers.items())
-    return [], session if not is_late and all(call.client is session for call in waiting) else None
+    client = parked[0].client if parked else next(iter(instance.sessions.values()))
+    if any(caller != client.identity and instance.server.now() - ended_at < LATE_SECONDS
+           for caller, ended_at in instance.recent_callers.items()):
+        return [], None                                              # it may be about that one's call
+    return parked, client if not parked and all(call.client is client for call in waiting) else None
 
 
 def ask_client(instance, connection: ServerConnection, message: Message, cause: PendingRequest | None) -> None:
@@ -7233,7 +7234,7 @@ def ask_client(instance, connection: ServerConnection, message: Message, cause: 
     told = outward(client, instance, message) if client and not message.method.startswith("tasks/") else message
     question = connection.questions[message.id] = Question(told.with_id, on_response, told)
     question.patience = instance.server.settings.request_timeout
-    if connection.flood.count <= LOGGED_QUESTIONS:
+    if connection.unasked.count <= LOGGED_QUESTIONS:
         log.info("> %(session)s %(method)s id=%(id)d, from the server", session=client.label if client else "-",
                  method=message.method, id=question.id)
     if client and not missing(call or client):
@@ -10724,6 +10725,7 @@ class ClientRequest(PendingRequest, Holder):
         retry.state = DONE
         self.leave_books()
         self._become(RUNNING)
+        self.instance.recent_callers.pop(self.client.identity, None)           # of a visitor: it is another one now
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self.http_headers = retry.http_headers
         self.started = retry.started                # the time that people took does not count
@@ -12043,9 +12045,7 @@ class HTTPServer:
         self.tls = tls
         name, problem = host.removeprefix("[").removesuffix("]"), None
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(name or None, port, type=socket.SOCK_STREAM,
-                                                                 flags=socket.AI_PASSIVE)
-            for family, *_, address in dict.fromkeys(found):
+            for family, *_, address in dict.fromkeys(await look_up(name or None, port, socket.AI_PASSIVE)):
                 try:
                     listener = socket.create_server((address[0], port, *address[2:]), family=family,
                                                     dualstack_ipv6=name == "::" and socket.has_dualstack_ipv6())
@@ -13646,15 +13646,22 @@ async def try_out(sandbox: Sandbox) -> None:
     """Takes all steps of a sandbox, in a process that then ends; StartError when one fails."""
     if not sandbox.is_on:
         return
-    cell, census = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census
+    cell, census, started = Cell(sandbox, sandbox.reaper.new_tag()), sandbox.reaper.census, []
+
+    async def spawn(*command, **more) -> None:
+        started.append(await asyncio.create_subprocess_exec(*command, **more))
     census.starting += 1                         # or another proxy with that reaper would take it for an orphan
     try:
-        await cell.start(asyncio.create_subprocess_exec, [], {}, None)
+        await cell.start(spawn, [], {}, None)
     except ServerError as error:
         raise StartError(str(error)) from None
     except OSError as error:                     # no process, or no descriptor, is to be had
         raise StartError(f"the sandbox cannot be tried out: {error.strerror}") from None
     finally:
+        for process in started:                  # it may hang
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
+                process.kill()
+                await asyncio.wait_for(process.wait(), 1)
         census.starting -= 1
         cell.close()
 

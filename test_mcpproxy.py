@@ -4634,6 +4634,13 @@ def test_access_a_call_for_a_server_that_is_closed_does_not_go_to_one_without_a_
             assert json.loads(text_of(client.start("look", all=True).answer())) == ["read_a", "look"]
 
 
+def test_access_a_closed_server_without_a_prefix_changes_nothing_for_the_others(keys):
+    """A call goes by its prefix alone, also of a tool that is not listed."""
+    with keys({"ann": {"servers": ["a"]}}, {"a": kept("a"), "b": kept("b", prefix="")}) as proxy:
+        with ModernClient(proxy, headers=brings("ann")) as client:
+            assert text_of(client.start("a__unlisted").answer()) == "a unlisted"
+
+
 def test_access_a_key_may_have_any_characters(keys):
     strange = ["schl\u00fcssel", "\u0437\u0430\u043c\u043e\u043a \U0001f511", "a,b", "a b", "Bearer x", 'q"\\',
                "=&?#%41", "x" * 5000, "'; --", "a:b", "\u00e9"]
@@ -6755,6 +6762,20 @@ def test_process_home_that_could_not_be_removed_is_removed_later(reaper, monkeyp
     assert os.path.isdir(cell.home)
     reaper.tick()
     until(lambda: not os.path.exists(cell.directory), "the end of its home")
+
+
+def test_process_control_group_that_could_not_be_removed_is_removed_later(reaper, monkeypatch, tmp_path):
+    reaper.cgroups = [str(tmp_path / "mcpproxy-x")]
+    monkeypatch.setattr(mcpproxy, "write_file", lambda *_: None)
+    cell = mcpproxy.Cell(mcpproxy.Sandbox("s", mcpproxy.Settings(), reaper), reaper.new_tag())
+    asyncio.run(cell._open())
+    os.mkdir(f"{cell.cgroup}/inner")
+    with monkeypatch.context() as short:
+        short.setattr(os, "scandir", raising(OSError(errno.EMFILE, "too many")))
+        short.setattr(mcpproxy.time, "sleep", lambda _: None)
+        cell.close()
+    reaper.tick()
+    until(lambda: not os.path.exists(cell.cgroup), "the end of its control group")
 
 
 def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
@@ -12883,7 +12904,8 @@ def test_session_sees_only_its_own_progress_among_clients_of_both_eras(crowd):
 def test_session_is_asked_only_what_its_own_call_caused(crowd):
     # One after the other: a legacy server's question says not what caused it, so the newest call it is.
     for number, peer in enumerate(crowd):
-        rounds = [[FORM, ["sampling/createMessage", {"number": number}]], [["sampling/createMessage", {"round": 2}]]]
+        # And one by one: what comes while a call is parked may be about the one before, which has just ended.
+        rounds = [[FORM], [["sampling/createMessage", {"number": number}]], [["sampling/createMessage", {"round": 2}]]]
         peer.tool("inquire", rounds=rounds)
         assert sorted(map(str, peer.asked)) == sorted(map(str, map(tuple, sum(rounds, []))))
 
@@ -15552,6 +15574,24 @@ def test_conversation_question_of_a_parked_call_that_comes_late_waits_for_its_cl
         bob < {"id":2,"result":{"resultType":"input_required","requestState":$LATER,"inputRequests":{
                                    "$R":{"method":"elicitation/create","params":{"message":"how old?"}}}}}
     ''', server="legacy", ann="legacy", cat="legacy", bob="modern")
+
+
+@pytest.mark.parametrize("others", [{}, {"cat": "legacy"}], ids=["one session", "two sessions"])
+def test_conversation_question_that_comes_after_a_call_of_another_client_is_not_for_a_parked_one(others):
+    conversation('''
+        bob > {"id":1,"method":"tools/call","params":{"name":"x"}}
+                server > {"id":$BOB,"method":"tools/call","params":{"name":"x","_meta":{}}}
+                server < {"id":"q","method":"elicitation/create","params":{"message":"who?"}}
+        bob < {"id":1,"result":{"resultType":"input_required","requestState":$STATE,"inputRequests":{
+                                   "$Q":{"method":"elicitation/create","params":{"message":"who?"}}}}}
+        ann > {"id":1,"method":"tools/call","params":{"name":"y"}}
+                server > {"id":$ANN,"method":"tools/call","params":{"name":"y"}}
+                server < {"id":$ANN,"result":{"content":[]}}
+        ann < {"id":1,"result":{"content":[]}}
+                server < {"id":"r","method":"elicitation/create","params":{"message":"ann's"}}
+                server > {"id":"r","error":{"code":-32600,"message":"nothing says whose this is: calls of several
+ clients are running, or none that can have caused it"}}
+    '''.replace("several\n", "several"), server="legacy", ann="legacy", **others, bob="modern")
 
 
 def test_conversation_call_that_is_parked_ends_by_its_clients_silence_whatever_the_server_says():
@@ -18859,6 +18899,18 @@ async def test_conversation_server_floods_also_where_the_machine_reads_only_some
             town.say(link, {"id": "q", "method": "roots/list"})
         await asyncio.sleep(0.8)
     assert not link.is_open
+
+
+@in_town
+async def test_conversation_question_in_each_of_many_calls_is_no_flood():
+    town = Town("legacy", ["a"])
+    client, (link,) = await town.client("legacy"), town.links["a"]
+    for number in range(mcpproxy.FLOOD + 100):
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        _, call = town.heard.pop()
+        town.say(link, {"id": number, "method": "roots/list"})
+        town.say(link, {"id": call["id"], "result": {"content": []}})
+    assert link.is_open
 
 
 @in_town
@@ -27058,16 +27110,33 @@ def test_proxy_whose_start_lacks_threads_or_processes_is_refused_in_a_line(setti
         asyncio.run(start())
 
 
-@pytest.mark.parametrize("flags", [["--port", "0"], ["--stdio"]], ids=["run", "stdio"])
-def test_proxy_ends_at_a_signal_while_its_start_hangs(flags):
+def test_proxy_over_stdio_ends_at_a_signal_while_its_start_hangs():
     hanging = ("import asyncio, mcpproxy, sys\nasync def hang(sandbox):\n    print('it hangs', file=sys.stderr)\n"
                "    await asyncio.sleep(60)\nmcpproxy.try_out = hang\nmcpproxy.main()")
-    command = [sys.executable, "-c", hanging, *flags, "--", "cat"]
+    command = [sys.executable, "-c", hanging, "--stdio", "--", "cat"]
     with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         while b"it hangs" not in program.stderr.readline():
             pass
         program.terminate()
         assert b"Traceback" not in program.communicate(timeout=PATIENCE)[1] and program.returncode == 0
+
+
+@pytest.mark.parametrize("hanging", [
+    "def hang(*_, **__):\n    print('it hangs', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
+    "socket.getaddrinfo = hang",
+    "mcpproxy.CONFINE = 'import sys, time; print(\"it hangs\", file=sys.stderr); time.sleep(60)\\n' + "
+    "mcpproxy.CONFINE"], ids=["host", "sandbox"])
+def test_proxy_ends_at_a_signal_while_something_that_its_start_needs_hangs(hanging):
+    command = [sys.executable, "-c", f"import mcpproxy, socket, sys, time\n{hanging}\nmcpproxy.main()",
+               "--port", "0", *(["--private-home", "true"] if "CONFINE" in hanging else []), "--", "cat"]
+    with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE) as program:
+        try:
+            while b"it hangs" not in program.stderr.readline():
+                pass
+            program.terminate()
+            assert program.wait(PATIENCE) == 0 and program.stderr.read() == b""
+        finally:
+            program.kill()
 
 
 def test_proxy_serves_a_program_whose_name_is_no_utf_8(tmp_path):
