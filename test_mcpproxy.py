@@ -546,11 +546,20 @@ class Response:
         return self.status, self.json()["error"]["code"]
 
 
+def connect(host, port):
+    """A connection. (Linux may connect a socket to itself, while nobody listens at a port that was free.)"""
+    connection = socket.create_connection((host, port), timeout=PATIENCE)
+    if connection.getsockname() == connection.getpeername():
+        connection.close()
+        raise ConnectionRefusedError
+    return connection
+
+
 class HTTP:
     """A socket that speaks HTTP/1.1 literally."""
 
     def __init__(self, proxy):
-        self.socket = socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE)
+        self.socket = connect("127.0.0.1", proxy.port)
         self.file = self.socket.makefile("rb")
         self.blocks = []                 # of a stream, that came and were not looked at
 
@@ -31251,7 +31260,7 @@ def far_server(workshop, name):
             env={**os.environ, "TEST_TAG": tag}) as process:
         def is_up():
             assert process.poll() is None, os.pread(log.fileno(), 10_000, 0).decode()
-            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
+            with contextlib.suppress(OSError), connect("localhost", port):
                 return True
         try:
             until(is_up, "the server's port", 60)
