@@ -3062,7 +3062,8 @@ class View:
         kind, candidates = method.partition("/")[0], self.candidates(name)
         if not candidates or self.is_joint and not _NAME.fullmatch(name) or kind == "tools" and not self.shows(name):
             raise self.unknown(kind, name)
-        # What one without a prefix has not may be meant for one that is closed.
+        # Of those that are open, only one without a prefix may have it; but it may begin with the prefix of one that is
+        # closed. Then the servers' lists tell.
         if self.limits and self.is_joint and not candidates[0].start_of_names:
             candidates = self.catalog.view(self.place, self.wanted).candidates(name)
         if self.is_joint and (len(candidates) > 1 or _SHORTENED.fullmatch(name)):
@@ -6524,7 +6525,7 @@ class RemoteLink(Link):
 # to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
 
 # Lines that are requests, answers that nobody waits for, or no messages: a server that writes so many more of them than
-# answers within so many seconds is ended (a busy machine reads less in one); and how many are logged in a second.
+# answers within FLOOD_SECONDS is ended (in one, a busy machine does not read them); and how many a second are logged.
 FLOOD, FLOOD_SECONDS, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 5.0, 100, 10
 PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
 GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
@@ -7567,13 +7568,17 @@ class Topics(dict[str, Topic]):
 # A modern server gets one `subscriptions/listen` for all resources and lists, and another when more or less is wanted.
 # What follows when one of them ends or fails depends on which it was. (The names are those of Listening.)
 #
-#     _taken_back   is answered nonetheless      the next time, _current is taken back first, and its answer waited for
+#     _taken_back   is answered nonetheless      all is asked for anew, when _current has been taken back, too, and its
+#                                                answer has come; so it is the next time
 #     _current      ends                         it is asked for again after a pause, unless _next asks for it already
-#     _next         is refused                   what is new in it is to blame: several are asked for again, each by
-#                                                itself; one that is alone is refused. Without any: as for _current
+#     _next         is refused, or is not        what is new in it is to blame: two to ONE_BY_ONE are asked for again,
+#                   acknowledged in time         one after the other; more, or one alone, are refused. Without any,
+#                                                _current goes on; if there is none, it is as if that had ended, but a
+#                                                process that never took anything is taken to tell of no lists
 #                   fails beside _current        likewise, but one that clients were told that they have is put off
-#                   fails while nobody listens   what was taken before is asked for alone; where nothing was, each that
-#                                                is new in turn; one that still fails after half a minute is to blame
+#                   fails while nobody listens   after a pause, lists and what was taken before are asked for alone;
+#                                                where there are none, each that is new in turn: one at which a server
+#                                                still answers with an HTTP error after half a minute is to blame
 
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a server that ended a listen is asked again
 ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
@@ -7907,9 +7912,11 @@ class KeptList:
     """What a server listed of one kind, kept until it says that it changed; or for a while, if it never says so. There
     is one for each `way` (see way_of()), because a remote proxy does not list to others what it has from them.
 
-        is_old       the server says that it changed: whoever asks waits a moment for the new one, then gets the last
+        is_old       it changed, as the server says, or may have, as after a restart: whoever asks waits a moment for
+                     the new one, and then gets the last
         is_missed    somebody was answered without it: it is asked for in tick(), and when it is there, all are told
-        _is_behind   somebody got the last though it was asked for again: likewise, but told only if it is another
+        _is_behind   the last one is in use though it was asked for again, or that failed, or it changed meanwhile:
+                     likewise, but they are told only if it is another
     """
 
     def __init__(self, instance, method: str, way: str):
@@ -8082,7 +8089,7 @@ class Instance:
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
-        self.failures, self.failed_at = 0, 0.0      # of a group's calls in a row, and when the last one ended
+        self.failures, self.counted_at = 0, 0.0      # of a group's calls in a row, and when one was counted
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
@@ -8930,13 +8937,13 @@ class Server:
         mine = None if self.is_for_all else self.used_by(client)
         if not (mine and mine.connection):
             return self.is_up
-        return mine.failures < FAILURES or self.now() - mine.failed_at >= LONGEST_PROBE_PAUSE
+        return mine.failures < FAILURES or self.now() - mine.counted_at >= LONGEST_PROBE_PAUSE
 
     def count_outcome(self, instance: Instance, has_failed: bool) -> None:
         """A call of its group's was answered by this instance, or failed there."""
         for one in self, instance:
             one.failures = one.failures + 1 if has_failed else 0
-        instance.failed_at = self.now()
+        instance.counted_at = self.now()
 
     @property
     def state(self) -> str:
@@ -9202,18 +9209,22 @@ class Group:
 #
 # A mount is what clients reach, at whatever URL: it has their sessions, their calls, and the limits.
 #
-# When the configuration is read again, the processes of a server that was changed or taken out end when their calls
-# are done, and this becomes of what a client has there:
+# When the configuration is read again, a server of which only that has changed which can_become() allows keeps its
+# processes. Those of one that was changed otherwise, or taken out, end when their calls are done, and this becomes of
+# what a client has there:
 #
 #                            the server was changed            it was taken out                the client's key is gone
-#   its session              goes on, is told of other lists   goes on with what it has left,  ends
-#                                                              or ends when its calls are done
-#   its calls that are sent  go on to their answers            go on to their answers          end with their session
-#   its other calls          go on, or fail with 503 where     fail as they would now          fail with 503
-#                            other rules apply to them now
-#   its subscriptions        move to the one in its place      end                             end with their session
-#   subscriptions/listen     moves with several servers; of    goes on with what it has left,  ends
-#                            that one, ends: it may ask again  or ends
+#   its session              goes on, is told of other lists;  goes on with what it has left,  ends
+#                            ends where its variables may      or ends when its calls are done
+#                            not be set any more
+#   its calls that are sent  go on to their answers            go on to their answers          end with their session;
+#                                                                                              without one, go on
+#   its other calls          go on, or fail where other rules  go on there, or fail as they    end with their session;
+#                            apply to them now                 would if they came now          without one, fail
+#   its subscriptions        move to the one in its place      end, or move to its group       end with their session
+#   subscriptions/listen     goes on at the one in its place;  goes on with what it has left,  ends
+#                            at its own URL, ends: the client  or ends
+#                            may ask again
 
 NOBODYS_NAME = "-"               # which no session has
 MAX_DELETED = 10_000             # sessions that are known as ended by their clients
@@ -9247,9 +9258,8 @@ class Mount:
         self.deleted: dict[str, None] = {}         # names of sessions that their clients ended, the oldest first
         self.calls: set[PendingRequest] = set()    # that clients wait for, and
         self.subscriptions: set[PendingRequest] = set()      # those that are endless
-        # By a requestState of ours, the call that waits for its client; and with several servers, also for a state that
-        # a modern server has given, who gave it: by state_key().
-        self.parked: dict[str, PendingRequest] = {}
+        self.parked: dict[str, PendingRequest] = {}          # calls that wait for their client, by our requestState
+        # With several servers: who gave a requestState, also a modern server's own, by state_key().
         self.states: dict[str | bytes, GivenState] = {}
         self.is_leaving = False                    # will the proxy end? Until it drains, it goes on as before
         self.is_draining = False                   # no new calls: the proxy is about to end
@@ -10725,7 +10735,8 @@ class ClientRequest(PendingRequest, Holder):
         retry.state = DONE
         self.leave_books()
         self._become(RUNNING)
-        self.instance.recent_callers.pop(self.client.identity, None)           # of a visitor: it is another one now
+        # It runs again, so it has not ended lately; and a visitor without a key would count as somebody else now.
+        self.instance.recent_callers.pop(self.client.identity, None)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self.http_headers = retry.http_headers
         self.started = retry.started                # the time that people took does not count

@@ -9352,8 +9352,8 @@ def test_remote_server_that_vanished_is_noticed_within_minutes_though_nothing_is
         return [row[5] for row in rows if row[2].endswith(f":{far.port:04X}") and row[3] == "01"]
     with Remote(far_kind) as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         client.watch("test://a")
-        until(lambda: timers() and all(one.startswith("02:") for one in timers()), "rest")
-        assert max(int(one[3:], 16) for one in timers()) <= 60 * 100
+        rest = until(lambda: (found := timers()) and all(one.startswith("02:") for one in found) and found, "rest")
+        assert max(int(one[3:], 16) for one in rest) <= 60 * 100
 
 
 @EACH_REMOTE
@@ -18901,7 +18901,8 @@ async def test_conversation_answers_to_what_was_taken_back_do_not_end_a_server()
 @in_town
 async def test_conversation_server_floods_also_where_the_machine_reads_only_some_of_it_in_a_second():
     town = Town("legacy", ["a"])
-    client, (link,) = await town.client("legacy"), town.links["a"]
+    await town.client("legacy")
+    link, = town.links["a"]
     for _ in range(6):
         assert link.is_open
         for _ in range(mcpproxy.FLOOD // 5):
@@ -27105,7 +27106,7 @@ def test_proxy_ends_though_nobody_looks_up_the_name_of_a_remote_server(flags, st
 
 @pytest.mark.parametrize("settings, problem", [({}, "cannot listen on"), ({"private_home": True}, "the sandbox")],
                          ids=["thread", "process"])
-def test_proxy_whose_start_lacks_threads_or_processes_is_refused_in_a_line(settings, problem, new_reaper, monkeypatch):
+def test_proxy_that_cannot_start_for_lack_of_threads_or_processes_says_so(settings, problem, new_reaper, monkeypatch):
     async def start():
         proxy = mcpproxy.Proxy(mcpproxy.Settings(host="127.0.0.1", port=0, **settings), dict(os.environ), new_reaper())
         monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
@@ -27124,10 +27125,12 @@ def test_proxy_over_stdio_ends_at_a_signal_while_its_start_hangs():
                "    await asyncio.sleep(60)\nmcpproxy.try_out = hang\nmcpproxy.main()")
     command = [sys.executable, "-c", hanging, "--stdio", "--", "cat"]
     with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
-        while b"it hangs" not in program.stderr.readline():
-            pass
-        program.terminate()
-        assert b"Traceback" not in program.communicate(timeout=PATIENCE)[1] and program.returncode == 0
+        try:
+            assert any(b"it hangs" in line for line in program.stderr)
+            program.terminate()
+            assert program.wait(PATIENCE) == 0 and b"Traceback" not in program.stderr.read()
+        finally:
+            program.kill()
 
 
 @pytest.mark.parametrize("hanging", [
@@ -27140,8 +27143,7 @@ def test_proxy_ends_at_a_signal_while_something_that_its_start_needs_hangs(hangi
                "--port", "0", *(["--private-home", "true"] if "CONFINE" in hanging else []), "--", "cat"]
     with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE) as program:
         try:
-            while b"it hangs" not in program.stderr.readline():
-                pass
+            assert any(b"it hangs" in line for line in program.stderr)
             program.terminate()
             assert program.wait(PATIENCE) == 0 and program.stderr.read() == b""
         finally:
