@@ -7198,8 +7198,8 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if len({call.asker for call in parked}) > 1 or not parked and len(instance.sessions) != 1:
         return [], None
     client = parked[0].client if parked else next(iter(instance.sessions.values()))
-    if any(caller != client.identity and instance.server.now() - ended_at < LATE_SECONDS
-           for caller, ended_at in instance.recent_callers.items()):
+    if any((asker != hash(parked[0].asker) if parked else whose != client.identity)
+           and instance.server.now() - when < LATE_SECONDS for asker, (whose, when) in instance.recent_callers.items()):
         return [], None                                              # it may be about that one's call
     return parked, client if not parked and all(call.client is client for call in waiting) else None
 
@@ -8077,7 +8077,7 @@ class Instance:
         self.listeners: set = set()                 # exchanges of modern clients, for which the proxy itself listens
         self.topics = Topics(self)
         self.owners = Owners()
-        self.recent_callers: dict[object, float] = {}        # the last two whose call in MAY_CAUSE ended, and when
+        self.recent_callers: dict[int, tuple] = {}   # by asker's hash, the last two whose call ended: (identity, when)
         self.identity: Identity | None = None
         self.tries_legacy_first = False             # because it died when it was last asked in legacy
         self.knows_our_capabilities = True          # a legacy server knows the proxy's capabilities, not its client's
@@ -10675,9 +10675,9 @@ class ClientRequest(PendingRequest, Holder):
         """What the server sends by itself from now on does not go to this call; for a while it may still be about it,
         and so it goes to nobody else either. See find_owner()."""
         self.connection.causes.pop(self, None)
-        callers, identity = self.instance.recent_callers, self.client.identity
-        callers.pop(identity, None)
-        callers[identity] = now
+        callers, asker = self.instance.recent_callers, hash(self.asker)        # which keeps no call in memory
+        callers.pop(asker, None)
+        callers[asker] = self.client.identity, now
         if len(callers) > 2:                      # two are enough to see whether anybody else called lately
             del callers[next(iter(callers))]
 
@@ -10736,7 +10736,7 @@ class ClientRequest(PendingRequest, Holder):
         self.leave_books()
         self._become(RUNNING)
         # It runs again, so it has not ended lately; and a visitor without a key would count as somebody else now.
-        self.instance.recent_callers.pop(self.client.identity, None)
+        self.instance.recent_callers.pop(hash(self.asker), None)
         self.client, self.envelope, self.text = retry.client, retry.envelope, message.text
         self.http_headers = retry.http_headers
         self.started = retry.started                # the time that people took does not count
@@ -13669,9 +13669,9 @@ async def try_out(sandbox: Sandbox) -> None:
     except OSError as error:                     # no process, or no descriptor, is to be had
         raise StartError(f"the sandbox cannot be tried out: {error.strerror}") from None
     finally:
-        for process in started:                  # it may hang
-            with contextlib.suppress(ProcessLookupError, TimeoutError):
-                process.kill()
+        for process in started:                  # it may hang. Its own kill() may fail, or, in Python 3.12, reap it
+            with contextlib.suppress(TimeoutError):
+                process.returncode is None and kill(process.pid, signal.SIGKILL)
                 await asyncio.wait_for(process.wait(), 1)
         census.starting -= 1
         cell.close()

@@ -6787,6 +6787,15 @@ def test_process_control_group_that_could_not_be_removed_is_removed_later(reaper
     until(lambda: not os.path.exists(cell.cgroup), "the end of its control group")
 
 
+def test_process_sandbox_is_tried_out_also_where_no_other_user_can_be_killed(reaper, monkeypatch):
+    """As by root without CAP_KILL; and what tries it out may live on for a moment."""
+    monkeypatch.setattr(mcpproxy, "CONFINE", mcpproxy.CONFINE + "\n_main = main\ndef main(report, *rest):\n"
+                        "    import time\n    _main(report, *rest)\n    os.close(report)\n    time.sleep(0.2)\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", raising(PermissionError(errno.EPERM, "not permitted")))
+        asyncio.run(mcpproxy.try_out(mcpproxy.Sandbox("s", mcpproxy.Settings(private_home=True), reaper)))
+
+
 def test_process_leftovers_are_given_back_where_no_thread_can_be_started(reaper, monkeypatch):
     closed = threading.Event()
     monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
@@ -20720,6 +20729,25 @@ async def test_conversation_question_goes_to_nobody_where_another_proxy_has_call
     await asyncio.sleep(1)
     refused = [line for line in link.lines if "error" in line]
     assert bool(town.told(client)) == is_asked and len(refused) == (not is_asked)
+
+
+@pytest.mark.parametrize("whose, is_refused", [("1", False), ("2", True), (None, True)])
+@in_town
+async def test_conversation_question_after_another_proxys_call_is_for_no_parked_one_of_another(whose, is_refused):
+    """They bring one key, and say which are one client's."""
+    town, key = Town("legacy", ["a"]), mcpproxy.Caller("proxy", b"k", None)
+    await town.pass_time()
+    link = town.links["a"][0]
+    for number, one in (1, "1"), (2, whose):
+        client = await town.client("modern", None, key, {})
+        client.client.headers = {"x-mcpproxy-via": "f" * 16, **({"x-mcpproxy-for": one} if one else {})}
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        await asyncio.sleep(0.1)
+        town.say(link, {"id": "q", **QUESTION} if number == 1 else {"id": town.heard[-1][1]["id"], "result": {}})
+        await asyncio.sleep(1)
+    town.say(link, {"id": "late", **QUESTION})
+    await asyncio.sleep(1)
+    assert [line["id"] for line in link.lines if "error" in line] == ["late"] * is_refused
 
 
 @in_town
