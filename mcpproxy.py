@@ -3706,9 +3706,10 @@ class Log(logging.Handler):
             if self._poll.poll(0):
                 text = b"\n" + block if self._is_cut else block           # a line that was cut spoils no other
                 written = os.write(self.descriptor, text)
-                self._is_cut, block = not text.endswith(b"\n", 0, written), text[written:]
-                if not block:
+                self._is_cut = written < len(text) and not text.endswith(b"\n", 0, written)
+                if written == len(text):
                     return
+                block = text[written:]
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
@@ -5890,8 +5891,8 @@ class Issuer:
 # also told the way of whoever waits for it. To a proxy all clients of another one look like one, with one key; a second
 # header tells it which requests are one client's, so that it asks nobody what is meant for somebody else.
 
-WAY_HEADER = "X-Mcpproxy-Via"    # of a request: ids of the proxies on the way, with commas between
-ASKER_HEADER = "X-Mcpproxy-For"  # of a request: a value that is the same in all requests of one client
+WAY_HEADER = "x-mcpproxy-via"    # of a request: ids of the proxies on the way, with commas between
+ASKER_HEADER = "x-mcpproxy-for"  # of a request: a value that is the same in all requests of one client
 WAY_KEY = "mcpproxy/via"         # in _meta of a list_changed, an array: Mount.told_id of the proxies on the way
 PROXY_ID = re.compile(r"\b[0-9a-f]{16}\b")           # one of them
 MAX_WAY = 32                     # of these are passed on
@@ -5911,7 +5912,7 @@ _NOT_MINE = re.compile(rb"%d|%d|unsupported protocol version" % (HEADER_MISMATCH
 
 def way_of(headers: dict[str, str]) -> str:
     """The ids of the proxies that a request came through; `headers` are its own, by name in lower case."""
-    way = headers.get(WAY_HEADER.lower())
+    way = headers.get(WAY_HEADER)
     return ", ".join(PROXY_ID.findall(way)[-MAX_WAY:]) if way else ""
 
 
@@ -8232,7 +8233,7 @@ class Instance:
                                           on_notification=functools.partial(pass_on, self),
                                           is_single_user=self.is_single_user)
             connection.on_closed = functools.partial(self._forget, connection)
-            link.way = way_of({WAY_HEADER.lower(): ", ".join(self._ways)})         # no more than servers take
+            link.way = way_of({WAY_HEADER: ", ".join(self._ways)})         # no more than servers take
             link.on_forgotten = functools.partial(self._on_forgotten, connection)
             self.link = link
             try:
@@ -10576,7 +10577,7 @@ class ClientRequest(PendingRequest, Holder):
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         identity, headers = self.client.identity, self.http_headers
-        return (identity, headers.get(ASKER_HEADER.lower(), self)) if way_of(headers) else identity
+        return (identity, headers.get(ASKER_HEADER, self)) if WAY_HEADER in headers and way_of(headers) else identity
 
     @property
     def can_be_asked(self) -> bool:
