@@ -20761,7 +20761,7 @@ async def test_conversation_client_that_is_the_only_one_has_the_same_name_with_a
     for number, client in enumerate([*clients, *clients]):
         client.say(request(number, "tools/call", {"name": "a__t"}))
         await asyncio.sleep(0.1)
-    assert [name for name, _ in told] == ["X-Mcpproxy-For"] * 4 and told[:2] == told[2:] and told[0] != told[1]
+    assert [name for name, _ in told] == [mcpproxy.ASKER_HEADER] * 4 and told[:2] == told[2:] and told[0] != told[1]
 
 
 @in_town
