@@ -3706,10 +3706,10 @@ class Log(logging.Handler):
             if self._poll.poll(0):
                 text = b"\n" + block if self._is_cut else block           # a line that was cut spoils no other
                 written = os.write(self.descriptor, text)
-                self._is_cut = written < len(text) and not text.endswith(b"\n", 0, written)
                 if written == len(text):
+                    self._is_cut = False
                     return
-                block = text[written:]
+                self._is_cut, block = not text.endswith(b"\n", 0, written), text[written:]
         except OSError:
             pass                  # a full disk, or stderr is closed: there is nowhere to say so
         self.dropped += block.count(b"\n")
@@ -5407,8 +5407,9 @@ def client_tls():
     when their file cannot be opened just now: without it nobody would be trusted from then on."""
     import ssl
     file = ssl.get_default_verify_paths().cafile
-    with contextlib.suppress(PermissionError):         # there may be a directory of them too
-        file and open(file, "rb").close()
+    if file:
+        with contextlib.suppress(PermissionError):     # there may be a directory of them too
+            open(file, "rb").close()
     return ssl.create_default_context()
 
 
@@ -6864,7 +6865,7 @@ class ServerConnection(Holder):
         if self._flood.add(self._now()) == FLOOD + 1:
             log.error("! server %(server)s is ended: it floods stdout", server=self.name)
             self.link.stop()
-        return self.unasked.add(self._now())
+        return self.unasked.add(self._now())          # in this second
 
     def _resolve(self, server_id, response: ResponseLine | Message) -> None:
         pending = self.pending.pop(server_id, None)
@@ -8090,7 +8091,7 @@ class Instance:
         self.levels: collections.Counter = collections.Counter()        # how many sessions asked for each, or for none
         self.lists: dict[tuple[str, str], KeptList] = {}     # by method, and by way for who comes through other proxies
         self.is_missed = False                      # was somebody given an answer without this server?
-        self.failures, self.counted_at = 0, 0.0      # of a group's calls in a row, and when one was counted
+        self.failures, self.counted_at = 0, 0.0     # of a group's calls in a row, and when one was counted
         self.failure: ServerError | None = None     # why the last start failed, if it did
         self._said: set = set()                     # to all clients, in this turn
         self._started: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
@@ -10577,7 +10578,7 @@ class ClientRequest(PendingRequest, Holder):
     def asker(self) -> object:
         """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
         identity, headers = self.client.identity, self.http_headers
-        return (identity, headers.get(ASKER_HEADER, self)) if WAY_HEADER in headers and way_of(headers) else identity
+        return (identity, headers.get(ASKER_HEADER, self)) if way_of(headers) else identity
 
     @property
     def can_be_asked(self) -> bool:
@@ -13671,8 +13672,9 @@ async def try_out(sandbox: Sandbox) -> None:
         raise StartError(f"the sandbox cannot be tried out: {error.strerror}") from None
     finally:
         for process in started:                  # it may hang. Its own kill() may fail, or, in Python 3.12, reap it
+            if process.returncode is None:
+                kill(process.pid, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
-                process.returncode is None and kill(process.pid, signal.SIGKILL)
                 await asyncio.wait_for(process.wait(), 1)
         census.starting -= 1
         cell.close()
