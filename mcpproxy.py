@@ -993,7 +993,9 @@ def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b""
     return [head, *payload, b"\n\n"]
 
 
-HEARTBEAT = b": heartbeat\n\n"         # a comment: it keeps the connection alive and means nothing
+# A comment, which keeps the connection alive and means nothing. Some readers look at nothing before an empty line; but
+# httpx-sse makes an event without data of each, once an event had an id.
+HEARTBEAT, BARE_HEARTBEAT = b": heartbeat\n\n", b": heartbeat\n"
 
 
 class EventParser(LineSplitter):
@@ -11578,7 +11580,7 @@ class Reply:
     """The answer to one request: send() it whole, or start_stream(), write() and close()."""
 
     __slots__ = ("connection", "head", "admission", "refusal", "headers", "on_gone", "is_stream", "is_done",
-                 "leaves_on_eof", "last_write")
+                 "leaves_on_eof", "last_write", "heartbeat")
 
     def __init__(self, connection: "HTTPConnection", head: HTTPHead | None):
         self.connection = connection
@@ -11614,7 +11616,7 @@ class Reply:
 
     def start_stream(self, headers: tuple) -> None:
         """Begins a reply of unknown length, of events; tick() writes a heartbeat after a while of silence."""
-        self.is_stream = True
+        self.is_stream, self.heartbeat = True, lambda: HEARTBEAT
         self.connection.counters.streams += 1
         self.last_write = time.monotonic()
         headers += self.headers
@@ -11903,13 +11905,13 @@ class HTTPConnection(asyncio.Protocol, Holder):
                 self._transport.abort()
         elif reply is not None:
             if reply.is_stream and now - reply.last_write >= heartbeat:
-                reply.write([HEARTBEAT])
+                reply.write([reply.heartbeat()])
             elif (self.is_half_closed and self._probes < 2 and now > self._eof_at + 1 + self._probes / 2
                     and (reply.is_stream or reply.head.version >= (1, 1))):
                 # It may be waiting or be gone. Only writing tells: if it is gone, the second write fails. Every client
                 # can read past an interim response (RFC 9110 §15.2), as past a comment in a stream.
                 self._probes += 1
-                reply.write([HEARTBEAT]) if reply.is_stream else self.write([CONTINUE])
+                reply.write([reply.heartbeat()]) if reply.is_stream else self.write([CONTINUE])
         elif not self._is_clogged and self._phase is not CHECK:        # in which the client waits for us
             is_between = self._parser.is_between
             seconds = {LINGER: LINGER_SECONDS, BODY: BODY_SECONDS}.get(
@@ -12146,10 +12148,16 @@ STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cac
 JSON_HEADERS = (("Content-Type", JSON_TYPE), ("Cache-Control", "no-store"))
 
 
-def prime(reply: Reply, stream: Stream) -> None:
-    """Writes an event without data, whose id lets a client come back for what follows."""
-    stream.last_number += 1
-    reply.write([b"id: ", stream.event_id(stream.last_number), b"\ndata: \n\n"])
+def prime(reply: Reply, stream: Stream, version: str | None) -> None:
+    """Writes an event without data, whose id lets a client come back for what follows. MCP 2025-11-25, Transports,
+    Sending Messages to the Server, 6: "an SSE event consisting of an event ID and an empty data field in order to prime
+    the client to reconnect". Clients of older revisions choke on one, also on one that they make of a heartbeat:
+    Python's SDK before 1.23."""
+    if version == PRIMING_VERSION:
+        stream.last_number += 1
+        reply.write([b"id: ", stream.event_id(stream.last_number), b"\ndata: \n\n"])
+    else:
+        reply.heartbeat = lambda: BARE_HEARTBEAT if stream.last_read else HEARTBEAT
 
 
 class StreamOutlet(Outlet):
@@ -12201,10 +12209,8 @@ class PostOutlet(Outlet, Holder):
         self._stream = session.open_stream() if session else Stream()
         if not self.reply.is_done:        # otherwise the client is gone, but it may come back for what is kept
             self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
-            if session and session.version == PRIMING_VERSION:
-                # MCP 2025-11-25, Transports, Sending Messages to the Server, 6: "an SSE event consisting of an event
-                # ID and an empty data field in order to prime the client to reconnect". Older clients choke on it.
-                prime(self.reply, self._stream)
+            if session:
+                prime(self.reply, self._stream, session.version)
             self._stream.attach(self.reply)
         for answer in self._answers or ():
             self._stream.send([answer])
@@ -13226,8 +13232,8 @@ class Endpoints(Application):
         reply.start_stream(STREAM_HEADERS)
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
-        if session.version == PRIMING_VERSION and not stream.is_ended:
-            prime(reply, stream)
+        if not stream.is_ended:
+            prime(reply, stream, session.version)
 
     def delete(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""

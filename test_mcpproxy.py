@@ -629,7 +629,7 @@ class Events:
     def __init__(self, http):
         self.http, self._response = http, None
         self.events = []                 # dicts of the fields of each event
-        self.comments = 0
+        self.comments = self.blanks = 0           # comments; and empty lines that end nothing else
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -662,9 +662,11 @@ class Events:
                     self._add(block.decode())
 
     def _add(self, block):
-        if block.startswith(":"):
+        while block.startswith(":"):
             self.comments += 1
-        else:
+            block = block.partition("\n")[2]
+        self.blanks += not block
+        if block:
             fields = (line.partition(":") for line in block.split("\n"))
             self.events.append({name: value.removeprefix(" ") for name, _, value in fields})
 
@@ -1103,8 +1105,8 @@ def next_event(http):
         if not http.blocks:
             http.blocks += http.file.read(int(http.file.readline(), 16)).decode().split("\n\n")[:-1]
             http.file.readline()
-        block = http.blocks.pop(0)
-        if not block.startswith(":"):
+        block = re.sub("^(:.*\n?)+", "", http.blocks.pop(0))
+        if block:
             return {name: value.removeprefix(" ") for name, _, value in
                     (line.partition(":") for line in block.strip().split("\n"))}
 
@@ -2430,6 +2432,7 @@ def test_sse_events_that_are_cut_off_take_no_memory_any_longer():
 
 def test_sse_heartbeat_is_a_comment():
     assert mcpproxy.HEARTBEAT.startswith(b":") and mcpproxy.HEARTBEAT.endswith(b"\n\n")
+    assert mcpproxy.HEARTBEAT == mcpproxy.BARE_HEARTBEAT + b"\n"
 
 
 # ============================================================================
@@ -24417,6 +24420,17 @@ def test_endpoint_keeps_every_open_stream_alive(version):
         assert sse.tool("echo", text="hello") == "hello"
 
 
+@pytest.mark.parametrize("version, are_blank", [(version, version == "2025-11-25") for version in REVISIONS[1:]])
+def test_endpoint_heartbeat_makes_no_event_for_older_clients(version, are_blank):
+    """As httpx-sse makes one of each empty line, once an event had an id."""
+    with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, StreamableClient(proxy, version=version) as client:
+        stream = client.start("sleep", token=1, seconds=1.2, steps=3).stream
+        until(stream.messages, "progress")
+        before = stream.blanks, stream.comments
+        stream.wait_end()
+        assert len(stream.messages()) == 4 and stream.comments > before[1] and (stream.blanks > before[0]) == are_blank
+
+
 def test_endpoint_says_nothing_to_a_modern_client_before_the_server_does_but_after_a_while(altered):
     altered(SILENT_SECONDS=0.8)
     with running_proxy(FAKE, HEARTBEAT=0.1) as proxy, ModernClient(proxy) as client:
@@ -29820,6 +29834,38 @@ def test_real_client_closes_well_though_a_call_runs_that_it_gave_up(workshop, cl
                 [workshop / client / "bin" / "python", "-c", CLOSES_EARLY, f"http://127.0.0.1:{proxy.port}/mcp",
                  str(seconds)], capture_output=True, text=True, timeout=PATIENCE * 3)
             assert (closed.returncode, closed.stdout, closed.stderr) == (0, "closed\n", "")
+
+
+HEARS_ALL = """
+import asyncio, sys
+from datetime import timedelta
+from mcp import ClientSession, types
+from mcp.client.streamable_http import streamablehttp_client
+
+async def handle(message):
+    if isinstance(message, Exception):
+        raise message
+
+async def main():
+    async with streamablehttp_client(sys.argv[1]) as (read, write, _), ClientSession(
+            read, write, message_handler=handle) as session:
+        await session.initialize()
+        arguments = {"name": "sleep", "arguments": {"seconds": 2, "steps": 2}, "_meta": {"progressToken": 7}}
+        request = types.CallToolRequest(method="tools/call", params=types.CallToolRequestParams(**arguments))
+        result = await session.send_request(types.ClientRequest(request), types.CallToolResult,
+                                            request_read_timeout_seconds=timedelta(seconds=10))
+        print(result.content[0].text)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("client", ["python-1.9", "python-1"])
+def test_real_client_that_takes_every_exception_for_the_end_hears_none_of_a_heartbeat(workshop, client):
+    with running_proxy(FAKE, HEARTBEAT=0.2) as proxy:
+        heard = subprocess.run([workshop / client / "bin" / "python", "-c", HEARS_ALL,
+                                f"http://127.0.0.1:{proxy.port}/mcp"], capture_output=True, text=True,
+                               timeout=PATIENCE * 3)
+        assert (heard.returncode, heard.stdout, heard.stderr) == (0, "slept\n", "")
 
 
 @pytest.mark.parametrize("client", [*PYTHON_SDKS, *TYPESCRIPT_SDKS])
