@@ -4193,15 +4193,17 @@ class Census:
             return
         self._others = (self._others & pids) - self.servers.keys()
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
-        before, self._whose = self._whose, {}
+        before, self._whose, running = self._whose, {}, collections.defaultdict(list)          # by server
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
             server = self._server_of(pid, stat, before)
             if server in self.servers:
                 self._whose[pid] = stat[START], server
+                if stat[STATE] != b"Z":
+                    running[server].append(pid)
             elif not self.starting:
                 self._others.add(pid)
         for server, usage in self.servers.items():
-            mine = [pid for pid, (_, whose) in self._whose.items() if whose == server and found[pid][STATE] != b"Z"]
+            mine = running[server]
             cpu = {pid: (int(found[pid][USER_TICKS]) + int(found[pid][SYSTEM_TICKS])) / tick for pid in mine}
             usage.gone += sum(seconds for pid, seconds in usage.cpu.items() if pid not in cpu)
             usage.cpu, usage.processes = cpu, len(mine)
@@ -7666,9 +7668,10 @@ class Listening:
 
     def _ask(self) -> None:
         """Asks anew if something else is wanted now, and the server has answered what it was asked last."""
-        instance, topics = self.instance, [one for one in self.instance.topics.values() if not one.is_put_off]
+        instance = self.instance
         if not self._is_outdated or self._next or instance.listening is not self:
-            return
+            return                             # soon: all who came or left in this turn have asked for it
+        topics = [topic for topic in instance.topics.values() if not topic.is_put_off]
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
             current.is_waited_for = True
@@ -11407,6 +11410,7 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     """What all servers list, on one page."""
     check_cursor(message)
     client, view = exchange.client, exchange.client.view
+    await take_turn(client)                    # a batch may ask for it a thousand times
     found, missing = await gather_lists(client, exchange.method, way=way_of(exchange.http_headers))
     now, shown = client.mount.now(), shown_of(view, found)
     # What no server has so far may be there with the next configuration.
@@ -11416,9 +11420,8 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
         not client.is_apart)
     # Of a group, only_instance may be of another member than has answered, and may not have started.
     identity = None if view.is_joint else client.only_instance.identity
-    texts = [item.text for item in shown.values()]
-    if exchange.method == "tools/list" and not exchange.envelope:
-        texts = map(as_legacy_tool, texts)
+    restate = as_legacy_tool if exchange.method == "tools/list" and not exchange.envelope else str
+    texts = [restate(item.text) for item in shown.values()]
     answer(exchange, {LISTS[exchange.method].member: f"[{','.join(texts)}]"}, missing, ttl, is_public,
            identity and identity.info)
 
@@ -12246,7 +12249,8 @@ class PostOutlet(Outlet, Holder):
             return
         budget.set(self, 0)
         if self._stream is None and self._answers:
-            self.reply.send(200, [b"[%b]" % b",".join(self._answers)], JSON_HEADERS)
+            parts = [part for answer in self._answers for part in (b",", answer)]
+            self.reply.send(200, [b"[", *parts[1:], b"]"], JSON_HEADERS)
         elif self._stream is None:
             self.reply.send(202, [])          # a call that was cancelled has no answer
         elif self._session:

@@ -6757,6 +6757,22 @@ def reaper(new_reaper):
     return new_reaper()
 
 
+def test_process_is_compared_with_no_server_but_its_own(monkeypatch):
+    class Pid(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            compared.append(self)
+            return int(self) == int(other)
+    compared, stat, census = [], mcpproxy.process_stat(os.getpid()), mcpproxy.Census()
+    pids = [Pid(number) for number in range(1 << 30, (1 << 30) + 100)]
+    monkeypatch.setattr(mcpproxy, "list_processes", lambda: pids)
+    monkeypatch.setattr(mcpproxy, "process_stat", lambda pid: stat)
+    census.servers = {pid: mcpproxy.Usage("a", "tag", None) for pid in pids}
+    census.look()
+    assert len(compared) < 2_000 and all(usage.processes == 1 for usage in census.servers.values())
+
+
 def test_process_leftovers_are_looked_for_where_there_is_no_temporary_directory(new_reaper, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_get_default_tempdir", raising(FileNotFoundError("no usable one")))
@@ -17128,6 +17144,56 @@ def in_town(test):
 
 
 QUESTION = {"method": "elicitation/create", "params": {"message": "?", "requestedSchema": {"type": "object"}}}
+
+
+@in_town
+async def test_conversation_lists_that_are_asked_for_together_are_made_in_a_turn_each():
+    town, came = Town("legacy", ["a", "c"]), []
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/list")
+    for number in range(2, 22):
+        client.say(request(number, "tools/list"))
+    for _ in range(100):
+        await asyncio.sleep(0)
+        came.append(len(town.told(client)))
+    assert sum(came) == 20 and max(came) == 1
+
+
+@in_town
+async def test_conversation_resources_are_looked_through_once_for_all_that_are_wanted_in_a_turn(monkeypatch):
+    town, looks = Town("modern", ["a"]), []
+    client = await town.client("legacy", "a")
+    monkeypatch.setattr(mcpproxy.Topics, "values", lambda topics: looks.append(topics) or dict.values(topics),
+                        raising=False)
+    for number in range(1, 51):
+        client.say(request(number, "resources/subscribe", {"uri": f"a:{number}"}))
+    await asyncio.sleep(0.1)
+    assert len(client.client.topics) == 50 and len(looks) < 10
+    client.client.end()
+    await asyncio.sleep(0.1)
+    assert len(looks) < 20
+
+
+@in_town
+async def test_conversation_calls_are_compared_once_for_all_that_a_server_logs_meanwhile(monkeypatch):
+    town, compared, asker = Town("legacy", ["a"]), [], mcpproxy.ClientRequest.asker
+    client = await town.client("legacy")
+    for number in range(1, 51):
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+    await asyncio.sleep(0.1)
+    monkeypatch.setattr(mcpproxy.ClientRequest, "asker", property(
+        lambda call: compared.append(call) or asker.fget(call)))
+    for _ in range(50):
+        town.say(town.links["a"][0], notification("notifications/message", {"level": "info", "data": "x"}))
+    assert len(town.told(client)) == 50 and len(compared) <= 200
+    other = await town.client("legacy")
+    await town.say_to(other, 1, "tools/call", {"name": "a__t"})
+    town.say(town.links["a"][0], notification("notifications/message", {"level": "info", "data": "x"}))
+    assert not town.told(client) and not town.told(other)
+    town.say(town.links["a"][0], {"id": town.heard[-1][1]["id"], "result": {"content": []}})
+    await asyncio.sleep(mcpproxy.LATE_SECONDS + 1)
+    town.say(town.links["a"][0], notification("notifications/message", {"level": "info", "data": "x"}))
+    assert len(town.told(client)) == 1
 
 
 @in_town
