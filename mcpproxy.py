@@ -41,43 +41,44 @@ Contents (list them with:  grep -nE '^# [0-9]+[.] ' mcpproxy.py)
     23. Issuer of tokens       who is asked what a token is worth
     24. Requests to remote servers          a message to a URL, and what comes back
     25. Remote servers         the other kind of link: a URL
-    26. Server connection      JSON-RPC over one link: handshakes, ids, responses
-    27. Streams, questions and outlets      what goes to a client
-    28. What servers send      questions and notifications, and whom they concern
-    29. Subscriptions          what the proxy asks a server for once, for all clients that subscribe
-    30. Listening              the one request by which a modern server is asked for it
-    31. Lists                  what servers list, kept for all who ask
-    32. Instances              links that are kept running
-    33. Clients                who sends requests: sessions and visitors
-    34. Servers and groups     what was configured: each server's instances, and which servers stand in for others
-    35. Mounts                 what clients reach, at whatever URL, and what limits them
-    36. Several servers as one              what all are asked, and which of them a request is for
-    37. Bridges                what happens to a call between two eras
-    38. Dialogues              what a server asks in the course of a call
-    39. Records                what is kept of a call that is over
-    40. Client requests        one request of a client, from its arrival to its end
-    41. Exchanges              how that gets to a server, and what the server sends in answer
-    42. Joint exchanges        requests that the proxy answers for its servers
+    26. Pending requests       what waits for a server's response, and what may cause more than that
+    27. Server connection      JSON-RPC over one link: handshakes, ids, responses
+    28. Streams, questions and outlets      what goes to a client
+    29. What servers send      questions and notifications, and whom they concern
+    30. Subscriptions          what the proxy asks a server for once, for all clients that subscribe
+    31. Listening              the one request by which a modern server is asked for it
+    32. Lists                  what servers list, kept for all who ask
+    33. Instances              links that are kept running
+    34. Clients                who sends requests: sessions and visitors
+    35. Servers and groups     what was configured: each server's instances, and which servers stand in for others
+    36. Mounts                 what clients reach, at whatever URL, and what limits them
+    37. Several servers as one              what all are asked, and which of them a request is for
+    38. Bridges                what happens to a call between two eras
+    39. Dialogues              what a server asks in the course of a call
+    40. Records                what is kept of a call that is over
+    41. Client requests        one request of a client, from its arrival to its end
+    42. Exchanges              how that gets to a server, and what the server sends in answer
+    43. Joint exchanges        requests that the proxy answers for its servers
 
     The program: what can be seen from outside.
-    43. HTTP connections       one socket each
-    44. HTTP server            the sockets that are listened on, and TLS
-    45. Outlets                a call's messages into an HTTP reply
-    46. Overview               the proxy for whoever operates it: health, metrics, what runs
-    47. Admission              what the head of a request says: who, where to, what for
-    48. OpenAPI                the tools as operations
-    49. The application        what every request passes, and what anybody may ask
-    50. Endpoints              what each method and path means
-    51. Standard streams       the other way in: for one client, on stdin and stdout
-    52. Demo server            a small MCP server to try things with
-    53. The proxy              everything put together
-    54. Command line           arguments and environment into a running proxy
-    55. The page               the overview for people
+    44. HTTP connections       one socket each
+    45. HTTP server            the sockets that are listened on, and TLS
+    46. Outlets                a call's messages into an HTTP reply
+    47. Overview               the proxy for whoever operates it: health, metrics, what runs
+    48. Admission              what the head of a request says: who, where to, what for
+    49. OpenAPI                the tools as operations
+    50. The application        what every request passes, and what anybody may ask
+    51. Endpoints              what each method and path means
+    52. Standard streams       the other way in: for one client, on stdin and stdout
+    53. Demo server            a small MCP server to try things with
+    54. The proxy              everything put together
+    55. Command line           arguments and environment into a running proxy
+    56. The page               the overview for people
 
 Words
 
     message     one JSON-RPC object: a request, a notification or a response. In sections 1, 4, 10, 15, 22
-                to 25 and 43 to 50 these words may mean HTTP's; our HTTP response to a client is a Reply
+                to 25 and 44 to 51 these words may mean HTTP's; our HTTP response to a client is a Reply
     client id   the id that the client chose for its request; it comes back exactly as it was written
     server id   the id that we chose for the server; an integer, unique for that link
     legacy      the revisions with an `initialize` handshake, up to 2025-11-25
@@ -121,14 +122,14 @@ Where to add something, with the section:
     a setting             a field of Settings (3)
     a legacy revision     LEGACY_VERSIONS (1)
     a filter of tools     Rules (12), which lists and calls both ask
-    a metric              Counters (15), and for /metrics a row of Overview._families (46)
-    a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (53)
-    a notification        a row of NOTIFICATION_ROUTES (28)
-    a choice of servers   pick() and find_targets() (36)
+    a metric              Counters (15), and for /metrics a row of Overview._families (47)
+    a kind of link        a subclass of Link (21), as RemoteLink (25); made in Proxy._new_server (54)
+    a notification        a row of NOTIFICATION_ROUTES (29)
+    a choice of servers   pick() and find_targets() (37)
     a method              METHODS (1), to be counted by its name; where the eras say it differently, a row of a
-                          Bridge's `intercepted` (37)
-    a guard               a method of Application and its place in GUARDS (49)
-    a URL                 a method of Endpoints and a row of ROUTES (50)
+                          Bridge's `intercepted` (38)
+    a guard               a method of Application and its place in GUARDS (50)
+    a URL                 a method of Endpoints and a row of ROUTES (51)
 """
 
 import sys
@@ -6524,17 +6525,12 @@ class RemoteLink(Link):
 
 
 # ============================================================================
-# 26. Server connection
+# 26. Pending requests
 # ============================================================================
 #
-# JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
-# to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
+# What waits for a server's response. A client's call may also be why a server says something that names no request.
 
-# Lines that are requests, answers that nobody waits for, or no messages: a server that writes so many more of them than
-# answers within FLOOD_SECONDS is ended (in one, a busy machine does not read them); and how many a second are logged.
-FLOOD, FLOOD_SECONDS, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 5.0, 100, 10
-PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
-GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
+MAX_CAUSES = 1_000               # running calls that are compared with each other; with more, a message is nobody's
 
 
 class PendingRequest:
@@ -6594,6 +6590,44 @@ class OwnRequest(PendingRequest):
         return message
 
 
+class Causes(dict[PendingRequest, None]):
+    """Clients' running calls that may cause what a server sends by itself, the newest last."""
+
+    def __init__(self):
+        super().__init__()
+        self._ones: list[PendingRequest] | None = None         # see of_one_client(); None: not compared yet
+
+    def add(self, call: PendingRequest) -> None:
+        self[call] = self._ones = None
+
+    def discard(self, call: PendingRequest) -> None:
+        self.pop(call, None)
+        self._ones = None
+
+    def of_one_client(self) -> list[PendingRequest]:
+        """They, if all are one client's; otherwise none. They are compared once until one comes or goes: a server may
+        send thousands of messages meanwhile."""
+        if self._ones is None:
+            calls = list(itertools.islice(self, MAX_CAUSES + 1))
+            is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
+            self._ones = calls if is_ones else []
+        return self._ones
+
+
+# ============================================================================
+# 27. Server connection
+# ============================================================================
+#
+# JSON-RPC with one server over the link that is handed in: a request gets an id of ours, and what comes back is given
+# to whoever waits for it. Knows messages; nothing of sessions or HTTP. `now` is the clock: it returns seconds.
+
+# Lines that are requests, answers that nobody waits for, or no messages: a server that writes so many more of them than
+# answers within FLOOD_SECONDS is ended (in one, a busy machine does not read them); and how many a second are logged.
+FLOOD, FLOOD_SECONDS, LOGGED_QUESTIONS, LOGGED_JUNK = 5_000, 5.0, 100, 10
+PROBE_SECONDS = 3.0        # for the answer to server/discover; then the server is also asked the old way
+GREETING_SECONDS = 10.0    # for the answer to that from a server that reads; then it is taken to be silent for good
+
+
 class ServerConnection(Holder):
     """One server that is spoken to. Its link has to be started, and a handshake made, before anything else."""
 
@@ -6609,7 +6643,7 @@ class ServerConnection(Holder):
         self.is_greeted = False                            # is the handshake made?
         self.mirrors = False                               # do headers repeat arguments of its tools?
         self.pending: dict[int, PendingRequest] = {}      # by server id, the oldest first
-        self.causes: dict[PendingRequest, None] = {}     # clients' running calls that may cause what it sends
+        self.causes = Causes()
         self.questions: dict[object, object] = {}         # the server's own requests that were not answered yet, by id
         self._flood, self.unasked = Rate(FLOOD_SECONDS), Rate()          # of lines that nobody asked for; for the log
         self._withdrawn = 0                               # requests that it may answer, though they were taken back
@@ -6923,7 +6957,7 @@ class ServerConnection(Holder):
 
 
 # ============================================================================
-# 27. Streams, questions and outlets
+# 28. Streams, questions and outlets
 # ============================================================================
 #
 # What goes to a client: messages in order, a server's questions, and the ways that the messages of a call take.
@@ -7095,7 +7129,7 @@ class Outlet:
 
 
 # ============================================================================
-# 28. What servers send
+# 29. What servers send
 # ============================================================================
 #
 # What a server sends by itself, and to whom it goes. A message may say whose it is by the task or the elicitation that
@@ -7114,7 +7148,6 @@ class Outlet:
 KNOWN_OWNERS = 10_000            # tasks and elicitations of one instance whose owner is remembered
 MAX_NAMED = 2 * 1024             # characters of the longest id that is remembered: what has a longer one is nobody's
 LATE_SECONDS = 5                 # in which what a server says may be about a call that is over
-MAX_CAUSES = 1_000               # running calls that are compared for one message; with more of them it is nobody's
 
 # MCP 2025-11-25, Sampling and Elicitation, User Interaction Model: "nested inside other MCP server features".
 MAY_CAUSE = frozenset({"tools/call", "prompts/get", "resources/read", "completion/complete"})
@@ -7195,9 +7228,7 @@ def find_owner(instance, connection: ServerConnection | None, message: Message, 
     if cause and not instance.is_single_user:
         return [], None
     if connection and connection.causes:                                     # running calls that can have caused it
-        calls = list(itertools.islice(connection.causes, MAX_CAUSES + 1))
-        is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
-        return calls if is_ones else [], None
+        return connection.causes.of_one_client(), None
     # No such call is running: it may belong to one that waits for its client, or to the only session that there is.
     waiting = [call for call in connection.pending.values() if call.client] if connection else []
     parked = [call for call in waiting if call.is_parked]
@@ -7426,7 +7457,7 @@ NOTIFICATION_ROUTES = {
 
 
 # ============================================================================
-# 29. Subscriptions
+# 30. Subscriptions
 # ============================================================================
 #
 # Many clients of one instance look like one to its server. So the first who subscribes to a resource makes the proxy
@@ -7568,7 +7599,7 @@ class Topics(dict[str, Topic]):
 
 
 # ============================================================================
-# 30. Listening
+# 31. Listening
 # ============================================================================
 #
 # A modern server gets one `subscriptions/listen` for all resources and lists, and another when more or less is wanted.
@@ -7847,7 +7878,7 @@ class Listening:
 
 
 # ============================================================================
-# 31. Lists
+# 32. Lists
 # ============================================================================
 #
 # The proxy reads a server's lists whole and keeps them, for all requests that it answers itself. (A list request to one
@@ -8038,7 +8069,7 @@ class KeptList:
 
 
 # ============================================================================
-# 32. Instances
+# 33. Instances
 # ============================================================================
 #
 # An instance keeps a server running through one link after another, and sets each new one up as its clients need it.
@@ -8438,7 +8469,7 @@ class Instance:
 
 
 # ============================================================================
-# 33. Clients
+# 34. Clients
 # ============================================================================
 #
 # Who sends requests. A client stays with the instance of a server that it got when it first used that server.
@@ -8834,7 +8865,7 @@ def is_at_least(level: object, wanted: str) -> bool:
 
 
 # ============================================================================
-# 34. Servers and groups
+# 35. Servers and groups
 # ============================================================================
 #
 # A server is what was configured: how its links are made, and its instances. Servers of one group stand in for each
@@ -9211,7 +9242,7 @@ class Group:
 
 
 # ============================================================================
-# 35. Mounts
+# 36. Mounts
 # ============================================================================
 #
 # A mount is what clients reach, at whatever URL: it has their sessions, their calls, and the limits.
@@ -9548,7 +9579,7 @@ class Mount:
 
 
 # ============================================================================
-# 36. Several servers as one
+# 37. Several servers as one
 # ============================================================================
 #
 # What is asked of all servers of a view, and which of them a request is for. Nobody is waited for long: one slow server
@@ -9896,7 +9927,7 @@ async def find_by_uri(client: Client, uri: str, patience: float | None,
 
 
 # ============================================================================
-# 37. Bridges
+# 38. Bridges
 # ============================================================================
 #
 # What happens to the messages of an exchange depends on the eras of its two sides, so there are four bridges. Between
@@ -10187,7 +10218,7 @@ class LegacyClientModernServer(LegacyClientBridge):
 
     def _gather(self, exchange: "Exchange", response: Message) -> None:
         """Asks the client for the input, and then makes the call again. MCP 2026-07-28, Multi Round-Trip Requests."""
-        exchange.connection.causes.pop(exchange, None)        # until it is made again
+        exchange.connection.causes.discard(exchange)          # until it is made again
         dialogue = exchange.begin_dialogue()
         dialogue.rounds += 1
         budget.set(exchange, exchange.held - dialogue.held)
@@ -10273,7 +10304,7 @@ BRIDGES = {
 
 
 # ============================================================================
-# 38. Dialogues
+# 39. Dialogues
 # ============================================================================
 #
 # What a server asks in the course of a call. A legacy client is asked while its request is served. A modern one is
@@ -10394,7 +10425,7 @@ class Dialogue:
 
 
 # ============================================================================
-# 39. Records
+# 40. Records
 # ============================================================================
 #
 # What stays of a call that is over: a line of the log, its place in the counters, and for a while what the overview
@@ -10452,7 +10483,7 @@ def record(call: "Exchange", outcome: str, payload: list, now: float) -> None:
 
 
 # ============================================================================
-# 40. Client requests
+# 41. Client requests
 # ============================================================================
 #
 # One client request from its arrival to its end, and the answer to it; where that goes is up to its outlet. It begins
@@ -10681,7 +10712,7 @@ class ClientRequest(PendingRequest, Holder):
     def _cause_no_more(self, now: float) -> None:
         """What the server sends by itself from now on does not go to this call; for a while it may still be about it,
         and so it goes to nobody else either. See find_owner()."""
-        self.connection.causes.pop(self, None)
+        self.connection.causes.discard(self)
         callers, asker = self.instance.recent_callers, hash(self.asker)        # which keeps no call in memory
         callers.pop(asker, None)
         callers[asker] = self.client.identity, now
@@ -10749,12 +10780,12 @@ class ClientRequest(PendingRequest, Holder):
         self.started = retry.started                # the time that people took does not count
         self._take_on(message, retry.outlet)
         self._enter_books()
-        self.connection.causes[self] = None
+        self.connection.causes.add(self)
         self.touch()
 
 
 # ============================================================================
-# 41. Exchanges
+# 42. Exchanges
 # ============================================================================
 #
 # How a client's request gets to a server, and what becomes of what that sends. The exchange puts a server id in the
@@ -10957,7 +10988,7 @@ class Exchange(ClientRequest):
             raise
         self.server_id = number
         if self.method in MAY_CAUSE:
-            connection.causes[self] = None
+            connection.causes.add(self)
         self.message = None
         self.text = message.text if self.others or self.group or (
             self._bridge.keeps_requests and self.method in MAY_NEED_INPUT) else None
@@ -11133,7 +11164,7 @@ class Exchange(ClientRequest):
 
 
 # ============================================================================
-# 42. Joint exchanges
+# 43. Joint exchanges
 # ============================================================================
 #
 # Requests that concern all servers of a view, or what they list: the proxy answers them from what the servers say. And
@@ -11533,7 +11564,7 @@ import threading
 
 
 # ============================================================================
-# 43. HTTP connections
+# 44. HTTP connections
 # ============================================================================
 #
 # One socket each: bytes in, requests to the application, replies out, in order.
@@ -11933,7 +11964,7 @@ class HTTPConnection(asyncio.Protocol, Holder):
 
 
 # ============================================================================
-# 44. HTTP server
+# 45. HTTP server
 # ============================================================================
 #
 # The sockets that are listened on, TLS on them, and what all connections have in common.
@@ -12138,7 +12169,7 @@ class HTTPServer:
 
 
 # ============================================================================
-# 45. Outlets
+# 46. Outlets
 # ============================================================================
 #
 # How the messages of an exchange get into an HTTP reply.
@@ -12305,7 +12336,7 @@ class ToolOutlet(Outlet):
 
 
 # ============================================================================
-# 46. Overview
+# 47. Overview
 # ============================================================================
 #
 # The proxy for whoever operates it: /readyz, /metrics, and the JSON that the page at / shows. Nothing is kept here; all
@@ -12467,7 +12498,7 @@ class Overview:
 
 
 # ============================================================================
-# 47. Admission
+# 48. Admission
 # ============================================================================
 #
 # What the head of a request says: found out once, and used again when the same head comes.
@@ -12625,7 +12656,7 @@ def check_version(admission: Admission) -> None:
 
 
 # ============================================================================
-# 48. OpenAPI
+# 49. OpenAPI
 # ============================================================================
 #
 # The tools as operations, for clients that know no MCP.
@@ -12707,7 +12738,7 @@ def rebase_references(schema: object, homes: dict[str, str], are_named: bool = F
 
 
 # ============================================================================
-# 49. The application
+# 50. The application
 # ============================================================================
 #
 # What an HTTPConnection calls. A request has to pass the guards; its path and method choose an endpoint; and what that
@@ -13020,7 +13051,7 @@ class Probes(Application):
 
 
 # ============================================================================
-# 50. Endpoints
+# 51. Endpoints
 # ============================================================================
 #
 # What each method and path means: a Route of ROUTES, to methods that take (admission, body, reply).
@@ -13363,7 +13394,7 @@ ROUTES = {
 
 
 # ============================================================================
-# 51. Standard streams
+# 52. Standard streams
 # ============================================================================
 #
 # The other way to be reached: by one client, on stdin and stdout, as a program that it starts. A legacy client is one
@@ -13535,7 +13566,7 @@ class StandardStreams(asyncio.BaseProtocol):
 
 
 # ============================================================================
-# 52. Demo server
+# 53. Demo server
 # ============================================================================
 #
 # A small MCP server, so that there is something to serve without configuration. It runs as a child process like any
@@ -13654,7 +13685,7 @@ class DemoServer:
 
 
 # ============================================================================
-# 53. The proxy
+# 54. The proxy
 # ============================================================================
 #
 # Everything put together: started in order, ended in reverse.
@@ -13945,7 +13976,7 @@ def _package_name(word: str) -> str | None:
 
 
 # ============================================================================
-# 54. Command line
+# 55. Command line
 # ============================================================================
 #
 # Arguments and environment into settings, settings into a running proxy.
@@ -14313,7 +14344,7 @@ def main() -> None:
 
 
 # ============================================================================
-# 55. The page
+# 56. The page
 # ============================================================================
 #
 # The overview for people: one page that holds nothing but what is here and asks nobody but this proxy. What it shows

@@ -11372,7 +11372,7 @@ def test_remote_proxies_in_a_cycle_list_nothing_twice_and_tell_a_change_once(con
 
 
 # ============================================================================
-# 26. Server connection
+# 27. Server connection
 # ============================================================================
 
 @pytest.mark.parametrize("line", [
@@ -11718,7 +11718,7 @@ def test_connection_server_of_the_other_era_than_was_set_cannot_be_used(era):
 
 
 # ============================================================================
-# 34. Servers and groups
+# 35. Servers and groups
 # ============================================================================
 
 # Says who it is, and writes down what it has executed.
@@ -12094,7 +12094,7 @@ def test_group_is_opened_by_its_name_and_its_servers_by_theirs(keys):
 
 
 # ============================================================================
-# 35. Mounts
+# 36. Mounts
 # ============================================================================
 
 @contextlib.contextmanager
@@ -13420,7 +13420,7 @@ def test_mount_spare_processes_are_for_any_key_within_its_limits(keys):
 
 
 # ============================================================================
-# 36. Several servers as one
+# 37. Several servers as one
 # ============================================================================
 
 BROKEN = [sys.executable, "-c", "import sys; sys.exit('no good')"]
@@ -14099,7 +14099,7 @@ def test_several_servers_and_a_command_are_refused(tmp_path):
 
 
 # ============================================================================
-# 41. Exchanges
+# 42. Exchanges
 # ============================================================================
 
 @pytest.mark.parametrize("raw_id", [
@@ -21841,7 +21841,7 @@ def test_conversations_that_nobody_wrote(era, shared, seed, monkeypatch):
 
 
 # ============================================================================
-# 43. HTTP connections
+# 44. HTTP connections
 # ============================================================================
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -22293,7 +22293,7 @@ def test_connection_that_is_cut_off_is_logged_once(monkeypatch, capfd):
 
 
 # ============================================================================
-# 46. Overview
+# 47. Overview
 # ============================================================================
 
 # Servers that do what is to be seen.
@@ -24307,7 +24307,7 @@ async def test_oauth_call_goes_on_when_its_session_comes_with_a_token_that_has_o
 
 
 # ============================================================================
-# 50. Endpoints
+# 51. Endpoints
 # ============================================================================
 
 KEY = "se&cret key/+%"
@@ -26768,7 +26768,7 @@ def test_real_browser_shows_the_challenge_to_pages_that_may_call_and_the_metadat
 
 
 # ============================================================================
-# 51. Standard streams
+# 52. Standard streams
 # ============================================================================
 
 class Lines(Events):
@@ -27077,7 +27077,7 @@ def test_audit_of_a_client_on_stdin(kind):
 
 
 # ============================================================================
-# 52. Demo server
+# 53. Demo server
 # ============================================================================
 
 @pytest.fixture
@@ -27186,7 +27186,7 @@ def test_demo_prompt_asks_for_a_greeting(demo_client):
 
 
 # ============================================================================
-# 53. The proxy
+# 54. The proxy
 # ============================================================================
 
 def test_proxy_that_was_stopped_for_a_while_takes_first_what_came_meanwhile():
@@ -27383,7 +27383,7 @@ def test_proxy_warns_when_there_is_no_key():
 
 
 # ============================================================================
-# 54. Command line
+# 55. Command line
 # ============================================================================
 
 def run_program(*arguments, **environment):
