@@ -995,7 +995,7 @@ def encode_event(payload: list, event: bytes = b"message", event_id: bytes = b""
 
 
 # A comment, which keeps the connection alive and means nothing. Some readers look at nothing before an empty line; but
-# httpx-sse makes an event without data of each, once an event had an id.
+# httpx-sse makes an event without data of each empty line, once an event had an id.
 HEARTBEAT, BARE_HEARTBEAT = b": heartbeat\n\n", b": heartbeat\n"
 
 
@@ -6598,15 +6598,16 @@ class Causes(dict[PendingRequest, None]):
         self._ones: list[PendingRequest] | None = None         # see of_one_client(); None: not compared yet
 
     def add(self, call: PendingRequest) -> None:
-        self[call] = self._ones = None
+        self[call] = None
+        self._ones = None
 
     def discard(self, call: PendingRequest) -> None:
         self.pop(call, None)
         self._ones = None
 
     def of_one_client(self) -> list[PendingRequest]:
-        """They, if all are one client's; otherwise none. They are compared once until one comes or goes: a server may
-        send thousands of messages meanwhile."""
+        """All of them if they are one client's, and not too many; otherwise none. This is kept until a call comes or
+        goes, since a server may send thousands of messages meanwhile."""
         if self._ones is None:
             calls = list(itertools.islice(self, MAX_CAUSES + 1))
             is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
@@ -7701,7 +7702,7 @@ class Listening:
         """Asks anew if something else is wanted now, and the server has answered what it was asked last."""
         instance = self.instance
         if not self._is_outdated or self._next or instance.listening is not self:
-            return                             # soon: all who came or left in this turn have asked for it
+            return                             # mostly: each topic that came or went in this turn has called it
         topics = [topic for topic in instance.topics.values() if not topic.is_put_off]
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
@@ -11441,8 +11442,8 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
     """What all servers list, on one page."""
     check_cursor(message)
     client, view = exchange.client, exchange.client.view
-    await take_turn(client)                    # a batch may ask for it a thousand times
     found, missing = await gather_lists(client, exchange.method, way=way_of(exchange.http_headers))
+    await take_turn(client)                    # a batch may ask for it a thousand times
     now, shown = client.mount.now(), shown_of(view, found)
     # What no server has so far may be there with the next configuration.
     has_any = any(items or items.ttl_ms < MAX_TTL_MS for _, items in found)

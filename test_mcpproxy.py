@@ -17160,6 +17160,27 @@ async def test_conversation_lists_that_are_asked_for_together_are_made_in_a_turn
 
 
 @in_town
+async def test_conversation_lists_that_waited_for_one_server_are_made_in_a_turn_each(monkeypatch):
+    town, made, answer = Town("legacy", ["a", "c"]), [0], mcpproxy.answer
+
+    def answer_in_turn(*arguments):
+        if made[-1] == 0:
+            asyncio.get_running_loop().call_soon(made.append, 0)
+        made[-1] += 1
+        answer(*arguments)
+    client = await town.client("legacy")
+    listed = town.answers.pop("tools/list")
+    for number in range(1, 21):
+        client.say(request(number, "tools/list"))
+    await asyncio.sleep(0.1)
+    monkeypatch.setattr(mcpproxy, "answer", answer_in_turn)
+    for link in (town.links["a"][0], town.links["c"][0]):
+        town.say(link, {"id": link.lines[-1]["id"], "result": listed})
+    await asyncio.sleep(0.1)
+    assert len(town.told(client)) == sum(made) == 20 and max(made) == 1
+
+
+@in_town
 async def test_conversation_resources_are_looked_through_once_for_all_that_are_wanted_in_a_turn(monkeypatch):
     town, looks = Town("modern", ["a"]), []
     client = await town.client("legacy", "a")
