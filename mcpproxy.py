@@ -7338,7 +7338,8 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
         tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
         if not misuses_headers(member_at(tool, ("inputSchema",))):
             kept.append(text)
-        elif (name := str(tool.get("name"))) not in server.misused:
+        elif (name := str(tool.get("name"))[:MAX_LABEL_VALUE]) not in server.misused and (
+                len(server.misused) < MAX_TOOLS):
             server.misused.add(name)
             log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
                         server=server.name, name=name)
@@ -7978,6 +7979,13 @@ class KeptList:
             self._is_behind = self._is_behind or not listing.done()
         return self.last
 
+    def at(self, instance) -> "KeptList":
+        """That of an instance in the place of this one's, which has ended: it may list something else."""
+        kept = KeptList(instance, self.method, self.way)
+        kept.last, kept.is_missed = self.last, self.is_missed
+        kept.is_old = kept._is_behind = self.last is not None
+        return kept
+
     def _ask(self, now: float) -> asyncio.Task:
         if self.listing is None:
             self.listing, self._asked_at = asyncio.get_running_loop().create_task(self._list()), now
@@ -8536,6 +8544,8 @@ class Client(Holder):
             before, instance = instance, server.instance_for(self)
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
+            for key, kept in before.lists.items() if before and instance.is_private else ():
+                instance.lists.setdefault(key, kept.at(instance))
             for listener in [one for one in before.listeners if one.client is self] if before else ():
                 # If it heard anything there, its client listens again.
                 listener.end_subscription() if before.identity else listener.move(before, instance)
@@ -9041,13 +9051,13 @@ class Server:
         instance = self.instances.get(())
         return bool(instance and instance.connection is None)
 
-    def probe(self, group: "Group | None" = None) -> None:
-        """Finds out now and then whether a server that could not be used is back; `group`: one that leaves it out."""
+    def probe(self) -> None:
+        """Finds out now and then whether a server that could not be used is back."""
         if (self.start_failed or not self.is_up) and not self._probing and self.now() >= self._probe_at and (
                 self in self.pool.servers):
-            self._probing = asyncio.get_running_loop().create_task(self._probe(group))
+            self._probing = asyncio.get_running_loop().create_task(self._probe())
 
-    async def _probe(self, group: "Group | None") -> None:
+    async def _probe(self) -> None:
         try:
             async with asyncio.timeout(PING_SECONDS if self.is_for_all else self.settings.request_timeout):
                 if self.is_for_all:
@@ -9060,8 +9070,6 @@ class Server:
         else:
             pause = self._probe_pause = PROBE_PAUSE
             self.failures = 0
-            if group:
-                group.chosen.clear()               # or it would get most calls until it has had as many as the others
         self._probing, self._probe_at = None, self.now() + pause
 
     async def _try_start(self) -> None:
@@ -9183,6 +9191,16 @@ class Group:
     def __init__(self, config: ServerConfig, members: list[Server]):
         self.name, self.config, self.members = config.name, config, members
         self.chosen: collections.Counter[Server] = collections.Counter()           # how often each was
+        self._ready: set[Server] = set()               # when tick() looked last
+
+    def tick(self) -> None:
+        """Called now and then: finds out whether members are back. One that is, or that has started at last, would get
+        most calls until it has had as many as the others: all begin anew then."""
+        before, self._ready = self._ready, {one for one in self.members if one.is_up and not one.is_starting}
+        if not self._ready <= before:
+            self.chosen.clear()
+        for member in self.members:
+            member.probe()
 
     def choose(self, client: Client, left_out: Server | None, headers: dict[str, str],
                message: Message | None = None) -> Server:
@@ -9492,8 +9510,7 @@ class Mount:
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
         for group in self.groups.values():
-            for member in group.members:
-                member.probe(group)
+            group.tick()
         if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
             for server in self.servers.values():
                 server.probe()
@@ -9750,8 +9767,10 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
             continue
         for name, item in own_shown.items():
             if name in shown:
-                if LISTS[items.method].named_by == "name" and (member.name, name) not in view.left_out:
-                    view.left_out.add((member.name, name))
+                lost = member.name, name[:MAX_LABEL_VALUE]
+                if LISTS[items.method].named_by == "name" and lost not in view.left_out and (
+                        len(view.left_out) < MAX_TOOLS):
+                    view.left_out.add(lost)
                     log.warning("! server %(server)s: %(name)s is left out, because server %(other)s has that name",
                                 server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):

@@ -17264,6 +17264,24 @@ async def test_conversation_server_that_waits_to_be_needed_can_be_closed_just_wh
     assert done
 
 
+@pytest.mark.parametrize("kind", ["misused", "left out"])
+@in_town
+async def test_conversation_names_of_tools_that_are_left_out_are_not_kept_without_end(kind, monkeypatch):
+    monkeypatch.setattr(mcpproxy, "MAX_TOOLS", 50)
+    monkeypatch.setattr(Wire, "is_remote", kind == "misused")
+    town = Town("modern", ["a@"] if kind == "misused" else ["a", "c"], prefix="")
+    town.can = {"tools": {}}
+    schema = {"type": "object", "properties": {"a": {"type": "string", "x-mcp-header": "bad name"}}}
+    for turn in range(10):
+        town.answers["tools/list"] = {"ttlMs": 0, "tools": [
+            {"name": f"{turn}-{number}" + 200 * "x", "inputSchema": schema if kind == "misused" else {}}
+            for number in range(20)]}
+        await asyncio.sleep(10)
+        await town.say_to(await town.client("modern"), 1, "tools/list")
+    kept = town.mount.servers["a"].misused if kind == "misused" else town.mount.catalog.view().left_out
+    assert len(kept) == 50 and len(str(kept)) < 150 * 50
+
+
 @in_town
 async def test_conversation_joint_request_for_what_no_server_has_is_for_an_unknown_method():
     town = Town("legacy", ["a", "c"])
@@ -18158,6 +18176,41 @@ async def test_conversation_call_after_the_death_of_a_session_s_own_process_wait
     assert len(town.mount.servers["a"].ending) == 1
     await asyncio.sleep(3)
     assert not town.mount.servers["a"].ending
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+@in_town
+async def test_conversation_session_is_told_if_the_process_in_the_place_of_its_own_lists_something_else(is_other):
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/list")
+    await town.die("a")
+    town.answers["tools/list"] = {"tools": [{"name": "u" if is_other else "t", "inputSchema": {}}]}
+    told = await town.say_to(client, 2, "tools/call", {"name": "a__t"})
+    for _ in range(10):
+        await town.pass_time()
+    assert [one.get("method") for one in told + town.told(client)] == [TOOLS_CHANGED] * is_other
+    assert town.heard_by("a").count("tools/list") == 1
+    assert names_of((await town.say_to(client, 3, "tools/list"))[0]) == ["a__u" if is_other else "a__t", "c__t"]
+
+
+@in_town
+async def test_conversation_session_is_told_of_no_process_of_its_own_that_dies_of_being_asked_what_it_has():
+    town, deaths = Town("legacy", ["a", "c"], shared_session=False), 0
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "tools/list")
+    await town.die("a")
+    del town.answers["tools/list"]
+    for number in range(2, 12):
+        client.say(request(number, "tools/list"))
+        await asyncio.sleep(0.1)
+        if town.heard_by("a")[-1] == "tools/list":
+            await town.die("a")
+            deaths += 1
+        await town.pass_time()
+    told = town.told(client)
+    assert deaths == 10 and [one.get("id") for one in told] == [*range(2, 12)]
+    assert all(names_of(one) == ["a__t", "c__t"] for one in told)
 
 
 @in_town
@@ -19638,6 +19691,31 @@ async def test_conversation_member_of_a_group_is_not_started_again_when_the_prox
     for _ in range(3):
         await town.pass_time()
     assert [len(links) for links in town.links.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@in_town
+async def test_conversation_member_of_a_group_that_took_long_to_start_does_not_get_all_calls_then(is_new):
+    town = Town("legacy", ["g.a", "g.c"])
+    town.answers["ping"], town.slow["a"] = {}, 60 * is_new
+    await town.pass_time()
+    if not is_new:
+        town.slow["a"] = 60
+        await town.die("a")
+
+    async def calls(number):
+        heard = len(town.heard)
+        for _ in range(number):
+            await town.say_to(await town.client("modern", "g"), 1, "tools/call", {"name": "t"})
+            name, call = town.heard[-1]
+            town.say(town.links[name][-1], {"id": call["id"], "result": {"content": []}})
+        return collections.Counter(name for name, _ in town.heard[heard:])
+    for _ in range(40):
+        assert "a" not in await calls(2)
+        await town.pass_time()
+    for _ in range(40):
+        await town.pass_time()
+    assert await calls(20) == {"a": 10, "c": 10}
 
 
 @in_town
