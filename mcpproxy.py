@@ -4220,6 +4220,15 @@ class Census:
         for usage in list(self.servers.values()):
             usage.on_measured()
 
+    def by_server(self) -> tuple[collections.Counter, collections.Counter, collections.Counter]:
+        """The processes of each server, their bytes of memory, and seconds of CPU, also of those that have ended."""
+        processes, memory, seconds = collections.Counter(), collections.Counter(), self.spent.copy()
+        for usage in self.servers.values():
+            processes[usage.server] += usage.processes
+            memory[usage.server] += usage.memory
+            seconds[usage.server] += usage.seconds
+        return processes, memory, seconds
+
     def _server_of(self, pid: int, stat: list[bytes], before: dict) -> int | None:
         """The server that a process belongs to: by what was known of it, its parent, or its session; an orphan's by its
         control group or its environment. Any other orphan that the proxy got goes to the server, if only one runs."""
@@ -12399,16 +12408,18 @@ class Overview:
         mount, sees_all = self._mount, caller is None or caller.sees_all
         view = mount.catalog.view(None, (), caller and caller.limits)
         sessions = [session for session in mount.sessions.values() if sees_all or session.caller == caller]
+        used = self._census.by_server()
         return dump({
             "name": "mcpproxy", "version": __version__, "status": self.readiness(False)["status"], "mcp": "/mcp",
             "isGuarded": mount.settings.is_guarded, "isFile": mount.catalog.is_file,
             "shared": all(server.is_for_all for server in mount.servers.values()),
-            "servers": [self._about_server(name, server, sees_all) for name, server in mount.servers.items()
-                        if name in view.names or sees_all],
+            "servers": [self._about_server(name, server, sees_all, *(numbers[name] for numbers in used))
+                        for name, server in mount.servers.items() if name in view.names or sees_all],
             "sessions": [self._about_session(session) for session in sessions[-MAX_SESSIONS_SHOWN:]],
             "calls": [self._about_call(*call) for call in reversed(mount.recent) if sees_all or call[4] == caller]})
 
-    def _about_server(self, name: str, server: Server, with_error: bool) -> dict:
+    def _about_server(self, name: str, server: Server, with_error: bool, processes: int, memory: int,
+                      seconds: float) -> dict:
         facts = self._facts(server, with_error)
         instance, group = server.instances.get(()), server.config.group
         place = name if name in self._mount.catalog.places else group
@@ -12421,16 +12432,7 @@ class Overview:
         facts["title"] = facts.pop("name", None)
         return {"name": name, **facts, "group": group, "isRemote": bool(server.config.url),
                 "path": f"/servers/{place}/mcp" if self._mount.catalog.is_file else "/mcp",
-                "processes": self._total("processes", server), "memory": self._total("memory", server),
-                "cpu": round(self._seconds(server), 1)}
-
-    def _total(self, what: str, server: Server) -> float:
-        """The sum of `what`, a field of Usage, over the processes of a server."""
-        return sum(getattr(usage, what) for usage in self._census.servers.values() if usage.server == server.name)
-
-    def _seconds(self, server: Server) -> float:
-        """CPU time of a server, also of its processes that have ended."""
-        return self._census.spent[server.name] + self._total("seconds", server)
+                "processes": processes, "memory": memory, "cpu": round(seconds, 1)}
 
     def _about_session(self, session: Session) -> dict:
         return {"session": session.label, "client": session.software, "place": session.view.place or "",
@@ -12472,6 +12474,7 @@ class Overview:
         """All metrics, in the form that exposition() takes."""
         mount, counters, census = self._mount, self._mount.counters, self._census
         running = collections.Counter(call.instance.server.name if call.instance else "" for call in mount.calls)
+        processes, memory, seconds = census.by_server()
         transports = collections.Counter(session.transport for session in mount.sessions.values())
         yield ("mcp_server_operation_duration_seconds", "histogram", "How long requests of clients took.",
                [(dict(zip(LABELS, labels)), numbers) for labels, numbers in counters.calls.items()
@@ -12481,11 +12484,11 @@ class Overview:
                 ("server_restarts_total", "counter", "Restarts of the server.", lambda server: server.restarts),
                 ("server_start_duration_seconds", "gauge", "How long the server's last start took.",
                  lambda server: server.start_seconds),
-                ("server_processes", "gauge", "Processes of the server.", functools.partial(self._total, "processes")),
+                ("server_processes", "gauge", "Processes of the server.", lambda server: processes[server.name]),
                 ("server_resident_memory_bytes", "gauge", "Memory of the server's processes.",
-                 functools.partial(self._total, "memory")),
+                 lambda server: memory[server.name]),
                 ("server_cpu_seconds_total", "counter", "CPU time of the server's processes, also of ended ones.",
-                 self._seconds)):
+                 lambda server: seconds[server.name])):
             found = [({"server": server.name}, value_of(server)) for server in mount.servers.values()]
             yield f"mcpproxy_{name}", kind, about, [sample for sample in found if sample[1] is not None]
         facts = [(server.name, self._facts(server, False)) for server in mount.servers.values() if server.identity]

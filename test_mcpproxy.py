@@ -21490,7 +21490,7 @@ async def test_conversation_task_of_a_client_s_own_has_no_server_s_name():
 @in_town
 async def test_conversation_metrics_are_made_once_for_all_who_ask_at_a_time():
     town = Town("legacy", ["a"])
-    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    census = types.SimpleNamespace(by_server=lambda: 3 * [collections.Counter()], killed={})
     overview = mcpproxy.Overview(town.mount, census)
     one, other = await asyncio.gather(overview.metrics(), overview.metrics())
     assert one is other and b"mcpproxy_server_up" in one and await overview.metrics() is not one
@@ -21502,7 +21502,7 @@ async def test_conversation_metrics_have_a_call_that_waits_for_several_servers()
     town.answers[("c", "tools/list")] = None
     client = await town.client("legacy")
     await town.say_to(client, 1, "tools/list")
-    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    census = types.SimpleNamespace(by_server=lambda: 3 * [collections.Counter()], killed={})
     assert b'mcpproxy_calls_in_flight{server=""} 1\n' in await mcpproxy.Overview(town.mount, census).metrics()
 
 
@@ -24338,7 +24338,7 @@ def test_overview_that_the_page_asks_for_each_second_is_no_news_for_the_log():
 async def test_overview_says_how_a_server_is_called_and_what_one_says_while_it_starts():
     town = Town("legacy", ["a", "g.b"])
     town.slow["b"] = 60
-    census = types.SimpleNamespace(servers={}, spent=collections.Counter(), killed={})
+    census = types.SimpleNamespace(by_server=lambda: 3 * [collections.Counter()], killed={})
     await asyncio.sleep(1)
     overview = mcpproxy.Overview(town.mount, census)
     await town.reload(["a", "g.b=x"])
