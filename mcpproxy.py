@@ -6604,24 +6604,24 @@ class Causes(dict[PendingRequest, None]):
 
     def __init__(self):
         super().__init__()
-        self._ones: list[PendingRequest] | None = None         # see of_one_client(); None: not compared yet
+        self._of_one: list[PendingRequest] | None = None       # see of_one_client(); None: not compared yet
 
     def add(self, call: PendingRequest) -> None:
         self[call] = None
-        self._ones = None
+        self._of_one = None
 
     def discard(self, call: PendingRequest) -> None:
         self.pop(call, None)
-        self._ones = None
+        self._of_one = None
 
     def of_one_client(self) -> list[PendingRequest]:
         """All of them if they are one client's, and not too many; otherwise none. This is kept until a call comes or
         goes, since a server may send thousands of messages meanwhile."""
-        if self._ones is None:
+        if self._of_one is None:
             calls = list(itertools.islice(self, MAX_CAUSES + 1))
-            is_ones = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
-            self._ones = calls if is_ones else []
-        return self._ones
+            are_of_one = len(calls) <= MAX_CAUSES and all(call.asker == calls[0].asker for call in calls)
+            self._of_one = calls if are_of_one else []
+        return self._of_one
 
 
 # ============================================================================
@@ -7712,7 +7712,7 @@ class Listening:
         """Asks anew if something else is wanted now, and the server has answered what it was asked last."""
         instance = self.instance
         if not self._is_outdated or self._next or instance.listening is not self:
-            return                             # mostly: each topic that came or went in this turn has called it
+            return                             # as mostly: this is called for each topic that comes or goes in a turn
         topics = [topic for topic in instance.topics.values() if not topic.is_put_off]
         if self._answers_late and self._current:
             current, self._current, self._was_deaf, self._answers_late = self._current, None, True, False
@@ -11480,8 +11480,8 @@ async def answer_list(exchange: Exchange, message: Message) -> None:
         not client.is_apart)
     # Of a group, only_instance may be of another member than has answered, and may not have started.
     identity = None if view.is_joint else client.only_instance.identity
-    restate = as_legacy_tool if exchange.method == "tools/list" and not exchange.envelope else str
-    texts = [restate(item.text) for item in shown.values()]
+    is_legacy = exchange.method == "tools/list" and not exchange.envelope
+    texts = [as_legacy_tool(item.text) if is_legacy else item.text for item in shown.values()]
     answer(exchange, {LISTS[exchange.method].member: f"[{','.join(texts)}]"}, missing, ttl, is_public,
            identity and identity.info)
 
@@ -12211,11 +12211,11 @@ STREAM_HEADERS = (("Content-Type", EVENT_STREAM_TYPE), ("Cache-Control", "no-cac
 JSON_HEADERS = (("Content-Type", JSON_TYPE), ("Cache-Control", "no-store"))
 
 
-def prime(reply: Reply, stream: Stream, version: str | None) -> None:
-    """Writes an event without data, whose id lets a client come back for what follows. MCP 2025-11-25, Transports,
+def begin_events(reply: Reply, stream: Stream, version: str | None) -> None:
+    """Begins with an event without data, whose id lets a client come back for what follows. MCP 2025-11-25, Transports,
     Sending Messages to the Server, 6: "an SSE event consisting of an event ID and an empty data field in order to prime
     the client to reconnect". Clients of older revisions choke on one, also on one that they make of a heartbeat:
-    Python's SDK before 1.23."""
+    Python's SDK before 1.23. They get neither."""
     if version == PRIMING_VERSION:
         stream.last_number += 1
         reply.write([b"id: ", stream.event_id(stream.last_number), b"\ndata: \n\n"])
@@ -12273,7 +12273,7 @@ class PostOutlet(Outlet, Holder):
         if not self.reply.is_done:        # otherwise the client is gone, but it may come back for what is kept
             self.reply.start_stream((*STREAM_HEADERS, *self._session_header()))
             if session:
-                prime(self.reply, self._stream, session.version)
+                begin_events(self.reply, self._stream, session.version)
             self._stream.attach(self.reply)
         for answer in self._answers or ():
             self._stream.send([answer])
@@ -13291,7 +13291,7 @@ class Endpoints(Application):
         reply.on_gone = lambda: stream.detach(reply)
         stream.attach(reply, after)
         if not stream.is_ended:
-            prime(reply, stream, session.version)
+            begin_events(reply, stream, session.version)
 
     def delete(self, admission: Admission, body: bytes, reply: Reply) -> None:
         """DELETE /mcp: the client needs its session no more."""
