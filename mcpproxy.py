@@ -7899,6 +7899,7 @@ MAX_TTL_MS = 86_400_000          # for which a list is said to be good
 MAX_PAGES = 100                  # of a list; a server that always has one more is read no further
 RELIST_SECONDS = 1.5             # for a server to list something again; then what it listed before is used
 KEPT_SECONDS = 5.0               # before a server is asked for what it did not list, or again if it tells of no changes
+LONGEST_RELIST_PAUSE = 300.0     # before it is asked again for what it fails to list; at first KEPT_SECONDS, doubling
 
 
 class Items(dict):
@@ -8004,7 +8005,7 @@ class KeptList:
     def tick(self, now: float) -> None:
         """Called now and then: asks for what somebody was given an answer without; less often the longer it is so."""
         if (self.is_missed or self._is_behind) and not self.listing and now - self._asked_at >= self._pause:
-            self._pause *= 2
+            self._pause = min(LONGEST_RELIST_PAUSE, 2 * self._pause)
             self._ask(now)
 
     @property

@@ -20093,6 +20093,24 @@ async def test_conversation_server_that_tells_of_a_change_whenever_it_lists_is_a
 
 
 @in_town
+async def test_conversation_session_is_told_of_tools_soon_after_a_server_that_could_not_list_them_for_a_day_does():
+    town = Town("legacy", ["a", "c"])
+    town.fails = {("c", "tools/list")}
+    client = await town.client("legacy")
+    assert names_of((await town.say_to(client, 1, "tools/list"))[0]) == ["a__t"]
+
+    async def pass_minutes(number):
+        for _ in range(number):
+            await asyncio.sleep(60)
+            town.mount.tick(town.mount.now())
+        await asyncio.sleep(0.1)
+        return [message["method"] for message in town.told(client)]
+    assert await pass_minutes(24 * 60) == [] and town.heard_by("c").count("tools/list") < 300
+    town.fails = set()
+    assert await pass_minutes(6) == [TOOLS_CHANGED]
+
+
+@in_town
 async def test_conversation_slips_of_a_reload_are_told_once():
     town = Town("legacy", ["a"])
     await town.say_to(await town.client("modern"), 1, "tools/list")
