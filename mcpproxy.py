@@ -7965,13 +7965,14 @@ class KeptList:
         is_old       it changed, as the server says, or may have, as after a restart: whoever asks waits a moment for
                      the new one, and then gets the last
         is_missed    somebody was answered without it: it is asked for in tick(), and when it is there, all are told
-        _is_behind   the last one is in use though it was asked for again, or that failed, or it changed meanwhile:
-                     likewise, but they are told only if it is another
+        _in_use      the texts of one that is in use though it was asked for again, or that failed, or it changed
+                     meanwhile, or though its server's process ended: likewise, but they are told only if it is another
     """
 
     def __init__(self, instance, method: str, way: str):
         self.instance, self.method, self.way = instance, method, way
-        self.is_old = self.is_missed = self._is_behind = False
+        self.is_old = self.is_missed = False
+        self._in_use: dict[str, str] | None = None
         self._asked_at, self._pause = instance.server.now(), KEPT_SECONDS         # until it is asked for, while missed
         self.last: Items | None = None             # what it listed last, though it may have changed since
         self.listing: asyncio.Task | None = None             # while the server lists it
@@ -7986,15 +7987,14 @@ class KeptList:
             await asyncio.wait([listing], timeout=patience)
             if self.last is None:
                 listing.result()                   # which raises what went wrong
-            self._is_behind = self._is_behind or not listing.done()
+            if not listing.done():
+                self._in_use = self.last.texts
         return self.last
 
-    def at(self, instance) -> "KeptList":
-        """That of an instance in the place of this one's, which has ended: it may list something else."""
-        kept = KeptList(instance, self.method, self.way)
-        kept.last, kept.is_missed = self.last, self.is_missed
-        kept.is_old = kept._is_behind = self.last is not None
-        return kept
+    def follow(self, before: "KeptList") -> None:
+        """Its instance is in the place of that one's, which has ended."""
+        self.is_missed = self.is_missed or before.is_missed
+        self._in_use = before.last.texts if before.last else before._in_use
 
     def _ask(self, now: float) -> asyncio.Task:
         if self.listing is None:
@@ -8004,7 +8004,7 @@ class KeptList:
 
     def tick(self, now: float) -> None:
         """Called now and then: asks for what somebody was given an answer without; less often the longer it is so."""
-        if (self.is_missed or self._is_behind) and not self.listing and now - self._asked_at >= self._pause:
+        if (self.is_missed or self._in_use is not None) and not self.listing and now - self._asked_at >= self._pause:
             self._pause = min(LONGEST_RELIST_PAUSE, 2 * self._pause)
             self._ask(now)
 
@@ -8040,12 +8040,13 @@ class KeptList:
         self.is_old = False
         try:
             items = await self.read()
-            is_missed = self.is_missed or self._is_behind and items.texts != self.last.texts
-            self.last, self.is_missed, self._is_behind = items, False, self.is_old        # it changed meanwhile, maybe
+            is_missed = self.is_missed or self._in_use not in (None, items.texts)
+            self.last, self.is_missed = items, False
+            self._in_use = items.texts if self.is_old else None            # it changed meanwhile, maybe
             if self.method == "tools/list":
                 self.instance.server.learn_tools(items)
                 self.instance.server.check_rules(items)
-            kind, self._pause = LISTS[self.method].capability, self._pause if self._is_behind else KEPT_SECONDS
+            kind, self._pause = LISTS[self.method].capability, self._pause if self.is_old else KEPT_SECONDS
             if is_missed and f"{kind}ListChanged" in LIST_CHANGES:
                 items.asked_at = self.instance.server.now()        # whoever is told asks now, and shall get this
                 tell_all(self.instance, list_changed(kind))
@@ -8054,8 +8055,8 @@ class KeptList:
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
-            self.last.asked_at, self.last.hearing, self._is_behind = self.instance.server.now(), None, True
-            self.last.ttl_ms = 0                   # that was said of an older answer
+            self.last.asked_at, self.last.hearing = self.instance.server.now(), None
+            self.last.ttl_ms, self._in_use = 0, self.last.texts            # the ttl was said of an older answer
         finally:
             self.listing = None
 
@@ -8555,7 +8556,7 @@ class Client(Holder):
             self._instances[server] = instance
             instance.is_missed = instance.is_missed or before is not None and before.is_missed
             for key, kept in before.lists.items() if before and instance.is_private else ():
-                instance.lists.setdefault(key, kept.at(instance))
+                instance.list_of(*key).follow(kept)
             for listener in [one for one in before.listeners if one.client is self] if before else ():
                 # If it heard anything there, its client listens again.
                 listener.end_subscription() if before.identity else listener.move(before, instance)
@@ -11407,8 +11408,8 @@ class Listener(Exchange):
         if self.is_done:                               # with one that was lost
             return
         try:
-            instance = self._at(place)
-            self._join(instance)
+            self._join(instance := self._at(place))
+            instance.start()                           # of a group, it may be another member than _join_all() chose
             instance.topics.subscribe(self, uri, is_told=True)
         except ProxyError:
             if is_gone:

@@ -18194,23 +18194,75 @@ async def test_conversation_session_is_told_if_the_process_in_the_place_of_its_o
     assert names_of((await town.say_to(client, 3, "tools/list"))[0]) == ["a__u" if is_other else "a__t", "c__t"]
 
 
+@pytest.mark.parametrize("method", ["tools/list", "resources/list"])
+@pytest.mark.parametrize("names", [["a"], ["a", "c"]])
 @in_town
-async def test_conversation_session_is_told_of_no_process_of_its_own_that_dies_of_being_asked_what_it_has():
-    town, deaths = Town("legacy", ["a", "c"], shared_session=False), 0
+async def test_conversation_lists_are_had_while_the_process_in_the_place_of_a_session_s_own_starts(names, method):
+    town = Town("legacy", names, shared_session=False)
+    client = await town.client("legacy")
+    listed = (await town.say_to(client, 1, method))[0]["result"]
+    await town.die("a")
+    town.slow["a"] = 1
+    for number in (2, 3):
+        await town.say_to(client, number, method)
+    await asyncio.sleep(2)
+    assert [one.get("result") for one in town.told(client)] == [listed] * 2
+
+
+@in_town
+async def test_conversation_session_is_shown_nothing_of_a_process_of_its_own_in_whose_place_none_starts():
+    town = Town("legacy", ["a", "c"], shared_session=False)
+    client, shown = await town.client("legacy"), []
+    await town.say_to(client, 1, "tools/list")
+    town.broken, town.slow["a"] = "a", 20
+    await town.die("a")
+    for number in range(2, 7):
+        client.say(request(number, "tools/list"))
+        for _ in range(30):
+            await town.pass_time()
+        shown += [names_of(one) for one in town.told(client)]
+    assert shown == [["c__t"]] * 5
+    town.broken = None
+    client.say(request(7, "tools/list"))
+    for _ in range(30):
+        await town.pass_time()
+    assert TOOLS_CHANGED in [one.get("method") for one in town.told(client)]
+    assert names_of((await town.say_to(client, 8, "tools/list"))[0]) == ["a__t", "c__t"]
+
+
+@pytest.mark.parametrize("reloads", [0, 1])
+@in_town
+async def test_conversation_session_is_told_if_a_spare_in_the_place_of_its_own_lists_something_else(reloads):
+    town = Town("legacy", ["a", "c"], shared_session=False, prewarm=1)
+    await town.pass_time()
     client = await town.client("legacy")
     await town.say_to(client, 1, "tools/list")
-    await town.die("a")
-    del town.answers["tools/list"]
-    for number in range(2, 12):
-        client.say(request(number, "tools/list"))
-        await asyncio.sleep(0.1)
-        if town.heard_by("a")[-1] == "tools/list":
-            await town.die("a")
-            deaths += 1
+    await town.pass_time()
+    for _ in range(reloads):
+        await town.reload(["a", "c"])
+    town.told(client)
+    town.answers[("a", "tools/list")] = {"tools": [{"name": "u", "inputSchema": {}}]}
+    town.links["a"][0].is_open = False
+    town.links["a"][0].end()
+    await asyncio.sleep(1)
+    client.say(request(2, "tools/call", {"name": "a__t"}))
+    for _ in range(10):
         await town.pass_time()
-    told = town.told(client)
-    assert deaths == 10 and [one.get("id") for one in told] == [*range(2, 12)]
-    assert all(names_of(one) == ["a__t", "c__t"] for one in told)
+    assert [one["method"] for one in town.told(client)] == [TOOLS_CHANGED]
+
+
+@in_town
+async def test_conversation_listen_hears_of_a_resource_at_the_member_in_the_place_of_one_that_was_changed():
+    town = Town("modern", ["g.a", "g.b"], shared_session=False)
+    client = await town.client("modern")
+    await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:b"]}})
+    await town.reload(["g.b", "g.a=x"])
+    listen = next(one for name in "ab" for one in town.listens(name) if "a:b" in str(one))
+    name = next(name for name in "ab" if listen in town.listens(name))
+    town.say(town.links[name][-1], {"method": "notifications/resources/updated", "params": {
+        "uri": "a:b", "_meta": {mcpproxy.SUBSCRIPTION_KEY: listen["id"]}}})
+    await asyncio.sleep(0.1)
+    assert [one["method"] for one in town.told(client)][-1] == "notifications/resources/updated"
 
 
 @in_town
