@@ -20,7 +20,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates git tini \
     && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir uv \
-    && useradd --create-home --uid 1000 mcp
+    && useradd --create-home --uid 1000 mcp \
+    && chgrp 0 /home/mcp && chmod g=u /home/mcp
 
 COPY --from=node /usr/local/bin/node /usr/local/bin/node
 COPY --from=node /usr/local/lib/node_modules/npm /usr/local/lib/node_modules/npm
@@ -32,7 +33,8 @@ COPY mcpproxy.py /usr/local/bin/mcpproxy.py
 RUN python3 -c "import py_compile; py_compile.compile('/usr/local/bin/mcpproxy.py', '/usr/local/bin/mcpproxy.pyc', doraise=True)"
 
 # npx and uvx keep their packages in the home directory: a volume there makes the next start fast. The user is a number,
-# because Kubernetes has to see that it is not root, and HOME is named for users that /etc/passwd does not know.
+# because Kubernetes has to see that it is not root, and HOME is named for users that /etc/passwd does not know: OpenShift
+# gives any number, but the group 0, whose the home is.
 USER 1000:1000
 WORKDIR /home/mcp
 EXPOSE 8000

@@ -4042,6 +4042,22 @@ def cgroups_around() -> list[str]:
     return [*dict.fromkeys(os.path.normpath(root[1] + path) for path in paths)]
 
 
+def make_divisible(group: str, leaf: str) -> bool:
+    """Can limits be set for the groups below a control group? While processes are in it, only if it is the root: so if
+    all of them are ours, they move to `leaf`, below it. (Linux would refuse memory then, but not pids, which makes it a
+    group of threads: below that no process can be, neither a server nor what systemd starts for a reload.) cgroups(7);
+    Linux, Control Group v2, No Internal Process Constraint, Threads."""
+    if not os.path.exists(f"{group}/cgroup.type"):             # which the root alone has not
+        return True
+    pids = {int(pid) for pid in read_file(f"{group}/cgroup.procs").split()}
+    if pids <= {os.getpid(), *(pid for pid, _ in descendants_of(os.getpid()))}:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.makedirs(leaf, exist_ok=True)
+                write_file(f"{leaf}/cgroup.procs", str(pid))
+    return not read_file(f"{group}/cgroup.procs")
+
+
 def list_processes() -> list[int]:
     """The ids of all processes that can be seen; none where there is no /proc."""
     try:
@@ -4324,6 +4340,10 @@ class Reaper:
                 set -- "$prefix"-*
                 [ -e "$1" ] && sleep 0.2 || break
             done
+            # Ours is as it was before make_divisible() again, for who starts the next one in it.
+            [ -d "$prefix" ] && above=${prefix%/*} && echo -memory -pids > "$above/cgroup.subtree_control" &&
+                while read -r pid; do echo "$pid" > "$above/cgroup.procs"; done < "$prefix/cgroup.procs"
+            rmdir "$prefix"
         done"""
 
     def __init__(self):
@@ -4498,7 +4518,7 @@ def enter(cgroup):
         with open(cgroup + "/cgroup.procs", "w") as file:
             file.write("0")
     except OSError:
-        pass                                         # what else is done does not depend on it
+        prctl(36, 1)                                 # as without one, see Sandbox.steps()
 
 def landlock(attributes, rules):                     # landlock_create_ruleset(2), _add_rule(2), _restrict_self(2)
     attributes = struct.pack("=QQQ", *attributes)
@@ -4546,6 +4566,7 @@ def main(report, is_strict, prefix, ignored, steps, program):
 REASONS_AGAINST = {              # by step and errno
     ("landlock", errno.ENOSYS): "this kernel has no Landlock, or hides it: it takes Linux 6.2, and not gVisor",
     ("landlock", errno.EOPNOTSUPP): "Landlock is off in this kernel: lsm= at boot has to name it",
+    ("landlock", errno.EPERM): "Landlock is refused, as by the seccomp profile of a container",
     ("seccomp", errno.EINVAL): "this kernel has no seccomp filters, or hides them",
     ("become", errno.EPERM): "only root may become another user",
     ("reach", errno.EACCES): "RUN_AS_USER cannot get there; set TMPDIR to a directory where it can"}
@@ -4688,7 +4709,7 @@ class Sandbox:
             return []
         if abi < LANDLOCK_ABI:
             self.refuse("sandbox", f"Landlock of this kernel (ABI {abi}) lets files be emptied that may only be read; "
-                                   "it takes Linux 6.2")
+                                   "it takes Linux 6.2, in a container the host's")
         known = sum(right for right in LANDLOCK_RIGHTS if LANDLOCK_SINCE.get(right, 1) <= abi)
         # The Python that runs this file, for the demo server; and what names are resolved with.
         usual = sys.prefix, sys.base_prefix, os.path.abspath(__file__), os.path.realpath("/etc/resolv.conf")
@@ -4729,7 +4750,10 @@ class Cell:
             try:
                 self._make_home(self.sandbox.reaper.homes)
             except OSError as error:                   # as in a read-only or full /tmp
-                self.sandbox.refuse("private_home", f"{error}; set TMPDIR")
+                lacks_capabilities = isinstance(error, PermissionError) and self.user and os.geteuid() == 0
+                self.sandbox.refuse("private_home", f"{error}; " + (
+                    "RUN_AS_USER takes the capabilities CHOWN, DAC_OVERRIDE, KILL, SETGID and SETUID"
+                    if lacks_capabilities else "set TMPDIR"))
         self._make_cgroup()
 
     def _make_home(self, homes: str) -> None:
@@ -4768,21 +4792,21 @@ class Cell:
             self.user, self.variables["HOME"] = (number, number), "/"
 
     def _make_cgroup(self) -> None:
-        """A control group, where ours or the one above it can be divided; with its limits, where they can be set there.
-        cgroups(7); Linux, Control Group v2, memory.max and pids.max."""
+        """A control group in ours or in the one above it, with its limits, where they can be set there. Linux, Control
+        Group v2, memory.max and pids.max."""
         settings = self.sandbox.settings
+        limits = {"memory": settings.limit_memory_mb * 1024 * 1024, "pids": settings.limit_processes * TASKS}
         for prefix in self.sandbox.reaper.cgroups:
-            path = f"{prefix}-{self._number}"
             with contextlib.suppress(OSError):
-                os.mkdir(path)
+                os.mkdir(path := f"{prefix}-{self._number}")
                 self.cgroup = path
                 break
-        for controller, file, limit in (("memory", "memory.max", settings.limit_memory_mb * 1024 * 1024),
-                                        ("pids", "pids.max", settings.limit_processes * TASKS)):
-            if self.cgroup and limit:
+        above = os.path.dirname(self.cgroup or "")
+        if above and any(limits.values()) and make_divisible(above, prefix):
+            for controller in [controller for controller, limit in limits.items() if limit]:
                 with contextlib.suppress(OSError):
-                    write_file(f"{os.path.dirname(self.cgroup)}/cgroup.subtree_control", f"+{controller}")
-                    write_file(f"{self.cgroup}/{file}", str(limit))
+                    write_file(f"{above}/cgroup.subtree_control", f"+{controller}")
+                    write_file(f"{self.cgroup}/{controller}.max", str(limits[controller]))
 
     @property
     def is_out_of_memory(self) -> bool:
@@ -14250,7 +14274,8 @@ async def describe(member: ServerConfig, client: Client) -> list[str]:
 def sandbox_support() -> str:
     """What this machine can do of a sandbox, in words."""
     try:
-        found = [f"Landlock (ABI {landlock_abi()})"]
+        abi = landlock_abi()
+        found = [f"Landlock {'' if abi >= LANDLOCK_ABI else 'of before Linux 6.2, which is not enough '}(ABI {abi})"]
     except OSError as error:
         found = [f"no Landlock: {why_refused('landlock', error.errno)}"]
     has_filters = False

@@ -7582,6 +7582,41 @@ def test_sandbox_limit_is_over_for_a_process_that_cannot_be_found_by_its_parents
         until(lambda: not is_alive(orphan), "the orphan's end")
 
 
+@pytest.fixture
+def control_group():
+    """One that is not the root, with a limit of its own or not."""
+    try:
+        path = f"{mcpproxy.cgroups_around()[0]}/test-{os.urandom(4).hex()}"
+        os.mkdir(path)
+    except (IndexError, OSError):
+        pytest.skip("needs a control group that may be divided")
+    yield path
+    os.rmdir(path)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_sandbox_limits_are_set_below_a_control_group_that_has_no_other_processes(place, control_group, is_alone):
+    name, others = os.path.basename(control_group), []
+    if not is_alone:
+        others.append(subprocess.Popen(["sleep", "60"]))
+        mcpproxy.write_file(f"{control_group}/cgroup.procs", str(others[0].pid))
+    program = program_of(place, f"open('{control_group}/cgroup.procs', 'w').write('0')")
+    try:
+        with sandboxed(place, program=program, LIMIT_PROCESSES=20) as proxy:
+            server = about(proxy)["pid"]
+            groups = [mcpproxy.read_file(f"/proc/{pid}/cgroup").decode() for pid in (proxy.process.pid, server)]
+            assert groups[0].endswith(f"/{name}/mcpproxy-{proxy.nonce}\n" if is_alone else f"/{name}\n")
+            assert f"/{name}/mcpproxy-{proxy.nonce}-" in groups[1]
+            assert [mcpproxy.read_file(f"{path}/cgroup.type") for path, *_ in os.walk(control_group)] == (
+                [b"domain\n"] * (2 + is_alone))
+        assert os.listdir(control_group) and next(os.walk(control_group))[1] == []
+        assert mcpproxy.read_file(f"{control_group}/cgroup.subtree_control").strip() == b""
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def test_sandbox_limit_ends_a_server_that_heeds_nothing_and_its_children(place):
     with sandboxed(place, LIMIT_MEMORY_MB=150, PRIVATE_HOME="true") as proxy:
         use(proxy, "close_ears")
@@ -8202,11 +8237,26 @@ def test_sandbox_is_given_by_root_without_capabilities(place):
 
 
 @with_setpriv
+def test_sandbox_error_names_the_capabilities_that_root_lacks_to_give_a_home_to_another_user(place):
+    few = "-all,+setuid,+setgid"
+    command = ["setpriv", f"--bounding-set={few}", f"--inh-caps={few}", "--", sys.executable, compiled(), "--check"]
+    found = subprocess.run([*command, "--run-as-user=2000", "--private-home=true", "--", *FAKE], capture_output=True,
+                           text=True, env={**os.environ, "TMPDIR": str(place)})
+    assert "PRIVATE_HOME cannot be given: " in found.stdout, found
+    assert "RUN_AS_USER takes the capabilities CHOWN, DAC_OVERRIDE, " in found.stdout
+
+
+@with_setpriv
 @pytest.mark.parametrize("before, said", [([], "can become"), (WITHOUT_CAPABILITIES, "cannot become")])
 def test_sandbox_check_says_whether_root_can_become_other_users(before, said):
     command = [*before, sys.executable, compiled(), "--check", "--", *FAKE]
     found = subprocess.run(command, capture_output=True, text=True)
     assert f", {said} other users\n" in found.stdout, found
+
+
+def test_sandbox_check_says_that_a_kernel_is_too_old(monkeypatch):
+    monkeypatch.setattr(mcpproxy, "landlock_abi", lambda: 2)
+    assert mcpproxy.sandbox_support().startswith("Landlock of before Linux 6.2, which is not enough (ABI 2), ")
 
 
 @pytest.mark.parametrize("who", ["root's proxy", "nobody's server of root's proxy", "nobody's proxy"])
