@@ -2196,8 +2196,7 @@ class Identity:
             new["capabilities"] = without_session(self._told["capabilities"], is_anybody)
         if "protocolVersion" in self._members and self.era is LEGACY:
             return as_object(self._members | new).encode()
-        info = self.info or dump(UNNAMED)
-        return as_object({**self._told, **new, "serverInfo": info}).encode()
+        return as_object({**self._told, **new, "serverInfo": self.info or dump(UNNAMED)}).encode()
 
     def discover_result(self) -> bytes:
         # SEP-2663: the tasks of 2025-11-25 "MUST NOT" be advertised.
@@ -3903,8 +3902,7 @@ class Budget:
         before, holder.held = holder.held, size
         was_over = self.held > self.limit
         self.held += size - before
-        if self.held > self.most:
-            self.most = self.held
+        self.most = max(self.most, self.held)
         if before:
             kind = self._holders.pop(holder)
             self._totals[kind] -= before
@@ -7132,8 +7130,7 @@ class Question(Holder):
 
     def leave_books(self) -> None:
         """It is open no more: neither at the client nor at the exchange."""
-        if self.held:
-            budget.set(self, 0)
+        budget.set(self, 0)
         if self.client:
             self.client.questions.pop(self.id, None)
         if self.call:
@@ -7936,7 +7933,7 @@ class Items(dict):
         self.hearing: int | None = None            # as KeptList's was then
         self.size = 0                              # characters
         self.texts: dict[str, str] = {}            # as the server wrote them
-        self.mirrored: dict[str, dict] = {}        # of those tools that have arguments in Mcp-Param-* headers
+        self.mirrored: dict[str, dict] = {}        # the arguments of tools that are repeated in Mcp-Param-* headers
         self.ttl_ms, self.is_public = MAX_TTL_MS, True         # for how long and for whom it may be kept
         self._shown: dict[tuple, tuple] = {}       # by (name of a configuration, is_joint): that, and its shown()
 
@@ -7957,9 +7954,7 @@ class Items(dict):
             self.size += len(text)
             if member == "tools":
                 with contextlib.suppress(RecursionError):          # a schema like that spoils its own tool alone
-                    parameters = mirrored_parameters(item.get("inputSchema"))
-                    if parameters:
-                        self.mirrored[item[key]] = parameters
+                    self.mirrored[item[key]] = mirrored_parameters(item.get("inputSchema"))
 
     def shown(self, config: ServerConfig, is_joint: bool) -> dict[str, ShownItem]:
         """The same as clients see it, by the name that is shown."""
@@ -10415,7 +10410,6 @@ class Dialogue:
             self.request_state = os.urandom(24).hex()
             result = input_required({key: question.message for key, question in self.questions.items()},
                                     self.request_state, exchange.instance.identity.info)
-            exchange.touch()
             if exchange.group:
                 exchange.remember_state(self.request_state)
             exchange.park(encode_result(exchange.raw_id, result))
@@ -10962,7 +10956,7 @@ class Exchange(ClientRequest):
         if target and target.depends_on_hints and view.limits and not view.opens(
                 target.server, "tools", name, tools.get(name, {})):
             raise view.refusal(target.server, "tools", name, self.name)
-        if self.headers is not None and name in tools.mirrored:
+        if self.headers is not None and tools.mirrored.get(name):
             check_mirrored(tools.mirrored[name], self.message.plain_params.get("arguments"), self.headers)
 
     async def _check_by_list(self) -> None:
@@ -11213,7 +11207,6 @@ class Exchange(ClientRequest):
 
     def ask(self, question: Question, missing: dict | None) -> None:
         """A legacy server's request, which this call caused; `missing` is what the client lacks to answer it."""
-        self.touch()
         self.has_begun = True
         self._bridge.ask(self, question, missing)
 
@@ -12303,8 +12296,7 @@ class PostOutlet(Outlet, Holder):
             self._stream.attach(self.reply)
         for answer in self._answers or ():
             self._stream.send([answer])
-        if self.held:
-            budget.set(self, 0)
+        budget.set(self, 0)
 
     def send(self, payload: list) -> None:
         self.open()

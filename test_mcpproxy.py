@@ -17246,6 +17246,72 @@ async def test_conversation_resources_are_looked_through_once_for_all_that_are_w
 
 
 @in_town
+async def test_conversation_resource_that_a_known_list_has_waits_for_no_other_server():
+    town = Town("legacy", ["a", "c"])
+    town.answers["resources/read"] = {"contents": []}
+    client = await town.client("legacy")
+    await town.say_to(client, 1, "resources/list")
+    town.slow["c"] = 100
+    await town.die("c")
+    town.told(client)
+    assert [one["id"] for one in await town.say_to(client, 2, "resources/read", {"uri": "a:b"})] == [2]
+
+
+@in_town
+async def test_conversation_parked_call_lives_as_long_again_when_its_client_was_back_without_an_answer():
+    town = Town("legacy", ["a"])
+    client = await town.client("modern")
+    await town.say_to(client, 1, "tools/call", {"name": "a__t"})
+    town.say(town.links["a"][0], {"id": 9, **QUESTION})
+    await asyncio.sleep(1)
+    for number in 2, 3:
+        asked, = town.told(client)
+        await asyncio.sleep(400)
+        await town.pass_time()
+        client.say(request(number, "tools/call", {
+            "name": "a__t", "requestState": asked["result"]["requestState"], "inputResponses": {}}))
+        await asyncio.sleep(1)
+    assert town.told(client)[0]["result"]["resultType"] == "input_required"
+
+
+@in_town
+async def test_conversation_task_of_a_server_that_started_anew_stays_with_whom_it_is_of_then():
+    owners, first, second, third = mcpproxy.Owners(), *(types.SimpleNamespace(owner=name) for name in "abc")
+    owners.remember(("task", "1"), first)
+    owners.old = set(owners)                                   # the server starts again, and counts from 1
+    for client in second, third:
+        owners.remember(("task", "1"), client)
+    assert owners == {("task", "1"): "b"}
+
+
+@in_town
+async def test_conversation_nothing_is_kept_of_servers_that_were_taken_out():
+    town = Town("legacy", ["a", "c"])
+    for number in range(3):
+        await town.reload(["a", f"c=x{number}"])
+        await town.pass_time()
+    assert sorted(server.name for server in town.mount._pool.servers) == ["a", "c"]
+
+
+@in_town
+async def test_conversation_calls_that_wait_for_the_members_of_a_group_are_spread():
+    town = Town("legacy", ["g.a", "g.b"])
+    town.slow = {"a": 5, "b": 5}
+    for client in [await town.client("modern") for _ in range(10)]:
+        client.say(request(1, "tools/call", {"name": "g__t"}))
+    await asyncio.sleep(10)
+    assert collections.Counter(name for name, _ in town.heard) == {"a": 5, "b": 5}
+
+
+@in_town
+async def test_conversation_answer_that_lacks_a_server_names_the_proxy_all_the_same():
+    town = Town("legacy", ["a", "c"])
+    town.broken, client = "c", await town.client("modern")
+    answer, = await town.say_to(client, 1, "tools/list")
+    assert answer["result"]["_meta"].keys() == {mcpproxy.SERVER_INFO_KEY, mcpproxy.UNAVAILABLE_KEY}
+
+
+@in_town
 async def test_conversation_calls_are_compared_once_for_all_that_a_server_logs_meanwhile(monkeypatch):
     town, compared, asker = Town("legacy", ["a"]), [], mcpproxy.ClientRequest.asker
     client = await town.client("legacy")
