@@ -17274,6 +17274,23 @@ async def test_conversation_parked_call_lives_as_long_again_when_its_client_was_
     assert town.told(client)[0]["result"]["resultType"] == "input_required"
 
 
+@pytest.mark.parametrize("names", [["ann", "bob"], ["ann", "ann"]])
+@in_town
+async def test_conversation_late_question_that_may_be_about_calls_of_two_clients_is_put_to_neither(names):
+    town = Town("legacy", ["a"])
+    for number, name in enumerate(names):
+        client = await town.client("modern", "a", mcpproxy.Caller(name, name.encode(), None), {})
+        await town.say_to(client, number, "tools/call", {"name": "t"})
+        town.say(town.links["a"][0], {"id": f"q{number}", **QUESTION})
+        await asyncio.sleep(1)
+        assert town.told(client)[0]["result"]["resultType"] == "input_required"
+    await asyncio.sleep(10)
+    town.say(town.links["a"][0], {"id": "late", **QUESTION})
+    await asyncio.sleep(1)
+    said = [line for line in town.links["a"][0].lines if line.get("id") == "late"]
+    assert [one["error"]["message"] for one in said] == [mcpproxy.NOBODYS.args[0]] * (names[0] != names[1])
+
+
 @in_town
 async def test_conversation_task_of_a_server_that_started_anew_stays_with_whom_it_is_of_then():
     owners, first, second, third = mcpproxy.Owners(), *(types.SimpleNamespace(owner=name) for name in "abc")
