@@ -9721,8 +9721,12 @@ async def ask_servers(client: Client, known, ask,
 async def gather_lists(client: Client, method: str, members=None,
                        way: str = "") -> tuple[list[tuple[ServerConfig, Items]], dict[str, str]]:
     """What the servers list by a method; those that are missing tell the client when they are back."""
-    found, missing = await ask_servers(client, lambda instance: instance.list_of(method, way).fresh,
-                                       lambda instance: instance.list_of(method, way).get(), members)
+    try:
+        found, missing = await ask_servers(client, lambda instance: instance.list_of(method, way).fresh,
+                                           lambda instance: instance.list_of(method, way).get(), members)
+    except ServerError as error:
+        mark_missed(client, error.data[UNAVAILABLE_KEY], method, way)
+        raise
     mark_missed(client, missing, method, way)
     return found, missing
 

@@ -20277,6 +20277,27 @@ async def test_conversation_server_that_tells_of_a_change_whenever_it_lists_is_a
     assert 2 < town.heard_by("a").count("tools/list") < 10
 
 
+@pytest.mark.parametrize("kind", ["broken", "fails"])
+@in_town
+async def test_conversation_session_whose_list_was_an_error_is_told_when_there_is_one(kind):
+    town = Town("legacy", ["a"])
+    client = await town.client("legacy")
+    town.fails = {("a", "tools/list")}
+    if kind == "broken":
+        town.broken = "a"
+        await town.die("a")
+    client.say(request(1, "tools/list"))
+    await asyncio.sleep(3)
+    assert "mcpproxy/unavailable" in town.told(client)[-1]["error"]["data"]
+    town.broken, town.fails = None, set()
+    for _ in range(60):
+        await town.pass_time()
+    await town.say_to(await town.client("modern"), 1, "tools/call", {"name": "a__t"})
+    await town.pass_time()
+    assert TOOLS_CHANGED in [one["method"] for one in town.told(client)]
+    assert names_of((await town.say_to(client, 2, "tools/list"))[0]) == ["a__t"]
+
+
 @in_town
 async def test_conversation_session_is_told_of_tools_soon_after_a_server_that_could_not_list_them_for_a_day_does():
     town = Town("legacy", ["a", "c"])
