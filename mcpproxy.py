@@ -6975,7 +6975,7 @@ class ServerConnection(Holder):
         if self.is_greeted:              # otherwise the instance logs that it did not start
             # What a server said is a field of the line; what stands before it, as ": ", is part of the template.
             level, reason = (logging.INFO, self.link.how_it_ended) if self.link.was_stopped else (
-                logging.WARNING, f": {error}; {len(self.pending)} calls fail")
+                logging.WARNING, f": {error}; {sum(bool(call.client) for call in self.pending.values())} calls fail")
             said, usage = reason.lstrip(": "), self.link.usage_text
             log.say(level, f"= server %(server)s, {self.link.label} ended{reason.removesuffix(said)}%(reason)s"
                            f"{usage and '; '}%(usage)s", server=self.name, reason=said, usage=usage, **self.link.fields)
@@ -7651,6 +7651,7 @@ class Topics(dict[str, Topic]):
 
 LISTEN_PAUSE, LONGEST_LISTEN_PAUSE = 1.0, 30.0       # seconds until a server that ended a listen is asked again
 ONE_BY_ONE = 100                 # new resources that are asked for one by one when a server refused them together
+MOST_TAKEN_BACK = 20             # listens that a process may still answer
 CATCH_UP_SECONDS = 30.0          # in which clients are told once at the most that they may have missed a change
 
 
@@ -7684,11 +7685,11 @@ class ListenRequest(PendingRequest):
 
 
 class Listening:
-    """What an instance listens for, by at most one request in each of these states:
+    """What an instance listens for, by at most one request in each of the first two of these states:
 
         _next         is sent, and not acknowledged yet; what is wanted anew waits until it is
         _current      is acknowledged, and heard
-        _taken_back   was heard until the next one took its place; it may still be answered
+        _taken_back   was heard until the next one took its place; it may still be answered, and so may those before
 
     The current one goes on until the next one is acknowledged, or what happens in between would be missed; but it ends
     first at a server that keeps only one."""
@@ -7697,7 +7698,7 @@ class Listening:
         self.instance = instance
         self._current: ListenRequest | None = None
         self._next: ListenRequest | None = None
-        self._taken_back: ListenRequest | None = None          # the last that was; a process may answer it nonetheless
+        self._taken_back: list[ListenRequest] = []             # the last; a process may answer each nonetheless
         self._answers_late = False             # did the server answer one that was taken back?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
         self._one_by_one = False               # was one refused that asked for several new resources?
@@ -7722,7 +7723,7 @@ class Listening:
 
     def is_heard_twice(self, request: ListenRequest) -> bool:
         """Does what comes on a request come on the one in its place, too?"""
-        return request is self._taken_back and self._current is not None
+        return request in self._taken_back and self._current is not None
 
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
@@ -7811,11 +7812,12 @@ class Listening:
 
     def _take_back(self, request: ListenRequest) -> None:
         """Another one takes its place. From a process, it is seen whether it is answered nonetheless."""
-        connection, before, self._taken_back = self.instance.connection, self._taken_back, request
+        connection = self.instance.connection
         if connection.link.is_remote:
             return connection.cancel(request.server_id, "replaced")
-        if before:
-            connection.pending.pop(before.server_id, None)
+        self._taken_back.append(request)
+        if len(self._taken_back) > MOST_TAKEN_BACK:
+            connection.pending.pop(self._taken_back.pop(0).server_id, None)
         connection.send_if_possible(encode_request(None, "notifications/cancelled", {
             "requestId": request.server_id, "reason": "replaced"}))
 
@@ -7841,7 +7843,7 @@ class Listening:
         is_alone = self._is_doubted and self._pause == LONGEST_LISTEN_PAUSE and (
             len(request.topics) == request.new_count == 1)
         is_blamed = is_refused or request is self._next and (is_alone or self._current is not None)
-        if request is self._taken_back:
+        if request in self._taken_back:
             return self._on_late_end(request)
         if is_current:
             self._current, self._was_deaf = None, True
@@ -7869,8 +7871,10 @@ class Listening:
         next one asked for, if that came before."""
         if request.is_waited_for and (self._next or self._current):
             self._patience = min(LONGEST_LISTEN_PAUSE, 2 * self._patience)
-        self._taken_back, self._answers_late, self._is_outdated = None, True, True
-        self._ask()
+        self._taken_back.remove(request)
+        self._answers_late = self._is_outdated = True
+        if self._current or request.is_waited_for:
+            self._ask()
 
     def _refuse(self, request: ListenRequest, error: ProxyError, is_refused: bool) -> bool:
         """Refuses what is new in a request that the server refused, or failed at. True if it is to be sent again later:
@@ -8070,7 +8074,7 @@ class KeptList:
                 items.asked_at = self.instance.server.now()        # whoever is told asks now, and shall get this
                 tell_all(self.instance, list_changed(kind))
         except ServerError as error:
-            if self.last is None:
+            if self.last is None or self.instance.state == "closed":
                 raise
             log.warning("! server %(server)s: %(reason)s; what it listed before is used",
                         server=self.instance.server.name, reason=str(error))
@@ -9225,10 +9229,11 @@ class Group:
 
     def tick(self) -> None:
         """Called now and then: finds out whether members are back. One that is, or that has started at last, would get
-        most calls until it has had as many as the others: all begin anew then."""
+        most calls until it has had as many as the others: it counts as if it had."""
         before, self._ready = self._ready, {one for one in self.members if one.is_up and not one.is_starting}
-        if not self._ready <= before:
-            self.chosen.clear()
+        least = min((self.chosen[one] / one.config.weight for one in before & self._ready), default=0)
+        for member in self._ready - before:
+            self.chosen[member] = max(self.chosen[member], least * member.config.weight)
         for member in self.members:
             member.probe()
 
@@ -10092,12 +10097,18 @@ class LegacyClientBridge(Bridge):
         verdict.add_done_callback(settle)
 
     def unsubscribe(self, exchange: "Exchange", message: Message) -> bool | None:
-        """Unsubscribes the client at each server where it subscribed to this: it may have moved since."""
+        """Unsubscribes the client at each server where it subscribed to this: it may have moved since. Where it waits
+        to subscribe, it waits no longer."""
         uri, client, instance = message.params.get("uri"), exchange.client, exchange.instance
         joined = [topic for topic in client.topics if topic.uri == uri] if client.is_session else []
         for topic in joined:
             topic.instance.topics.unsubscribe(client, topic)
-        if not joined and uri not in instance.topics and exchange.connection.era is LEGACY:
+        earlier = itertools.takewhile(lambda call: call is not exchange, client.calls.values())
+        waiting = [call for call in earlier if client.is_session and call.method == "resources/subscribe" and (
+            not call.is_running and call.size <= SMALL and parse_message(call.text).params.get("uri") == uri)]
+        for call in waiting:
+            call.finish(encode_result(call.raw_id))
+        if not (joined or waiting) and uri not in instance.topics and exchange.connection.era is LEGACY:
             return True                     # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))
 
