@@ -4047,13 +4047,16 @@ def make_divisible(group: str, leaf: str) -> bool:
     Linux, Control Group v2, No Internal Process Constraint, Threads."""
     if not os.path.exists(f"{group}/cgroup.type"):             # which the root alone has not
         return True
-    pids = {int(pid) for pid in read_file(f"{group}/cgroup.procs").split()}
-    if pids <= {os.getpid(), *(pid for pid, _ in descendants_of(os.getpid()))}:
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                os.makedirs(leaf, exist_ok=True)
-                write_file(f"{leaf}/cgroup.procs", str(pid))
-    return not read_file(f"{group}/cgroup.procs")
+    for _ in range(5):                       # they end, and start others, which are in it too, while they are moved
+        pids = {int(pid) for pid in read_file(f"{group}/cgroup.procs").split()}
+        if not pids:
+            return True
+        if pids <= {os.getpid(), *(pid for pid, _ in descendants_of(os.getpid()))}:
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.makedirs(leaf, exist_ok=True)
+                    write_file(f"{leaf}/cgroup.procs", str(pid))
+    return False
 
 
 def list_processes() -> list[int]:
@@ -4567,6 +4570,9 @@ REASONS_AGAINST = {              # by step and errno
     ("landlock", errno.EPERM): "Landlock is refused, as by the seccomp profile of a container",
     ("seccomp", errno.EINVAL): "this kernel has no seccomp filters, or hides them",
     ("become", errno.EPERM): "only root may become another user",
+    **dict.fromkeys([("home", errno.EPERM), ("home", errno.EACCES)],
+                    "RUN_AS_USER takes the capabilities CHOWN, DAC_OVERRIDE, KILL, SETGID and SETUID"),
+    ("home", errno.EINVAL): "this user namespace (/proc/self/uid_map) has no such user as RUN_AS_USER",
     ("reach", errno.EACCES): "RUN_AS_USER cannot get there; set TMPDIR to a directory where it can"}
 
 
@@ -4748,10 +4754,8 @@ class Cell:
             try:
                 self._make_home(self.sandbox.reaper.homes)
             except OSError as error:                   # as in a read-only or full /tmp
-                lacks_capabilities = isinstance(error, PermissionError) and self.user and os.geteuid() == 0
-                self.sandbox.refuse("private_home", f"{error}; " + (
-                    "RUN_AS_USER takes the capabilities CHOWN, DAC_OVERRIDE, KILL, SETGID and SETUID"
-                    if lacks_capabilities else "set TMPDIR"))
+                why = REASONS_AGAINST.get(("home", error.errno)) if self.user and os.geteuid() == 0 else None
+                self.sandbox.refuse("private_home", f"{error}; {why or 'set TMPDIR'}")
         self._make_cgroup()
 
     def _make_home(self, homes: str) -> None:

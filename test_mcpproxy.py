@@ -7582,6 +7582,37 @@ def test_sandbox_limit_is_over_for_a_process_that_cannot_be_found_by_its_parents
         until(lambda: not is_alive(orphan), "the orphan's end")
 
 
+def test_sandbox_control_group_is_divided_while_its_processes_end_and_start_others(tmp_path, monkeypatch):
+    """npx starts a shell, and that node: one that was started before its parent was moved is where that was."""
+    group, leaf, own = tmp_path / "group", tmp_path / "group" / "leaf", os.getpid()
+    group.mkdir()
+    (group / "cgroup.type").touch()
+    ours, inside, to_come = {own: b"", 2: b"", 3: b""}, [own, 2, 3, 4], [5, 6]     # 4 has ended since it was read
+    real = mcpproxy.read_file
+
+    def read(path, *most):
+        if path != f"{group}/cgroup.procs":
+            return real(path, *most)
+        said = "".join(f"{pid}\n" for pid in inside).encode()
+        if 4 in inside:
+            inside.remove(4)
+        return said
+
+    def write(path, pid):
+        assert path == f"{leaf}/cgroup.procs"
+        inside.remove(int(pid))
+        if int(pid) != own and to_come:
+            inside.append(to_come.pop())
+            ours[inside[-1]] = b""
+
+    monkeypatch.setattr(mcpproxy, "read_file", read)
+    monkeypatch.setattr(mcpproxy, "write_file", write)
+    monkeypatch.setattr(mcpproxy, "descendants_of", lambda _: ours.items())
+    assert mcpproxy.make_divisible(str(group), str(leaf)) and not inside
+    inside.append(7)                                   # another's
+    assert not mcpproxy.make_divisible(str(group), str(leaf)) and inside == [7]
+
+
 @pytest.fixture
 def control_group():
     """One that is not the root, with a limit of its own or not."""
