@@ -4047,16 +4047,17 @@ def make_divisible(group: str, leaf: str) -> bool:
     Linux, Control Group v2, No Internal Process Constraint, Threads."""
     if not os.path.exists(f"{group}/cgroup.type"):             # which the root alone has not
         return True
-    for _ in range(5):                       # they end, and start others, which are in it too, while they are moved
-        pids = {int(pid) for pid in read_file(f"{group}/cgroup.procs").split()}
-        if not pids:
-            return True
-        if pids <= {os.getpid(), *(pid for pid, _ in descendants_of(os.getpid()))}:
-            for pid in pids:
-                with contextlib.suppress(OSError):
-                    os.makedirs(leaf, exist_ok=True)
-                    write_file(f"{leaf}/cgroup.procs", str(pid))
-    return False
+    others = None
+    for _ in range(10):                      # they end, and start others, which are in it too, while they are moved
+        pids, before = {int(pid) for pid in read_file(f"{group}/cgroup.procs").split()}, others
+        others = pids and pids - {os.getpid(), *(pid for pid, _ in descendants_of(os.getpid()))}
+        if not pids or others and others == before:
+            break
+        for pid in () if others else pids:
+            with contextlib.suppress(OSError):
+                os.makedirs(leaf, exist_ok=True)
+                write_file(f"{leaf}/cgroup.procs", str(pid))
+    return not pids
 
 
 def list_processes() -> list[int]:
@@ -4342,8 +4343,10 @@ class Reaper:
                 [ -e "$1" ] && sleep 0.2 || break
             done
             # Ours is as it was before make_divisible() again, for who starts the next one in it.
-            [ -d "$prefix" ] && above=${prefix%/*} && echo -memory -pids > "$above/cgroup.subtree_control" &&
-                while read -r pid; do echo "$pid" > "$above/cgroup.procs"; done < "$prefix/cgroup.procs"
+            [ -d "$prefix" ] || continue
+            above=${prefix%/*}
+            for name in memory pids; do echo "-$name" > "$above/cgroup.subtree_control"; done
+            for pid in $(cat "$prefix/cgroup.procs"); do echo "$pid" > "$above/cgroup.procs"; done
             rmdir "$prefix"
         done"""
 
@@ -7727,7 +7730,7 @@ class Listening:
 
     def is_heard_twice(self, request: ListenRequest) -> bool:
         """Does what comes on a request come on the one in its place, too?"""
-        return request in self._taken_back and self._current is not None
+        return request in self._taken_back and (self._current is not None or request is not self._taken_back[-1])
 
     def renew(self) -> None:
         """Asks for what is wanted, once for all that changes in a turn."""
@@ -9235,8 +9238,11 @@ class Group:
         """Called now and then: finds out whether members are back. One that is, or that has started at last, would get
         most calls until it has had as many as the others: it counts as if it had."""
         before, self._ready = self._ready, {one for one in self.members if one.is_up and not one.is_starting}
-        least = min((self.chosen[one] / one.config.weight for one in before & self._ready), default=0)
-        for member in self._ready - before:
+        for member in self._ready - before:            # among those with which choose() compares it
+            alike = [one for one in self._ready if (one.config.is_backup, one.config.when) == (
+                member.config.is_backup, member.config.when)]
+            had = {one: self.chosen[one] / one.config.weight for one in alike}
+            least = min((had[one] for one in alike if one in before), default=max(had.values()))
             self.chosen[member] = max(self.chosen[member], least * member.config.weight)
         for member in self.members:
             member.probe()
@@ -10112,6 +10118,7 @@ class LegacyClientBridge(Bridge):
             not call.is_running and call.size <= SMALL and parse_message(call.text).params.get("uri") == uri)]
         for call in waiting:
             call.finish(encode_result(call.raw_id))
+            call.work.cancel()
         if not (joined or waiting) and uri not in instance.topics and exchange.connection.era is LEGACY:
             return True                     # nobody's: the server knows what to say to that
         exchange.finish(encode_result(exchange.raw_id))

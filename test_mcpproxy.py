@@ -7625,15 +7625,18 @@ def control_group():
     os.rmdir(path)
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_sandbox_limits_are_set_below_a_control_group_that_has_no_other_processes(place, control_group, is_alone):
-    name, others = os.path.basename(control_group), []
+@pytest.mark.parametrize("is_alone, shell", [(True, "sh"), (True, "bash"), (False, "sh")])
+def test_sandbox_limits_are_set_below_a_control_group_that_has_no_other_processes(
+        place, control_group, is_alone, shell):
+    name, others, path = os.path.basename(control_group), [], place / f"path-{shell}"
+    path.mkdir(exist_ok=True)
+    (path / "sh").symlink_to(shutil.which(shell) or pytest.skip(f"needs {shell}"))
     if not is_alone:
         others.append(subprocess.Popen(["sleep", "60"]))
         mcpproxy.write_file(f"{control_group}/cgroup.procs", str(others[0].pid))
     program = program_of(place, f"open('{control_group}/cgroup.procs', 'w').write('0')")
     try:
-        with sandboxed(place, program=program, LIMIT_PROCESSES=20) as proxy:
+        with sandboxed(place, program=program, LIMIT_PROCESSES=20, PATH=f"{path}:{os.environ['PATH']}") as proxy:
             server = about(proxy)["pid"]
             groups = [mcpproxy.read_file(f"/proc/{pid}/cgroup").decode() for pid in (proxy.process.pid, server)]
             assert groups[0].endswith(f"/{name}/mcpproxy-{proxy.nonce}\n" if is_alone else f"/{name}\n")
@@ -17266,6 +17269,56 @@ async def test_conversation_members_share_what_comes_while_another_one_of_their_
     assert had["a"] == had["b"] == 5
 
 
+@pytest.mark.parametrize("is_a_down", [False, True])
+@in_town
+async def test_conversation_member_that_is_back_shares_what_comes_where_a_backup_had_nothing(monkeypatch, is_a_down):
+    catalog = Town.catalog
+    monkeypatch.setattr(Town, "catalog", lambda town, names: mcpproxy.Catalog(
+        {name: dataclasses.replace(one, is_backup=name == "c") for name, one in catalog(town, names).servers.items()},
+        is_file=True))
+    town, had = Town("legacy", ["g.a", "g.b", "g.c"]), []
+    town.answers.update({"ping": {}, "tools/call": {"content": []}})
+    for _ in range(3):
+        await town.pass_time()
+
+    async def call(count):
+        for _ in range(count):
+            client = await town.client("modern", "g")
+            before = {name: town.heard_by(name).count("tools/call") for name in "abc"}
+            await town.say_to(client, 1, "tools/call", {"name": "t"})
+            had.extend(name for name in "abc" if town.heard_by(name).count("tools/call") > before[name])
+    town.slow["b"] = 30
+    back = town.now() + 30
+    await town.die("b")
+    await town.pass_time()
+    await call(20)
+    if is_a_down:
+        town.slow["a"] = back - town.now() + 0.01
+        await town.die("a")
+    while town.now() < back + 3:
+        await town.pass_time()
+    await call(10)
+    assert had[:20] == ["a"] * 20 and collections.Counter(had[20:]) == {"a": 5, "b": 5}
+
+
+@in_town
+async def test_conversation_change_is_told_once_also_by_a_server_that_goes_on_with_what_was_taken_back():
+    town = Town("modern", ["a"])
+    client = await town.client("legacy", "a")
+    for number, uri in enumerate(["a:b", "a:c", "a:d", "a:e"], 1):
+        await town.say_to(client, number, "resources/subscribe", {"uri": uri})
+        await asyncio.sleep(1)
+    *before, last = town.listens()
+    town.acknowledges = None
+    town.say(town.links["a"][-1], {"id": last["id"], "result": {"resultType": "complete"}})
+    town.told(client)
+    for listen in before:
+        town.say(town.links["a"][-1], notification("notifications/resources/updated", {
+            "_meta": {mcpproxy.SUBSCRIPTION_KEY: listen["id"]}, "uri": "a:b"}))
+        await asyncio.sleep(0.05)
+    assert [one["method"] for one in town.told(client)] == ["notifications/resources/updated"]
+
+
 @in_town
 async def test_conversation_log_counts_the_calls_that_fail_with_a_server_without_the_listens_of_the_proxy(monkeypatch):
     town, said = Town("modern", ["a"]), []
@@ -19514,6 +19567,20 @@ async def test_conversation_session_that_unsubscribed_while_it_waited_for_a_serv
         await town.pass_time()
     assert sorted(one["id"] for one in town.told(client) if one.get("result") == {}) == [1, 2, 3]
     assert [topic.uri for topic in client.client.topics] == ["a:y"]
+
+
+@in_town
+async def test_conversation_nothing_is_left_of_a_subscription_that_was_ended_while_it_waited_for_a_server_to_start():
+    town = Town("legacy", ["a", "c"])
+    town.slow["c"] = 200
+    client = await town.client("legacy")
+    await asyncio.sleep(5)
+    before = len(asyncio.all_tasks())
+    for number in range(1, 40, 2):
+        await town.say_to(client, number, "resources/subscribe", {"uri": "a:z"})
+        await town.say_to(client, number + 1, "resources/unsubscribe", {"uri": "a:z"})
+    await asyncio.sleep(5)
+    assert not client.client.calls and len(asyncio.all_tasks()) < before + 5
 
 
 @in_town
