@@ -3018,7 +3018,7 @@ class View:
         self.is_plain = not (is_joint or globs or is_group or limits) and members[0].rules == Rules()   # all passes
         self.has_choice = is_joint or is_group         # may a client go on here after it has lost a server?
         self.is_for_all = all(member.settings.shared_session for member in members)
-        self.left_out: set[tuple[str, str]] = set()            # (server, name) of what lost its name to another; logged
+        self.left_out: set[tuple[str, ...]] = set()            # (server, name) of what lost its name to another; logged
         self._known = functools.lru_cache(FEW_NAMES if wanted else KNOWN_NAMES)(self._direct)
 
     @once
@@ -3775,11 +3775,21 @@ def start_logging(level: str, as_json: bool) -> None:
 # server's, and only so many are told apart.
 
 DURATIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)         # seconds
-MAX_TOOLS = 500                  # that have numbers of their own
+MAX_TOOLS = 500                  # that have numbers of their own, or that somebody was warned of
 MAX_CODES = 50                   # of errors, the well-known ones included
 MAX_CALL_SERIES = 4_000          # sets of labels; past that, tools and errors are not told apart: each is 3 KB of text
 MAX_UNSETTLED = 1_000            # sets of labels with a tool that is not known (yet)
 MAX_LABEL_VALUE = 100            # characters
+
+
+def is_first(known: set[tuple[str, ...]], *names: str) -> bool:
+    """Is what these name met for the first time? Remembers that, of no more than MAX_TOOLS: a server may list new ones
+    each time."""
+    cut = tuple(name[:MAX_LABEL_VALUE] for name in names)
+    if cut in known or len(known) >= MAX_TOOLS:
+        return False
+    known.add(cut)
+    return True
 
 
 class Counters:
@@ -4800,18 +4810,19 @@ class Cell:
         """A control group in ours or in the one above it, with its limits, where they can be set there. Linux, Control
         Group v2, memory.max and pids.max."""
         settings = self.sandbox.settings
-        limits = {"memory": settings.limit_memory_mb * 1024 * 1024, "pids": settings.limit_processes * TASKS}
+        limits = {controller: limit for controller, limit in (
+            ("memory", settings.limit_memory_mb * 1024 * 1024), ("pids", settings.limit_processes * TASKS)) if limit}
         for prefix in self.sandbox.reaper.cgroups:
             with contextlib.suppress(OSError):
                 os.mkdir(path := f"{prefix}-{self._number}")
                 self.cgroup = path
                 break
         above = os.path.dirname(self.cgroup or "")
-        if above and any(limits.values()) and make_divisible(above, prefix):
-            for controller in [controller for controller, limit in limits.items() if limit]:
+        if above and limits and make_divisible(above, prefix):
+            for controller, limit in limits.items():
                 with contextlib.suppress(OSError):
                     write_file(f"{above}/cgroup.subtree_control", f"+{controller}")
-                    write_file(f"{self.cgroup}/{controller}.max", str(limits[controller]))
+                    write_file(f"{self.cgroup}/{controller}.max", str(limit))
 
     @property
     def is_out_of_memory(self) -> bool:
@@ -7375,9 +7386,7 @@ def without_misused(page: ResponseLine | Message, server) -> ResponseLine | Mess
         tool = scan_plain(text, 0)[0] if '"x-mcp-header"' in text else None
         if not misuses_headers(member_at(tool, ("inputSchema",))):
             kept.append(text)
-        elif (name := str(tool.get("name"))[:MAX_LABEL_VALUE]) not in server.misused and (
-                len(server.misused) < MAX_TOOLS):
-            server.misused.add(name)
+        elif is_first(server.misused, name := str(tool.get("name"))):
             log.warning("! server %(server)s: the tool %(name)s is left out, for its x-mcp-header is not valid",
                         server=server.name, name=name)
     if not isinstance(tools, list) or len(kept) == len(tools):
@@ -7705,7 +7714,7 @@ class Listening:
         self.instance = instance
         self._current: ListenRequest | None = None
         self._next: ListenRequest | None = None
-        self._taken_back: list[ListenRequest] = []             # the last; a process may answer each nonetheless
+        self._taken_back: list[ListenRequest] = []             # the last few, each of which a process may still answer
         self._answers_late = False             # did the server answer one that was taken back?
         self._patience = LISTEN_PAUSE          # for that answer, doubling when it came too late
         self._one_by_one = False               # was one refused that asked for several new resources?
@@ -9007,7 +9016,7 @@ class Server:
         self.last_error, self.last_error_at = "", 0.0        # of a start, or how one ended; with its last words
         self.tool_names: dict[str, None] = {}      # that are known, the newest first
         self._checked_rules: Rules | None = None   # that were compared to its tools
-        self.misused: set[str] = set()             # tools left out for their x-mcp-header, which was logged
+        self.misused: set[tuple[str, ...]] = set()             # tools left out for their x-mcp-header, which was logged
         self.listings: collections.deque[ResponseLine] = collections.deque(maxlen=MAX_LISTINGS)
         self.waiting: set[asyncio.Task] = set()    # the tasks of calls that its group chose it for, until they are sent
         self.failures = 0                          # of calls in a row
@@ -9816,10 +9825,7 @@ def shown_of(view: View, found: list[tuple[ServerConfig, Items]]) -> dict[str, S
             continue
         for name, item in own_shown.items():
             if name in shown:
-                lost = member.name, name[:MAX_LABEL_VALUE]
-                if LISTS[items.method].named_by == "name" and lost not in view.left_out and (
-                        len(view.left_out) < MAX_TOOLS):
-                    view.left_out.add(lost)
+                if LISTS[items.method].named_by == "name" and is_first(view.left_out, member.name, name):
                     log.warning("! server %(server)s: %(name)s is left out, because server %(other)s has that name",
                                 server=member.name, name=name, other=shown[name].server.name)
             elif items.method != "tools/list" or view.shows(name):
