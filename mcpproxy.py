@@ -5848,11 +5848,15 @@ class Issuer:
                     key = await asyncio.get_running_loop().run_in_executor(self._verifier, verify, token, keys)
                     if key in self._keys:
                         return key
+                    continue
                 except TokenError as error:
-                    if not isinstance(error, UnknownKey) or token.header.get("kid") is None:     # see BAD_SHARE
+                    failure, is_known = error, not isinstance(error, UnknownKey)
+                    if is_known or token.header.get("kid") is None:        # see BAD_SHARE
                         await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
-                    if keys is self._keys:             # otherwise one of those that were read meanwhile may have
-                        raise
+            if is_known and self._reading:             # one of those that are read just now may have signed it
+                await asyncio.wait([self._reading], timeout=BAD_MOST)
+            if keys is self._keys:
+                raise failure
 
     def _read_soon(self, pause: float = OUTAGE_SECONDS) -> asyncio.Task | None:
         """Begins to read its keys, unless that was tried just now. Returns the task that reads them, if one does."""

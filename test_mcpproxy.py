@@ -12123,7 +12123,8 @@ def test_group_is_listened_to_by_modern_clients(several):
 def test_group_shares_calls_of_tools_without_mcp(group):
     with group(a={}, b={}) as proxy:
         names = [proxy.request("POST", "/servers/g/tools/do", {}).json()["content"][0]["text"] for _ in range(20)]
-        assert collections.Counter(names) == {"a": 10, "b": 10}
+        # One that tick() finds ready just after the call of the other counts as if it had had one, too.
+        assert collections.Counter(names) in ({"a": 10, "b": 10}, {"a": 11, "b": 9})
 
 
 def test_group_session_of_its_own_process_goes_on_at_once_when_that_dies(several):
@@ -26590,14 +26591,25 @@ def test_oauth_verifier_has_its_thread_before_the_first_token(monkeypatch):
     issuer.close()
 
 
+@pytest.mark.parametrize("seconds", [0, 0.3])
 @asked
-async def test_oauth_token_is_looked_at_again_with_keys_that_were_read_meanwhile(issues, one):
+async def test_oauth_token_is_looked_at_again_with_keys_that_were_read_meanwhile(issues, one, seconds):
     """An issuer may change the key of a name, and the first token that it signs has the keys read again."""
     assert await one.is_good(issues.token())
     issues.keys = [rsa_jwk(rsa_numbers(2048)[0])]
+    issues.answers["/tenant/keys"] = lambda _: time.sleep(seconds) or {"keys": issues.keys}
     one.clock.left_out += 601
     assert await one.is_good(issues.token(sign=lambda message: sign_rsa(message, *rsa_numbers(2048))))
     assert issues.reads() == 2
+
+
+@asked
+async def test_oauth_wrong_token_does_not_wait_for_long_for_keys_that_cannot_be_read(issues, one):
+    assert await one.is_good(issues.token())
+    issues.answers["/tenant/keys"] = issues.never
+    one.clock.left_out += 601
+    before = time.monotonic()
+    assert (await one.worth(issues.wrong())).error and time.monotonic() - before < 8 and one.issuer._reading
 
 
 @asked
