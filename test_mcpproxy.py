@@ -11870,7 +11870,8 @@ def test_group_of_one_server_that_is_down_says_why(several):
 
 def test_group_shares_calls_by_weight(group):
     with group(a={}, b={"weight": 2}) as proxy:
-        assert collections.Counter(call_group(proxy, "do") for _ in range(30)) == {"a": 10, "b": 20}
+        names = [call_group(proxy, "do") for _ in range(30)]
+        assert 10 <= names.count("a") <= 11        # 11 if tick() finds b ready just after the first call, which a had
 
 
 def test_group_asks_who_has_least_to_do(group):
@@ -12123,7 +12124,7 @@ def test_group_is_listened_to_by_modern_clients(several):
 def test_group_shares_calls_of_tools_without_mcp(group):
     with group(a={}, b={}) as proxy:
         names = [proxy.request("POST", "/servers/g/tools/do", {}).json()["content"][0]["text"] for _ in range(20)]
-        # One that tick() finds ready just after the call of the other counts as if it had had one, too.
+        # 11 if tick() finds b ready just after the first call, which a had.
         assert collections.Counter(names) in ({"a": 10, "b": 10}, {"a": 11, "b": 9})
 
 
