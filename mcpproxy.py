@@ -10697,9 +10697,9 @@ class ClientRequest(PendingRequest, Holder):
 
     @property
     def asker(self) -> object:
-        """Whose it is: its client's, or if that is a proxy, one of that proxy's clients'."""
-        identity, headers = self.client.identity, self.http_headers
-        return (identity, headers.get(ASKER_HEADER, self)) if way_of(headers) else identity
+        """Whose it is: its client's, or if that is a proxy, one of that proxy's clients', also without any key."""
+        client, headers = self.client, self.http_headers
+        return (client.owner, headers.get(ASKER_HEADER, self)) if way_of(headers) else client.identity
 
     @property
     def can_be_asked(self) -> bool:
