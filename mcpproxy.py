@@ -11083,7 +11083,7 @@ class Exchange(ClientRequest):
         has to repeat there."""
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
-        whose = self.client.serial if self.client.owner is None else self.asker
+        whose = self.client.serial if self.asker is self.client else self.asker
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
             return About(number, self.method, name, (asker,), way_of(self.http_headers))

@@ -10663,6 +10663,20 @@ def test_remote_server_is_told_which_requests_are_one_client_s(kind):
         assert len({visit.headers["x-mcpproxy-for"] for visit in far.got("tools/call")}) == 4
 
 
+def test_remote_server_behind_two_proxies_asks_a_client_that_has_two_calls_there_and_nobody_where_two_have():
+    with contextlib.ExitStack() as stack:
+        proxy = last = stack.enter_context(running_proxy(FAKE))
+        for _ in range(2):
+            proxy = stack.enter_context(running_proxy(f"http://127.0.0.1:{proxy.port}/mcp"))
+        one, other = (stack.enter_context(StreamableClient(proxy)) for _ in range(2))
+        watcher = stack.enter_context(SSEClient(last))
+        holding = one.start("sleep", seconds=60)
+        server_id_of(watcher, '"seconds": 60')
+        found = [json.loads(client.tool("inquire", rounds=[[FORM]])) for client in (one, other)]
+        assert found == [[ACCEPTED], [None]] and other.asked == []
+        one.cancel(holding)
+
+
 def test_remote_server_that_does_not_take_an_answer_gets_an_error_in_its_place():
     with Remote() as far, running_proxy(far.url) as proxy, StreamableClient(proxy) as client:
         far.script["POST"].append(http_response(413))
@@ -21326,6 +21340,21 @@ async def test_conversation_client_that_is_the_only_one_has_the_same_name_with_a
         client.say(request(number, "tools/call", {"name": "a__t"}))
         await asyncio.sleep(0.1)
     assert [name for name, _ in told] == [mcpproxy.ASKER_HEADER] * 4 and told[:2] == told[2:] and told[0] != told[1]
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+@in_town
+async def test_conversation_third_proxy_is_told_which_calls_are_one_client_s_of_the_first(has_key):
+    town, key, told = Town("modern", ["a"]), has_key and mcpproxy.Caller("proxy", b"k", None) or None, []
+    await town.pass_time()
+    town.links["a"][0].is_remote = True
+    town.links["a"][0].write = lambda line, about=None, *_: told.extend(about.headers if about else ())
+    for number, one in enumerate(["1", "2", "1"]):
+        client = await town.client("modern", None, key, {})
+        client.client.headers = {"x-mcpproxy-via": "f" * 16, "x-mcpproxy-for": one}
+        client.say(request(number, "tools/call", {"name": "a__t"}))
+        await asyncio.sleep(0.1)
+    assert [name for name, _ in told] == [mcpproxy.ASKER_HEADER] * 3 and told[0] == told[2] != told[1]
 
 
 @in_town
