@@ -24164,7 +24164,8 @@ def test_metrics_of_a_group_are_of_the_member(several):
         for _ in range(4):
             proxy.request("POST", "/servers/g/tools/echo", {"text": "x"})
         found = calls_in(metrics_of(proxy), "server", "gen_ai_tool_name")
-        assert found == {("a", "echo"): 2, ("b", "echo"): 2}
+        # 3 if tick() finds b ready just after the first call, which a had.
+        assert found in ({("a", "echo"): 2, ("b", "echo"): 2}, {("a", "echo"): 3, ("b", "echo"): 1})
 
 
 # Who may read them, and where.
