@@ -9245,20 +9245,25 @@ class Group:
     def __init__(self, config: ServerConfig, members: list[Server]):
         self.name, self.config, self.members = config.name, config, members
         self.chosen: collections.Counter[Server] = collections.Counter()           # how often each was
-        self._ready: set[Server] = set()               # when tick() looked last
+        self._ready: dict[Server, int] = {}            # when one was chosen last, and how often it had restarted
 
-    def tick(self) -> None:
-        """Called now and then: finds out whether members are back. One that is, or that has started at last, would get
-        most calls until it has had as many as the others: it counts as if it had."""
-        before, self._ready = self._ready, {one for one in self.members if one.is_up and not one.is_starting}
-        for member in self._ready - before:            # among those with which choose() compares it
+    def probe(self) -> None:
+        """Called now and then: finds out whether members are back."""
+        for member in self.members:
+            member.probe()
+
+    def _welcome(self) -> None:
+        """A member that is back, or that has started at last, would get most calls until it has had as many as the
+        others: it counts as if it had."""
+        before, self._ready = self._ready, {
+            one: one.restarts for one in self.members if one.is_up and not one.is_starting}
+        stayed = {one for one, restarts in self._ready.items() if before.get(one) == restarts}
+        for member in self._ready.keys() - stayed:     # among those with which choose() compares it
             alike = [one for one in self._ready if (one.config.is_backup, one.config.when) == (
                 member.config.is_backup, member.config.when)]
             had = {one: self.chosen[one] / one.config.weight for one in alike}
-            least = min((had[one] for one in alike if one in before), default=max(had.values()))
+            least = min((had[one] for one in alike if one in stayed), default=max(had.values()))
             self.chosen[member] = max(self.chosen[member], least * member.config.weight)
-        for member in self.members:
-            member.probe()
 
     def choose(self, client: Client, left_out: Server | None, headers: dict[str, str],
                message: Message | None = None) -> Server:
@@ -9284,6 +9289,7 @@ class Group:
         first = [member for member in up if not member.config.is_backup] or up or members
         if before in first and (not before.is_starting or all(member.is_starting for member in first)):
             return before
+        self._welcome()
         own = min(first, key=self._load)
         if before is None or before is not left_out or not before.is_up_for(client):     # else for this request alone
             self.chosen[own] += client.is_session          # a call of others counts when it is sent
@@ -9568,7 +9574,7 @@ class Mount:
             if server.is_retired and not (server.instances or server.ending):
                 self._pool.servers.discard(server)
         for group in self.groups.values():
-            group.tick()
+            group.probe()
         if now - self.asked_at < ASKED_SECONDS and not self.is_ready:
             for server in self.servers.values():
                 server.probe()
