@@ -5853,7 +5853,8 @@ class Issuer:
                     failure, is_known = error, not isinstance(error, UnknownKey)
                     if is_known or token.header.get("kid") is None:        # see BAD_SHARE
                         await asyncio.sleep(min(BAD_MOST, max(BAD_LEAST, BAD_SHARE * (self._now() - began))))
-            if is_known and self._reading:             # one of those that are read just now may have signed it
+            # One of those that are read just now may have signed it. (For an unknown one _verify() waits by itself.)
+            if is_known and self._reading:
                 await asyncio.wait([self._reading], timeout=BAD_MOST)
             if keys is self._keys:
                 raise failure
@@ -11089,7 +11090,9 @@ class Exchange(ClientRequest):
         has to repeat there."""
         task = message.params.get("taskId") if self.names_tasks else None
         name = self.own_name or (task if isinstance(task, str) else None)
-        whose = self.client.serial if self.asker is self.client else self.asker
+        whose = self.asker
+        if whose is self.client:                       # hash() would be of an address, which another may have later
+            whose = self.client.serial
         asker = ASKER_HEADER, f"{hash(whose) % 2**32:08x}"               # which says no more than that
         if not (connection.mirrors and self.method == "tools/call"):
             return About(number, self.method, name, (asker,), way_of(self.http_headers))
