@@ -4808,10 +4808,12 @@ class Cell:
 
     def _make_cgroup(self) -> None:
         """A control group in ours or in the one above it, with its limits, where they can be set there. Linux, Control
-        Group v2, memory.max and pids.max."""
+        Group v2, memory.oom.group, memory.max and pids.max."""
         settings = self.sandbox.settings
-        limits = {controller: limit for controller, limit in (
-            ("memory", settings.limit_memory_mb * 1024 * 1024), ("pids", settings.limit_processes * TASKS)) if limit}
+        limits = {file: value for file, value in (
+            ("memory.oom.group", settings.limit_memory_mb and 1),              # all are ended, not the largest alone
+            ("memory.max", settings.limit_memory_mb * 1024 * 1024),
+            ("pids.max", settings.limit_processes * TASKS)) if value}
         for prefix in self.sandbox.reaper.cgroups:
             with contextlib.suppress(OSError):
                 os.mkdir(path := f"{prefix}-{self._number}")
@@ -4819,16 +4821,16 @@ class Cell:
                 break
         above = os.path.dirname(self.cgroup or "")
         if above and limits and make_divisible(above, prefix):
-            for controller, limit in limits.items():
+            for file, value in limits.items():
                 with contextlib.suppress(OSError):
-                    write_file(f"{above}/cgroup.subtree_control", f"+{controller}")
-                    write_file(f"{self.cgroup}/{controller}.max", str(limit))
+                    write_file(f"{above}/cgroup.subtree_control", f"+{file.partition('.')[0]}")
+                    write_file(f"{self.cgroup}/{file}", str(value))
 
     @property
     def is_out_of_memory(self) -> bool:
-        """Did the kernel kill one of its processes for want of memory?"""
+        """Did the kernel end it because of its own limit, and not because the machine or a container had no more?"""
         events = read_file(f"{self.cgroup}/memory.events") if self.cgroup else b""
-        return re.search(rb"^oom_kill [1-9]", events, re.MULTILINE) is not None
+        return re.search(rb"^oom [1-9]", events, re.MULTILINE) is not None
 
     async def start(self, spawn, command: list[str], environment: dict[str, str], directory: str | None) -> None:
         """Starts CONFINE by spawn(), as asyncio's subprocess_exec; returns when it has become the server, or, without a
