@@ -11687,7 +11687,7 @@ import threading
 HEAD_SECONDS = 30.0            # from a head's first byte to its last
 BODY_SECONDS = 30.0            # for a head and the silence in its body; less than BODY_RATE bytes a second use it up
 BODY_RATE = 16 * 1024
-IDLE_SECONDS = 75.0            # between requests: nginx's default, longer than most clients keep theirs
+IDLE_SECONDS = 620.0           # between requests: balancers keep theirs up to 600 s, and who closes first may lose one
 LINGER_SECONDS = 30.0          # after a refusal
 STALL_SECONDS = 60.0           # for a client to read some of a reply
 MAX_CONNECTIONS = 10_000       # or three quarters of the descriptors, if less; past that an idle or the new one goes
