@@ -3387,7 +3387,7 @@ def check_url(url: str) -> None:
     """Refuses what is no URL of a remote server."""
     parts = split_url(url)
     if not parts or "#" in url:
-        raise SettingsError("url: must be a URL that begins with http:// or https://")
+        raise SettingsError("url: must be an http:// or https:// URL, in ASCII, without blanks or #")
     if "@" in parts.netloc:
         raise SettingsError("url: must hold no user or password; write an Authorization header in headers")
 
@@ -5519,8 +5519,10 @@ class HTTPClient:
 
     def head(self, method: str, headers: collections.abc.Iterable[tuple[str, str]], size: int | None = None) -> bytes:
         """The head of a request with these headers, and with a body of this size."""
-        lines = [f"{method} {self.target} HTTP/1.1", f"Host: {self._url.netloc}", f"User-Agent: mcpproxy/{__version__}"]
+        lines = [f"{method} {self.target} HTTP/1.1", f"Host: {self._url.netloc}"]
         lines += [f"{name}: {value}" for name, value in headers]
+        if not any(line.lower().startswith("user-agent:") for line in lines):          # the file may set it
+            lines.append(f"User-Agent: mcpproxy/{__version__}")
         if size is not None:
             lines.append(f"Content-Length: {size}")
         # A line end in a value would begin another header, or another request: so none is let through.
@@ -11369,8 +11371,7 @@ class Listener(Exchange):
     def _join_all(self) -> None:
         for member in self.client.view.members:
             with contextlib.suppress(ProxyError):
-                instance = self._at(member.name)
-                self._join(instance)
+                self._join(instance := self._at(member.name))
                 instance.start()                       # or nothing would be heard of it
 
     def _at(self, name: str) -> Instance:
@@ -11447,12 +11448,11 @@ class Listener(Exchange):
         """Its client has adopted another configuration, if it could; before, its place showed `view`. It goes on while
         that place and its server are there, and of several servers with those that there are now."""
         shown, server = self.client.view, self.instance and self.instance.server
-        if shown.catalog is not self.client.mount.catalog or server and (
-                server.is_retired or server.name not in shown.names):
-            return self.end_subscription()
-        if self.early is None and not self.has_begun:
-            return                                 # what is acknowledged comes first. MCP 2026-07-28, Subscriptions
-        if server is None:
+        is_adopted = shown.catalog is self.client.mount.catalog
+        goes_on = is_adopted and not (server and (server.is_retired or server.name not in shown.names))
+        if self.early is None and not self.has_begun:          # its acknowledgement is first: 2026-07-28, Subscriptions
+            return None if goes_on else self.end_subscription()
+        if goes_on and server is None:
             gone = [one for one in self.joined if one.server.is_retired or one.server.name not in shown.names]
             moving = [(topic.uri, topic.instance.server) for topic in self.topics if topic.instance in gone]
             for instance in gone:
@@ -11462,9 +11462,11 @@ class Listener(Exchange):
                 return self._leave()
             for uri, old in moving:
                 self._follow(uri, self.client.place_of(old), old.is_retired)
-        if shown.offer != view.offer:
+        if is_adopted and not (goes_on and shown.offer == view.offer):
             for kind, _ in LIST_CHANGES.values():
                 self.hear(list_changed(kind))
+        if not goes_on:                                # when it listens again, nobody would tell it of these lists
+            self.end_subscription()
 
     def _follow(self, uri: str, place: str | None, is_gone: bool = True) -> None:
         """Listens to a resource at the server in the place of the one that had it, even if that starts slowly; if there

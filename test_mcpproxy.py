@@ -10255,6 +10255,12 @@ def test_remote_server_of_the_other_era_that_answers_requests_for_want_of_a_sess
             until(lambda: "result" in client.start("echo", text="x").answer(), "the other era", 30)
 
 
+@pytest.mark.parametrize("given, sent", [([], f"mcpproxy/{mcpproxy.__version__}"), ([("user-agent", "me/1")], "me/1")])
+def test_remote_server_gets_one_user_agent(given, sent):
+    head = mcpproxy.HTTPClient("http://127.0.0.1/mcp").head("GET", given).decode()
+    assert re.findall("(?im)^user-agent: (.*)\r$", head) == [sent]
+
+
 def test_remote_server_gets_no_line_of_a_client_s_as_a_header():
     evil = "x\r\nContent-Length: 0\r\n\r\nDELETE /admin HTTP/1.1\r\nHost: h\r\nX: y"
     with Remote("modern") as far, running_proxy(far.url) as proxy:
@@ -18339,6 +18345,23 @@ async def test_conversation_session_hears_that_a_server_of_its_own_is_back_of_wh
     for _ in range(20 if then == "it waits" else 0):
         await town.pass_time()
     assert town.told(client)[0]["method"] == TOOLS_CHANGED
+
+
+@pytest.mark.parametrize("names, methods", [
+    (["a=x", "b"], [TOOLS_CHANGED, None]),                 # another server in its place
+    (["a.1", "b"], [TOOLS_CHANGED, None]),
+    (["a", "b=x"], []),
+    (["b"], [None])])                                      # its place is gone
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+@in_town
+async def test_conversation_listen_at_a_server_that_is_configured_anew_ends_with_its_lists_changed(era, names, methods):
+    """When its client listens again, nobody would tell it that what it kept is old."""
+    town = Town(era, ["a", "b"])
+    client = await town.client("modern", "a")
+    assert len(await town.say_to(client, 1, "subscriptions/listen", {"notifications": {"toolsListChanged": True}})) == 1
+    await town.reload(names)
+    told = town.told(client)
+    assert [message.get("method") for message in told] == methods and all("error" not in message for message in told)
 
 
 @in_town
