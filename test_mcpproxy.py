@@ -3378,7 +3378,7 @@ def test_era_subscriptions_are_bounded(server):
         until(lambda: client.begin("subscriptions/listen", {"notifications": {}}).stream.status == 200, "room for one")
 
 
-def test_era_thousand_subscriptions_are_told_and_taken_back():
+def test_era_thousand_subscriptions_are_told_and_taken_back(many_descriptors):
     with running_proxy(FAKE) as proxy, ModernClient(proxy) as client:
         streams = []
         message = client.message(1, "subscriptions/listen", {"notifications": {"resourceSubscriptions": ["test://a"]}})
