@@ -3983,7 +3983,8 @@ def limits_changed() -> ServerError:
 # written.
 
 # Fields of /proc/PID/stat, behind the name. proc_pid_stat(5).
-STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, THREADS, START, PAGES = 0, 1, 2, 3, 11, 12, 17, 19, 21
+STATE, PARENT, GROUP, SESSION, USER_TICKS, SYSTEM_TICKS, CHILDREN_TICKS, THREADS, START, PAGES = (
+    0, 1, 2, 3, 11, 12, slice(13, 15), 17, 19, 21)
 MAX_PROC = 6 * 1024 * 1024       # bytes that are read of a file there: an environment may seem endless. execve(2)
 
 
@@ -4167,6 +4168,9 @@ def kill(pid: int, number: int) -> bool:
 #     is there when the proxy is killed (SIGKILL)      MCPPROXY_TAG alone: a shell waits for that moment
 
 
+STALE_SECONDS = 0.1              # nobody is told what was found longer ago: it is looked at again
+
+
 class Usage:
     """What a server uses, with all that descends from it."""
 
@@ -4176,8 +4180,11 @@ class Usage:
         self.on_measured = on_measured               # called when what follows was measured
         self.memory = self.peak_memory = 0           # bytes that are resident; what is shared counts for each
         self.processes = self.peak_processes = 0
-        self.cpu: dict[int, float] = {}              # seconds of CPU, by process
-        self.gone = 0.0                              # of processes that have ended
+        self.zombies = 0                             # ended processes for which their parents have not waited
+        self.cpu: dict[int, float] = {}              # seconds of CPU, by process, with those of children it waited for
+        self.waited: dict[int, float] = {}           # the latter alone
+        self.most_seconds = 0.0                      # of the running process that took most
+        self.gone = 0.0                              # of processes that have ended, for which none of these waited
         self.measured_at = time.monotonic()          # or when it began
         self.is_over = False                         # has the server itself ended?
 
@@ -4185,11 +4192,6 @@ class Usage:
     def seconds(self) -> float:
         """Seconds of CPU, in all."""
         return self.gone + sum(self.cpu.values())
-
-    @property
-    def most_seconds(self) -> float:
-        """Seconds of CPU of the running process that took most."""
-        return max(self.cpu.values(), default=0)
 
     @property
     def megabytes(self) -> float:
@@ -4208,6 +4210,7 @@ class Census:
         self._whose: dict[int, tuple[bytes, int]] = {}          # (the time of its start, its server), by process id
         self._others: set[int] = set()                          # processes that are no server's, as far as can be told
         self._reaped = sum(os.times()[2:4])                     # seconds of CPU, of children that have ended
+        self._looked_at = 0.0
         self.ours: set[int] = set()                             # children of the proxy that are no server's either
         # A shell may have started others before it became this program, and process 1 gets everybody's orphans.
         # Otherwise it becomes the parent of those below it: prctl(2), PR_SET_CHILD_SUBREAPER.
@@ -4217,25 +4220,31 @@ class Census:
     def look(self) -> None:
         """Reads /proc. What was found to be another's is not read again; each of the rest takes 20 µs."""
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-        pids = {*list_processes()}
+        self._looked_at, pids = time.monotonic(), {*list_processes()}
         if not pids:                           # no /proc, or no file descriptor is left to read it
             return
         self._others = (self._others & pids) - self.servers.keys()
         found = {pid: stat for pid in pids - self._others if (stat := process_stat(pid))[STATE]}
-        before, self._whose, running = self._whose, {}, collections.defaultdict(list)          # by server
+        before, self._whose = self._whose, {}
+        running, ended = collections.defaultdict(list), collections.defaultdict(list)          # by server
         for pid, stat in sorted(found.items(), key=lambda one: (int(one[1][START]), one[0])):          # parents first
             server = self._server_of(pid, stat, before)
             if server in self.servers:
                 self._whose[pid] = stat[START], server
-                if stat[STATE] != b"Z":
-                    running[server].append(pid)
+                (ended if stat[STATE] == b"Z" else running)[server].append(pid)
             elif not self.starting:
                 self._others.add(pid)
         for server, usage in self.servers.items():
-            mine = running[server]
-            cpu = {pid: (int(found[pid][USER_TICKS]) + int(found[pid][SYSTEM_TICKS])) / tick for pid in mine}
-            usage.gone += sum(seconds for pid, seconds in usage.cpu.items() if pid not in cpu)
-            usage.cpu, usage.processes = cpu, len(mine)
+            mine, known = running[server], usage.waited
+            own = {pid: (int(found[pid][USER_TICKS]) + int(found[pid][SYSTEM_TICKS])) / tick
+                   for pid in mine + ended[server]}
+            usage.waited = {pid: sum(map(int, found[pid][CHILDREN_TICKS])) / tick for pid in own}
+            # What one took that is no more is its parent's now, if that waited for it.
+            lost = sum(seconds for pid, seconds in usage.cpu.items() if pid not in own)
+            usage.gone += max(0, lost - sum(usage.waited[pid] - known.get(pid, 0) for pid in own))
+            usage.cpu = {pid: own[pid] + usage.waited[pid] for pid in own}
+            usage.processes, usage.zombies = len(mine), len(ended[server])
+            usage.most_seconds = max((own[pid] for pid in mine), default=0)
             usage.memory = sum(int(found[pid][PAGES]) for pid in mine) * page
             usage.peak_memory = max(usage.memory, usage.peak_memory)
             usage.peak_processes = max(usage.processes, usage.peak_processes)
@@ -4250,6 +4259,8 @@ class Census:
 
     def by_server(self) -> tuple[collections.Counter, collections.Counter, collections.Counter]:
         """The processes of each server, their bytes of memory, and seconds of CPU, also of those that have ended."""
+        if self.servers and time.monotonic() - self._looked_at > STALE_SECONDS:
+            self.look()
         processes, memory, seconds = collections.Counter(), collections.Counter(), self.spent.copy()
         for usage in self.servers.values():
             processes[usage.server] += usage.processes
@@ -5186,7 +5197,9 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
     def _check_limits(self) -> None:
         """Called when its usage was measured: ends it if it is over a limit."""
         settings, usage = self._sandbox.settings, self.usage
-        for limit, measured in (("memory", usage.megabytes), ("processes", usage.processes),
+        held = usage.processes + usage.zombies         # of which pids.max allows so many, in a control group
+        processes = held if held > settings.limit_processes * TASKS else usage.processes
+        for limit, measured in (("memory", usage.megabytes), ("processes", processes),
                                 ("cpu", round(usage.most_seconds, 1))):
             if 0 < getattr(settings, LIMITS[limit][0]) < measured and self.exit_code is None and not self.excess:
                 self._blame(limit, measured)
@@ -5200,7 +5213,8 @@ class ServerProcess(Link, asyncio.SubprocessProtocol):
         could_be = min(self.usage.seconds, most_cpu + since)
         if settings.limit_file_mb and number == signal.SIGXFSZ:
             self._blame("file_size", settings.limit_file_mb)
-        elif settings.limit_cpu_seconds and (number == signal.SIGXCPU or (
+        elif settings.limit_cpu_seconds and (
+                number == signal.SIGXCPU and self.usage.seconds > settings.limit_cpu_seconds - 1 or (
                 number == signal.SIGKILL and not self._stopping and could_be > settings.limit_cpu_seconds)):
             self._blame("cpu", max(settings.limit_cpu_seconds, round(most_cpu, 1)))
         elif self._cell and self._cell.is_out_of_memory:

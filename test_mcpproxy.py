@@ -6794,6 +6794,70 @@ def test_process_home_that_could_not_be_removed_is_removed_later(reaper, monkeyp
     until(lambda: not os.path.exists(cell.directory), "the end of its home")
 
 
+@pytest.fixture
+def census(monkeypatch):
+    """One that does not make this process the parent of orphans."""
+    monkeypatch.setattr(mcpproxy, "libc", object)
+    return mcpproxy.Census()
+
+
+@contextlib.contextmanager
+def server_of(census, code):
+    """The Usage of a server that does this, and then waits."""
+    code = f"import os, time\n{code}\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as server:
+        usage = census.servers[server.pid] = mcpproxy.Usage("a", "tag", None)
+        server.stdout.readline()
+        yield usage
+        server.stdin.close()
+
+
+# Children that end at once, or after 0.1 s of CPU; waited for, or only until they are zombies.
+FORKS = """
+for _ in range({count}):
+    pid = os.fork()
+    while not pid:
+        if time.process_time() >= {seconds}: os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | {option})
+"""
+
+
+@pytest.mark.parametrize("option", ["0", "os.WNOWAIT"])
+def test_process_seconds_of_children_that_ended_between_two_looks_count(census, option):
+    with server_of(census, FORKS.format(count=5, seconds=0.1, option=option)) as usage:
+        for _ in range(2):
+            census.look()
+            assert 0.4 <= usage.seconds < 0.8 and usage.most_seconds < 0.2
+
+
+def test_process_that_is_asked_about_is_looked_at_then(census):
+    with server_of(census, ""):
+        processes, memory, _ = census.by_server()
+        assert processes["a"] == 1 and memory["a"] > 1_000_000
+
+
+def test_process_zombies_are_limited_as_in_a_control_group(census):
+    with server_of(census, FORKS.format(count=70, seconds=0, option="os.WNOWAIT")) as usage:
+        census.look()
+        assert (usage.processes, usage.zombies) == (1, 70)
+        blamed = {}
+        for limit in 2, 3:
+            process = types.SimpleNamespace(
+                usage=usage, exit_code=None, excess=None, _pid=0, _blame=lambda *found: blamed.update({limit: found}),
+                _sandbox=types.SimpleNamespace(settings=Settings(limit_processes=limit)),
+                _reaper=types.SimpleNamespace(census=types.SimpleNamespace(kill=lambda pid: None)))
+            mcpproxy.ServerProcess._check_limits(process)
+        assert blamed == {2: ("processes", 71)}
+
+
+def test_process_that_exits_as_if_over_a_limit_is_not_said_to_be():
+    """152 is how a shell says that SIGXCPU ended its child."""
+    with running_proxy([sys.executable, "-c", "input(); raise SystemExit(152)"], LIMIT_CPU_SECONDS=100) as proxy:
+        error = proxy.request("POST", "/tools/x", {}).json()["error"]
+        assert "exit code 152" in error["message"] and "limit" not in error["data"]
+
+
 def test_process_control_group_that_could_not_be_removed_is_removed_later(reaper, monkeypatch, tmp_path):
     reaper.cgroups = [str(tmp_path / "mcpproxy-x")]
     monkeypatch.setattr(mcpproxy, "write_file", lambda *_: None)
